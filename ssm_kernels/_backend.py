@@ -1,0 +1,82 @@
+"""Which implementation of an op runs, decided in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+"""`auto` chooses; `triton`, `torch` (fast pure PyTorch) and `reference` (step by step) are obeyed or refused."""
+
+logger = logging.getLogger("ssm_kernels")
+
+# Ops that have Triton kernels. An op is added here in the change that adds its kernels.
+TRITON_OPS: frozenset[str] = frozenset()
+
+_preferred: contextvars.ContextVar[Backend] = contextvars.ContextVar("ssm_kernels_backend", default="auto")
+_already_said: set[str] = set()
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Choose the backend of every op called inside the `with` block with `backend="auto"`.
+
+    An op that was given an explicit `backend` keeps it.
+
+    Raises:
+        ValueError: `backend` is not one of the known names.
+    """
+    token = _preferred.set(_known(backend))
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+def resolve_backend(backend: Backend, device: torch.device, op: str) -> Literal["triton", "torch", "reference"]:
+    """Turn a request into the backend that runs.
+
+    `auto` gives `triton` on a GPU and `torch` elsewhere; when it must give `torch` on a GPU it says so once,
+    with the reason. An explicit request never falls back.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: `triton` was asked for by name and cannot run this op here; the message says why.
+    """
+    if _known(backend) == "auto":
+        backend = _preferred.get()
+    if backend in ("torch", "reference"):
+        return backend
+    obstacle = _why_not_triton(device, op)
+    if backend == "triton":
+        if obstacle is not None:
+            raise RuntimeError(f"backend='triton' was asked for, but {obstacle}")
+        return "triton"
+    if obstacle is None:
+        return "triton"
+    if device.type == "cuda" and obstacle not in _already_said:
+        _already_said.add(obstacle)
+        logger.warning("backend='auto' runs %s in pure PyTorch on %s: %s", op, device, obstacle)
+    return "torch"
+
+
+def _known(backend: str) -> Backend:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
+    return backend  # type: ignore[return-value]
+
+
+def _why_not_triton(device: torch.device, op: str) -> str | None:
+    if op not in TRITON_OPS:
+        return f"{op} has no Triton kernel yet"
+    if device.type != "cuda":
+        return f"{op} was given tensors on {device}, and Triton needs a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed (pip install triton)"
+    return None

@@ -1,0 +1,58 @@
+"""Argument checks shared by the ops: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: tuple[int | str, ...],
+    *,
+    like: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    """Check one tensor. `shape` holds sizes, and letters for sizes that are free.
+
+    Args:
+        like: a tensor whose device `value` must share.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not in `dtypes`.
+        ValueError: wrong shape or device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(str(s) for s in shape)
+        raise ValueError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must have a dtype among {allowed}; got {str(value.dtype).removeprefix('torch.')}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the input, got {value.device}")
+
+
+def check_divides(small_name: str, small: int, big_name: str, big: int) -> None:
+    """Raise a ValueError unless `small` divides `big`."""
+    if small <= 0 or big % small:
+        raise ValueError(f"{small_name} must divide {big_name}: got {small_name} = {small}, {big_name} = {big}")
+
+
+def check_no_nan(name: str, value: Tensor) -> None:
+    """Raise a ValueError with the first position if a CPU tensor holds a NaN.
+
+    On a GPU nothing is checked: looking would make the host wait for the device.
+    """
+    if value.device.type == "cpu" and value.numel() and torch.isnan(value.detach().sum()):
+        where = torch.isnan(value).nonzero()
+        if len(where):
+            first = tuple(where[0].tolist())
+            raise ValueError(f"{name} must not hold NaN: {len(where)} found, the first at index {first}")

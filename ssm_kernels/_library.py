@@ -1,0 +1,28 @@
+"""Registration of ops with torch.library, so that `torch.compile` sees each as one node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("ssm_kernels", "DEF")
+
+
+def define_op(schema: str, body: Callable, fake: Callable) -> Callable:
+    """Define `ssm_kernels::<schema>` with one body for every device and a fake for tracing; give the callable.
+
+    Autocast is off inside the body: an op states its own precision, and its matrix products must not be
+    recast behind its back. Gradients are the caller's: wrap the op in an `autograd.Function`.
+    """
+    name = schema.split("(", 1)[0]
+
+    def without_autocast(*args):  # noqa: ANN002, ANN202
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return body(*args)
+
+    _library.define(schema)
+    _library.impl(name, without_autocast, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ssm_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.ssm_kernels, name).default

@@ -1,0 +1,244 @@
+"""The selective scan in pure PyTorch at speed, on any device.
+
+Time is walked in blocks of steps. In a block, everything that does not depend on the state (decays, inputs,
+outputs) is one operation over all steps, and the recurrence itself is one fused multiply-add a step, written in
+place over (sequences, groups, N, channels of a group). Blocks are small enough to stay in a CPU's cache. The
+backward keeps the state before each block only, computes the block again, and walks it in reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._library import define_op
+from .._sequences import Blocks, Sequences, make_blocks, parse_sequences
+
+# Elements of one step of the recurrence, and of one block of steps: the first keeps a step's operands in a
+# core's cache, the second a block's buffers in the shared one. Both were chosen by timing on a CPU.
+STEP_ELEMENTS = 1 << 15
+BLOCK_ELEMENTS = 1 << 20
+MIN_BLOCK, MAX_BLOCK = 16, 64
+
+
+def scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """u, dt (B, L, D); A (D, N); B, C (B, L, G, N) -> y (B, L, D) and final states (rows, D, N)."""
+    return _Scan.apply(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):  # noqa: ANN001, ANN205
+        y, final_states, checkpoints = _forward_op(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx)
+        ctx.save_for_backward(u, dt, A, B, C, checkpoints, cu_seqlens, seq_idx)
+        ctx.state_dtype = None if initial_states is None else initial_states.dtype
+        return y, final_states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dfinal):  # noqa: ANN001, ANN205
+        *grads, dinitial = _backward_op(*ctx.saved_tensors[:6], dy, dfinal, *ctx.saved_tensors[6:])
+        dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
+        return *grads, dinitial, None, None
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------
+# Inside, the state is (rows, G, N, D / G): channels last, so that a group's outputs C h are one matrix product.
+
+
+def _block_steps(dim: int, n: int) -> int:
+    per_step = max(1, STEP_ELEMENTS // (dim * n)) * dim * n
+    return min(MAX_BLOCK, max(MIN_BLOCK, BLOCK_ELEMENTS // per_step))
+
+
+def _n_checkpoints(total_steps: int, n_sequences: int, dim: int, n: int) -> int:
+    """No fewer than the blocks of all sequences together."""
+    return total_steps // _block_steps(dim, n) + n_sequences
+
+
+def _tiles(sequences: Sequences, dim: int, n: int, device: torch.device) -> Iterator[tuple[Tensor, Blocks]]:
+    """Groups of sequences of like length that are scanned together, with the numbers of the sequences."""
+    by_length = sorted(range(len(sequences.lengths)), key=lambda s: -sequences.lengths[s])
+    width = max(1, STEP_ELEMENTS // (dim * n))
+    for i in range(0, len(by_length), width):
+        members = by_length[i : i + width]
+        if sequences.lengths[members[0]] == 0:
+            return
+        blocks = make_blocks(
+            tuple(sequences.starts[s] for s in members),
+            tuple(sequences.lengths[s] for s in members),
+            _block_steps(dim, n),
+            device,
+        )
+        yield torch.tensor(members, device=device)[blocks.order], blocks
+
+
+def _to_inner(states: Tensor, groups: int) -> Tensor:
+    """(rows, D, N) -> (rows, G, N, D / G)"""
+    return states.unflatten(1, (groups, -1)).transpose(2, 3)
+
+
+def _from_inner(states: Tensor) -> Tensor:
+    return states.transpose(2, 3).flatten(1, 2)
+
+
+def _state_rows(
+    sequences: Sequences, initial_states: Tensor | None, A: Tensor, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state of every sequence (S, G, N, D / G), and the sequences that have a row of initial / final states."""
+    first, last = (torch.tensor(s, dtype=torch.int64, device=A.device) for s in (sequences.first, sequences.last))
+    states = A.new_zeros(len(sequences.lengths), *_to_inner(A[None], groups).shape[1:])
+    if initial_states is not None:
+        states[first] = _to_inner(initial_states.to(A.dtype), groups)
+    return states, first, last
+
+
+def _step_major(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """(n, K, D) -> (K, n, G, D / G)"""
+    return rows.unflatten(2, (groups, -1)).transpose(0, 1).to(dtype).contiguous()
+
+
+# --- one block --------------------------------------------------------------------------------------------------
+
+
+def _run_block(dt: Tensor, du: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Decays (K, n, G, N, E) and states (K + 1, n, G, N, E), the first of which is `start`.
+
+    dt, du = dt * u (K, n, G, E); A (G, N, E); B (K, n, G, N). Padded steps have dt = 0, which keeps the state.
+    """
+    decay = torch.mul(dt.unsqueeze(3), A).exp_()
+    states = decay.new_empty(decay.shape[0] + 1, *decay.shape[1:])
+    states[0] = start
+    torch.mul(du.unsqueeze(3), B.unsqueeze(4), out=states[1:])
+    h = states.unbind(0)
+    for t, a in enumerate(decay.unbind(0)):
+        h[t + 1].addcmul_(a, h[t])
+    return decay, states
+
+
+# --- forward ----------------------------------------------------------------------------------------------------
+
+
+def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):  # noqa: ANN001, ANN202
+    batch, length, dim = u.shape
+    groups, n = B.shape[2:]
+    sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
+    states, _, last = _state_rows(sequences, initial_states, A, groups)
+    a = _to_inner(A[None], groups)[0]  # (G, N, E)
+    y = A.new_empty(u.shape)
+    kept = A.new_empty(_n_checkpoints(batch * length, len(states), dim, n), *states.shape[1:])
+    at = 0
+
+    for members, blocks in _tiles(sequences, dim, n, A.device):
+        u_, dt_, B_, C_ = (blocks.gather(x, A.dtype) for x in (u, dt, B, C))
+        y_ = torch.empty_like(u_)
+        carry, row = states[members], 0
+        for count in blocks.counts:
+            here = slice(row, row + count)
+            kept[at : at + count] = carry[:count]
+            row, at = row + count, at + count
+            dt_k, u_k = (_step_major(x[here], groups, A.dtype) for x in (dt_, u_))
+            B_k, C_k = (m[here].transpose(0, 1) for m in (B_, C_))  # (K, n, G, N)
+            _, h = _run_block(dt_k, dt_k * u_k, a, B_k, carry[:count])
+            y_[here] = (C_k.unsqueeze(3) @ h[1:]).flatten(2).transpose(0, 1)  # (K, n, G, 1, E) -> (n, K, D)
+            carry[:count] = h[-1]
+        states[members] = carry
+        blocks.scatter(y_, y)
+    return y, _from_inner(states[last]), kept
+
+
+# --- backward ---------------------------------------------------------------------------------------------------
+
+
+def _backward(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):  # noqa: ANN001, ANN202
+    batch, length, dim = u.shape
+    groups, n = B.shape[2:]
+    sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
+    dstates, first, last = _state_rows(sequences, None, A, groups)
+    dstates[last] = _to_inner(dfinal.to(A.dtype), groups)
+    a = _to_inner(A[None], groups)[0]  # (G, N, E)
+    du, ddt, dB, dC = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C))
+    da = torch.zeros_like(a)
+    at = 0
+
+    for members, blocks in _tiles(sequences, dim, n, A.device):
+        u_, dt_, B_, C_, dy_ = (blocks.gather(x, A.dtype) for x in (u, dt, B, C, dy))
+        du_, ddt_, dB_, dC_ = (torch.empty_like(x) for x in (u_, dt_, B_, C_))
+        carry, row = dstates[members], len(u_)
+        at += row
+        tile_end = at
+        for count in reversed(blocks.counts):
+            here = slice(row - count, row)
+            start = kept[at - count : at]
+            row, at = row - count, at - count
+            u_k, dt_k, dy_k = (_step_major(x[here], groups, A.dtype) for x in (u_, dt_, dy_))
+            B_k, C_k = (m[here].transpose(0, 1) for m in (B_, C_))  # (K, n, G, N)
+            decay, h = _run_block(dt_k, dt_k * u_k, a, B_k, start)
+
+            # g: gradient of each step's state, given by its output and by the step after it.
+            g = torch.mul(dy_k.unsqueeze(3), C_k.unsqueeze(4))
+            steps, decays = g.unbind(0), decay.unbind(0)
+            steps[-1].add_(carry[:count])
+            for t in range(len(steps) - 2, -1, -1):
+                steps[t].addcmul_(decays[t + 1], steps[t + 1])
+            torch.mul(decays[0], steps[0], out=carry[:count])
+
+            dC_[here] = (h[1:] @ dy_k.unsqueeze(4)).squeeze(4).transpose(0, 1)
+            dB_[here] = (g @ (dt_k * u_k).unsqueeze(4)).squeeze(4).transpose(0, 1)
+            d_input = (B_k.unsqueeze(3) @ g).squeeze(3)  # of dt * u
+            # w: gradient of the exponent dt A.
+            w = decay.mul_(h[:-1]).mul_(g)
+            d_step = torch.addcmul(d_input * u_k, w[:, :, :, 0], a[:, 0])
+            for i in range(1, n):
+                d_step.addcmul_(w[:, :, :, i], a[:, i])
+            ddt_[here] = d_step.flatten(2).transpose(0, 1)
+            du_[here] = (d_input * dt_k).flatten(2).transpose(0, 1)
+            da += w.mul_(dt_k.unsqueeze(3)).sum((0, 1))
+        at = tile_end
+        dstates[members] = carry
+        for rows, out in ((du_, du), (ddt_, ddt), (dB_, dB), (dC_, dC)):
+            blocks.scatter(rows, out)
+    return du, ddt, _from_inner(da[None])[0], dB, dC, _from_inner(dstates[first])
+
+
+# --- ops --------------------------------------------------------------------------------------------------------
+
+
+def _forward_fake(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):  # noqa: ANN001, ANN202
+    batch, length, dim = u.shape
+    groups, n = B.shape[2:]
+    rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    n_sequences = rows if seq_idx is None else torch.library.get_ctx().new_dynamic_size()
+    kept = A.new_empty(_n_checkpoints(batch * length, n_sequences, dim, n), groups, n, dim // groups)
+    return A.new_empty(u.shape), A.new_empty(rows, dim, n), kept
+
+
+def _backward_fake(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):  # noqa: ANN001, ANN202
+    grads = (x.new_empty(x.shape) for x in (u, dt, A, B, C))
+    return *grads, A.new_empty(dfinal.shape)
+
+
+_forward_op = define_op(
+    "selective_scan_chunked(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states,"
+    " Tensor? cu_seqlens, Tensor? seq_idx) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define_op(
+    "selective_scan_chunked_backward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept, Tensor dy,"
+    " Tensor dfinal, Tensor? cu_seqlens, Tensor? seq_idx)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
