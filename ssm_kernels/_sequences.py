@@ -97,53 +97,53 @@ class Blocks(NamedTuple):
     The sequences are sorted by falling length, and block k of every sequence that is that long stands before
     block k + 1 of any. So block k holds the first `counts[k]` sequences of `order`, a carried state is a slice
     that only shrinks, and no sequence sees another one's state. The last block of a sequence is padded.
+
+    Rows, the unit of `gather` and `scatter`, are the `sum(counts) * size` steps of all blocks. Those of one block
+    lie together, as (count, size) or, when built with `step_major`, as (size, count).
     """
 
-    order: Tensor
-    """(S,) the sequences by falling length."""
+    size: int
     counts: tuple[int, ...]
     """How many sequences have a k-th block."""
+    order: Tensor
+    """(S,) the sequences by falling length."""
     index: Tensor
-    """(sum(counts), size) positions in the flattened (B * L) tensor; padding points at position 0."""
+    """(rows,) position of each row in the flattened (B * L) tensor; padding points at position 0."""
     padding: Tensor
-    """(n,) entries of the flattened `index` that are padding."""
-    positions: Tensor
-    """(n,) the positions in the flattened tensor that these sequences cover, and ..."""
-    entries: Tensor
-    """(n,) ... the entries of the flattened `index` where each of them stands."""
+    """The rows that are padding."""
+    inside: Tensor
+    """The rows that are not."""
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, L, ...) -> (sum(counts), size, ...), zero where padded."""
-        flat = x.flatten(0, 1)
-        out = flat.index_select(0, self.index.flatten()).to(dtype)
-        return out.index_fill_(0, self.padding, 0).unflatten(0, self.index.shape)
+        """(B, L, ...) -> (rows, ...), zero where padded."""
+        return x.flatten(0, 1).index_select(0, self.index).to(dtype).index_fill_(0, self.padding, 0)
 
     def scatter(self, rows: Tensor, out: Tensor) -> None:
-        """Write (sum(counts), size, ...) to the covered positions of `out` (B, L, ...)."""
-        out.flatten(0, 1).index_copy_(0, self.positions, rows.flatten(0, 1).index_select(0, self.entries).to(out.dtype))
+        """Write (rows, ...) to the covered positions of a contiguous `out` (B, L, ...)."""
+        if len(self.padding):
+            rows = rows.index_select(0, self.inside)
+        out.flatten(0, 1).index_copy_(0, self.index[self.inside], rows.to(out.dtype))
 
 
 @functools.lru_cache(maxsize=64)
-def make_blocks(starts: tuple[int, ...], lengths: tuple[int, ...], size: int, device: torch.device) -> Blocks:
+def make_blocks(
+    starts: tuple[int, ...], lengths: tuple[int, ...], size: int, step_major: bool, device: torch.device
+) -> Blocks:
     """Lay sequences out in blocks of at most `size` steps (fewer when all sequences are shorter)."""
-    start = torch.tensor(starts, dtype=torch.int64)
-    length = torch.tensor(lengths, dtype=torch.int64)
+    start, length = (torch.tensor(t, dtype=torch.int64) for t in (starts, lengths))
     size = max(1, min(size, max(lengths, default=1)))
     order = torch.argsort(length, descending=True, stable=True)
     n_blocks = -(-length[order] // size)
-    counts = tuple(int((n_blocks > k).sum()) for k in range(int(n_blocks[0]) if len(n_blocks) else 0))
-    # One entry of `rows` a block: which sequence, and the step at which the block begins.
-    rows = torch.cat([order[:n] for n in counts]) if counts else order[:0]
-    begin = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64)) * size
-    step = begin[:, None] + torch.arange(size)
-    inside = step < length[rows][:, None]
-    index = torch.where(inside, start[rows][:, None] + step, 0)
-    entries = inside.flatten().nonzero().flatten()
-    return Blocks(
-        order.to(device),
-        counts,
-        index.to(device),
-        (~inside).flatten().nonzero().flatten().to(device),
-        index.flatten()[entries].to(device),
-        entries.to(device),
-    )
+    counts = tuple(int((n_blocks > k).sum()) for k in range(max(n_blocks.tolist(), default=0)))
+    index, inside = [start[:0]], [start[:0].bool()]
+    for k, count in enumerate(counts):
+        members = order[:count, None]
+        step = k * size + torch.arange(size)
+        grids = start[members] + step, step < length[members]  # (count, size)
+        index_k, inside_k = (g.T if step_major else g for g in grids)
+        index.append(index_k.flatten())
+        inside.append(inside_k.flatten())
+    is_inside = torch.cat(inside)
+    index = torch.where(is_inside, torch.cat(index), 0).to(device)
+    padding, inside = (m.nonzero().flatten().to(device) for m in (~is_inside, is_inside))
+    return Blocks(size, counts, order.to(device), index, padding, inside)

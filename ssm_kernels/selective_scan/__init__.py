@@ -118,7 +118,9 @@ def selective_scan_step(
     def step(x: Tensor | None, vector_per_channel: int) -> Tensor | None:
         return x if x is None or x.dim() <= vector_per_channel else x.unsqueeze(1)
 
-    constant_B, constant_C = (m.dim() == 2 and tuple(m.shape) == tuple(A.shape) and batch != dim for m in (B, C))
+    constant_B, constant_C = (
+        m.dim() == 2 and tuple(m.shape) == tuple(A.shape) and batch != dim for m in (B, C)
+    )
     _check(
         u.unsqueeze(1),
         step(dt, 1),
@@ -138,7 +140,10 @@ def selective_scan_step(
             dt = dt + dt_bias.to(compute)
         if dt_softplus:
             dt = F.softplus(dt)
-        B, C = (_per_channel(m, batch, dim, constant).to(compute) for m, constant in ((B, constant_B), (C, constant_C)))
+        B, C = (
+            _per_channel(m, batch, dim, constant).to(compute)
+            for m, constant in ((B, constant_B), (C, constant_C))
+        )
         state.mul_(torch.exp(dt.unsqueeze(-1) * A.to(compute)))
         state.addcmul_((dt * u).unsqueeze(-1), B)
         y = (state * C).sum(-1)
@@ -149,7 +154,7 @@ def selective_scan_step(
     return y.to(u.dtype)
 
 
-def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens) -> None:  # noqa: ANN001
+def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens) -> None:
     check_tensor("u", u, ("B", "L", "D"))
     batch, length, dim = u.shape
     check_tensor("dt", dt, (batch, length, dim), like=u)

@@ -18,7 +18,7 @@ from .._sequences import Blocks, Sequences, make_blocks, parse_sequences
 
 # Elements of one step of the recurrence, and of one block of steps: the first keeps a step's operands in a
 # core's cache, the second a block's buffers in the shared one. Both were chosen by timing on a CPU.
-STEP_ELEMENTS = 1 << 15
+STEP_ELEMENTS = 1 << 14
 BLOCK_ELEMENTS = 1 << 20
 MIN_BLOCK, MAX_BLOCK = 16, 64
 
@@ -39,7 +39,7 @@ def scan(
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):  # noqa: ANN001, ANN205
+    def forward(ctx, u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
         y, final_states, checkpoints = _forward_op(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx)
         ctx.save_for_backward(u, dt, A, B, C, checkpoints, cu_seqlens, seq_idx)
         ctx.state_dtype = None if initial_states is None else initial_states.dtype
@@ -47,7 +47,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dfinal):  # noqa: ANN001, ANN205
+    def backward(ctx, dy, dfinal):
         *grads, dinitial = _backward_op(*ctx.saved_tensors[:6], dy, dfinal, *ctx.saved_tensors[6:])
         dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
         return *grads, dinitial, None, None
@@ -79,6 +79,7 @@ def _tiles(sequences: Sequences, dim: int, n: int, device: torch.device) -> Iter
             tuple(sequences.starts[s] for s in members),
             tuple(sequences.lengths[s] for s in members),
             _block_steps(dim, n),
+            True,
             device,
         )
         yield torch.tensor(members, device=device)[blocks.order], blocks
@@ -97,40 +98,50 @@ def _state_rows(
     sequences: Sequences, initial_states: Tensor | None, A: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The state of every sequence (S, G, N, D / G), and the sequences that have a row of initial / final states."""
-    first, last = (torch.tensor(s, dtype=torch.int64, device=A.device) for s in (sequences.first, sequences.last))
+    first, last = (
+        torch.tensor(s, dtype=torch.int64, device=A.device) for s in (sequences.first, sequences.last)
+    )
     states = A.new_zeros(len(sequences.lengths), *_to_inner(A[None], groups).shape[1:])
     if initial_states is not None:
         states[first] = _to_inner(initial_states.to(A.dtype), groups)
     return states, first, last
 
 
-def _step_major(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """(n, K, D) -> (K, n, G, D / G)"""
-    return rows.unflatten(2, (groups, -1)).transpose(0, 1).to(dtype).contiguous()
-
-
 # --- one block --------------------------------------------------------------------------------------------------
 
 
-def _run_block(dt: Tensor, du: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+class _Buffers:
+    """Scratch for the blocks of a tile: fresh memory for each block would cost more than the arithmetic."""
+
+    def __init__(self, blocks: Blocks, a: Tensor, n_buffers: int):
+        self.state = a.shape
+        self.flat = a.new_empty(n_buffers, (blocks.size + 1) * blocks.counts[0] * a.numel())
+
+    def view(self, i: int, count: int, steps: int) -> Tensor:
+        """Buffer i as (steps, count, G, N, E)."""
+        return self.flat[i, : steps * count * self.state.numel()].view(steps, count, *self.state)
+
+
+def _run_block(buffers: _Buffers, dt: Tensor, du: Tensor, a: Tensor, B: Tensor, start: Tensor):
     """Decays (K, n, G, N, E) and states (K + 1, n, G, N, E), the first of which is `start`.
 
-    dt, du = dt * u (K, n, G, E); A (G, N, E); B (K, n, G, N). Padded steps have dt = 0, which keeps the state.
+    dt, du = dt * u (K, n, G, E); a (G, N, E); B (K, n, G, N). Padded steps have dt = 0, which keeps the state.
     """
-    decay = torch.mul(dt.unsqueeze(3), A).exp_()
-    states = decay.new_empty(decay.shape[0] + 1, *decay.shape[1:])
+    steps, count = dt.shape[:2]
+    decay = torch.mul(dt.unsqueeze(3), a, out=buffers.view(0, count, steps)).exp_()
+    states = buffers.view(1, count, steps + 1)
     states[0] = start
     torch.mul(du.unsqueeze(3), B.unsqueeze(4), out=states[1:])
     h = states.unbind(0)
-    for t, a in enumerate(decay.unbind(0)):
-        h[t + 1].addcmul_(a, h[t])
+    for t, decay_t in enumerate(decay.unbind(0)):
+        h[t + 1].addcmul_(decay_t, h[t])
     return decay, states
 
 
 # --- forward ----------------------------------------------------------------------------------------------------
 
 
-def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):  # noqa: ANN001, ANN202
+def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     batch, length, dim = u.shape
     groups, n = B.shape[2:]
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
@@ -138,84 +149,94 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):  # noqa: ANN0
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     y = A.new_empty(u.shape)
     kept = A.new_empty(_n_checkpoints(batch * length, len(states), dim, n), *states.shape[1:])
-    at = 0
+    n_kept = 0
 
     for members, blocks in _tiles(sequences, dim, n, A.device):
-        u_, dt_, B_, C_ = (blocks.gather(x, A.dtype) for x in (u, dt, B, C))
-        y_ = torch.empty_like(u_)
-        carry, row = states[members], 0
-        for count in blocks.counts:
-            here = slice(row, row + count)
-            kept[at : at + count] = carry[:count]
-            row, at = row + count, at + count
-            dt_k, u_k = (_step_major(x[here], groups, A.dtype) for x in (dt_, u_))
-            B_k, C_k = (m[here].transpose(0, 1) for m in (B_, C_))  # (K, n, G, N)
-            _, h = _run_block(dt_k, dt_k * u_k, a, B_k, carry[:count])
-            y_[here] = (C_k.unsqueeze(3) @ h[1:]).flatten(2).transpose(0, 1)  # (K, n, G, 1, E) -> (n, K, D)
+        u_, dt_, B_, C_ = (_in_blocks(blocks, x, groups, A.dtype) for x in (u, dt, B, C))
+        y_ = []
+        buffers = _Buffers(blocks, a, 2)
+        carry = states[members]
+        for count, u_k, dt_k, B_k, C_k in zip(blocks.counts, u_, dt_, B_, C_, strict=True):
+            kept[n_kept : n_kept + count] = carry[:count]
+            n_kept += count
+            _, h = _run_block(buffers, dt_k, dt_k * u_k, a, B_k, carry[:count])
+            y_.append((C_k.unsqueeze(3) @ h[1:]).flatten(2).flatten(0, 1))  # (K, n, G, 1, E) -> (K * n, D)
             carry[:count] = h[-1]
         states[members] = carry
-        blocks.scatter(y_, y)
+        blocks.scatter(torch.cat(y_), y)
     return y, _from_inner(states[last]), kept
+
+
+def _in_blocks(blocks: Blocks, x: Tensor, groups: int, dtype: torch.dtype) -> list[Tensor]:
+    """(B, L, D) or (B, L, G, N) -> a tensor (K, n, G, D / G or N) a block."""
+    rows = blocks.gather(x, dtype).view(-1, groups, x[0, 0].numel() // groups)
+    return [r.unflatten(0, (blocks.size, -1)) for r in rows.split([blocks.size * n for n in blocks.counts])]
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
 
 
-def _backward(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):  # noqa: ANN001, ANN202
+def _backward(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
     batch, length, dim = u.shape
     groups, n = B.shape[2:]
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     dstates, first, last = _state_rows(sequences, None, A, groups)
     dstates[last] = _to_inner(dfinal.to(A.dtype), groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
-    du, ddt, dB, dC = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C))
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
     da = torch.zeros_like(a)
-    at = 0
+    n_kept = 0
 
     for members, blocks in _tiles(sequences, dim, n, A.device):
-        u_, dt_, B_, C_, dy_ = (blocks.gather(x, A.dtype) for x in (u, dt, B, C, dy))
-        du_, ddt_, dB_, dC_ = (torch.empty_like(x) for x in (u_, dt_, B_, C_))
-        carry, row = dstates[members], len(u_)
-        at += row
-        tile_end = at
-        for count in reversed(blocks.counts):
-            here = slice(row - count, row)
-            start = kept[at - count : at]
-            row, at = row - count, at - count
-            u_k, dt_k, dy_k = (_step_major(x[here], groups, A.dtype) for x in (u_, dt_, dy_))
-            B_k, C_k = (m[here].transpose(0, 1) for m in (B_, C_))  # (K, n, G, N)
-            decay, h = _run_block(dt_k, dt_k * u_k, a, B_k, start)
-
-            # g: gradient of each step's state, given by its output and by the step after it.
-            g = torch.mul(dy_k.unsqueeze(3), C_k.unsqueeze(4))
-            steps, decays = g.unbind(0), decay.unbind(0)
-            steps[-1].add_(carry[:count])
-            for t in range(len(steps) - 2, -1, -1):
-                steps[t].addcmul_(decays[t + 1], steps[t + 1])
-            torch.mul(decays[0], steps[0], out=carry[:count])
-
-            dC_[here] = (h[1:] @ dy_k.unsqueeze(4)).squeeze(4).transpose(0, 1)
-            dB_[here] = (g @ (dt_k * u_k).unsqueeze(4)).squeeze(4).transpose(0, 1)
-            d_input = (B_k.unsqueeze(3) @ g).squeeze(3)  # of dt * u
-            # w: gradient of the exponent dt A.
-            w = decay.mul_(h[:-1]).mul_(g)
-            d_step = torch.addcmul(d_input * u_k, w[:, :, :, 0], a[:, 0])
-            for i in range(1, n):
-                d_step.addcmul_(w[:, :, :, i], a[:, i])
-            ddt_[here] = d_step.flatten(2).transpose(0, 1)
-            du_[here] = (d_input * dt_k).flatten(2).transpose(0, 1)
-            da += w.mul_(dt_k.unsqueeze(3)).sum((0, 1))
-        at = tile_end
+        carry = dstates[members]
+        n_kept += sum(blocks.counts)
+        starts = kept[n_kept - sum(blocks.counts) : n_kept].split(blocks.counts)
+        inputs = zip(
+            starts, *(_in_blocks(blocks, x, groups, A.dtype) for x in (u, dt, B, C, dy)), strict=True
+        )
+        rows = []
+        buffers = _Buffers(blocks, a, 3)
+        for start, u_k, dt_k, B_k, C_k, dy_k in reversed(list(inputs)):
+            *grads_k, da_k = _block_backward(
+                buffers, start, u_k, dt_k, a, B_k, C_k, dy_k, carry[: len(start)]
+            )
+            rows.append([g.flatten(2).flatten(0, 1) for g in grads_k])
+            da += da_k
         dstates[members] = carry
-        for rows, out in ((du_, du), (ddt_, ddt), (dB_, dB), (dC_, dC)):
-            blocks.scatter(rows, out)
+        for out, parts in zip(grads, zip(*reversed(rows), strict=True), strict=True):
+            blocks.scatter(torch.cat(parts).view(-1, *out.shape[2:]), out)
+    du, ddt, dB, dC = grads
     return du, ddt, _from_inner(da[None])[0], dB, dC, _from_inner(dstates[first])
+
+
+def _block_backward(buffers, start, u, dt, a, B, C, dy, carry):
+    """Gradients of one block; `carry` (n, G, N, E), that of the state after it, becomes that of `start`."""
+    du = dt * u
+    decay, h = _run_block(buffers, dt, du, a, B, start)
+    # g: gradient of each step's state, given by its output and by the step after it.
+    g = torch.mul(dy.unsqueeze(3), C.unsqueeze(4), out=buffers.view(2, *reversed(dt.shape[:2])))
+    steps, decays = g.unbind(0), decay.unbind(0)
+    steps[-1].add_(carry)
+    for t in range(len(steps) - 2, -1, -1):
+        steps[t].addcmul_(decays[t + 1], steps[t + 1])
+    torch.mul(decays[0], steps[0], out=carry)
+
+    # A row times a matrix: as a matrix times a column the same products are ten times slower on a CPU.
+    dC = (dy.unsqueeze(3) @ h[1:].transpose(3, 4)).squeeze(3)
+    dB = (du.unsqueeze(3) @ g.transpose(3, 4)).squeeze(3)
+    d_input = (B.unsqueeze(3) @ g).squeeze(3)  # of dt * u
+    w = decay.mul_(h[:-1]).mul_(g)  # gradient of the exponent dt A
+    ddt = d_input * u
+    for i in range(a.shape[1]):
+        ddt.addcmul_(w[:, :, :, i], a[:, i])
+    da = w.mul_(dt.unsqueeze(3)).sum((0, 1))
+    return d_input.mul_(dt), ddt, dB, dC, da
 
 
 # --- ops --------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):  # noqa: ANN001, ANN202
+def _forward_fake(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     batch, length, dim = u.shape
     groups, n = B.shape[2:]
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
@@ -224,7 +245,7 @@ def _forward_fake(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):  # noqa:
     return A.new_empty(u.shape), A.new_empty(rows, dim, n), kept
 
 
-def _backward_fake(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):  # noqa: ANN001, ANN202
+def _backward_fake(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
     grads = (x.new_empty(x.shape) for x in (u, dt, A, B, C))
     return *grads, A.new_empty(dfinal.shape)
 

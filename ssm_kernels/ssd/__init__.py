@@ -1,0 +1,160 @@
+"""State-space duality, the recurrence of Mamba-2 (arXiv 2405.21060, section 6)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._backend import Backend, resolve_backend
+from .._checks import check_divides, check_no_nan, check_tensor
+from . import chunked, reference
+
+
+class SSDOutput(NamedTuple):
+    """What `ssd` gives."""
+
+    y: Tensor
+    """(B, L, H, P) in the dtype of `x`."""
+    final_states: Tensor
+    """(B, H, P, N), or (S, H, P, N) with `cu_seqlens`; float32, or float64 where `x` is."""
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial_states: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> SSDOutput:
+    """Scan `S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T`, `y_t = S_t C_t + D x_t`, gated by `silu(z_t)`.
+
+    Letters: B batch, L length, H heads, P head dimension, N state, G groups, S sequences in a pack.
+
+    Args:
+        x: (B, L, H, P) input.
+        dt: (B, L, H) step, in units of the time scale 1 / |A|.
+        A: (H,) decay rate, negative where the state should decay.
+        B, C: (B, L, G, N) input and output matrices; G divides H, head h reads group h // (H / G).
+        D: (H,) or (H, P) skip connection.
+        z: (B, L, H, P) gate: the result is multiplied by `silu(z)`.
+        dt_bias: (H,) added to `dt`.
+        dt_softplus: pass `dt` (after the bias) through softplus.
+        dt_limit: bounds that `dt` is clamped to, after the softplus.
+        initial_states: (B, H, P, N) state before the first step; (S, H, P, N) with `cu_seqlens`.
+        chunk_size: steps that the fast backends treat as one matrix product; the result does not depend on it.
+        cu_seqlens: (S + 1,) int32 or int64 bounds of packed sequences; needs batch 1. No state crosses a bound.
+        seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes. The initial state is that
+            of each row's first sequence, the final state that of its last.
+        backend: see `ssm_kernels.use_backend`.
+
+    Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
+    (float64 where `x` is), under autocast too. Gradients flow to every floating-point argument.
+
+    Raises:
+        TypeError: an argument is not a tensor or has a dtype that is not supported.
+        ValueError: a shape, device or value does not fit; the message names the argument.
+        RuntimeError: `backend` was chosen by name and cannot run here.
+    """
+    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens)
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
+    chosen = resolve_backend(backend, x.device, "ssd")
+
+    compute = torch.promote_types(x.dtype, torch.float32)
+    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute)
+    if chosen == "reference":
+        y, final_states = reference.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx)
+    else:
+        y, final_states = chunked.scan(
+            x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx, chunk_size
+        )
+    return SSDOutput(_skip_and_gate(y, x, D, z, compute), final_states)
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> Tensor:
+    """Advance the scan by one step, for decoding. Gives y (B, H, P) in the dtype of `x`; no gradients.
+
+    Args:
+        state: (B, H, P, N), float32 or float64; **updated in place**.
+        x, z: (B, H, P). dt: (B, H). B, C: (B, G, N). The rest as in `ssd`.
+
+    Raises:
+        TypeError, ValueError: as `ssd`.
+    """
+    check_tensor("x", x, ("B", "H", "P"))
+    check_tensor("state", state, (*x.shape, "N"), like=x, dtypes=(torch.float32, torch.float64))
+    one = [m if m is None else m.unsqueeze(1) for m in (x, dt, B, C, z)]
+    _check(one[0], one[1], A, one[2], one[3], D, one[4], dt_bias, dt_limit, state, None)
+    compute = state.dtype
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute)
+        B, C = (m.to(compute).repeat_interleave(x.shape[1] // m.shape[1], dim=1) for m in (B, C))  # (B, H, N)
+        state.mul_(torch.exp(dt * A.to(compute))[..., None, None])
+        state.addcmul_((dt.unsqueeze(-1) * x).unsqueeze(-1), B.unsqueeze(2))
+        y = (state @ C.unsqueeze(-1)).squeeze(-1)
+        return _skip_and_gate(y, x, D, z, compute)
+
+
+def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple, compute: torch.dtype) -> Tensor:
+    dt = dt.to(compute)
+    if bias is not None:
+        dt = dt + bias.to(compute)
+    if softplus:
+        dt = F.softplus(dt)
+    return dt if tuple(limit) == (0.0, float("inf")) and softplus else dt.clamp(*limit)
+
+
+def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, compute: torch.dtype) -> Tensor:
+    if D is not None:
+        y = y + (D if D.dim() == 2 else D.unsqueeze(-1)).to(compute) * x
+    if z is not None:
+        y = y * F.silu(z.to(compute))
+    return y.to(x.dtype)
+
+
+def _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens) -> None:
+    check_tensor("x", x, ("B", "L", "H", "P"))
+    batch, length, heads, headdim = x.shape
+    check_tensor("dt", dt, (batch, length, heads), like=x)
+    check_tensor("A", A, (heads,), like=x)
+    check_tensor("B", B, (batch, length, "G", "N"), like=x)
+    check_divides("G, the third size of B,", B.shape[2], "H", heads)
+    check_tensor("C", C, tuple(B.shape), like=x)
+    if D is not None:
+        check_tensor("D", D, (heads, headdim) if D.dim() == 2 else (heads,), like=x)
+    if z is not None:
+        check_tensor("z", z, tuple(x.shape), like=x)
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, (heads,), like=x)
+    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit!r}")
+    if initial_states is not None:
+        rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        check_tensor("initial_states", initial_states, (rows, heads, headdim, B.shape[3]), like=x)
+    check_no_nan("dt", dt)
