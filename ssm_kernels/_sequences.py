@@ -92,58 +92,68 @@ def _checked_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> list[int
 
 
 class Blocks(NamedTuple):
-    """Sequences cut in blocks of `size` steps, ordered so that one pass over the blocks scans them all at once.
+    """Sequences cut in blocks of `size` steps, ordered so that one pass over the blocks scans all of them.
 
-    The sequences are sorted by falling length, and block k of every sequence that is that long stands before
-    block k + 1 of any. So block k holds the first `counts[k]` sequences of `order`, a carried state is a slice
-    that only shrinks, and no sequence sees another one's state. The last block of a sequence is padded.
-
-    Rows, the unit of `gather` and `scatter`, are the `sum(counts) * size` steps of all blocks. Those of one block
-    lie together, as (count, size) or, when built with `step_major`, as (size, count).
+    The sequences are sorted by falling length, and block k holds the first `counts[k]` of them: those that have a
+    k-th block. So a carried state is a slice that only shrinks, and no sequence sees another one's state. Where
+    lengths differ, the last block of a sequence is padded; where all are equal, the last block is shorter.
     """
 
     size: int
     counts: tuple[int, ...]
-    """How many sequences have a k-th block."""
     order: Tensor
     """(S,) the sequences by falling length."""
-    index: Tensor
-    """(rows,) position of each row in the flattened (B * L) tensor; padding points at position 0."""
-    padding: Tensor
-    """The rows that are padding."""
-    inside: Tensor
-    """The rows that are not."""
+    run: tuple[int, int, int] | None
+    """Where all sequences are equally long and lie one after the other: the first position, S and the length."""
+    index: tuple[Tensor, ...]
+    """Otherwise, per block, (counts[k] * size,) positions; padding points at position 0 ..."""
+    padding: tuple[Tensor, ...]
+    """... with the entries of `index` that are padding ..."""
+    inside: tuple[Tensor, ...]
+    """... and those that are not."""
 
-    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, L, ...) -> (rows, ...), zero where padded."""
-        return x.flatten(0, 1).index_select(0, self.index).to(dtype).index_fill_(0, self.padding, 0)
+    def read(self, k: int, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        """Block k of a (B * L, ...) tensor as (counts[k], steps, ...), zero where padded."""
+        if self.run:
+            return self._view(k, flat).to(dtype)
+        rows = flat.index_select(0, self.index[k]).to(dtype).index_fill_(0, self.padding[k], 0)
+        return rows.unflatten(0, (self.counts[k], self.size))
 
-    def scatter(self, rows: Tensor, out: Tensor) -> None:
-        """Write (rows, ...) to the covered positions of a contiguous `out` (B, L, ...)."""
-        if len(self.padding):
-            rows = rows.index_select(0, self.inside)
-        out.flatten(0, 1).index_copy_(0, self.index[self.inside], rows.to(out.dtype))
+    def write(self, k: int, block: Tensor, flat: Tensor) -> None:
+        """Put (counts[k], steps, ...) where `read` takes it from, leaving out the padding."""
+        if self.run:
+            self._view(k, flat).copy_(block)
+        else:
+            kept = self.inside[k]
+            rows = block.flatten(0, 1).index_select(0, kept).to(flat.dtype)
+            flat.index_copy_(0, self.index[k].index_select(0, kept), rows)
+
+    def _view(self, k: int, flat: Tensor) -> Tensor:
+        start, n, length = self.run
+        rows = flat[start : start + n * length].unflatten(0, (n, length))
+        return rows[:, k * self.size : (k + 1) * self.size]
 
 
 @functools.lru_cache(maxsize=64)
 def make_blocks(
-    starts: tuple[int, ...], lengths: tuple[int, ...], size: int, step_major: bool, device: torch.device
+    starts: tuple[int, ...], lengths: tuple[int, ...], size: int, device: torch.device
 ) -> Blocks:
     """Lay sequences out in blocks of at most `size` steps (fewer when all sequences are shorter)."""
+    longest = max(lengths, default=0)
+    size = max(1, min(size, longest))
     start, length = (torch.tensor(t, dtype=torch.int64) for t in (starts, lengths))
-    size = max(1, min(size, max(lengths, default=1)))
     order = torch.argsort(length, descending=True, stable=True)
-    n_blocks = -(-length[order] // size)
-    counts = tuple(int((n_blocks > k).sum()) for k in range(max(n_blocks.tolist(), default=0)))
-    index, inside = [start[:0]], [start[:0].bool()]
+    n_blocks = -(-length // size)
+    counts = tuple(int((n_blocks > k).sum()) for k in range(-(-longest // size)))
+    if starts and starts == tuple(starts[0] + i * longest for i in range(len(starts))) and min(lengths) == longest:
+        return Blocks(size, counts, order.to(device), (starts[0], len(starts), longest), (), (), ())
+
+    index, padding, inside = [], [], []
     for k, count in enumerate(counts):
         members = order[:count, None]
         step = k * size + torch.arange(size)
-        grids = start[members] + step, step < length[members]  # (count, size)
-        index_k, inside_k = (g.T if step_major else g for g in grids)
-        index.append(index_k.flatten())
-        inside.append(inside_k.flatten())
-    is_inside = torch.cat(inside)
-    index = torch.where(is_inside, torch.cat(index), 0).to(device)
-    padding, inside = (m.nonzero().flatten().to(device) for m in (~is_inside, is_inside))
-    return Blocks(size, counts, order.to(device), index, padding, inside)
+        is_inside = (step < length[members]).flatten()
+        index.append(torch.where(is_inside, (start[members] + step).flatten(), 0).to(device))
+        padding.append((~is_inside).nonzero().flatten().to(device))
+        inside.append(is_inside.nonzero().flatten().to(device))
+    return Blocks(size, counts, order.to(device), None, tuple(index), tuple(padding), tuple(inside))

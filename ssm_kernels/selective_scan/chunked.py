@@ -8,6 +8,7 @@ backward keeps the state before each block only, computes the block again, and w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -79,7 +80,6 @@ def _tiles(sequences: Sequences, dim: int, n: int, device: torch.device) -> Iter
             tuple(sequences.starts[s] for s in members),
             tuple(sequences.lengths[s] for s in members),
             _block_steps(dim, n),
-            True,
             device,
         )
         yield torch.tensor(members, device=device)[blocks.order], blocks
@@ -147,30 +147,40 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     states, _, last = _state_rows(sequences, initial_states, A, groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
+    inputs = [_flat(x, groups) for x in (u, dt, B, C)]
     y = A.new_empty(u.shape)
     kept = A.new_empty(_n_checkpoints(batch * length, len(states), dim, n), *states.shape[1:])
     n_kept = 0
 
     for members, blocks in _tiles(sequences, dim, n, A.device):
-        u_, dt_, B_, C_ = (_in_blocks(blocks, x, groups, A.dtype) for x in (u, dt, B, C))
-        y_ = []
         buffers = _Buffers(blocks, a, 2)
         carry = states[members]
-        for count, u_k, dt_k, B_k, C_k in zip(blocks.counts, u_, dt_, B_, C_, strict=True):
+        for k, count in enumerate(blocks.counts):
             kept[n_kept : n_kept + count] = carry[:count]
             n_kept += count
+            u_k, dt_k, B_k, C_k = _read(blocks, k, inputs, A.dtype)
             _, h = _run_block(buffers, dt_k, dt_k * u_k, a, B_k, carry[:count])
-            y_.append((C_k.unsqueeze(3) @ h[1:]).flatten(2).flatten(0, 1))  # (K, n, G, 1, E) -> (K * n, D)
+            _write(blocks, k, [C_k.unsqueeze(3) @ h[1:]], [y])  # (K, n, G, 1, E)
             carry[:count] = h[-1]
         states[members] = carry
-        blocks.scatter(torch.cat(y_), y)
     return y, _from_inner(states[last]), kept
 
 
-def _in_blocks(blocks: Blocks, x: Tensor, groups: int, dtype: torch.dtype) -> list[Tensor]:
-    """(B, L, D) or (B, L, G, N) -> a tensor (K, n, G, D / G or N) a block."""
-    rows = blocks.gather(x, dtype).view(-1, groups, x[0, 0].numel() // groups)
-    return [r.unflatten(0, (blocks.size, -1)) for r in rows.split([blocks.size * n for n in blocks.counts])]
+def _flat(x: Tensor, groups: int) -> Tensor:
+    """(B, L, D) or (B, L, G, N) -> (B * L, G, D / G or N)."""
+    batch, length, *inner = x.shape
+    return x.reshape(batch * length, groups, math.prod(inner) // groups)
+
+
+def _read(blocks: Blocks, k: int, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Block k of each input, (K, n, G, D / G or N)."""
+    return [blocks.read(k, x, dtype).transpose(0, 1) for x in inputs]
+
+
+def _write(blocks: Blocks, k: int, parts: list[Tensor], outs: list[Tensor]) -> None:
+    for part, out in zip(parts, outs, strict=True):
+        rows = out.flatten(0, 1)
+        blocks.write(k, part.transpose(0, 1).reshape(*part.shape[1::-1], *rows.shape[1:]), rows)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -183,33 +193,27 @@ def _backward(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
     dstates, first, last = _state_rows(sequences, None, A, groups)
     dstates[last] = _to_inner(dfinal.to(A.dtype), groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
+    inputs = [_flat(x, groups) for x in (u, dt, B, C, dy)]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
     da = torch.zeros_like(a)
     n_kept = 0
 
     for members, blocks in _tiles(sequences, dim, n, A.device):
+        buffers = _Buffers(blocks, a, 3)
         carry = dstates[members]
         n_kept += sum(blocks.counts)
         starts = kept[n_kept - sum(blocks.counts) : n_kept].split(blocks.counts)
-        inputs = zip(
-            starts, *(_in_blocks(blocks, x, groups, A.dtype) for x in (u, dt, B, C, dy)), strict=True
-        )
-        rows = []
-        buffers = _Buffers(blocks, a, 3)
-        for start, u_k, dt_k, B_k, C_k, dy_k in reversed(list(inputs)):
-            *grads_k, da_k = _block_backward(
-                buffers, start, u_k, dt_k, a, B_k, C_k, dy_k, carry[: len(start)]
-            )
-            rows.append([g.flatten(2).flatten(0, 1) for g in grads_k])
+        for k in reversed(range(len(starts))):
+            block = _read(blocks, k, inputs, A.dtype)
+            *grads_k, da_k = _block_backward(buffers, starts[k], *block, a, carry[: len(starts[k])])
+            _write(blocks, k, grads_k, grads)
             da += da_k
         dstates[members] = carry
-        for out, parts in zip(grads, zip(*reversed(rows), strict=True), strict=True):
-            blocks.scatter(torch.cat(parts).view(-1, *out.shape[2:]), out)
     du, ddt, dB, dC = grads
     return du, ddt, _from_inner(da[None])[0], dB, dC, _from_inner(dstates[first])
 
 
-def _block_backward(buffers, start, u, dt, a, B, C, dy, carry):
+def _block_backward(buffers, start, u, dt, B, C, dy, a, carry):
     """Gradients of one block; `carry` (n, G, N, E), that of the state after it, becomes that of `start`."""
     du = dt * u
     decay, h = _run_block(buffers, dt, du, a, B, start)

@@ -59,7 +59,7 @@ class _Scan(torch.autograd.Function):
 class _Chunk:
     """The inputs of one chunk and what both directions need of them."""
 
-    def __init__(self, x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor):
+    def __init__(self, a: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor):
         self.x, self.dt, self.a = x, dt, a  # (n, Q, G, E, P), (n, Q, G, E), (G, E)
         self.B, self.C = B.transpose(1, 2), C.transpose(1, 2)  # (n, G, Q, N)
         self.input = x * dt.unsqueeze(-1)
@@ -91,7 +91,7 @@ class _Chunk:
         return (mix @ _by_head(self.input)).permute(0, 3, 1, 2, 4) + self.from_state(state)
 
     def backward(self, state: Tensor, dy: Tensor, dnext: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of x, dt, a, B, C and of `state`, from those of y and of the next state."""
+        """Gradients of x, dt, B, C, a and of `state`, from those of y and of the next state."""
         heads = self.x.shape[3:]
         between = self.decay_between()
         mix = between * (self.C @ self.B.mT).unsqueeze(2)
@@ -116,14 +116,8 @@ class _Chunk:
         dlog = inside + out_of_state.flip(1).cumsum(1).flip(1) + (into_state.cumsum(1) - into_state) + through
 
         ddt = (dinput * self.x).sum(-1) + dlog * self.a
-        return (
-            dinput * self.dt.unsqueeze(-1),
-            ddt,
-            (dlog * self.dt).sum((0, 1)),
-            dB.transpose(1, 2),
-            dC.transpose(1, 2),
-            dstate,
-        )
+        dx, da = dinput * self.dt.unsqueeze(-1), (dlog * self.dt).sum((0, 1))
+        return dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2), da, dstate
 
 
 def _by_group(m: Tensor) -> Tensor:
@@ -140,56 +134,44 @@ def _by_head(m: Tensor) -> Tensor:
 
 
 class _Problem:
-    """The tensors of one call cut in chunks, and the states at the ends of its sequences."""
+    """What both directions need of one call besides its tensors: where the chunks lie, and shapes inside."""
 
-    def __init__(self, x, dt, A, B, C, cu_seqlens, seq_idx, chunk_size):
+    def __init__(self, x, A, B, cu_seqlens, seq_idx, chunk_size):
         batch, length, heads, headdim = x.shape
         groups, n = B.shape[2:]
-        self.sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
-        self.blocks = make_blocks(self.sequences.starts, self.sequences.lengths, chunk_size, False, x.device)
-        self.head_shape = (groups, heads // groups, headdim)
-        self.a = A.view(self.head_shape[:2])
-        self.state_shape = (groups, n, heads // groups * headdim)
-        self.n_checkpoints = _n_checkpoints(x, len(self.sequences.lengths), chunk_size)
-        first, last = (torch.tensor(s, dtype=torch.int64, device=x.device) for s in self.sequences[2:])
+        sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
+        self.n_sequences = len(sequences.lengths)
+        self.blocks = make_blocks(sequences.starts, sequences.lengths, chunk_size, x.device)
+        self.heads = (groups, heads // groups)
+        self.headdim, self.n = headdim, n
+        self.a = A.view(self.heads)
         place = torch.argsort(self.blocks.order)
+        first, last = (torch.tensor(s, dtype=torch.int64, device=x.device) for s in sequences[2:])
         self.first, self.last = place[first], place[last]
+
+    def flat(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
+        """(B, L, H, P), (B, L, H), (B, L, G, N) twice -> (B * L, G, ...) each."""
+        inner = ((*self.heads, self.headdim), self.heads, (self.heads[0], self.n), (self.heads[0], self.n))
+        return [
+            m.reshape(m.shape[0] * m.shape[1], *shape) for m, shape in zip((x, dt, B, C), inner, strict=True)
+        ]
+
+    def chunk(self, k: int, inputs: list[Tensor]) -> _Chunk:
+        return _Chunk(self.a, *(self.blocks.read(k, m, self.a.dtype) for m in inputs))
 
     def states(self, rows: Tensor | None, where: Tensor) -> Tensor:
         """(rows, H, P, N) put at `where` among zero states of all sequences, (S, G, N, E * P)."""
-        states = self.a.new_zeros(len(self.sequences.lengths), *self.state_shape)
+        groups, per_group = self.heads
+        states = self.a.new_zeros(self.n_sequences, groups, self.n, per_group * self.headdim)
         if rows is not None:
-            inner = rows.to(self.a.dtype).unflatten(1, self.head_shape[:2])  # (rows, G, E, P, N)
+            inner = rows.to(self.a.dtype).unflatten(1, self.heads)  # (rows, G, E, P, N)
             states[where] = inner.permute(0, 1, 4, 2, 3).flatten(3)
         return states
 
     def rows(self, states: Tensor, where: Tensor) -> Tensor:
         """The inverse of `states`."""
-        inner = states[where].unflatten(3, self.head_shape[1:])  # (rows, G, N, E, P)
+        inner = states[where].unflatten(3, (self.heads[1], self.headdim))  # (rows, G, N, E, P)
         return inner.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
-
-    def cut(self, m: Tensor, *shape: int) -> list[Tensor]:
-        """(B, L, ...) -> a tensor (n, Q, *shape) a chunk."""
-        rows = self.blocks.gather(m, self.a.dtype).view(-1, *shape)
-        return [r.unflatten(0, (-1, self.blocks.size)) for r in rows.split(self._rows_per_chunk())]
-
-    def join(self, parts: list[Tensor], out: Tensor) -> None:
-        """The inverse of `cut`."""
-        self.blocks.scatter(torch.cat([p.flatten(0, 1) for p in parts]).view(-1, *out.shape[2:]), out)
-
-    def _rows_per_chunk(self) -> list[int]:
-        return [self.blocks.size * n for n in self.blocks.counts]
-
-    def chunks(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> list[tuple[Tensor, ...]]:
-        groups, per_group, _ = self.head_shape
-        cuts = (
-            self.cut(x, *self.head_shape),
-            self.cut(dt, groups, per_group),
-            [self.a] * len(self.blocks.counts),
-            self.cut(B, *self.state_shape[:2]),
-            self.cut(C, *self.state_shape[:2]),
-        )
-        return list(zip(*cuts, strict=True))
 
 
 def _n_checkpoints(x: Tensor, n_sequences: int, chunk_size: int) -> int:
@@ -198,49 +180,45 @@ def _n_checkpoints(x: Tensor, n_sequences: int, chunk_size: int) -> int:
 
 
 def _forward(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
-    p = _Problem(x, dt, A, B, C, cu_seqlens, seq_idx, chunk_size)
+    p = _Problem(x, A, B, cu_seqlens, seq_idx, chunk_size)
+    inputs = p.flat(x, dt, B, C)
+    y = A.new_empty(x.shape)
     state = p.states(initial_states, p.first)
-    kept, n_kept = A.new_empty(p.n_checkpoints, *p.state_shape), 0
-    ys = []
-    for k, inputs in enumerate(p.chunks(x, dt, B, C)):
-        count = p.blocks.counts[k]
+    kept, n_kept = A.new_empty(_n_checkpoints(x, len(state), chunk_size), *state.shape[1:]), 0
+    for k, count in enumerate(p.blocks.counts):
         if k % CHUNKS_PER_CHECKPOINT == 0:
             kept[n_kept : n_kept + count] = state[:count]
             n_kept += count
-        chunk = _Chunk(*inputs)
-        ys.append(chunk.forward(state[:count]))
+        chunk = p.chunk(k, inputs)
+        p.blocks.write(k, chunk.forward(state[:count]), y.view_as(inputs[0]))
         state[:count] = chunk.next_state(state[:count])
-    y = A.new_empty(x.shape)
-    if ys:
-        p.join(ys, y)
     return y, p.rows(state, p.last), kept
 
 
 def _backward(x, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx, chunk_size):
-    p = _Problem(x, dt, A, B, C, cu_seqlens, seq_idx, chunk_size)
+    p = _Problem(x, A, B, cu_seqlens, seq_idx, chunk_size)
+    counts = p.blocks.counts
+    inputs, dy = p.flat(x, dt, B, C), dy.reshape(-1, *p.heads, p.headdim)
     dstate = p.states(dfinal, p.last)
-    inputs, dys, counts = p.chunks(x, dt, B, C), p.cut(dy, *p.head_shape), p.blocks.counts
-    grads: list[tuple[Tensor, ...]] = []
+    grads = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x, dt, B, C)]
+    grads_flat = p.flat(*grads)
     da = torch.zeros_like(p.a)
-
     n_kept = sum(counts[::CHUNKS_PER_CHECKPOINT])
     for begin in reversed(range(0, len(counts), CHUNKS_PER_CHECKPOINT)):
         n_kept -= counts[begin]
         states = [kept[n_kept : n_kept + counts[begin]]]
-        segment = [_Chunk(*i) for i in inputs[begin : begin + CHUNKS_PER_CHECKPOINT]]
-        for chunk, count in zip(segment[:-1], counts[begin + 1 :], strict=False):
-            states.append(chunk.next_state(states[-1])[:count])
-        for i in reversed(range(len(segment))):
-            count = counts[begin + i]
-            dx_k, ddt_k, da_k, dB_k, dC_k, dstate[:count] = segment[i].backward(
-                states[i], dys[begin + i], dstate[:count].clone()
-            )
-            grads.append((dx_k, ddt_k, dB_k, dC_k))
+        segment = range(begin, min(begin + CHUNKS_PER_CHECKPOINT, len(counts)))
+        chunks = [p.chunk(k, inputs) for k in segment]
+        for k, chunk in zip(segment[1:], chunks, strict=False):
+            states.append(chunk.next_state(states[-1])[: counts[k]])
+        for k, chunk, state in reversed(list(zip(segment, chunks, states, strict=True))):
+            here = slice(counts[k])
+            dy_k = p.blocks.read(k, dy, A.dtype)
+            *grads_k, da_k, dstate[here] = chunk.backward(state, dy_k, dstate[here])
             da += da_k
-    out = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x, dt, B, C)]
-    for m, parts in zip(out, zip(*reversed(grads), strict=True), strict=False):
-        p.join(parts, m)
-    dx, ddt, dB, dC = out
+            for part, out in zip(grads_k, grads_flat, strict=True):
+                p.blocks.write(k, part, out)
+    dx, ddt, dB, dC = grads
     return dx, ddt, da.view(A.shape), dB, dC, p.rows(dstate, p.first)
 
 
