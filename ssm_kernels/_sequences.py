@@ -135,9 +135,7 @@ class Blocks(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def make_blocks(
-    starts: tuple[int, ...], lengths: tuple[int, ...], size: int, device: torch.device
-) -> Blocks:
+def make_blocks(starts: tuple[int, ...], lengths: tuple[int, ...], size: int, device: torch.device) -> Blocks:
     """Lay sequences out in blocks of at most `size` steps (fewer when all sequences are shorter)."""
     longest = max(lengths, default=0)
     size = max(1, min(size, longest))

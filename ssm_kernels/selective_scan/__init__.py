@@ -118,9 +118,7 @@ def selective_scan_step(
     def step(x: Tensor | None, vector_per_channel: int) -> Tensor | None:
         return x if x is None or x.dim() <= vector_per_channel else x.unsqueeze(1)
 
-    constant_B, constant_C = (
-        m.dim() == 2 and tuple(m.shape) == tuple(A.shape) and batch != dim for m in (B, C)
-    )
+    constant_B, constant_C = (m.dim() == 2 and tuple(m.shape) == tuple(A.shape) and batch != dim for m in (B, C))
     _check(
         u.unsqueeze(1),
         step(dt, 1),
@@ -140,10 +138,7 @@ def selective_scan_step(
             dt = dt + dt_bias.to(compute)
         if dt_softplus:
             dt = F.softplus(dt)
-        B, C = (
-            _per_channel(m, batch, dim, constant).to(compute)
-            for m, constant in ((B, constant_B), (C, constant_C))
-        )
+        B, C = (_per_channel(m, batch, dim, constant).to(compute) for m, constant in ((B, constant_B), (C, constant_C)))
         state.mul_(torch.exp(dt.unsqueeze(-1) * A.to(compute)))
         state.addcmul_((dt * u).unsqueeze(-1), B)
         y = (state * C).sum(-1)

@@ -98,9 +98,7 @@ def _state_rows(
     sequences: Sequences, initial_states: Tensor | None, A: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The state of every sequence (S, G, N, D / G), and the sequences that have a row of initial / final states."""
-    first, last = (
-        torch.tensor(s, dtype=torch.int64, device=A.device) for s in (sequences.first, sequences.last)
-    )
+    first, last = (torch.tensor(s, dtype=torch.int64, device=A.device) for s in (sequences.first, sequences.last))
     states = A.new_zeros(len(sequences.lengths), *_to_inner(A[None], groups).shape[1:])
     if initial_states is not None:
         states[first] = _to_inner(initial_states.to(A.dtype), groups)

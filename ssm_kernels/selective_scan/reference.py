@@ -23,9 +23,7 @@ def scan(
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     dtype = A.dtype
     u, dt = (x.to(dtype).flatten(0, 1) for x in (u, dt))  # (B * L, D)
-    B, C = (
-        m.to(dtype).flatten(0, 1).repeat_interleave(dim // m.shape[2], dim=1) for m in (B, C)
-    )  # (B * L, D, N)
+    B, C = (m.to(dtype).flatten(0, 1).repeat_interleave(dim // m.shape[2], dim=1) for m in (B, C))  # (B * L, D, N)
 
     begins = {s: row for row, s in enumerate(sequences.first)}
     ys, ends = [], []
@@ -38,7 +36,5 @@ def scan(
             ys.append((C[t] * h).sum(-1))
         ends.append(h)
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else torch.zeros(batch, length, dim).to(A)
-    final_states = (
-        torch.stack([ends[s] for s in sequences.last]) if sequences.last else A.new_zeros(0, *A.shape)
-    )
+    final_states = torch.stack([ends[s] for s in sequences.last]) if sequences.last else A.new_zeros(0, *A.shape)
     return y, final_states

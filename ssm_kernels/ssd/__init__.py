@@ -79,9 +79,7 @@ def ssd(
     if chosen == "reference":
         y, final_states = reference.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx)
     else:
-        y, final_states = chunked.scan(
-            x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx, chunk_size
-        )
+        y, final_states = chunked.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx, chunk_size)
     return SSDOutput(_skip_and_gate(y, x, D, z, compute), final_states)
 
 

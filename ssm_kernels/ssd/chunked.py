@@ -152,9 +152,7 @@ class _Problem:
     def flat(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
         """(B, L, H, P), (B, L, H), (B, L, G, N) twice -> (B * L, G, ...) each."""
         inner = ((*self.heads, self.headdim), self.heads, (self.heads[0], self.n), (self.heads[0], self.n))
-        return [
-            m.reshape(m.shape[0] * m.shape[1], *shape) for m, shape in zip((x, dt, B, C), inner, strict=True)
-        ]
+        return [m.reshape(m.shape[0] * m.shape[1], *shape) for m, shape in zip((x, dt, B, C), inner, strict=True)]
 
     def chunk(self, k: int, inputs: list[Tensor]) -> _Chunk:
         return _Chunk(self.a, *(self.blocks.read(k, m, self.a.dtype) for m in inputs))

@@ -24,9 +24,7 @@ def scan(
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     dtype = A.dtype
     x, dt = (m.to(dtype).flatten(0, 1) for m in (x, dt))  # (B * L, H, P), (B * L, H)
-    B, C = (
-        m.to(dtype).flatten(0, 1).repeat_interleave(heads // m.shape[2], dim=1) for m in (B, C)
-    )  # (B * L, H, N)
+    B, C = (m.to(dtype).flatten(0, 1).repeat_interleave(heads // m.shape[2], dim=1) for m in (B, C))  # (B * L, H, N)
 
     begins = {s: row for row, s in enumerate(sequences.first)}
     ys, ends = [], []

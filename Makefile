@@ -1,0 +1,33 @@
+# Two commands on a machine with Python, git and make: `make demo` and `make test`. Each builds .venv as it needs.
+PYTHON ?= python3
+PRESET ?= quick
+VENV := .venv
+BIN := $(VENV)/bin
+# Pinned, so that a build is the same everywhere; on Linux the pinned torch may be a CPU build.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
+
+demo: $(VENV)/.demo  ## train, evaluate and plot a tiny VL-Mamba and ML-Mamba (PRESET=quick or full)
+	$(BIN)/vlmamba demo --preset $(PRESET)
+
+test: $(VENV)/.test lint  ## the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.test  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove the virtual environment
+	rm -rf $(VENV)
+
+$(VENV)/.%: pyproject.toml constraints.txt
+	@echo "installing vl-mamba[$*] into $(VENV)"
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch numpy
+	@$(PIP) --editable .[$*]
+	@touch $@

@@ -1,0 +1,160 @@
+"""The Mamba and Mamba-2 language models, with the parameter names of the `state-spaces` checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_kernels import add_rms_norm
+from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm
+
+from .config import LMConfig
+from .hub import HubModel
+
+LMState = list[MixerState]
+"""What the model remembers of a batch of sequences: the state of each layer's mixer."""
+
+
+class LMOutput(NamedTuple):
+    logits: Tensor
+    """(B, L, padded vocabulary); float32 unless the model is float64."""
+    hidden: Tensor
+    """(B, L, D) after the last norm."""
+
+
+class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation"):
+    """A language model on Mamba or Mamba-2 layers.
+
+    >>> lm = MambaLM(LMConfig(d_model=64, n_layer=2, vocab_size=100))
+    >>> lm(torch.tensor([[1, 2, 3]])).logits.shape
+    torch.Size([1, 3, 104])
+    """
+
+    config_class = LMConfig
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = _Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.apply(lambda module: _initialise(module, config.n_layer))
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        state: LMState | None = None,
+        cu_seqlens: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> LMOutput:
+        """Predict the next token at every position.
+
+        Args:
+            input_ids: (B, L) tokens; or `inputs_embeds` (B, L, D) in their place.
+            state: from `new_state`; where the sequences stand before, updated in place.
+            cu_seqlens: (S + 1,) bounds of packed sequences, with B = 1; `state` then has S entries.
+            at: positions along L for which logits are wanted; all by default.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a token outside the vocabulary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+        hidden = self.backbone(inputs_embeds, state, cu_seqlens)
+        if at is not None:
+            hidden = hidden.index_select(1, at)
+        logits = self.lm_head(hidden)
+        return LMOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Tokens to vectors.
+
+        Raises:
+            ValueError: a token outside the vocabulary (checked on a CPU only; a GPU reports it by itself).
+        """
+        rows = self.backbone.embedding.num_embeddings
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= rows:
+                raise ValueError(f"input_ids must lie in [0, {rows}), got values from {low} to {high}")
+        return self.backbone.embedding(input_ids)
+
+    def new_state(self, batch: int) -> LMState:
+        """The state of `batch` sequences that have not begun."""
+        return [layer.mixer.new_state(batch) for layer in self.backbone.layers]
+
+
+class _Backbone(nn.Module):
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, hidden: Tensor, state: LMState | None, cu_seqlens: Tensor | None) -> Tensor:
+        residual = None
+        for i, layer in enumerate(self.layers):
+            normed, residual = self._add_norm(layer.norm, hidden, residual)
+            hidden = layer.mixer(normed, None if state is None else state[i], cu_seqlens)
+        return self._add_norm(self.norm_f, hidden, residual)[0]
+
+    def _add_norm(self, norm: RMSNorm, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        # float64 models keep a float64 residual.
+        dtype = self.residual_dtype and torch.promote_types(hidden.dtype, self.residual_dtype)
+        return add_rms_norm(hidden, norm.weight, residual, eps=norm.eps, residual_dtype=dtype)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = make_mixer(config)
+
+
+def make_mixer(config: LMConfig) -> Mamba | Mamba2:
+    """The mixer of one layer."""
+    if config.layer == "mamba":
+        dt_rank = "auto" if config.dt_rank is None else config.dt_rank
+        return Mamba(config.d_model, config.d_state, config.d_conv, config.expand, dt_rank)
+    return Mamba2(
+        config.d_model,
+        config.d_state,
+        config.d_conv,
+        config.expand,
+        config.headdim,
+        config.ngroups,
+        dt_limit=config.dt_limit,
+        norm_eps=config.norm_eps,
+        chunk_size=config.chunk_size,
+    )
+
+
+def _initialise(module: nn.Module, n_layer: int) -> None:
+    """Embeddings as in GPT-2; output projections scaled down with depth, since each adds to the residual."""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, Mamba | Mamba2):
+        nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+        with torch.no_grad():
+            module.out_proj.weight /= math.sqrt(n_layer)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    """Mean loss over the targets that are not `IGNORE`, and how many they are; 0 when there is none."""
+    n = int((targets != IGNORE).sum())
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / max(n, 1)
+    return loss, n
+
+
+IGNORE = -100
+"""Label of a position that is not learned."""

@@ -1,0 +1,30 @@
+"""State-space model kernels: selective scan (Mamba-1), SSD (Mamba-2) and what surrounds them."""
+
+from ._backend import Backend, use_backend
+from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
+from .cross_scan import BIDIRECTIONAL, CROSS, Route, cross_merge, cross_scan
+from .norm import AddRMSNormOutput, add_rms_norm, rms_norm
+from .selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
+from .ssd import SSDOutput, ssd, ssd_step
+
+__all__ = [
+    "BIDIRECTIONAL",
+    "CROSS",
+    "AddRMSNormOutput",
+    "Backend",
+    "CausalConv1dOutput",
+    "Route",
+    "SSDOutput",
+    "SelectiveScanOutput",
+    "add_rms_norm",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "cross_merge",
+    "cross_scan",
+    "rms_norm",
+    "selective_scan",
+    "selective_scan_step",
+    "ssd",
+    "ssd_step",
+    "use_backend",
+]

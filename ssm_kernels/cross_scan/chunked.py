@@ -1,0 +1,27 @@
+"""The routes by transposing and flipping, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scan(x: Tensor, routes: tuple[str, ...]) -> Tensor:
+    """x (B, height, width, D) -> (B, K, L, D)."""
+    paths = []
+    for route in routes:
+        path = (x if route.startswith("rows") else x.transpose(1, 2)).flatten(1, 2)
+        paths.append(path.flip(1) if route.endswith("reversed") else path)
+    return torch.stack(paths, dim=1)
+
+
+def merge(y: Tensor, height: int, width: int, routes: tuple[str, ...]) -> Tensor:
+    """y (B, K, L, D) -> (B, height, width, D)."""
+    total: Tensor | None = None
+    for k, route in enumerate(routes):
+        path = y[:, k].flip(1) if route.endswith("reversed") else y[:, k]
+        by_rows = route.startswith("rows")
+        grid = path.unflatten(1, (height, width) if by_rows else (width, height))
+        grid = grid if by_rows else grid.transpose(1, 2)
+        total = grid.to(torch.promote_types(y.dtype, torch.float32)) if total is None else total + grid
+    return total.to(y.dtype)

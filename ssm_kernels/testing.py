@@ -1,0 +1,80 @@
+"""How an implementation is held against the reference: the same calls, one tolerance rule, stated here.
+
+An implementation in some dtype may be as wrong, against the reference in float64, as the reference itself is in that
+dtype, twice over, plus a few roundings of the result's scale. Nothing is tuned by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+ROUNDINGS = 16
+"""Roundings of the largest element that are forgiven besides: sums are taken in another order."""
+
+
+def assert_agrees(
+    op: Callable[..., tuple[Tensor, ...] | Tensor],
+    tensors: Mapping[str, Tensor | None],
+    options: Mapping[str, object] | None = None,
+    *,
+    backend: str,
+    gradients: bool = True,
+) -> None:
+    """Compare outputs and the gradients of all floating-point inputs with the reference backend in float64.
+
+    Args:
+        op: a public op of this package.
+        tensors: its tensor arguments by name; those of floating point get gradients.
+        options: its other arguments.
+        backend: the implementation under test.
+        gradients: whether to compare gradients.
+
+    Raises:
+        AssertionError: names the output or gradient that differs, by how much, and how much is allowed.
+    """
+    options = dict(options or {})
+    exact = _run(op, tensors, options, "reference", torch.float64, gradients)
+    rounded = _run(op, tensors, options, "reference", None, gradients)
+    actual = _run(op, tensors, options, backend, None, gradients)
+    assert actual.keys() == exact.keys(), f"outputs differ: {sorted(actual)} against {sorted(exact)}"
+    for name, want in exact.items():
+        got, peer = actual[name], rounded[name]
+        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        assert got.dtype == peer.dtype, f"{name}: dtype {got.dtype}, expected {peer.dtype}"
+        if not want.numel():
+            continue
+        assert got.isfinite().all() or not want.isfinite().all(), f"{name}: not finite"
+        error, peer_error = ((t.double() - want).abs().max().item() for t in (got, peer))
+        allowed = 2 * peer_error + ROUNDINGS * torch.finfo(got.dtype).eps * max(want.abs().max().item(), 1e-3)
+        assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g} in {got.dtype}"
+
+
+def _run(op, tensors, options, backend, dtype, gradients) -> dict[str, Tensor]:
+    def prepared(t: Tensor | None) -> Tensor | None:
+        if t is None or not t.is_floating_point():
+            return t
+        # A view keeps its strides; a copy to another dtype need not.
+        return (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_(gradients)
+
+    inputs = {name: prepared(t) for name, t in tensors.items()}
+    out = op(**inputs, **options, backend=backend)
+    names = getattr(out, "_fields", ("y",))
+    outputs = dict(zip(names, out if isinstance(out, tuple) else (out,), strict=True))
+    result = {name: t.detach() for name, t in outputs.items()}
+    if gradients:
+        # A weighted sum, so that a permuted or dropped gradient shows.
+        total = sum((t.double() * _weights(t)).sum() for t in outputs.values())
+        wanted = {n: t for n, t in inputs.items() if t is not None and t.requires_grad}
+        # Of no steps, the reference computes nothing that a gradient could flow through.
+        none = [None] * len(wanted)
+        grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True) if total.requires_grad else none
+        for (name, t), g in zip(wanted.items(), grads, strict=True):
+            result[f"gradient of {name}"] = torch.zeros_like(t) if g is None else g
+    return result
+
+
+def _weights(t: Tensor) -> Tensor:
+    return torch.cos(torch.arange(t.numel(), device=t.device, dtype=torch.float64)).view(t.shape)
