@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ logger = logging.getLogger("ssm_kernels")
 # Ops that have Triton kernels. An op is added here in the change that adds its kernels.
 TRITON_OPS: frozenset[str] = frozenset()
 
-_preferred: contextvars.ContextVar[Backend] = contextvars.ContextVar("ssm_kernels_backend", default="auto")
+# A plain global: torch.compile can trace and guard it, which it cannot do with a context variable.
+_preferred: Backend = "auto"
 _already_said: set[str] = set()
 
 
@@ -27,16 +27,17 @@ _already_said: set[str] = set()
 def use_backend(backend: Backend) -> Iterator[None]:
     """Choose the backend of every op called inside the `with` block with `backend="auto"`.
 
-    An op that was given an explicit `backend` keeps it.
+    An op that was given an explicit `backend` keeps it. The choice holds for the whole process, not for a thread.
 
     Raises:
         ValueError: `backend` is not one of the known names.
     """
-    token = _preferred.set(_known(backend))
+    global _preferred
+    before, _preferred = _preferred, _known(backend)
     try:
         yield
     finally:
-        _preferred.reset(token)
+        _preferred = before
 
 
 def resolve_backend(backend: Backend, device: torch.device, op: str) -> Literal["triton", "torch", "reference"]:
@@ -50,7 +51,7 @@ def resolve_backend(backend: Backend, device: torch.device, op: str) -> Literal[
         RuntimeError: `triton` was asked for by name and cannot run this op here; the message says why.
     """
     if _known(backend) == "auto":
-        backend = _preferred.get()
+        backend = _preferred
     if backend in ("torch", "reference"):
         return backend
     obstacle = _why_not_triton(device, op)

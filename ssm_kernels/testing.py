@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-ROUNDINGS = 16
+ROUNDINGS = 64
 """Roundings of the largest element that are forgiven besides: sums are taken in another order."""
 
 

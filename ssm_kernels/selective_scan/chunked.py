@@ -91,7 +91,7 @@ def _to_inner(states: Tensor, groups: int) -> Tensor:
 
 
 def _from_inner(states: Tensor) -> Tensor:
-    return states.transpose(2, 3).flatten(1, 2)
+    return states.transpose(2, 3).flatten(1, 2).contiguous()
 
 
 def _state_rows(

@@ -1,0 +1,98 @@
+"""Frozen dataclasses to JSON and back, strictly: an unknown key is an error that names the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def to_json_dict(config: Any) -> Any:
+    """Nested dataclasses as plain values. Infinities become strings, since standard JSON has none."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_json_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, list | tuple):
+        return [to_json_dict(v) for v in config]
+    if isinstance(config, float) and math.isinf(config):
+        return "inf" if config > 0 else "-inf"
+    return config
+
+
+def from_json_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """Build `cls` from what `to_json_dict` gave.
+
+    Args:
+        cls: a dataclass whose fields are plain values, tuples, optional values or dataclasses again.
+        data: the decoded JSON; fields that are absent take their defaults.
+        where: prefix of the names in error messages.
+
+    Raises:
+        ValueError: a key that `cls` does not know, or a value that does not fit its field.
+    """
+    where = where or cls.__name__
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object with named values, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(fields))}"
+            raise ValueError(f"{where} has no setting {key!r}{hint}")
+    return cls(**{key: _decode(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write a config as indented JSON."""
+    Path(path).write_text(json.dumps(to_json_dict(config), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load_config(cls: type[T], path: str | Path) -> T:
+    """Read what `save_config` wrote.
+
+    Raises:
+        ValueError: the file is not JSON, or does not describe a `cls`; the message names the file.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from e
+    try:
+        return from_json_dict(cls, data)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _decode(next(a for a in args if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}; got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(inner) != len(value):
+            raise ValueError(f"{where} must have {len(inner)} entries, got {len(value)}")
+        return tuple(_decode(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+    if dataclasses.is_dataclass(hint):
+        return from_json_dict(hint, value, where)  # type: ignore[arg-type]
+    if hint is float and value in ("inf", "-inf"):
+        return float(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value

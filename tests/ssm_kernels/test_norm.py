@@ -1,0 +1,68 @@
+"""Norms: every backend against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssm_kernels import add_rms_norm, rms_norm
+from ssm_kernels.testing import assert_agrees
+
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+
+
+@given(
+    rows=st.integers(0, 5),
+    group_size=st.sampled_from([None, 3, 4, 12]),
+    gated=st.booleans(),
+    before=st.booleans(),
+    dtype=DTYPES,
+)
+def test_rms_norm_agrees_with_the_reference(rows, group_size, gated, before, dtype):
+    tensors = {"x": randn(2, rows, 12, dtype=dtype), "weight": randn(12, dtype=dtype)}
+    if gated:
+        tensors["z"] = randn(2, rows, 12, dtype=dtype) + 1
+    assert_agrees(rms_norm, tensors, {"group_size": group_size, "norm_before_gate": before}, backend="torch")
+
+
+@given(rows=st.integers(0, 5), has_residual=st.booleans(), dtype=DTYPES)
+def test_add_rms_norm_agrees_with_the_reference(rows, has_residual, dtype):
+    tensors = {"x": randn(rows, 12, dtype=dtype), "weight": randn(12, dtype=dtype)}
+    if has_residual:
+        tensors["residual"] = randn(rows, 12, dtype=dtype) * 2
+    assert_agrees(add_rms_norm, tensors, backend="torch")
+
+
+def test_residual_is_kept_in_the_dtype_asked_for():
+    x = randn(3, 12, dtype=torch.bfloat16)
+    y, residual = add_rms_norm(x, randn(12), residual_dtype=torch.float32)
+    assert (y.dtype, residual.dtype) == (torch.bfloat16, torch.float32)
+    y, residual = add_rms_norm(x, randn(12), residual)
+    assert (y.dtype, residual.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(residual, 2 * x.float())
+
+
+def test_gradcheck():
+    x, w, z = (t.requires_grad_() for t in (randn(2, 8), randn(8), randn(1, 2, 8)[0]))
+    assert torch.autograd.gradcheck(lambda *a: rms_norm(a[0], a[1], z=a[2], group_size=4, backend="torch"), (x, w, z))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.tensor(1.0), "weight": torch.ones(1)}, "got a scalar"),
+        ({"x": torch.ones(2, 4), "weight": torch.ones(3)}, "weight must have shape"),
+        ({"x": torch.ones(2, 4), "weight": torch.ones(4), "z": torch.ones(2, 3)}, "z must have shape"),
+        ({"x": torch.ones(2, 4), "weight": torch.ones(4), "group_size": 3}, "group_size must divide D"),
+        ({"x": torch.ones(2, 4), "weight": torch.ones(4), "eps": -1.0}, "eps must not be negative"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rms_norm(**arguments)
