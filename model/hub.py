@@ -33,6 +33,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """As the mixin's, but all or nothing."""
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing_folder(save_directory) as staged:
             return super().save_pretrained(staged, **kwargs)
 

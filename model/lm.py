@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_kernels import add_rms_norm
@@ -147,14 +146,3 @@ def _initialise(module: nn.Module, n_layer: int) -> None:
         nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
         with torch.no_grad():
             module.out_proj.weight /= math.sqrt(n_layer)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-    """Mean loss over the targets that are not `IGNORE`, and how many they are; 0 when there is none."""
-    n = int((targets != IGNORE).sum())
-    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / max(n, 1)
-    return loss, n
-
-
-IGNORE = -100
-"""Label of a position that is not learned."""

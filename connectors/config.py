@@ -1,0 +1,47 @@
+"""What a connector is, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ssm_kernels import BIDIRECTIONAL, CROSS, Route
+
+Kind = Literal["mlp", "vss-mlp", "vss-l2", "mamba2-mlp", "mamba2-basic", "mamba2-advanced"]
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """A connector from patch features to the language model's width.
+
+    The first three kinds are VL-Mamba's (arXiv 2403.13600, section 3.2), the others ML-Mamba's (2407.19832,
+    section 3.3). VL-Mamba's weights and details were never published; what its paper leaves open follows VMamba.
+    """
+
+    kind: Kind = "vss-l2"
+    scan: Literal["bidirectional", "cross"] = "bidirectional"
+    """Rows forth and back, or rows and columns forth and back."""
+    d_state: int | None = None
+    """N; None is 16 in VL-Mamba's connectors and 128 in ML-Mamba's."""
+    expand: int = 2
+    d_conv: int = 4
+    """ML-Mamba, as `headdim`, `ngroups`, `n_layer` and `chunk_size`."""
+    headdim: int = 64
+    ngroups: int = 1
+    n_layer: int = 2
+    chunk_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"connector kind must be one of {', '.join(get_args(Kind))}; got {self.kind!r}")
+        if self.scan not in ("bidirectional", "cross"):
+            raise ValueError(f"scan must be 'bidirectional' or 'cross', got {self.scan!r}")
+        for name in ("expand", "d_conv", "headdim", "ngroups", "n_layer", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_state is not None and self.d_state < 1:
+            raise ValueError(f"d_state must be at least 1 or None, got {self.d_state}")
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        return BIDIRECTIONAL if self.scan == "bidirectional" else CROSS

@@ -1,0 +1,128 @@
+"""ML-Mamba's Mamba-2 Scan Connector (arXiv 2407.19832, section 3.3), with the parameter names of its checkpoint.
+
+Letters: B batch, h and w the grid, L = h * w, D width, E inner width, N state, H heads, P head dimension, G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_kernels import Route, causal_conv1d, cross_merge, cross_scan, ssd
+from ssm_kernels.modules import Mamba2, depthwise_conv
+
+from .config import ConnectorConfig
+
+# Endings of the parameters that a route has to itself. The checkpoint has the first two: rows forth and back.
+# The two of the columns are ours.
+SUFFIXES: dict[Route, str] = {"rows": "", "rows_reversed": "_b", "columns": "_c", "columns_reversed": "_cb"}
+
+
+class Mamba2ScanConnector(nn.Module):
+    """Features to the language model's width, Mamba-2 blocks that scan the grid both ways, and an MLP."""
+
+    def __init__(self, vision_width: int, lm_width: int, config: ConnectorConfig):
+        super().__init__()
+        swiglu = config.kind == "mamba2-advanced"
+        self.mlp = nn.Sequential(nn.Linear(vision_width, lm_width), nn.GELU())
+        self.bidirectional_mamba = _ScanBlocks(lm_width, config, swiglu)
+        self.projector = ThreeLayerMLP(lm_width, lm_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, h, w, vision width) -> (B, h * w, language width)."""
+        return self.projector(self.bidirectional_mamba(self.mlp(features)))
+
+
+class ThreeLayerMLP(nn.Module):
+    """Three linear layers on each patch; also the whole of the connector without a scan (and Cobra's)."""
+
+    def __init__(self, vision_width: int, lm_width: int):
+        super().__init__()
+        hidden = 4 * vision_width
+        self.projector = nn.Sequential(
+            nn.Linear(vision_width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, lm_width),
+            nn.GELU(),
+            nn.Linear(lm_width, lm_width),
+        )
+        for layer in self.projector[::2]:
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, h, w, vision width) -> (B, h * w, language width)."""
+        return self.projector(features).flatten(1, 2)
+
+
+class _ScanBlocks(nn.Module):
+    def __init__(self, width: int, config: ConnectorConfig, swiglu: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(_ScanBlock(width, config, swiglu) for _ in range(config.n_layer))
+        self.norm_f = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm_f(x)
+
+
+class _ScanBlock(nn.Module):
+    """`a = x + scan(x)`, without a norm before the scan, as released; then `a + SwiGLU(Norm(a))`."""
+
+    def __init__(self, width: int, config: ConnectorConfig, swiglu: bool):
+        super().__init__()
+        self.mixer = GridMamba2(width, config)
+        self.norm = nn.LayerNorm(width) if swiglu else None
+        self.mlp = _SwiGLU(width) if swiglu else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(x)
+        return x if self.mlp is None else x + self.mlp(self.norm(x))
+
+
+class _SwiGLU(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.w1, self.w2, self.w3 = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class GridMamba2(Mamba2):
+    """A Mamba-2 mixer over a grid. Projections and gated norm are shared by the routes; the rest each has its own.
+
+    The projected sequence is read along each route, convolved, scanned, gated and normalised; the routes' results
+    are averaged at each place and projected back.
+    """
+
+    def __init__(self, width: int, config: ConnectorConfig):
+        super().__init__(
+            width, config.d_state or 128, config.d_conv, config.expand, config.headdim, config.ngroups,
+            chunk_size=config.chunk_size,
+        )  # fmt: skip
+        self.routes = config.routes
+        for suffix in (SUFFIXES[r] for r in self.routes if SUFFIXES[r]):
+            self.register_module(f"conv1d{suffix}", depthwise_conv(self.d_conv_channels, config.d_conv, True))
+            for name in ("dt_bias", "A_log", "D"):
+                self.register_parameter(name + suffix, nn.Parameter(getattr(self, name).detach().clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, h, w, D) -> (B, h, w, D)."""
+        _, height, width, _ = x.shape
+        paths = cross_scan(self.in_proj(x), self.routes)  # (B, K, L, channels)
+        y = torch.stack([self._along(p, SUFFIXES[r]) for p, r in zip(paths.unbind(1), self.routes, strict=True)], 1)
+        return self.out_proj(cross_merge(y, height, width, self.routes) / len(self.routes))
+
+    def _along(self, path: Tensor, suffix: str) -> Tensor:
+        """One route: (B, L, channels) -> (B, L, E)."""
+        conv, dt_bias, A_log, D = (getattr(self, name + suffix) for name in ("conv1d", "dt_bias", "A_log", "D"))
+        z, xBC, dt = path.split([self.d_inner, self.d_conv_channels, self.nheads], dim=-1)
+        xBC, _ = causal_conv1d(xBC, conv.weight.squeeze(1), conv.bias, "silu")
+        x, B, C = self._scan_inputs(xBC)
+        y, _ = ssd(
+            x, dt, -torch.exp(A_log.float()), B, C, D, None, dt_bias, True, self.dt_limit, chunk_size=self.chunk_size
+        )
+        return self.norm(y.flatten(-2), z)

@@ -1,0 +1,106 @@
+"""How a conversation about an image becomes tokens: one place for training, inference and evaluation.
+
+The tokens of the image stand first, without a token before them. Each turn is tokenised by itself, so that a prompt
+has the same tokens whether or not the answer follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .tokenizer import END_OF_TEXT, Tokenizer
+
+IMAGE_TOKEN = -200
+"""In `input_ids`: a place that a feature of the image takes."""
+IGNORE = -100
+"""In `labels`: a place that is not learned."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Text of the turns.
+
+    Args:
+        user: text of a user turn, given the message and whether it is the first one.
+        answer: text of an assistant turn.
+    """
+
+    user: Callable[[str, bool], str]
+    answer: Callable[[str], str]
+
+    def encode(
+        self, tokenizer: Tokenizer, turns: Sequence[Turn], n_image_tokens: int = 0
+    ) -> tuple[list[int], list[int]]:
+        """Turns -> input_ids and labels, equally long; only answers are learned.
+
+        The last answer may be absent: the tokens are then a prompt for it.
+
+        Raises:
+            ValueError: no turns, or turns that do not alternate beginning with the user.
+        """
+        check_turns(turns)
+        ids, labels = [IMAGE_TOKEN] * n_image_tokens, [IGNORE] * n_image_tokens
+        for i, turn in enumerate(turns):
+            message = turn.text.replace("<image>", "").strip()
+            is_answer = turn.role == "assistant"
+            tokens = tokenizer.encode(self.answer(message) if is_answer else self.user(message, i == 0))
+            ids += tokens
+            labels += tokens if is_answer else [IGNORE] * len(tokens)
+        return ids, labels
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raise a ValueError unless user and assistant alternate, the user first."""
+    if not turns:
+        raise ValueError("a conversation needs at least one turn, got none")
+    for i, turn in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if turn.role != expected:
+            raise ValueError(f"turn {i} of a conversation must be by the {expected}, got {turn.role!r}")
+
+
+def _zephyr_user(message: str, first: bool) -> str:
+    return f"{'' if first else chr(10)}<|user|>\n{message}{END_OF_TEXT}\n<|assistant|>\n"
+
+
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def _vicuna_user(message: str, first: bool) -> str:
+    return f"{_VICUNA_SYSTEM if first else ''} USER: {message} ASSISTANT:"
+
+
+TEMPLATES: dict[str, PromptTemplate] = {
+    # Of ML-Mamba and Cobra.
+    "zephyr": PromptTemplate(_zephyr_user, lambda answer: f"{answer or ' '}{END_OF_TEXT}"),
+    # Of LLaVA-1.5, whose recipe VL-Mamba follows.
+    "vicuna": PromptTemplate(_vicuna_user, lambda answer: f" {answer}{END_OF_TEXT}"),
+    # Of the align stage: a caption and nothing else, the request for it left out.
+    "caption": PromptTemplate(lambda message, first: "", lambda answer: f"{answer}{END_OF_TEXT}"),
+    # Of the demo.
+    "qa": PromptTemplate(lambda message, first: f"{message}\n", lambda answer: f"{answer}{END_OF_TEXT}"),
+}
+
+
+def get_template(name: str) -> PromptTemplate:
+    """The template of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}; got {name!r}")
+    return TEMPLATES[name]

@@ -1,0 +1,97 @@
+"""Text to tokens and back, on the `tokenizers` library and its `tokenizer.json` format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A tokenizer with an end-of-text token, which also serves as padding (as in GPT-NeoX).
+
+    >>> tokenizer = Tokenizer.train(["a red circle", "a blue circle"], vocab_size=300)
+    >>> tokenizer.decode(tokenizer.encode("a red circle"))
+    'a red circle'
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, eos: str = END_OF_TEXT):
+        self.inner = inner
+        eos_id = inner.token_to_id(eos)
+        if eos_id is None:
+            raise ValueError(f"the tokenizer has no token {eos!r}")
+        self.eos_id: int = eos_id
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is not a tokenizer, or has no end-of-text token.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}")
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json: {e}") from e
+        return cls(inner)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A byte-level BPE tokenizer of at most `vocab_size` tokens; any text can be encoded."""
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(inner)
+
+    def save(self, path: str | Path) -> None:
+        """Write a `tokenizer.json`."""
+        self.inner.save(str(path))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, nothing added. `<|endoftext|>` in the text is the one special token."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of tokens, special ones left out."""
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back bytes of a character that is not complete."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.given = ""
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token, beyond what was given before."""
+        self.ids.append(token)
+        return self._advance(self.tokenizer.decode(self.ids).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._advance(self.tokenizer.decode(self.ids))
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self.given) :]
+        self.given = max(text, self.given, key=len)
+        return new

@@ -1,0 +1,190 @@
+"""The vision transformer of CLIP (2103.00020), SigLIP (2303.15343) and DINOv2 with registers (2309.16588).
+
+One class covers the three, with the parameter names of `timm`. Letters: B batch, T tokens, D width, h and w the grid
+of patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer; the presets below are the published ones."""
+
+    image_size: int = 224
+    """Side of the images that the position table is made for."""
+    patch_size: int = 14
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    norm_eps: float = 1e-6
+    class_token: bool = False
+    register_tokens: int = 0
+    position_of_class: bool = False
+    """Whether the position table has a first row for the class token."""
+    pre_norm: bool = False
+    """A norm before the first block (CLIP)."""
+    patch_bias: bool = True
+    layer_scale: bool = False
+    feature_layer: int = -2
+    """Which block's output is the feature: -2 the second to last, as is; -1 the last, after the final norm."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width = {self.width}, got {self.heads}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size must be at least patch_size = {self.patch_size}, got {self.image_size}")
+        if not -self.depth <= self.feature_layer <= -1:
+            raise ValueError(f"feature_layer must lie in [-{self.depth}, -1], got {self.feature_layer}")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along a side; what is left over at the right and bottom edge is not seen."""
+        return self.image_size // self.patch_size
+
+
+CLIP_L_336 = ViTConfig(
+    336, 14, 1024, 24, 16, 4096, "quick_gelu", 1e-5,
+    class_token=True, position_of_class=True, pre_norm=True, patch_bias=False,
+)  # fmt: skip
+SIGLIP_SO400M_384 = ViTConfig(384, 14, 1152, 27, 16, 4304)
+DINOV2_L_REG_384 = ViTConfig(
+    384, 14, 1024, 24, 16, 4096, class_token=True, register_tokens=4, layer_scale=True
+)  # fmt: skip
+
+
+class ViT(nn.Module):
+    """Images to a grid of patch features, the class and register tokens left out."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        prefix = config.position_of_class + config.grid_size**2
+        self.patch_embed = _PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
+        self.reg_token = (
+            nn.Parameter(torch.zeros(1, config.register_tokens, config.width)) if config.register_tokens else None
+        )
+        self.pos_embed = nn.Parameter(torch.randn(1, prefix, config.width) * 0.02)
+        self.norm_pre = nn.LayerNorm(config.width, config.norm_eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        for p in (self.cls_token, self.reg_token):
+            if p is not None:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, height, width) normalised pixels -> (B, h, w, D).
+
+        An image of another size than `image_size` gets the position table resampled (bicubic, antialiased, as timm).
+
+        Raises:
+            ValueError: not a batch of RGB images, or one smaller than a patch.
+        """
+        if pixels.dim() != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"pixels must have shape (B, 3, height, width), got {tuple(pixels.shape)}")
+        size = self.config.patch_size
+        if min(pixels.shape[2:]) < size:
+            raise ValueError(f"pixels must be at least {size} high and wide, got {tuple(pixels.shape[2:])}")
+        h, w = pixels.shape[2] // size, pixels.shape[3] // size
+        x = self.patch_embed(pixels)  # (B, h * w, D)
+        class_position, positions = self._positions(h, w, x.dtype)
+        x = x + positions
+        prefix = []
+        if self.cls_token is not None:
+            prefix.append(self.cls_token if class_position is None else self.cls_token + class_position)
+        if self.reg_token is not None:
+            prefix.append(self.reg_token)
+        n_prefix = sum(p.shape[1] for p in prefix)
+        x = torch.cat([*(p.expand(len(x), -1, -1) for p in prefix), x], dim=1)
+        x = self.norm_pre(x)
+        for block in self.blocks[: self.config.depth + 1 + self.config.feature_layer]:
+            x = block(x)
+        if self.config.feature_layer == -1:
+            x = self.norm(x)
+        return x[:, n_prefix:].unflatten(1, (h, w))
+
+    def _positions(self, h: int, w: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        table = self.pos_embed
+        n = int(self.config.position_of_class)
+        class_position, grid = (table[:, :n] if n else None), table[:, n:]
+        side = self.config.grid_size
+        if (h, w) != (side, side):
+            grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+            grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True, align_corners=False)
+            grid = grid.flatten(2).mT.to(dtype)
+        return class_position, grid
+
+
+class _PatchEmbed(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        size = config.patch_size
+        self.proj = nn.Conv2d(3, config.width, size, stride=size, bias=config.patch_bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.proj(pixels).flatten(2).mT
+
+
+class _Block(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
+        self.attn = _Attention(config.width, config.heads)
+        self.ls1 = _LayerScale(config.width) if config.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
+        self.mlp = _MLP(config)
+        self.ls2 = _LayerScale(config.width) if config.layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.activation == "quick_gelu":
+            x = x * torch.sigmoid(1.702 * x)
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.fc2(x)
+
+
+class _LayerScale(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
