@@ -129,9 +129,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         Raises:
             ValueError, FileNotFoundError: as `prepare`; or there are not as many images as conversations.
         """
-        answers: list[Answer] = []
-        for answers in self._answer(conversations, images, config or GenerationConfig()):
-            pass
+        *_, answers = self._answer(conversations, images, config or GenerationConfig())
         return [a.text for a in answers]
 
     def stream(

@@ -1,0 +1,54 @@
+"""What a training stage is, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: which parts of the model learn, and how."""
+
+    name: str
+    trainable: tuple[str, ...]
+    """Beginnings of the names of the parameters that learn; the others are frozen. An empty text is all of them."""
+    lr: float
+    epochs: float = 1.0
+    batch_size: int = 64
+    """Samples a step."""
+    micro_batch_size: int | None = None
+    """Samples run at once; the gradients of a step's micro batches are added up. None is `batch_size`."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_ratio: float = 0.03
+    """Part of the steps over which the learning rate rises; it then falls to zero along a cosine."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` runs matrix products in bfloat16 (autocast); weights and scans stay float32."""
+    seed: int = 0
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        positive = ("lr", "epochs", "batch_size", "grad_clip", "save_every", "keep_last")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} of stage {self.name!r} must be positive, got {getattr(self, name)}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1 or None, got {self.micro_batch_size}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio must lie in [0, 1], got {self.warmup_ratio}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not self.trainable:
+            raise ValueError(f"trainable of stage {self.name!r} must name at least one part")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+
+    def steps(self, n_samples: int) -> int:
+        """Steps of the stage over so many samples."""
+        return max(1, round(self.epochs * n_samples / self.batch_size))

@@ -1,0 +1,78 @@
+"""The `easy-vqa` package's data: 5,000 images of one shape, 48,248 questions, 13 answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ..model.prompt import Turn
+from .data import Record
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+
+
+def load(split: Literal["train", "test"]) -> list[Record]:
+    """Questions, answers and images of a split, as the package has them.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    questions = json.loads((_folder() / split / "questions.json").read_text(encoding="utf-8"))
+    images = _folder() / split / "images"
+    return [Record((Turn("user", q), Turn("assistant", a)), images / f"{i}.png") for q, a, i in questions]
+
+
+def category(answer: str) -> Literal["yes/no", "colour", "shape"]:
+    """What kind of question has this answer."""
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "shape" if answer in SHAPES else "colour"
+
+
+def attributes(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
+    """Colour and shape of the images whose questions tell both.
+
+    "What" questions tell one of the two outright; a question answered with yes that names both tells both.
+    """
+    found: dict[Path, dict[str, str]] = defaultdict(dict)
+    for record in records:
+        question, answer = (t.text for t in record.turns)
+        if category(answer) != "yes/no":
+            found[record.image][category(answer)] = answer
+        elif (answer == "yes") != (" not " in question):
+            words = question.rstrip("?").split()
+            found[record.image] |= {"shape": w for w in words if w in SHAPES}
+            found[record.image] |= {"colour": w for w in words if w in COLOURS}
+    return {image: (a["colour"], a["shape"]) for image, a in found.items() if len(a) == 2}
+
+
+def captions(records: Sequence[Record]) -> list[Record]:
+    """A description of each image whose questions tell enough, for the align stage."""
+    described = attributes(records)
+    return [
+        Record((Turn("user", "describe the image"), Turn("assistant", f"a {colour} {shape}")), image)
+        for image, (colour, shape) in sorted(described.items())
+    ]
+
+
+def scores(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
+    """Share of answers that equal the truth to the letter: overall and by category."""
+    right, total = Counter(), Counter()
+    for record, answer in zip(records, answers, strict=True):
+        truth = record.turns[1].text
+        for name in ("overall", category(truth)):
+            total[name] += 1
+            right[name] += answer.strip() == truth
+    return {name: right[name] / total[name] for name in ("overall", "yes/no", "colour", "shape") if total[name]}
+
+
+def _folder() -> Path:
+    spec = importlib.util.find_spec("easy_vqa")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("the easy-vqa package is not installed: pip install easy-vqa")
+    return Path(spec.submodule_search_locations[0]) / "data"
