@@ -51,6 +51,10 @@ class Batch:
         """Tokens that are learned: those labelled, but for the first of a sample, which nothing predicts."""
         return int((self.next_tokens() != IGNORE).sum())
 
+    @property
+    def n_tokens(self) -> int:
+        return len(self.input_ids)
+
     def next_tokens(self) -> Tensor:
         """(T,) what each place must predict: the label of the next place in its sample."""
         targets = torch.full_like(self.labels, IGNORE)

@@ -44,10 +44,10 @@ def attributes(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
         question, answer = (t.text for t in record.turns)
         if category(answer) != "yes/no":
             found[record.image][category(answer)] = answer
-        elif (answer == "yes") != (" not " in question):
-            words = question.rstrip("?").split()
-            found[record.image] |= {"shape": w for w in words if w in SHAPES}
-            found[record.image] |= {"colour": w for w in words if w in COLOURS}
+        elif (answer == "yes") != bool({"no", "not"} & set(words := question.rstrip("?").split())):
+            for word in words:
+                if word in SHAPES or word in COLOURS:
+                    found[record.image][category(word)] = word
     return {image: (a["colour"], a["shape"]) for image, a in found.items() if len(a) == 2}
 
 

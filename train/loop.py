@@ -47,7 +47,7 @@ def train_stage(
     Args:
         model: `model(batch)` gives a value with `loss`, the mean over learned tokens, and `n_targets`, their number.
         samples: the training set.
-        collate: a list of samples to a batch with `to(device)` and `input_ids`.
+        collate: a list of samples to a batch with `to(device)`, `n_targets` and `n_tokens`.
         folder: of this stage alone.
 
     Raises:
@@ -116,7 +116,7 @@ def _accumulate(
                 f"the loss of stage {stage.name!r} became {total}; the batch is saved in {path}. "
                 "A lower lr or grad_clip may help"
             )
-    return total, sum(b.input_ids.numel() for b in batches)
+    return total, sum(b.n_tokens for b in batches)
 
 
 def _counts(model: nn.Module) -> str:

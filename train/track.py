@@ -19,7 +19,7 @@ class Tracker:
         # Steps that were taken after the checkpoint will be taken, and written, again.
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < first_step]
         path.write_text("".join(kept), encoding="utf-8")
-        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
         self.board = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,77 @@
+"""The papers' ablations in miniature: which connector, and which scan, on the same seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..connectors import ConnectorConfig, Kind
+from ..model.batch import collate
+from . import easy_vqa, plots
+from .data import Conversations, Record
+from .demo import demo_tokenizer, kept_answers, new_model, train_encoder
+from .loop import train_stage
+from .recipes import Family, Recipe, tiny_config
+
+KINDS: dict[Family, tuple[Kind, ...]] = {
+    "vl-mamba": ("mlp", "vss-mlp", "vss-l2"),
+    "ml-mamba": ("mamba2-mlp", "mamba2-basic", "mamba2-advanced"),
+}
+
+
+def variants(family: Family) -> dict[str, ConnectorConfig]:
+    """Connectors by scan; an MLP has no scan."""
+    base = tiny_config(family, 1).connector
+    table = {}
+    for kind in KINDS[family]:
+        if kind.endswith("mlp") and not kind.startswith("vss"):
+            table[kind] = replace(base, kind=kind)
+        else:
+            for scan in ("bidirectional", "cross"):
+                table[f"{kind}, {scan}"] = replace(base, kind=kind, scan=scan)
+    return table
+
+
+def run_ablation(
+    family: Family, recipe: Recipe, folder: Path, seeds: Sequence[int], n_test: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Train every variant with every seed from one encoder and one language model, and compare their accuracy.
+
+    Returns:
+        For each variant its accuracy with each seed, on the first `n_test` test questions.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = easy_vqa.load("train"), easy_vqa.load("test")[:n_test]
+    described = easy_vqa.captions(train)
+    tokenizer = demo_tokenizer(folder, train)
+    encoder = train_encoder(recipe, folder / "vision", train, test, device)
+    table: dict[str, list[float]] = {}
+    for name, connector in variants(family).items():
+        for seed in seeds:
+            here = folder / name.replace(", ", "-") / f"seed-{seed}"
+            model = new_model(family, tokenizer, encoder, seed, connector)
+            text = Conversations([Record(r.turns) for r in [*train, *described]], model)
+            # The language model does not depend on the connector: all variants go on from one.
+            train_stage(model, recipe.language, text, collate, folder / "language", device)
+            for stage, records in ((recipe.align, described), (recipe.finetune, train)):
+                stage = replace(stage, seed=seed)
+                train_stage(model, stage, Conversations(records, model, True), collate, here / stage.name, device)
+            answers = kept_answers(here / "answers.json", model, test)
+            table.setdefault(name, []).append(easy_vqa.scores(test, answers)["overall"])
+    (folder / "ablation.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    plots.ablation_bars(table, folder / "ablation.png")
+    print(ablation_table(table))
+    return table
+
+
+def ablation_table(table: dict[str, list[float]]) -> str:
+    """Mean and spread of each variant as lines of text."""
+    width = max(map(len, table))
+    lines = [f"{'':<{width}}  accuracy  spread over seeds"]
+    for name, values in table.items():
+        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+        lines.append(f"{name:<{width}}  {statistics.mean(values):>8.1%}  {spread:.1%} ({len(values)})")
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""The `vlmamba` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..model.generate import GenerationConfig
+from ..model.image import open_image
+from ..model.prompt import Turn
+from ..model.vlm import VLM
+
+Positional = tyro.conf.Positional
+PresetName = Literal["quick", "full"]
+
+
+@dataclass
+class Demo:
+    """Train a tiny VL-Mamba and ML-Mamba on easy-VQA, evaluate, plot. Interrupted, it resumes."""
+
+    preset: PresetName = "quick"
+    """quick: about ten minutes on two cores; full: about an hour."""
+    output: Path | None = None
+    """Folder of the run; runs/demo-PRESET by default."""
+    device: str = "cpu"
+
+    def run(self) -> None:
+        from .demo import run_demo
+        from .recipes import PRESETS
+
+        run_demo(PRESETS[self.preset], self.output or Path("runs") / f"demo-{self.preset}", self.device)
+
+
+@dataclass
+class Train:
+    """Finetune a saved model on conversations in LLaVA's JSON or JSONL format."""
+
+    model: Positional[Path]
+    """Folder of a saved model, such as the demo's runs/demo-quick/vl-mamba/model."""
+    data: Positional[Path]
+    """Conversations: a JSON list, or one record a line in a .jsonl file."""
+    output: Path
+    """Folder for metrics and checkpoints; the trained model goes to OUTPUT/model. Given again, it resumes."""
+    images: Path | None = None
+    """Folder that image paths in the data are relative to; the data's own folder by default."""
+    stage: Literal["align", "finetune"] = "finetune"
+    """align trains the connector alone; finetune the connector and the language model."""
+    epochs: float = 1.0
+    batch_size: int = 64
+    """Samples a step."""
+    micro_batch_size: int | None = None
+    """Samples run at once, to save memory; all of a step's by default."""
+    lr: float = 1e-3
+    """Highest learning rate: it rises over the first steps and falls along a cosine."""
+    weight_decay: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    save_every: int = 200
+    """Steps between checkpoints."""
+    device: str = "cpu"
+
+    def run(self) -> None:
+        from ..model.batch import collate
+        from .config import StageConfig
+        from .data import Conversations, read_llava
+        from .loop import train_stage
+
+        parts = {"align": ("connector",), "finetune": ("connector", "language_model")}
+        stage = StageConfig(
+            self.stage, parts[self.stage], self.lr, self.epochs, self.batch_size, self.micro_batch_size,
+            self.weight_decay, precision=self.precision, seed=self.seed, save_every=self.save_every,
+        )  # fmt: skip
+        records = read_llava(self.data, self.images)
+        model = VLM.from_pretrained(self.model)
+        train_stage(model, stage, Conversations(records, model), collate, self.output / self.stage, self.device)
+        model.cpu().eval().save_pretrained(self.output / "model")
+        print(f"saved {self.output / 'model'}")
+
+
+@dataclass
+class Ablate:
+    """Compare connectors and scans on easy-VQA, each with the same seeds; print and plot the table."""
+
+    family: Literal["vl-mamba", "ml-mamba"] = "vl-mamba"
+    seeds: int = 3
+    """How many seeds."""
+    preset: PresetName = "quick"
+    shorten: float = 1.0
+    """Train so many times fewer epochs than the preset."""
+    questions: int = 2000
+    """Test questions asked."""
+    output: Path | None = None
+    """Folder of the run; runs/ablate-FAMILY by default. Given again, it resumes."""
+    device: str = "cpu"
+
+    def run(self) -> None:
+        from .ablate import run_ablation
+        from .recipes import PRESETS
+
+        recipe = PRESETS[self.preset].faster(self.shorten)
+        folder = self.output or Path("runs") / f"ablate-{self.family}"
+        run_ablation(self.family, recipe, folder, range(self.seeds), self.questions, self.device)
+
+
+@dataclass
+class Evaluate:
+    """Ask a saved model the first question of every record of a LLaVA file, or of easy-VQA's test set."""
+
+    model: Positional[str]
+    """Folder, or name on the Hugging Face Hub."""
+    data: Path | None = None
+    """Conversations in LLaVA's format; easy-VQA's test questions by default."""
+    images: Path | None = None
+    batch_size: int = 256
+    max_new_tokens: int = 32
+
+    def run(self) -> None:
+        from . import easy_vqa
+        from .data import read_llava
+        from .evaluate import answer_all
+
+        records = easy_vqa.load("test") if self.data is None else read_llava(self.data, self.images)
+        model = VLM.from_pretrained(self.model)
+        answers = answer_all(model, records, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        if self.data is None:
+            for name, share in easy_vqa.scores(records, answers).items():
+                print(f"{name:<8} {share:.2%}")
+        else:
+            right = sum(a.strip() == r.turns[1].text.strip() for a, r in zip(answers, records, strict=True))
+            print(f"exact match {right / max(1, len(records)):.2%} of {len(records)}")
+
+
+@dataclass
+class Generate:
+    """Answer one question about an image, or none."""
+
+    model: Positional[str]
+    """Folder, or name on the Hugging Face Hub."""
+    prompt: Positional[str]
+    image: Path | None = None
+    sampling: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GenerationConfig()
+    device: str = "cpu"
+
+    def run(self) -> None:
+        model = VLM.from_pretrained(self.model, device=self.device)
+        for piece in model.stream(self.prompt, self.image, self.sampling):
+            print(piece, end="", flush=True)
+        print()
+
+
+@dataclass
+class Chat:
+    """Talk to a model. /image PATH shows it an image, /reset begins anew, /quit (or Ctrl-D) ends."""
+
+    model: Positional[str]
+    """Folder, or name on the Hugging Face Hub."""
+    image: Path | None = None
+    """Image to talk about from the beginning."""
+    history: bool = False
+    """Send the whole conversation each time, not the last question alone. For models trained on several turns."""
+    sampling: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GenerationConfig()
+    device: str = "cpu"
+
+    def run(self) -> None:
+        model = VLM.from_pretrained(self.model, device=self.device)
+        image, turns = self.image, []
+        if image is not None:
+            open_image(image)
+        print("/image PATH shows an image, /reset begins anew, /quit ends")
+        while True:
+            try:
+                line = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if line == "/quit":
+                return
+            if line == "/reset":
+                image, turns = None, []
+            elif line.startswith("/image"):
+                path = Path(line.removeprefix("/image").strip()).expanduser()
+                try:
+                    open_image(path)
+                except (FileNotFoundError, ValueError) as e:
+                    print(e)
+                    continue
+                image, turns = path, []
+            elif line.startswith("/"):
+                print(f"no command {line.split()[0]}; there are /image, /reset and /quit")
+            elif line:
+                turns = [*(turns if self.history else []), Turn("user", line)]
+                answer = ""
+                for piece in model.stream(turns, image, self.sampling):
+                    print(piece, end="", flush=True)
+                    answer += piece
+                print()
+                turns.append(Turn("assistant", answer))
+
+
+COMMANDS = {
+    "demo": Demo,
+    "train": Train,
+    "ablate": Ablate,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "chat": Chat,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; what goes wrong with its input is one line on stderr and exit status 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="vlmamba",
+        description="VL-Mamba and ML-Mamba: train, evaluate, talk. Begin with: vlmamba demo",
+        args=arguments,
+    )
+    try:
+        command.run()
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as e:
+        sys.exit(f"vlmamba: {e}")

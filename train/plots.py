@@ -1,0 +1,79 @@
+"""Pictures of a run. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..model.image import open_image
+from .data import Record
+
+
+def learning_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Loss against step: a panel for each stage, a line for each model.
+
+    Args:
+        curves: stage -> model -> losses.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.2), squeeze=False)
+    for axis, (stage, lines) in zip(axes[0], curves.items(), strict=True):
+        for name, losses in lines.items():
+            axis.plot(_smooth(losses), label=name, linewidth=1.2)
+        axis.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]], path: Path, columns: int = 4) -> None:
+    """Images with question, truth and each model's answer."""
+    plt = _pyplot()
+    rows = -(-len(records) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, (axis, record) in enumerate(zip(axes.flat, records, strict=False)):
+        question, truth = (t.text for t in record.turns[:2])
+        axis.imshow(open_image(record.image))
+        axis.set_title(f"{question}\ntruth: {truth}", fontsize=9)
+        for k, (name, given) in enumerate(answers.items()):
+            colour = "tab:green" if given[i] == truth else "tab:red"
+            axis.text(0.5, -0.06 - 0.1 * k, f"{name}: {given[i]}", transform=axis.transAxes, ha="center", va="top",
+                      fontsize=9, color=colour)  # fmt: skip
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def ablation_bars(table: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Accuracy of each variant: the mean over seeds as a bar, the seeds as dots."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(1.6 + 1.1 * len(table), 3.6))
+    for x, values in enumerate(table.values()):
+        axis.bar(x, 100 * sum(values) / len(values), color="tab:blue", alpha=0.5)
+        axis.plot([x] * len(values), [100 * v for v in values], "k.", markersize=5)
+    axis.set_xticks(range(len(table)), list(table), rotation=30, ha="right")
+    lowest = min(v for values in table.values() for v in values)
+    axis.set(ylabel="accuracy, %", ylim=(max(0, 100 * lowest - 10), 100))
+    axis.grid(axis="y", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _smooth(values: Sequence[float], over: int = 10) -> list[float]:
+    return [sum(values[max(0, i - over + 1) : i + 1]) / min(i + 1, over) for i in range(len(values))]
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'vl-mamba[demo]'") from e
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
