@@ -1,4 +1,4 @@
-"""Settings of the whole suite: property-based tests draw the same examples every time, and take theirs in turn."""
+"""Settings of the whole suite: property-based tests draw the same examples every time."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import torch
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("default")
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # the suite runs in several processes

@@ -1,0 +1,276 @@
+"""The loop: exact resume after any kind of end, freezing, accumulation, clear failures."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from vlmamba.model import hub
+from vlmamba.train import checkpoint
+from vlmamba.train.config import StageConfig
+from vlmamba.train.loop import train_stage
+from vlmamba.train.optim import freeze_all_but, learning_rate, make_optimizer
+from vlmamba.train.sampler import samples_of_step
+from vlmamba.train.track import read_metrics
+
+STAGE = StageConfig("test", ("",), lr=0.01, epochs=4, batch_size=8, save_every=5, weight_decay=0.1)
+
+
+class Output(NamedTuple):
+    loss: torch.Tensor
+    n_targets: int
+
+
+@dataclass
+class Points:
+    x: torch.Tensor
+
+    def to(self, device):
+        return Points(self.x.to(device))
+
+    @property
+    def n_targets(self):
+        return len(self.x)
+
+    n_tokens = n_targets
+
+
+class Regression(nn.Module):
+    """Learns a line, with dropout so that the random state matters."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 16), nn.Linear(16, 1)
+
+    def forward(self, batch):
+        y = self.b(nn.functional.dropout(torch.tanh(self.a(batch.x)), 0.1, self.training))
+        return Output((y[:, 0] - batch.x.sum(1)).square().mean(), len(batch.x))
+
+
+class Data:
+    def __init__(self, n=40, delay=0.0):
+        self.x, self.delay = torch.randn(n, 3, generator=torch.Generator().manual_seed(1)), delay
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        time.sleep(self.delay)
+        return self.x[i]
+
+
+def collate(samples):
+    return Points(torch.stack(samples))
+
+
+def train(folder, stage=STAGE, data=None, model=None):
+    torch.manual_seed(0)
+    model = Regression() if model is None else model
+    train_stage(model, stage, data or Data(), collate, folder)
+    return model
+
+
+def losses(folder):
+    return [m["loss"] for m in read_metrics(folder)]
+
+
+def test_learns_and_records(tmp_path):
+    train(tmp_path)
+    curve = losses(tmp_path)
+    assert len(curve) == STAGE.steps(40) == 20
+    assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
+    assert [m["step"] for m in read_metrics(tmp_path)] == list(range(20))
+    assert len(list(tmp_path.glob("step-*"))) == STAGE.keep_last
+
+
+def test_a_finished_stage_is_restored_and_not_trained_again(tmp_path):
+    first = train(tmp_path)
+    again = train(tmp_path, model=Regression())
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters(), strict=True))
+    assert len(losses(tmp_path)) == 20
+
+
+SCRIPT = textwrap.dedent("""
+    import importlib.util, sys
+    from pathlib import Path
+    spec = importlib.util.spec_from_file_location("test_loop", sys.argv[1])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["test_loop"] = module
+    spec.loader.exec_module(module)
+    module.train(Path(sys.argv[2]), data=module.Data(delay=0.004))
+""")
+
+
+def run_until(folder, lines, number):
+    """Start a training in a process of its own, and send a signal once so many steps are recorded."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, __file__, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+        time.sleep(0.002)
+    if process.poll() is None and number is not None:
+        os.kill(process.pid, number)
+    return process.wait()
+
+
+def test_killed_at_any_step_the_curve_is_the_same_to_the_bit(tmp_path):
+    train(tmp_path / "whole")
+    for steps in (2, 7, 13):
+        assert run_until(tmp_path / "killed", steps, signal.SIGKILL) == -signal.SIGKILL
+    assert run_until(tmp_path / "killed", 10**9, None) == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_ends_cleanly(tmp_path):
+    train(tmp_path / "whole")
+    assert run_until(tmp_path / "stopped", 7, signal.SIGTERM) == 130
+    newest = max(tmp_path.glob("stopped/step-*")).name
+    assert int(newest.removeprefix("step-")) == len(losses(tmp_path / "stopped")) < 20
+    train(tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_left_out_and_said(tmp_path, caplog):
+    train(tmp_path / "whole")
+    folder = tmp_path / "damaged"
+    with pytest.raises(RuntimeError, match="out of data"):
+        train(folder, data=FailsAfter(12 * 8))
+    newest = max(folder.glob("step-*"))
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    train(folder)
+    assert f"checkpoint {newest} is damaged" in caplog.text
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+class FailsAfter(Data):
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __getitem__(self, i):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("out of data")
+        return super().__getitem__(i)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="out of data"):
+        train(tmp_path, data=FailsAfter(7 * 8))
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(OSError, match="could not save .*step-00000010, which is as it was before: No space left"):
+        train(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    train(tmp_path)
+    assert len(losses(tmp_path)) == 20
+
+
+def test_a_checkpoint_of_another_model_lists_every_name(tmp_path):
+    train(tmp_path)
+    other = Regression()
+    other.a, other.c = nn.Linear(3, 5), nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="another model or stage") as error:
+        train(tmp_path, replace(STAGE, epochs=8), model=other)
+    assert "missing: c.weight" in str(error.value)
+    assert "shape of a.weight: (16, 3) in the checkpoint, (5, 3) in the model" in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path):
+    data = Data()
+    data.x[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="became nan; the batch is saved"):
+        train(tmp_path, data=data)
+    assert torch.load(tmp_path / "bad-batch.pt", weights_only=True)["x"].isnan().any()
+
+
+def test_micro_batches_of_any_size_give_the_same_step(tmp_path):
+    class Sums(Regression):
+        def forward(self, batch):
+            return Output((self.b(torch.tanh(self.a(batch.x)))[:, 0] - batch.x.sum(1)).square().mean(), len(batch.x))
+
+    torch.manual_seed(0)
+    one = Sums()
+    two = Sums()
+    two.load_state_dict(one.state_dict())
+    train(tmp_path / "one", model=one)
+    train(tmp_path / "two", replace(STAGE, micro_batch_size=3), model=two)
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"))
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_named_parts_learn():
+    model = Regression()
+    assert set(freeze_all_but(model, ("b",))) == {"b.weight", "b.bias"}
+    assert not model.a.weight.requires_grad
+    with pytest.raises(ValueError, match="trainable names 'head'"):
+        freeze_all_but(model, ("head",))
+
+
+def test_vectors_do_not_decay():
+    groups = make_optimizer(dict(Regression().named_parameters()), STAGE).param_groups
+    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 2), (0.0, 2)]
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [learning_rate(replace(STAGE, warmup_ratio=0.1), s, 100) for s in range(100)]
+    assert rates[0] == pytest.approx(0.001)
+    assert rates[9] == pytest.approx(0.01)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 1e-5
+
+
+def test_an_epoch_shows_every_sample_once():
+    seen = [i for step in range(5) for i in samples_of_step(40, 8, 3, step)]
+    assert sorted(seen) == list(range(40))
+    assert [i for step in range(5, 10) for i in samples_of_step(40, 8, 3, step)] != seen
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.0}, "lr of stage 'test' must be positive, got 0.0"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
+        ({"warmup_ratio": 2.0}, "warmup_ratio must lie in"),
+        ({"trainable": ()}, "must name at least one part"),
+        ({"precision": "fp8"}, "precision must be"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(STAGE, **change)
+
+
+def test_metrics_are_standard_json(tmp_path):
+    train(tmp_path)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) == {"step", "loss", "lr", "grad_norm"}
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "model"
+    for text in ("one", "two"):
+        with hub.replacing_folder(target) as staged:
+            (staged / "file").write_text(text)
+    assert (target / "file").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
