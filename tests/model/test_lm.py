@@ -1,0 +1,144 @@
+"""The language models against `transformers` on the same random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from vlmamba.model import LMConfig, MambaLM
+
+CONFIGS = {
+    "mamba": (
+        LMConfig(32, 3, 101, "mamba", d_state=8),
+        transformers.MambaConfig(
+            vocab_size=104, hidden_size=32, state_size=8, num_hidden_layers=3, use_mambapy=False, pad_token_id=0
+        ),
+    ),
+    "mamba2": (
+        LMConfig(32, 3, 101, "mamba2", d_state=16, headdim=16, ngroups=2, chunk_size=8),
+        transformers.Mamba2Config(
+            vocab_size=104, hidden_size=32, state_size=16, head_dim=16, num_heads=4, n_groups=2, num_hidden_layers=3,
+            chunk_size=8, tie_word_embeddings=True, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CONFIGS)
+def pair(request):
+    """Our model and theirs with the same weights, none at its initial value."""
+    ours_config, theirs_config = CONFIGS[request.param]
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(theirs_config).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.add_(torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.05))
+            if "embeddings" in name:
+                p.mul_(3)
+    ours = MambaLM(ours_config).eval()
+    state = {k.replace("backbone.embeddings.", "backbone.embedding."): v for k, v in theirs.state_dict().items()}
+    ours.load_state_dict(state)
+    return ours, theirs
+
+
+IDS = torch.randint(0, 101, (2, 21), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_logits_agree(pair):
+    ours, theirs = pair
+    want = theirs(IDS, output_hidden_states=True)
+    got = ours(IDS)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.hidden, want.hidden_states[-1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_decoding_step_by_step_agrees(pair):
+    ours, theirs = pair
+    state = ours.new_state(2)
+    steps = [ours(IDS[:, :9], state=state).logits] + [ours(IDS[:, t : t + 1], state=state).logits for t in range(9, 21)]
+    torch.testing.assert_close(torch.cat(steps, 1), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_greedy_tokens_agree(pair):
+    ours, theirs = pair
+    want = theirs.generate(IDS[:1, :7], max_new_tokens=20, min_new_tokens=20, do_sample=False)[0, 7:].tolist()
+    state, ids, got = ours.new_state(1), IDS[:1, :7], []
+    for _ in range(20):
+        logits = ours(ids, state=state).logits[:, -1]
+        logits[:, 0] = -torch.inf  # theirs may not end before 20 tokens
+        ids = logits.argmax(-1, keepdim=True)
+        got.append(int(ids))
+    assert got == want
+
+
+@torch.no_grad()
+def test_packed_sequences_give_what_each_gives_alone(pair):
+    ours, _ = pair
+    parts = [IDS[:1, :5], IDS[:1, 5:6], IDS[1:, :13]]
+    bounds = torch.tensor([0, 5, 6, 19])
+    state = ours.new_state(3)
+    packed = ours(torch.cat(parts, 1), state=state, cu_seqlens=bounds).logits
+    for i, part in enumerate(parts):
+        alone = ours.new_state(1)
+        torch.testing.assert_close(packed[:, bounds[i] : bounds[i + 1]], ours(part, state=alone).logits)
+        for layer, layer_alone in zip(state, alone, strict=True):
+            torch.testing.assert_close(layer.conv[i], layer_alone.conv[0])
+            torch.testing.assert_close(layer.ssm[i], layer_alone.ssm[0])
+
+
+def test_gradients_flow_to_every_parameter(pair):
+    ours, theirs = pair
+    for model in (ours, theirs):
+        model(IDS).logits.square().mean().backward()
+    their_grads = {n.replace("embeddings.", "embedding."): p.grad for n, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, their_grads[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_logits_at_chosen_places():
+    lm = MambaLM(CONFIGS["mamba"][0])
+    at = torch.tensor([3, 20])
+    torch.testing.assert_close(lm(IDS, at=at).logits, lm(IDS).logits[:, at])
+
+
+def test_bfloat16_keeps_the_residual_in_float32():
+    lm = MambaLM(CONFIGS["mamba2"][0]).bfloat16()
+    out = lm(IDS)
+    assert (out.hidden.dtype, out.logits.dtype) == (torch.bfloat16, torch.float32)
+    exact = MambaLM(CONFIGS["mamba2"][0])
+    exact.load_state_dict(lm.state_dict())
+    assert (out.logits - exact(IDS).logits).abs().max() < 0.05 * exact(IDS).logits.abs().max() + 0.05
+
+
+PUBLISHED = [
+    (768, 24, "mamba", 129_135_360),
+    (1024, 48, "mamba", 371_516_416),
+    (2560, 64, "mamba", 2_768_345_600),
+    (768, 24, "mamba2", 128_989_632),
+    (2560, 64, "mamba2", 2_702_599_680),
+]
+
+
+@pytest.mark.parametrize(("width", "layers", "kind", "count"), PUBLISHED)
+def test_published_sizes_have_their_parameter_counts(width, layers, kind, count):
+    mamba2 = {"d_state": 128, "pad_vocab_size_multiple": 16} if kind == "mamba2" else {}
+    with torch.device("meta"):
+        lm = MambaLM(LMConfig(width, layers, 50277, kind, **mamba2))
+    assert sum(p.numel() for p in lm.parameters()) == count
+
+
+def test_bad_input_is_named():
+    lm = MambaLM(CONFIGS["mamba"][0])
+    with pytest.raises(ValueError, match=r"input_ids must lie in \[0, 104\), got values from 5 to 200"):
+        lm(torch.tensor([[5, 200]]))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        lm()
+    with pytest.raises(ValueError, match="layer must be 'mamba' or 'mamba2', got 'rwkv'"):
+        LMConfig(layer="rwkv")
+    with pytest.raises(ValueError, match="n_layer must be at least 1"):
+        LMConfig(n_layer=0)
