@@ -225,3 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.run()
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as e:
         sys.exit(f"vlmamba: {e}")
+
+
+if __name__ == "__main__":
+    main()
