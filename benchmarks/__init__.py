@@ -1,1 +1,1 @@
-
+"""Measuring the kernels against their peers."""

@@ -1,1 +1,1 @@
-
+"""Recipes, data, the training loop and the `vlmamba` command."""

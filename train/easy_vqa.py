@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,20 @@ def captions(records: Sequence[Record]) -> list[Record]:
         Record((Turn("user", "describe the image"), Turn("assistant", f"a {colour} {shape}")), image)
         for image, (colour, shape) in sorted(described.items())
     ]
+
+
+def conversations(records: Sequence[Record], n_turns: int, seed: int = 0) -> list[Record]:
+    """Questions about one image joined, in an order drawn by the seed, to conversations of so many questions."""
+    about: dict[Path, list[Record]] = defaultdict(list)
+    for record in records:
+        about[record.image].append(record)
+    rng = random.Random(seed)
+    joined = []
+    for image, group in about.items():
+        rng.shuffle(group)
+        for i in range(0, len(group), n_turns):
+            joined.append(Record(tuple(t for r in group[i : i + n_turns] for t in r.turns), image))
+    return joined
 
 
 def scores(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:

@@ -34,7 +34,8 @@ class Recipe:
         return Recipe(*(replace(s, epochs=s.epochs / factor) for s in stages))
 
 
-TINY_VISION = VisionConfig(ViTConfig(64, 8, 64, 3, 4, 128), ImageProcessor(64))
+# Features of the last block: this encoder was trained for just what is asked.
+TINY_VISION = VisionConfig(ViTConfig(64, 8, 64, 3, 4, 128, feature_layer=-1), ImageProcessor(64))
 
 
 def tiny_config(family: Family, vocab_size: int, connector: ConnectorConfig | None = None) -> VLMConfig:

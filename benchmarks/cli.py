@@ -1,0 +1,163 @@
+"""The `ssm-bench` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from .measure import Mode, Timing, environment, error, peak_memory, time_together
+from .workloads import build, default_shape, with_length
+
+Op = Literal["selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block"]
+Impl = Literal["torch", "reference", "transformers"]
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Run:
+    """Measure implementations of an op side by side: time, error, and peak memory of the process."""
+
+    op: tyro.conf.Positional[Op]
+    impl: tuple[Impl, ...] = ("torch", "transformers")
+    """torch and reference are ours; transformers is what that library runs where no kernels are installed."""
+    mode: tuple[Mode, ...] = ("fwd", "fwd+bwd")
+    metric: tuple[Literal["time", "memory", "error"], ...] = ("time", "memory", "error")
+    dtype: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
+    batch: int | None = None
+    """Sizes; those not given are the op's own."""
+    length: int | None = None
+    channels: int | None = None
+    d_state: int | None = None
+    heads: int | None = None
+    headdim: int | None = None
+    calls: int = 15
+    """Timed calls an implementation; one that takes more than five seconds is called once."""
+    out: Path | None = None
+    """JSON file to write."""
+
+    def run(self) -> None:
+        sizes = ("batch", "length", "channels", "d_state", "heads", "headdim")
+        shape = replace(default_shape(self.op), **{s: getattr(self, s) for s in sizes if getattr(self, s) is not None})
+        dtype = DTYPES[self.dtype]
+        workloads = {}
+        for impl in self.impl:
+            try:
+                workloads[impl] = build(self.op, impl, shape, dtype)
+            except ModuleNotFoundError as e:
+                print(f"{impl}: {e}")
+        rows = []
+        for mode in self.mode:
+            timings = time_together(workloads, mode, self.calls) if "time" in self.metric else {}
+            for impl, workload in workloads.items():
+                row: dict[str, object] = {"impl": impl, "mode": mode}
+                if impl in timings:
+                    row |= {"time": asdict(timings[impl])}
+                if "memory" in self.metric:
+                    row["peak_memory"] = peak_memory(self.op, impl, shape, mode)
+                if "error" in self.metric:
+                    row["error"] = error(self.op, workload, shape, dtype)
+                rows.append(row)
+        print(f"{self.op}, {self.dtype}, {shape}")
+        print(table(rows))
+        report = {"op": self.op, "dtype": self.dtype, "shape": asdict(shape), "rows": rows, **environment()}
+        _write(self.out, report)
+
+
+@dataclass
+class Sweep:
+    """Time an op against the length, and plot it: a scan's time grows in proportion."""
+
+    op: tyro.conf.Positional[Op]
+    impl: tuple[Impl, ...] = ("torch",)
+    mode: Mode = "fwd+bwd"
+    batch: int = 1
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    calls: int = 3
+    out: Path = Path("sweep.json")
+    """JSON file to write; the plot goes beside it as PNG."""
+
+    def run(self) -> None:
+        seconds: dict[str, list[float]] = {impl: [] for impl in self.impl}
+        base = replace(default_shape(self.op), batch=self.batch)
+        for length in self.lengths:
+            workloads = {impl: build(self.op, impl, with_length(base, length)) for impl in self.impl}
+            for impl, timing in time_together(workloads, self.mode, self.calls).items():
+                seconds[impl].append(timing.median)
+                print(
+                    f"{impl:<12} L {length:>7,}  {timing.median:8.3f} s  {1e6 * timing.median / length:7.2f} us a step"
+                )
+        report = {"op": self.op, "mode": self.mode, "batch": self.batch, "lengths": self.lengths, "seconds": seconds}
+        _write(self.out, report | environment())
+        _plot(report, self.out.with_suffix(".png"))
+
+
+COMMANDS = {"run": Run, "sweep": Sweep}
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as lines of text; ratios are against the first implementation."""
+    first = {row["mode"]: row for row in reversed(rows) if row["impl"] == rows[0]["impl"]}
+    lines = [f"{'':<22}{'ms':>12}{'quartiles':>22}{'times':>9}{'peak MiB':>10}{'error':>10}"]
+    for row in rows:
+        line = f"{row['impl']:<13}{row['mode']:<9}"
+        if "time" in row:
+            t = Timing(**row["time"])
+            spread = f"{1e3 * t.low:.1f} to {1e3 * t.high:.1f}"
+            ratio = t.median / first[row["mode"]]["time"]["median"]
+            line += f"{1e3 * t.median:>12.1f}{spread:>22}{ratio:>9.1f}"
+        if "peak_memory" in row:
+            line += f"{row['peak_memory'] / 2**20:>10.1f}"
+        if "error" in row:
+            line += f"{row['error']:>10.1e}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _write(path: Path | None, report: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
+
+
+def _plot(report: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3.6))
+    for impl, seconds in report["seconds"].items():
+        axis.loglog(report["lengths"], seconds, "o-", label=impl)
+        proportional = [seconds[0] * n / report["lengths"][0] for n in report["lengths"]]
+        axis.loglog(report["lengths"], proportional, "k:", linewidth=1)
+    axis.set(xlabel="length", ylabel="seconds", title=f"{report['op']}, {report['mode']}, batch {report['batch']}")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; what goes wrong with its input is one line on stderr and exit status 1."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="ssm-bench",
+        description="Measure the kernels of ssm_kernels beside their peers. Begin with: ssm-bench run selective_scan",
+        args=arguments,
+    )
+    try:
+        command.run()
+    except (ValueError, OSError, ModuleNotFoundError) as e:
+        sys.exit(f"ssm-bench: {e}")
+
+
+if __name__ == "__main__":
+    main()
