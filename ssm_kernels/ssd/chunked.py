@@ -70,14 +70,14 @@ class _Chunk:
         self.whole = total.exp().transpose(1, 2).unsqueeze(-1)  # (n, G, 1, E, 1)
 
     def next_state(self, state: Tensor) -> Tensor:
-        return self.decayed(state) + self.B.mT @ _by_group(self.input * self.to_end)
+        return self.decayed(state).add_(self.B.mT @ _by_group(self.input * self.to_end))
 
     def decayed(self, state: Tensor) -> Tensor:
         return (state.unflatten(3, self.x.shape[3:]) * self.whole).flatten(3)
 
     def from_state(self, state: Tensor) -> Tensor:
-        """The output that comes from before the chunk, (n, Q, G, E, P)."""
-        return (self.C @ state).unflatten(3, self.x.shape[3:]).transpose(1, 2) * self.from_start
+        """The output that comes from before the chunk, but for `from_start`, (n, Q, G, E, P)."""
+        return (self.C @ state).unflatten(3, self.x.shape[3:]).transpose(1, 2)
 
     def decay_between(self) -> Tensor:
         """exp(a_i - a_j) for i >= j, else 0, (n, G, E, Q, Q): masked before the exponential can overflow."""
@@ -88,7 +88,8 @@ class _Chunk:
     def forward(self, state: Tensor) -> Tensor:
         """y (n, Q, G, E, P)."""
         mix = self.decay_between().mul_((self.C @ self.B.mT).unsqueeze(2))
-        return (mix @ _by_head(self.input)).permute(0, 3, 1, 2, 4) + self.from_state(state)
+        own = (mix @ _by_head(self.input)).permute(0, 3, 1, 2, 4)
+        return torch.addcmul(own, self.from_state(state), self.from_start)
 
     def backward(self, state: Tensor, dy: Tensor, dnext: Tensor) -> tuple[Tensor, ...]:
         """Gradients of x, dt, B, C, a and of `state`, from those of y and of the next state."""
@@ -97,26 +98,26 @@ class _Chunk:
         mix = between * (self.C @ self.B.mT).unsqueeze(2)
         dy_heads = _by_head(dy)
         dmix = dy_heads @ _by_head(self.input).mT  # (n, G, E, Q, Q)
-        dscores = (dmix * between).sum(2)  # (n, G, Q, Q)
+        dscores = between.mul_(dmix).sum(2)  # (n, G, Q, Q)
 
         dy_decayed = _by_group(dy * self.from_start)
         dC = dscores @ self.B + dy_decayed @ state.mT
         dB = dscores.mT @ self.C + _by_group(self.input * self.to_end) @ dnext.mT
-        dstate = self.C.mT @ dy_decayed + self.decayed(dnext)
-        dinput_state = (self.B @ dnext).unflatten(3, heads).transpose(1, 2) * self.to_end
-        dinput = (mix.mT @ dy_heads).permute(0, 3, 1, 2, 4) + dinput_state
+        dstate = self.decayed(dnext).add_(self.C.mT @ dy_decayed)
+        from_next = (self.B @ dnext).unflatten(3, heads).transpose(1, 2)
+        dinput = torch.addcmul((mix.mT @ dy_heads).permute(0, 3, 1, 2, 4), from_next, self.to_end)
 
         # Step k's dt A decays whatever passes from before k to k or later. Each such passage is added up as it is,
         # not as a difference of running totals, which would cancel.
         inside = dmix.mul_(mix).tril_(-1).cumsum(-1).tril_(-1).sum(-2)  # (n, G, E, Q): i > j at j = k - 1
         inside = inside.roll(1, -1).permute(0, 3, 1, 2)
-        out_of_state = (dy * self.from_state(state)).sum(-1)  # (n, Q, G, E)
-        into_state = (self.input * dinput_state).sum(-1)
-        through = (self.decayed(state) * dnext).unflatten(3, heads).sum((2, 4)).unsqueeze(1)
+        out_of_state = (dy * self.from_state(state)).sum(-1) * self.from_start.squeeze(-1)  # (n, Q, G, E)
+        into_state = (self.input * from_next).sum(-1) * self.to_end.squeeze(-1)
+        through = (state * dnext).unflatten(3, heads).sum((2, 4)).unsqueeze(1) * self.whole.view(len(dy), 1, *self.a.shape)
         dlog = inside + out_of_state.flip(1).cumsum(1).flip(1) + (into_state.cumsum(1) - into_state) + through
 
         ddt = (dinput * self.x).sum(-1) + dlog * self.a
-        dx, da = dinput * self.dt.unsqueeze(-1), (dlog * self.dt).sum((0, 1))
+        dx, da = dinput.mul_(self.dt.unsqueeze(-1)), (dlog * self.dt).sum((0, 1))
         return dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2), da, dstate
 
 
