@@ -113,7 +113,9 @@ class _Chunk:
         inside = inside.roll(1, -1).permute(0, 3, 1, 2)
         out_of_state = (dy * self.from_state(state)).sum(-1) * self.from_start.squeeze(-1)  # (n, Q, G, E)
         into_state = (self.input * from_next).sum(-1) * self.to_end.squeeze(-1)
-        through = (state * dnext).unflatten(3, heads).sum((2, 4)).unsqueeze(1) * self.whole.view(len(dy), 1, *self.a.shape)
+        through = (state * dnext).unflatten(3, heads).sum((2, 4)).unsqueeze(1) * self.whole.view(
+            len(dy), 1, *self.a.shape
+        )
         dlog = inside + out_of_state.flip(1).cumsum(1).flip(1) + (into_state.cumsum(1) - into_state) + through
 
         ddt = (dinput * self.x).sum(-1) + dlog * self.a
