@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -69,7 +71,8 @@ def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.exists():
         texts = [t.text for r in [*train, *easy_vqa.captions(train)] for t in r.turns]
-        Tokenizer.train(texts, vocab_size=400).save(path)
+        with whole_or_not(path) as unfinished:
+            Tokenizer.train(texts, vocab_size=400).save(unfinished)
     return Tokenizer.from_file(path)
 
 
@@ -122,8 +125,18 @@ def new_model(
 def kept_answers(path: Path, model: VLM, test: Sequence[Record], with_images: bool = True) -> list[str]:
     """A model's answers, given once and kept in a file."""
     if not path.exists():
-        path.write_text(json.dumps(answer_all(model, test, with_images=with_images)), encoding="utf-8")
+        answers = answer_all(model, test, with_images=with_images)
+        with whole_or_not(path) as unfinished:
+            unfinished.write_text(json.dumps(answers), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """Give a path to write to that becomes `path` when the block has ended well."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    yield unfinished
+    os.replace(unfinished, path)
 
 
 def results_table(results: dict[str, dict[str, float]]) -> str:
