@@ -14,7 +14,7 @@ from . import easy_vqa, plots
 from .data import Conversations, Record
 from .demo import demo_tokenizer, kept_answers, new_model, train_encoder
 from .loop import train_stage
-from .recipes import Family, Recipe, tiny_config
+from .recipes import TURNS, Family, Recipe, tiny_config
 
 KINDS: dict[Family, tuple[Kind, ...]] = {
     "vl-mamba": ("mlp", "vss-mlp", "vss-l2"),
@@ -46,6 +46,7 @@ def run_ablation(
     folder.mkdir(parents=True, exist_ok=True)
     train, test = easy_vqa.load("train"), easy_vqa.load("test")[:n_test]
     described = easy_vqa.captions(train)
+    questions = easy_vqa.conversations(train, TURNS)
     tokenizer = demo_tokenizer(folder, train)
     encoder = train_encoder(recipe, folder / "vision", train, test, device)
     table: dict[str, list[float]] = {}
@@ -56,7 +57,7 @@ def run_ablation(
             text = Conversations([Record(r.turns) for r in [*train, *described]], model)
             # The language model does not depend on the connector: all variants go on from one.
             train_stage(model, recipe.language, text, collate, folder / "language", device)
-            for stage, records in ((recipe.align, described), (recipe.finetune, train)):
+            for stage, records in ((recipe.align, described), (recipe.finetune, questions)):
                 stage = replace(stage, seed=seed)
                 train_stage(model, stage, Conversations(records, model, True), collate, here / stage.name, device)
             answers = kept_answers(here / "answers.json", model, test)

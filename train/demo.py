@@ -21,7 +21,7 @@ from . import easy_vqa, plots
 from .data import Conversations, Record
 from .evaluate import answer_all
 from .loop import train_stage
-from .recipes import FAMILIES, TINY_VISION, Family, Recipe, tiny_config
+from .recipes import FAMILIES, TINY_VISION, TURNS, Family, Recipe, tiny_config
 from .track import read_metrics
 from .vision import AttributeClassifier, AttributeImages, collate_moved
 
@@ -107,7 +107,8 @@ def train_family(
     train_stage(model, recipe.language, text, collate, folder / "language", device)
     kept_answers(folder / "blind.json", model, easy_vqa.load("test"), with_images=False)
     train_stage(model, recipe.align, Conversations(described, model, True), collate, folder / "align", device)
-    train_stage(model, recipe.finetune, Conversations(train, model, True), collate, folder / "finetune", device)
+    questions = Conversations(easy_vqa.conversations(train, TURNS), model, True)
+    train_stage(model, recipe.finetune, questions, collate, folder / "finetune", device)
     model.eval().save_pretrained(folder / "model")
     return model
 

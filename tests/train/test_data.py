@@ -236,3 +236,11 @@ def test_help_is_there(command):
     )
     assert out.returncode == 0
     assert "usage: vlmamba" in out.stdout
+
+
+def test_conversations_ask_every_question_once_about_one_image_each():
+    train = easy_vqa.load("train")[:500]
+    joined = easy_vqa.conversations(train, 4)
+    assert max(len(r.turns) for r in joined) == 8
+    asked = sorted((r.image, q.text, a.text) for r in joined for q, a in zip(r.turns[::2], r.turns[1::2], strict=True))
+    assert asked == sorted((r.image, *(t.text for t in r.turns)) for r in train)

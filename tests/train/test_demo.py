@@ -13,7 +13,7 @@ from vlmamba.train.recipes import QUICK, Recipe
 
 TINY = Recipe(
     *(
-        replace(s, epochs=3 * s.batch_size / n, save_every=2)
+        replace(s, batch_size=8, epochs=3 * 8 / n, save_every=2)
         for s, n in ((QUICK.vision, 30), (QUICK.language, 330), (QUICK.align, 30), (QUICK.finetune, 300))
     )
 )
