@@ -44,7 +44,7 @@ def tiny_config(family: Family, vocab_size: int, connector: ConnectorConfig | No
         language = LMConfig(64, 2, vocab_size, "mamba", d_state=8)
         connector = connector or ConnectorConfig("vss-l2", "bidirectional", d_state=4, expand=1)
     else:
-        language = LMConfig(64, 2, vocab_size, "mamba2", d_state=32, headdim=32, chunk_size=16)
+        language = LMConfig(96, 2, vocab_size, "mamba2", d_state=64, headdim=32, chunk_size=16)
         connector = connector or ConnectorConfig(
             "mamba2-advanced", "bidirectional", d_state=16, expand=1, headdim=32, n_layer=1, chunk_size=16
         )
