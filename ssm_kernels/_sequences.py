@@ -120,9 +120,10 @@ class Blocks(NamedTuple):
         return rows.unflatten(0, (self.counts[k], self.size))
 
     def write(self, k: int, block: Tensor, flat: Tensor) -> None:
-        """Put (counts[k], steps, ...) where `read` takes it from, leaving out the padding."""
+        """Put (counts[k], steps or more, ...) where `read` takes it from, leaving out the padding."""
         if self.run:
-            self._view(k, flat).copy_(block)
+            rows = self._view(k, flat)
+            rows.copy_(block[:, : rows.shape[1]])
         else:
             kept = self.inside[k]
             rows = block.flatten(0, 1).index_select(0, kept).to(flat.dtype)

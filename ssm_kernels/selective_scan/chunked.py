@@ -161,6 +161,7 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
             _write(blocks, k, [C_k.unsqueeze(3) @ h[1:]], [y])  # (K, n, G, 1, E)
             carry[:count] = h[-1]
         states[members] = carry
+    kept[n_kept:] = 0  # rows to spare
     return y, _from_inner(states[last]), kept
 
 

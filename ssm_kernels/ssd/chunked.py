@@ -2,8 +2,9 @@
 
 A chunk of Q steps is a few matrix products (arXiv 2405.21060, section 6): the part of its output that comes from
 its own inputs is `(C B^T o M) x`, with M_ij = exp(a_i - a_j) dt_j for i >= j and a the running sum of dt A; the
-part that comes from before is `exp(a) C S`. Chunks are walked in order, all sequences and heads at once, carrying
-S. The backward keeps S at every few chunks only, computes those between again, and walks the chunks in reverse.
+part that comes from before is `exp(a) C S`. A few chunks of all sequences and heads, a segment, are computed at once, save for S, which is
+carried through them in order. The backward keeps S before each segment only, carries it through the segment again,
+and walks the segments in reverse.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 from .._library import define_op
 from .._sequences import make_blocks, parse_sequences
 
-# The state is kept once in so many chunks: a state weighs as much as N of the Q steps of a chunk.
-CHUNKS_PER_CHECKPOINT = 8
+# Chunks of a sequence in a segment: more of them are fewer and larger operations on more scratch memory.
+SEGMENT = 8
 
 
 def scan(
@@ -51,89 +52,101 @@ class _Scan(torch.autograd.Function):
         return *grads, dinitial, None, None, None
 
 
-# --- one chunk --------------------------------------------------------------------------------------------------
-# Inside: n sequences, G groups, E = H / G heads a group. The state is (n, G, N, E * P), so that what all heads of a
-# group share is one matrix product.
+# --- one segment ------------------------------------------------------------------------------------------------
+# Inside: m chunks of Q steps, those of all sequences in order of time; G groups, E = H / G heads a group. The state
+# is (m, G, N, E * P), so that what all heads of a group share is one matrix product.
 
 
-class _Chunk:
-    """The inputs of one chunk and what both directions need of them."""
+class _Segment:
+    """The inputs of some chunks and what both directions need of them."""
 
-    def __init__(self, a: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor):
-        self.x, self.dt, self.a = x, dt, a  # (n, Q, G, E, P), (n, Q, G, E), (G, E)
-        self.B, self.C = B.transpose(1, 2), C.transpose(1, 2)  # (n, G, Q, N)
-        self.input = x * dt.unsqueeze(-1)
-        self.log_decay = torch.cumsum(dt * a, dim=1)  # (n, Q, G, E)
+    def __init__(self, counts: tuple[int, ...], a: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor):
+        self.counts = counts  # sequences that have a first, second, ... chunk here
+        self.x, self.dt, self.a = x, dt, a  # (m, Q, G, E, P), (m, Q, G, E), (G, E)
+        self.B, self.C = B.transpose(1, 2), C.transpose(1, 2)  # (m, G, Q, N)
+        self.log_decay = torch.cumsum(dt * a, dim=1)  # (m, Q, G, E)
         total = self.log_decay[:, -1:]
         self.from_start = self.log_decay.exp().unsqueeze(-1)
         self.to_end = (total - self.log_decay).exp().unsqueeze(-1)
-        self.whole = total.exp().transpose(1, 2).unsqueeze(-1)  # (n, G, 1, E, 1)
+        self.whole = total.exp().transpose(1, 2).unsqueeze(-1)  # (m, G, 1, E, 1)
+        self.input = x * dt.unsqueeze(-1)
+        self.input_heads = _by_head(self.input)
+        self.leaving = _by_group(self.input * self.to_end)
 
-    def next_state(self, state: Tensor) -> Tensor:
-        return self.decayed(state).add_(self.B.mT @ _by_group(self.input * self.to_end))
+    def states(self, carry: Tensor) -> Tensor:
+        """The state before each chunk, (m, G, N, E * P); `carry`, that of each sequence, moves to the end."""
+        return self._carried(carry, self.B.mT @ self.leaving, reverse=False)
 
-    def decayed(self, state: Tensor) -> Tensor:
-        return (state.unflatten(3, self.x.shape[3:]) * self.whole).flatten(3)
+    def _carried(self, carry: Tensor, arrivals: Tensor, reverse: bool) -> Tensor:
+        """What each chunk finds in `carry`, and leaves there decayed, with its arrivals added."""
+        heads = self.x.shape[3:]
+        found = torch.empty_like(arrivals)
+        runs = list(zip(*(m.split(self.counts) for m in (found, arrivals, self.whole)), strict=True))
+        for seen, arrived, whole in reversed(runs) if reverse else runs:
+            here = carry[: len(seen)]
+            seen.copy_(here)
+            here = here.unflatten(3, heads)
+            torch.addcmul(arrived.unflatten(3, heads), here, whole, out=here)
+        return found
 
-    def from_state(self, state: Tensor) -> Tensor:
-        """The output that comes from before the chunk, but for `from_start`, (n, Q, G, E, P)."""
-        return (self.C @ state).unflatten(3, self.x.shape[3:]).transpose(1, 2)
+    def from_state(self, states: Tensor) -> Tensor:
+        """The output that comes from before the chunk, but for `from_start`, (m, Q, G, E, P)."""
+        return (self.C @ states).unflatten(3, self.x.shape[3:]).transpose(1, 2)
 
     def decay_between(self) -> Tensor:
-        """exp(a_i - a_j) for i >= j, else 0, (n, G, E, Q, Q): masked before the exponential can overflow."""
-        log = self.log_decay.permute(0, 2, 3, 1)
-        later = torch.ones(log.shape[-1], log.shape[-1], dtype=torch.bool, device=log.device).triu(1)
-        return (log.unsqueeze(-1) - log.unsqueeze(-2)).masked_fill_(later, -torch.inf).exp_()
+        """exp(a_i - a_j) for i >= j, else 0, (m, G, E, Q, Q). What overflows above the diagonal is overwritten."""
+        log = self.log_decay.permute(0, 2, 3, 1).contiguous()
+        return (log.unsqueeze(-1) - log.unsqueeze(-2)).exp_().tril_()
 
-    def forward(self, state: Tensor) -> Tensor:
-        """y (n, Q, G, E, P)."""
+    def forward(self, carry: Tensor) -> Tensor:
+        """y (m, Q, G, E, P), from the state of each sequence, which moves to the segment's end."""
         mix = self.decay_between().mul_((self.C @ self.B.mT).unsqueeze(2))
-        own = (mix @ _by_head(self.input)).permute(0, 3, 1, 2, 4)
-        return torch.addcmul(own, self.from_state(state), self.from_start)
+        own = (mix @ self.input_heads).permute(0, 3, 1, 2, 4)
+        return torch.addcmul(own, self.from_state(self.states(carry)), self.from_start)
 
-    def backward(self, state: Tensor, dy: Tensor, dnext: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of x, dt, B, C, a and of `state`, from those of y and of the next state."""
+    def backward(self, states: Tensor, dy: Tensor, dcarry: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of x, dt, B, C and a. `dcarry`, of the states after the segment, becomes of those before."""
         heads = self.x.shape[3:]
         between = self.decay_between()
         mix = between * (self.C @ self.B.mT).unsqueeze(2)
         dy_heads = _by_head(dy)
-        dmix = dy_heads @ _by_head(self.input).mT  # (n, G, E, Q, Q)
-        dscores = between.mul_(dmix).sum(2)  # (n, G, Q, Q)
+        dmix = dy_heads @ self.input_heads.mT  # (m, G, E, Q, Q)
+        dscores = between.mul_(dmix).sum(2)  # (m, G, Q, Q)
 
         dy_decayed = _by_group(dy * self.from_start)
-        dC = dscores @ self.B + dy_decayed @ state.mT
-        dB = dscores.mT @ self.C + _by_group(self.input * self.to_end) @ dnext.mT
-        dstate = self.decayed(dnext).add_(self.C.mT @ dy_decayed)
+        dnext = self._carried(dcarry, self.C.mT @ dy_decayed, reverse=True)
+        dC = dscores @ self.B + dy_decayed @ states.mT
+        dB = dscores.mT @ self.C + self.leaving @ dnext.mT
         from_next = (self.B @ dnext).unflatten(3, heads).transpose(1, 2)
         dinput = torch.addcmul((mix.mT @ dy_heads).permute(0, 3, 1, 2, 4), from_next, self.to_end)
 
         # Step k's dt A decays whatever passes from before k to k or later. Each such passage is added up as it is,
         # not as a difference of running totals, which would cancel.
-        inside = dmix.mul_(mix).tril_(-1).cumsum(-1).tril_(-1).sum(-2)  # (n, G, E, Q): i > j at j = k - 1
+        inside = dmix.mul_(mix).tril_(-1).cumsum(-1).tril_(-1).sum(-2)  # (m, G, E, Q): i > j at j = k - 1
         inside = inside.roll(1, -1).permute(0, 3, 1, 2)
-        out_of_state = (dy * self.from_state(state)).sum(-1) * self.from_start.squeeze(-1)  # (n, Q, G, E)
+        out_of_state = (dy * self.from_state(states)).sum(-1) * self.from_start.squeeze(-1)  # (m, Q, G, E)
         into_state = (self.input * from_next).sum(-1) * self.to_end.squeeze(-1)
-        through = (state * dnext).unflatten(3, heads).sum((2, 4)).unsqueeze(1) * self.whole.view(
+        through = (states * dnext).unflatten(3, heads).sum((2, 4)).unsqueeze(1) * self.whole.view(
             len(dy), 1, *self.a.shape
         )
         dlog = inside + out_of_state.flip(1).cumsum(1).flip(1) + (into_state.cumsum(1) - into_state) + through
 
         ddt = (dinput * self.x).sum(-1) + dlog * self.a
         dx, da = dinput.mul_(self.dt.unsqueeze(-1)), (dlog * self.dt).sum((0, 1))
-        return dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2), da, dstate
+        return dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2), da
 
 
 def _by_group(m: Tensor) -> Tensor:
-    """(n, Q, G, E, P) -> (n, G, Q, E * P)"""
+    """(m, Q, G, E, P) -> (m, G, Q, E * P)"""
     return m.transpose(1, 2).flatten(3)
 
 
 def _by_head(m: Tensor) -> Tensor:
-    """(n, Q, G, E, P) -> (n, G, E, Q, P)"""
-    return m.permute(0, 2, 3, 1, 4)
+    """(m, Q, G, E, P) -> (m, G, E, Q, P)"""
+    return m.permute(0, 2, 3, 1, 4).contiguous()
 
 
-# --- all chunks -------------------------------------------------------------------------------------------------
+# --- all segments -----------------------------------------------------------------------------------------------
 
 
 class _Problem:
@@ -157,8 +170,29 @@ class _Problem:
         inner = ((*self.heads, self.headdim), self.heads, (self.heads[0], self.n), (self.heads[0], self.n))
         return [m.reshape(m.shape[0] * m.shape[1], *shape) for m, shape in zip((x, dt, B, C), inner, strict=True)]
 
-    def chunk(self, k: int, inputs: list[Tensor]) -> _Chunk:
-        return _Chunk(self.a, *(self.blocks.read(k, m, self.a.dtype) for m in inputs))
+    def segments(self) -> list[range]:
+        """The numbers of the chunks of each segment."""
+        chunks = range(len(self.blocks.counts))
+        return [chunks[k : k + SEGMENT] for k in chunks[::SEGMENT]]
+
+    def segment(self, chunks: range, inputs: list[Tensor]) -> _Segment:
+        return _Segment(self.counts(chunks), self.a, *(self.read(chunks, m) for m in inputs))
+
+    def counts(self, chunks: range) -> tuple[int, ...]:
+        return self.blocks.counts[chunks.start : chunks.stop]
+
+    def read(self, chunks: range, flat: Tensor) -> Tensor:
+        """(B * L, ...) -> (m, Q, ...)"""
+        parts = [self.blocks.read(k, flat, self.a.dtype) for k in chunks]
+        missing = parts[0].shape[1] - parts[-1].shape[1]
+        if missing:  # the last chunk of all is shorter
+            parts[-1] = torch.nn.functional.pad(parts[-1], (0, 0) * (flat.dim() - 1) + (0, missing))
+        return torch.cat(parts)
+
+    def write(self, chunks: range, part: Tensor, flat: Tensor) -> None:
+        """(m, Q, ...) -> (B * L, ...)"""
+        for k, block in zip(chunks, part.split(self.counts(chunks)), strict=True):
+            self.blocks.write(k, block, flat)
 
     def states(self, rows: Tensor | None, where: Tensor) -> Tensor:
         """(rows, H, P, N) put at `where` among zero states of all sequences, (S, G, N, E * P)."""
@@ -177,7 +211,7 @@ class _Problem:
 
 def _n_checkpoints(x: Tensor, n_sequences: int, chunk_size: int) -> int:
     """No fewer than are kept, told from shapes alone as tracing needs."""
-    return x.shape[0] * x.shape[1] // (chunk_size * CHUNKS_PER_CHECKPOINT) + n_sequences
+    return x.shape[0] * x.shape[1] // (chunk_size * SEGMENT) + n_sequences
 
 
 def _forward(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
@@ -186,39 +220,32 @@ def _forward(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
     y = A.new_empty(x.shape)
     state = p.states(initial_states, p.first)
     kept, n_kept = A.new_empty(_n_checkpoints(x, len(state), chunk_size), *state.shape[1:]), 0
-    for k, count in enumerate(p.blocks.counts):
-        if k % CHUNKS_PER_CHECKPOINT == 0:
-            kept[n_kept : n_kept + count] = state[:count]
-            n_kept += count
-        chunk = p.chunk(k, inputs)
-        p.blocks.write(k, chunk.forward(state[:count]), y.view_as(inputs[0]))
-        state[:count] = chunk.next_state(state[:count])
+    for chunks in p.segments():
+        segment = p.segment(chunks, inputs)
+        count = segment.counts[0]
+        kept[n_kept : n_kept + count] = state[:count]
+        n_kept += count
+        p.write(chunks, segment.forward(state), y.view_as(inputs[0]))
+    kept[n_kept:] = 0  # rows to spare
     return y, p.rows(state, p.last), kept
 
 
 def _backward(x, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx, chunk_size):
     p = _Problem(x, A, B, cu_seqlens, seq_idx, chunk_size)
-    counts = p.blocks.counts
     inputs, dy = p.flat(x, dt, B, C), dy.reshape(-1, *p.heads, p.headdim)
     dstate = p.states(dfinal, p.last)
     grads = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x, dt, B, C)]
     grads_flat = p.flat(*grads)
     da = torch.zeros_like(p.a)
-    n_kept = sum(counts[::CHUNKS_PER_CHECKPOINT])
-    for begin in reversed(range(0, len(counts), CHUNKS_PER_CHECKPOINT)):
-        n_kept -= counts[begin]
-        states = [kept[n_kept : n_kept + counts[begin]]]
-        segment = range(begin, min(begin + CHUNKS_PER_CHECKPOINT, len(counts)))
-        chunks = [p.chunk(k, inputs) for k in segment]
-        for k, chunk in zip(segment[1:], chunks, strict=False):
-            states.append(chunk.next_state(states[-1])[: counts[k]])
-        for k, chunk, state in reversed(list(zip(segment, chunks, states, strict=True))):
-            here = slice(counts[k])
-            dy_k = p.blocks.read(k, dy, A.dtype)
-            *grads_k, da_k, dstate[here] = chunk.backward(state, dy_k, dstate[here])
-            da += da_k
-            for part, out in zip(grads_k, grads_flat, strict=True):
-                p.blocks.write(k, part, out)
+    n_kept = sum(p.blocks.counts[::SEGMENT])
+    for chunks in reversed(p.segments()):
+        segment = p.segment(chunks, inputs)
+        n_kept -= segment.counts[0]
+        states = segment.states(kept[n_kept : n_kept + segment.counts[0]].clone())
+        *grads_k, da_k = segment.backward(states, p.read(chunks, dy), dstate)
+        da += da_k
+        for part, out in zip(grads_k, grads_flat, strict=True):
+            p.write(chunks, part, out)
     dx, ddt, dB, dC = grads
     return dx, ddt, da.view(A.shape), dB, dC, p.rows(dstate, p.first)
 
