@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -135,7 +136,19 @@ class Blocks(NamedTuple):
         return rows[:, k * self.size : (k + 1) * self.size]
 
 
-@functools.lru_cache(maxsize=64)
+def make_tiles(sequences: Sequences, width: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, Blocks]]:
+    """Groups of at most `width` sequences of like length, the longest first: their numbers, and their blocks."""
+    by_length = sorted(range(len(sequences.lengths)), key=lambda s: -sequences.lengths[s])
+    for i in range(0, len(by_length), width):
+        members = by_length[i : i + width]
+        if sequences.lengths[members[0]] == 0:
+            return
+        starts, lengths = ([part[s] for s in members] for part in sequences[:2])
+        blocks = make_blocks(tuple(starts), tuple(lengths), size, device)
+        yield torch.tensor(members, device=device)[blocks.order], blocks
+
+
+@functools.lru_cache(maxsize=256)
 def make_blocks(starts: tuple[int, ...], lengths: tuple[int, ...], size: int, device: torch.device) -> Blocks:
     """Lay sequences out in blocks of at most `size` steps (fewer when all sequences are shorter)."""
     longest = max(lengths, default=0)

@@ -44,9 +44,9 @@ def tiny_config(family: Family, vocab_size: int, connector: ConnectorConfig | No
         language = LMConfig(64, 2, vocab_size, "mamba", d_state=8)
         connector = connector or ConnectorConfig("vss-l2", "bidirectional", d_state=4, expand=1)
     else:
-        language = LMConfig(96, 2, vocab_size, "mamba2", d_state=64, headdim=32, chunk_size=16)
+        language = LMConfig(80, 2, vocab_size, "mamba2", d_state=32, headdim=32, chunk_size=32)
         connector = connector or ConnectorConfig(
-            "mamba2-advanced", "bidirectional", d_state=16, expand=1, headdim=32, n_layer=1, chunk_size=16
+            "mamba2-advanced", "bidirectional", d_state=16, expand=1, headdim=32, n_layer=1, chunk_size=32
         )
     return VLMConfig(language, (TINY_VISION,), connector, template="qa")
 
@@ -57,10 +57,10 @@ TURNS = 4
 """Questions about an image in one conversation, in the finetune stage: the image's tokens then serve them all."""
 QUICK = Recipe(
     vision=StageConfig("vision", ("",), lr=3e-3, epochs=25, batch_size=64, weight_decay=0.05),
-    language=StageConfig("language", ("language_model",), lr=3e-3, epochs=1, batch_size=128, betas=BETAS),
-    align=StageConfig("align", ("connector",), lr=3e-3, epochs=2, batch_size=64, betas=BETAS),
+    language=StageConfig("language", ("language_model",), lr=3e-3, epochs=0.5, batch_size=128, betas=BETAS),
+    align=StageConfig("align", ("connector",), lr=3e-3, epochs=1, batch_size=64, betas=BETAS),
     finetune=StageConfig(
-        "finetune", ("connector", "language_model"), lr=2e-3, epochs=4, batch_size=64, betas=BETAS, weight_decay=0.01
+        "finetune", ("connector", "language_model"), lr=2e-3, epochs=2, batch_size=64, betas=BETAS, weight_decay=0.01
     ),
 )
 FULL = Recipe(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._library import define_op
-from .._sequences import Blocks, Sequences, make_blocks, parse_sequences
+from .._sequences import Blocks, Sequences, make_tiles, parse_sequences
 
 # Elements of one step of the recurrence, and of one block of steps: the first keeps a step's operands in a
 # core's cache, the second a block's buffers in the shared one. Both were chosen by timing on a CPU.
@@ -58,31 +58,23 @@ class _Scan(torch.autograd.Function):
 # Inside, the state is (rows, G, N, D / G): channels last, so that a group's outputs C h are one matrix product.
 
 
-def _block_steps(dim: int, n: int) -> int:
-    per_step = max(1, STEP_ELEMENTS // (dim * n)) * dim * n
+def _block_steps(state_size: int) -> int:
+    per_step = max(1, STEP_ELEMENTS // state_size) * state_size
     return min(MAX_BLOCK, max(MIN_BLOCK, BLOCK_ELEMENTS // per_step))
 
 
 def _n_checkpoints(total_steps: int, n_sequences: int, dim: int, n: int) -> int:
     """No fewer than the blocks of all sequences together."""
-    return total_steps // _block_steps(dim, n) + n_sequences
+    return total_steps // _block_steps(dim * n) + n_sequences
 
 
-def _tiles(sequences: Sequences, dim: int, n: int, device: torch.device) -> Iterator[tuple[Tensor, Blocks]]:
-    """Groups of sequences of like length that are scanned together, with the numbers of the sequences."""
-    by_length = sorted(range(len(sequences.lengths)), key=lambda s: -sequences.lengths[s])
-    width = max(1, STEP_ELEMENTS // (dim * n))
-    for i in range(0, len(by_length), width):
-        members = by_length[i : i + width]
-        if sequences.lengths[members[0]] == 0:
-            return
-        blocks = make_blocks(
-            tuple(sequences.starts[s] for s in members),
-            tuple(sequences.lengths[s] for s in members),
-            _block_steps(dim, n),
-            device,
-        )
-        yield torch.tensor(members, device=device)[blocks.order], blocks
+def _tiles(sequences: Sequences, a: Tensor, n_buffers: int) -> Iterator[tuple[Tensor, Blocks, _Buffers]]:
+    """Sequences that are scanned together, their blocks, and scratch for these."""
+    width = max(1, STEP_ELEMENTS // a.numel())
+    buffers = None
+    for members, blocks in make_tiles(sequences, width, _block_steps(a.numel()), a.device):
+        buffers = buffers or _Buffers(blocks, a, n_buffers)  # the first blocks are the largest
+        yield members, blocks, buffers
 
 
 def _to_inner(states: Tensor, groups: int) -> Tensor:
@@ -109,7 +101,7 @@ def _state_rows(
 
 
 class _Buffers:
-    """Scratch for the blocks of a tile: fresh memory for each block would cost more than the arithmetic."""
+    """Scratch for blocks: fresh memory for each would cost more than the arithmetic."""
 
     def __init__(self, blocks: Blocks, a: Tensor, n_buffers: int):
         self.state = a.shape
@@ -150,8 +142,7 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     kept = A.new_empty(_n_checkpoints(batch * length, len(states), dim, n), *states.shape[1:])
     n_kept = 0
 
-    for members, blocks in _tiles(sequences, dim, n, A.device):
-        buffers = _Buffers(blocks, a, 2)
+    for members, blocks, buffers in _tiles(sequences, a, 2):
         carry = states[members]
         for k, count in enumerate(blocks.counts):
             kept[n_kept : n_kept + count] = carry[:count]
@@ -197,8 +188,7 @@ def _backward(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
     da = torch.zeros_like(a)
     n_kept = 0
 
-    for members, blocks in _tiles(sequences, dim, n, A.device):
-        buffers = _Buffers(blocks, a, 3)
+    for members, blocks, buffers in _tiles(sequences, a, 3):
         carry = dstates[members]
         n_kept += sum(blocks.counts)
         starts = kept[n_kept - sum(blocks.counts) : n_kept].split(blocks.counts)

@@ -1,22 +1,27 @@
 """SSD in pure PyTorch at speed, on any device.
 
-A chunk of Q steps is a few matrix products (arXiv 2405.21060, section 6): the part of its output that comes from
-its own inputs is `(C B^T o M) x`, with M_ij = exp(a_i - a_j) dt_j for i >= j and a the running sum of dt A; the
-part that comes from before is `exp(a) C S`. A few chunks of all sequences and heads, a segment, are computed at once, save for S, which is
-carried through them in order. The backward keeps S before each segment only, carries it through the segment again,
-and walks the segments in reverse.
+Chunks of Q steps are a few matrix products (arXiv 2405.21060, section 6): the part of a chunk's output that comes
+from its own inputs is `(C B^T o M) x`, with M_ij = exp(a_i - a_j) dt_j for i >= j and a the running sum of dt A; the
+part that comes from before is `exp(a) C S`. A few chunks of several sequences and all heads, a segment, are computed
+at once, save for S, which is carried through them in order. The backward keeps S before each segment only, carries
+it through the segment again, and walks the segments in reverse.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._library import define_op
-from .._sequences import make_blocks, parse_sequences
+from .._sequences import Blocks, make_tiles, parse_sequences
 
 # Chunks of a sequence in a segment: more of them are fewer and larger operations on more scratch memory.
 SEGMENT = 8
+# Elements of the states of a segment, which bounds how many sequences are scanned together.
+SEGMENT_ELEMENTS = 1 << 20
 
 
 def scan(
@@ -53,7 +58,7 @@ class _Scan(torch.autograd.Function):
 
 
 # --- one segment ------------------------------------------------------------------------------------------------
-# Inside: m chunks of Q steps, those of all sequences in order of time; G groups, E = H / G heads a group. The state
+# Inside: m chunks of Q steps, first to last of several sequences; G groups, E = H / G heads a group. The state
 # is (m, G, N, E * P), so that what all heads of a group share is one matrix product.
 
 
@@ -149,55 +154,64 @@ def _by_head(m: Tensor) -> Tensor:
 # --- all segments -----------------------------------------------------------------------------------------------
 
 
+class _Place(NamedTuple):
+    """Where a segment lies."""
+
+    blocks: Blocks
+    chunks: range
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return self.blocks.counts[self.chunks.start : self.chunks.stop]
+
+    def read(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B * L, ...) -> (m, Q, ...)"""
+        parts = [self.blocks.read(k, flat, dtype) for k in self.chunks]
+        missing = parts[0].shape[1] - parts[-1].shape[1]
+        if missing:  # the last chunk of all is shorter
+            parts[-1] = torch.nn.functional.pad(parts[-1], (0, 0) * (flat.dim() - 1) + (0, missing))
+        return torch.cat(parts)
+
+    def write(self, part: Tensor, flat: Tensor) -> None:
+        """(m, Q, ...) -> (B * L, ...)"""
+        for k, block in zip(self.chunks, part.split(self.counts), strict=True):
+            self.blocks.write(k, block, flat)
+
+
 class _Problem:
-    """What both directions need of one call besides its tensors: where the chunks lie, and shapes inside."""
+    """What both directions need of one call besides its tensors: where the segments lie, and shapes inside."""
 
     def __init__(self, x, A, B, cu_seqlens, seq_idx, chunk_size):
         batch, length, heads, headdim = x.shape
         groups, n = B.shape[2:]
-        sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
-        self.n_sequences = len(sequences.lengths)
-        self.blocks = make_blocks(sequences.starts, sequences.lengths, chunk_size, x.device)
+        self.sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
+        self.chunk_size = chunk_size
         self.heads = (groups, heads // groups)
         self.headdim, self.n = headdim, n
         self.a = A.view(self.heads)
-        place = torch.argsort(self.blocks.order)
-        first, last = (torch.tensor(s, dtype=torch.int64, device=x.device) for s in sequences[2:])
-        self.first, self.last = place[first], place[last]
+        self.first, self.last = (torch.tensor(s, dtype=torch.int64, device=x.device) for s in self.sequences[2:])
+
+    def tiles(self) -> Iterator[tuple[Tensor, list[_Place]]]:
+        """Sequences that are scanned together, by number, and their segments in order of time."""
+        chunks_each = min(SEGMENT, -(-max(self.sequences.lengths, default=0) // self.chunk_size))
+        state_size = self.a.numel() * self.headdim * self.n
+        width = max(1, SEGMENT_ELEMENTS // max(1, chunks_each * state_size))
+        for members, blocks in make_tiles(self.sequences, width, self.chunk_size, self.a.device):
+            chunks = range(len(blocks.counts))
+            yield members, [_Place(blocks, chunks[k : k + SEGMENT]) for k in chunks[::SEGMENT]]
+
+    def segment(self, place: _Place, inputs: list[Tensor]) -> _Segment:
+        return _Segment(place.counts, self.a, *(place.read(m, self.a.dtype) for m in inputs))
 
     def flat(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
         """(B, L, H, P), (B, L, H), (B, L, G, N) twice -> (B * L, G, ...) each."""
         inner = ((*self.heads, self.headdim), self.heads, (self.heads[0], self.n), (self.heads[0], self.n))
         return [m.reshape(m.shape[0] * m.shape[1], *shape) for m, shape in zip((x, dt, B, C), inner, strict=True)]
 
-    def segments(self) -> list[range]:
-        """The numbers of the chunks of each segment."""
-        chunks = range(len(self.blocks.counts))
-        return [chunks[k : k + SEGMENT] for k in chunks[::SEGMENT]]
-
-    def segment(self, chunks: range, inputs: list[Tensor]) -> _Segment:
-        return _Segment(self.counts(chunks), self.a, *(self.read(chunks, m) for m in inputs))
-
-    def counts(self, chunks: range) -> tuple[int, ...]:
-        return self.blocks.counts[chunks.start : chunks.stop]
-
-    def read(self, chunks: range, flat: Tensor) -> Tensor:
-        """(B * L, ...) -> (m, Q, ...)"""
-        parts = [self.blocks.read(k, flat, self.a.dtype) for k in chunks]
-        missing = parts[0].shape[1] - parts[-1].shape[1]
-        if missing:  # the last chunk of all is shorter
-            parts[-1] = torch.nn.functional.pad(parts[-1], (0, 0) * (flat.dim() - 1) + (0, missing))
-        return torch.cat(parts)
-
-    def write(self, chunks: range, part: Tensor, flat: Tensor) -> None:
-        """(m, Q, ...) -> (B * L, ...)"""
-        for k, block in zip(chunks, part.split(self.counts(chunks)), strict=True):
-            self.blocks.write(k, block, flat)
-
     def states(self, rows: Tensor | None, where: Tensor) -> Tensor:
         """(rows, H, P, N) put at `where` among zero states of all sequences, (S, G, N, E * P)."""
         groups, per_group = self.heads
-        states = self.a.new_zeros(self.n_sequences, groups, self.n, per_group * self.headdim)
+        states = self.a.new_zeros(len(self.sequences.lengths), groups, self.n, per_group * self.headdim)
         if rows is not None:
             inner = rows.to(self.a.dtype).unflatten(1, self.heads)  # (rows, G, E, P, N)
             states[where] = inner.permute(0, 1, 4, 2, 3).flatten(3)
@@ -220,12 +234,15 @@ def _forward(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
     y = A.new_empty(x.shape)
     state = p.states(initial_states, p.first)
     kept, n_kept = A.new_empty(_n_checkpoints(x, len(state), chunk_size), *state.shape[1:]), 0
-    for chunks in p.segments():
-        segment = p.segment(chunks, inputs)
-        count = segment.counts[0]
-        kept[n_kept : n_kept + count] = state[:count]
-        n_kept += count
-        p.write(chunks, segment.forward(state), y.view_as(inputs[0]))
+    for members, places in p.tiles():
+        carry = state[members]
+        for place in places:
+            segment = p.segment(place, inputs)
+            count = place.counts[0]
+            kept[n_kept : n_kept + count] = carry[:count]
+            n_kept += count
+            place.write(segment.forward(carry), y.view_as(inputs[0]))
+        state[members] = carry
     kept[n_kept:] = 0  # rows to spare
     return y, p.rows(state, p.last), kept
 
@@ -237,15 +254,20 @@ def _backward(x, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx, chunk_size)
     grads = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x, dt, B, C)]
     grads_flat = p.flat(*grads)
     da = torch.zeros_like(p.a)
-    n_kept = sum(p.blocks.counts[::SEGMENT])
-    for chunks in reversed(p.segments()):
-        segment = p.segment(chunks, inputs)
-        n_kept -= segment.counts[0]
-        states = segment.states(kept[n_kept : n_kept + segment.counts[0]].clone())
-        *grads_k, da_k = segment.backward(states, p.read(chunks, dy), dstate)
-        da += da_k
-        for part, out in zip(grads_k, grads_flat, strict=True):
-            p.write(chunks, part, out)
+    n_kept = 0
+    for members, places in p.tiles():
+        dcarry = dstate[members]
+        counts = [place.counts[0] for place in places]
+        starts = kept[n_kept : n_kept + sum(counts)].split(counts)
+        n_kept += sum(counts)
+        for place, start in zip(reversed(places), reversed(starts), strict=True):
+            segment = p.segment(place, inputs)
+            states = segment.states(start.clone())
+            *grads_k, da_k = segment.backward(states, place.read(dy, A.dtype), dcarry)
+            da += da_k
+            for part, out in zip(grads_k, grads_flat, strict=True):
+                place.write(part, out)
+        dstate[members] = dcarry
     dx, ddt, dB, dC = grads
     return dx, ddt, da.view(A.shape), dB, dC, p.rows(dstate, p.first)
 
