@@ -46,7 +46,7 @@ def tiny_config(family: Family, vocab_size: int, connector: ConnectorConfig | No
     else:
         language = LMConfig(80, 2, vocab_size, "mamba2", d_state=32, headdim=32, chunk_size=32)
         connector = connector or ConnectorConfig(
-            "mamba2-advanced", "bidirectional", d_state=16, expand=1, headdim=32, n_layer=1, chunk_size=32
+            "mamba2-advanced", "bidirectional", d_state=16, expand=1, headdim=16, n_layer=1, chunk_size=32
         )
     return VLMConfig(language, (TINY_VISION,), connector, template="qa")
 
