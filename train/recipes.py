@@ -35,7 +35,7 @@ class Recipe:
 
 
 # Features of the last block: this encoder was trained for just what is asked.
-TINY_VISION = VisionConfig(ViTConfig(64, 8, 64, 3, 4, 128, feature_layer=-1), ImageProcessor(64))
+TINY_VISION = VisionConfig(ViTConfig(48, 8, 64, 3, 4, 128, feature_layer=-1), ImageProcessor(48))
 
 
 def tiny_config(family: Family, vocab_size: int, connector: ConnectorConfig | None = None) -> VLMConfig:
@@ -53,14 +53,14 @@ def tiny_config(family: Family, vocab_size: int, connector: ConnectorConfig | No
 
 # The short memory of squared gradients (0.95) is what lets so few steps do.
 BETAS = (0.9, 0.95)
-TURNS = 4
+TURNS = 6
 """Questions about an image in one conversation, in the finetune stage: the image's tokens then serve them all."""
 QUICK = Recipe(
-    vision=StageConfig("vision", ("",), lr=3e-3, epochs=25, batch_size=64, weight_decay=0.05),
+    vision=StageConfig("vision", ("",), lr=3e-3, epochs=22, batch_size=64, weight_decay=0.05),
     language=StageConfig("language", ("language_model",), lr=3e-3, epochs=0.5, batch_size=128, betas=BETAS),
     align=StageConfig("align", ("connector",), lr=3e-3, epochs=1, batch_size=64, betas=BETAS),
     finetune=StageConfig(
-        "finetune", ("connector", "language_model"), lr=2e-3, epochs=2, batch_size=64, betas=BETAS, weight_decay=0.01
+        "finetune", ("connector", "language_model"), lr=2e-3, epochs=4, batch_size=32, betas=BETAS, weight_decay=0.01
     ),
 )
 FULL = Recipe(
