@@ -14,6 +14,7 @@ from ..model.generate import GenerationConfig
 from ..model.image import open_image
 from ..model.prompt import Turn
 from ..model.vlm import VLM
+from .loop import Interrupted
 
 Positional = tyro.conf.Positional
 PresetName = Literal["quick", "full"]
@@ -223,6 +224,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     try:
         command.run()
+    except Interrupted:
+        print("\nvlmamba: stopped and saved; the same command goes on from here", file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        print("\nvlmamba: stopped", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as e:
         sys.exit(f"vlmamba: {e}")
 

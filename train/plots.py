@@ -20,7 +20,8 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], path: P
     for axis, (stage, lines) in zip(axes[0], curves.items(), strict=True):
         for name, losses in lines.items():
             axis.plot(_smooth(losses), label=name, linewidth=1.2)
-        axis.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+        low, high = axis.get_ylim()
+        axis.set(title=stage, xlabel="step", ylabel="loss", yscale="log" if low <= 0 or high > 10 * low else "linear")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
