@@ -17,6 +17,7 @@ demo: $(VENV)/.demo  ## train, evaluate and plot a tiny VL-Mamba and ML-Mamba (P
 
 test: $(VENV)/.test lint  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m triton
 
 lint: $(VENV)/.test  ## ruff: rules and format
 	$(BIN)/ruff check .

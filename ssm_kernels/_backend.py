@@ -10,13 +10,15 @@ from typing import Literal, get_args
 
 import torch
 
+from ._triton import interpreting
+
 Backend = Literal["auto", "triton", "torch", "reference"]
 """`auto` chooses; `triton`, `torch` (fast pure PyTorch) and `reference` (step by step) are obeyed or refused."""
 
 logger = logging.getLogger("ssm_kernels")
 
 # Ops that have Triton kernels. An op is added here in the change that adds its kernels.
-TRITON_OPS: frozenset[str] = frozenset()
+TRITON_OPS: frozenset[str] = frozenset({"rms_norm", "add_rms_norm"})
 
 # A plain global: torch.compile can trace and guard it, which it cannot do with a context variable.
 _preferred: Backend = "auto"
@@ -76,7 +78,7 @@ def _known(backend: str) -> Backend:
 def _why_not_triton(device: torch.device, op: str) -> str | None:
     if op not in TRITON_OPS:
         return f"{op} has no Triton kernel yet"
-    if device.type != "cuda":
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"{op} was given tensors on {device}, and Triton needs a GPU"
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed (pip install triton)"

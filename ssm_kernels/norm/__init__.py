@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_divides, check_tensor
-from . import chunked, reference
+from . import chunked, reference, triton
 
 
 class AddRMSNormOutput(NamedTuple):
@@ -55,7 +55,7 @@ def rms_norm(
     group_size = x.shape[-1] if group_size is None else group_size
     check_divides("group_size", group_size, "D", x.shape[-1])
     chosen = resolve_backend(backend, x.device, "rms_norm")
-    norm = {"torch": chunked.norm, "reference": reference.norm}[chosen]
+    norm = {"torch": chunked.norm, "reference": reference.norm, "triton": triton.norm}[chosen]
     return norm(x, weight, z, eps, group_size, norm_before_gate)
 
 
@@ -86,11 +86,13 @@ def add_rms_norm(
         check_tensor("residual", residual, tuple(x.shape), like=x)
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
-    residual = x.to(residual_dtype) if residual is None else (residual.to(residual_dtype) + x)
     chosen = resolve_backend(backend, x.device, "add_rms_norm")
-    norm = {"torch": chunked.norm, "reference": reference.norm}[chosen]
-    y = norm(residual, weight, None, eps, x.shape[-1], False)
-    return AddRMSNormOutput(y.to(x.dtype), residual)
+    if chosen == "triton" and residual is not None:
+        return AddRMSNormOutput(*triton.add_norm(x, residual, weight, eps, residual_dtype))
+    total = x.to(residual_dtype) if residual is None else (residual + x).to(residual_dtype)
+    norm = {"torch": chunked.norm, "reference": reference.norm, "triton": triton.norm}[chosen]
+    y = norm(total, weight, None, eps, x.shape[-1], False)
+    return AddRMSNormOutput(y.to(x.dtype), total)
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:

@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_kernels import add_rms_norm, rms_norm
+from ssm_kernels._triton import interpreting
 from ssm_kernels.testing import assert_agrees
+
+pytestmark = pytest.mark.triton
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
@@ -24,19 +27,49 @@ def randn(*shape, dtype=torch.float64):
     before=st.booleans(),
     dtype=DTYPES,
 )
-def test_rms_norm_agrees_with_the_reference(rows, group_size, gated, before, dtype):
+def test_rms_norm_agrees_with_the_reference(backend, rows, group_size, gated, before, dtype):
     tensors = {"x": randn(2, rows, 12, dtype=dtype), "weight": randn(12, dtype=dtype)}
     if gated:
         tensors["z"] = randn(2, rows, 12, dtype=dtype) + 1
-    assert_agrees(rms_norm, tensors, {"group_size": group_size, "norm_before_gate": before}, backend="torch")
+    assert_agrees(rms_norm, tensors, {"group_size": group_size, "norm_before_gate": before}, backend=backend)
 
 
 @given(rows=st.integers(0, 5), has_residual=st.booleans(), dtype=DTYPES)
-def test_add_rms_norm_agrees_with_the_reference(rows, has_residual, dtype):
+def test_add_rms_norm_agrees_with_the_reference(backend, rows, has_residual, dtype):
     tensors = {"x": randn(rows, 12, dtype=dtype), "weight": randn(12, dtype=dtype)}
     if has_residual:
         tensors["residual"] = randn(rows, 12, dtype=dtype) * 2
-    assert_agrees(add_rms_norm, tensors, backend="torch")
+    assert_agrees(add_rms_norm, tensors, backend=backend)
+
+
+@pytest.mark.parametrize("dim", [1, 130, 1025])
+@pytest.mark.parametrize("gated", ["no", "before", "after"])
+def test_many_rows_of_any_strides_agree(backend, dim, gated):
+    """More tiles than programs, channels that fill no power of two, and rows that do not lie side by side."""
+    rows = 37 if dim > 130 else 300
+    tensors = {"x": randn(rows, 2 * dim, dtype=torch.float32)[:, dim:], "weight": randn(2 * dim)[::2].float()}
+    if gated != "no":
+        tensors["z"] = randn(dim, rows, dtype=torch.float32).T
+    assert_agrees(rms_norm, tensors, {"norm_before_gate": gated == "after"}, backend=backend)
+    tensors = {n: t for n, t in tensors.items() if n != "z"} | {"residual": randn(dim, rows, dtype=torch.float32).T}
+    assert_agrees(add_rms_norm, tensors, backend=backend)
+
+
+def test_narrow_input_on_a_wide_stream_agrees(backend):
+    tensors = {"x": randn(9, 24, dtype=torch.bfloat16), "weight": randn(24), "residual": randn(1, 9, 24)[0].float()}
+    assert_agrees(add_rms_norm, tensors, {"residual_dtype": torch.float32}, backend=backend)
+
+
+@pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+def test_registered_ops_pass_opcheck():
+    from ssm_kernels.norm import triton
+
+    x, w = randn(5, 12).float(), randn(12).float()
+    torch.library.opcheck(triton._forward_op, (x, None, w, x.clone(), 1e-5, 4, True, x.dtype))
+    torch.library.opcheck(triton._forward_op, (x, x.clone(), w, None, 1e-5, 12, False, torch.float64))
+    rstd, dtotal = randn(5, 1).float(), x.clone()
+    arguments = (x, w, None, rstd, x.clone(), dtotal, 12, False, torch.bfloat16)
+    torch.library.opcheck(triton._backward_op, arguments)
 
 
 def test_residual_is_kept_in_the_dtype_asked_for():
@@ -48,9 +81,10 @@ def test_residual_is_kept_in_the_dtype_asked_for():
     torch.testing.assert_close(residual, 2 * x.float())
 
 
-def test_gradcheck():
+def test_gradcheck(backend):
     x, w, z = (t.requires_grad_() for t in (randn(2, 8), randn(8), randn(1, 2, 8)[0]))
-    assert torch.autograd.gradcheck(lambda *a: rms_norm(a[0], a[1], z=a[2], group_size=4, backend="torch"), (x, w, z))
+    assert torch.autograd.gradcheck(lambda *a: rms_norm(a[0], a[1], z=a[2], group_size=4, backend=backend), (x, w, z))
+    assert torch.autograd.gradcheck(lambda *a: tuple(add_rms_norm(a[0], a[1], a[2], backend=backend)), (x, w, z))
 
 
 @pytest.mark.parametrize(

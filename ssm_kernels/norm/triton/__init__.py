@@ -1,0 +1,82 @@
+"""Both norms as one Triton kernel each way; `kernels` holds them, and is imported when one first runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._library import define_op
+
+
+def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
+    """x, z (..., D); weight (D,) -> (..., D)."""
+    return _Norm.apply(x, None, weight, z, eps, group_size, norm_before_gate, x.dtype)[0]
+
+
+def add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, residual_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x, residual (..., D); weight (D,) -> the norm of their sum in the dtype of x, and the sum."""
+    return _Norm.apply(x, residual, weight, None, eps, x.shape[-1], False, residual_dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype):
+        y, total, rstd = _forward_op(x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype)
+        ctx.save_for_backward(x if residual is None else total, weight, z, rstd)
+        ctx.group_size, ctx.norm_before_gate = group_size, norm_before_gate
+        ctx.x_dtype = x.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return y, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dtotal):
+        has_residual = ctx.residual_dtype is not None
+        wide, narrow, dweight, dz = _backward_op(
+            *ctx.saved_tensors, dy, dtotal if has_residual else None, ctx.group_size, ctx.norm_before_gate, ctx.x_dtype
+        )
+        dx = wide if wide.dtype == ctx.x_dtype else narrow
+        dresidual = wide.to(ctx.residual_dtype) if has_residual else None
+        dz = None if ctx.saved_tensors[2] is None else dz
+        return dx, dresidual, dweight, dz, None, None, None, None
+
+
+def _forward(*args):
+    from . import kernels
+
+    return kernels.forward(*args)
+
+
+def _backward(*args):
+    from . import kernels
+
+    return kernels.backward(*args)
+
+
+def _forward_fake(x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype):
+    rows = x.numel() // x.shape[-1]
+    total = x.new_empty(0 if residual is None else x.shape, dtype=total_dtype)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), total, x.new_empty(rows, x.shape[-1] // group_size, dtype=compute)
+
+
+def _backward_fake(v, weight, z, rstd, dy, dtotal, group_size, norm_before_gate, narrow_dtype):
+    narrow = v.new_empty(0 if narrow_dtype == v.dtype else v.shape, dtype=narrow_dtype)
+    dz = v.new_empty(0) if z is None else z.new_empty(z.shape)
+    return v.new_empty(v.shape), narrow, weight.new_empty(weight.shape), dz
+
+
+_forward_op = define_op(
+    "norm_triton(Tensor x, Tensor? residual, Tensor weight, Tensor? z, float eps, int group_size,"
+    " bool norm_before_gate, ScalarType total_dtype) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define_op(
+    "norm_triton_backward(Tensor v, Tensor weight, Tensor? z, Tensor rstd, Tensor dy, Tensor? dtotal, int group_size,"
+    " bool norm_before_gate, ScalarType narrow_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
