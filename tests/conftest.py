@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
@@ -17,3 +19,25 @@ torch.set_num_threads(1)  # the suite runs in several processes
 def backend() -> str:
     """The implementation that the tests of the ops hold against the reference."""
     return "triton" if interpreting() else "torch"
+
+
+@pytest.fixture
+def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every `torch.empty` gives NaN, so that what a kernel leaves out shows, between bands that it must not touch."""
+    band, given = 64, []
+    empty = torch.empty
+
+    def guarded(*size, dtype=None, device=None):
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        whole = torch.full((shape.numel() + 2 * band,), torch.nan, dtype=dtype, device=device)
+        given.append(whole)
+        return whole[band : band + shape.numel()].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    yield
+    monkeypatch.setattr(torch, "empty", empty)
+    assert given, "nothing was allocated by torch.empty"
+    for whole in given:
+        inside = whole[band:-band]
+        assert whole[:band].isnan().all() and whole[-band:].isnan().all(), f"written outside of {tuple(inside.shape)}"
+        assert not inside.isnan().any(), f"not written inside of {tuple(inside.shape)}"

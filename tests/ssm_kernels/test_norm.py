@@ -72,6 +72,18 @@ def test_registered_ops_pass_opcheck():
     torch.library.opcheck(triton._backward_op, arguments)
 
 
+@pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+@pytest.mark.parametrize(("rows", "dim"), [(9, 24), (300, 130), (1, 1025)])
+def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, rows, dim):
+    from ssm_kernels.norm.triton import kernels
+
+    x, z, dy, w = randn(rows, dim).float(), randn(1, rows, dim)[0].float(), randn(rows, dim).float(), randn(dim).float()
+    for gate, residual in ((None, None), (z, None), (None, z)):
+        _, total, rstd = kernels.forward(x, residual, w, gate, 1e-5, dim, False, torch.float32)
+        v, dtotal = (x, None) if residual is None else (total, z)
+        kernels.backward(v, w, gate, rstd, dy, dtotal, dim, False, torch.bfloat16)
+
+
 def test_residual_is_kept_in_the_dtype_asked_for():
     x = randn(3, 12, dtype=torch.bfloat16)
     y, residual = add_rms_norm(x, randn(12), residual_dtype=torch.float32)
