@@ -28,8 +28,3 @@ def rows_of(x: Tensor) -> Tensor:
     """(..., D) -> (rows, D) with adjacent channels: a view where strides allow."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import on_device, power_of_two, processors, rows_of
+from ..._triton import on_device, processors, rows_of
 
 # Elements of a tile: 8 a lane of 4 warps. Chosen from the compiler's register counts; not measured on a GPU.
 TILE = 1024
@@ -102,7 +102,7 @@ def _backward_kernel(
 
 
 def _options(size: int, dtype: torch.dtype) -> dict[str, object]:
-    block = power_of_two(size)
+    block = triton.next_power_of_2(size)
     return {
         "SIZE": size,
         "BLOCK": block,
