@@ -76,13 +76,22 @@ def _differences(bounds: list[int]) -> tuple[int, ...]:
     return tuple(b - a for a, b in itertools.pairwise(bounds))
 
 
-def _checked_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int) -> None:
+    """Check what can be told of `cu_seqlens` without its values.
+
+    Raises:
+        TypeError, ValueError: as `parse_sequences`.
+    """
     if cu_seqlens.dtype not in _INTS:
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a batch of one packed row, got batch {batch}")
+
+
+def _checked_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
+    check_cu_seqlens(cu_seqlens, batch)
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length:
         raise ValueError(f"cu_seqlens must run from 0 to L = {length}, got {bounds[0]} to {bounds[-1]}")

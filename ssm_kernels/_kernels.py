@@ -1,0 +1,121 @@
+"""What the Triton kernels of several ops share. Imports Triton; imported by the `kernels` modules alone."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._pieces import Pieces
+from ._triton import interpreting, on_device
+
+
+def compute_type(dtype: torch.dtype) -> tl.dtype:
+    """What sums and states are computed in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dot_type(*dtypes: torch.dtype) -> tl.dtype:
+    """What the operands of matrix products are rounded to: the widest of the inputs.
+
+    In the interpreter float32 at least, since it computes products of bfloat16 wrongly.
+    """
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    if interpreting():
+        widest = torch.promote_types(widest, torch.float32)
+    return {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }[widest]
+
+
+@triton.jit
+def load_piece(table, piece):
+    """Batch row (int64), first step, the step after the last, and the sequence (-1: a piece to spare)."""
+    entry = table + piece.to(tl.int64) * 4
+    return tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+
+
+@triton.jit
+def place(step, route, length, height):
+    """Where in a row-major grid of `length` places a step of a route is.
+
+    route: 0 rows, 1 columns, 2 rows reversed, 3 columns reversed, as in `cross_scan.CROSS`.
+    """
+    forth = tl.where((route & 2) != 0, length - 1 - step, step)
+    return tl.where((route & 1) != 0, forth % height * (length // height) + forth // height, forth)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), accurate in the smallest results too: log(w) e / (w - 1) with w = 1 + e, e = exp(-|x|)."""
+    e = tl.exp(-tl.abs(x))
+    w = 1 + e
+    return tl.maximum(x, 0) + tl.where(w == 1, e, tl.log(w) * (e / tl.where(w == 1, 1, w - 1)))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _carry_kernel(
+    arrivals, rate, time, before, after, first, before_row, after_row,
+    size, RATE: tl.constexpr, TIME: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Carry a tile of one sequence's state over its pieces. Grid: (sequences, tiles of the state).
+
+    `arrivals` (M, size) holds what each piece adds, and is overwritten by what each piece finds; a piece lets
+    `exp(rate[e // RATE] * time[piece, e // TIME])` of element e pass.
+    """
+    sequence = tl.program_id(0)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < size
+    rates = tl.load(rate + e // RATE, mask, other=0.0).to(COMPUTE)
+    times = (size + TIME - 1) // TIME
+    row = tl.load(before_row + sequence).to(tl.int64)
+    carry = tl.zeros((BLOCK,), COMPUTE)
+    if HAS_BEFORE:
+        carry = tl.load(before + row * size + e, mask & (row >= 0), other=0.0).to(COMPUTE)
+    begin, end = tl.load(first + sequence), tl.load(first + sequence + 1)
+    for i in range(end - begin):
+        piece = (end - 1 - i if REVERSE else begin + i).to(tl.int64)
+        arrived = tl.load(arrivals + piece * size + e, mask, other=0.0).to(COMPUTE)
+        passed = tl.load(time + piece * times + e // TIME, mask, other=0.0).to(COMPUTE)
+        tl.store(arrivals + piece * size + e, carry.to(arrivals.dtype.element_ty), mask)
+        carry = tl.exp(rates * passed) * carry + arrived
+    row = tl.load(after_row + sequence).to(tl.int64)
+    tl.store(after + row * size + e, carry.to(after.dtype.element_ty), mask & (row >= 0))
+
+
+def carry(
+    pieces: Pieces, arrivals: Tensor, rate: Tensor, time: Tensor, before: Tensor | None, after: Tensor, reverse: bool
+) -> None:
+    """Turn what each piece adds to a state into what each piece finds, in place, and write what is left at the end.
+
+    Args:
+        arrivals: (M, ...) what each piece adds.
+        rate, time: the piece lets `exp(rate * time)` pass; rate (r,) and time (M, t) are spread over the state.
+        before: (rows, ...) where each sequence begins: initial states, or in `reverse` gradients of final states.
+        after: (rows, ...) of the other end, written.
+        reverse: whether to go from the last piece to the first.
+    """
+    size = arrivals[0].numel() if len(arrivals) else after[0].numel()
+    block = min(256, triton.next_power_of_2(size))
+    rows = (pieces.initial_row, pieces.final_row)
+    n_sequences = len(pieces.initial_row)
+    if n_sequences == 0 or size == 0:
+        return
+    with on_device(after):
+        _carry_kernel[n_sequences, triton.cdiv(size, block)](
+            arrivals, rate, time, before, after, pieces.first, *(reversed(rows) if reverse else rows),
+            size, RATE=size // rate.numel(), TIME=size // time.shape[1], BLOCK=block, REVERSE=reverse,
+            HAS_BEFORE=before is not None, COMPUTE=compute_type(arrivals.dtype), num_warps=4,
+        )  # fmt: skip

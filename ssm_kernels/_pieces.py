@@ -1,0 +1,98 @@
+"""Sequences cut in pieces, for the Triton kernels: tables on the device, made without waiting for it.
+
+A program of a kernel works on one piece: some steps of one sequence. So no kernel knows of batches, `cu_seqlens` or
+`seq_idx`; they all become the same table. How many pieces there are must be known before the table is, so with
+`cu_seqlens` it holds as many as there could be, and those to spare belong to no sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._sequences import check_cu_seqlens, parse_sequences
+
+
+class Pieces(NamedTuple):
+    """Pieces of at most `size` steps, in order of sequence and time. All tensors are int32."""
+
+    size: int
+    table: Tensor
+    """(M, 4): batch row, first step, the step after the last, and the sequence, or -1 for a piece to spare."""
+    first: Tensor
+    """(S + 1,) the first piece of each sequence, and how many pieces there are."""
+    begin: Tensor
+    """(S,) the first step of each sequence in its batch row."""
+    initial_row: Tensor
+    """(S,) the row of `initial_states` that a sequence starts from, or -1."""
+    final_row: Tensor
+    """(S,) the row of `final_states` that a sequence ends in, or -1."""
+
+
+def max_pieces(batch: int, length: int, n_sequences: int | torch.SymInt, size: int, packed: bool) -> int | torch.SymInt:
+    """How many pieces `cut` gives, told from shapes alone as tracing needs."""
+    return batch * length // size + n_sequences if packed else batch * -(-length // size)
+
+
+def cut(batch: int, length: int, size: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None, device) -> Pieces:
+    """Cut the sequences of a (B, L) tensor in pieces of `size` steps, the last of each being shorter.
+
+    `seq_idx` makes the host wait for the device, since how many sequences it describes is in its values.
+
+    Raises:
+        TypeError, ValueError: as `parse_sequences`; on a GPU, values of `cu_seqlens` that are wrong are found by
+            the device, which then raises at the next synchronisation.
+    """
+    if cu_seqlens is None and seq_idx is None:
+        return _cut_rows(batch, length, size, device)
+    if seq_idx is not None or device.type == "cpu":
+        sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
+        at = torch.tensor(sequences.starts, dtype=torch.int64, device=device)
+        lengths = torch.tensor(sequences.lengths, dtype=torch.int64, device=device)
+        row, begin = at // max(length, 1), at % max(length, 1)
+        if cu_seqlens is not None:
+            row, begin = torch.zeros_like(at), at
+        rows = [_row_of(r, len(at), device) for r in (sequences.first, sequences.last)]
+        return _cut(row, begin, lengths, rows, max_pieces(batch, length, len(at), size, True), size)
+    check_cu_seqlens(cu_seqlens, batch)
+    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    lengths = end - begin
+    is_right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (lengths >= 0).all()
+    torch._assert_async(is_right, f"cu_seqlens must rise from 0 to L = {length} and never decrease")
+    everyone = torch.arange(len(begin), dtype=torch.int32, device=device)
+    spare = max_pieces(batch, length, len(begin), size, True)
+    return _cut(torch.zeros_like(begin), begin, lengths, [everyone, everyone], spare, size)
+
+
+@functools.lru_cache(maxsize=64)
+def _cut_rows(batch: int, length: int, size: int, device: torch.device) -> Pieces:
+    rows = torch.arange(batch, device=device)
+    lengths = torch.full_like(rows, length)
+    count = max_pieces(batch, length, batch, size, False)
+    return _cut(rows, torch.zeros_like(rows), lengths, [rows.int(), rows.int()], count, size)
+
+
+def _row_of(sequences: tuple[int, ...], n_sequences: int, device: torch.device) -> Tensor:
+    """For each sequence its place among `sequences`, or -1."""
+    rows = torch.full((n_sequences,), -1, dtype=torch.int32, device=device)
+    at = torch.tensor(sequences, dtype=torch.int64, device=device)
+    rows[at] = torch.arange(len(sequences), dtype=torch.int32, device=device)
+    return rows
+
+
+def _cut(row: Tensor, begin: Tensor, lengths: Tensor, rows: list[Tensor], count: int, size: int) -> Pieces:
+    """row, begin, lengths (S,) of each sequence -> `count` pieces."""
+    per_sequence = (lengths + (size - 1)) // size
+    first = torch.nn.functional.pad(per_sequence.cumsum(0), (1, 0))
+    piece = torch.arange(count, device=row.device)
+    sequence = torch.searchsorted(first[1:], piece, right=True)
+    is_spare = piece >= first[-1]
+    sequence = torch.where(is_spare, 0, sequence)
+    at = (piece - first[sequence]) * size
+    end = begin[sequence] + torch.minimum(at + size, lengths[sequence])
+    columns = (row[sequence], begin[sequence] + at, end, sequence)
+    table = torch.stack([torch.where(is_spare, -1 if i == 3 else 0, c) for i, c in enumerate(columns)], 1)
+    return Pieces(size, table.int(), first.int(), begin.int(), *rows)
