@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 
+from .cases import DTYPES, OPS, published
 from .measure import Mode, Timing, environment, error, peak_memory, time_together
+from .roofline import DEVICES, cost, floor
 from .workloads import build, default_shape, with_length
 
 Op = Literal["selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block"]
 Impl = Literal["torch", "reference", "transformers"]
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -97,7 +97,38 @@ class Sweep:
         _plot(report, self.out.with_suffix(".png"))
 
 
-COMMANDS = {"run": Run, "sweep": Sweep}
+@dataclass
+class Roofline:
+    """Print what each op must move and compute at the published sizes, the least time for it, and what bounds it."""
+
+    op: tyro.conf.Positional[tuple[str, ...]] = OPS
+    size: tuple[Literal["130m", "370m", "790m", "1.3b", "2.7b"], ...] = ("2.7b",)
+    """Models of Mamba and Mamba-2; the connectors' ops are those of 2.7b."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    device: tuple[Literal["A100", "H100", "H200", "B200", "MI300X", "L40S", "RTX 4090"], ...] = ("H100",)
+    out: Path | None = None
+    """JSON file to write."""
+
+    def run(self) -> None:
+        rows = []
+        print(f"{'':<86}{'MB':>9}{'GFLOP':>9}{'Gexp':>8}{'FLOP/B':>8}" + "".join(f"{d:>25}" for d in self.device))
+        for case in published(self.dtype, self.size):
+            for of in ("fwd",) if case.is_step else ("fwd", "bwd"):
+                if case.op not in self.op:
+                    continue
+                needs = cost(case, of)
+                floors = {name: floor(needs, DEVICES[name], DTYPES[self.dtype]) for name in self.device}
+                print(
+                    f"{f'{case} {of}':<86}{needs.bytes / 1e6:>9.1f}{(needs.matrix + needs.other) / 1e9:>9.2f}"
+                    f"{needs.exponentials / 1e9:>8.3f}{needs.intensity:>8.1f}"
+                    + "".join(f"{1e6 * f.seconds:>9.1f} us {f.bound:<13}" for f in floors.values())
+                )
+                times = {name: asdict(f) for name, f in floors.items()}
+                rows.append({"case": str(case), "pass": of, "cost": asdict(needs), "floors": times})
+        _write(self.out, {"rows": rows, "devices": {name: asdict(DEVICES[name]) for name in self.device}})
+
+
+COMMANDS = {"run": Run, "sweep": Sweep, "roofline": Roofline}
 
 
 def table(rows: list[dict]) -> str:

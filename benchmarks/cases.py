@@ -1,0 +1,305 @@
+"""Calls of the ops: sizes, dtype and options. One table for benchmarks, the compile report, and the checks on a GPU.
+
+case = Case("ssd", Shape(batch=1, length=2048, heads=24, d_state=128), "bf16", dt_bias=True)
+y, final_states = case.call(case.inputs("cuda"), backend="triton")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import ssm_kernels
+from ssm_kernels import use_backend
+from ssm_kernels._backend import TRITON_OPS
+
+SIZES = {
+    "selective_scan": "batch length channels d_state groups",
+    "ssd": "batch length heads headdim d_state groups",
+    "causal_conv1d": "batch length channels width",
+    "rms_norm": "batch length channels groups",
+    "add_rms_norm": "batch length channels",
+    "cross_scan": "batch length height channels",
+    "cross_merge": "batch length height channels",
+    "selective_scan_step": "batch channels d_state groups",
+    "ssd_step": "batch heads headdim d_state groups",
+    "causal_conv1d_step": "batch channels width",
+}
+"""The ops, and which sizes each reads."""
+OPS = tuple(SIZES)
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a problem; an op reads those it has."""
+
+    batch: int = 2
+    length: int = 1024
+    channels: int = 512
+    """D of the selective scan, the convolution and the norms; blocks have this inner width."""
+    d_state: int = 16
+    heads: int = 8
+    headdim: int = 64
+    groups: int = 1
+    """Of B and C; of the channels that a norm takes together."""
+    width: int = 4
+    """K of the convolution."""
+    height: int = 1
+    """Rows of the grid that `length` places make up."""
+
+
+class StepOutput(NamedTuple):
+    """What a case of a decoding step gives."""
+
+    y: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public op; an op reads the options it has."""
+
+    op: str
+    shape: Shape = Shape()
+    dtype: str = "fp32"
+    z: bool = False
+    D: bool = True
+    wide_D: bool = False
+    """D of SSD a head and channel, not a head."""
+    dt_bias: bool = False
+    dt_softplus: bool = True
+    dt_limit: bool = False
+    """Bounds on SSD's dt that cut off some of it."""
+    silu: bool = True
+    """The convolution's activation."""
+    norm_before_gate: bool = False
+    initial_states: bool = False
+    constant: bool = False
+    """B and C of the selective scan constant in time."""
+    sequences: int = 0
+    """How many are packed in the batch's one row, by `cu_seqlens`; 0 is a batch that is not packed."""
+    seq_idx: bool = False
+    """Each row of the batch holds two sequences, by `seq_idx`."""
+    channels_first: bool = False
+    """Inputs lie in memory as (B, channels, L)."""
+    chunk_size: int = 64
+
+    def __str__(self) -> str:
+        """One case's alone: the sizes that the op reads, and the options that are not at their default."""
+        sizes = [f"{name}={getattr(self.shape, name)}" for name in SIZES[self.op].split()]
+        options = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("op", "shape", "dtype")]
+        defaults = {f.name: f.default for f in fields(self)}
+        chosen = [name if value is True else f"{name}={value}" for name, value in options if value != defaults[name]]
+        return " ".join([self.op, self.dtype, *sizes, *chosen])
+
+    @property
+    def is_step(self) -> bool:
+        return self.op.endswith("_step")
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the op has Triton kernels in this version."""
+        return {"cross_merge": "cross_scan"}.get(self.op, self.op.removesuffix("_step")) in TRITON_OPS
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Arguments that are not tensors."""
+        if self.op in ("selective_scan", "selective_scan_step"):
+            return {"dt_softplus": self.dt_softplus}
+        if self.op in ("ssd", "ssd_step"):
+            limit = {"dt_limit": (0.01, 0.05)} if self.dt_limit else {}
+            return {"dt_softplus": self.dt_softplus} | limit | ({} if self.is_step else {"chunk_size": self.chunk_size})
+        if self.op in ("causal_conv1d", "causal_conv1d_step"):
+            return {"activation": "silu" if self.silu else None}
+        if self.op == "rms_norm":
+            group_size = self.shape.channels // self.shape.groups
+            return {"group_size": group_size, "norm_before_gate": self.norm_before_gate}
+        if self.op == "cross_merge":
+            return {"height": self.shape.height, "width": self.shape.length // self.shape.height}
+        return {}
+
+    def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Tensor]:
+        """Tensor arguments by name, random but for the seed; those of floating point ask for gradients."""
+        device = torch.device(device)
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        drawn = {name: _draw(self, name, size, device, generator) for name, size in self.sizes().items()}
+        return drawn | self._packing(device)
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the inputs of floating point by name."""
+        s = self.shape
+        d, n = s.channels, s.d_state
+        rows = self.sequences or s.batch
+        steps = (s.batch,) if self.is_step else (s.batch, s.length)
+        if self.op == "causal_conv1d_step":
+            return {"state": (s.batch, s.width - 1, d), "x": (s.batch, d), "weight": (d, s.width), "bias": (d,)}
+        if self.op == "causal_conv1d":
+            initial = {"initial_states": (rows, s.width - 1, d)} if self.initial_states else {}
+            return {"x": (*steps, d), "weight": (d, s.width), "bias": (d,)} | initial
+        if self.op == "rms_norm":
+            return {"x": (*steps, d), "weight": (d,)} | ({"z": (*steps, d)} if self.z else {})
+        if self.op == "add_rms_norm":
+            return {"x": (*steps, d), "weight": (d,), "residual": (*steps, d)}
+        if self.op == "cross_scan":
+            return {"x": (s.batch, s.height, s.length // s.height, d)}
+        if self.op == "cross_merge":
+            return {"y": (s.batch, len(ssm_kernels.CROSS), s.length, d)}
+        if self.op in ("selective_scan", "selective_scan_step"):
+            channels, heads, state = (d,), (d,), (d, n)
+            matrix = (d, n) if self.constant else (*steps, n) if s.groups == 1 else (*steps, s.groups, n)
+            sizes = {"u": (*steps, d), "dt": (*steps, d), "A": state, "B": matrix, "C": matrix}
+        elif self.op in ("ssd", "ssd_step"):
+            channels, heads, state = (s.heads, s.headdim), (s.heads,), (s.heads, s.headdim, n)
+            matrix = (*steps, s.groups, n)
+            sizes = {"x": (*steps, *channels), "dt": (*steps, s.heads), "A": heads, "B": matrix, "C": matrix}
+        else:
+            raise ValueError(f"op must be one of {', '.join(OPS)}; got {self.op!r}")
+        sizes |= {"D": channels if self.wide_D else heads} if self.D else {}
+        sizes |= {"z": (*steps, *channels)} if self.z else {}
+        sizes |= {"dt_bias": heads} if self.dt_bias else {}
+        sizes |= {"initial_states": (rows, *state)} if self.initial_states else {}
+        return {"state": (s.batch, *state)} | sizes if self.is_step else sizes
+
+    def _packing(self, device: torch.device) -> dict[str, Tensor]:
+        batch, length = self.shape.batch, self.shape.length
+        if self.seq_idx:
+            position = torch.arange(length, device=device, dtype=torch.int32)
+            return {"seq_idx": (position >= length // 3).int().expand(batch, length)}
+        if self.sequences:
+            # Unequal, and the first of several is empty.
+            shares = (torch.arange(self.sequences + 1, device=device) / self.sequences).square()
+            bounds = (shares * (shares > shares[1] * (self.sequences > 2)) * length).round().int()
+            return {"cu_seqlens": bounds}
+        return {}
+
+    def function(self, *, backend: str, **tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The op with these options: what `ssm_kernels.testing.assert_agrees` calls. A step works on a copy."""
+        op = getattr(ssm_kernels, self.op)
+        if self.is_step:
+            tensors["state"] = tensors["state"].clone()
+        with use_backend(backend):
+            out = op(**tensors, **self.options)
+        return StepOutput(out, tensors["state"]) if self.is_step else out
+
+    def call(self, inputs: dict[str, Tensor], backend: str = "auto") -> tuple[Tensor, ...]:
+        out = self.function(backend=backend, **inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+
+def _draw(case: Case, name: str, size: tuple[int, ...], device: torch.device, generator) -> Tensor:
+    """Random values in the range, dtype and memory layout that the models give them."""
+    value = torch.randn(size, device=device, generator=generator)
+    scan = case.op.startswith(("selective_scan", "ssd"))
+    if name == "dt":
+        value = value - 4  # softplus gives steps of about 0.02
+        value = value if case.dt_softplus else torch.nn.functional.softplus(value)
+    elif name == "A" and len(size) == 2:
+        value = -torch.arange(1.0, size[1] + 1, device=device).repeat(size[0], 1)
+    elif name == "A":
+        value = -1 - 15 * torch.rand(size, device=device, generator=generator)
+    dtype = DTYPES[case.dtype]
+    if name == "residual" or scan and name in ("A", "D", "dt_bias", "initial_states", "state"):
+        dtype = torch.promote_types(dtype, torch.float32)
+    value = value.to(dtype)
+    if case.channels_first and value.dim() == 3 and size[1] == case.shape.length:
+        value = value.transpose(1, 2).contiguous().transpose(1, 2)
+    return value.requires_grad_(not case.is_step)
+
+
+# Options that each op has, one at a time and then together. Packing needs a batch of one row.
+VARIANTS: dict[str, tuple[dict[str, object], ...]] = {
+    "selective_scan": (
+        {"z": True}, {"D": False}, {"dt_bias": True}, {"dt_softplus": False}, {"initial_states": True},
+        {"constant": True}, {"channels_first": True, "z": True}, {"sequences": 5}, {"seq_idx": True},
+        {"sequences": 5, "initial_states": True, "z": True, "dt_bias": True},
+    ),
+    "ssd": (
+        {"z": True}, {"D": False}, {"wide_D": True}, {"dt_bias": True}, {"dt_softplus": False}, {"dt_limit": True},
+        {"initial_states": True}, {"sequences": 5}, {"seq_idx": True},
+        {"sequences": 5, "initial_states": True, "z": True, "dt_bias": True},
+    ),
+    "causal_conv1d": (
+        {"silu": False}, {"initial_states": True}, {"channels_first": True}, {"sequences": 5}, {"seq_idx": True},
+        {"sequences": 5, "initial_states": True},
+    ),
+    "rms_norm": ({"z": True}, {"z": True, "norm_before_gate": True}),
+    "add_rms_norm": (),
+    "cross_scan": (),
+    "cross_merge": (),
+    "selective_scan_step": ({"z": True}, {"dt_bias": True}, {"constant": True}),
+    "ssd_step": ({"z": True}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True}),
+    "causal_conv1d_step": ({"silu": False},),
+}  # fmt: skip
+
+
+def variants(case: Case) -> list[Case]:
+    """The case, and the same with each of its op's options."""
+    found = [case]
+    for options in VARIANTS[case.op]:
+        shape = replace(case.shape, batch=1) if "sequences" in options else case.shape
+        found.append(replace(case, shape=shape, **options))
+    return found
+
+
+WIDTHS = {"130m": 768, "370m": 1024, "790m": 1536, "1.3b": 2048, "2.7b": 2560}
+"""d_model of the published Mamba and Mamba-2 models (2.8b and 1.4b in Mamba-1), whose inner width is twice that."""
+
+
+def layer(family: str, size: str, dtype: str = "bf16", batch: int = 8, length: int = 2048) -> list[Case]:
+    """The ops of one layer of a published model, in training and in decoding, as `ssm_kernels.modules` calls them."""
+    width = WIDTHS[size]
+    inner = 2 * width
+    shape = Shape(batch, length, inner)
+    add_norm = Case("add_rms_norm", replace(shape, channels=width), dtype)
+    if family == "mamba":
+        options = {"dtype": dtype, "z": True, "dt_bias": True}
+        conv = Case("causal_conv1d", shape, dtype)
+        return [
+            Case("selective_scan", shape, **options), conv, add_norm,
+            Case("selective_scan_step", shape, **options), replace(conv, op="causal_conv1d_step"),
+        ]  # fmt: skip
+    scan = Case("ssd", replace(shape, d_state=128, heads=inner // 64), dtype, dt_bias=True)
+    conv = Case("causal_conv1d", replace(shape, channels=inner + 2 * 128), dtype)
+    return [
+        scan, conv, add_norm, Case("rms_norm", shape, dtype, z=True),
+        replace(scan, op="ssd_step"), replace(conv, op="causal_conv1d_step"),
+    ]  # fmt: skip
+
+
+def connector(dtype: str = "bf16", batch: int = 8, side: int = 27) -> list[Case]:
+    """The ops of the connectors at a 2.7b model's width, on the grid of patches of a 384-pixel encoder."""
+    shape = Shape(batch, side * side, 2 * 2560, height=side)
+    routes = replace(shape, channels=4 * shape.channels, groups=4)
+    return [
+        Case("cross_scan", shape, dtype), Case("cross_merge", shape, dtype),
+        Case("selective_scan", routes, dtype, dt_bias=True),
+        Case("ssd", replace(shape, d_state=128, heads=80), dtype, dt_bias=True),
+    ]  # fmt: skip
+
+
+def published(dtype: str = "bf16", sizes: tuple[str, ...] = tuple(WIDTHS)) -> list[Case]:
+    """The ops of the published models and of the connectors, without repetition."""
+    layers = [case for family in ("mamba", "mamba2") for size in sizes for case in layer(family, size, dtype)]
+    return list(dict.fromkeys(layers + connector(dtype)))
+
+
+def small(dtype: str) -> list[Case]:
+    """Every option of every op at small, odd sizes, for comparison with the step-by-step reference."""
+    shape = Shape(batch=2, length=203, channels=72, groups=1)
+    scan = replace(shape, heads=6, headdim=16, d_state=24, groups=2)
+    cases = []
+    for case in (
+        Case("selective_scan", shape), Case("ssd", scan, chunk_size=32), Case("causal_conv1d", shape),
+        Case("rms_norm", replace(shape, groups=3)), Case("add_rms_norm", shape),
+        Case("cross_scan", replace(shape, height=7)), Case("cross_merge", replace(shape, height=7)),
+        Case("selective_scan_step", shape), Case("ssd_step", scan), Case("causal_conv1d_step", shape),
+    ):  # fmt: skip
+        cases += variants(replace(case, dtype=dtype))
+    cases.append(Case("selective_scan", replace(shape, groups=4, d_state=5), dtype, z=True))
+    cases.append(Case("selective_scan", replace(shape, length=70, d_state=256), dtype))
+    cases.append(Case("causal_conv1d", replace(shape, width=2), dtype))
+    return cases

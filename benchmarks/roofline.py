@@ -1,0 +1,285 @@
+"""The least time that a call can take: bytes, operations and exponentials over what a device does in a second.
+
+What is counted is what the definition asks of any implementation that keeps no more than its inputs for the backward:
+each input read once and each output written once, states recomputed in the backward, SSD by the chunked algorithm at
+the case's `chunk_size` with whole chunk x chunk tiles, as matrix units compute them. Traffic that is a choice of
+the kernel (states kept, partial sums) is not counted, so a kernel's share of the roofline is understated by it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .cases import DTYPES, Case
+
+Pass = Literal["fwd", "bwd", "fwd+bwd"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call must move and compute."""
+
+    read: int
+    """Bytes, as `written`."""
+    written: int
+    matrix: int = 0
+    """Floating operations in matrix products; a multiplication and an addition are two."""
+    other: int = 0
+    """Floating operations outside of them."""
+    exponentials: int = 0
+    """Also logarithms, reciprocals and reciprocal roots, which the same unit computes."""
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+    @property
+    def intensity(self) -> float:
+        """Floating operations a byte."""
+        return (self.matrix + self.other) / self.bytes
+
+    def __add__(self, more: Cost) -> Cost:
+        return Cost(*(getattr(self, f) + getattr(more, f) for f in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates a second, dense, at the vendor's boost clock."""
+
+    bandwidth: float
+    """Bytes."""
+    half: float
+    """Matrix operations of bfloat16 and float16, added up in float32."""
+    tf32: float
+    """Matrix operations of TF32 (of float32 on AMD)."""
+    fp32: float
+    """Other operations of float32."""
+    exponentials: float
+    """Derived, not published as such: see `_exponentials`."""
+
+    def matrix(self, dtype: torch.dtype) -> float:
+        """Matrix operations of a dtype. Of float32 accuracy: by three products of TF32, or without matrix units."""
+        return self.half if dtype in (torch.bfloat16, torch.float16) else max(self.tf32 / 3, self.fp32)
+
+
+def _exponentials(fp32: float, lanes: int) -> float:
+    """16 a multiprocessor and clock, where `lanes` multiply-adds of float32 start.
+
+    NVIDIA: CUDA C++ programming guide, "Throughput of Native Arithmetic Instructions", row of reciprocal, exp2, log2.
+    AMD: a quarter of the rate of 64 lanes (CDNA 3, transcendental instructions). `fp32` gives the clock.
+    """
+    return fp32 / (2 * lanes) * 16
+
+
+DEVICES: dict[str, Device] = {
+    # NVIDIA A100 80GB SXM datasheet: 2,039 GB/s, 312, 156 and 19.5 TFLOPS. 64 lanes: GA100 whitepaper.
+    "A100": Device(2.039e12, 312e12, 156e12, 19.5e12, _exponentials(19.5e12, 64)),
+    # NVIDIA H100 SXM datasheet: 3.35 TB/s; 1,979, 989 (both with sparsity) and 67 TFLOPS.
+    "H100": Device(3.35e12, 989.5e12, 494.5e12, 67e12, _exponentials(67e12, 128)),
+    # NVIDIA H200 SXM datasheet: 4.8 TB/s, the rest as H100.
+    "H200": Device(4.8e12, 989.5e12, 494.5e12, 67e12, _exponentials(67e12, 128)),
+    # NVIDIA Blackwell architecture brief, HGX B200: 8 TB/s; 4,500, 2,200 (both with sparsity) and 80 TFLOPS.
+    "B200": Device(8e12, 2250e12, 1100e12, 80e12, _exponentials(80e12, 128)),
+    # AMD Instinct MI300X datasheet: 5.3 TB/s; 1,307.4, 163.4 (float32 matrix) and 163.4 TFLOPS. 128 lanes: two
+    # multiply-adds a lane and clock.
+    "MI300X": Device(5.3e12, 1307.4e12, 163.4e12, 163.4e12, _exponentials(163.4e12, 128)),
+    # NVIDIA L40S datasheet: 864 GB/s; 362.05, 183 and 91.6 TFLOPS.
+    "L40S": Device(0.864e12, 362.05e12, 183e12, 91.6e12, _exponentials(91.6e12, 128)),
+    # NVIDIA Ada whitepaper, RTX 4090: 1,008 GB/s; 165.2 (adding in float32), 82.6 and 82.6 TFLOPS.
+    "RTX 4090": Device(1.008e12, 165.2e12, 82.6e12, 82.6e12, _exponentials(82.6e12, 128)),
+}
+
+
+@dataclass(frozen=True)
+class Floor:
+    seconds: float
+    bound: Literal["memory", "matrix", "arithmetic", "exponentials"]
+    """The unit that takes so long; the others could work at the same time."""
+
+
+def floor(cost: Cost, device: Device, dtype: torch.dtype) -> Floor:
+    """The least time, and what bounds it."""
+    if dtype == torch.float64:
+        raise ValueError("no roofline is known for float64: give fp32, bf16 or fp16")
+    times = {
+        "memory": cost.bytes / device.bandwidth,
+        "matrix": cost.matrix / device.matrix(dtype),
+        "arithmetic": cost.other / device.fp32,
+        "exponentials": cost.exponentials / device.exponentials,
+    }
+    bound = max(times, key=times.__getitem__)
+    return Floor(times[bound], bound)
+
+
+def device_named(name: str) -> Device | None:
+    """The device whose name is in what a driver reports, such as `NVIDIA H100 80GB HBM3`."""
+    return next((device for key, device in DEVICES.items() if key in name), None)
+
+
+def cost(case: Case, of: Pass) -> Cost:
+    """What a call must move and compute, forward, backward (gradients of all inputs) or both."""
+    if of == "fwd+bwd":
+        return cost(case, "fwd") + cost(case, "bwd")
+    if of == "bwd" and case.is_step:
+        raise ValueError(f"{case.op} has no backward")
+    inputs = _bytes(*case.inputs("meta").values())
+    floats = _bytes(*(t for t in case.inputs("meta").values() if t.is_floating_point()))
+    count = {
+        "selective_scan": _selective_scan, "selective_scan_step": _selective_scan,
+        "ssd": _ssd, "ssd_step": _ssd_step,
+        "causal_conv1d": _conv, "causal_conv1d_step": _conv,
+        "rms_norm": _norm, "add_rms_norm": _norm,
+        "cross_scan": _permute, "cross_merge": _permute,
+    }[case.op]  # fmt: skip
+    matrix, other, exponentials = count(case, of)
+    outputs = _outputs(case)
+    if of == "fwd":
+        return Cost(inputs, outputs, matrix, other, exponentials)
+    # A permutation's gradient needs no input.
+    again = 0 if case.op in ("cross_scan", "cross_merge") else inputs
+    return Cost(again + _gradients_in(case), floats, matrix, other, exponentials)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _outputs(case: Case) -> int:
+    """Bytes of the results: y, and the states at the end, or the state that a step updates."""
+    sizes, width = case.sizes(), DTYPES[case.dtype].itemsize
+    wide = max(width, 4)
+    rows = case.sequences or case.shape.batch
+    s = case.shape
+    if case.is_step:
+        state = case.inputs("meta")["state"]
+        return _bytes(state) + math.prod(sizes["u" if "u" in sizes else "x"]) * width
+    y = _gradients_in(case)
+    if case.op == "selective_scan":
+        return y + rows * s.channels * s.d_state * wide
+    if case.op == "ssd":
+        return y + rows * s.heads * s.headdim * s.d_state * wide
+    if case.op == "causal_conv1d":
+        return y + rows * (s.width - 1) * s.channels * width
+    return y
+
+
+def _gradients_in(case: Case) -> int:
+    """Bytes of the gradients that arrive: of y and, in the residual add, of the sum; none of final states."""
+    sizes, width = case.sizes(), DTYPES[case.dtype].itemsize
+    main = math.prod(next(iter(sizes.values()))) * width
+    stream = main // width * max(width, 4)  # the residual's
+    return {"cross_scan": 4 * main, "cross_merge": main // 4, "add_rms_norm": main + stream}.get(case.op, main)
+
+
+def _selective_scan(case: Case, of: Pass) -> tuple[int, int, int]:
+    """Matrix operations, other operations and exponentials of B * L * D channel steps of N states.
+
+    Forward, a state: dt A, exp; (dt u) B; h = a h + ..., y += C h, a multiply-add each: 6 and one exponential.
+    Backward, a state: the recurrence again (4 and one exponential); g += C dy, dC += h dy, dB += g (dt u),
+    s += B g, dA += p dt, q += A p, a multiply-add each, and a g, p = (a g) h: 14.
+    """
+    s = case.shape
+    steps = s.batch * (1 if case.is_step else s.length) * s.channels
+    states = steps * s.d_state
+    if of == "fwd":
+        # dt u; D u; silu(z) is an exponential, a reciprocal and 3 operations with its product with y.
+        scalar, exponentials = 1 + 2 * case.D + 3 * case.z, 2 * case.z
+    else:
+        # dt u; du = dt s + D dy, dD += u dy; ddt = u s + q. The gate: y again (2 a state and D u), its gradient.
+        scalar, exponentials = 4 + 4 * case.D + (2 * s.d_state + 2 * case.D + 8) * case.z, 2 * case.z
+    step, unit = _step_size(case, of)
+    per_state = 6 if of == "fwd" else 18
+    return 0, per_state * states + (scalar + step) * steps, states + (exponentials + unit) * steps
+
+
+def _step_size(case: Case, of: Pass) -> tuple[int, int]:
+    """Operations and exponentials of dt: the bias, softplus (exp, log; the backward: also a reciprocal), bounds."""
+    operations = case.dt_bias + 2 * case.dt_softplus + 2 * case.dt_limit
+    if of == "fwd":
+        return operations, 2 * case.dt_softplus
+    return operations + case.dt_bias + 2 * case.dt_softplus, 3 * case.dt_softplus
+
+
+def _ssd(case: Case, of: Pass) -> tuple[int, int, int]:
+    """By chunks of q steps; a product of (m, k) and (k, n) is 2 m k n operations.
+
+    Forward: C B^T a group; (C B^T masked) x, C S and S += B^T x a head.
+    Backward: C B^T, its gradient times B and times C a group; dy x^T and (C B^T masked)^T dy a head, and, of N P q
+    each, the states again, dS += C^T dy, dC += dy S^T, dx += B dS and dB += x dS^T.
+    Exponentials: the lower triangle of decays, and two a step for the state, a head.
+    """
+    s = case.shape
+    matrix = other = exponentials = 0
+    for q, times in _chunks(case):
+        square, rectangle, triangle = q * q, q * s.d_state * s.headdim, q * (q + 1) // 2
+        products_a_group, squares_a_head, rectangles_a_head = (1, 1, 2) if of == "fwd" else (3, 2, 5)
+        matrix += times * s.groups * products_a_group * 2 * square * s.d_state
+        matrix += times * s.heads * (squares_a_head * 2 * square * s.headdim + rectangles_a_head * 2 * rectangle)
+        # Masked, the decay's difference, times decay and dt (and, backward, the same of the gradient and of ddt's sum).
+        other += times * s.heads * triangle * (3 if of == "fwd" else 7)
+        # The state's decay, and the rows of C S and x that it and dt scale.
+        states = s.d_state * s.headdim
+        other += times * s.heads * ((1 if of == "fwd" else 2) * states + (2 if of == "fwd" else 5) * q * s.headdim)
+        exponentials += times * s.heads * (triangle + 2 * q)
+    steps = s.batch * s.length * s.heads
+    step, unit = _step_size(case, of)
+    gate = (3 if of == "fwd" else 10) * case.z
+    other += steps * s.headdim * ((2 if of == "fwd" else 4) * case.D + gate) + steps * (step + 1)
+    return matrix, other, exponentials + steps * (unit + 2 * s.headdim * case.z)
+
+
+def _chunks(case: Case) -> list[tuple[int, int]]:
+    """(steps, how many chunks of so many)."""
+    s, q = case.shape, case.chunk_size
+    if case.sequences:
+        # On average; where bounds lie is in their values.
+        return [(q, max(1, s.length // q))]
+    whole, rest = divmod(s.length, q)
+    return [(steps, s.batch * times) for steps, times in ((q, whole), (rest, 1)) if steps and times]
+
+
+def _ssd_step(case: Case, of: Pass) -> tuple[int, int, int]:
+    """A state: decay h + (dt x) B, a multiply-add and a product, and y += C h: 5; a head: exp(dt A)."""
+    s = case.shape
+    heads = s.batch * s.heads
+    step, unit = _step_size(case, of)
+    scalar = 1 + 2 * case.D + 3 * case.z
+    other = heads * (s.headdim * (5 * s.d_state + scalar) + step + 1)
+    return 0, other, heads * (1 + unit + 2 * s.headdim * case.z)
+
+
+def _conv(case: Case, of: Pass) -> tuple[int, int, int]:
+    """K multiply-adds; SiLU: an exponential, a reciprocal, 2. Backward: dx, dweight, and the sums again for SiLU."""
+    s = case.shape
+    elements = s.batch * (1 if case.is_step else s.length) * s.channels
+    if of == "fwd":
+        return 0, elements * (2 * s.width + 1 + 2 * case.silu), elements * 2 * case.silu
+    again = (2 * s.width + 1 + 5) * case.silu
+    return 0, elements * (4 * s.width + 1 + again), elements * 2 * case.silu
+
+
+def _norm(case: Case, of: Pass) -> tuple[int, int, int]:
+    """Forward: a sum of squares (2), the root's factor and the weight. The gate: 3 and two exponentials.
+
+    Backward: u, the sum of g u, dv, g w and dweight: 9; the gate again, its slope, and what it multiplies: 9.
+    """
+    s = case.shape
+    elements = s.batch * s.length * s.channels
+    roots = s.batch * s.length * (s.groups if case.op == "rms_norm" else 1)
+    if of == "fwd":
+        other = elements * (4 + 3 * case.z + (case.op == "add_rms_norm"))
+    else:
+        other = elements * (9 + 9 * case.z + (case.op == "add_rms_norm"))
+    return 0, other, roots + elements * 2 * case.z
+
+
+def _permute(case: Case, of: Pass) -> tuple[int, int, int]:
+    """The merge, or the scan's backward, adds the four routes."""
+    s = case.shape
+    adds = 3 if (case.op == "cross_merge") == (of == "fwd") else 0
+    return 0, adds * s.batch * s.length * s.channels, 0
