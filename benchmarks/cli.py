@@ -11,12 +11,12 @@ from typing import Literal
 import tyro
 
 from .cases import DTYPES, OPS, published
-from .measure import Mode, Timing, environment, error, peak_memory, time_together
+from .measure import Mode, Timing, environment, error, on, peak_memory, time_together
 from .roofline import DEVICES, cost, floor
-from .workloads import build, default_shape, with_length
+from .workloads import build, default_shape
 
 Op = Literal["selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block"]
-Impl = Literal["torch", "reference", "transformers"]
+Impl = Literal["triton", "torch", "reference", "transformers"]
 
 
 @dataclass
@@ -24,11 +24,14 @@ class Run:
     """Measure implementations of an op side by side: time, error, and peak memory of the process."""
 
     op: tyro.conf.Positional[Op]
-    impl: tuple[Impl, ...] = ("torch", "transformers")
-    """torch and reference are ours; transformers is what that library runs where no kernels are installed."""
+    impl: tuple[Impl, ...] = ()
+    """By default transformers, which is what that library runs where no kernels are installed, beside ours: triton
+    on a GPU and torch elsewhere. triton on a CPU runs in its interpreter, with TRITON_INTERPRET=1."""
     mode: tuple[Mode, ...] = ("fwd", "fwd+bwd")
     metric: tuple[Literal["time", "memory", "error"], ...] = ("time", "memory", "error")
     dtype: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
+    device: str = "cpu"
+    """cuda, or one of several such as cuda:1."""
     batch: int | None = None
     """Sizes; those not given are the op's own."""
     length: int | None = None
@@ -42,13 +45,17 @@ class Run:
     """JSON file to write."""
 
     def run(self) -> None:
+        with on(self.device):
+            self._run()
+
+    def _run(self) -> None:
         sizes = ("batch", "length", "channels", "d_state", "heads", "headdim")
         shape = replace(default_shape(self.op), **{s: getattr(self, s) for s in sizes if getattr(self, s) is not None})
         dtype = DTYPES[self.dtype]
         workloads = {}
-        for impl in self.impl:
+        for impl in self.impl or (_fastest(self.device), "transformers"):
             try:
-                workloads[impl] = build(self.op, impl, shape, dtype)
+                workloads[impl] = build(self.op, impl, shape, dtype, device=self.device)
             except ModuleNotFoundError as e:
                 print(f"{impl}: {e}")
         rows = []
@@ -59,13 +66,13 @@ class Run:
                 if impl in timings:
                     row |= {"time": asdict(timings[impl])}
                 if "memory" in self.metric:
-                    row["peak_memory"] = peak_memory(self.op, impl, shape, mode)
+                    row["peak_memory"] = peak_memory(self.op, impl, shape, mode, dtype, self.device)
                 if "error" in self.metric:
-                    row["error"] = error(self.op, workload, shape, dtype)
+                    row["error"] = error(self.op, workload, shape, dtype, self.device)
                 rows.append(row)
         print(f"{self.op}, {self.dtype}, {shape}")
         print(table(rows))
-        report = {"op": self.op, "dtype": self.dtype, "shape": asdict(shape), "rows": rows, **environment()}
+        report = {"op": self.op, "dtype": self.dtype, "shape": asdict(shape), "rows": rows, **environment(self.device)}
         _write(self.out, report)
 
 
@@ -74,8 +81,11 @@ class Sweep:
     """Time an op against the length, and plot it: a scan's time grows in proportion."""
 
     op: tyro.conf.Positional[Op]
-    impl: tuple[Impl, ...] = ("torch",)
+    impl: tuple[Impl, ...] = ()
+    """By default triton on a GPU, torch elsewhere."""
     mode: Mode = "fwd+bwd"
+    dtype: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
+    device: str = "cpu"
     batch: int = 1
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
     calls: int = 3
@@ -83,17 +93,23 @@ class Sweep:
     """JSON file to write; the plot goes beside it as PNG."""
 
     def run(self) -> None:
-        seconds: dict[str, list[float]] = {impl: [] for impl in self.impl}
+        with on(self.device):
+            self._run()
+
+    def _run(self) -> None:
+        impls = self.impl or (_fastest(self.device),)
+        seconds: dict[str, list[float]] = {impl: [] for impl in impls}
         base = replace(default_shape(self.op), batch=self.batch)
         for length in self.lengths:
-            workloads = {impl: build(self.op, impl, with_length(base, length)) for impl in self.impl}
+            shape, dtype = replace(base, length=length), DTYPES[self.dtype]
+            workloads = {impl: build(self.op, impl, shape, dtype, device=self.device) for impl in impls}
             for impl, timing in time_together(workloads, self.mode, self.calls).items():
                 seconds[impl].append(timing.median)
                 print(
                     f"{impl:<12} L {length:>7,}  {timing.median:8.3f} s  {1e6 * timing.median / length:7.2f} us a step"
                 )
         report = {"op": self.op, "mode": self.mode, "batch": self.batch, "lengths": self.lengths, "seconds": seconds}
-        _write(self.out, report | environment())
+        _write(self.out, report | {"dtype": self.dtype} | environment(self.device))
         _plot(report, self.out.with_suffix(".png"))
 
 
@@ -129,6 +145,10 @@ class Roofline:
 
 
 COMMANDS = {"run": Run, "sweep": Sweep, "roofline": Roofline}
+
+
+def _fastest(device: str) -> Impl:
+    return "torch" if device == "cpu" else "triton"
 
 
 def table(rows: list[dict]) -> str:

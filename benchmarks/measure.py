@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,9 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .workloads import Shape, Workload, build, exact
+from .cases import Shape
+from .workloads import Workload, build, exact
 
 Mode = Literal["fwd", "fwd+bwd"]
+PEERS = ("mamba-ssm", "causal-conv1d", "flash-linear-attention")
 SLOW = 5.0
 """Seconds beyond which a call is measured once, not repeated."""
 
@@ -35,34 +40,103 @@ class Timing:
     calls: int
 
 
-def once(workload: Workload, mode: Mode) -> Tensor:
-    """One call, with gradients of all inputs where the mode says so."""
+@contextlib.contextmanager
+def on(device: str) -> Iterator[None]:
+    """A context in which a device that was asked for by name is the current one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device == "cpu":
+        yield
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch sees no GPU")
+    with torch.cuda.device(device):
+        yield
+
+
+def once(workload: Workload, mode: Mode, dy: Tensor | None = None) -> Tensor:
+    """One call, with gradients of all inputs where the mode says so; of the sum of y where no `dy` is given."""
     if mode == "fwd":
         with torch.no_grad():
             return workload.run()
     y = workload.run()
-    torch.autograd.grad(y.sum(), workload.inputs, allow_unused=True)
+    torch.autograd.grad(y, workload.inputs, torch.ones_like(y) if dy is None else dy, allow_unused=True)
     return y
 
 
-def time_together(workloads: Mapping[str, Workload], mode: Mode, calls: int) -> dict[str, Timing]:
-    """Time several implementations in turn, so that a drift of the machine hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in workloads}
+def time_together(workloads: Mapping[str, Workload | Sequence[Workload]], mode: Mode, calls: int) -> dict[str, Timing]:
+    """Time several implementations in turn, so that a drift of the machine hits all alike.
+
+    An implementation may come as several workloads on inputs of their own, used one after the other: together
+    larger than a cache, they make each call read its inputs from memory.
+    """
+    sets = {name: [w] if isinstance(w, Workload) else list(w) for name, w in workloads.items()}
+    on_gpu = any(t.device.type == "cuda" for ways in sets.values() for way in ways for t in way.inputs)
+    clock = _GPUClock(sets, mode) if on_gpu else _CPUClock(mode)
     wanted = {}
-    for name, workload in workloads.items():
-        begin = time.perf_counter()
-        once(workload, mode)
-        first = time.perf_counter() - begin
+    for name, ways in sets.items():
+        first = clock.first(name, ways)
         wanted[name] = 0 if first > SLOW else calls
-        if first > SLOW:
-            seconds[name].append(first)
     for i in range(calls):
-        for name, workload in workloads.items():
+        for name, ways in sets.items():
             if i < wanted[name]:
-                begin = time.perf_counter()
-                once(workload, mode)
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: _timing(s) for name, s in seconds.items()}
+                clock.time(name, ways[i % len(ways)])
+    return {name: _timing(seconds) for name, seconds in clock.seconds().items()}
+
+
+class _CPUClock:
+    def __init__(self, mode: Mode):
+        self.mode, self._seconds = mode, collections.defaultdict(list)
+
+    def first(self, name: str, ways: Sequence[Workload]) -> float:
+        """Seconds of a first call, kept where it is not to be repeated."""
+        self.time(name, ways[0])
+        first = self._seconds[name][0]
+        if first <= SLOW:
+            self._seconds[name].clear()
+        return first
+
+    def time(self, name: str, workload: Workload) -> None:
+        begin = time.perf_counter()
+        once(workload, self.mode)
+        self._seconds[name].append(time.perf_counter() - begin)
+
+    def seconds(self) -> dict[str, list[float]]:
+        return self._seconds
+
+
+class _GPUClock:
+    """By events on the device's stream. The host does not wait between calls, so what it takes to launch is hidden."""
+
+    def __init__(self, sets: Mapping[str, Sequence[Workload]], mode: Mode):
+        self.mode, self.events, self.dy = mode, collections.defaultdict(list), {}
+        for ways in sets.values():
+            for way in ways:  # compiles, and gives the allocator what it needs
+                y = once(way, mode)
+                self.dy[id(way)] = torch.ones_like(y)
+        torch.cuda.synchronize()
+
+    def first(self, name: str, ways: Sequence[Workload]) -> float:
+        self.time(name, ways[0])
+        torch.cuda.synchronize()
+        start, end = self.events[name][0]
+        first = start.elapsed_time(end) / 1e3
+        if first <= SLOW:
+            self.events[name].clear()
+        return first
+
+    def time(self, name: str, workload: Workload) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        once(workload, self.mode, self.dy[id(workload)])
+        end.record()
+        self.events[name].append((start, end))
+
+    def seconds(self) -> dict[str, list[float]]:
+        torch.cuda.synchronize()
+        return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in self.events.items()}
 
 
 def _timing(seconds: list[float]) -> Timing:
@@ -72,26 +146,35 @@ def _timing(seconds: list[float]) -> Timing:
     return Timing(median, low, high, len(seconds))
 
 
-def error(op: str, workload: Workload, shape: Shape, dtype: torch.dtype) -> float:
+def error(op: str, workload: Workload, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> float:
     """Largest error of the result against the reference in float64, relative to the result's largest value."""
-    want = exact(op, shape, dtype)
+    want = exact(op, shape, dtype, device=device)
     got = once(workload, "fwd").double()
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-def peak_memory(op: str, impl: str, shape: Shape, mode: Mode) -> int:
-    """Bytes by which one call raises a fresh process's resident memory at its peak (Linux)."""
-    request = json.dumps({"op": op, "impl": impl, "shape": asdict(shape), "mode": mode})
+def peak_memory(
+    op: str, impl: str, shape: Shape, mode: Mode, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> int:
+    """Bytes by which one call raises what is allocated on a GPU, or a fresh process's resident memory (Linux)."""
+    if device != "cpu":
+        workload = build(op, impl, shape, dtype, device=device)
+        once(workload, mode)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        once(workload, mode)
+        return torch.cuda.max_memory_allocated(device) - before
+    request = json.dumps({"op": op, "impl": impl, "shape": asdict(shape), "mode": mode, "dtype": str(dtype)[6:]})
     done = subprocess.run(
         [sys.executable, "-m", "vlmamba.benchmarks.measure", request], capture_output=True, text=True, check=True
     )
     return int(done.stdout.splitlines()[-1])
 
 
-def _peak_memory_here(op: str, impl: str, shape: Shape, mode: Mode) -> int:
+def _peak_memory_here(op: str, impl: str, shape: Shape, mode: Mode, dtype: torch.dtype) -> int:
     # A small call first: what libraries allocate once is not the op's.
-    once(build(op, impl, Shape(**{**asdict(shape), "length": 32})), mode)
-    workload = build(op, impl, shape)
+    once(build(op, impl, Shape(**{**asdict(shape), "length": 32}), dtype), mode)
+    workload = build(op, impl, shape, dtype)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _status("VmRSS")
     once(workload, mode)
@@ -105,16 +188,17 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def environment() -> dict[str, object]:
+def environment(device: str = "cpu") -> dict[str, object]:
     """What a figure depends on besides the code."""
     packages = {}
-    for name in ("torch", "triton", "transformers", "numpy"):
+    for name in ("torch", "triton", "transformers", "numpy", *PEERS):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
     return {
-        "device": _cpu_name(),
+        "device": _cpu_name() if device == "cpu" else torch.cuda.get_device_name(device),
+        "driver": None if device == "cpu" else _driver(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -131,6 +215,14 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def _driver() -> str | None:
+    """The driver's version, as the vendor's tool says it; without the tool, what torch was built for."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if torch.version.hip or shutil.which(command[0]) is None:
+        return f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[0] or None
+
+
 def _commit() -> str | None:
     here = Path(__file__).parent
     done = subprocess.run(
@@ -141,4 +233,5 @@ def _commit() -> str | None:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    print(_peak_memory_here(given["op"], given["impl"], Shape(**given["shape"]), given["mode"]))
+    shape, dtype = Shape(**given["shape"]), getattr(torch, given["dtype"])
+    print(_peak_memory_here(given["op"], given["impl"], shape, given["mode"], dtype))

@@ -7,33 +7,18 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssm_kernels import causal_conv1d, selective_scan, ssd
+from ssm_kernels import use_backend
 from ssm_kernels.modules import Mamba, Mamba2
 
+from .cases import DTYPES, Case, Shape
+
 OPS = ("selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block")
-IMPLEMENTATIONS = ("torch", "reference", "transformers")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a problem; an op reads those it has."""
-
-    batch: int = 2
-    length: int = 1024
-    channels: int = 512
-    """D of the selective scan and the convolution; blocks have this inner width."""
-    d_state: int = 16
-    heads: int = 8
-    headdim: int = 64
-    groups: int = 1
-    width: int = 4
-    """K of the convolution."""
+IMPLEMENTATIONS = ("torch", "triton", "reference", "transformers")
 
 
 def default_shape(op: str) -> Shape:
@@ -46,7 +31,9 @@ class Workload(NamedTuple):
     inputs: list[Tensor]
 
 
-def build(op: str, impl: str, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Workload:
+def build(
+    op: str, impl: str, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> Workload:
     """One implementation on inputs (and weights) that depend on the seed alone.
 
     Raises:
@@ -61,60 +48,29 @@ def build(op: str, impl: str, shape: Shape, dtype: torch.dtype = torch.float32, 
         raise ModuleNotFoundError("transformers is not installed: pip install transformers")
     torch.manual_seed(seed)
     if op in ("mamba_block", "mamba2_block"):
-        return _block(op, impl, shape, dtype)
-    tensors = _tensors(op, shape, dtype)
-    run = _transformers_op(op, tensors) if impl == "transformers" else _own_op(op, tensors, impl)
-    return Workload(run, list(tensors.values()))
+        return _block(op, impl, shape, dtype, device)
+    case = _case(op, shape, dtype)
+    tensors = case.inputs(device, seed)
+    if impl == "transformers":
+        return Workload(_transformers_op(op, tensors), list(tensors.values()))
+    return Workload(lambda: case.call(tensors, impl)[0], list(tensors.values()))
 
 
-def exact(op: str, shape: Shape, dtype: torch.dtype, seed: int = 0) -> Tensor:
+def exact(op: str, shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Tensor:
     """The reference's result in float64 on the same inputs, rounded to `dtype` first."""
     torch.manual_seed(seed)
     if op in ("mamba_block", "mamba2_block"):
-        block, x = _own_block(op, shape, dtype)
-        from ssm_kernels import use_backend
-
+        block, x = _own_block(op, shape, dtype, device)
         with torch.no_grad(), use_backend("reference"):
             return block.double()(x.double())
-    tensors = {k: v.detach().double() for k, v in _tensors(op, shape, dtype).items()}
+    case = _case(op, shape, dtype)
     with torch.no_grad():
-        return _own_op(op, tensors, "reference")()
+        return case.call({k: v.double() for k, v in case.inputs(device, seed).items()}, "reference")[0]
 
 
-def _tensors(op: str, shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
-    b, length, d, n = shape.batch, shape.length, shape.channels, shape.d_state
-
-    def randn(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(size).to(dtype).requires_grad_()
-
-    if op == "causal_conv1d":
-        return {"x": randn(b, length, d), "weight": randn(d, shape.width), "bias": randn(d)}
-    if op == "selective_scan":
-        A = -torch.arange(1.0, n + 1).repeat(d, 1)
-        return {
-            "u": randn(b, length, d),
-            "dt": (torch.randn(b, length, d) - 4).to(dtype).requires_grad_(),
-            "A": A.requires_grad_(),
-            "B": randn(b, length, n),
-            "C": randn(b, length, n),
-            "D": randn(d, dtype=torch.float32),
-            "z": randn(b, length, d),
-        }
-    return {
-        "x": randn(b, length, shape.heads, shape.headdim),
-        "dt": (torch.randn(b, length, shape.heads) - 4).to(dtype).requires_grad_(),
-        "A": (-1 - 15 * torch.rand(shape.heads)).requires_grad_(),
-        "B": randn(b, length, shape.groups, n),
-        "C": randn(b, length, shape.groups, n),
-        "D": randn(shape.heads, dtype=torch.float32),
-    }
-
-
-def _own_op(op: str, t: Mapping[str, Tensor], backend: str) -> Callable[[], Tensor]:
-    if op == "causal_conv1d":
-        return lambda: causal_conv1d(**t, activation="silu", backend=backend).y
-    scan = selective_scan if op == "selective_scan" else ssd
-    return lambda: scan(**t, dt_softplus=True, backend=backend).y
+def _case(op: str, shape: Shape, dtype: torch.dtype) -> Case:
+    names = {kind: name for name, kind in DTYPES.items()}
+    return Case(op, shape, names[dtype], z=op == "selective_scan")
 
 
 def _transformers_op(op: str, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
@@ -140,21 +96,20 @@ def _transformers_op(op: str, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
     return lambda: causal_conv1d_fn(t["x"].transpose(1, 2), t["weight"], t["bias"], activation="silu").transpose(1, 2)
 
 
-def _own_block(op: str, shape: Shape, dtype: torch.dtype) -> tuple[Mamba | Mamba2, Tensor]:
+def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Mamba | Mamba2, Tensor]:
     width = shape.channels // 2
     if op == "mamba_block":
         block = Mamba(width, shape.d_state, shape.width)
     else:
         block = Mamba2(width, shape.d_state, shape.width, headdim=shape.headdim, ngroups=shape.groups)
     x = torch.randn(shape.batch, shape.length, width)
-    return block.to(dtype), x.to(dtype).requires_grad_()
+    return block.to(device, dtype), x.to(device, dtype).requires_grad_()
 
 
-def _block(op: str, impl: str, shape: Shape, dtype: torch.dtype) -> Workload:
-    block, x = _own_block(op, shape, dtype)
+def _block(op: str, impl: str, shape: Shape, dtype: torch.dtype, device: str) -> Workload:
+    block, x = _own_block(op, shape, dtype, device)
     inputs = [x, *block.parameters()]
     if impl != "transformers":
-        from ssm_kernels import use_backend
 
         def run() -> Tensor:
             with use_backend(impl):
@@ -179,9 +134,5 @@ def _block(op: str, impl: str, shape: Shape, dtype: torch.dtype) -> Workload:
         )  # fmt: skip
         mixer = Mamba2Mixer(config, layer_idx=0)
     mixer.load_state_dict(block.state_dict())
-    mixer = mixer.to(dtype)
+    mixer = mixer.to(device, dtype)
     return Workload(lambda: mixer(x), [x, *mixer.parameters()])
-
-
-def with_length(shape: Shape, length: int) -> Shape:
-    return replace(shape, length=length)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from vlmamba.benchmarks import cli
+from vlmamba.benchmarks.cases import Shape
 from vlmamba.benchmarks.measure import error, once, peak_memory, time_together
-from vlmamba.benchmarks.workloads import IMPLEMENTATIONS, OPS, Shape, Workload, build, default_shape
+from vlmamba.benchmarks.workloads import OPS, Workload, build, default_shape
 
+IMPLEMENTATIONS = ("torch", "reference", "transformers")
 SMALL = Shape(batch=2, length=40, channels=32, d_state=8, heads=4, headdim=8, groups=1)
 
 
@@ -68,6 +70,19 @@ def test_a_sweep_writes_a_table_and_a_plot(tmp_path):
     report = json.loads(out.read_text())
     assert len(report["seconds"]["torch"]) == 3
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_input_sets_are_used_in_turn():
+    order = []
+    works = {"a": [Workload(lambda i=i: order.append(i) or torch.zeros(1), []) for i in range(2)]}
+    time_together(works, "fwd", 4)
+    assert order == [0, 0, 1, 0, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(SystemExit, match="torch sees no GPU"):
+        cli.main(["run", "ssd", "--device", "cuda"])
 
 
 def test_unknown_names_are_refused():
