@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -107,12 +109,12 @@ def carry(
         after: (rows, ...) of the other end, written.
         reverse: whether to go from the last piece to the first.
     """
-    size = arrivals[0].numel() if len(arrivals) else after[0].numel()
-    block = min(256, triton.next_power_of_2(size))
-    rows = (pieces.initial_row, pieces.final_row)
+    size = math.prod(after.shape[1:])
     n_sequences = len(pieces.initial_row)
     if n_sequences == 0 or size == 0:
         return
+    block = min(256, triton.next_power_of_2(size))
+    rows = (pieces.initial_row, pieces.final_row)
     with on_device(after):
         _carry_kernel[n_sequences, triton.cdiv(size, block)](
             arrivals, rate, time, before, after, pieces.first, *(reversed(rows) if reverse else rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ def processors(device: torch.device) -> int:
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def capability(device: torch.device) -> tuple[str, int | str]:
+    """The architecture kernels are configured for: ("cuda", 90) or ("hip", "gfx942"); Hopper in the interpreter."""
+    if device.type == "cpu":
+        return "cuda", 90
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return "hip", properties.gcnArchName.split(":")[0]
+    return "cuda", properties.major * 10 + properties.minor
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """A context in which kernels start on the tensor's device, on its current stream."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
@@ -28,3 +39,18 @@ def rows_of(x: Tensor) -> Tensor:
     """(..., D) -> (rows, D) with adjacent channels: a view where strides allow."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """The tensor itself where its last dimension lies side by side, else a copy."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+MAX_ROUTES = 15
+
+
+def pack_routes(routes: Sequence[int]) -> int:
+    """Route codes in two bits each, the first lowest, as an integer that a kernel takes."""
+    if len(routes) > MAX_ROUTES:
+        raise ValueError(f"routes must be at most {MAX_ROUTES}, got {len(routes)}")
+    return sum(code << 2 * k for k, code in enumerate(routes))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_divides, check_no_nan, check_tensor
-from . import chunked, reference
+from . import chunked, reference, triton
 
 
 class SSDOutput(NamedTuple):
@@ -74,6 +74,12 @@ def ssd(
         raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
     chosen = resolve_backend(backend, x.device, "ssd")
 
+    if chosen == "triton":
+        return SSDOutput(
+            *triton.scan(
+                x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states, chunk_size, cu_seqlens, seq_idx
+            )
+        )
     compute = torch.promote_types(x.dtype, torch.float32)
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute)
     if chosen == "reference":

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from ssm_kernels import selective_scan, ssd, ssd_step
 from ssm_kernels.testing import assert_agrees
 
+pytestmark = pytest.mark.triton
+
 IN_TIME = ("x", "dt", "B", "C", "z")
 
 
@@ -45,12 +47,12 @@ def make(batch=2, length=7, heads=4, headdim=3, n=5, groups=1, dtype=torch.float
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
 )
-def test_agrees_with_the_reference(batch, length, groups, chunk_size, limit, d_per_head, optional, dtype, seed):
+def test_agrees_with_the_reference(backend, batch, length, groups, chunk_size, limit, d_per_head, optional, dtype, seed):
     tensors = make(batch, length, groups=groups, dtype=dtype, seed=seed, **optional)
     if "D" in tensors and d_per_head:
         tensors["D"] = tensors["D"][:, 0].clone()
     options = {"dt_softplus": True, "dt_limit": limit, "chunk_size": chunk_size}
-    assert_agrees(ssd, tensors, options, backend="torch")
+    assert_agrees(ssd, tensors, options, backend=backend)
 
 
 @given(
@@ -58,29 +60,29 @@ def test_agrees_with_the_reference(batch, length, groups, chunk_size, limit, d_p
     chunk_size=st.sampled_from([1, 4, 16]),
     seed=st.integers(0, 99),
 )
-def test_packed_sequences_agree_with_the_reference(lengths, chunk_size, seed):
+def test_packed_sequences_agree_with_the_reference(backend, lengths, chunk_size, seed):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     tensors = make(1, sum(lengths), rows=len(lengths), seed=seed)
     options = {"dt_softplus": True, "chunk_size": chunk_size}
-    assert_agrees(ssd, tensors | {"cu_seqlens": bounds}, options, backend="torch")
+    assert_agrees(ssd, tensors | {"cu_seqlens": bounds}, options, backend=backend)
 
 
 @given(changes=st.lists(st.booleans(), min_size=20, max_size=20), seed=st.integers(0, 99))
-def test_seq_idx_agrees_with_the_reference(changes, seed):
+def test_seq_idx_agrees_with_the_reference(backend, changes, seed):
     seq_idx = torch.tensor(changes).view(2, 10).cumsum(1)
     options = {"dt_softplus": True, "chunk_size": 4}
-    assert_agrees(ssd, make(2, 10, seed=seed) | {"seq_idx": seq_idx}, options, backend="torch")
+    assert_agrees(ssd, make(2, 10, seed=seed) | {"seq_idx": seq_idx}, options, backend=backend)
 
 
-def test_many_chunks_pass_several_checkpoints():
-    assert_agrees(ssd, make(2, 83), {"dt_softplus": True, "chunk_size": 2}, backend="torch")
+def test_many_chunks_pass_several_checkpoints(backend):
+    assert_agrees(ssd, make(2, 83), {"dt_softplus": True, "chunk_size": 2}, backend=backend)
 
 
-def test_strided_inputs():
+def test_strided_inputs(backend):
     tensors = make(2, 9)
     tensors["x"] = torch.randn(2, 4, 9, 3, dtype=torch.float64).transpose(1, 2)
     tensors["B"] = torch.randn(2, 9, 1, 10, dtype=torch.float64)[..., 5:]
-    assert_agrees(ssd, tensors, {"dt_softplus": True}, backend="torch")
+    assert_agrees(ssd, tensors, {"dt_softplus": True}, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -118,11 +120,11 @@ def test_nothing_crosses_a_bound():
     torch.testing.assert_close(spoilt.final_states[1], good.final_states[1])
 
 
-def test_large_steps_stay_finite():
+def test_large_steps_stay_finite(backend):
     tensors = make(1, 50, dtype=torch.float32, z=False)
     tensors["dt"] = tensors["dt"].abs() * 1e4
     tensors["A"] = tensors["A"] - 1
-    assert_agrees(ssd, tensors, backend="torch")
+    assert_agrees(ssd, tensors, backend=backend)
 
 
 def test_equals_the_selective_scan_with_one_rate_a_head():
@@ -154,13 +156,13 @@ def test_steps_equal_the_scan():
     torch.testing.assert_close(state, whole.final_states)
 
 
-def test_gradcheck():
+def test_gradcheck(backend):
     tensors = make(1, 5, 2, 2, 2)
     inputs = [t.requires_grad_() for t in tensors.values()]
     names = list(tensors)
 
     def run(*values):
-        return tuple(ssd(**dict(zip(names, values, strict=True)), dt_softplus=True, chunk_size=2, backend="torch"))
+        return tuple(ssd(**dict(zip(names, values, strict=True)), dt_softplus=True, chunk_size=2, backend=backend))
 
     assert torch.autograd.gradcheck(run, inputs)
 

@@ -1,0 +1,93 @@
+"""SSD as Triton kernels; `kernels` holds them, and is imported when one first runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._library import define_op
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_states: Tensor | None,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    routes: tuple[int, ...] = (),
+    height: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """As `ssd`: x (B, L, H, P) -> y in the dtype of x and final states (rows, H, P, N).
+
+    With `routes`, L is a grid of so many rows, row by row, and the G groups are cut in as many equal runs as there
+    are routes: each is scanned along its own. The codes are places in `cross_scan.CROSS`.
+    """
+    low, high = dt_limit
+    return _Scan.apply(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, float(low), float(high), initial_states, chunk_size, cu_seqlens,
+        seq_idx, list(routes), height,
+    )  # fmt: skip
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.tensors = [isinstance(a, Tensor) for a in args]
+        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+        ctx.rest = [a for a in args if not isinstance(a, Tensor)]
+        return _forward_op(*args)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dfinal):
+        tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
+        args = [next(tensors if is_tensor else rest) for is_tensor in ctx.tensors]
+        *grads, dinitial = _backward_op(dy, dfinal, *args)
+        grads = [g if is_tensor else None for g, is_tensor in zip(grads, ctx.tensors, strict=False)]
+        return *grads, None, None, None, dinitial if ctx.tensors[11] else None, None, None, None, None, None
+
+
+def _forward(*args):
+    from . import kernels
+
+    return kernels.forward(*args)
+
+
+def _backward(*args):
+    from . import kernels
+
+    return kernels.backward(*args)
+
+
+def _forward_fake(x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial, chunk_size, cu_seqlens, *rest):
+    rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    states = (rows, *x.shape[2:], B.shape[3])
+    return x.new_empty(x.shape), x.new_empty(states, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _backward_fake(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial, *rest):
+    given = (x, dt, A, B, C, D, z, dt_bias, initial)
+    return tuple(x.new_empty(0) if m is None else m.new_empty(m.shape) for m in given)
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus,"
+    " float dt_low, float dt_high, Tensor? initial_states, int chunk_size, Tensor? cu_seqlens, Tensor? seq_idx,"
+    " int[] routes, int height"
+)
+_forward_op = define_op(f"ssd_triton({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
+_backward_op = define_op(
+    f"ssd_triton_backward(Tensor dy, Tensor dfinal, {_ARGUMENTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

@@ -1,0 +1,546 @@
+"""SSD in Triton: a program carries the state of one head through the chunks of one piece of a sequence.
+
+A chunk of Q steps is a few matrix products, as in `chunked`: its own inputs give `(C B^T o M) x`, the state S before
+it gives `exp(a) C S`. S, (N, P), stays in registers from chunk to chunk and is never written. Where heads and
+sequences are too few to fill the device, sequences are cut in pieces: a first pass gives what each piece adds to the
+state, `carry` turns that into the state before each piece, and the pieces are scanned from there.
+
+The backward cuts sequences in short pieces always. A program takes a piece and some heads of a group, one after the
+other: it carries S through the piece and keeps it before each chunk, then walks the chunks in reverse, the gradient
+of S in its registers. The gradients of B and C, sums over heads, are added up in a buffer of the program's own.
+
+Heads whose P channels do not fit are cut in tiles, which are heads of their own but for sums over P. Inside, time
+scales are in units of log2: `exp(dt A) = exp2(dt a)` with a = A log2(e).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._kernels import carry, compute_type, dot_type, load_piece, place, sigmoid, softplus
+from ..._pieces import Pieces, cut
+from ..._triton import adjacent, capability, on_device, pack_routes, processors
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+# --- what both directions need of a chunk -----------------------------------------------------------------------
+
+
+@triton.jit
+def _step_sizes(
+    dt, at, valid, bias, low, high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    """dt of a chunk, (Q,), 0 beyond the piece, and its slope against what was loaded."""
+    raw = tl.load(dt + at, valid, other=0.0).to(COMPUTE) + bias
+    step, slope = raw, tl.full(raw.shape, 1.0, COMPUTE)
+    if SOFTPLUS:
+        step, slope = softplus(raw), sigmoid(raw)
+    if LIMITED:
+        slope = tl.where((step >= low) & (step <= high), slope, 0.0)
+        step = tl.minimum(tl.maximum(step, low), high)
+    return tl.where(valid, step, 0.0), tl.where(valid, slope, 0.0)
+
+
+@triton.jit
+def _decays(dt, a, Q: tl.constexpr):
+    """Running sums of dt a up to each step, (Q,), and over the chunk."""
+    log = tl.cumsum(dt * a, axis=0)
+    return log, tl.sum(tl.where(tl.arange(0, Q) == Q - 1, log, 0.0), axis=0)
+
+
+@triton.jit
+def _decay_between(log, Q: tl.constexpr):
+    """exp of the decay from after step j to step i, (Q, Q), zero for j > i."""
+    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    return tl.exp2(tl.where(i >= j, log[:, None] - log[None, :], float("-inf")))
+
+
+@triton.jit
+def _rows(first, end, route, length, height, Q: tl.constexpr, HAS_ROUTES: tl.constexpr):
+    """Where the chunk's steps lie in their batch row, (Q,) int64, and which of them are the piece's."""
+    t = first + tl.arange(0, Q)
+    rows = place(t, route, length, height) if HAS_ROUTES else t
+    return rows.to(tl.int64), t < end
+
+
+# --- forward ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_kernel(
+    x, dt, A, B, C, D, z, dt_bias, starts, y, ends, time, table, start_row, end_row,
+    length, height, routes, low, high,
+    x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
+    z_batch, z_step, z_head, D_head, D_channel,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ENDS_ONLY: tl.constexpr, HAS_START: tl.constexpr,
+    WRITE_END: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """y of one piece and BLOCK_P channels of one head; or, with ENDS_ONLY, its state at the end from none before it.
+
+    Grid: pieces x heads x tiles of P. `start_row` and `end_row` (S,) give the row of `starts` and `ends` that
+    belongs to a sequence; where they are None, rows are numbered as pieces.
+    """
+    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    piece, head, tile = program // (H * TILES), program // TILES % H, program % TILES
+    batch, begin, end, sequence = load_piece(table, piece)
+    if sequence < 0:
+        return
+    group = head // (H // G)
+    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
+    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    in_p, in_n = p < P, n < N
+    a = tl.load(A + head).to(COMPUTE) * LOG2E
+    bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
+    at_state = head.to(tl.int64) * (P * N) + p[None, :] * N + n[:, None]  # (N, P) in (H, P, N)
+    in_state = in_n[:, None] & in_p[None, :]
+
+    state = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
+    if HAS_START:
+        row = (piece if start_row is None else tl.load(start_row + sequence)).to(tl.int64)
+        state = tl.load(starts + row * (H * P * N) + at_state, in_state & (row >= 0), other=0.0).to(COMPUTE)
+    if HAS_D:
+        skip = tl.load(D + head * D_head + p * D_channel, in_p, other=0.0).to(COMPUTE)
+    total = tl.zeros((), COMPUTE)
+    x += batch * x_batch + head.to(tl.int64) * x_head
+    dt += batch * dt_batch + head.to(tl.int64) * dt_head
+    B += batch * B_batch + group.to(tl.int64) * B_group
+    C += batch * C_batch + group.to(tl.int64) * C_group
+
+    for first in range(begin, end, Q):
+        rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
+        in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
+        step, _ = _step_sizes(dt, rows * dt_step, valid, bias, low, high, SOFTPLUS, LIMITED, COMPUTE)
+        log, whole = _decays(step, a, Q)
+        x_q = tl.load(x + rows[:, None] * x_step + p[None, :], in_x, other=0.0)  # (Q, P)
+        B_q = tl.load(B + rows[:, None] * B_step + n[None, :], in_B, other=0.0).to(DOT)  # (Q, N)
+        if not ENDS_ONLY:
+            C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
+            scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE)
+            mix = scores * _decay_between(log, Q) * step[None, :]
+            out = tl.dot(C_q, state.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * tl.exp2(log)[:, None]
+            out += tl.dot(mix.to(DOT), x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
+            if HAS_D:
+                out += skip[None, :] * x_q.to(COMPUTE)
+            if HAS_Z:
+                at_z = z + batch * z_batch + head.to(tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
+                gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
+                out *= gate * sigmoid(gate)
+            at_y = ((batch * length + rows) * H + head) * P
+            tl.store(y + at_y[:, None] + p[None, :], out.to(y.dtype.element_ty), in_x)
+        arriving = x_q.to(COMPUTE) * (step * tl.exp2(whole - log))[:, None]
+        arrived = tl.dot(tl.trans(B_q), arriving.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
+        state = state * tl.exp2(whole) + arrived
+        total += tl.sum(step, axis=0)
+
+    if WRITE_END:
+        row = (piece if end_row is None else tl.load(end_row + sequence)).to(tl.int64)
+        tl.store(ends + row * (H * P * N) + at_state, state.to(ends.dtype.element_ty), in_state & (row >= 0))
+    if ENDS_ONLY:
+        if tile == 0:
+            tl.store(time + piece.to(tl.int64) * H + head, total)
+
+
+# --- backward ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _arriving_gradient_kernel(
+    dt, A, C, z, dt_bias, dy, arrivals, table,
+    length, height, routes, low, high,
+    dt_batch, dt_step, dt_head, C_batch, C_step, C_group, z_batch, z_step, z_head, dy_batch, dy_step, dy_head,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """What a piece's outputs add to the gradient of the state before it: the sum of exp(decay up to t) C_t dy_t^T.
+
+    Grid: pieces x heads x tiles of P.
+    """
+    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    piece, head, tile = program // (H * TILES), program // TILES % H, program % TILES
+    batch, begin, end, sequence = load_piece(table, piece)
+    if sequence < 0:
+        return
+    group = head // (H // G)
+    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
+    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    in_p, in_n = p < P, n < N
+    a = tl.load(A + head).to(COMPUTE) * LOG2E
+    bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
+    dt += batch * dt_batch + head.to(tl.int64) * dt_head
+    C += batch * C_batch + group.to(tl.int64) * C_group
+    dy += batch * dy_batch + head.to(tl.int64) * dy_head
+
+    gradient = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
+    before = tl.zeros((), COMPUTE)
+    for first in range(begin, end, Q):
+        rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
+        in_x = valid[:, None] & in_p[None, :]
+        step, _ = _step_sizes(dt, rows * dt_step, valid, bias, low, high, SOFTPLUS, LIMITED, COMPUTE)
+        log, whole = _decays(step, a, Q)
+        at_C = C + rows[:, None] * C_step + n[None, :]
+        C_q = tl.load(at_C, valid[:, None] & in_n[None, :], other=0.0).to(DOT)
+        dy_q = tl.load(dy + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
+        if HAS_Z:
+            at_z = z + batch * z_batch + head.to(tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
+            gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
+            dy_q *= gate * sigmoid(gate)
+        decayed = (dy_q * tl.exp2(before + log)[:, None]).to(DOT)
+        gradient += tl.dot(tl.trans(C_q), decayed, input_precision=PRECISION, out_dtype=COMPUTE)
+        before += whole
+    at_state = (piece.to(tl.int64) * H + head) * (P * N) + p[None, :] * N + n[:, None]
+    tl.store(arrivals + at_state, gradient, in_n[:, None] & in_p[None, :])
+
+
+@triton.jit
+def _backward_kernel(
+    x, dt, A, B, C, D, z, dt_bias, starts, dends, dy, kept,
+    dx, ddt, dA, dB, dC, dD, dz, dbias, table,
+    length, height, routes, low, high,
+    x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
+    z_batch, z_step, z_head, dy_batch, dy_step, dy_head, D_head, D_channel, n_rows,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CHUNKS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one piece of at most CHUNKS * Q steps, over some heads of a group. Grid: pieces x groups x SPLITS.
+
+    dx, dz are whole; ddt is one partial a tile of P; dB, dC are one partial a split; dA, dbias, dD are one partial a
+    piece (and tile). `kept` is scratch for the states before each chunk, CHUNKS a program.
+    """
+    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    HEADS: tl.constexpr = H // G
+    program = tl.program_id(0)
+    piece, group, split = program // (G * SPLITS), program // SPLITS % G, program % SPLITS
+    batch, begin, end, sequence = load_piece(table, piece)
+    if sequence < 0:
+        return
+    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
+    n = tl.arange(0, BLOCK_N)
+    in_n = n < N
+    B += batch * B_batch + group.to(tl.int64) * B_group
+    C += batch * C_batch + group.to(tl.int64) * C_group
+    dB += (split.to(tl.int64) * n_rows + batch * length) * (G * N) + group * N
+    dC += (split.to(tl.int64) * n_rows + batch * length) * (G * N) + group * N
+    in_tile = n[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    kept += program.to(tl.int64) * (CHUNKS * BLOCK_N * BLOCK_P) + in_tile
+    n_chunks = (end - begin + Q - 1) // Q
+
+    for one in range(split * HEADS // SPLITS * TILES, (split + 1) * HEADS // SPLITS * TILES):
+        is_first = one == split * HEADS // SPLITS * TILES
+        head, tile = group * HEADS + one // TILES, one % TILES
+        p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        in_p = p < P
+        in_state = in_n[:, None] & in_p[None, :]
+        at_state = tl.cast(head, tl.int64) * (P * N) + p[None, :] * N + n[:, None]
+        a = tl.load(A + head).to(COMPUTE) * LOG2E
+        bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
+        x_h = x + batch * x_batch + tl.cast(head, tl.int64) * x_head
+        dt_h = dt + batch * dt_batch + tl.cast(head, tl.int64) * dt_head
+        dy_h = dy + batch * dy_batch + tl.cast(head, tl.int64) * dy_head
+        if HAS_D:
+            skip = tl.load(D + head * D_head + p * D_channel, in_p, other=0.0).to(COMPUTE)
+
+        # Forth: the state before each chunk.
+        state = tl.load(starts + piece.to(tl.int64) * (H * P * N) + at_state, in_state, other=0.0).to(COMPUTE)
+        tl.debug_barrier()  # the states of the head before have been read by all
+        for chunk in range(n_chunks):
+            tl.store(kept + chunk * (BLOCK_N * BLOCK_P), state.to(kept.dtype.element_ty))
+            rows, valid = _rows(begin + chunk * Q, end, route, length, height, Q, ROUTES > 0)
+            step, _ = _step_sizes(dt_h, rows * dt_step, valid, bias, low, high, SOFTPLUS, LIMITED, COMPUTE)
+            log, whole = _decays(step, a, Q)
+            in_x = valid[:, None] & in_p[None, :]
+            x_q = tl.load(x_h + rows[:, None] * x_step + p[None, :], in_x, other=0.0).to(COMPUTE)
+            at_B = B + rows[:, None] * B_step + n[None, :]
+            B_q = tl.load(at_B, valid[:, None] & in_n[None, :], other=0.0).to(DOT)
+            arriving = (x_q * (step * tl.exp2(whole - log))[:, None]).to(DOT)
+            arrived = tl.dot(tl.trans(B_q), arriving, input_precision=PRECISION, out_dtype=COMPUTE)
+            state = state * tl.exp2(whole) + arrived
+        tl.debug_barrier()  # they are read by other threads than wrote them
+
+        # And back.
+        dstate = tl.load(dends + piece.to(tl.int64) * (H * P * N) + at_state, in_state, other=0.0).to(COMPUTE)
+        da, db = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
+        dskip = tl.zeros((BLOCK_P,), COMPUTE)
+        for back in range(n_chunks):
+            chunk = n_chunks - 1 - back
+            rows, valid = _rows(begin + chunk * Q, end, route, length, height, Q, ROUTES > 0)
+            in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
+            step, slope = _step_sizes(dt_h, rows * dt_step, valid, bias, low, high, SOFTPLUS, LIMITED, COMPUTE)
+            log, whole = _decays(step, a, Q)
+            from_start, to_end = tl.exp2(log), tl.exp2(whole - log)
+            x_q = tl.load(x_h + rows[:, None] * x_step + p[None, :], in_x, other=0.0)
+            dy_q = tl.load(dy_h + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
+            B_q = tl.load(B + rows[:, None] * B_step + n[None, :], in_B, other=0.0).to(DOT)
+            C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
+            state_q = tl.load(kept + chunk * (BLOCK_N * BLOCK_P)).to(DOT)  # (N, P)
+
+            # Step by step, so that few tiles are alive at once. First what outputs and inputs of the chunk give.
+            at_y = ((batch * length + rows) * H + head) * P
+            from_state = tl.dot(C_q, state_q, input_precision=PRECISION, out_dtype=COMPUTE) * from_start[:, None]
+            between = _decay_between(log, Q)
+            mix = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE) * between
+            if HAS_Z:
+                at_z = z + batch * z_batch + tl.cast(head, tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
+                gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
+                opening = sigmoid(gate)
+                own = (mix * step[None, :]).to(DOT)
+                out = from_state + tl.dot(own, x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
+                if HAS_D:
+                    out += skip[None, :] * x_q.to(COMPUTE)
+                dgate = dy_q * out * opening * (1 + gate * (1 - opening))
+                tl.store(dz + at_y[:, None] + p[None, :], dgate.to(dz.dtype.element_ty), in_x)
+                dy_q = dy_q * gate * opening
+            dy_dot = dy_q.to(DOT)
+            input_dot = (x_q.to(COMPUTE) * step[:, None]).to(DOT)
+            dmix = tl.dot(dy_dot, tl.trans(input_dot), input_precision=PRECISION, out_dtype=COMPUTE)
+            i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+            passing = tl.where(i > j, dmix * mix, 0.0)
+            dscores = (dmix * between).to(DOT)
+            # Step k's decay acts on whatever passes from before k to k or later: from step j < k to step i >= k,
+            # from the state before the chunk to i, from j to the state after, and from state to state.
+            arriving = tl.sum(passing, axis=1) - tl.sum(passing, axis=0) + tl.sum(dy_q * from_state, axis=1)
+            through = tl.sum(tl.sum(state_q.to(COMPUTE) * dstate, axis=0), axis=0) * tl.exp2(whole)
+
+            from_next = tl.dot(B_q, dstate.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * to_end[:, None]
+            leaving = tl.sum(x_q.to(COMPUTE) * from_next, axis=1) * step
+            mix_dot = tl.trans(mix.to(DOT))
+            dinput = from_next + tl.dot(mix_dot, dy_dot, input_precision=PRECISION, out_dtype=COMPUTE)  # (Q, P)
+            dx_q = dinput * step[:, None]
+            if HAS_D:
+                dx_q += skip[None, :] * dy_q
+                dskip += tl.sum(dy_q * x_q.to(COMPUTE), axis=0)
+            tl.store(dx + at_y[:, None] + p[None, :], dx_q.to(dx.dtype.element_ty), in_x)
+
+            dlog = tl.cumsum(arriving, axis=0, reverse=True) + (tl.cumsum(leaving, axis=0) - leaving) + through
+            dstep = (tl.sum(dinput * x_q.to(COMPUTE), axis=1) + dlog * (a * LN2)) * slope
+            at_dt = ((tl.cast(tile, tl.int64) * n_rows + batch * length) + rows) * H + head
+            tl.store(ddt + at_dt, dstep.to(ddt.dtype.element_ty), valid)
+            da += tl.sum(dlog * step, axis=0)
+            db += tl.sum(dstep, axis=0)
+
+            at_n = rows[:, None] * (G * N) + n[None, :]
+            dB_q = tl.dot(input_dot, tl.trans(dstate.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
+            dB_q *= to_end[:, None]
+            dB_q += tl.dot(tl.trans(dscores), C_q, input_precision=PRECISION, out_dtype=COMPUTE)
+            if not is_first:
+                dB_q += tl.load(dB + at_n, in_B, other=0.0)
+            tl.store(dB + at_n, dB_q, in_B)
+            dC_q = tl.dot(dy_dot, tl.trans(state_q), input_precision=PRECISION, out_dtype=COMPUTE)
+            dC_q *= from_start[:, None]
+            dC_q += tl.dot(dscores, B_q, input_precision=PRECISION, out_dtype=COMPUTE)
+            if not is_first:
+                dC_q += tl.load(dC + at_n, in_B, other=0.0)
+            tl.store(dC + at_n, dC_q, in_B)
+
+            decayed = (dy_q * from_start[:, None]).to(DOT)
+            dstate *= tl.exp2(whole)
+            dstate += tl.dot(tl.trans(C_q), decayed, input_precision=PRECISION, out_dtype=COMPUTE)
+
+        at_head = (piece.to(tl.int64) * H + head) * TILES + tile
+        tl.store(dA + at_head, da)
+        if HAS_BIAS:
+            tl.store(dbias + at_head, db)
+        if HAS_D:
+            tl.store(dD + (piece.to(tl.int64) * H + head) * P + p, dskip, in_p)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------
+
+
+class _Tiles(NamedTuple):
+    """How a problem is cut. Chosen from the compiler's register counts; not measured on a GPU."""
+
+    chunk: int
+    p: int
+    n: int
+    warps: int
+
+
+class _Call:
+    """One call's tensors and sizes, as the kernels want them."""
+
+    def __init__(
+        self, x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_states, chunk_size, cu_seqlens, seq_idx,
+        routes, height,
+    ):  # fmt: skip
+        self.x, self.B, self.C, self.z = (m if m is None else adjacent(m) for m in (x, B, C, z))
+        self.A, self.dt_bias, self.initial = (m if m is None else m.contiguous() for m in (A, dt_bias, initial_states))
+        self.dt, self.D = dt, D
+        self.batch, self.length, self.heads, self.headdim = x.shape
+        self.groups, self.n = B.shape[2:]
+        self.packing = (cu_seqlens, seq_idx)
+        self.state_rows = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
+        self.chunk_size = chunk_size
+        self.runtime = (self.length, height, pack_routes(routes), low, high)
+        self.compute = torch.promote_types(x.dtype, torch.float32)
+        dot = dot_type(x.dtype, B.dtype, C.dtype)
+        self.constants = {
+            "H": self.heads, "P": self.headdim, "N": self.n, "G": self.groups, "ROUTES": len(routes),
+            "HAS_BIAS": dt_bias is not None, "HAS_Z": z is not None, "SOFTPLUS": softplus,
+            "LIMITED": not (softplus and (low, high) == (0.0, float("inf"))), "DOT": dot,
+            "PRECISION": "tf32x3" if dot == tl.float32 and capability(x.device)[0] == "cuda" else "ieee",
+            "COMPUTE": compute_type(x.dtype),
+        }  # fmt: skip
+
+    def cut(self, size: int) -> Pieces:
+        return cut(self.batch, self.length, size, *self.packing, self.x.device)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.compute, device=self.x.device)
+
+    def states(self, rows: int) -> Tensor:
+        return self.empty(rows, self.heads, self.headdim, self.n)
+
+    def end_states(self, starts: Tensor | None) -> Tensor:
+        """Where states at the far end of sequences are written; a sequence without steps ends as it starts."""
+        if self.packing[0] is None and self.length:
+            return self.states(self.state_rows)
+        if starts is None:
+            return self.states(self.state_rows).zero_()
+        return starts.to(self.compute, copy=True)
+
+    def scan(self, tiles: _Tiles, pieces: Pieces, starts, start_row, y, ends, end_row, time) -> None:
+        """The forward kernel over all pieces: y, or without y what each piece adds, and its time."""
+        x, dt, B, C, D, z = self.x, self.dt, self.B, self.C, self.D if y is not None else None, self.z
+        programs = len(pieces.table) * self.heads * triton.cdiv(self.headdim, tiles.p)
+        if programs:
+            with on_device(x):
+                _forward_kernel[(programs,)](
+                    x, dt, self.A, B, C, D, z, self.dt_bias, starts, y, ends, time, pieces.table, start_row, end_row,
+                    *self.runtime, *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
+                    *_strides(z), *_skip_strides(D), Q=tiles.chunk, BLOCK_P=tiles.p, BLOCK_N=tiles.n,
+                    ENDS_ONLY=y is None, HAS_START=starts is not None, WRITE_END=ends is not None,
+                    HAS_D=D is not None, num_warps=tiles.warps, num_stages=2, **self.constants,
+                )  # fmt: skip
+
+    def starts(self, tiles: _Tiles, pieces: Pieces, final: Tensor) -> tuple[Tensor, Tensor]:
+        """The state before each piece, each piece's time, and into `final` the state after each sequence."""
+        states = self.states(len(pieces.table))
+        time = self.empty(len(pieces.table), self.heads)
+        self.scan(tiles, pieces, None, None, None, states, None, time)
+        carry(pieces, states, self.A, time, self.initial, final, reverse=False)
+        return states, time
+
+
+def forward(*args):
+    """As `ssd_triton`: y and the final states."""
+    call = _Call(*args)
+    tiles = _forward_tiles(call)
+    y = call.empty(*call.x.shape, dtype=call.x.dtype)
+    final = call.end_states(call.initial)
+    size = _piece_size(call, tiles)
+    pieces = call.cut(size)
+    if size >= call.length:
+        call.scan(tiles, pieces, call.initial, pieces.initial_row, y, final, pieces.final_row, None)
+    else:
+        starts, _ = call.starts(tiles, pieces, final)
+        call.scan(tiles, pieces, starts, None, y, None, None, None)
+    return y, final
+
+
+def backward(dy, dfinal, *args):
+    """As `ssd_triton_backward`: gradients of x, dt, A, B, C, D, z, dt_bias, initial_states; empty where not given."""
+    call = _Call(*args)
+    x, dt, A, B, C, D, z, dt_bias = args[:8]
+    dy, dfinal = adjacent(dy), dfinal.contiguous()
+    tiles = _backward_tiles(call)
+    pieces = call.cut(tiles.chunk * PIECE_CHUNKS)
+    n_pieces, n_tiles = len(pieces.table), triton.cdiv(call.headdim, tiles.p)
+
+    # The states before each piece, and the gradients of those after it.
+    starts, time = call.starts(_forward_tiles(call), pieces, call.end_states(call.initial))
+    dends, dinitial = call.states(n_pieces), call.end_states(dfinal)
+    common = {
+        "BLOCK_P": tiles.p, "BLOCK_N": tiles.n, "Q": tiles.chunk, "num_warps": tiles.warps, "num_stages": 2,
+        **call.constants,
+    }  # fmt: skip
+    if n_pieces:
+        with on_device(x):
+            _arriving_gradient_kernel[(n_pieces * call.heads * n_tiles,)](
+                dt, call.A, call.C, call.z, call.dt_bias, dy, dends, pieces.table, *call.runtime,
+                *dt.stride(), *call.C.stride()[:3], *_strides(call.z), *dy.stride()[:3], **common,
+            )  # fmt: skip
+    carry(pieces, dends, call.A, time, dfinal, dinitial, reverse=True)
+
+    # Programs enough to fill the device, and no more: each has sums of its own.
+    splits = max(1, min(call.heads // call.groups, 2 * processors(x.device) // max(1, n_pieces * call.groups)))
+    dx, ddt = call.empty(*x.shape, dtype=x.dtype), call.empty(n_tiles, *dt.shape)
+    dB, dC = (call.empty(splits, *m.shape) for m in (B, C))
+    dz = call.empty(*((0,) if z is None else z.shape), dtype=x.dtype if z is None else z.dtype)
+    # Zero, for the pieces to spare.
+    dA, dbias = (x.new_zeros(n_pieces, call.heads, n_tiles, dtype=call.compute) for _ in range(2))
+    dD = x.new_zeros(n_pieces, call.heads, 0 if D is None else call.headdim, dtype=call.compute)
+    if n_pieces:
+        programs = n_pieces * call.groups * splits
+        kept = call.empty(programs, PIECE_CHUNKS, tiles.n, tiles.p, dtype=KEPT.get(call.constants["DOT"], call.compute))
+        with on_device(x):
+            _backward_kernel[(programs,)](
+                call.x, dt, call.A, call.B, call.C, D, call.z, call.dt_bias, starts, dends, dy, kept,
+                dx, ddt, dA, dB, dC, dD, dz, dbias, pieces.table, *call.runtime,
+                *call.x.stride()[:3], *dt.stride(), *call.B.stride()[:3], *call.C.stride()[:3],
+                *_strides(call.z), *dy.stride()[:3], *_skip_strides(D), call.batch * call.length,
+                SPLITS=splits, CHUNKS=PIECE_CHUNKS, HAS_D=D is not None, **common,
+            )  # fmt: skip
+
+    def optional(given: Tensor | None, gradient: Tensor) -> Tensor:
+        return x.new_empty(0) if given is None else gradient.to(given.dtype)
+
+    dD = dD.sum(0) if D is None or D.dim() == 2 else dD.sum((0, 2))
+    return (
+        dx, ddt.sum(0).to(dt.dtype), dA.sum((0, 2)).to(A.dtype), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
+        optional(D, dD), dz, optional(dt_bias, dbias.sum((0, 2))), optional(call.initial, dinitial),
+    )  # fmt: skip
+
+
+PIECE_CHUNKS = 4
+"""Chunks of a piece of the backward: more are fewer states in memory, and fewer programs."""
+KEPT = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
+"""What states are kept in within a piece of the backward: what they are rounded to in products anyway."""
+STATE_ELEMENTS = 8192
+"""Of a program's state: 32 registers a thread of 8 warps."""
+
+
+def _forward_tiles(call: _Call) -> _Tiles:
+    n = max(16, triton.next_power_of_2(call.n))
+    p = max(16, min(triton.next_power_of_2(call.headdim), STATE_ELEMENTS // n))
+    chunk = max(16, min(64, triton.next_power_of_2(call.chunk_size)))
+    return _Tiles(chunk, p, n, 8 if n * p > 2048 else 4)
+
+
+def _backward_tiles(call: _Call) -> _Tiles:
+    return _forward_tiles(call)
+
+
+def _piece_size(call: _Call, tiles: _Tiles) -> int:
+    """Steps of a piece of the forward: whole sequences where these fill the device."""
+    sequences = call.batch if call.packing == (None, None) else 1  # packed sequences may be one long one
+    programs = sequences * call.heads * triton.cdiv(call.headdim, tiles.p)
+    wanted = 2 * processors(call.x.device) // max(1, programs)
+    if wanted <= 1 or call.length <= tiles.chunk * PIECE_CHUNKS:
+        return max(1, call.length)
+    per_piece = max(PIECE_CHUNKS, triton.cdiv(triton.cdiv(call.length, tiles.chunk), wanted))
+    return per_piece * tiles.chunk
+
+
+def _strides(m: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if m is None else m.stride()[:3]
+
+
+def _skip_strides(D: Tensor | None) -> tuple[int, int]:
+    """Of D by head and channel."""
+    return (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
