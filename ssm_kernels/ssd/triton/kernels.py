@@ -15,6 +15,7 @@ scales are in units of log2: `exp(dt A) = exp2(dt a)` with a = A log2(e).
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from ..._pieces import Pieces, cut
 from ..._triton import adjacent, capability, on_device, pack_routes, processors
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LN2 = tl.constexpr(0.6931471805599453)  # both by way of `tl.full`: a float alone is taken as float32
 
 
 # --- what both directions need of a chunk -----------------------------------------------------------------------
@@ -35,7 +36,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _step_sizes(
-    dt, at, valid, bias, low, high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, COMPUTE: tl.constexpr
+    dt, at, valid, bias, LOW, HIGH, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
     """dt of a chunk, (Q,), 0 beyond the piece, and its slope against what was loaded."""
     raw = tl.load(dt + at, valid, other=0.0).to(COMPUTE) + bias
@@ -43,6 +44,7 @@ def _step_sizes(
     if SOFTPLUS:
         step, slope = softplus(raw), sigmoid(raw)
     if LIMITED:
+        low, high = tl.full((), LOW, COMPUTE), tl.full((), HIGH, COMPUTE)
         slope = tl.where((step >= low) & (step <= high), slope, 0.0)
         step = tl.minimum(tl.maximum(step, low), high)
     return tl.where(valid, step, 0.0), tl.where(valid, slope, 0.0)
@@ -75,24 +77,27 @@ def _rows(first, end, route, length, height, Q: tl.constexpr, HAS_ROUTES: tl.con
 
 @triton.jit
 def _forward_kernel(
-    x, dt, A, B, C, D, z, dt_bias, starts, y, ends, time, table, start_row, end_row,
-    length, height, routes, low, high,
+    x, dt, A, B, C, D, z, dt_bias, starts, y, ends, time, states, table, start_row, end_row,
+    first_piece, length, height, routes,
     x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
     z_batch, z_step, z_head, D_head, D_channel,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ENDS_ONLY: tl.constexpr, HAS_START: tl.constexpr,
-    WRITE_END: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, WRITE_Y: tl.constexpr,
+    WRITE_END: tl.constexpr, WRITE_TIME: tl.constexpr, KEEP: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """y of one piece and BLOCK_P channels of one head; or, with ENDS_ONLY, its state at the end from none before it.
+    """One piece and BLOCK_P channels of one head: y, the state at the end, that before each chunk, or what is wanted.
 
     Grid: pieces x heads x tiles of P. `start_row` and `end_row` (S,) give the row of `starts` and `ends` that
-    belongs to a sequence; where they are None, rows are numbered as pieces.
+    belongs to a sequence; where they are None, rows are numbered as pieces. `states` has CHUNKS rows a piece.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
     piece, head, tile = program // (H * TILES), program // TILES % H, program % TILES
+    kept = (piece * CHUNKS).to(tl.int64) * H + head  # of the piece's first chunk, among those kept
+    piece += first_piece
     batch, begin, end, sequence = load_piece(table, piece)
     if sequence < 0:
         return
@@ -100,15 +105,15 @@ def _forward_kernel(
     route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     in_p, in_n = p < P, n < N
-    a = tl.load(A + head).to(COMPUTE) * LOG2E
+    a = tl.load(A + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
     bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
-    at_state = head.to(tl.int64) * (P * N) + p[None, :] * N + n[:, None]  # (N, P) in (H, P, N)
+    at_state = p[None, :] * N + n[:, None]  # (N, P) in (P, N)
     in_state = in_n[:, None] & in_p[None, :]
 
     state = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
     if HAS_START:
         row = (piece if start_row is None else tl.load(start_row + sequence)).to(tl.int64)
-        state = tl.load(starts + row * (H * P * N) + at_state, in_state & (row >= 0), other=0.0).to(COMPUTE)
+        state = tl.load(starts + (row * H + head) * (P * N) + at_state, in_state & (row >= 0), other=0.0).to(COMPUTE)
     if HAS_D:
         skip = tl.load(D + head * D_head + p * D_channel, in_p, other=0.0).to(COMPUTE)
     total = tl.zeros((), COMPUTE)
@@ -120,11 +125,14 @@ def _forward_kernel(
     for first in range(begin, end, Q):
         rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
         in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
-        step, _ = _step_sizes(dt, rows * dt_step, valid, bias, low, high, SOFTPLUS, LIMITED, COMPUTE)
+        step, _ = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
         log, whole = _decays(step, a, Q)
+        if KEEP:
+            at_kept = (kept + (first - begin) // Q * H) * (P * N)
+            tl.store(states + at_kept + at_state, state.to(states.dtype.element_ty), in_state)
         x_q = tl.load(x + rows[:, None] * x_step + p[None, :], in_x, other=0.0)  # (Q, P)
         B_q = tl.load(B + rows[:, None] * B_step + n[None, :], in_B, other=0.0).to(DOT)  # (Q, N)
-        if not ENDS_ONLY:
+        if WRITE_Y:
             C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
             scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE)
             mix = scores * _decay_between(log, Q) * step[None, :]
@@ -145,8 +153,8 @@ def _forward_kernel(
 
     if WRITE_END:
         row = (piece if end_row is None else tl.load(end_row + sequence)).to(tl.int64)
-        tl.store(ends + row * (H * P * N) + at_state, state.to(ends.dtype.element_ty), in_state & (row >= 0))
-    if ENDS_ONLY:
+        tl.store(ends + (row * H + head) * (P * N) + at_state, state.to(ends.dtype.element_ty), in_state & (row >= 0))
+    if WRITE_TIME:
         if tile == 0:
             tl.store(time + piece.to(tl.int64) * H + head, total)
 
@@ -157,12 +165,12 @@ def _forward_kernel(
 @triton.jit
 def _arriving_gradient_kernel(
     dt, A, C, z, dt_bias, dy, arrivals, table,
-    length, height, routes, low, high,
+    length, height, routes,
     dt_batch, dt_step, dt_head, C_batch, C_step, C_group, z_batch, z_step, z_head, dy_batch, dy_step, dy_head,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """What a piece's outputs add to the gradient of the state before it: the sum of exp(decay up to t) C_t dy_t^T.
 
@@ -178,7 +186,7 @@ def _arriving_gradient_kernel(
     route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     in_p, in_n = p < P, n < N
-    a = tl.load(A + head).to(COMPUTE) * LOG2E
+    a = tl.load(A + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
     bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
     dt += batch * dt_batch + head.to(tl.int64) * dt_head
     C += batch * C_batch + group.to(tl.int64) * C_group
@@ -189,7 +197,7 @@ def _arriving_gradient_kernel(
     for first in range(begin, end, Q):
         rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
         in_x = valid[:, None] & in_p[None, :]
-        step, _ = _step_sizes(dt, rows * dt_step, valid, bias, low, high, SOFTPLUS, LIMITED, COMPUTE)
+        step, _ = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
         log, whole = _decays(step, a, Q)
         at_C = C + rows[:, None] * C_step + n[None, :]
         C_q = tl.load(at_C, valid[:, None] & in_n[None, :], other=0.0).to(DOT)
@@ -207,156 +215,185 @@ def _arriving_gradient_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, dt, A, B, C, D, z, dt_bias, starts, dends, dy, kept,
-    dx, ddt, dA, dB, dC, dD, dz, dbias, table,
-    length, height, routes, low, high,
+    x, dt, A, B, C, D, z, dt_bias, dy, states, dstates, dends, dx, ddt, dA, dD, dz, dbias, table,
+    first_piece, length, height, routes,
     x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
     z_batch, z_step, z_head, dy_batch, dy_step, dy_head, D_head, D_channel, n_rows,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CHUNKS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one piece of at most CHUNKS * Q steps, over some heads of a group. Grid: pieces x groups x SPLITS.
+    """All gradients but those of B and C, of one piece and BLOCK_P channels of one head, chunk by chunk in reverse.
 
-    dx, dz are whole; ddt is one partial a tile of P; dB, dC are one partial a split; dA, dbias, dD are one partial a
-    piece (and tile). `kept` is scratch for the states before each chunk, CHUNKS a program.
+    Reads the state before each chunk, and keeps the gradient of the one after it for `_shared_gradient_kernel`. dx,
+    dz are whole; ddt is one partial a tile of P; dA, dbias, dD are one partial a piece (and tile). Grid: pieces x
+    heads x tiles of P.
+    """
+    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    piece, head, tile = program // (H * TILES), program // TILES % H, program % TILES
+    kept = (piece * CHUNKS).to(tl.int64) * H + head  # of the piece's first chunk, among those kept
+    piece += first_piece
+    batch, begin, end, sequence = load_piece(table, piece)
+    if sequence < 0:
+        return
+    group = head // (H // G)
+    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
+    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    in_p, in_n = p < P, n < N
+    in_state = in_n[:, None] & in_p[None, :]
+    at_state = p[None, :] * N + n[:, None]  # (N, P) in (P, N)
+    a = tl.load(A + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
+    bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
+    if HAS_D:
+        skip = tl.load(D + head * D_head + p * D_channel, in_p, other=0.0).to(COMPUTE)
+    x += batch * x_batch + head.to(tl.int64) * x_head
+    dt += batch * dt_batch + head.to(tl.int64) * dt_head
+    dy += batch * dy_batch + head.to(tl.int64) * dy_head
+    B += batch * B_batch + group.to(tl.int64) * B_group
+    C += batch * C_batch + group.to(tl.int64) * C_group
+
+    at_end = (piece.to(tl.int64) * H + head) * (P * N)
+    dstate = tl.load(dends + at_end + at_state, in_state, other=0.0).to(COMPUTE)
+    da, db = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
+    dskip = tl.zeros((BLOCK_P,), COMPUTE)
+    n_chunks = (end - begin + Q - 1) // Q
+    for back in range(n_chunks):
+        chunk = n_chunks - 1 - back
+        rows, valid = _rows(begin + chunk * Q, end, route, length, height, Q, ROUTES > 0)
+        in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
+        step, slope = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
+        log, whole = _decays(step, a, Q)
+        from_start, to_end = tl.exp2(log), tl.exp2(whole - log)
+        x_q = tl.load(x + rows[:, None] * x_step + p[None, :], in_x, other=0.0)  # (Q, P)
+        dy_q = tl.load(dy + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
+        B_q = tl.load(B + rows[:, None] * B_step + n[None, :], in_B, other=0.0).to(DOT)  # (Q, N)
+        C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
+        at_kept = (kept + chunk * H) * (P * N)
+        state = tl.load(states + at_kept + at_state, in_state, other=0.0).to(DOT)  # (N, P)
+        tl.store(dstates + at_kept + at_state, dstate.to(dstates.dtype.element_ty), in_state)
+        at_y = ((batch * length + rows) * H + head) * P
+
+        # Products are taken one after the other, so that few tiles are alive at once.
+        from_state = tl.dot(C_q, state, input_precision=PRECISION, out_dtype=COMPUTE) * from_start[:, None]
+        mix = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE) * _decay_between(log, Q)
+        if HAS_Z:
+            at_z = z + batch * z_batch + head.to(tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
+            gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
+            opening = sigmoid(gate)
+            own = (mix * step[None, :]).to(DOT)
+            out = from_state + tl.dot(own, x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
+            if HAS_D:
+                out += skip[None, :] * x_q.to(COMPUTE)
+            dgate = dy_q * out * opening * (1 + gate * (1 - opening))
+            tl.store(dz + at_y[:, None] + p[None, :], dgate.to(dz.dtype.element_ty), in_x)
+            dy_q = dy_q * gate * opening
+        dy_dot = dy_q.to(DOT)
+        input_dot = (x_q.to(COMPUTE) * step[:, None]).to(DOT)
+        dmix = tl.dot(dy_dot, tl.trans(input_dot), input_precision=PRECISION, out_dtype=COMPUTE)
+        i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+        passing = tl.where(i > j, dmix * mix, 0.0)
+        # Step k's decay acts on whatever passes from before k to k or later: from step j < k to step i >= k, from
+        # the state before the chunk to i, from j to the state after, and from state to state.
+        arriving = tl.sum(passing, axis=1) - tl.sum(passing, axis=0) + tl.sum(dy_q * from_state, axis=1)
+        through = tl.sum(tl.sum(state.to(COMPUTE) * dstate, axis=0), axis=0) * tl.exp2(whole)
+
+        from_next = tl.dot(B_q, dstate.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * to_end[:, None]
+        leaving = tl.sum(x_q.to(COMPUTE) * from_next, axis=1) * step
+        own = tl.dot(tl.trans(mix.to(DOT)), dy_dot, input_precision=PRECISION, out_dtype=COMPUTE)
+        dinput = from_next + own  # of dt x, (Q, P)
+        dlog = tl.cumsum(arriving, axis=0, reverse=True) + (tl.cumsum(leaving, axis=0) - leaving) + through
+        dstep = (tl.sum(dinput * x_q.to(COMPUTE), axis=1) + dlog * (a * tl.full((), LN2, COMPUTE))) * slope
+        at_dt = ((tile.to(tl.int64) * n_rows + batch * length) + rows) * H + head
+        tl.store(ddt + at_dt, dstep, valid)
+        da += tl.sum(dlog * step, axis=0)
+        db += tl.sum(dstep, axis=0)
+        dx_q = dinput * step[:, None]
+        if HAS_D:
+            dx_q += skip[None, :] * dy_q
+            dskip += tl.sum(dy_q * x_q.to(COMPUTE), axis=0)
+        tl.store(dx + at_y[:, None] + p[None, :], dx_q.to(dx.dtype.element_ty), in_x)
+
+        decayed = (dy_q * from_start[:, None]).to(DOT)
+        arrived = tl.dot(tl.trans(C_q), decayed, input_precision=PRECISION, out_dtype=COMPUTE)
+        dstate = dstate * tl.exp2(whole) + arrived
+
+    at_head = piece.to(tl.int64) * H + head
+    tl.store(dA + at_head * TILES + tile, da)
+    if HAS_BIAS:
+        tl.store(dbias + at_head * TILES + tile, db)
+    if HAS_D:
+        tl.store(dD + at_head * P + p, dskip, in_p)
+
+
+@triton.jit
+def _shared_gradient_kernel(
+    x, dt, A, B, C, z, dt_bias, dy, states, dstates, dB, dC, table,
+    first_piece, length, height, routes,
+    x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
+    z_batch, z_step, z_head, dy_batch, dy_step, dy_head, n_rows,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B and C of one chunk, (Q, N) each, summed over some heads of a group: one partial a split.
+
+    Grid: pieces x CHUNKS x groups x SPLITS.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     HEADS: tl.constexpr = H // G
     program = tl.program_id(0)
-    piece, group, split = program // (G * SPLITS), program // SPLITS % G, program % SPLITS
-    batch, begin, end, sequence = load_piece(table, piece)
-    if sequence < 0:
+    kept, group, split = program // (G * SPLITS), program // SPLITS % G, program % SPLITS
+    batch, begin, end, sequence = load_piece(table, first_piece + kept // CHUNKS)
+    first = begin + kept % CHUNKS * Q
+    if first >= end:
         return
     route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
     n = tl.arange(0, BLOCK_N)
-    in_n = n < N
-    B += batch * B_batch + group.to(tl.int64) * B_group
-    C += batch * C_batch + group.to(tl.int64) * C_group
-    dB += (split.to(tl.int64) * n_rows + batch * length) * (G * N) + group * N
-    dC += (split.to(tl.int64) * n_rows + batch * length) * (G * N) + group * N
-    in_tile = n[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    kept += program.to(tl.int64) * (CHUNKS * BLOCK_N * BLOCK_P) + in_tile
-    n_chunks = (end - begin + Q - 1) // Q
-
+    rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
+    in_B = valid[:, None] & (n < N)[None, :]
+    x += batch * x_batch
+    dt += batch * dt_batch
+    dy += batch * dy_batch
+    dB_q, dC_q = tl.zeros((Q, BLOCK_N), COMPUTE), tl.zeros((Q, BLOCK_N), COMPUTE)
+    dscores = tl.zeros((Q, Q), COMPUTE)
     for one in range(split * HEADS // SPLITS * TILES, (split + 1) * HEADS // SPLITS * TILES):
-        is_first = one == split * HEADS // SPLITS * TILES
-        head, tile = group * HEADS + one // TILES, one % TILES
-        p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        in_p = p < P
-        in_state = in_n[:, None] & in_p[None, :]
-        at_state = tl.cast(head, tl.int64) * (P * N) + p[None, :] * N + n[:, None]
-        a = tl.load(A + head).to(COMPUTE) * LOG2E
+        head = tl.cast(group * HEADS + one // TILES, tl.int64)
+        p = one % TILES * BLOCK_P + tl.arange(0, BLOCK_P)
+        in_x = valid[:, None] & (p < P)[None, :]
+        a = tl.load(A + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
         bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
-        x_h = x + batch * x_batch + tl.cast(head, tl.int64) * x_head
-        dt_h = dt + batch * dt_batch + tl.cast(head, tl.int64) * dt_head
-        dy_h = dy + batch * dy_batch + tl.cast(head, tl.int64) * dy_head
-        if HAS_D:
-            skip = tl.load(D + head * D_head + p * D_channel, in_p, other=0.0).to(COMPUTE)
-
-        # Forth: the state before each chunk.
-        state = tl.load(starts + piece.to(tl.int64) * (H * P * N) + at_state, in_state, other=0.0).to(COMPUTE)
-        tl.debug_barrier()  # the states of the head before have been read by all
-        for chunk in range(n_chunks):
-            tl.store(kept + chunk * (BLOCK_N * BLOCK_P), state.to(kept.dtype.element_ty))
-            rows, valid = _rows(begin + chunk * Q, end, route, length, height, Q, ROUTES > 0)
-            step, _ = _step_sizes(dt_h, rows * dt_step, valid, bias, low, high, SOFTPLUS, LIMITED, COMPUTE)
-            log, whole = _decays(step, a, Q)
-            in_x = valid[:, None] & in_p[None, :]
-            x_q = tl.load(x_h + rows[:, None] * x_step + p[None, :], in_x, other=0.0).to(COMPUTE)
-            at_B = B + rows[:, None] * B_step + n[None, :]
-            B_q = tl.load(at_B, valid[:, None] & in_n[None, :], other=0.0).to(DOT)
-            arriving = (x_q * (step * tl.exp2(whole - log))[:, None]).to(DOT)
-            arrived = tl.dot(tl.trans(B_q), arriving, input_precision=PRECISION, out_dtype=COMPUTE)
-            state = state * tl.exp2(whole) + arrived
-        tl.debug_barrier()  # they are read by other threads than wrote them
-
-        # And back.
-        dstate = tl.load(dends + piece.to(tl.int64) * (H * P * N) + at_state, in_state, other=0.0).to(COMPUTE)
-        da, db = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
-        dskip = tl.zeros((BLOCK_P,), COMPUTE)
-        for back in range(n_chunks):
-            chunk = n_chunks - 1 - back
-            rows, valid = _rows(begin + chunk * Q, end, route, length, height, Q, ROUTES > 0)
-            in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
-            step, slope = _step_sizes(dt_h, rows * dt_step, valid, bias, low, high, SOFTPLUS, LIMITED, COMPUTE)
-            log, whole = _decays(step, a, Q)
-            from_start, to_end = tl.exp2(log), tl.exp2(whole - log)
-            x_q = tl.load(x_h + rows[:, None] * x_step + p[None, :], in_x, other=0.0)
-            dy_q = tl.load(dy_h + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
-            B_q = tl.load(B + rows[:, None] * B_step + n[None, :], in_B, other=0.0).to(DOT)
-            C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
-            state_q = tl.load(kept + chunk * (BLOCK_N * BLOCK_P)).to(DOT)  # (N, P)
-
-            # Step by step, so that few tiles are alive at once. First what outputs and inputs of the chunk give.
-            at_y = ((batch * length + rows) * H + head) * P
-            from_state = tl.dot(C_q, state_q, input_precision=PRECISION, out_dtype=COMPUTE) * from_start[:, None]
-            between = _decay_between(log, Q)
-            mix = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE) * between
-            if HAS_Z:
-                at_z = z + batch * z_batch + tl.cast(head, tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
-                gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
-                opening = sigmoid(gate)
-                own = (mix * step[None, :]).to(DOT)
-                out = from_state + tl.dot(own, x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
-                if HAS_D:
-                    out += skip[None, :] * x_q.to(COMPUTE)
-                dgate = dy_q * out * opening * (1 + gate * (1 - opening))
-                tl.store(dz + at_y[:, None] + p[None, :], dgate.to(dz.dtype.element_ty), in_x)
-                dy_q = dy_q * gate * opening
-            dy_dot = dy_q.to(DOT)
-            input_dot = (x_q.to(COMPUTE) * step[:, None]).to(DOT)
-            dmix = tl.dot(dy_dot, tl.trans(input_dot), input_precision=PRECISION, out_dtype=COMPUTE)
-            i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-            passing = tl.where(i > j, dmix * mix, 0.0)
-            dscores = (dmix * between).to(DOT)
-            # Step k's decay acts on whatever passes from before k to k or later: from step j < k to step i >= k,
-            # from the state before the chunk to i, from j to the state after, and from state to state.
-            arriving = tl.sum(passing, axis=1) - tl.sum(passing, axis=0) + tl.sum(dy_q * from_state, axis=1)
-            through = tl.sum(tl.sum(state_q.to(COMPUTE) * dstate, axis=0), axis=0) * tl.exp2(whole)
-
-            from_next = tl.dot(B_q, dstate.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * to_end[:, None]
-            leaving = tl.sum(x_q.to(COMPUTE) * from_next, axis=1) * step
-            mix_dot = tl.trans(mix.to(DOT))
-            dinput = from_next + tl.dot(mix_dot, dy_dot, input_precision=PRECISION, out_dtype=COMPUTE)  # (Q, P)
-            dx_q = dinput * step[:, None]
-            if HAS_D:
-                dx_q += skip[None, :] * dy_q
-                dskip += tl.sum(dy_q * x_q.to(COMPUTE), axis=0)
-            tl.store(dx + at_y[:, None] + p[None, :], dx_q.to(dx.dtype.element_ty), in_x)
-
-            dlog = tl.cumsum(arriving, axis=0, reverse=True) + (tl.cumsum(leaving, axis=0) - leaving) + through
-            dstep = (tl.sum(dinput * x_q.to(COMPUTE), axis=1) + dlog * (a * LN2)) * slope
-            at_dt = ((tl.cast(tile, tl.int64) * n_rows + batch * length) + rows) * H + head
-            tl.store(ddt + at_dt, dstep.to(ddt.dtype.element_ty), valid)
-            da += tl.sum(dlog * step, axis=0)
-            db += tl.sum(dstep, axis=0)
-
-            at_n = rows[:, None] * (G * N) + n[None, :]
-            dB_q = tl.dot(input_dot, tl.trans(dstate.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
-            dB_q *= to_end[:, None]
-            dB_q += tl.dot(tl.trans(dscores), C_q, input_precision=PRECISION, out_dtype=COMPUTE)
-            if not is_first:
-                dB_q += tl.load(dB + at_n, in_B, other=0.0)
-            tl.store(dB + at_n, dB_q, in_B)
-            dC_q = tl.dot(dy_dot, tl.trans(state_q), input_precision=PRECISION, out_dtype=COMPUTE)
-            dC_q *= from_start[:, None]
-            dC_q += tl.dot(dscores, B_q, input_precision=PRECISION, out_dtype=COMPUTE)
-            if not is_first:
-                dC_q += tl.load(dC + at_n, in_B, other=0.0)
-            tl.store(dC + at_n, dC_q, in_B)
-
-            decayed = (dy_q * from_start[:, None]).to(DOT)
-            dstate *= tl.exp2(whole)
-            dstate += tl.dot(tl.trans(C_q), decayed, input_precision=PRECISION, out_dtype=COMPUTE)
-
-        at_head = (piece.to(tl.int64) * H + head) * TILES + tile
-        tl.store(dA + at_head, da)
-        if HAS_BIAS:
-            tl.store(dbias + at_head, db)
-        if HAS_D:
-            tl.store(dD + (piece.to(tl.int64) * H + head) * P + p, dskip, in_p)
+        at_dt = head * dt_head + rows * dt_step
+        step, _ = _step_sizes(dt, at_dt, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
+        log, whole = _decays(step, a, Q)
+        input_q = tl.load(x + head * x_head + rows[:, None] * x_step + p[None, :], in_x, other=0.0).to(COMPUTE)
+        input_q *= step[:, None]
+        dy_q = tl.load(dy + head * dy_head + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
+        if HAS_Z:
+            at_z = z + batch * z_batch + head * z_head + rows[:, None] * z_step + p[None, :]
+            gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
+            dy_q *= gate * sigmoid(gate)
+        at_state = (kept.to(tl.int64) * H + head) * (P * N) + p[:, None] * N + n[None, :]  # (P, N)
+        in_state = (p < P)[:, None] & (n < N)[None, :]
+        state = tl.load(states + at_state, in_state, other=0.0).to(DOT)
+        dstate = tl.load(dstates + at_state, in_state, other=0.0).to(DOT)
+        dmix = tl.dot(dy_q.to(DOT), tl.trans(input_q.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
+        dscores += dmix * _decay_between(log, Q)
+        decayed = (dy_q * tl.exp2(log)[:, None]).to(DOT)
+        dC_q += tl.dot(decayed, state, input_precision=PRECISION, out_dtype=COMPUTE)
+        arriving = (input_q * tl.exp2(whole - log)[:, None]).to(DOT)
+        dB_q += tl.dot(arriving, dstate, input_precision=PRECISION, out_dtype=COMPUTE)
+    at_n = rows[:, None] * B_step + n[None, :] + batch * B_batch + group.to(tl.int64) * B_group
+    B_q = tl.load(B + at_n, in_B, other=0.0).to(DOT)
+    dC_q += tl.dot(dscores.to(DOT), B_q, input_precision=PRECISION, out_dtype=COMPUTE)
+    at_n = rows[:, None] * C_step + n[None, :] + batch * C_batch + group.to(tl.int64) * C_group
+    C_q = tl.load(C + at_n, in_B, other=0.0).to(DOT)
+    dB_q += tl.dot(tl.trans(dscores.to(DOT)), C_q, input_precision=PRECISION, out_dtype=COMPUTE)
+    at_n = ((split.to(tl.int64) * n_rows + batch * length + rows) * G + group)[:, None] * N + n[None, :]
+    tl.store(dB + at_n, dB_q, in_B)
+    tl.store(dC + at_n, dC_q, in_B)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------
@@ -369,6 +406,9 @@ class _Tiles(NamedTuple):
     p: int
     n: int
     warps: int
+
+    def options(self) -> dict[str, int]:
+        return {"Q": self.chunk, "BLOCK_P": self.p, "BLOCK_N": self.n, "num_warps": self.warps}
 
 
 class _Call:
@@ -386,13 +426,13 @@ class _Call:
         self.packing = (cu_seqlens, seq_idx)
         self.state_rows = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
         self.chunk_size = chunk_size
-        self.runtime = (self.length, height, pack_routes(routes), low, high)
+        self.runtime = (self.length, height, pack_routes(routes))
         self.compute = torch.promote_types(x.dtype, torch.float32)
         dot = dot_type(x.dtype, B.dtype, C.dtype)
         self.constants = {
             "H": self.heads, "P": self.headdim, "N": self.n, "G": self.groups, "ROUTES": len(routes),
             "HAS_BIAS": dt_bias is not None, "HAS_Z": z is not None, "SOFTPLUS": softplus,
-            "LIMITED": not (softplus and (low, high) == (0.0, float("inf"))), "DOT": dot,
+            "LOW": low, "HIGH": high, "LIMITED": not (softplus and (low, high) == (0.0, float("inf"))), "DOT": dot,
             "PRECISION": "tf32x3" if dot == tl.float32 and capability(x.device)[0] == "cuda" else "ieee",
             "COMPUTE": compute_type(x.dtype),
         }  # fmt: skip
@@ -414,25 +454,30 @@ class _Call:
             return self.states(self.state_rows).zero_()
         return starts.to(self.compute, copy=True)
 
-    def scan(self, tiles: _Tiles, pieces: Pieces, starts, start_row, y, ends, end_row, time) -> None:
-        """The forward kernel over all pieces: y, or without y what each piece adds, and its time."""
-        x, dt, B, C, D, z = self.x, self.dt, self.B, self.C, self.D if y is not None else None, self.z
-        programs = len(pieces.table) * self.heads * triton.cdiv(self.headdim, tiles.p)
+    def scan(
+        self, tiles: _Tiles, pieces: Pieces, *, starts=None, start_row=None, y=None, ends=None, end_row=None, time=None,
+        states=None, part: range | None = None,
+    ) -> None:  # fmt: skip
+        """The forward kernel over all pieces, or a part of them, writing what is given."""
+        x, dt, B, C, z, D = self.x, self.dt, self.B, self.C, self.z, self.D
+        part = part or range(len(pieces.table))
+        programs = len(part) * self.heads * triton.cdiv(self.headdim, tiles.p)
         if programs:
             with on_device(x):
                 _forward_kernel[(programs,)](
-                    x, dt, self.A, B, C, D, z, self.dt_bias, starts, y, ends, time, pieces.table, start_row, end_row,
-                    *self.runtime, *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
-                    *_strides(z), *_skip_strides(D), Q=tiles.chunk, BLOCK_P=tiles.p, BLOCK_N=tiles.n,
-                    ENDS_ONLY=y is None, HAS_START=starts is not None, WRITE_END=ends is not None,
-                    HAS_D=D is not None, num_warps=tiles.warps, num_stages=2, **self.constants,
+                    x, dt, self.A, B, C, D, z, self.dt_bias, starts, y, ends, time, states, pieces.table,
+                    start_row, end_row, part.start, *self.runtime,
+                    *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], *_strides(z), *_skip_strides(D),
+                    CHUNKS=PIECE_CHUNKS, WRITE_Y=y is not None, WRITE_END=ends is not None,
+                    WRITE_TIME=time is not None, KEEP=states is not None, HAS_START=starts is not None,
+                    HAS_D=D is not None, num_stages=2, **tiles.options(), **self.constants,
                 )  # fmt: skip
 
     def starts(self, tiles: _Tiles, pieces: Pieces, final: Tensor) -> tuple[Tensor, Tensor]:
         """The state before each piece, each piece's time, and into `final` the state after each sequence."""
         states = self.states(len(pieces.table))
         time = self.empty(len(pieces.table), self.heads)
-        self.scan(tiles, pieces, None, None, None, states, None, time)
+        self.scan(tiles, pieces, ends=states, time=time)
         carry(pieces, states, self.A, time, self.initial, final, reverse=False)
         return states, time
 
@@ -446,10 +491,12 @@ def forward(*args):
     size = _piece_size(call, tiles)
     pieces = call.cut(size)
     if size >= call.length:
-        call.scan(tiles, pieces, call.initial, pieces.initial_row, y, final, pieces.final_row, None)
+        call.scan(
+            tiles, pieces, starts=call.initial, start_row=pieces.initial_row, y=y, ends=final, end_row=pieces.final_row
+        )
     else:
         starts, _ = call.starts(tiles, pieces, final)
-        call.scan(tiles, pieces, starts, None, y, None, None, None)
+        call.scan(tiles, pieces, starts=starts, y=y)
     return y, final
 
 
@@ -458,43 +505,52 @@ def backward(dy, dfinal, *args):
     call = _Call(*args)
     x, dt, A, B, C, D, z, dt_bias = args[:8]
     dy, dfinal = adjacent(dy), dfinal.contiguous()
-    tiles = _backward_tiles(call)
+    forward_tiles, tiles = _forward_tiles(call), _backward_tiles(call)
     pieces = call.cut(tiles.chunk * PIECE_CHUNKS)
-    n_pieces, n_tiles = len(pieces.table), triton.cdiv(call.headdim, tiles.p)
+    n_pieces, n_tiles, rows = len(pieces.table), triton.cdiv(call.headdim, tiles.p), call.batch * call.length
 
     # The states before each piece, and the gradients of those after it.
-    starts, time = call.starts(_forward_tiles(call), pieces, call.end_states(call.initial))
+    starts, time = call.starts(forward_tiles, pieces, call.end_states(call.initial))
     dends, dinitial = call.states(n_pieces), call.end_states(dfinal)
-    common = {
-        "BLOCK_P": tiles.p, "BLOCK_N": tiles.n, "Q": tiles.chunk, "num_warps": tiles.warps, "num_stages": 2,
-        **call.constants,
-    }  # fmt: skip
+    strides = [
+        *(call.x.stride()[:3], dt.stride(), call.B.stride()[:3], call.C.stride()[:3]),
+        *(_strides(call.z), dy.stride()[:3]),
+    ]
     if n_pieces:
         with on_device(x):
-            _arriving_gradient_kernel[(n_pieces * call.heads * n_tiles,)](
+            _arriving_gradient_kernel[(n_pieces * call.heads * triton.cdiv(call.headdim, forward_tiles.p),)](
                 dt, call.A, call.C, call.z, call.dt_bias, dy, dends, pieces.table, *call.runtime,
-                *dt.stride(), *call.C.stride()[:3], *_strides(call.z), *dy.stride()[:3], **common,
+                *itertools.chain(strides[1], *strides[3:]), **forward_tiles.options(), **call.constants,
             )  # fmt: skip
     carry(pieces, dends, call.A, time, dfinal, dinitial, reverse=True)
 
-    # Programs enough to fill the device, and no more: each has sums of its own.
-    splits = max(1, min(call.heads // call.groups, 2 * processors(x.device) // max(1, n_pieces * call.groups)))
     dx, ddt = call.empty(*x.shape, dtype=x.dtype), call.empty(n_tiles, *dt.shape)
-    dB, dC = (call.empty(splits, *m.shape) for m in (B, C))
     dz = call.empty(*((0,) if z is None else z.shape), dtype=x.dtype if z is None else z.dtype)
     # Zero, for the pieces to spare.
     dA, dbias = (x.new_zeros(n_pieces, call.heads, n_tiles, dtype=call.compute) for _ in range(2))
     dD = x.new_zeros(n_pieces, call.heads, 0 if D is None else call.headdim, dtype=call.compute)
-    if n_pieces:
-        programs = n_pieces * call.groups * splits
-        kept = call.empty(programs, PIECE_CHUNKS, tiles.n, tiles.p, dtype=KEPT.get(call.constants["DOT"], call.compute))
+    # What is kept of each chunk is as large as the inputs several times over: not of all pieces at once.
+    kept_type = KEPT.get(call.constants["DOT"], call.compute)
+    chunk_bytes = call.heads * call.headdim * call.n * torch.finfo(kept_type).bits // 8
+    at_once = max(1, min(n_pieces, KEPT_BYTES // (2 * PIECE_CHUNKS * chunk_bytes)))
+    states, dstates = (call.empty(at_once * PIECE_CHUNKS, *starts.shape[1:], dtype=kept_type) for _ in range(2))
+    # Programs enough to fill the device, and no more: each has sums of its own.
+    programs = at_once * PIECE_CHUNKS * call.groups
+    splits = max(1, min(call.heads // call.groups, triton.cdiv(2 * processors(x.device), programs)))
+    dB, dC = (call.empty(splits, *m.shape) for m in (B, C))
+    shared = {"CHUNKS": PIECE_CHUNKS, "num_stages": 1, **tiles.options(), **call.constants}
+    for first in range(0, n_pieces, at_once):
+        part = range(first, min(first + at_once, n_pieces))
+        call.scan(forward_tiles, pieces, starts=starts, states=states, part=part)
         with on_device(x):
-            _backward_kernel[(programs,)](
-                call.x, dt, call.A, call.B, call.C, D, call.z, call.dt_bias, starts, dends, dy, kept,
-                dx, ddt, dA, dB, dC, dD, dz, dbias, pieces.table, *call.runtime,
-                *call.x.stride()[:3], *dt.stride(), *call.B.stride()[:3], *call.C.stride()[:3],
-                *_strides(call.z), *dy.stride()[:3], *_skip_strides(D), call.batch * call.length,
-                SPLITS=splits, CHUNKS=PIECE_CHUNKS, HAS_D=D is not None, **common,
+            _backward_kernel[(len(part) * call.heads * n_tiles,)](
+                call.x, dt, call.A, call.B, call.C, D, call.z, call.dt_bias, dy, states, dstates, dends,
+                dx, ddt, dA, dD, dz, dbias, pieces.table, first, *call.runtime, *itertools.chain(*strides),
+                *_skip_strides(D), rows, HAS_D=D is not None, **shared,
+            )  # fmt: skip
+            _shared_gradient_kernel[(len(part) * PIECE_CHUNKS * call.groups * splits,)](
+                call.x, dt, call.A, call.B, call.C, call.z, call.dt_bias, dy, states, dstates, dB, dC, pieces.table,
+                first, *call.runtime, *itertools.chain(*strides), rows, SPLITS=splits, **shared,
             )  # fmt: skip
 
     def optional(given: Tensor | None, gradient: Tensor) -> Tensor:
@@ -509,6 +565,8 @@ def backward(dy, dfinal, *args):
 
 PIECE_CHUNKS = 4
 """Chunks of a piece of the backward: more are fewer states in memory, and fewer programs."""
+KEPT_BYTES = 1 << 28
+"""At most so much scratch memory in the backward, if one piece does not need more."""
 KEPT = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
 """What states are kept in within a piece of the backward: what they are rounded to in products anyway."""
 STATE_ELEMENTS = 8192
