@@ -15,7 +15,6 @@ scales are in units of log2: `exp(dt A) = exp2(dt a)` with a = A log2(e).
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -163,72 +162,19 @@ def _forward_kernel(
 
 
 @triton.jit
-def _arriving_gradient_kernel(
-    dt, A, C, z, dt_bias, dy, arrivals, table,
-    length, height, routes,
+def _state_gradient_kernel(
+    dt, A, C, z, dt_bias, dy, dends, dstarts, dstates, table,
+    first_piece, length, height, routes,
     dt_batch, dt_step, dt_head, C_batch, C_step, C_group, z_batch, z_step, z_head, dy_batch, dy_step, dy_head,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HAS_END: tl.constexpr, KEEP: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """What a piece's outputs add to the gradient of the state before it: the sum of exp(decay up to t) C_t dy_t^T.
+    """The gradient of the state of one piece, in reverse, and BLOCK_P channels of one head. Grid: as forward.
 
-    Grid: pieces x heads x tiles of P.
-    """
-    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    program = tl.program_id(0)
-    piece, head, tile = program // (H * TILES), program // TILES % H, program % TILES
-    batch, begin, end, sequence = load_piece(table, piece)
-    if sequence < 0:
-        return
-    group = head // (H // G)
-    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
-    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    in_p, in_n = p < P, n < N
-    a = tl.load(A + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
-    bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
-    dt += batch * dt_batch + head.to(tl.int64) * dt_head
-    C += batch * C_batch + group.to(tl.int64) * C_group
-    dy += batch * dy_batch + head.to(tl.int64) * dy_head
-
-    gradient = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
-    before = tl.zeros((), COMPUTE)
-    for first in range(begin, end, Q):
-        rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
-        in_x = valid[:, None] & in_p[None, :]
-        step, _ = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
-        log, whole = _decays(step, a, Q)
-        at_C = C + rows[:, None] * C_step + n[None, :]
-        C_q = tl.load(at_C, valid[:, None] & in_n[None, :], other=0.0).to(DOT)
-        dy_q = tl.load(dy + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
-        if HAS_Z:
-            at_z = z + batch * z_batch + head.to(tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
-            gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
-            dy_q *= gate * sigmoid(gate)
-        decayed = (dy_q * tl.exp2(before + log)[:, None]).to(DOT)
-        gradient += tl.dot(tl.trans(C_q), decayed, input_precision=PRECISION, out_dtype=COMPUTE)
-        before += whole
-    at_state = (piece.to(tl.int64) * H + head) * (P * N) + p[None, :] * N + n[:, None]
-    tl.store(arrivals + at_state, gradient, in_n[:, None] & in_p[None, :])
-
-
-@triton.jit
-def _backward_kernel(
-    x, dt, A, B, C, D, z, dt_bias, dy, states, dstates, dends, dx, ddt, dA, dD, dz, dbias, table,
-    first_piece, length, height, routes,
-    x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
-    z_batch, z_step, z_head, dy_batch, dy_step, dy_head, D_head, D_channel, n_rows,
-    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """All gradients but those of B and C, of one piece and BLOCK_P channels of one head, chunk by chunk in reverse.
-
-    Reads the state before each chunk, and keeps the gradient of the one after it for `_shared_gradient_kernel`. dx,
-    dz are whole; ddt is one partial a tile of P; dA, dbias, dD are one partial a piece (and tile). Grid: pieces x
-    heads x tiles of P.
+    From `dends`, or zero, to `dstarts`, the gradient of the state before the piece; or with KEEP to `dstates`, that
+    of the state after each chunk, CHUNKS rows a piece.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
@@ -246,85 +192,131 @@ def _backward_kernel(
     at_state = p[None, :] * N + n[:, None]  # (N, P) in (P, N)
     a = tl.load(A + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
     bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
-    if HAS_D:
-        skip = tl.load(D + head * D_head + p * D_channel, in_p, other=0.0).to(COMPUTE)
-    x += batch * x_batch + head.to(tl.int64) * x_head
     dt += batch * dt_batch + head.to(tl.int64) * dt_head
-    dy += batch * dy_batch + head.to(tl.int64) * dy_head
-    B += batch * B_batch + group.to(tl.int64) * B_group
     C += batch * C_batch + group.to(tl.int64) * C_group
+    dy += batch * dy_batch + head.to(tl.int64) * dy_head
 
-    at_end = (piece.to(tl.int64) * H + head) * (P * N)
-    dstate = tl.load(dends + at_end + at_state, in_state, other=0.0).to(COMPUTE)
-    da, db = tl.zeros((), COMPUTE), tl.zeros((), COMPUTE)
-    dskip = tl.zeros((BLOCK_P,), COMPUTE)
+    at_piece = (piece.to(tl.int64) * H + head) * (P * N)
+    dstate = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
+    if HAS_END:
+        dstate = tl.load(dends + at_piece + at_state, in_state, other=0.0).to(COMPUTE)
     n_chunks = (end - begin + Q - 1) // Q
     for back in range(n_chunks):
         chunk = n_chunks - 1 - back
+        if KEEP:
+            at_kept = (kept + chunk * H) * (P * N)
+            tl.store(dstates + at_kept + at_state, dstate.to(dstates.dtype.element_ty), in_state)
         rows, valid = _rows(begin + chunk * Q, end, route, length, height, Q, ROUTES > 0)
-        in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
-        step, slope = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
+        in_x = valid[:, None] & in_p[None, :]
+        step, _ = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
         log, whole = _decays(step, a, Q)
-        from_start, to_end = tl.exp2(log), tl.exp2(whole - log)
-        x_q = tl.load(x + rows[:, None] * x_step + p[None, :], in_x, other=0.0)  # (Q, P)
+        at_C = C + rows[:, None] * C_step + n[None, :]
+        C_q = tl.load(at_C, valid[:, None] & in_n[None, :], other=0.0).to(DOT)
         dy_q = tl.load(dy + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
-        B_q = tl.load(B + rows[:, None] * B_step + n[None, :], in_B, other=0.0).to(DOT)  # (Q, N)
-        C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
-        at_kept = (kept + chunk * H) * (P * N)
-        state = tl.load(states + at_kept + at_state, in_state, other=0.0).to(DOT)  # (N, P)
-        tl.store(dstates + at_kept + at_state, dstate.to(dstates.dtype.element_ty), in_state)
-        at_y = ((batch * length + rows) * H + head) * P
-
-        # Products are taken one after the other, so that few tiles are alive at once.
-        from_state = tl.dot(C_q, state, input_precision=PRECISION, out_dtype=COMPUTE) * from_start[:, None]
-        mix = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE) * _decay_between(log, Q)
         if HAS_Z:
             at_z = z + batch * z_batch + head.to(tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
             gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
-            opening = sigmoid(gate)
-            own = (mix * step[None, :]).to(DOT)
-            out = from_state + tl.dot(own, x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
-            if HAS_D:
-                out += skip[None, :] * x_q.to(COMPUTE)
-            dgate = dy_q * out * opening * (1 + gate * (1 - opening))
-            tl.store(dz + at_y[:, None] + p[None, :], dgate.to(dz.dtype.element_ty), in_x)
-            dy_q = dy_q * gate * opening
-        dy_dot = dy_q.to(DOT)
-        input_dot = (x_q.to(COMPUTE) * step[:, None]).to(DOT)
-        dmix = tl.dot(dy_dot, tl.trans(input_dot), input_precision=PRECISION, out_dtype=COMPUTE)
-        i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-        passing = tl.where(i > j, dmix * mix, 0.0)
-        # Step k's decay acts on whatever passes from before k to k or later: from step j < k to step i >= k, from
-        # the state before the chunk to i, from j to the state after, and from state to state.
-        arriving = tl.sum(passing, axis=1) - tl.sum(passing, axis=0) + tl.sum(dy_q * from_state, axis=1)
-        through = tl.sum(tl.sum(state.to(COMPUTE) * dstate, axis=0), axis=0) * tl.exp2(whole)
-
-        from_next = tl.dot(B_q, dstate.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * to_end[:, None]
-        leaving = tl.sum(x_q.to(COMPUTE) * from_next, axis=1) * step
-        own = tl.dot(tl.trans(mix.to(DOT)), dy_dot, input_precision=PRECISION, out_dtype=COMPUTE)
-        dinput = from_next + own  # of dt x, (Q, P)
-        dlog = tl.cumsum(arriving, axis=0, reverse=True) + (tl.cumsum(leaving, axis=0) - leaving) + through
-        dstep = (tl.sum(dinput * x_q.to(COMPUTE), axis=1) + dlog * (a * tl.full((), LN2, COMPUTE))) * slope
-        at_dt = ((tile.to(tl.int64) * n_rows + batch * length) + rows) * H + head
-        tl.store(ddt + at_dt, dstep, valid)
-        da += tl.sum(dlog * step, axis=0)
-        db += tl.sum(dstep, axis=0)
-        dx_q = dinput * step[:, None]
-        if HAS_D:
-            dx_q += skip[None, :] * dy_q
-            dskip += tl.sum(dy_q * x_q.to(COMPUTE), axis=0)
-        tl.store(dx + at_y[:, None] + p[None, :], dx_q.to(dx.dtype.element_ty), in_x)
-
-        decayed = (dy_q * from_start[:, None]).to(DOT)
+            dy_q *= gate * sigmoid(gate)
+        decayed = (dy_q * tl.exp2(log)[:, None]).to(DOT)
         arrived = tl.dot(tl.trans(C_q), decayed, input_precision=PRECISION, out_dtype=COMPUTE)
         dstate = dstate * tl.exp2(whole) + arrived
+    if not KEEP:
+        tl.store(dstarts + at_piece + at_state, dstate, in_state)
 
-    at_head = piece.to(tl.int64) * H + head
-    tl.store(dA + at_head * TILES + tile, da)
-    if HAS_BIAS:
-        tl.store(dbias + at_head * TILES + tile, db)
+
+@triton.jit
+def _input_gradient_kernel(
+    x, dt, A, B, C, D, z, dt_bias, dy, states, dstates, dx, ddt, dA, dD, dz, dbias, table,
+    first_piece, length, height, routes,
+    x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
+    z_batch, z_step, z_head, dy_batch, dy_step, dy_head, D_head, D_channel, n_rows,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """All gradients but those of B and C, of one chunk and BLOCK_P channels of one head.
+
+    Reads the state before the chunk and the gradient of the one after it. dx, dz are whole; ddt is one partial a tile
+    of P; dA, dbias, dD are one partial a chunk (and tile). Grid: pieces x CHUNKS x heads x tiles of P.
+    """
+    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    kept, head, tile = program // (H * TILES), program // TILES % H, program % TILES
+    piece = first_piece + kept // CHUNKS
+    batch, begin, end, sequence = load_piece(table, piece)
+    first = begin + kept % CHUNKS * Q
+    if first >= end:
+        return
+    group = head // (H // G)
+    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
+    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    in_p, in_n = p < P, n < N
+    rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
+    in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
+    a = tl.load(A + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
+    bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
+    dt += batch * dt_batch + head.to(tl.int64) * dt_head
+    step, slope = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
+    log, whole = _decays(step, a, Q)
+    x += batch * x_batch + head.to(tl.int64) * x_head
+    dy += batch * dy_batch + head.to(tl.int64) * dy_head
+    B += batch * B_batch + group.to(tl.int64) * B_group
+    C += batch * C_batch + group.to(tl.int64) * C_group
+    x_q = tl.load(x + rows[:, None] * x_step + p[None, :], in_x, other=0.0).to(COMPUTE)  # (Q, P)
+    dy_q = tl.load(dy + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
+    B_q = tl.load(B + rows[:, None] * B_step + n[None, :], in_B, other=0.0).to(DOT)  # (Q, N)
+    C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
+    at_state = (kept.to(tl.int64) * H + head) * (P * N) + p[:, None] * N + n[None, :]  # (P, N)
+    in_state = in_p[:, None] & in_n[None, :]
+    state = tl.load(states + at_state, in_state, other=0.0)
+    dstate = tl.load(dstates + at_state, in_state, other=0.0)
     if HAS_D:
-        tl.store(dD + at_head * P + p, dskip, in_p)
+        skip = tl.load(D + head * D_head + p * D_channel, in_p, other=0.0).to(COMPUTE)
+
+    # Step k's decay acts on whatever passes from before k to k or later: from the state before the chunk to the one
+    # after, from the former to step i >= k, from step j < k to i, and from j to the state after.
+    dlog = tl.sum(tl.sum(state.to(COMPUTE) * dstate.to(COMPUTE), axis=1), axis=0) * tl.exp2(whole)
+    from_state = tl.dot(C_q, tl.trans(state.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
+    from_state *= tl.exp2(log)[:, None]
+    mix = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE) * _decay_between(log, Q)
+    at_y = (((batch * length + rows) * H + head) * P)[:, None] + p[None, :]
+    if HAS_Z:
+        at_z = z + batch * z_batch + head.to(tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
+        gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
+        opening = sigmoid(gate)
+        own = (mix * step[None, :]).to(DOT)
+        out = from_state + tl.dot(own, x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
+        if HAS_D:
+            out += skip[None, :] * x_q
+        dgate = dy_q * out * opening * (1 + gate * (1 - opening))
+        tl.store(dz + at_y, dgate.to(dz.dtype.element_ty), in_x)
+        dy_q *= gate * opening
+    dy_dot = dy_q.to(DOT)
+    input_dot = (x_q * step[:, None]).to(DOT)
+    dmix = tl.dot(dy_dot, tl.trans(input_dot), input_precision=PRECISION, out_dtype=COMPUTE)
+    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    passing = tl.where(i > j, dmix * mix, 0.0)
+    arriving = tl.sum(passing, axis=1) - tl.sum(passing, axis=0) + tl.sum(dy_q * from_state, axis=1)
+
+    from_next = tl.dot(B_q, tl.trans(dstate.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
+    from_next *= tl.exp2(whole - log)[:, None]
+    leaving = tl.sum(x_q * from_next, axis=1) * step
+    dlog += tl.cumsum(arriving, axis=0, reverse=True) + (tl.cumsum(leaving, axis=0) - leaving)
+    own = tl.dot(tl.trans(mix.to(DOT)), dy_dot, input_precision=PRECISION, out_dtype=COMPUTE)
+    dinput = from_next + own  # of dt x, (Q, P)
+    dstep = (tl.sum(dinput * x_q, axis=1) + dlog * (a * tl.full((), LN2, COMPUTE))) * slope
+    at_dt = ((tile.to(tl.int64) * n_rows + batch * length) + rows) * H + head
+    tl.store(ddt + at_dt, dstep, valid)
+    dx_q = dinput * step[:, None]
+    at_head = (piece.to(tl.int64) * CHUNKS + kept % CHUNKS) * H + head
+    if HAS_D:
+        dx_q += skip[None, :] * dy_q
+        tl.store(dD + at_head * P + p, tl.sum(dy_q * x_q, axis=0), in_p)
+    tl.store(dx + at_y, dx_q.to(dx.dtype.element_ty), in_x)
+    tl.store(dA + at_head * TILES + tile, tl.sum(dlog * step, axis=0))
+    if HAS_BIAS:
+        tl.store(dbias + at_head * TILES + tile, tl.sum(dstep, axis=0))
 
 
 @triton.jit
@@ -473,6 +465,23 @@ class _Call:
                     HAS_D=D is not None, num_stages=2, **tiles.options(), **self.constants,
                 )  # fmt: skip
 
+    def scan_back(
+        self, tiles: _Tiles, pieces: Pieces, dy: Tensor, *, dends=None, dstarts=None, dstates=None,
+        part: range | None = None,
+    ) -> None:  # fmt: skip
+        """The gradient of the state over all pieces, or a part of them: before each piece, or after each chunk."""
+        dt, C, z = self.dt, self.C, self.z
+        part = part or range(len(pieces.table))
+        programs = len(part) * self.heads * triton.cdiv(self.headdim, tiles.p)
+        if programs:
+            with on_device(dy):
+                _state_gradient_kernel[(programs,)](
+                    dt, self.A, C, z, self.dt_bias, dy, dends, dstarts, dstates, pieces.table, part.start,
+                    *self.runtime, *dt.stride(), *C.stride()[:3], *_strides(z), *dy.stride()[:3],
+                    CHUNKS=PIECE_CHUNKS, HAS_END=dends is not None, KEEP=dstates is not None, num_stages=2,
+                    **tiles.options(), **self.constants,
+                )  # fmt: skip
+
     def starts(self, tiles: _Tiles, pieces: Pieces, final: Tensor) -> tuple[Tensor, Tensor]:
         """The state before each piece, each piece's time, and into `final` the state after each sequence."""
         states = self.states(len(pieces.table))
@@ -512,23 +521,19 @@ def backward(dy, dfinal, *args):
     # The states before each piece, and the gradients of those after it.
     starts, time = call.starts(forward_tiles, pieces, call.end_states(call.initial))
     dends, dinitial = call.states(n_pieces), call.end_states(dfinal)
-    strides = [
-        *(call.x.stride()[:3], dt.stride(), call.B.stride()[:3], call.C.stride()[:3]),
-        *(_strides(call.z), dy.stride()[:3]),
-    ]
-    if n_pieces:
-        with on_device(x):
-            _arriving_gradient_kernel[(n_pieces * call.heads * triton.cdiv(call.headdim, forward_tiles.p),)](
-                dt, call.A, call.C, call.z, call.dt_bias, dy, dends, pieces.table, *call.runtime,
-                *itertools.chain(strides[1], *strides[3:]), **forward_tiles.options(), **call.constants,
-            )  # fmt: skip
+    strides = (
+        *call.x.stride()[:3], *dt.stride(), *call.B.stride()[:3], *call.C.stride()[:3], *_strides(call.z),
+        *dy.stride()[:3],
+    )  # fmt: skip
+    call.scan_back(forward_tiles, pieces, dy, dstarts=dends)
     carry(pieces, dends, call.A, time, dfinal, dinitial, reverse=True)
 
     dx, ddt = call.empty(*x.shape, dtype=x.dtype), call.empty(n_tiles, *dt.shape)
     dz = call.empty(*((0,) if z is None else z.shape), dtype=x.dtype if z is None else z.dtype)
-    # Zero, for the pieces to spare.
-    dA, dbias = (x.new_zeros(n_pieces, call.heads, n_tiles, dtype=call.compute) for _ in range(2))
-    dD = x.new_zeros(n_pieces, call.heads, 0 if D is None else call.headdim, dtype=call.compute)
+    n_chunks = n_pieces * PIECE_CHUNKS
+    # Zero, for the chunks to spare.
+    dA, dbias = (x.new_zeros(n_chunks, call.heads, n_tiles, dtype=call.compute) for _ in range(2))
+    dD = x.new_zeros(n_chunks, call.heads, 0 if D is None else call.headdim, dtype=call.compute)
     # What is kept of each chunk is as large as the inputs several times over: not of all pieces at once.
     kept_type = KEPT.get(call.constants["DOT"], call.compute)
     chunk_bytes = call.heads * call.headdim * call.n * torch.finfo(kept_type).bits // 8
@@ -542,15 +547,16 @@ def backward(dy, dfinal, *args):
     for first in range(0, n_pieces, at_once):
         part = range(first, min(first + at_once, n_pieces))
         call.scan(forward_tiles, pieces, starts=starts, states=states, part=part)
+        call.scan_back(forward_tiles, pieces, dy, dends=dends, dstates=dstates, part=part)
         with on_device(x):
-            _backward_kernel[(len(part) * call.heads * n_tiles,)](
-                call.x, dt, call.A, call.B, call.C, D, call.z, call.dt_bias, dy, states, dstates, dends,
-                dx, ddt, dA, dD, dz, dbias, pieces.table, first, *call.runtime, *itertools.chain(*strides),
-                *_skip_strides(D), rows, HAS_D=D is not None, **shared,
+            _input_gradient_kernel[(len(part) * PIECE_CHUNKS * call.heads * n_tiles,)](
+                call.x, dt, call.A, call.B, call.C, D, call.z, call.dt_bias, dy, states, dstates,
+                dx, ddt, dA, dD, dz, dbias, pieces.table, first, *call.runtime, *strides, *_skip_strides(D), rows,
+                HAS_D=D is not None, **shared,
             )  # fmt: skip
             _shared_gradient_kernel[(len(part) * PIECE_CHUNKS * call.groups * splits,)](
                 call.x, dt, call.A, call.B, call.C, call.z, call.dt_bias, dy, states, dstates, dB, dC, pieces.table,
-                first, *call.runtime, *itertools.chain(*strides), rows, SPLITS=splits, **shared,
+                first, *call.runtime, *strides, rows, SPLITS=splits, **shared,
             )  # fmt: skip
 
     def optional(given: Tensor | None, gradient: Tensor) -> Tensor:
