@@ -226,7 +226,7 @@ def _state_gradient_kernel(
 
 @triton.jit
 def _input_gradient_kernel(
-    x, dt, A, B, C, D, z, dt_bias, dy, states, dstates, dx, ddt, dA, dD, dz, dbias, table,
+    x, dt, A, B, C, D, z, dt_bias, dy, states, dstates, dx, ddt, dA, dD, dz, table,
     first_piece, length, height, routes,
     x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
     z_batch, z_step, z_head, dy_batch, dy_step, dy_head, D_head, D_channel, n_rows,
@@ -238,7 +238,7 @@ def _input_gradient_kernel(
     """All gradients but those of B and C, of one chunk and BLOCK_P channels of one head.
 
     Reads the state before the chunk and the gradient of the one after it. dx, dz are whole; ddt is one partial a tile
-    of P; dA, dbias, dD are one partial a chunk (and tile). Grid: pieces x CHUNKS x heads x tiles of P.
+    of P; dA and dD are one partial a chunk (and tile). Grid: pieces x CHUNKS x heads x tiles of P.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
@@ -301,22 +301,22 @@ def _input_gradient_kernel(
 
     from_next = tl.dot(B_q, tl.trans(dstate.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
     from_next *= tl.exp2(whole - log)[:, None]
-    leaving = tl.sum(x_q * from_next, axis=1) * step
+    slant = tl.sum(x_q * from_next, axis=1)
+    leaving = slant * step
     dlog += tl.cumsum(arriving, axis=0, reverse=True) + (tl.cumsum(leaving, axis=0) - leaving)
     own = tl.dot(tl.trans(mix.to(DOT)), dy_dot, input_precision=PRECISION, out_dtype=COMPUTE)
-    dinput = from_next + own  # of dt x, (Q, P)
-    dstep = (tl.sum(dinput * x_q, axis=1) + dlog * (a * tl.full((), LN2, COMPUTE))) * slope
+    slant += tl.sum(x_q * own, axis=1)
+    dstep = (slant + dlog * (a * tl.full((), LN2, COMPUTE))) * slope
     at_dt = ((tile.to(tl.int64) * n_rows + batch * length) + rows) * H + head
     tl.store(ddt + at_dt, dstep, valid)
-    dx_q = dinput * step[:, None]
+    dx_q = (from_next + own) * step[:, None]
     at_head = (piece.to(tl.int64) * CHUNKS + kept % CHUNKS) * H + head
     if HAS_D:
         dx_q += skip[None, :] * dy_q
         tl.store(dD + at_head * P + p, tl.sum(dy_q * x_q, axis=0), in_p)
     tl.store(dx + at_y, dx_q.to(dx.dtype.element_ty), in_x)
-    tl.store(dA + at_head * TILES + tile, tl.sum(dlog * step, axis=0))
-    if HAS_BIAS:
-        tl.store(dbias + at_head * TILES + tile, tl.sum(dstep, axis=0))
+    # Summed as a column: of a vector, the compiler of triton 3.7 cannot lay this sum out on Blackwell.
+    tl.store(dA + at_head * TILES + tile + tl.arange(0, 1), tl.sum((dlog * step)[:, None], axis=0))
 
 
 @triton.jit
@@ -418,6 +418,7 @@ class _Call:
         self.packing = (cu_seqlens, seq_idx)
         self.state_rows = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
         self.chunk_size = chunk_size
+        self.capability = capability(x.device)
         self.runtime = (self.length, height, pack_routes(routes))
         self.compute = torch.promote_types(x.dtype, torch.float32)
         dot = dot_type(x.dtype, B.dtype, C.dtype)
@@ -425,7 +426,7 @@ class _Call:
             "H": self.heads, "P": self.headdim, "N": self.n, "G": self.groups, "ROUTES": len(routes),
             "HAS_BIAS": dt_bias is not None, "HAS_Z": z is not None, "SOFTPLUS": softplus,
             "LOW": low, "HIGH": high, "LIMITED": not (softplus and (low, high) == (0.0, float("inf"))), "DOT": dot,
-            "PRECISION": "tf32x3" if dot == tl.float32 and capability(x.device)[0] == "cuda" else "ieee",
+            "PRECISION": "tf32x3" if dot == tl.float32 and self.capability[0] == "cuda" else "ieee",
             "COMPUTE": compute_type(x.dtype),
         }  # fmt: skip
 
@@ -532,7 +533,7 @@ def backward(dy, dfinal, *args):
     dz = call.empty(*((0,) if z is None else z.shape), dtype=x.dtype if z is None else z.dtype)
     n_chunks = n_pieces * PIECE_CHUNKS
     # Zero, for the chunks to spare.
-    dA, dbias = (x.new_zeros(n_chunks, call.heads, n_tiles, dtype=call.compute) for _ in range(2))
+    dA = x.new_zeros(n_chunks, call.heads, n_tiles, dtype=call.compute)
     dD = x.new_zeros(n_chunks, call.heads, 0 if D is None else call.headdim, dtype=call.compute)
     # What is kept of each chunk is as large as the inputs several times over: not of all pieces at once.
     kept_type = KEPT.get(call.constants["DOT"], call.compute)
@@ -551,7 +552,7 @@ def backward(dy, dfinal, *args):
         with on_device(x):
             _input_gradient_kernel[(len(part) * PIECE_CHUNKS * call.heads * n_tiles,)](
                 call.x, dt, call.A, call.B, call.C, D, call.z, call.dt_bias, dy, states, dstates,
-                dx, ddt, dA, dD, dz, dbias, pieces.table, first, *call.runtime, *strides, *_skip_strides(D), rows,
+                dx, ddt, dA, dD, dz, pieces.table, first, *call.runtime, *strides, *_skip_strides(D), rows,
                 HAS_D=D is not None, **shared,
             )  # fmt: skip
             _shared_gradient_kernel[(len(part) * PIECE_CHUNKS * call.groups * splits,)](
@@ -565,7 +566,7 @@ def backward(dy, dfinal, *args):
     dD = dD.sum(0) if D is None or D.dim() == 2 else dD.sum((0, 2))
     return (
         dx, ddt.sum(0).to(dt.dtype), dA.sum((0, 2)).to(A.dtype), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
-        optional(D, dD), dz, optional(dt_bias, dbias.sum((0, 2))), optional(call.initial, dinitial),
+        optional(D, dD), dz, optional(dt_bias, ddt.sum((0, 1, 2))), optional(call.initial, dinitial),
     )  # fmt: skip
 
 
@@ -587,7 +588,14 @@ def _forward_tiles(call: _Call) -> _Tiles:
 
 
 def _backward_tiles(call: _Call) -> _Tiles:
-    return _forward_tiles(call)
+    """As forward, but that more tiles are alive at once: shorter chunks where products do not run on whole warps."""
+    tiles = _forward_tiles(call)
+    vendor, version = call.capability
+    if vendor == "hip":
+        return tiles._replace(chunk=min(32, tiles.chunk), warps=4)
+    if version in (90, 100, 103):
+        return tiles
+    return tiles._replace(chunk=min(32, tiles.chunk))
 
 
 def _piece_size(call: _Call, tiles: _Tiles) -> int:
