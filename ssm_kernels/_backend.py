@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ._triton import interpreting
+from ._triton import can_launch
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 """`auto` chooses; `triton`, `torch` (fast pure PyTorch) and `reference` (step by step) are obeyed or refused."""
@@ -78,7 +78,7 @@ def _known(backend: str) -> Backend:
 def _why_not_triton(device: torch.device, op: str) -> str | None:
     if op not in TRITON_OPS:
         return f"{op} has no Triton kernel yet"
-    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+    if not can_launch(device):
         return f"{op} was given tensors on {device}, and Triton needs a GPU"
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed (pip install triton)"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_tensor
-from . import chunked, reference
+from . import chunked, reference, triton
 
 
 class CausalConv1dOutput(NamedTuple):
@@ -62,6 +62,11 @@ def causal_conv1d(
         rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         check_tensor("initial_states", initial_states, (rows, weight.shape[1] - 1, x.shape[2]), like=x)
     chosen = resolve_backend(backend, x.device, "causal_conv1d")
+    if chosen == "triton":
+        y, final_states = triton.conv(
+            x.unsqueeze(2), weight, bias, activation == "silu", initial_states, cu_seqlens, seq_idx
+        )
+        return CausalConv1dOutput(y.squeeze(2), final_states)
     conv = {"torch": chunked.conv, "reference": reference.conv}[chosen]
     y, final_states = conv(x, weight, bias, activation == "silu", initial_states, cu_seqlens, seq_idx)
     return CausalConv1dOutput(y.to(x.dtype), final_states.to(x.dtype))
@@ -73,19 +78,25 @@ def causal_conv1d_step(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: Literal["silu"] | None = None,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Advance the convolution by one step, for decoding. Gives y (B, D) in the dtype of `x`; no gradients.
 
     Args:
         state: (B, K - 1, D) the last inputs; **updated in place**.
         x: (B, D). The rest as in `causal_conv1d`.
+        backend: see `ssm_kernels.use_backend`.
 
     Raises:
-        TypeError, ValueError: as `causal_conv1d`.
+        TypeError, ValueError, RuntimeError: as `causal_conv1d`.
     """
     check_tensor("x", x, ("B", "D"))
     _check_weights(x, weight, bias, activation)
     check_tensor("state", state, (x.shape[0], weight.shape[1] - 1, x.shape[1]), like=x)
+    if resolve_backend(backend, x.device, "causal_conv1d") == "triton":
+        with torch.no_grad():
+            return triton.step(state, x, weight, bias, activation == "silu")
     compute = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad():
         window = torch.cat([state, x.unsqueeze(1).to(state.dtype)], dim=1)  # (B, K, D)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_kernels import causal_conv1d, causal_conv1d_step
+from ssm_kernels._triton import interpreting
 from ssm_kernels.testing import assert_agrees
+
+pytestmark = pytest.mark.triton
+
+FEWER = settings(max_examples=6 if interpreting() else 25)  # each program is slow in the interpreter
+needs_interpreter = pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
 
 
 def make(batch=2, length=7, dim=3, width=4, dtype=torch.float64, rows=None, seed=0, **without):
@@ -35,70 +41,193 @@ def make(batch=2, length=7, dim=3, width=4, dtype=torch.float64, rows=None, seed
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
 )
-def test_agrees_with_the_reference(batch, length, width, activation, optional, dtype, seed):
+def test_agrees_with_the_reference(backend, batch, length, width, activation, optional, dtype, seed):
     tensors = make(batch, length, width=width, dtype=dtype, seed=seed, **optional)
-    assert_agrees(causal_conv1d, tensors, {"activation": activation}, backend="torch")
+    assert_agrees(causal_conv1d, tensors, {"activation": activation}, backend=backend)
 
 
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5), width=st.integers(1, 5))
-def test_packed_sequences_agree_with_the_reference(lengths, width):
-    tensors = make(1, sum(lengths), width=width, rows=len(lengths))
+LAYOUTS = {
+    "dense": lambda x: x,
+    "steps first": lambda x: x.mT.contiguous().mT,
+    "part of a wider tensor": lambda x: torch.nn.functional.pad(x, (3, 2))[..., 3:-2],
+    "every other channel": lambda x: x.repeat_interleave(2, 2)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("length", "dim", "width"), [(70, 130, 4), (300, 5, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sequences_of_any_layout_agree(backend, layout, length, dim, width, dtype):
+    """More pieces than programs, runs that meet, channels that fill no tile."""
+    tensors = make(2, length, dim, width, dtype)
+    tensors["x"] = LAYOUTS[layout](tensors["x"])
+    tensors["weight"] = tensors["weight"].T.contiguous().T
+    tensors["bias"] = tensors["bias"].repeat(2)[::2]
+    tensors["initial_states"] = LAYOUTS[layout](tensors["initial_states"])
+    assert_agrees(causal_conv1d, tensors, {"activation": "silu"}, backend=backend)
+
+
+@pytest.mark.parametrize("layout", ["dense", "steps first"])
+@FEWER
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 9, 40, 150]), min_size=1, max_size=4),
+    width=st.integers(1, 5),
+    has_initial=st.booleans(),
+)
+def test_packed_sequences_agree_with_the_reference(backend, layout, lengths, width, has_initial):
+    tensors = make(1, sum(lengths), width=width, rows=len(lengths), initial_states=has_initial)
+    tensors["x"] = LAYOUTS[layout](tensors["x"])
     tensors["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
-    assert_agrees(causal_conv1d, tensors, {"activation": "silu"}, backend="torch")
+    assert_agrees(causal_conv1d, tensors, {"activation": "silu"}, backend=backend)
 
 
-@given(changes=st.lists(st.booleans(), min_size=20, max_size=20))
-def test_seq_idx_agrees_with_the_reference(changes):
-    tensors = make(2, 10) | {"seq_idx": torch.tensor(changes).view(2, 10).cumsum(1)}
-    assert_agrees(causal_conv1d, tensors, {"activation": "silu"}, backend="torch")
+@FEWER
+@given(changes=st.lists(st.booleans(), min_size=24, max_size=24), has_initial=st.booleans())
+def test_seq_idx_agrees_with_the_reference(backend, changes, has_initial):
+    tensors = make(2, 12, initial_states=has_initial) | {"seq_idx": torch.tensor(changes).view(2, 12).cumsum(1)}
+    assert_agrees(causal_conv1d, tensors, {"activation": "silu"}, backend=backend)
 
 
-def test_agrees_with_torch_conv1d():
+def test_a_window_wider_than_the_sequences(backend):
+    tensors = make(1, 20, 3, 19, rows=3) | {"cu_seqlens": torch.tensor([0, 4, 4, 20])}
+    assert_agrees(causal_conv1d, tensors, {"activation": "silu"}, backend=backend)
+
+
+def test_steps_first_in_gives_steps_first_out(backend):
+    tensors = make(2, 20, dtype=torch.float32)
+    tensors["x"] = tensors["x"].mT.contiguous().mT
+    y = causal_conv1d(**tensors, backend=backend).y
+    assert backend != "triton" or y.stride() == tensors["x"].stride()
+
+
+def test_agrees_with_torch_conv1d(backend):
     t = make(2, 20, initial_states=False)
     want = torch.nn.functional.conv1d(t["x"].mT, t["weight"][:, None], t["bias"], padding=3, groups=3)[..., :20].mT
-    torch.testing.assert_close(causal_conv1d(**t).y, want)
+    torch.testing.assert_close(causal_conv1d(**t, backend=backend).y, want)
 
 
-def test_strided_inputs():
-    tensors = make()
-    tensors["x"] = torch.randn(2, 3, 7, dtype=torch.float64).transpose(1, 2)
-    tensors["weight"] = torch.randn(4, 3, dtype=torch.float64).T
-    assert_agrees(causal_conv1d, tensors, backend="torch")
+@pytest.mark.parametrize("strides", [(2**31 + 64, 3, 1), (4, 2**29 + 64, 1), (1, 2, 2**30 + 64)])
+def test_offsets_beyond_32_bits(backend, strides):
+    """Memory that is not touched is not mapped."""
+    size = sum((n - 1) * s for n, s in zip((2, 6, 3), strides, strict=True)) + 1
+    x = torch.empty(size, dtype=torch.bfloat16).as_strided((2, 6, 3), strides)
+    tensors = make(dtype=torch.bfloat16)
+    x.copy_(tensors["x"][:, :6])
+    for inputs in (x, x.clone(memory_format=torch.contiguous_format)):
+        tensors["x"] = inputs
+        assert_agrees(causal_conv1d, tensors, backend=backend)
 
 
-def test_nothing_crosses_a_bound():
+def test_nothing_crosses_a_bound(backend):
     tensors = make(1, 12, rows=2)
     bad = tensors | {"x": tensors["x"].clone()}
     bad["x"][:, :5] = torch.nan
-    good, spoilt = (causal_conv1d(**t, cu_seqlens=torch.tensor([0, 5, 12])) for t in (tensors, bad))
+    good, spoilt = (causal_conv1d(**t, cu_seqlens=torch.tensor([0, 5, 12]), backend=backend) for t in (tensors, bad))
     assert torch.equal(spoilt.y[:, 5:], good.y[:, 5:])
 
 
-def test_steps_equal_the_whole():
-    tensors = make(2, 11)
-    whole = causal_conv1d(**tensors, activation="silu")
-    state = tensors["initial_states"].clone()
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_steps_equal_the_whole(backend, width, dtype):
+    tensors = make(2, 11, 300, width, dtype)
+    whole = causal_conv1d(**tensors, activation="silu", backend=backend)
+    state = tensors["initial_states"].repeat_interleave(2, 1)[:, ::2]  # not dense
+    before = state.data_ptr()
     for t in range(11):
-        y = causal_conv1d_step(state, tensors["x"][:, t], tensors["weight"], tensors["bias"], "silu")
+        y = causal_conv1d_step(state, tensors["x"][:, t], tensors["weight"], tensors["bias"], "silu", backend=backend)
         torch.testing.assert_close(y, whole.y[:, t])
-    assert torch.equal(state, whole.final_states)
+    assert torch.equal(state, whole.final_states) and state.data_ptr() == before
 
 
-def test_gradcheck():
-    inputs = [t.requires_grad_() for t in make(1, 5, 2, 3).values()]
+def test_step_keeps_a_state_of_another_dtype(backend):
+    t = {k: v.float() for k, v in make(2, 1).items()}
+    state = t["initial_states"].double()
+    y = causal_conv1d_step(state, t["x"][:, 0], t["weight"], backend=backend)
+    whole = causal_conv1d(t["x"], t["weight"], initial_states=t["initial_states"], backend="reference")
+    torch.testing.assert_close(y, whole.y[:, 0])
+    torch.testing.assert_close(state.float(), whole.final_states)
+
+
+def test_gradcheck(backend):
+    inputs = [t.requires_grad_() for t in make(1, 3, 1, 3).values()]
     assert torch.autograd.gradcheck(
-        lambda x, w, b, s: tuple(causal_conv1d(x, w, b, "silu", s, backend="torch")), inputs
+        lambda x, w, b, s: tuple(causal_conv1d(x, w, b, "silu", s, backend=backend)), inputs
     )
 
 
-def test_compiles_to_one_graph_and_passes_opcheck():
+@pytest.mark.parametrize("part", ["y", "final_states"])
+def test_gradient_of_one_result_alone(backend, part):
+    def gradients(backend):
+        inputs = [t.requires_grad_() for t in make().values()]
+        out = getattr(causal_conv1d(*inputs[:3], "silu", inputs[3], backend=backend), part)
+        grads = torch.autograd.grad(out.square().sum(), inputs, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)]
+
+    for got, want in zip(gradients(backend), gradients("reference"), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_compiles_to_one_graph(backend):
+    t = {k: v.float() for k, v in make(2, 20).items()}
+    t["x"] = t["x"].mT.contiguous().mT
+
+    def loss(t):
+        out = causal_conv1d(**t, activation="silu", backend=backend)
+        y = causal_conv1d_step(out.final_states.clone(), t["x"][:, 0], t["weight"], backend=backend)
+        return (out.y * t["x"]).sum() + out.final_states.square().sum() + y.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = []
+    for f in (loss, compiled):
+        inputs = {k: v.clone().requires_grad_() for k, v in t.items()}
+        grads.append(torch.autograd.grad(f(inputs), list(inputs.values())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_chunked_ops_pass_opcheck():
     t = {k: v.float() for k, v in make().items()}
-    compiled = torch.compile(lambda t: causal_conv1d(**t, activation="silu"), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(t).y, causal_conv1d(**t, activation="silu").y)
     args = (t["x"], t["weight"], t["bias"], True, t["initial_states"], None, None)
     torch.library.opcheck(torch.ops.ssm_kernels.causal_conv1d_chunked.default, args)
     y, final = torch.ops.ssm_kernels.causal_conv1d_chunked(*args)
     torch.library.opcheck(torch.ops.ssm_kernels.causal_conv1d_chunked_backward.default, (*args, y, final))
+
+
+def kernel_arguments(layout="dense", **without):
+    t = {k: v.float() for k, v in make(2, 40, 6, **without).items()}
+    x = LAYOUTS[layout](t["x"]).unsqueeze(2)
+    return x, t["weight"], t.get("bias"), True, t.get("initial_states"), None, None, [], 1
+
+
+@needs_interpreter
+def test_triton_ops_pass_opcheck():
+    from ssm_kernels.causal_conv1d import triton
+
+    for arguments in (kernel_arguments(), kernel_arguments("steps first", bias=False, initial_states=False)):
+        torch.library.opcheck(triton._forward_op, arguments)
+        dy, dfinal = (m.clone() for m in triton._forward_op(*arguments))
+        torch.library.opcheck(triton._backward_op, (*arguments, dy, dfinal))
+        torch.library.opcheck(triton._backward_op, (*arguments, dy, None))
+    x, weight, bias = arguments[0][:, 0, 0], arguments[1], arguments[2]
+    torch.library.opcheck(triton._step_op, (torch.randn(2, 3, 6), x, weight, bias, True))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("layout", ["dense", "steps first"])
+@pytest.mark.parametrize("packed", ["rows", "cu_seqlens", "seq_idx"])
+def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, layout, packed):
+    from ssm_kernels.causal_conv1d.triton import kernels
+
+    x, weight, bias, silu, initial, cu_seqlens, seq_idx, *rest = kernel_arguments(layout)
+    if packed == "cu_seqlens":
+        x, initial = x[:1], initial[:1].repeat(4, 1, 1)
+        cu_seqlens = torch.tensor([0, 2, 2, 39, 40])
+    elif packed == "seq_idx":
+        seq_idx = torch.arange(40).repeat(2, 1) // 13
+    arguments = (x, weight, bias, silu, initial, cu_seqlens, seq_idx, *rest)
+    y, final = kernels.forward(*arguments)
+    kernels.backward(*arguments, y.clone(), final.clone())
+    kernels.step(torch.randn(2, 3, 6), x[0, :2, 0], weight, bias, silu)
 
 
 WRONG = [
