@@ -6,6 +6,7 @@ y, final_states = case.call(case.inputs("cuda"), backend="triton")
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -102,7 +103,9 @@ class Case:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether the op has Triton kernels in this version."""
+        """Whether the op has Triton kernels in this version; one that takes no `backend` has one implementation."""
+        if "backend" not in inspect.signature(getattr(ssm_kernels, self.op)).parameters:
+            return False
         return {"cross_merge": "cross_scan"}.get(self.op, self.op.removesuffix("_step")) in TRITON_OPS
 
     @property
@@ -285,6 +288,21 @@ def published(dtype: str = "bf16", sizes: tuple[str, ...] = tuple(WIDTHS)) -> li
     """The ops of the published models and of the connectors, without repetition."""
     layers = [case for family in ("mamba", "mamba2") for size in sizes for case in layer(family, size, dtype)]
     return list(dict.fromkeys(layers + connector(dtype)))
+
+
+def shipped() -> list[Case]:
+    """Configurations that the compiler is to be held to: sizes, states, options and float32, each once."""
+    published_and_float32 = published("bf16", ("130m", "2.7b")) + layer("mamba", "2.7b", "fp32")
+    published_and_float32 += layer("mamba2", "2.7b", "fp32")
+    scans = {case.op: case for case in reversed(published("bf16", ("2.7b",)))}
+    options = [v for case in scans.values() for v in variants(case) if not v.seq_idx]  # as others, once cut in pieces
+    states = [_with_sizes(scans["selective_scan"], d_state=n) for n in (64, 128, 256)]
+    states += [_with_sizes(scans["ssd"], d_state=n, headdim=p) for n, p in ((64, 64), (256, 64), (128, 128))]
+    return list(dict.fromkeys(published_and_float32 + options + states))
+
+
+def _with_sizes(case: Case, **sizes: int) -> Case:
+    return replace(case, shape=replace(case.shape, **sizes))
 
 
 def small(dtype: str) -> list[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Literal
 
 import tyro
 
-from .cases import DTYPES, OPS, published
+from . import compile_report
+from .cases import DTYPES, OPS, Case, published, shipped
 from .measure import Mode, Timing, environment, error, on, peak_memory, time_together
 from .roofline import DEVICES, cost, floor
 from .workloads import build, default_shape
@@ -144,7 +146,43 @@ class Roofline:
         _write(self.out, {"rows": rows, "devices": {name: asdict(DEVICES[name]) for name in self.device}})
 
 
-COMMANDS = {"run": Run, "sweep": Sweep, "roofline": Roofline}
+@dataclass
+class CompileReport:
+    """Compile what the ops would launch, with no GPU; exit status 1 if a kernel spills or asks for too much memory."""
+
+    op: tyro.conf.Positional[tuple[str, ...]] = OPS
+    target: tuple[Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"], ...] = ()
+    """By default every shipped configuration for sm_80, sm_90, sm_100 and gfx942, and, since their shared memory is
+    smaller, the 2.7b models for sm_89 and sm_120."""
+    quick: bool = False
+    """The 2.7b models in bf16 alone, and, where no target is given, sm_90."""
+    jobs: int = len(os.sched_getaffinity(0))
+    """Processes."""
+    out: Path | None = None
+    """JSON file to write; the table goes beside it as .txt."""
+
+    def run(self) -> None:
+        largest = published("bf16", ("2.7b",))
+        everything = largest if self.quick else shipped()
+        targets = self.target or (("sm_90",) if self.quick else ("sm_80", "sm_90", "sm_100", "gfx942"))
+        wanted = {target: everything for target in targets}
+        if not self.target and not self.quick:
+            wanted |= {"sm_89": largest, "sm_120": largest}
+        requests = []
+        for target, cases in wanted.items():
+            requests += compile_report.record([case for case in cases if case.op in self.op], target)
+        print(f"no Triton kernels: {', '.join(op for op in self.op if not Case(op).has_kernels) or 'none'}")
+        rows = compile_report.compile_all(requests, self.jobs)
+        text = compile_report.table(rows)
+        print(text)
+        _write(self.out, {"rows": [asdict(row) for row in rows], **environment()})
+        if self.out is not None:
+            self.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+        if any(row.problem for row in rows):
+            sys.exit(1)
+
+
+COMMANDS = {"run": Run, "sweep": Sweep, "compile-report": CompileReport, "roofline": Roofline}
 
 
 def _fastest(device: str) -> Impl:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 
 _library = torch.library.Library("ssm_kernels", "DEF")
+BODIES: dict[torch._ops.OpOverload, Callable] = {}
+"""What each op runs, for tools that run it where the dispatcher takes the fake."""
 
 
 def define_op(schema: str, body: Callable, fake: Callable) -> Callable:
@@ -25,4 +27,6 @@ def define_op(schema: str, body: Callable, fake: Callable) -> Callable:
     _library.define(schema)
     _library.impl(name, without_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ssm_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.ssm_kernels, name).default
+    op = getattr(torch.ops.ssm_kernels, name).default
+    BODIES[op] = body
+    return op

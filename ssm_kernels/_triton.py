@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +16,44 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+class Target(NamedTuple):
+    """What launches ask of a device."""
+
+    architecture: tuple[str, int | str]
+    processors: int
+
+
+_pretended: Target | None = None
+
+
+@contextlib.contextmanager
+def pretend(target: Target) -> Iterator[None]:
+    """Take tensors on the meta device for tensors on such a GPU: to see what would be launched, without one."""
+    global _pretended
+    _pretended = target
+    try:
+        yield
+    finally:
+        _pretended = None
+
+
+def can_launch(device: torch.device) -> bool:
+    """Whether kernels run on tensors of this device."""
+    emulated = "meta" if _pretended else "cpu" if interpreting() else None
+    return device.type in ("cuda", emulated)
+
+
 def processors(device: torch.device) -> int:
     """How many programs run at once, at least; two in the interpreter, so that sums over programs are tested."""
+    if _pretended:
+        return _pretended.processors
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def capability(device: torch.device) -> tuple[str, int | str]:
     """The architecture kernels are configured for: ("cuda", 90) or ("hip", "gfx942"); Hopper in the interpreter."""
+    if _pretended:
+        return _pretended.architecture
     if device.type == "cpu":
         return "cuda", 90
     properties = torch.cuda.get_device_properties(device)

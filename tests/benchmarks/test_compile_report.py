@@ -1,0 +1,157 @@
+"""The compile report sees every kernel, and says so where one spills or asks for too much; what ships does neither."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+
+import pytest
+
+import ssm_kernels
+from ssm_kernels._triton import interpreting
+from vlmamba.benchmarks import cli, compile_report
+from vlmamba.benchmarks.cases import Case, Shape, shipped
+from vlmamba.benchmarks.compile_report import Request, compile_one, record
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are compiled, not interpreted")
+
+NORM = Case("rms_norm", Shape(2, 64, 1024), "bf16", z=True)
+KERNELS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def spilling(x, N: tl.constexpr):
+    at = tl.arange(0, N)
+    first, second = tl.load(x + at), tl.load(x + N + at)
+    tl.store(x + at, first * tl.sum(second))
+    tl.store(x + N + at, second * tl.sum(first))
+
+@triton.jit
+def hungry(x, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a = tl.load(x + at)
+    tl.store(x + at, tl.dot(a, tl.trans(a)).to(tl.float16))
+
+@triton.jit
+def wrong(x, N: tl.constexpr):
+    tl.store(x + tl.arange(0, N), tl.arange(0, 2 * N))
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def request_of(tmp_path, monkeypatch):
+    """A compilation of one of the kernels above."""
+    (tmp_path / "imagined_kernels.py").write_text(KERNELS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def request(kernel: str, size: int, dtype: str, warps: int, target: str = "sm_90") -> Request:
+        signature = {"x": f"*{dtype}", "N": "constexpr"}
+        return Request("imagined_kernels", kernel, signature, {(1,): size}, {}, {"num_warps": warps}, target, "none")
+
+    return request
+
+
+@pytest.mark.parametrize(("target", "size", "warps"), [("sm_90", 8192, 1), ("gfx942", 131072, 16)])
+def test_a_spill_is_a_problem(request_of, target, size, warps):
+    row = compile_one(request_of("spilling", size, "fp32", warps, target))
+    assert row.spills > 0
+    assert "spilled" in row.problem
+    assert compile_one(request_of("spilling", 256, "fp32", 4, target)).problem is None
+
+
+def test_too_much_shared_memory_is_a_problem(request_of):
+    row = compile_one(request_of("hungry", 256, "fp16", 8, "sm_86"))
+    assert row.shared > 99 << 10
+    assert "a block has 101,376" in row.problem
+    assert "a block has" not in (compile_one(request_of("hungry", 256, "fp16", 8, "sm_90")).problem or "")
+
+
+def test_what_does_not_compile_is_a_problem(request_of):
+    row = compile_one(request_of("wrong", 64, "fp32", 4))
+    assert "CompilationError" in row.problem
+
+
+def test_matrix_instructions_are_counted(request_of):
+    small, hopper, amd = (
+        compile_one(request_of("hungry", 64, "fp16", 4, target)) for target in ("sm_80", "sm_90", "gfx942")
+    )
+    assert small.matrix.keys() == {"HMMA"} and hopper.matrix.keys() == {"HGMMA"} and amd.matrix.keys() == {"v_mfma"}
+
+
+def test_what_is_recorded_is_what_the_launcher_would_compile():
+    found = {r.kernel: r for r in record([NORM], "sm_90")}
+    assert found.keys() == {"_forward_kernel", "_backward_kernel"}
+    forward = found["_forward_kernel"]
+    assert forward.signature["x"] == "*bf16"
+    assert forward.signature["residual"] == "constexpr"  # None
+    assert forward.constants[(12,)] == 1024  # SIZE
+    assert forward.attributes[(0,)] == [["tt.divisibility", 16]]
+    assert forward.options["num_warps"] == 4
+
+
+def test_equal_launches_are_compiled_once():
+    twice = [NORM, Case("rms_norm", Shape(4, 128, 1024), "bf16", z=True)]
+    assert len(record(twice, "sm_90")) == len(record([NORM], "sm_90")) == 2
+
+
+def test_shapes_that_the_launcher_tells_apart_are_compiled_apart():
+    odd = Case("rms_norm", Shape(1, 63, 1024), "bf16", z=True)  # rows not divisible by 16
+    assert len(record([NORM, odd], "sm_90")) == 4
+
+
+def test_every_kernel_is_compiled():
+    """No kernel can be added that the report does not see."""
+    from triton.runtime.jit import JITFunction
+
+    kernels = set()
+    for module in pkgutil.walk_packages(ssm_kernels.__path__, "ssm_kernels."):
+        if re.search(r"\.(_kernels|kernels)$", module.name):
+            names = vars(importlib.import_module(module.name)).items()
+            kernels |= {(module.name, k) for k, v in names if isinstance(v, JITFunction) and k.endswith("_kernel")}
+    kernels = {(m, k) for m, k in kernels if getattr(importlib.import_module(m), k).__module__ == m}
+    assert kernels == {(r.module, r.kernel) for r in record(shipped(), "sm_90")}
+
+
+def test_the_command_fails_where_a_kernel_spills(tmp_path, monkeypatch, capsys):
+    from ssm_kernels.norm.triton import kernels
+
+    monkeypatch.setattr(kernels, "TILE", 1 << 16)
+    out = tmp_path / "report.json"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compile-report", "add_rms_norm", "--quick", "--jobs", "1", "--out", str(out)])
+    assert stopped.value.code == 1
+    assert "FAILED sm_90 norm._backward_kernel" in capsys.readouterr().out
+    assert any(row["spills"] for row in json.loads(out.read_text())["rows"])
+    assert "FAILED" in out.with_suffix(".txt").read_text()
+
+
+def test_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="unset TRITON_INTERPRET"):
+        cli.main(["compile-report"])
+
+
+@pytest.mark.slow
+def test_what_ships_does_not_spill(capsys):
+    cli.main(["compile-report", "--quick"])
+    assert "0 with a problem" in capsys.readouterr().out
+
+
+def test_occupancy_by_registers_shared_memory_and_warps():
+    """Hopper: 64 warps, 65,536 registers and 228 KB a multiprocessor."""
+
+    def row(registers: int, shared: int) -> compile_report.Row:
+        return compile_report.Row("k", "sm_90", "none", warps=4, registers=registers, shared=shared)
+
+    hopper = compile_report.ARCHITECTURES["sm_90"]
+    assert compile_report._occupancy(row(32, 0), hopper) == 1.0
+    assert compile_report._occupancy(row(128, 0), hopper) == 0.25  # 4 blocks of 4 warps x 32 lanes x 128
+    assert compile_report._occupancy(row(32, 100 << 10), hopper) == 2 * 4 / 64
