@@ -7,6 +7,7 @@ y, final_states = case.call(case.inputs("cuda"), backend="triton")
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -179,16 +180,19 @@ class Case:
             return {"cu_seqlens": bounds}
         return {}
 
-    def function(self, *, backend: str, **tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The op with these options: what `ssm_kernels.testing.assert_agrees` calls. A step works on a copy."""
-        op = getattr(ssm_kernels, self.op)
-        if self.is_step:
-            tensors["state"] = tensors["state"].clone()
+    def run(self, inputs: Mapping[str, Tensor], backend: str) -> Tensor | tuple[Tensor, ...]:
+        """What the op gives; a step updates its state in place."""
         with use_backend(backend):
-            out = op(**tensors, **self.options)
-        return StepOutput(out, tensors["state"]) if self.is_step else out
+            return getattr(ssm_kernels, self.op)(**inputs, **self.options)
 
-    def call(self, inputs: dict[str, Tensor], backend: str = "auto") -> tuple[Tensor, ...]:
+    def function(self, *, backend: str, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """As `ssm_kernels.testing.assert_agrees` calls an op: a step works on a copy of its state, and gives it."""
+        if not self.is_step:
+            return self.run(inputs, backend)
+        state = inputs["state"].clone()
+        return StepOutput(self.run(inputs | {"state": state}, backend), state)
+
+    def call(self, inputs: Mapping[str, Tensor], backend: str = "auto") -> tuple[Tensor, ...]:
         out = self.function(backend=backend, **inputs)
         return out if isinstance(out, tuple) else (out,)
 

@@ -18,7 +18,7 @@ from .roofline import DEVICES, cost, floor
 from .workloads import build, default_shape
 
 Op = Literal["selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block"]
-Impl = Literal["triton", "torch", "reference", "transformers"]
+Impl = Literal["triton", "torch", "reference", "mamba_ssm", "causal_conv1d", "fla", "transformers"]
 
 
 @dataclass

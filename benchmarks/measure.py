@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from .cases import Shape
+from .peers import PACKAGES
 from .workloads import Workload, build, exact
 
 Mode = Literal["fwd", "fwd+bwd"]
-PEERS = ("mamba-ssm", "causal-conv1d", "flash-linear-attention")
 SLOW = 5.0
 """Seconds beyond which a call is measured once, not repeated."""
 
@@ -191,7 +191,7 @@ def _status(field: str) -> int:
 def environment(device: str = "cpu") -> dict[str, object]:
     """What a figure depends on besides the code."""
     packages = {}
-    for name in ("torch", "triton", "transformers", "numpy", *PEERS):
+    for name in ("torch", "triton", "numpy", *PACKAGES.values()):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

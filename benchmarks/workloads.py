@@ -6,7 +6,7 @@ An implementation is a function of nothing that runs the forward; `inputs` are w
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,10 @@ from ssm_kernels import use_backend
 from ssm_kernels.modules import Mamba, Mamba2
 
 from .cases import DTYPES, Case, Shape
+from .peers import PACKAGES, peer
 
 OPS = ("selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block")
-IMPLEMENTATIONS = ("torch", "triton", "reference", "transformers")
+IMPLEMENTATIONS = ("torch", "triton", "reference", *PACKAGES)
 
 
 def default_shape(op: str) -> Shape:
@@ -44,16 +45,24 @@ def build(
         raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
-    if impl == "transformers" and importlib.util.find_spec("transformers") is None:
-        raise ModuleNotFoundError("transformers is not installed: pip install transformers")
     torch.manual_seed(seed)
     if op in ("mamba_block", "mamba2_block"):
         return _block(op, impl, shape, dtype, device)
-    case = _case(op, shape, dtype)
+    return of_case(_case(op, shape, dtype), impl, device, seed)
+
+
+def of_case(case: Case, impl: str, device: str, seed: int = 0) -> Workload:
+    """One implementation of a case; raises as `build`."""
     tensors = case.inputs(device, seed)
-    if impl == "transformers":
-        return Workload(_transformers_op(op, tensors), list(tensors.values()))
-    return Workload(lambda: case.call(tensors, impl)[0], list(tensors.values()))
+    inputs = [t for t in tensors.values() if t.requires_grad or case.is_step]
+    if impl in PACKAGES:
+        return Workload(peer(impl, case, tensors), inputs)
+
+    def run() -> Tensor:
+        out = case.run(tensors, impl)
+        return out[0] if isinstance(out, tuple) else out
+
+    return Workload(run, inputs)
 
 
 def exact(op: str, shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Tensor:
@@ -73,29 +82,6 @@ def _case(op: str, shape: Shape, dtype: torch.dtype) -> Case:
     return Case(op, shape, names[dtype], z=op == "selective_scan")
 
 
-def _transformers_op(op: str, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """The pure-PyTorch functions that `transformers` runs where no kernels are installed, in its layout."""
-    if op == "selective_scan":
-        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-
-        def run() -> Tensor:
-            u, dt, B, C, z = (t[k].transpose(1, 2) for k in ("u", "dt", "B", "C", "z"))
-            return mamba_selective_scan(u, dt, t["A"], B, C, t["D"], z, delta_softplus=True).transpose(1, 2)
-
-        return run
-    if op == "ssd":
-        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
-
-        def run() -> Tensor:
-            out = mamba2_chunk_scan(t["x"], t["dt"], t["A"], t["B"], t["C"], chunk_size=256, D=t["D"], dt_softplus=True)
-            return out[0] if isinstance(out, tuple) else out
-
-        return run
-    from transformers.models.mamba.modeling_mamba import causal_conv1d_fn
-
-    return lambda: causal_conv1d_fn(t["x"].transpose(1, 2), t["weight"], t["bias"], activation="silu").transpose(1, 2)
-
-
 def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Mamba | Mamba2, Tensor]:
     width = shape.channels // 2
     if op == "mamba_block":
@@ -109,7 +95,7 @@ def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[
 def _block(op: str, impl: str, shape: Shape, dtype: torch.dtype, device: str) -> Workload:
     block, x = _own_block(op, shape, dtype, device)
     inputs = [x, *block.parameters()]
-    if impl != "transformers":
+    if impl not in PACKAGES:
 
         def run() -> Tensor:
             with use_backend(impl):
@@ -117,6 +103,10 @@ def _block(op: str, impl: str, shape: Shape, dtype: torch.dtype, device: str) ->
 
         return Workload(run, inputs)
 
+    if impl != "transformers":
+        raise ValueError(f"{impl} is not compared on {op}")
+    if importlib.util.find_spec("transformers") is None:
+        raise ModuleNotFoundError("transformers is not installed: pip install transformers")
     import transformers
     from transformers.models.mamba.modeling_mamba import MambaMixer
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer

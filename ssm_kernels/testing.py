@@ -22,8 +22,9 @@ def assert_agrees(
     *,
     backend: str,
     gradients: bool = True,
+    oracle: str = "reference",
 ) -> None:
-    """Compare outputs and the gradients of all floating-point inputs with the reference backend in float64.
+    """Compare outputs and the gradients of all floating-point inputs with the oracle's in float64.
 
     Args:
         op: a public op of this package.
@@ -31,13 +32,14 @@ def assert_agrees(
         options: its other arguments.
         backend: the implementation under test.
         gradients: whether to compare gradients.
+        oracle: the backend that is right: where the reference takes too long, `"torch"`, which is held against it.
 
     Raises:
         AssertionError: names the output or gradient that differs, by how much, and how much is allowed.
     """
     options = dict(options or {})
-    exact = _run(op, tensors, options, "reference", torch.float64, gradients)
-    rounded = _run(op, tensors, options, "reference", None, gradients)
+    exact = _run(op, tensors, options, oracle, torch.float64, gradients)
+    rounded = _run(op, tensors, options, oracle, None, gradients)
     actual = _run(op, tensors, options, backend, None, gradients)
     assert actual.keys() == exact.keys(), f"outputs differ: {sorted(actual)} against {sorted(exact)}"
     for name, want in exact.items():
