@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..._library import define_op
@@ -32,10 +33,13 @@ def scan(
     are routes: each is scanned along its own. The codes are places in `cross_scan.CROSS`.
     """
     low, high = dt_limit
-    return _Scan.apply(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, float(low), float(high), initial_states, chunk_size, cu_seqlens,
-        seq_idx, list(routes), height,
+    # The gate is not in the kernels: Mamba-2 has its own in the norm, and here it would cost them registers.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y, final_states = _Scan.apply(
+        x, dt, A, B, C, D, dt_bias, dt_softplus, float(low), float(high), initial_states, chunk_size, cu_seqlens,
+        seq_idx, list(routes), height, x.dtype if z is None else wide,
     )  # fmt: skip
+    return y if z is None else (y * F.silu(z.to(wide))).to(x.dtype), final_states
 
 
 class _Scan(torch.autograd.Function):
@@ -53,7 +57,7 @@ class _Scan(torch.autograd.Function):
         args = [next(tensors if is_tensor else rest) for is_tensor in ctx.tensors]
         *grads, dinitial = _backward_op(dy, dfinal, *args)
         grads = [g if is_tensor else None for g, is_tensor in zip(grads, ctx.tensors, strict=False)]
-        return *grads, None, None, None, dinitial if ctx.tensors[11] else None, None, None, None, None, None
+        return *grads, None, None, None, dinitial if ctx.tensors[10] else None, *[None] * 6
 
 
 def _forward(*args):
@@ -68,26 +72,28 @@ def _backward(*args):
     return kernels.backward(*args)
 
 
-def _forward_fake(x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial, chunk_size, cu_seqlens, *rest):
+def _forward_fake(x, dt, A, B, C, D, dt_bias, softplus, low, high, initial, chunk_size, cu_seqlens, *rest):
+    *_, out_dtype = rest
     rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     states = (rows, *x.shape[2:], B.shape[3])
-    return x.new_empty(x.shape), x.new_empty(states, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(states, dtype=wide)
 
 
-def _backward_fake(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial, *rest):
-    given = (x, dt, A, B, C, D, z, dt_bias, initial)
+def _backward_fake(dy, dfinal, x, dt, A, B, C, D, dt_bias, softplus, low, high, initial, *rest):
+    given = (x, dt, A, B, C, D, dt_bias, initial)
     return tuple(x.new_empty(0) if m is None else m.new_empty(m.shape) for m in given)
 
 
 _ARGUMENTS = (
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus,"
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus,"
     " float dt_low, float dt_high, Tensor? initial_states, int chunk_size, Tensor? cu_seqlens, Tensor? seq_idx,"
-    " int[] routes, int height"
+    " int[] routes, int height, ScalarType out_dtype"
 )
 _forward_op = define_op(f"ssd_triton({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
 _backward_op = define_op(
     f"ssd_triton_backward(Tensor dy, Tensor dfinal, {_ARGUMENTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -76,14 +76,14 @@ def _rows(first, end, route, length, height, Q: tl.constexpr, HAS_ROUTES: tl.con
 
 @triton.jit
 def _forward_kernel(
-    x, dt, A, B, C, D, z, dt_bias, starts, y, ends, time, states, table, start_row, end_row,
+    x, dt, A, B, C, D, dt_bias, starts, y, ends, time, states, table, start_row, end_row,
     first_piece, length, height, routes,
     x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
-    z_batch, z_step, z_head, D_head, D_channel,
+    D_head, D_channel,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, WRITE_Y: tl.constexpr,
     WRITE_END: tl.constexpr, WRITE_TIME: tl.constexpr, KEEP: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -139,10 +139,6 @@ def _forward_kernel(
             out += tl.dot(mix.to(DOT), x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
             if HAS_D:
                 out += skip[None, :] * x_q.to(COMPUTE)
-            if HAS_Z:
-                at_z = z + batch * z_batch + head.to(tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
-                gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
-                out *= gate * sigmoid(gate)
             at_y = ((batch * length + rows) * H + head) * P
             tl.store(y + at_y[:, None] + p[None, :], out.to(y.dtype.element_ty), in_x)
         arriving = x_q.to(COMPUTE) * (step * tl.exp2(whole - log))[:, None]
@@ -163,12 +159,12 @@ def _forward_kernel(
 
 @triton.jit
 def _state_gradient_kernel(
-    dt, A, C, z, dt_bias, dy, dends, dstarts, dstates, table,
+    dt, A, C, dt_bias, dy, dends, dstarts, dstates, table,
     first_piece, length, height, routes,
-    dt_batch, dt_step, dt_head, C_batch, C_step, C_group, z_batch, z_step, z_head, dy_batch, dy_step, dy_head,
+    dt_batch, dt_step, dt_head, C_batch, C_step, C_group, dy_batch, dy_step, dy_head,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HAS_END: tl.constexpr, KEEP: tl.constexpr,
-    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state of one piece, in reverse, and BLOCK_P channels of one head. Grid: as forward.
@@ -213,10 +209,6 @@ def _state_gradient_kernel(
         at_C = C + rows[:, None] * C_step + n[None, :]
         C_q = tl.load(at_C, valid[:, None] & in_n[None, :], other=0.0).to(DOT)
         dy_q = tl.load(dy + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
-        if HAS_Z:
-            at_z = z + batch * z_batch + head.to(tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
-            gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
-            dy_q *= gate * sigmoid(gate)
         decayed = (dy_q * tl.exp2(log)[:, None]).to(DOT)
         arrived = tl.dot(tl.trans(C_q), decayed, input_precision=PRECISION, out_dtype=COMPUTE)
         dstate = dstate * tl.exp2(whole) + arrived
@@ -226,18 +218,18 @@ def _state_gradient_kernel(
 
 @triton.jit
 def _input_gradient_kernel(
-    x, dt, A, B, C, D, z, dt_bias, dy, states, dstates, dx, ddt, dA, dD, dz, table,
+    x, dt, A, B, C, D, dt_bias, dy, states, dstates, dx, ddt, dA, dD, table,
     first_piece, length, height, routes,
     x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
-    z_batch, z_step, z_head, dy_batch, dy_step, dy_head, D_head, D_channel, n_rows,
+    dy_batch, dy_step, dy_head, D_head, D_channel, n_rows,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """All gradients but those of B and C, of one chunk and BLOCK_P channels of one head.
 
-    Reads the state before the chunk and the gradient of the one after it. dx, dz are whole; ddt is one partial a tile
+    Reads the state before the chunk and the gradient of the one after it. dx is whole; ddt is one partial a tile
     of P; dA and dD are one partial a chunk (and tile). Grid: pieces x CHUNKS x heads x tiles of P.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -281,17 +273,6 @@ def _input_gradient_kernel(
     from_state *= tl.exp2(log)[:, None]
     mix = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE) * _decay_between(log, Q)
     at_y = (((batch * length + rows) * H + head) * P)[:, None] + p[None, :]
-    if HAS_Z:
-        at_z = z + batch * z_batch + head.to(tl.int64) * z_head + rows[:, None] * z_step + p[None, :]
-        gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
-        opening = sigmoid(gate)
-        own = (mix * step[None, :]).to(DOT)
-        out = from_state + tl.dot(own, x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
-        if HAS_D:
-            out += skip[None, :] * x_q
-        dgate = dy_q * out * opening * (1 + gate * (1 - opening))
-        tl.store(dz + at_y, dgate.to(dz.dtype.element_ty), in_x)
-        dy_q *= gate * opening
     dy_dot = dy_q.to(DOT)
     input_dot = (x_q * step[:, None]).to(DOT)
     dmix = tl.dot(dy_dot, tl.trans(input_dot), input_precision=PRECISION, out_dtype=COMPUTE)
@@ -321,12 +302,12 @@ def _input_gradient_kernel(
 
 @triton.jit
 def _shared_gradient_kernel(
-    x, dt, A, B, C, z, dt_bias, dy, states, dstates, dB, dC, table,
+    x, dt, A, B, C, dt_bias, dy, states, dstates, dB, dC, table,
     first_piece, length, height, routes,
     x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
-    z_batch, z_step, z_head, dy_batch, dy_step, dy_head, n_rows,
+    dy_batch, dy_step, dy_head, n_rows,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, HAS_Z: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -363,10 +344,6 @@ def _shared_gradient_kernel(
         input_q = tl.load(x + head * x_head + rows[:, None] * x_step + p[None, :], in_x, other=0.0).to(COMPUTE)
         input_q *= step[:, None]
         dy_q = tl.load(dy + head * dy_head + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
-        if HAS_Z:
-            at_z = z + batch * z_batch + head * z_head + rows[:, None] * z_step + p[None, :]
-            gate = tl.load(at_z, in_x, other=0.0).to(COMPUTE)
-            dy_q *= gate * sigmoid(gate)
         at_state = (kept.to(tl.int64) * H + head) * (P * N) + p[:, None] * N + n[None, :]  # (P, N)
         in_state = (p < P)[:, None] & (n < N)[None, :]
         state = tl.load(states + at_state, in_state, other=0.0).to(DOT)
@@ -407,26 +384,26 @@ class _Call:
     """One call's tensors and sizes, as the kernels want them."""
 
     def __init__(
-        self, x, dt, A, B, C, D, z, dt_bias, softplus, low, high, initial_states, chunk_size, cu_seqlens, seq_idx,
-        routes, height,
+        self, x, dt, A, B, C, D, dt_bias, softplus, low, high, initial_states, chunk_size, cu_seqlens, seq_idx, routes,
+        height, out_dtype,
     ):  # fmt: skip
-        self.x, self.B, self.C, self.z = (m if m is None else adjacent(m) for m in (x, B, C, z))
+        self.x, self.B, self.C = (adjacent(m) for m in (x, B, C))
         self.A, self.dt_bias, self.initial = (m if m is None else m.contiguous() for m in (A, dt_bias, initial_states))
         self.dt, self.D = dt, D
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.groups, self.n = B.shape[2:]
         self.packing = (cu_seqlens, seq_idx)
         self.state_rows = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
-        self.chunk_size = chunk_size
+        self.chunk_size, self.out_dtype = chunk_size, out_dtype
         self.capability = capability(x.device)
         self.runtime = (self.length, height, pack_routes(routes))
         self.compute = torch.promote_types(x.dtype, torch.float32)
         dot = dot_type(x.dtype, B.dtype, C.dtype)
         self.constants = {
             "H": self.heads, "P": self.headdim, "N": self.n, "G": self.groups, "ROUTES": len(routes),
-            "HAS_BIAS": dt_bias is not None, "HAS_Z": z is not None, "SOFTPLUS": softplus,
-            "LOW": low, "HIGH": high, "LIMITED": not (softplus and (low, high) == (0.0, float("inf"))), "DOT": dot,
-            "PRECISION": "tf32x3" if dot == tl.float32 and self.capability[0] == "cuda" else "ieee",
+            "HAS_BIAS": dt_bias is not None, "SOFTPLUS": softplus, "LOW": low, "HIGH": high,
+            "LIMITED": not (softplus and (low, high) == (0.0, float("inf"))), "DOT": dot,
+            "PRECISION": "ieee",  # of float32; three rounds of tf32 would not fit in registers
             "COMPUTE": compute_type(x.dtype),
         }  # fmt: skip
 
@@ -452,15 +429,15 @@ class _Call:
         states=None, part: range | None = None,
     ) -> None:  # fmt: skip
         """The forward kernel over all pieces, or a part of them, writing what is given."""
-        x, dt, B, C, z, D = self.x, self.dt, self.B, self.C, self.z, self.D
+        x, dt, B, C, D = self.x, self.dt, self.B, self.C, self.D
         part = part or range(len(pieces.table))
         programs = len(part) * self.heads * triton.cdiv(self.headdim, tiles.p)
         if programs:
             with on_device(x):
                 _forward_kernel[(programs,)](
-                    x, dt, self.A, B, C, D, z, self.dt_bias, starts, y, ends, time, states, pieces.table,
+                    x, dt, self.A, B, C, D, self.dt_bias, starts, y, ends, time, states, pieces.table,
                     start_row, end_row, part.start, *self.runtime,
-                    *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], *_strides(z), *_skip_strides(D),
+                    *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], *_skip_strides(D),
                     CHUNKS=PIECE_CHUNKS, WRITE_Y=y is not None, WRITE_END=ends is not None,
                     WRITE_TIME=time is not None, KEEP=states is not None, HAS_START=starts is not None,
                     HAS_D=D is not None, num_stages=2, **tiles.options(), **self.constants,
@@ -471,14 +448,14 @@ class _Call:
         part: range | None = None,
     ) -> None:  # fmt: skip
         """The gradient of the state over all pieces, or a part of them: before each piece, or after each chunk."""
-        dt, C, z = self.dt, self.C, self.z
+        dt, C = self.dt, self.C
         part = part or range(len(pieces.table))
         programs = len(part) * self.heads * triton.cdiv(self.headdim, tiles.p)
         if programs:
             with on_device(dy):
                 _state_gradient_kernel[(programs,)](
-                    dt, self.A, C, z, self.dt_bias, dy, dends, dstarts, dstates, pieces.table, part.start,
-                    *self.runtime, *dt.stride(), *C.stride()[:3], *_strides(z), *dy.stride()[:3],
+                    dt, self.A, C, self.dt_bias, dy, dends, dstarts, dstates, pieces.table, part.start,
+                    *self.runtime, *dt.stride(), *C.stride()[:3], *dy.stride()[:3],
                     CHUNKS=PIECE_CHUNKS, HAS_END=dends is not None, KEEP=dstates is not None, num_stages=2,
                     **tiles.options(), **self.constants,
                 )  # fmt: skip
@@ -495,8 +472,8 @@ class _Call:
 def forward(*args):
     """As `ssd_triton`: y and the final states."""
     call = _Call(*args)
-    tiles = _forward_tiles(call)
-    y = call.empty(*call.x.shape, dtype=call.x.dtype)
+    tiles = _tiles(call, backward=False)
+    y = call.empty(*call.x.shape, dtype=call.out_dtype)
     final = call.end_states(call.initial)
     size = _piece_size(call, tiles)
     pieces = call.cut(size)
@@ -511,11 +488,11 @@ def forward(*args):
 
 
 def backward(dy, dfinal, *args):
-    """As `ssd_triton_backward`: gradients of x, dt, A, B, C, D, z, dt_bias, initial_states; empty where not given."""
+    """As `ssd_triton_backward`: gradients of x, dt, A, B, C, D, dt_bias, initial_states; empty where not given."""
     call = _Call(*args)
-    x, dt, A, B, C, D, z, dt_bias = args[:8]
+    x, dt, A, B, C, D, dt_bias = args[:7]
     dy, dfinal = adjacent(dy), dfinal.contiguous()
-    forward_tiles, tiles = _forward_tiles(call), _backward_tiles(call)
+    forward_tiles, tiles = _tiles(call, backward=False), _tiles(call, backward=True)
     pieces = call.cut(tiles.chunk * PIECE_CHUNKS)
     n_pieces, n_tiles, rows = len(pieces.table), triton.cdiv(call.headdim, tiles.p), call.batch * call.length
 
@@ -523,14 +500,13 @@ def backward(dy, dfinal, *args):
     starts, time = call.starts(forward_tiles, pieces, call.end_states(call.initial))
     dends, dinitial = call.states(n_pieces), call.end_states(dfinal)
     strides = (
-        *call.x.stride()[:3], *dt.stride(), *call.B.stride()[:3], *call.C.stride()[:3], *_strides(call.z),
+        *call.x.stride()[:3], *dt.stride(), *call.B.stride()[:3], *call.C.stride()[:3],
         *dy.stride()[:3],
     )  # fmt: skip
     call.scan_back(forward_tiles, pieces, dy, dstarts=dends)
     carry(pieces, dends, call.A, time, dfinal, dinitial, reverse=True)
 
     dx, ddt = call.empty(*x.shape, dtype=x.dtype), call.empty(n_tiles, *dt.shape)
-    dz = call.empty(*((0,) if z is None else z.shape), dtype=x.dtype if z is None else z.dtype)
     n_chunks = n_pieces * PIECE_CHUNKS
     # Zero, for the chunks to spare.
     dA = x.new_zeros(n_chunks, call.heads, n_tiles, dtype=call.compute)
@@ -551,12 +527,12 @@ def backward(dy, dfinal, *args):
         call.scan_back(forward_tiles, pieces, dy, dends=dends, dstates=dstates, part=part)
         with on_device(x):
             _input_gradient_kernel[(len(part) * PIECE_CHUNKS * call.heads * n_tiles,)](
-                call.x, dt, call.A, call.B, call.C, D, call.z, call.dt_bias, dy, states, dstates,
-                dx, ddt, dA, dD, dz, pieces.table, first, *call.runtime, *strides, *_skip_strides(D), rows,
+                call.x, dt, call.A, call.B, call.C, D, call.dt_bias, dy, states, dstates,
+                dx, ddt, dA, dD, pieces.table, first, *call.runtime, *strides, *_skip_strides(D), rows,
                 HAS_D=D is not None, **shared,
             )  # fmt: skip
             _shared_gradient_kernel[(len(part) * PIECE_CHUNKS * call.groups * splits,)](
-                call.x, dt, call.A, call.B, call.C, call.z, call.dt_bias, dy, states, dstates, dB, dC, pieces.table,
+                call.x, dt, call.A, call.B, call.C, call.dt_bias, dy, states, dstates, dB, dC, pieces.table,
                 first, *call.runtime, *strides, rows, SPLITS=splits, **shared,
             )  # fmt: skip
 
@@ -566,7 +542,7 @@ def backward(dy, dfinal, *args):
     dD = dD.sum(0) if D is None or D.dim() == 2 else dD.sum((0, 2))
     return (
         dx, ddt.sum(0).to(dt.dtype), dA.sum((0, 2)).to(A.dtype), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
-        optional(D, dD), dz, optional(dt_bias, ddt.sum((0, 1, 2))), optional(call.initial, dinitial),
+        optional(D, dD), optional(dt_bias, ddt.sum((0, 1, 2))), optional(call.initial, dinitial),
     )  # fmt: skip
 
 
@@ -576,26 +552,24 @@ KEPT_BYTES = 1 << 28
 """At most so much scratch memory in the backward, if one piece does not need more."""
 KEPT = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
 """What states are kept in within a piece of the backward: what they are rounded to in products anyway."""
-STATE_ELEMENTS = 8192
-"""Of a program's state: 32 registers a thread of 8 warps."""
 
 
-def _forward_tiles(call: _Call) -> _Tiles:
+def _tiles(call: _Call, backward: bool) -> _Tiles:
+    """What the compiler fits in registers for each architecture, and no larger than the problem."""
     n = max(16, triton.next_power_of_2(call.n))
-    p = max(16, min(triton.next_power_of_2(call.headdim), STATE_ELEMENTS // n))
-    chunk = max(16, min(64, triton.next_power_of_2(call.chunk_size)))
-    return _Tiles(chunk, p, n, 8 if n * p > 2048 else 4)
-
-
-def _backward_tiles(call: _Call) -> _Tiles:
-    """As forward, but that more tiles are alive at once: shorter chunks where products do not run on whole warps."""
-    tiles = _forward_tiles(call)
     vendor, version = call.capability
-    if vendor == "hip":
-        return tiles._replace(chunk=min(32, tiles.chunk), warps=4)
-    if version in (90, 100, 103):
-        return tiles
-    return tiles._replace(chunk=min(32, tiles.chunk))
+    if call.constants["DOT"] in (tl.float32, tl.float64):
+        chunk, elements, warps = 16, 16 * n, 8  # products without tensor cores
+    elif vendor == "hip":
+        chunk, elements, warps = 32, 8192, 4
+    elif version == 90:
+        chunk, elements, warps = 64, 8192 if backward else 4096, 8
+    elif version in (100, 103):
+        chunk, elements, warps = 64, 8192, 8
+    else:
+        chunk, elements, warps = 32, 8192, 8
+    p = max(16, min(triton.next_power_of_2(call.headdim), elements // n))
+    return _Tiles(max(16, min(chunk, triton.next_power_of_2(call.chunk_size))), p, n, warps)
 
 
 def _piece_size(call: _Call, tiles: _Tiles) -> int:
@@ -607,10 +581,6 @@ def _piece_size(call: _Call, tiles: _Tiles) -> int:
         return max(1, call.length)
     per_piece = max(PIECE_CHUNKS, triton.cdiv(triton.cdiv(call.length, tiles.chunk), wanted))
     return per_piece * tiles.chunk
-
-
-def _strides(m: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if m is None else m.stride()[:3]
 
 
 def _skip_strides(D: Tensor | None) -> tuple[int, int]:
