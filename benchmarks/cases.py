@@ -309,6 +309,28 @@ def _with_sizes(case: Case, **sizes: int) -> Case:
     return replace(case, shape=replace(case.shape, **sizes))
 
 
+def realistic(dtype: str) -> list[Case]:
+    """Published sizes that a GPU compares with the torch backend in float64 in seconds; dense, packed and on a grid."""
+    layers = layer("mamba", "130m", dtype, batch=2) + layer("mamba2", "130m", dtype, batch=2)
+    packed = [
+        replace(case, shape=replace(case.shape, batch=1, length=5000), sequences=7, initial_states=True)
+        for case in layers
+        if case.op in ("selective_scan", "ssd", "causal_conv1d")
+    ]
+    return list(dict.fromkeys(layers + packed + connector(dtype, batch=1)))
+
+
+def by_length() -> list[Case]:
+    """SSD of the 2.7b model over longer and longer sequences, one at a time."""
+    return [layer("mamba2", "2.7b", batch=1, length=2**i)[0] for i in (11, 13, 15, 17)]
+
+
+def tiny(dtype: str = "fp32") -> list[Case]:
+    """One call of each op, small enough for the interpreter."""
+    shape = Shape(batch=1, length=6, channels=8, d_state=4, heads=2, headdim=4, height=2)
+    return [Case(op, shape, dtype) for op in OPS]
+
+
 def small(dtype: str) -> list[Case]:
     """Every option of every op at small, odd sizes, for comparison with the step-by-step reference."""
     shape = Shape(batch=2, length=203, channels=72, groups=1)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from . import compile_report
+from . import compile_report, gpu_suite
 from .cases import DTYPES, OPS, Case, published, shipped
 from .measure import Mode, Timing, environment, error, on, peak_memory, time_together
 from .roofline import DEVICES, cost, floor
@@ -182,7 +182,26 @@ class CompileReport:
             sys.exit(1)
 
 
-COMMANDS = {"run": Run, "sweep": Sweep, "compile-report": CompileReport, "roofline": Roofline}
+@dataclass
+class GPUSuite:
+    """On a GPU: is every op right, how fast is it, and beside whom. Ten minutes; exit status 1 if a case is wrong."""
+
+    out: Path
+    """Folder of one JSON file a part; a part whose file is there is not run again."""
+    device: str = "cuda"
+    """Also cuda:1 and so on; cpu runs tiny sizes through the same steps, with TRITON_INTERPRET=1."""
+    minutes: float = 10.0
+    """What takes longer is left out, and said to be."""
+    again: bool = False
+    """Run every part, whatever is in the folder."""
+
+    def run(self) -> None:
+        with on(self.device):
+            if not gpu_suite.run(self.out, self.device, self.minutes, self.again):
+                sys.exit(1)
+
+
+COMMANDS = {"run": Run, "sweep": Sweep, "compile-report": CompileReport, "roofline": Roofline, "gpu-suite": GPUSuite}
 
 
 def _fastest(device: str) -> Impl:

@@ -198,11 +198,12 @@ class _RunBodies(TorchDispatchMode):
         return BODIES.get(func, func)(*args, **(kwargs or {}))
 
 
-def compile_all(requests: list[Request], jobs: int) -> list[Row]:
-    """Compile in `jobs` processes. What was compiled is thrown away."""
+def compile_all(requests: list[Request], jobs: int, cache: Path | None = None) -> list[Row]:
+    """Compile in `jobs` processes, into a cache of Triton's where one is given."""
     with tempfile.TemporaryDirectory() as scratch:
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(scratch,)) as pool:
+        begin = {"initializer": _begin, "initargs": (str(cache or scratch),)}
+        with concurrent.futures.ProcessPoolExecutor(jobs, context, **begin) as pool:
             # Matrix products take the compiler longest: first, so that no process is left with them at the end.
             longest_first = sorted(requests, key=lambda r: not r.name.startswith("ssd"))
             futures = [pool.submit(compile_one, request) for request in longest_first]
@@ -211,11 +212,11 @@ def compile_all(requests: list[Request], jobs: int) -> list[Row]:
             return [f.result() for f in futures]
 
 
-def _begin(scratch: str) -> None:
+def _begin(cache: str) -> None:
     from triton import knobs
 
     torch.set_num_threads(1)
-    knobs.cache.dir = scratch
+    knobs.cache.dir = cache
     warnings.filterwarnings("ignore")
 
 
