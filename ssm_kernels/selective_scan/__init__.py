@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_divides, check_no_nan, check_tensor
-from . import chunked, reference
+from . import chunked, reference, triton
 
 
 class SelectiveScanOutput(NamedTuple):
@@ -69,6 +69,12 @@ def selective_scan(
     """
     _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens)
     chosen = resolve_backend(backend, u.device, "selective_scan")
+    if chosen == "triton":
+        groups = max(m.shape[2] if m.dim() == 4 else 1 for m in (B, C))
+        B, C = (m if m.dim() == 2 else _spread(_with_groups(m, u), groups) for m in (B, C))
+        u, dt, z = (x if x is None else x.unflatten(2, (groups, -1)) for x in (u, dt, z))
+        y, final_states = triton.scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, cu_seqlens, seq_idx)
+        return SelectiveScanOutput(y.flatten(2), final_states)
     scan = {"torch": chunked.scan, "reference": reference.scan}[chosen]
 
     compute = torch.promote_types(u.dtype, torch.float32)
@@ -79,7 +85,7 @@ def selective_scan(
         dt = F.softplus(dt)
     B, C = (_with_groups(m, u) for m in (B, C))
     groups = max(B.shape[2], C.shape[2])
-    B, C = (m.repeat_interleave(groups // m.shape[2], dim=2) for m in (B, C))
+    B, C = (_spread(m, groups) for m in (B, C))
 
     y, final_states = scan(u, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx)
     if D is not None:
@@ -100,15 +106,19 @@ def selective_scan_step(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Advance the scan by one step, for decoding. Gives y (B, D) in the dtype of `u`; no gradients.
 
     Args:
         state: (B, D, N), float32 or float64; **updated in place**.
         u, dt, z: (B, D). B, C: (B, G, N), (B, N) or (D, N). The rest as in `selective_scan`.
+        backend: see `ssm_kernels.use_backend`; `reference` is `torch` here. The step never makes the host wait for
+            the device, so that it can be captured in a CUDA graph.
 
     Raises:
-        TypeError, ValueError: as `selective_scan`.
+        TypeError, ValueError, RuntimeError: as `selective_scan`.
     """
     check_tensor("u", u, ("B", "D"))
     batch, dim = u.shape
@@ -131,6 +141,10 @@ def selective_scan_step(
         state,
         None,
     )
+    if resolve_backend(backend, u.device, "selective_scan") == "triton":
+        B, C = (m if constant or m.dim() == 3 else m.unsqueeze(1) for m, constant in ((B, constant_B), (C, constant_C)))
+        with torch.no_grad():
+            return triton.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
     compute = state.dtype
     with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
         dt = dt.to(compute)
@@ -183,6 +197,12 @@ def _with_groups(m: Tensor, u: Tensor) -> Tensor:
     if m.dim() == 2:
         return m.expand(*u.shape[:2], *m.shape)
     return m.unsqueeze(2) if m.dim() == 3 else m
+
+
+def _spread(m: Tensor, groups: int) -> Tensor:
+    """(B, L, g, N) -> (B, L, G, N), each repeated for its neighbours: a view for one group or all of them."""
+    repeated = m.unsqueeze(3).expand(-1, -1, -1, groups // m.shape[2], -1)
+    return repeated.flatten(2, 3)
 
 
 def _per_channel(m: Tensor, batch: int, dim: int, constant: bool) -> Tensor:

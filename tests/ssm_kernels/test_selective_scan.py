@@ -4,11 +4,42 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_kernels import selective_scan, selective_scan_step
+from ssm_kernels import selective_scan, selective_scan_step, use_backend
+from ssm_kernels._triton import interpreting
+from ssm_kernels.cross_scan import CROSS
+from ssm_kernels.cross_scan.reference import positions
 from ssm_kernels.testing import assert_agrees
+
+pytestmark = pytest.mark.triton
+needs_interpreter = pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+
+# The interpreter takes a tenth of a second for a program's step.
+FEW = {"max_examples": 4} if interpreting() else {}
+LONG = 12 if interpreting() else 70
+STATES = [1, 2, 5] if interpreting() else [1, 2, 5, 16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_chunks():
+    """Chunks of 8 steps in the interpreter, so that short sequences have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        if interpreting():
+            from ssm_kernels.selective_scan import triton
+            from ssm_kernels.selective_scan.triton import kernels
+
+            patch.setattr(triton, "CHUNK", 8)
+            patch.setattr(kernels, "CHUNK", 8)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def default_backend(backend):
+    """`auto` is the implementation under test."""
+    with use_backend(backend):
+        yield
 
 
 def make(batch=2, length=7, dim=4, n=3, groups=1, dtype=torch.float64, rows=None, seed=0, **without):
@@ -32,72 +63,76 @@ def make(batch=2, length=7, dim=4, n=3, groups=1, dtype=torch.float64, rows=None
     return {k: v for k, v in tensors.items() if without.get(k, True)}
 
 
+@settings(**FEW)
 @given(
-    batch=st.integers(0, 3),
-    length=st.integers(0, 70),
+    batch=st.integers(0, 2),
+    length=st.integers(0, LONG),
     groups=st.sampled_from([1, 2, 4]),
-    n=st.sampled_from([1, 2, 5, 16]),
+    n=st.sampled_from(STATES),
     softplus=st.booleans(),
     optional=st.fixed_dictionaries({k: st.booleans() for k in ("D", "z", "dt_bias", "initial_states")}),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
 )
-def test_agrees_with_the_reference(batch, length, groups, n, softplus, optional, dtype, seed):
+def test_agrees_with_the_reference(backend, batch, length, groups, n, softplus, optional, dtype, seed):
     tensors = make(batch, length, 4, n, groups, dtype, seed=seed, **optional)
     tensors["dt"] = tensors["dt"] if softplus else tensors["dt"].abs()
     if "dt_bias" in tensors and not softplus:
         tensors["dt_bias"] = tensors["dt_bias"].abs()
-    assert_agrees(selective_scan, tensors, {"dt_softplus": softplus}, backend="torch")
+    assert_agrees(selective_scan, tensors, {"dt_softplus": softplus}, backend=backend)
 
 
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_packed_sequences_agree_with_the_reference(lengths, seed):
+@settings(**FEW)
+@given(lengths=st.lists(st.integers(0, LONG // 2), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_packed_sequences_agree_with_the_reference(backend, lengths, seed):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     tensors = make(1, sum(lengths), rows=len(lengths), seed=seed)
-    assert_agrees(selective_scan, tensors | {"cu_seqlens": bounds}, {"dt_softplus": True}, backend="torch")
+    assert_agrees(selective_scan, tensors | {"cu_seqlens": bounds}, {"dt_softplus": True}, backend=backend)
 
 
-@given(changes=st.lists(st.booleans(), min_size=20, max_size=20), seed=st.integers(0, 99))
-def test_seq_idx_agrees_with_the_reference(changes, seed):
-    tensors = make(2, 10, seed=seed)
-    seq_idx = torch.tensor(changes).view(2, 10).cumsum(1)
-    assert_agrees(selective_scan, tensors | {"seq_idx": seq_idx}, {"dt_softplus": True}, backend="torch")
+@settings(**FEW)
+@given(changes=st.lists(st.booleans(), min_size=10, max_size=10), seed=st.integers(0, 99))
+def test_seq_idx_agrees_with_the_reference(backend, changes, seed):
+    tensors = make(2, 5, 2, 2, seed=seed)
+    seq_idx = torch.tensor(changes).view(2, 5).cumsum(1)
+    assert_agrees(selective_scan, tensors | {"seq_idx": seq_idx}, {"dt_softplus": True}, backend=backend)
 
 
 @pytest.mark.parametrize("constant", [("B",), ("C",), ("B", "C")])
-def test_matrices_constant_in_time(constant):
+def test_matrices_constant_in_time(backend, constant):
     tensors = make()
     for name in constant:
         tensors[name] = torch.randn_like(tensors["A"])
-    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend="torch")
+    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend)
 
 
-def test_ungrouped_and_unequal_groups():
+def test_ungrouped_and_unequal_groups(backend):
     tensors = make(groups=2)
     tensors["C"] = tensors["C"][:, :, 0]
-    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend="torch")
+    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend)
 
 
-def test_strided_inputs():
+def test_strided_inputs(backend):
     tensors = make(2, 9)
     tensors["u"] = torch.randn(2, 4, 9, dtype=torch.float64).transpose(1, 2)
     tensors["z"] = torch.randn(2, 9, 8, dtype=torch.float64)[..., ::2]
     tensors["dt"] = torch.randn(1, 9, 4, dtype=torch.float64).expand(2, 9, 4)
-    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend="torch")
+    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend)
 
 
-def test_wide_channels_are_cut_in_tiles():
+@pytest.mark.skipif(interpreting(), reason="tiles of the kernels are tested below, at less cost")
+def test_wide_channels_are_cut_in_tiles(backend):
     """More channels than one tile of the fast path holds, several sequences, several blocks."""
     tensors = make(3, 40, 256, 128, dtype=torch.float32)
-    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend="torch", gradients=False)
+    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend, gradients=False)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_two_halves_equal_the_whole(backend):
-    tensors = make(2, 37)
+    tensors = make(2, 19)
     whole = selective_scan(**tensors, dt_softplus=True, backend=backend)
     state, ys = tensors.pop("initial_states"), []
-    for part in (slice(0, 13), slice(13, None)):
+    for part in (slice(0, 9), slice(9, None)):
         cut = {k: v[:, part] if k in ("u", "dt", "B", "C", "z") else v for k, v in tensors.items()}
         y, state = selective_scan(**cut, initial_states=state, dt_softplus=True, backend=backend)
         ys.append(y)
@@ -128,31 +163,54 @@ def test_nothing_crosses_a_bound():
     torch.testing.assert_close(spoilt.final_states[1], good.final_states[1])
 
 
-def test_large_steps_stay_finite():
-    tensors = make(1, 50, dtype=torch.float32, z=False)
+def test_large_steps_stay_finite(backend):
+    tensors = make(1, 20, dtype=torch.float32, z=False)
     tensors["dt"] = tensors["dt"].abs() * 1e4
     tensors["A"] = tensors["A"] - 1
-    assert_agrees(selective_scan, tensors, backend="torch")
+    assert_agrees(selective_scan, tensors, backend=backend)
 
 
-def test_steps_equal_the_scan():
-    tensors = make(2, 11, groups=2)
-    whole = selective_scan(**tensors, dt_softplus=True)
-    state = tensors["initial_states"].clone()
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("constant", [False, True])
+def test_steps_equal_the_scan(optional, constant):
+    tensors = make(2, 11, groups=2, D=optional, z=optional, dt_bias=optional)
+    tensors["C"] = tensors["C"][:, :, :1]
+    if constant:
+        tensors["B"] = torch.randn_like(tensors["A"])
+    softplus = {"dt_softplus": optional}
+    whole = selective_scan(**tensors, **softplus, backend="reference")
+    state = tensors.pop("initial_states").clone()
+    in_time = [k for k, x in tensors.items() if x.shape[:2] == (2, 11)]
     for t in range(11):
-        now = {k: tensors[k][:, t] for k in ("u", "dt", "B", "C", "z")}
-        rest = {k: tensors[k] for k in ("A", "D", "dt_bias")}
-        y = selective_scan_step(state, **now, **rest, dt_softplus=True)
+        now = {k: tensors[k][:, t] for k in in_time}
+        y = selective_scan_step(state, **(tensors | now), **softplus)
         torch.testing.assert_close(y, whole.y[:, t])
     torch.testing.assert_close(state, whole.final_states)
 
 
-def test_gradcheck():
-    tensors = make(1, 5, 2, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_step_of_any_sizes_and_strides(dtype):
+    """Channels and states that fill no power of two; a state and inputs that are views."""
+    batch, dim, n = 3, 101, 13
+    tensors = make(batch, 1, dim, n, dtype=dtype)
+    wide = torch.empty(n, dim, 2 * batch).permute(2, 1, 0)
+    state, expected = wide[::2], tensors.pop("initial_states").float()
+    state.copy_(expected)
+    tensors = {k: x[:, 0] if x.dim() > 2 else x for k, x in tensors.items()}
+    tensors["u"] = tensors["u"].T.contiguous().T
+    y = selective_scan_step(state, **tensors, dt_softplus=True)
+    want = selective_scan_step(expected, **tensors, dt_softplus=True, backend="torch")
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(state, expected)
+
+
+def test_gradcheck(backend):
+    tensors = make(1, 3, 2, 2)
     inputs = [t.requires_grad_() for t in tensors.values()]
     names = list(tensors)
     assert torch.autograd.gradcheck(
-        lambda *a: tuple(selective_scan(**dict(zip(names, a, strict=True)), dt_softplus=True, backend="torch")), inputs
+        lambda *a: tuple(selective_scan(**dict(zip(names, a, strict=True)), dt_softplus=True, backend=backend)), inputs
     )
 
 
@@ -166,13 +224,166 @@ def test_compiles_to_one_graph():
     assert tensors["A"].grad.abs().sum() > 0
 
 
-def test_registered_ops_pass_opcheck():
+def test_registered_torch_ops_pass_opcheck():
     t = {k: v.float() for k, v in make(2, 9).items()}
     args = (t["u"], t["dt"], t["A"], t["B"], t["C"], t["initial_states"], None, None)
     torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_chunked.default, args)
     y, final, kept = torch.ops.ssm_kernels.selective_scan_chunked(*args)
     args = (*args[:5], kept, torch.ones_like(y), torch.ones_like(final), None, None)
     torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_chunked_backward.default, args)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("packed", [False, True])
+def test_registered_triton_ops_pass_opcheck(packed):
+    from ssm_kernels.selective_scan import triton
+
+    t = {k: v.float() for k, v in make(1, 9).items()}
+    u, dt, z = (t[k].unsqueeze(2) for k in ("u", "dt", "z"))
+    bounds = torch.tensor([0, 9], dtype=torch.int32) if packed else None
+    initial = t["initial_states"]
+    args = (u, dt, t["A"], t["B"], t["C"], t["D"], z, t["dt_bias"], initial, bounds, None)
+    torch.library.opcheck(triton._forward_op, (*args, True, [], 1, True))
+    y, final, kept = triton._forward_op(*args, True, [], 1, True)
+    args = (*args, kept, torch.ones_like(y), torch.ones_like(final), True, [], 1)
+    torch.library.opcheck(triton._backward_op, args, test_utils=("test_schema", "test_faketensor"))
+    step = (initial, *(x[:, 0, 0] for x in (u, dt)), t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], z[:, 0, 0], None, True)
+    torch.library.opcheck(triton._step_op, step)
+
+
+@pytest.mark.parametrize("n", [1, 5, 12, 20, 40, 130, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_any_number_of_states(backend, n, dtype):
+    """Powers of two or not, in one thread or several, and rows of B and C that are and are not loaded whole."""
+    assert_agrees(selective_scan, make(1, 3, 3, n, dtype=dtype), {"dt_softplus": True}, backend=backend)
+
+
+def test_rows_of_matrices_that_are_not_aligned(backend):
+    tensors = make(1, 5, n=8, dtype=torch.bfloat16)
+    for name in ("B", "C"):
+        wide = torch.randn(1, 5, 1, 11, generator=torch.Generator().manual_seed(1)).bfloat16()
+        tensors[name] = wide[..., 1:9]
+    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend)
+
+
+def test_more_channels_than_a_tile(backend):
+    """Tiles that channels fill in part; their sums of dB and dC are added up."""
+    tensors = make(1, 5, 260, 2, 2, dtype=torch.float32)
+    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend)
+
+
+@pytest.mark.parametrize("packing", ["dense", "cu_seqlens", "seq_idx"])
+def test_sequences_cut_in_several_pieces(backend, packing):
+    """Pieces of one chunk, and sequences of several pieces, one and none."""
+    bounds = torch.tensor([0, 0, 17, 18, 18, 24])
+    tensors = make(1, 24, 2, 2, rows=5 if packing == "cu_seqlens" else 1)
+    if packing == "cu_seqlens":
+        tensors["cu_seqlens"] = bounds
+    elif packing == "seq_idx":
+        tensors["seq_idx"] = torch.bucketize(torch.arange(24), bounds[1:-1], right=True)[None]
+    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend)
+
+
+@needs_interpreter
+def test_pieces_of_several_chunks_equal_whole_sequences(monkeypatch):
+    from ssm_kernels.selective_scan.triton import kernels
+
+    tensors = {k: v.requires_grad_() for k, v in make(1, 20, 2, 2).items()}
+
+    def run(size):
+        monkeypatch.setattr(kernels, "_piece_size", lambda *_: size)
+        y, state = selective_scan(**tensors, dt_softplus=True)
+        return y, state, *torch.autograd.grad(y.square().sum() + state.sum(), list(tensors.values()))
+
+    for whole, cut in zip(run(24), run(16), strict=True):
+        torch.testing.assert_close(whole, cut)
+
+
+@needs_interpreter
+def test_every_program_takes_several_chunks_and_tiles(backend, monkeypatch):
+    from ssm_kernels.selective_scan.triton import kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    assert_agrees(selective_scan, make(1, 20, 66, 2), {"dt_softplus": True}, backend=backend)
+
+
+def test_channels_first_stays_so(backend):
+    tensors = make(2, 9, 6, groups=2)
+    for name in ("u", "dt", "z"):
+        tensors[name] = tensors[name].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend)
+    if backend == "triton":
+        assert selective_scan(**tensors, dt_softplus=True).y.stride() == tensors["u"].stride()
+
+
+@needs_interpreter
+def test_routes_read_and_write_a_grid():
+    """Four groups along four routes, on one u that all of them share: the same as to gather, scan and put back."""
+    from ssm_kernels.selective_scan import triton
+
+    height, width, channels, n = 3, 4, 2, 3
+    t = make(2, height * width, 4 * channels, n, groups=4)
+    shared = make(2, height * width, channels)["u"].unsqueeze(2)
+    wide = {k: t[k].unflatten(2, (4, channels)) for k in ("dt", "z")} | {k: t[k] for k in ("B", "C")}
+    rest = {k: t[k] for k in ("A", "D", "dt_bias", "initial_states")}
+    inputs = {"u": shared} | wide | rest
+    for x in inputs.values():
+        x.requires_grad_()
+    order = torch.tensor([positions(r, height, width) for r in CROSS])  # (4, L)
+    group = torch.arange(4)[:, None]
+
+    def gathered(x):
+        return x[:, order, group].transpose(1, 2)  # (B, L, 4, ...)
+
+    def loss(y, state):
+        weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape)
+        return (y * weights).sum() + state.square().sum()
+
+    u = shared.expand(-1, -1, 4, -1)
+    y, state = triton.scan(
+        u, dt_softplus=True, cu_seqlens=None, seq_idx=None, routes=range(4), height=height, **wide, **rest
+    )
+    y2, state2 = selective_scan(
+        **{k: gathered(x).flatten(2) for k, x in {"u": u, "dt": wide["dt"], "z": wide["z"]}.items()},
+        **{k: gathered(wide[k]) for k in ("B", "C")}, **rest, dt_softplus=True, backend="reference",
+    )  # fmt: skip
+    back = torch.empty_like(order).scatter_(1, order, torch.arange(height * width).expand(4, -1))
+    y2 = y2.unflatten(2, (4, channels))[:, back, group].transpose(1, 2)
+    torch.testing.assert_close(y, y2)
+    torch.testing.assert_close(state, state2)
+    grads, grads2 = (torch.autograd.grad(loss(*o), list(inputs.values())) for o in ((y, state), (y2, state2)))
+    for name, one, two in zip(inputs, grads, grads2, strict=True):
+        torch.testing.assert_close(one, two, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, channels_first):
+    from ssm_kernels.selective_scan.triton import kernels
+
+    t = {k: v.float() for k, v in make(1, 19, 6, 5, 2).items()}
+    t |= {k: t[k].unflatten(2, (2, 3)) for k in ("u", "dt", "z")}
+    if channels_first:
+        t["u"] = t["u"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    required = [t[k] for k in ("u", "dt", "A", "B", "C")]
+    for optional in ([t[k] for k in ("D", "z", "dt_bias", "initial_states")], [None] * 4):
+        args = (*required, *optional, None, None)
+        y, final_states, kept = kernels.forward(*args, True, [], 1, True)
+        kernels.backward(*args, kept, torch.ones_like(t["u"]), torch.ones_like(final_states), True, [], 1)
+
+
+@needs_interpreter
+def test_offsets_beyond_32_bits():
+    """Two rows so far apart that their elements lie beyond 2**31; the memory between them is never touched."""
+    apart = 2**31 + 64
+    t = {k: v.bfloat16() for k, v in make(2, 3, 4, 4, D=False, dt_bias=False, initial_states=False).items()}
+    far = {}
+    for name in ("u", "dt", "B", "C", "z"):
+        storage = torch.empty(2 * apart, dtype=torch.bfloat16)
+        strides = (apart, *t[name].stride()[1:])
+        far[name] = storage.as_strided(t[name].shape, strides).copy_(t[name])
+    one, two = selective_scan(**t, dt_softplus=True), selective_scan(**(t | far), dt_softplus=True)
+    assert torch.equal(one.y, two.y) and torch.equal(one.final_states, two.final_states)
 
 
 def test_autocast_changes_nothing():
@@ -197,7 +408,6 @@ WRONG = [
     ({"seq_idx": torch.zeros(2, 7)}, TypeError, "seq_idx must be int32 or int64"),
     ({"cu_seqlens": torch.tensor([0, 3, 7])}, ValueError, "batch of one packed row"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    ({"backend": "triton"}, RuntimeError, "backend='triton' was asked for, but"),
 ]
 
 
@@ -216,3 +426,9 @@ def test_bad_arguments_are_named(wrong, error, message):
 def test_bad_bounds_are_named(bounds, message):
     with pytest.raises(ValueError, match=message):
         selective_scan(**make(1, 7, initial_states=False), cu_seqlens=torch.tensor(bounds))
+
+
+@pytest.mark.skipif(interpreting(), reason="Triton runs in its interpreter here")
+def test_triton_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="backend='triton' was asked for, but"):
+        selective_scan(**make(), backend="triton")

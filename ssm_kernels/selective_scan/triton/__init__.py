@@ -1,0 +1,157 @@
+"""The selective scan in Triton, fused with its step size, skip connection and gate; `kernels` holds the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._library import define_op
+from ..._pieces import max_pieces
+
+CHUNK = 64
+"""Steps between two states that are kept for the backward: it computes those between again, chunk by chunk."""
+
+
+def scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    routes: Sequence[int] = (),
+    height: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Scan E channels in each of G groups.
+
+    Args:
+        u, dt, z: (B, L, G, E), of any strides.
+        A: (G * E, N).
+        B, C: (B, L, G, N), of any strides, or (G * E, N) where constant in time.
+        D, dt_bias: (G * E,).
+        initial_states: (rows, G * E, N).
+        routes: the way of each group through a row-major grid of L places, as in `_kernels.place`: step t of the scan
+            reads and writes all tensors at that place. Empty where a step is a place. Not for packed sequences.
+        height: of the grid.
+
+    Returns:
+        y (B, L, G, E) in the dtype of u, its time contiguous where that of u is, and the final states (rows, G * E, N).
+    """
+    floats = (u, dt, A, B, C, D, z, dt_bias, initial_states)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+    return _Scan.apply(*floats, cu_seqlens, seq_idx, dt_softplus, list(routes), height, keep)
+
+
+def step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """state (B, D, N), updated in place; u, dt, z (B, D); B, C (B, G, N) or (D, N) -> y (B, D)."""
+    return _step_op(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, *options):
+        *options, keep = options
+        tensors = (u, dt, A, B, C, D, z, dt_bias, initial_states)
+        y, final_states, starts = _forward_op(*tensors, cu_seqlens, seq_idx, *options, keep)
+        ctx.save_for_backward(*tensors, cu_seqlens, seq_idx, starts)
+        ctx.options = options
+        return y, final_states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dfinal):
+        *inputs, starts = ctx.saved_tensors
+        grads = _backward_op(*inputs, starts, dy, dfinal, *ctx.options)
+        grads = (None if x is None else g for x, g in zip(inputs, grads, strict=False))
+        return *grads, None, None, None, None, None, None
+
+
+def empty_like(x: Tensor, empty=None) -> Tensor:
+    """(B, L, G, E), contiguous, or as (B, G, E, L) where the time of x is contiguous."""
+    batch, length, groups, channels = x.shape
+    empty = empty or (lambda *size: torch.empty(size, dtype=x.dtype, device=x.device))
+    if x.stride(1) == 1 and x.stride(3) != 1:
+        return empty(batch, groups, channels, length).permute(0, 3, 1, 2)
+    return empty(batch, length, groups, channels)
+
+
+def _forward(*args):
+    from . import kernels
+
+    return kernels.forward(*args)
+
+
+def _backward(*args):
+    from . import kernels
+
+    return kernels.backward(*args)
+
+
+def _step(*args):
+    from . import kernels
+
+    return kernels.step(*args)
+
+
+def _forward_fake(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, softplus, routes, height, keep):
+    batch, length = u.shape[:2]
+    compute = torch.promote_types(u.dtype, torch.float32)
+    rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    n_sequences = rows if seq_idx is None else torch.library.get_ctx().new_dynamic_size()
+    packed = cu_seqlens is not None or seq_idx is not None
+    kept = max_pieces(batch, length, n_sequences, CHUNK, packed) if keep else 0
+    y = empty_like(u, u.new_empty)
+    return y, u.new_empty(rows, *A.shape, dtype=compute), u.new_empty(kept, *A.shape, dtype=compute)
+
+
+def _backward_fake(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, starts, dy, dfinal, *options):
+    def like(x):
+        return u.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    du, ddt, dz = (u.new_empty(0) if x is None else empty_like(x, x.new_empty) for x in (u, dt, z))
+    return du, ddt, like(A), like(B), like(C), like(D), dz, like(dt_bias), like(initial_states)
+
+
+def _step_fake(state, u, *rest):
+    return u.new_empty(u.shape)
+
+
+_INPUTS = (
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states,"
+    " Tensor? cu_seqlens, Tensor? seq_idx"
+)
+_OPTIONS = "bool dt_softplus, int[] routes, int height"
+_forward_op = define_op(
+    f"selective_scan_triton({_INPUTS}, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+)
+_backward_op = define_op(
+    f"selective_scan_triton_backward({_INPUTS}, Tensor starts, Tensor dy, Tensor dfinal, {_OPTIONS})"
+    f" -> ({', '.join(['Tensor'] * 9)})",
+    _backward,
+    _backward_fake,
+)
+_step_op = define_op(
+    "selective_scan_triton_step(Tensor(a!) state, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
+    " Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor",
+    _step,
+    _step_fake,
+)
