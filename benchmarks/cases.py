@@ -347,3 +347,8 @@ def small(dtype: str) -> list[Case]:
     cases.append(Case("selective_scan", replace(shape, length=70, d_state=256), dtype))
     cases.append(Case("causal_conv1d", replace(shape, width=2), dtype))
     return cases
+
+
+def correctness() -> list[Case]:
+    """What a GPU is held to: every option at small sizes in every dtype, and realistic sizes."""
+    return [c for dtype in ("bf16", "fp32") for c in small(dtype) + realistic(dtype)] + small("fp16") + small("fp64")

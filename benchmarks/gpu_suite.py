@@ -24,8 +24,8 @@ from tqdm import tqdm
 from ssm_kernels._triton import capability, interpreting
 from ssm_kernels.testing import assert_agrees
 
-from . import compile_report
-from .cases import DTYPES, Case, by_length, connector, layer, published, realistic, small, tiny
+from . import cases, compile_report
+from .cases import DTYPES, Case, by_length, connector, layer, published, tiny
 from .measure import Mode, environment, once, time_together
 from .peers import CALLS, PACKAGES
 from .roofline import cost, device_named, floor
@@ -52,11 +52,11 @@ class Run:
     def is_tiny(self) -> bool:
         return self.device == "cpu"
 
-    def within_time(self, cases: Iterable[Case]) -> Iterator[Case]:
+    def within_time(self, wanted: Iterable[Case]) -> Iterator[Case]:
         """The cases whose op has kernels, until time is up."""
-        cases = list(cases)
-        self.without_kernels |= {case.op for case in cases if not case.has_kernels}
-        for case in tqdm([case for case in cases if case.has_kernels], unit="case", disable=None, leave=False):
+        wanted = list(wanted)
+        self.without_kernels |= {case.op for case in wanted if not case.has_kernels}
+        for case in tqdm([case for case in wanted if case.has_kernels], unit="case", disable=None, leave=False):
             if time.monotonic() > self.deadline:
                 self.left_out.append(str(case))
             else:
@@ -139,20 +139,23 @@ def correctness(here: Run) -> list[dict]:
     """Outputs and gradients of every op over dtypes and options."""
     rows = []
     for case in here.within_time(_correctness_cases(here)):
-        oracle = "reference" if case.shape.length <= 256 or case.is_step else "torch"
-        row = {"case": str(case), "oracle": oracle}
-        rows.append(_attempt(row, lambda case=case, oracle=oracle: check(case, here.device, oracle), here.device))
+        row = {"case": str(case), "oracle": _oracle(case)}
+        rows.append(_attempt(row, functools.partial(check, case, here.device), here.device))
     return rows
 
 
-def check(case: Case, device: str, oracle: str) -> None:
-    """Hold a case's kernels against an oracle.
+def check(case: Case, device: str) -> None:
+    """Hold a case's kernels against the reference, or the torch backend where that would take too long.
 
     Raises:
         AssertionError: they disagree.
     """
     inputs = case.inputs(device)
-    assert_agrees(case.function, inputs, backend="triton", gradients=not case.is_step, oracle=oracle)
+    assert_agrees(case.function, inputs, backend="triton", gradients=not case.is_step, oracle=_oracle(case))
+
+
+def _oracle(case: Case) -> str:
+    return "reference" if case.is_step or case.shape.length <= 256 else "torch"
 
 
 def times(here: Run) -> list[dict]:
@@ -162,15 +165,14 @@ def times(here: Run) -> list[dict]:
 
 def peers(here: Run) -> list[dict]:
     """Seconds of the kernels and of each peer that has the op; one that is not installed has that as its error."""
-    cases = tiny() if here.is_tiny else layer("mamba", "2.7b") + layer("mamba2", "2.7b") + by_length()[1:]
-    return _timed(here, cases, lambda case: ("triton", *(name for name in PACKAGES if case.op in CALLS[name])))
+    wanted = tiny() if here.is_tiny else layer("mamba", "2.7b") + layer("mamba2", "2.7b") + by_length()[1:]
+    return _timed(here, wanted, lambda case: ("triton", *(name for name in PACKAGES if case.op in CALLS[name])))
 
 
 def tuning(here: Run) -> list[dict]:
     """Seconds with each value of the constants that an op's kernels offer for tuning, as a dict `TUNABLE` of tuples."""
     rows = []
-    cases = tiny() if here.is_tiny else published("bf16", ("2.7b",))
-    for case in here.within_time(cases):
+    for case in here.within_time(tiny() if here.is_tiny else published("bf16", ("2.7b",))):
         folder = {"rms_norm": "norm", "add_rms_norm": "norm", "cross_merge": "cross_scan"}
         op = folder.get(case.op, case.op.removesuffix("_step"))
         kernels = importlib.import_module(f"ssm_kernels.{op}.triton.kernels")
@@ -185,18 +187,16 @@ def tuning(here: Run) -> list[dict]:
 
 
 def _correctness_cases(here: Run) -> list[Case]:
-    if here.is_tiny:
-        return tiny()
-    return [c for dtype in ("bf16", "fp32") for c in small(dtype) + realistic(dtype)] + small("fp16") + small("fp64")
+    return tiny() if here.is_tiny else cases.correctness()
 
 
 def _timed_cases(here: Run) -> list[Case]:
     return tiny() if here.is_tiny else published("bf16", ("130m", "2.7b")) + by_length() + connector("fp32")
 
 
-def _timed(here: Run, cases: Iterable[Case], implementations: Callable[[Case], Iterable[str]]) -> list[dict]:
+def _timed(here: Run, wanted: Iterable[Case], implementations: Callable[[Case], Iterable[str]]) -> list[dict]:
     rows = []
-    for case in here.within_time(cases):
+    for case in here.within_time(wanted):
         for mode in ("fwd",) if case.is_step else ("fwd", "fwd+bwd"):
             rows += _timed_case(here, case, mode, implementations(case))
     return rows
