@@ -2,7 +2,16 @@
 
 from ._backend import Backend, use_backend
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
-from .cross_scan import BIDIRECTIONAL, CROSS, Route, cross_merge, cross_scan
+from .cross_scan import (
+    BIDIRECTIONAL,
+    CROSS,
+    Route,
+    cross_causal_conv1d,
+    cross_merge,
+    cross_scan,
+    cross_selective_scan,
+    cross_ssd,
+)
 from .norm import AddRMSNormOutput, add_rms_norm, rms_norm
 from .selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
 from .ssd import SSDOutput, ssd, ssd_step
@@ -19,8 +28,11 @@ __all__ = [
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_step",
+    "cross_causal_conv1d",
     "cross_merge",
     "cross_scan",
+    "cross_selective_scan",
+    "cross_ssd",
     "rms_norm",
     "selective_scan",
     "selective_scan_step",

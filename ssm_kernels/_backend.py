@@ -18,7 +18,9 @@ Backend = Literal["auto", "triton", "torch", "reference"]
 logger = logging.getLogger("ssm_kernels")
 
 # Ops that have Triton kernels. An op is added here in the change that adds its kernels.
-TRITON_OPS: frozenset[str] = frozenset({"rms_norm", "add_rms_norm", "causal_conv1d", "selective_scan", "ssd"})
+TRITON_OPS: frozenset[str] = frozenset(
+    {"rms_norm", "add_rms_norm", "causal_conv1d", "cross_merge", "cross_scan", "selective_scan", "ssd"}
+)
 
 # A plain global: torch.compile can trace and guard it, which it cannot do with a context variable.
 _preferred: Backend = "auto"

@@ -113,5 +113,10 @@ def _check_weights(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
         raise ValueError(f"weight must have a width K of at least 1, got shape {tuple(weight.shape)}")
     if bias is not None:
         check_tensor("bias", bias, (x.shape[-1],), like=x)
+    check_activation(activation)
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise a ValueError unless it is one of the names that `causal_conv1d` takes."""
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', got {activation!r}")

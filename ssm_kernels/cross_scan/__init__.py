@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from .._backend import Backend, resolve_backend
-from .._checks import check_tensor
-from . import chunked, reference
+from .._checks import check_divides, check_no_nan, check_tensor
+from ..causal_conv1d import causal_conv1d, check_activation
+from ..causal_conv1d import triton as triton_conv
+from ..selective_scan import selective_scan
+from ..selective_scan import triton as triton_selective_scan
+from ..ssd import ssd
+from ..ssd import triton as triton_ssd
+from . import chunked, reference, triton
 
 Route = Literal["rows", "columns", "rows_reversed", "columns_reversed"]
 """`rows` reads the grid row by row, `columns` column by column; the other two read the same backwards."""
@@ -23,7 +30,7 @@ def cross_scan(x: Tensor, routes: Sequence[Route] = CROSS, *, backend: Backend =
 
     Args:
         x: (B, height, width, D).
-        routes: K names.
+        routes: K names, at most 15.
         backend: see `ssm_kernels.use_backend`.
 
     Returns:
@@ -34,8 +41,10 @@ def cross_scan(x: Tensor, routes: Sequence[Route] = CROSS, *, backend: Backend =
     """
     check_tensor("x", x, ("B", "height", "width", "D"))
     _check_routes(routes)
-    scan = {"torch": chunked.scan, "reference": reference.scan}[resolve_backend(backend, x.device, "cross_scan")]
-    return scan(x, tuple(routes))
+    chosen = resolve_backend(backend, x.device, "cross_scan")
+    if chosen == "triton":
+        return triton.scan(x, _codes(routes))
+    return {"torch": chunked.scan, "reference": reference.scan}[chosen](x, tuple(routes))
 
 
 def cross_merge(
@@ -57,8 +66,203 @@ def cross_merge(
     """
     _check_routes(routes)
     check_tensor("y", y, ("B", len(routes), height * width, "D"))
-    merge = {"torch": chunked.merge, "reference": reference.merge}[resolve_backend(backend, y.device, "cross_scan")]
-    return merge(y, height, width, tuple(routes))
+    chosen = resolve_backend(backend, y.device, "cross_merge")
+    if chosen == "triton":
+        return triton.merge(y, height, width, _codes(routes))
+    return {"torch": chunked.merge, "reference": reference.merge}[chosen](y, height, width, tuple(routes))
+
+
+def cross_causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Literal["silu"] | None = None,
+    routes: Sequence[Route] = CROSS,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Convolve a grid along several routes, as `causal_conv1d` does in time. No permuted copy is made in Triton.
+
+    Args:
+        x: (B, height, width, E).
+        weight: (K, E, W) the taps of each route.
+        bias: (K, E).
+        activation: None or `"silu"`.
+        routes: K names, at most 15.
+        backend: see `ssm_kernels.use_backend`.
+
+    Returns:
+        (B, height, width, K, E) in the dtype of `x`: what route k gives at each place.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `causal_conv1d`.
+    """
+    check_tensor("x", x, ("B", "height", "width", "E"))
+    height, width, dim = x.shape[1:]
+    _check_routes(routes)
+    k = len(routes)
+    check_tensor("weight", weight, (k, dim, "W"), like=x)
+    if bias is not None:
+        check_tensor("bias", bias, (k, dim), like=x)
+        bias = bias.flatten()
+    check_activation(activation)
+    chosen = resolve_backend(backend, x.device, "causal_conv1d")
+    if chosen == "triton":
+        shared = x.flatten(1, 2).unsqueeze(2).expand(-1, -1, k, -1)  # (B, L, K, E)
+        y, _ = triton_conv.conv(
+            shared, weight.flatten(0, 1), bias, activation == "silu", routes=_codes(routes), height=height
+        )
+        return y.unflatten(1, (height, width))
+    paths = cross_scan(x, routes, backend=chosen).transpose(1, 2).flatten(2)  # (B, L, K * E)
+    y, _ = causal_conv1d(paths, weight.flatten(0, 1), bias, activation, backend=chosen)
+    return _to_places(y.unflatten(2, (k, dim)), height, width, routes, chosen)
+
+
+def cross_selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    routes: Sequence[Route] = CROSS,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Scan a grid along several routes, as `selective_scan` does in time, and add. No permuted copy in Triton.
+
+    Args:
+        u: (B, height, width, E) input of every route.
+        dt: (B, height, width, K, E).
+        A: (K, E, N).
+        B, C: (B, height, width, K, N).
+        D, dt_bias: (K, E).
+        dt_softplus: as in `selective_scan`.
+        routes: K names, at most 15.
+        backend: see `ssm_kernels.use_backend`.
+
+    Returns:
+        (B, height, width, E): the sum over routes at each place, in the dtype of `u`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `selective_scan`.
+    """
+    check_tensor("u", u, ("B", "height", "width", "E"))
+    batch, height, width, dim = u.shape
+    _check_routes(routes)
+    k = len(routes)
+    check_tensor("dt", dt, (batch, height, width, k, dim), like=u)
+    check_tensor("A", A, (k, dim, "N"), like=u)
+    for name, m in (("B", B), ("C", C)):
+        check_tensor(name, m, (batch, height, width, k, A.shape[2]), like=u)
+    for name, m in (("D", D), ("dt_bias", dt_bias)):
+        if m is not None:
+            check_tensor(name, m, (k, dim), like=u)
+    check_no_nan("dt", dt)
+    A, D, dt_bias = (m if m is None else m.flatten(0, 1) for m in (A, D, dt_bias))
+    chosen = resolve_backend(backend, u.device, "selective_scan")
+    if chosen == "triton":
+        shared = u.flatten(1, 2).unsqueeze(2).expand(-1, -1, k, -1)  # (B, L, K, E)
+        dt, B, C = (m.flatten(1, 2) for m in (dt, B, C))
+        y, _ = triton_selective_scan.scan(
+            shared, dt, A, B, C, D, None, dt_bias, dt_softplus, None, None, None, _codes(routes), height
+        )
+        y = y.sum(2, dtype=torch.promote_types(u.dtype, torch.float32)).to(u.dtype)
+        return y.unflatten(1, (height, width))
+    paths = cross_scan(u, routes, backend=chosen).transpose(1, 2).flatten(2)  # (B, L, K * E)
+    dt, B, C = (_to_routes(m, routes, chosen) for m in (dt, B, C))
+    y, _ = selective_scan(paths, dt.flatten(2), A, B, C, D, None, dt_bias, dt_softplus, backend=chosen)
+    return cross_merge(y.unflatten(2, (k, dim)).transpose(1, 2), height, width, routes, backend=chosen)
+
+
+def cross_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    routes: Sequence[Route] = CROSS,
+    *,
+    chunk_size: int = 64,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Scan a grid along several routes, as `ssd` does in time. No permuted copy is made in Triton.
+
+    Args:
+        x: (B, height, width, K, H, P) input of each route.
+        dt: (B, height, width, K, H).
+        A, dt_bias: (K, H).
+        B, C: (B, height, width, K, G, N).
+        D: (K, H) or (K, H, P).
+        dt_softplus, dt_limit, chunk_size: as in `ssd`.
+        routes: K names, at most 15.
+        backend: see `ssm_kernels.use_backend`.
+
+    Returns:
+        (B, height, width, K, H, P) in the dtype of `x`: what route k gives at each place.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ssd`.
+    """
+    _check_routes(routes)
+    k = len(routes)
+    check_tensor("x", x, ("B", "height", "width", k, "H", "P"))
+    batch, height, width, _, heads, headdim = x.shape
+    check_tensor("dt", dt, (batch, height, width, k, heads), like=x)
+    check_tensor("A", A, (k, heads), like=x)
+    check_tensor("B", B, (batch, height, width, k, "G", "N"), like=x)
+    check_divides("G, the fifth size of B,", B.shape[4], "H", heads)
+    check_tensor("C", C, tuple(B.shape), like=x)
+    if D is not None:
+        check_tensor("D", D, (k, heads, headdim) if D.dim() == 3 else (k, heads), like=x)
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, (k, heads), like=x)
+    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit!r}")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
+    check_no_nan("dt", dt)
+    A, D, dt_bias = (m if m is None else m.flatten(0, 1) for m in (A, D, dt_bias))
+    chosen = resolve_backend(backend, x.device, "ssd")
+    if chosen == "triton":
+        x, dt, B, C = (m.flatten(1, 2).flatten(2, 3) for m in (x, dt, B, C))  # (B, L, K * H, P), ...
+        y, _ = triton_ssd.scan(
+            x, dt, A, B, C, D, None, dt_bias, dt_softplus, dt_limit, None, chunk_size, None, None,
+            _codes(routes), height,
+        )  # fmt: skip
+        return y.unflatten(2, (k, heads)).unflatten(1, (height, width))
+    x, dt, B, C = (_to_routes(m, routes, chosen).flatten(2, 3) for m in (x, dt, B, C))
+    y, _ = ssd(x, dt, A, B, C, D, None, dt_bias, dt_softplus, dt_limit, chunk_size=chunk_size, backend=chosen)
+    return _to_places(y.unflatten(2, (k, heads)), height, width, routes, chosen)
+
+
+def _to_routes(x: Tensor, routes: Sequence[Route], backend: Backend) -> Tensor:
+    """(B, height, width, K, ...) -> (B, L, K, ...), each slice read along its own route."""
+    paths = [
+        cross_scan(part.flatten(3), (route,), backend=backend)[:, 0]
+        for part, route in zip(x.unbind(3), routes, strict=True)
+    ]
+    return torch.stack(paths, 2).unflatten(3, x.shape[4:])
+
+
+def _to_places(y: Tensor, height: int, width: int, routes: Sequence[Route], backend: Backend) -> Tensor:
+    """(B, L, K, ...) -> (B, height, width, K, ...), the inverse of `_to_routes`."""
+    grids = [
+        cross_merge(part.flatten(2).unsqueeze(1), height, width, (route,), backend=backend)
+        for part, route in zip(y.unbind(2), routes, strict=True)
+    ]
+    return torch.stack(grids, 3).unflatten(4, y.shape[3:])
+
+
+def _codes(routes: Sequence[Route]) -> list[int]:
+    """As the kernels name routes: see `_kernels.place`."""
+    return [CROSS.index(route) for route in routes]
 
 
 def _check_routes(routes: Sequence[Route]) -> None:

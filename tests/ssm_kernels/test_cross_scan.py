@@ -4,48 +4,197 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_kernels import BIDIRECTIONAL, CROSS, cross_merge, cross_scan
+from ssm_kernels import (
+    BIDIRECTIONAL,
+    CROSS,
+    causal_conv1d,
+    cross_causal_conv1d,
+    cross_merge,
+    cross_scan,
+    cross_selective_scan,
+    cross_ssd,
+    selective_scan,
+    ssd,
+)
+from ssm_kernels._triton import interpreting
+from ssm_kernels.cross_scan.reference import positions
 from ssm_kernels.testing import assert_agrees
 
+pytestmark = pytest.mark.triton
+
+needs_interpreter = pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+FEWER = settings(max_examples=3 if interpreting() else 15)  # each program is slow in the interpreter
 GRIDS = {
     "batch": st.integers(0, 2),
     "height": st.integers(1, 5),
     "width": st.integers(1, 5),
     "routes": st.lists(st.sampled_from(CROSS), min_size=1, max_size=5),
 }
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
-@given(**GRIDS, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-def test_agrees_with_the_reference(batch, height, width, routes, dtype):
-    x = torch.randn(batch, height, width, 3, dtype=torch.float64).to(dtype)
-    assert_agrees(cross_scan, {"x": x}, {"routes": routes}, backend="torch")
-    y = torch.randn(batch, len(routes), height * width, 3, dtype=torch.float64).to(dtype)
-    assert_agrees(cross_merge, {"y": y}, {"height": height, "width": width, "routes": routes}, backend="torch")
+def randn(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@given(**GRIDS, dtype=DTYPES)
+def test_agrees_with_the_reference(backend, batch, height, width, routes, dtype):
+    x = randn(batch, height, width, 3, dtype=dtype)
+    assert_agrees(cross_scan, {"x": x}, {"routes": routes}, backend=backend)
+    y = randn(batch, len(routes), height * width, 3, dtype=dtype)
+    assert_agrees(cross_merge, {"y": y}, {"height": height, "width": width, "routes": routes}, backend=backend)
+
+
+@pytest.mark.parametrize("dim", [1, 260])
+def test_large_grids_of_any_strides_agree(backend, dim):
+    """Several tiles of places and of channels, and images whose channels do not lie side by side."""
+    x = randn(2, dim, 5, 7, dtype=torch.float32).permute(0, 2, 3, 1)
+    assert_agrees(cross_scan, {"x": x}, backend=backend)
+    y = randn(2, 35, dim, 4, dtype=torch.float32).permute(0, 3, 1, 2)
+    assert_agrees(cross_merge, {"y": y}, {"height": 5, "width": 7}, backend=backend)
 
 
 @given(**GRIDS)
-def test_merge_is_the_adjoint_of_scan(batch, height, width, routes):
-    x = torch.randn(batch, height, width, 3, dtype=torch.float64)
-    y = torch.randn(batch, len(routes), height * width, 3, dtype=torch.float64)
-    one = (cross_scan(x, routes) * y).sum()
-    two = (x * cross_merge(y, height, width, routes)).sum()
+def test_merge_is_the_adjoint_of_scan(backend, batch, height, width, routes):
+    x = randn(batch, height, width, 3)
+    y = randn(batch, len(routes), height * width, 3)
+    one = (cross_scan(x, routes, backend=backend) * y).sum()
+    two = (x * cross_merge(y, height, width, routes, backend=backend)).sum()
     torch.testing.assert_close(one, two)
 
 
-def test_routes_of_a_small_grid():
+def test_routes_of_a_small_grid(backend):
     x = torch.arange(6.0).view(1, 2, 3, 1)  # 0 1 2 / 3 4 5
-    rows, columns, rows_reversed, columns_reversed = cross_scan(x, CROSS)[0, :, :, 0].tolist()
+    rows, columns, rows_reversed, columns_reversed = cross_scan(x, CROSS, backend=backend)[0, :, :, 0].tolist()
     assert rows == [0, 1, 2, 3, 4, 5]
     assert columns == [0, 3, 1, 4, 2, 5]
     assert rows_reversed == rows[::-1]
     assert columns_reversed == columns[::-1]
-    assert cross_scan(x, BIDIRECTIONAL)[0, :, :, 0].tolist() == [rows, rows_reversed]
+    assert cross_scan(x, BIDIRECTIONAL, backend=backend)[0, :, :, 0].tolist() == [rows, rows_reversed]
 
 
-def test_bad_arguments_are_named():
+ALONG = {
+    "cross_causal_conv1d": (cross_causal_conv1d, {"activation": "silu"}),
+    "cross_selective_scan": (cross_selective_scan, {"dt_softplus": True}),
+    "cross_ssd": (cross_ssd, {"dt_softplus": True, "dt_limit": (0.2, 2.0), "chunk_size": 16}),
+}
+
+
+def make(name, batch, height, width, k, dtype=torch.float64, seed=0, heads=4, groups=2, optional=True):
+    """The tensor arguments of an op along routes."""
+    grid = (batch, height, width)
+    if name == "cross_causal_conv1d":
+        t = {"x": randn(*grid, 6, dtype=dtype, seed=seed), "weight": randn(k, 6, 4, dtype=dtype, seed=seed + 1)}
+        return t | ({"bias": randn(k, 6, dtype=dtype, seed=seed + 2)} if optional else {})
+    if name == "cross_selective_scan":
+        shapes = {"u": (*grid, 6), "dt": (*grid, k, 6), "A": (k, 6, 3), "B": (*grid, k, 3), "C": (*grid, k, 3)}
+        shapes |= {"D": (k, 6), "dt_bias": (k, 6)} if optional else {}
+    else:
+        shapes = {"x": (*grid, k, heads, 5), "dt": (*grid, k, heads), "A": (k, heads)}
+        shapes |= {"B": (*grid, k, groups, 3), "C": (*grid, k, groups, 3)}
+        shapes |= {"D": (k, heads), "dt_bias": (k, heads)} if optional else {}
+    t = {n: randn(*shape, dtype=dtype, seed=seed + i) for i, (n, shape) in enumerate(shapes.items())}
+    return t | {"A": -t["A"].abs()}
+
+
+@pytest.mark.parametrize("name", ALONG)
+@FEWER
+@given(**GRIDS, dtype=DTYPES, optional=st.booleans(), seed=st.integers(0, 99))
+def test_ops_along_routes_agree_with_the_reference(backend, name, batch, height, width, routes, dtype, optional, seed):
+    op, options = ALONG[name]
+    tensors = make(name, batch, height, width, len(routes), dtype, seed, optional=optional)
+    assert_agrees(op, tensors, options | {"routes": routes}, backend=backend)
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_ops_along_routes_agree_over_several_pieces(backend, name):
+    op, options = ALONG[name]
+    tensors = make(name, 1, *((12, 25) if name == "cross_causal_conv1d" else (7, 10)), 4, torch.float32)
+    first = next(iter(tensors))
+    tensors[first] = tensors[first].movedim(-1, 1).contiguous().movedim(1, -1)  # channels do not lie side by side
+    assert_agrees(op, tensors, options, backend=backend)
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_ops_along_routes_are_the_ops_in_time(backend, name):
+    """Each route by a table of positions, through the op that knows no grid."""
+    op, options = ALONG[name]
+    t = make(name, 2, 3, 4, 4)
+    got = op(**t, **options, backend=backend)
+
+    def along(route, m, k=None):
+        m = m if k is None else m[:, :, :, k]
+        return m.flatten(1, 2)[:, positions(route, 3, 4)]
+
+    parts = []
+    for k, route in enumerate(CROSS):
+        if name == "cross_causal_conv1d":
+            y, _ = causal_conv1d(along(route, t["x"]), t["weight"][k], t["bias"][k], "silu")
+        elif name == "cross_selective_scan":
+            dt, B, C = (along(route, t[n], k) for n in ("dt", "B", "C"))
+            y, _ = selective_scan(
+                along(route, t["u"]), dt, t["A"][k], B, C, t["D"][k], dt_bias=t["dt_bias"][k], dt_softplus=True
+            )
+        else:
+            x, dt, B, C = (along(route, t[n], k) for n in ("x", "dt", "B", "C"))
+            bias = {"dt_bias": t["dt_bias"][k], "dt_softplus": True, "dt_limit": (0.2, 2.0)}
+            y, _ = ssd(x, dt, t["A"][k], B, C, t["D"][k], **bias)
+        place = torch.tensor(positions(route, 3, 4))
+        parts.append(torch.empty_like(y).index_copy(1, place, y).unflatten(1, (3, 4)))
+    want = sum(parts) if name == "cross_selective_scan" else torch.stack(parts, 3)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_ops_along_routes_compile_to_one_graph(backend, name):
+    op, options = ALONG[name]
+    t = make(name, 1, 3, 4, 4, torch.float32)
+    grads = []
+    for compile in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
+        inputs = {k: v.clone().requires_grad_() for k, v in t.items()}
+        loss = compile(lambda t: op(**t, **options, backend=backend).square().sum())(inputs)
+        grads.append(torch.autograd.grad(loss, list(inputs.values())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradcheck(backend):
+    x, y = randn(1, 2, 3, 2).requires_grad_(), randn(1, 4, 6, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: cross_scan(x, backend=backend), (x,))
+    assert torch.autograd.gradcheck(lambda y: cross_merge(y, 2, 3, backend=backend), (y,))
+
+
+def test_offsets_beyond_32_bits(backend):
+    """Memory that is not touched is not mapped."""
+    x = torch.empty(2 * (2**31 + 64), dtype=torch.bfloat16).as_strided((2, 2, 3, 4), (2**31 + 64, 12, 4, 1))
+    x.copy_(randn(2, 2, 3, 4))
+    assert torch.equal(cross_scan(x, backend=backend), cross_scan(x.clone(memory_format=torch.contiguous_format)))
+    y = x.flatten(2).view(2, 2, 6, 2)
+    dense = y.clone(memory_format=torch.contiguous_format)
+    assert torch.equal(cross_merge(y, 2, 3, BIDIRECTIONAL, backend=backend), cross_merge(dense, 2, 3, BIDIRECTIONAL))
+
+
+@needs_interpreter
+def test_registered_ops_pass_opcheck():
+    from ssm_kernels.cross_scan import triton
+
+    torch.library.opcheck(triton._scan_op, (torch.randn(2, 3, 4, 5), [0, 1, 2, 3]))
+    torch.library.opcheck(triton._merge_op, (torch.randn(2, 2, 12, 5), 3, 4, [1, 3]))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dim", [3, 130])
+def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, dim):
+    from ssm_kernels.cross_scan.triton import kernels
+
+    kernels.scan(torch.randn(2, 5, 7, dim), [0, 1, 2, 3])
+    kernels.merge(torch.randn(2, 4, 35, dim), 5, 7, [0, 1, 2, 3])
+
+
+def test_bad_arguments_are_named(backend):
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="routes must be a sequence of names among"):
         cross_scan(x, ["diagonal"])
@@ -53,3 +202,25 @@ def test_bad_arguments_are_named():
         cross_scan(x, "rows")
     with pytest.raises(ValueError, match=r"y must have shape \(B, 4, 9, D\)"):
         cross_merge(torch.zeros(1, 4, 6, 4), 3, 3)
+
+
+WRONG = [
+    ("cross_causal_conv1d", {"weight": torch.zeros(3, 6, 4)}, r"weight must have shape \(4, 6, W\)"),
+    ("cross_causal_conv1d", {"bias": torch.zeros(6)}, r"bias must have shape \(4, 6\)"),
+    ("cross_causal_conv1d", {"activation": "relu"}, "activation must be None or 'silu'"),
+    ("cross_selective_scan", {"dt": torch.zeros(1, 2, 3, 6)}, r"dt must have shape \(1, 2, 3, 4, 6\)"),
+    ("cross_selective_scan", {"C": torch.zeros(1, 2, 3, 4, 2)}, r"C must have shape \(1, 2, 3, 4, 3\)"),
+    ("cross_selective_scan", {"D": torch.zeros(24)}, r"D must have shape \(4, 6\)"),
+    ("cross_ssd", {"x": torch.zeros(1, 2, 3, 2, 4, 5)}, r"x must have shape \(B, height, width, 4, H, P\)"),
+    ("cross_ssd", {"A": torch.zeros(16)}, r"A must have shape \(4, 4\)"),
+    ("cross_ssd", {"B": torch.zeros(1, 2, 3, 4, 3, 3)}, "G, the fifth size of B, must divide H"),
+    ("cross_ssd", {"dt_limit": (1.0, 0.5)}, "dt_limit must be"),
+    ("cross_ssd", {"chunk_size": 0}, "chunk_size must be a positive integer"),
+    ("cross_ssd", {"dt": torch.full((1, 2, 3, 4, 4), torch.nan)}, "dt must not hold NaN"),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "message"), WRONG)
+def test_bad_arguments_of_ops_along_routes_are_named(name, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ALONG[name][0](**(make(name, 1, 2, 3, 4, torch.float32) | wrong))

@@ -138,6 +138,7 @@ def _backward_kernel(
         sequence = tl.maximum(sequence, 0)
         row, begin, end = _load_sequence(table, first_piece, begins, sequence)
         step = first + lanes * RUN
+        final_at = tl.load(final_rows + sequence)
         x_here, dy_here = x + row * x_row, dy + row * dy_row
         window = _load_window(
             x_here, x_time, initial, initial_row, initial_time, step, begin, last,
@@ -155,17 +156,7 @@ def _backward_kernel(
             for k in tl.static_range(WIDTH):
                 total += taps[k] * dtotal[i + (WIDTH - 1 - k)]
             if HAS_DFINAL:
-                total += _load_dfinal(
-                    dfinal,
-                    dfinal_row,
-                    dfinal_time,
-                    step + i,
-                    end,
-                    tl.load(final_rows + sequence),
-                    inside,
-                    WIDTH,
-                    COMPUTE,
-                )
+                total += _load_dfinal(dfinal, dfinal_row, dfinal_time, step + i, end, final_at, inside, WIDTH, COMPUTE)
             out += (total,)
             dstart += dtotal[i]
         _store_run(dx + row * dx_row, dx_time, out, step, last, inside, grid, RUN, TIME_FIRST, ROUTED)
@@ -450,6 +441,8 @@ def _plan(x, weight, bias, silu, cu_seqlens, seq_idx, routes, height, tile_bytes
     time_first = is_time_first(x)
     # A wider window takes the registers of a wider tile; 128 elements are one a lane.
     size = max(128, tile_bytes // x.element_size() * 4 // max(4, triton.next_power_of_2(width)))
+    if dim % 16:  # loads of one element each take more registers for addresses and masks
+        size = max(128, size // 2)
     block = min(triton.next_power_of_2(dim), size // 32 if time_first else 128)
     run, runs = 16 // x.element_size() if time_first else 8, size // block  # 16 bytes are the most that one load takes
     is_dense = cu_seqlens is None and seq_idx is None
