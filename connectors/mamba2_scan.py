@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels import Route, causal_conv1d, cross_merge, cross_scan, ssd
+from ssm_kernels import Route, cross_causal_conv1d, cross_ssd
 from ssm_kernels.modules import Mamba2, depthwise_conv
 
 from .config import ConnectorConfig
@@ -94,8 +94,8 @@ class _SwiGLU(nn.Module):
 class GridMamba2(Mamba2):
     """A Mamba-2 mixer over a grid. Projections and gated norm are shared by the routes; the rest each has its own.
 
-    The projected sequence is read along each route, convolved, scanned, gated and normalised; the routes' results
-    are averaged at each place and projected back.
+    What is projected is convolved and scanned along each route, gated and normalised; the routes' results are averaged
+    at each place and projected back.
     """
 
     def __init__(self, width: int, config: ConnectorConfig):
@@ -111,18 +111,29 @@ class GridMamba2(Mamba2):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h, w, D)."""
-        _, height, width, _ = x.shape
-        paths = cross_scan(self.in_proj(x), self.routes)  # (B, K, L, channels)
-        y = torch.stack([self._along(p, SUFFIXES[r]) for p, r in zip(paths.unbind(1), self.routes, strict=True)], 1)
-        return self.out_proj(cross_merge(y, height, width, self.routes) / len(self.routes))
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_channels, self.nheads], dim=-1)
+        convs = [getattr(self, "conv1d" + SUFFIXES[r]) for r in self.routes]
+        weight, bias = torch.stack([c.weight.squeeze(1) for c in convs]), torch.stack([c.bias for c in convs])
+        # Apart, so that x has its heads side by side and the scan reads it where it is.
+        sizes = [self.d_inner, self.d_conv_channels - self.d_inner]
+        parts = zip(xBC.split(sizes, 3), weight.split(sizes, 1), bias.split(sizes, 1), strict=True)
+        x, BC = (cross_causal_conv1d(*part, "silu", self.routes) for part in parts)  # (B, h, w, K, ...)
+        B, C = BC.unflatten(-1, (2, self.ngroups, self.d_state)).unbind(-3)
+        y = cross_ssd(
+            x.unflatten(-1, (self.nheads, self.headdim)),
+            dt.unsqueeze(3).expand(-1, -1, -1, len(self.routes), -1),
+            -torch.exp(self._of_each_route("A_log").float()),
+            B,
+            C,
+            self._of_each_route("D"),
+            self._of_each_route("dt_bias"),
+            True,
+            self.dt_limit,
+            self.routes,
+            chunk_size=self.chunk_size,
+        ).flatten(-2)
+        y = self.norm(y, z.unsqueeze(3).expand_as(y))
+        return self.out_proj(y.mean(3))
 
-    def _along(self, path: Tensor, suffix: str) -> Tensor:
-        """One route: (B, L, channels) -> (B, L, E)."""
-        conv, dt_bias, A_log, D = (getattr(self, name + suffix) for name in ("conv1d", "dt_bias", "A_log", "D"))
-        z, xBC, dt = path.split([self.d_inner, self.d_conv_channels, self.nheads], dim=-1)
-        xBC, _ = causal_conv1d(xBC, conv.weight.squeeze(1), conv.bias, "silu")
-        x, B, C = self._scan_inputs(xBC)
-        y, _ = ssd(
-            x, dt, -torch.exp(A_log.float()), B, C, D, None, dt_bias, True, self.dt_limit, chunk_size=self.chunk_size
-        )
-        return self.norm(y.flatten(-2), z)
+    def _of_each_route(self, name: str) -> Tensor:
+        return torch.stack([getattr(self, name + SUFFIXES[r]) for r in self.routes])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels import Route, cross_merge, cross_scan, selective_scan
+from ssm_kernels import Route, cross_selective_scan
 from ssm_kernels.modules import initial_dt_bias
 
 
@@ -37,26 +37,25 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h, w, D)."""
-        _, height, width, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        paths = cross_scan(x, self.routes)  # (B, K, L, E)
-
-        projected = torch.einsum("bkle,kce->blkc", paths, self.x_proj_weight)
-        dt, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=-1)  # (B, L, K, ...)
-        dt = torch.einsum("blkr,ker->blke", dt, self.dt_projs_weight)
-        y, _ = selective_scan(
-            paths.transpose(1, 2).flatten(2),  # (B, L, K * E)
-            dt.flatten(2),
-            -torch.exp(self.A_logs.float()),
+        # A route only orders the places, so each place is projected where it is.
+        projected = torch.einsum("bhwe,kce->bhwkc", x, self.x_proj_weight)
+        dt, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=-1)  # (B, h, w, K, ...)
+        dt = torch.einsum("bhwkr,ker->bhwke", dt, self.dt_projs_weight)
+        by_route = (len(self.routes), -1)
+        y = cross_selective_scan(
+            x,
+            dt,
+            -torch.exp(self.A_logs.float()).unflatten(0, by_route),
             B,
             C,
-            self.Ds,
-            dt_bias=self.dt_projs_bias.flatten(),
-            dt_softplus=True,
+            self.Ds.unflatten(0, by_route),
+            self.dt_projs_bias,
+            True,
+            self.routes,
         )
-        y = y.unflatten(2, (len(self.routes), -1)).transpose(1, 2)  # (B, K, L, E)
-        y = self.out_norm(cross_merge(y, height, width, self.routes))
+        y = self.out_norm(y)
         return self.out_proj(y * F.silu(z))
 
 

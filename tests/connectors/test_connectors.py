@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssm_kernels import causal_conv1d, selective_scan, ssd
+from ssm_kernels import causal_conv1d, selective_scan, ssd, use_backend
 from vlmamba.connectors import SS2D, ConnectorConfig, GridMamba2, build_connector
 
 KINDS = ["mlp", "vss-mlp", "vss-l2", "mamba2-mlp", "mamba2-basic", "mamba2-advanced"]
@@ -108,6 +108,20 @@ def test_ml_mambas_mixer_flips_the_projected_sequence_and_averages():
 
     want = mixer.out_proj((one_way(u, "") + one_way(u.flip(1), "_b").flip(1)) / 2).unflatten(1, (3, 4))
     torch.testing.assert_close(mixer(x), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("kind", ["vss-l2", "mamba2-basic"])
+def test_every_backend_gives_the_same(backend, kind):
+    connector = small(kind, "cross")
+    results = []
+    for name in ("reference", backend):
+        x = torch.randn(1, 2, 3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        with use_backend(name):
+            y = connector(x.requires_grad_())
+            results.append((y, *torch.autograd.grad(y.square().sum(), [x, *connector.parameters()])))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 # Width of the language model, and parameters of mlp, bidirectional_mamba and projector, of ML-Mamba's checkpoint
