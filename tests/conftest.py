@@ -10,7 +10,9 @@ import torch
 
 from ssm_kernels._triton import interpreting
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+# The interpreter takes seconds for what the other backends do in milliseconds.
+examples = 5 if interpreting() else 25
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=examples)
 hypothesis.settings.load_profile("default")
 torch.set_num_threads(1)  # the suite runs in several processes
 

@@ -101,27 +101,43 @@ def ssd_step(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Advance the scan by one step, for decoding. Gives y (B, H, P) in the dtype of `x`; no gradients.
+    """Advance the scan by one token, or by a few, for decoding. Gives y like `x`; no gradients.
 
     Args:
         state: (B, H, P, N), float32 or float64; **updated in place**.
         x, z: (B, H, P). dt: (B, H). B, C: (B, G, N). The rest as in `ssd`.
+            For T tokens: x, z (B, T, H, P); dt (B, T, H); B, C (B, T, G, N).
+        backend: as in `ssd`; `reference` and `torch` are the same here.
 
     Raises:
-        TypeError, ValueError: as `ssd`.
+        TypeError, ValueError, RuntimeError: as `ssd`.
     """
-    check_tensor("x", x, ("B", "H", "P"))
-    check_tensor("state", state, (*x.shape, "N"), like=x, dtypes=(torch.float32, torch.float64))
-    one = [m if m is None else m.unsqueeze(1) for m in (x, dt, B, C, z)]
-    _check(one[0], one[1], A, one[2], one[3], D, one[4], dt_bias, dt_limit, state, None)
+    if isinstance(x, Tensor) and x.dim() == 3:
+        one = [m if m is None else m.unsqueeze(1) for m in (x, dt, B, C, z)]
+        x, dt, B, C, z = one
+        return ssd_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, backend=backend).squeeze(1)
+    check_tensor("x", x, ("B", "T", "H", "P"))
+    check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
+    shape = (x.shape[0], *x.shape[2:], B.shape[3])
+    check_tensor("state", state, shape, like=x, dtypes=(torch.float32, torch.float64))
+    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, state, None)
+    if resolve_backend(backend, x.device, "ssd") == "triton":
+        with torch.no_grad():
+            return triton.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit))
     compute = state.dtype
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute)
-        B, C = (m.to(compute).repeat_interleave(x.shape[1] // m.shape[1], dim=1) for m in (B, C))  # (B, H, N)
-        state.mul_(torch.exp(dt * A.to(compute))[..., None, None])
-        state.addcmul_((dt.unsqueeze(-1) * x).unsqueeze(-1), B.unsqueeze(2))
-        y = (state @ C.unsqueeze(-1)).squeeze(-1)
+        B, C = (m.to(compute).repeat_interleave(x.shape[2] // m.shape[2], dim=2) for m in (B, C))  # (B, T, H, N)
+        decay = torch.exp(dt * A.to(compute))
+        arriving = dt.unsqueeze(-1) * x
+        y = torch.empty(x.shape, dtype=compute, device=x.device)
+        for t in range(x.shape[1]):
+            state.mul_(decay[:, t, :, None, None])
+            state.addcmul_(arriving[:, t].unsqueeze(-1), B[:, t].unsqueeze(2))
+            y[:, t] = (state @ C[:, t].unsqueeze(-1)).squeeze(-1)
         return _skip_and_gate(y, x, D, z, compute)
 
 

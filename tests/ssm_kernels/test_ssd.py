@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssm_kernels import selective_scan, ssd, ssd_step
+from ssm_kernels import CROSS, selective_scan, ssd, ssd_step
+from ssm_kernels._pieces import cut
+from ssm_kernels._triton import interpreting
 from ssm_kernels.testing import assert_agrees
 
 pytestmark = pytest.mark.triton
@@ -47,7 +49,9 @@ def make(batch=2, length=7, heads=4, headdim=3, n=5, groups=1, dtype=torch.float
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
 )
-def test_agrees_with_the_reference(backend, batch, length, groups, chunk_size, limit, d_per_head, optional, dtype, seed):
+def test_agrees_with_the_reference(
+    backend, batch, length, groups, chunk_size, limit, d_per_head, optional, dtype, seed
+):
     tensors = make(batch, length, groups=groups, dtype=dtype, seed=seed, **optional)
     if "D" in tensors and d_per_head:
         tensors["D"] = tensors["D"][:, 0].clone()
@@ -85,7 +89,6 @@ def test_strided_inputs(backend):
     assert_agrees(ssd, tensors, {"dt_softplus": True}, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_two_halves_equal_the_whole(backend):
     tensors = make(2, 37)
     whole = ssd(**tensors, dt_softplus=True, chunk_size=8, backend=backend)
@@ -98,24 +101,28 @@ def test_two_halves_equal_the_whole(backend):
     torch.testing.assert_close(state, whole.final_states)
 
 
-def test_permuting_packed_sequences_permutes_the_outputs():
+def test_permuting_packed_sequences_permutes_the_outputs(backend):
     lengths, order = [5, 17, 1, 9], [2, 0, 3, 1]
     tensors = make(1, sum(lengths), rows=4)
     pieces = torch.arange(sum(lengths)).split(lengths)
     permuted = torch.cat([pieces[i] for i in order])
     moved = {k: v[:, permuted] if k in IN_TIME else v for k, v in tensors.items()}
     moved["initial_states"] = tensors["initial_states"][order]
-    one = ssd(**tensors, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), chunk_size=4)
-    two = ssd(**moved, cu_seqlens=torch.tensor([0, *[lengths[i] for i in order]]).cumsum(0), chunk_size=4)
+    one = ssd(**tensors, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), chunk_size=4, backend=backend)
+    two = ssd(
+        **moved, cu_seqlens=torch.tensor([0, *[lengths[i] for i in order]]).cumsum(0), chunk_size=4, backend=backend
+    )
     torch.testing.assert_close(two.y, one.y[:, permuted])
     torch.testing.assert_close(two.final_states, one.final_states[order])
 
 
-def test_nothing_crosses_a_bound():
+def test_nothing_crosses_a_bound(backend):
     tensors = make(1, 12, rows=2)
     bad = {k: v.clone() for k, v in tensors.items()}
     bad["x"][:, :5] = torch.inf
-    good, spoilt = (ssd(**t, dt_softplus=True, cu_seqlens=torch.tensor([0, 5, 12])) for t in (tensors, bad))
+    good, spoilt = (
+        ssd(**t, dt_softplus=True, cu_seqlens=torch.tensor([0, 5, 12]), backend=backend) for t in (tensors, bad)
+    )
     torch.testing.assert_close(spoilt.y[:, 5:], good.y[:, 5:])
     torch.testing.assert_close(spoilt.final_states[1], good.final_states[1])
 
@@ -127,10 +134,99 @@ def test_large_steps_stay_finite(backend):
     assert_agrees(ssd, tensors, backend=backend)
 
 
-def test_equals_the_selective_scan_with_one_rate_a_head():
+INTERPRETED = pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+
+
+@INTERPRETED
+@pytest.mark.parametrize("packed", [False, True])
+def test_pieces_of_sequences_join(monkeypatch, packed):
+    """Cut for a device that one program a head would not fill, and the backward's scratch too small for all pieces."""
+    from ssm_kernels.ssd.triton import kernels
+
+    pieces = []
+    monkeypatch.setattr(kernels, "processors", lambda device: 64)
+    monkeypatch.setattr(kernels, "KEPT_BYTES", 0)
+    monkeypatch.setattr(kernels, "cut", lambda *a: pieces.append(cut(*a)) or pieces[-1])
+    tensors = make(1, 150, heads=2, rows=4 if packed else 1, dtype=torch.float32)
+    if packed:
+        tensors["cu_seqlens"] = torch.tensor([0, 70, 70, 71, 150])
+    assert_agrees(ssd, tensors, {"dt_softplus": True, "chunk_size": 16}, backend="triton")
+    assert max(p.first.diff().max() for p in pieces) > 1
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("headdim", "n"), [(20, 5), (3, 20), (40, 33)])
+def test_sizes_that_fill_no_tile_agree(headdim, n):
+    """Several tiles of P, and N beyond a power of two; B and C by group with strides of their own."""
+    tensors = make(1, 37, heads=2, headdim=headdim, n=n, groups=2, dtype=torch.float32)
+    tensors["B"] = torch.randn(37, 1, 2, n + 3)[..., 3:].transpose(0, 1)
+    assert_agrees(ssd, tensors, {"dt_softplus": True, "chunk_size": 16}, backend="triton")
+
+
+@INTERPRETED
+def test_routes_over_a_grid_agree():
+    """Each run of groups along its own route: the same as permuting before and after."""
+    from ssm_kernels.cross_scan.reference import positions
+    from ssm_kernels.ssd import triton
+
+    height, width = 3, 5
+    tensors = make(2, height * width, heads=8, groups=4, z=False, initial_states=False)
+    leaves = [t.requires_grad_() for t in tensors.values()]
+
+    def both(x, dt, A, B, C, D, dt_bias):
+        limit, codes = (0.0, float("inf")), (3, 0, 2, 1)
+        rest = (True, limit, None, 16, None, None)
+        y, final = triton.scan(x, dt, A, B, C, D, None, dt_bias, *rest, codes, height)
+        ys, finals = [], []
+        for k, code in enumerate(codes):
+            order = positions(CROSS[code], height, width)
+            back = torch.tensor(order).argsort()
+            h, g = slice(2 * k, 2 * k + 2), slice(k, k + 1)
+            out = ssd(
+                x[:, order, h], dt[:, order, h], A[h], B[:, order, g], C[:, order, g], D[h], None, dt_bias[h], True,
+                backend="reference",
+            )  # fmt: skip
+            ys.append(out.y[:, back])
+            finals.append(out.final_states)
+        return (y, final), (torch.cat(ys, 2), torch.cat(finals, 1))
+
+    got, want = both(*leaves)
+    for one, two in zip(got, want, strict=True):
+        torch.testing.assert_close(one, two)
+    weights = [torch.randn_like(t) for t in want]
+    grads = [torch.autograd.grad(out, leaves, weights) for out in (got, want)]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@INTERPRETED
+def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory):
+    from ssm_kernels.ssd.triton import kernels
+
+    t = {k: v.float() for k, v in make(2, 64, headdim=20, n=16, z=False).items()}
+    args = (
+        t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["dt_bias"], True, 0.0, float("inf"), t["initial_states"], 16,
+        None, None, [], 1, torch.float32,
+    )  # fmt: skip
+    y, final = kernels.forward(*args)
+    kernels.backward(torch.ones_like(y), torch.ones_like(final), *args)
+    step = {k: t[k] for k in ("x", "dt", "A", "B", "C", "D")}
+    kernels.step(t["initial_states"], *step.values(), None, t["dt_bias"], True, 0.0, float("inf"))
+
+
+@INTERPRETED
+def test_offsets_beyond_32_bits():
+    """A batch stride of more than 2**31 elements; the memory between is never touched."""
+    tensors = {k: v.half() for k, v in make(2, 5, z=False).items()}
+    far = torch.empty(2**31 + 1024, dtype=torch.float16).as_strided(tensors["x"].shape, (2**31 + 64, 12, 3, 1))
+    tensors["x"] = far.copy_(tensors["x"])
+    assert_agrees(ssd, tensors, {"dt_softplus": True}, backend="triton")
+
+
+def test_equals_the_selective_scan_with_one_rate_a_head(backend):
     """A scalar rate a head is a special case of Mamba-1's recurrence."""
     tensors = make(2, 20, heads=2, headdim=3, n=4, D=False, z=False, dt_bias=False)
-    y, final = ssd(**tensors, dt_softplus=True)
+    y, final = ssd(**tensors, dt_softplus=True, backend=backend)
     scan = selective_scan(
         tensors["x"].flatten(2),
         tensors["dt"].repeat_interleave(3, dim=2),
@@ -139,20 +235,23 @@ def test_equals_the_selective_scan_with_one_rate_a_head():
         tensors["C"],
         initial_states=tensors["initial_states"].flatten(1, 2),
         dt_softplus=True,
+        backend="torch",
     )
     torch.testing.assert_close(scan.y, y.flatten(2))
     torch.testing.assert_close(scan.final_states, final.flatten(1, 2))
 
 
-def test_steps_equal_the_scan():
-    tensors = make(2, 11, groups=2)
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("optional", [True, False])
+def test_steps_equal_the_scan(backend, at_once, optional):
+    tensors = make(2, 12, groups=2, D=optional, z=optional, dt_bias=optional)
     whole = ssd(**tensors, dt_softplus=True, dt_limit=(0.1, 2.0))
-    state = tensors["initial_states"].clone()
-    for t in range(11):
-        now = {k: tensors[k][:, t] for k in IN_TIME}
-        rest = {k: tensors[k] for k in ("A", "D", "dt_bias")}
-        y = ssd_step(state, **now, **rest, dt_softplus=True, dt_limit=(0.1, 2.0))
-        torch.testing.assert_close(y, whole.y[:, t])
+    state = tensors.pop("initial_states").transpose(2, 3).contiguous().transpose(2, 3)  # of other strides
+    for t in range(0, 12, at_once):
+        now = {k: v[:, t] if at_once == 1 else v[:, t : t + at_once] for k, v in tensors.items() if k in IN_TIME}
+        rest = {k: v for k, v in tensors.items() if k not in IN_TIME}
+        y = ssd_step(state, **now, **rest, dt_softplus=True, dt_limit=(0.1, 2.0), backend=backend)
+        torch.testing.assert_close(y, whole.y[:, t] if at_once == 1 else whole.y[:, t : t + at_once])
     torch.testing.assert_close(state, whole.final_states)
 
 
@@ -167,13 +266,31 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_compiles_to_one_graph():
-    tensors = {k: v.float() for k, v in make(2, 9).items()}
-    compiled = torch.compile(lambda t: ssd(**t, dt_softplus=True), fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 4, 9])])
+def test_compiles_to_one_graph(backend, cu_seqlens):
+    tensors = {k: v.float() for k, v in make(2 if cu_seqlens is None else 1, 9, rows=2).items()}
+    options = {"dt_softplus": True, "cu_seqlens": cu_seqlens, "backend": backend}
+    compiled = torch.compile(lambda t: ssd(**t, **options), fullgraph=True, backend="aot_eager")
     tensors["A"].requires_grad_()
-    torch.testing.assert_close(compiled(tensors).y, ssd(**tensors, dt_softplus=True).y)
+    torch.testing.assert_close(compiled(tensors).y, ssd(**tensors, **options).y)
     compiled(tensors).y.sum().backward()
     assert tensors["A"].grad.abs().sum() > 0
+
+
+@INTERPRETED
+def test_triton_ops_pass_opcheck():
+    from ssm_kernels.ssd import triton
+
+    t = {k: v.float() for k, v in make(2, 9).items()}
+    tensors = (t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["dt_bias"])
+    args = (*tensors, True, 0.0, float("inf"), t["initial_states"], 16, None, None, [], 1, torch.float32)
+    torch.library.opcheck(triton._forward_op, args)
+    grads = (torch.ones_like(t["x"]), torch.ones_like(t["initial_states"]))
+    torch.library.opcheck(triton._backward_op, (*grads, *args))
+    none = (*tensors[:5], None, None, False, 0.0, 1.0, None, 16, None, None, [], 1, torch.float32)
+    torch.library.opcheck(triton._backward_op, (*grads, *none))
+    step = (t["initial_states"], *tensors[:6], t["z"], t["dt_bias"], True, 0.0, float("inf"))
+    torch.library.opcheck(triton._step_op, step)
 
 
 def test_registered_ops_pass_opcheck():
@@ -185,11 +302,20 @@ def test_registered_ops_pass_opcheck():
     torch.library.opcheck(torch.ops.ssm_kernels.ssd_chunked_backward.default, args)
 
 
-def test_autocast_changes_nothing():
+def test_autocast_changes_nothing(backend):
     tensors = make(2, 20, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = ssd(**tensors, dt_softplus=True)
-    assert torch.equal(inside.y, ssd(**tensors, dt_softplus=True).y)
+        inside = ssd(**tensors, dt_softplus=True, backend=backend)
+    assert torch.equal(inside.y, ssd(**tensors, dt_softplus=True, backend=backend).y)
+
+
+def test_two_runs_are_equal_to_the_bit(backend):
+    tensors = {k: v.requires_grad_() for k, v in make(2, 40, groups=2, dtype=torch.float32).items()}
+    runs = []
+    for _ in range(2):
+        out = ssd(**tensors, dt_softplus=True, chunk_size=16, backend=backend)
+        runs.append([*out, *torch.autograd.grad(out.y.square().sum(), tensors.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 WRONG = [
@@ -203,7 +329,6 @@ WRONG = [
     ({"dt_limit": (1.0, 0.5)}, ValueError, "dt_limit must be"),
     ({"chunk_size": 0}, ValueError, "chunk_size must be a positive integer"),
     ({"initial_states": torch.zeros(1, 4, 3, 5)}, ValueError, "initial_states must have shape"),
-    ({"backend": "triton"}, RuntimeError, "backend='triton' was asked for, but"),
 ]
 
 

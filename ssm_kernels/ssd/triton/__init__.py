@@ -42,6 +42,11 @@ def scan(
     return y if z is None else (y * F.silu(z.to(wide))).to(x.dtype), final_states
 
 
+def step(state: Tensor, *args) -> Tensor:
+    """As `ssd_step`: x (B, T, H, P) -> y like x; `state` is updated in place."""
+    return _step_op(state, *args)
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
@@ -72,6 +77,16 @@ def _backward(*args):
     return kernels.backward(*args)
 
 
+def _step(*args):
+    from . import kernels
+
+    return kernels.step(*args)
+
+
+def _step_fake(state, x, *rest):
+    return x.new_empty(x.shape)
+
+
 def _forward_fake(x, dt, A, B, C, D, dt_bias, softplus, low, high, initial, chunk_size, cu_seqlens, *rest):
     *_, out_dtype = rest
     rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -96,4 +111,10 @@ _backward_op = define_op(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+)
+_step_op = define_op(
+    "ssd_triton_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
+    " Tensor? dt_bias, bool dt_softplus, float dt_low, float dt_high) -> Tensor",
+    _step,
+    _step_fake,
 )

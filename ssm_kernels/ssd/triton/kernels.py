@@ -365,6 +365,82 @@ def _shared_gradient_kernel(
     tl.store(dC + at_n, dC_q, in_B)
 
 
+# --- decoding ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _step_kernel(
+    state, x, dt, A, B, C, D, z, dt_bias, y,
+    tokens, state_batch, state_head, state_channel, state_n, x_batch, x_step, x_head, dt_batch, dt_step, dt_head,
+    B_batch, B_step, B_group, C_batch, C_step, C_group, z_batch, z_step, z_head, D_head, D_channel,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The next few tokens of one sequence, for BLOCK_P channels of one head, whose state is updated in place.
+
+    Grid: batch x heads x tiles of P.
+    """
+    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    batch, head = (program // (H * TILES)).to(tl.int64), (program // TILES % H).to(tl.int64)
+    p, n = program % TILES * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    in_p, in_n = p < P, n < N
+    in_state = in_p[:, None] & in_n[None, :]
+    state += batch * state_batch + head * state_head
+    at_state = p[:, None].to(tl.int64) * state_channel + n[None, :] * state_n
+    h = tl.load(state + at_state, in_state, other=0.0).to(COMPUTE)
+    a = tl.load(A + head).to(COMPUTE)
+    bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
+    if HAS_D:
+        skip = tl.load(D + head * D_head + p * D_channel, in_p, other=0.0).to(COMPUTE)
+    x += batch * x_batch + head * x_head
+    dt += batch * dt_batch + head * dt_head
+    B += batch * B_batch + head // (H // G) * B_group
+    C += batch * C_batch + head // (H // G) * C_group
+    for token in range(tokens):
+        at = tl.cast(token, tl.int64)
+        always = tl.full((1,), True, tl.int1)
+        step, _ = _step_sizes(
+            dt + at * dt_step, tl.arange(0, 1), always, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE
+        )  # (1,)
+        x_t = tl.load(x + at * x_step + p, in_p, other=0.0).to(COMPUTE)
+        B_t = tl.load(B + at * B_step + n, in_n, other=0.0).to(COMPUTE)
+        C_t = tl.load(C + at * C_step + n, in_n, other=0.0).to(COMPUTE)
+        h = h * tl.exp(step * a)[:, None] + (step * x_t)[:, None] * B_t[None, :]
+        out = tl.sum(h * C_t[None, :], axis=1)
+        if HAS_D:
+            out += skip * x_t
+        if HAS_Z:
+            gate = tl.load(z + batch * z_batch + at * z_step + head * z_head + p, in_p, other=0.0).to(COMPUTE)
+            out *= gate * sigmoid(gate)
+        tl.store(y + ((batch * tokens + at) * H + head) * P + p, out.to(y.dtype.element_ty), in_p)
+    tl.store(state + at_state, h.to(state.dtype.element_ty), in_state)
+
+
+def step(state, x, dt, A, B, C, D, z, dt_bias, softplus, low, high):
+    """As `ssd_triton_step`: y (B, T, H, P), and the state moved on."""
+    batch, tokens, heads, headdim = x.shape
+    groups, n = B.shape[2:]
+    x, B, C, z = (m if m is None else adjacent(m) for m in (x, B, C, z))
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_n = triton.next_power_of_2(n)
+    block_p = max(1, min(triton.next_power_of_2(headdim), 2048 // block_n))
+    programs = batch * heads * triton.cdiv(headdim, block_p)
+    if programs and tokens:
+        with on_device(x):
+            _step_kernel[(programs,)](
+                state, x, dt, A.contiguous(), B, C, D, z, None if dt_bias is None else dt_bias.contiguous(), y,
+                tokens, *state.stride(), *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3],
+                *((0, 0, 0) if z is None else z.stride()[:3]), *_skip_strides(D),
+                H=heads, P=headdim, N=n, G=groups, BLOCK_P=block_p, BLOCK_N=block_n, HAS_D=D is not None,
+                HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus,
+                LIMITED=_is_limited(softplus, low, high), LOW=low, HIGH=high,
+                COMPUTE=compute_type(state.dtype), num_warps=4,
+            )  # fmt: skip
+    return y
+
+
 # --- launches ---------------------------------------------------------------------------------------------------
 
 
@@ -402,7 +478,7 @@ class _Call:
         self.constants = {
             "H": self.heads, "P": self.headdim, "N": self.n, "G": self.groups, "ROUTES": len(routes),
             "HAS_BIAS": dt_bias is not None, "SOFTPLUS": softplus, "LOW": low, "HIGH": high,
-            "LIMITED": not (softplus and (low, high) == (0.0, float("inf"))), "DOT": dot,
+            "LIMITED": _is_limited(softplus, low, high), "DOT": dot,
             "PRECISION": "ieee",  # of float32; three rounds of tf32 would not fit in registers
             "COMPUTE": compute_type(x.dtype),
         }  # fmt: skip
@@ -562,13 +638,15 @@ def _tiles(call: _Call, backward: bool) -> _Tiles:
         chunk, elements, warps = 16, 16 * n, 8  # products without tensor cores
     elif vendor == "hip":
         chunk, elements, warps = 32, 8192, 4
+    elif n > 128 and version not in (100, 103):
+        chunk, elements, warps = 16, 32 * n, 8
     elif version == 90:
         chunk, elements, warps = 64, 8192 if backward else 4096, 8
     elif version in (100, 103):
         chunk, elements, warps = 64, 8192, 8
     else:
         chunk, elements, warps = 32, 8192, 8
-    p = max(16, min(triton.next_power_of_2(call.headdim), elements // n))
+    p = max(16, min(64, triton.next_power_of_2(call.headdim), elements // n))
     return _Tiles(max(16, min(chunk, triton.next_power_of_2(call.chunk_size))), p, n, warps)
 
 
@@ -581,6 +659,10 @@ def _piece_size(call: _Call, tiles: _Tiles) -> int:
         return max(1, call.length)
     per_piece = max(PIECE_CHUNKS, triton.cdiv(triton.cdiv(call.length, tiles.chunk), wanted))
     return per_piece * tiles.chunk
+
+
+def _is_limited(softplus: bool, low: float, high: float) -> bool:
+    return not (softplus and (low, high) == (0.0, float("inf")))
 
 
 def _skip_strides(D: Tensor | None) -> tuple[int, int]:
