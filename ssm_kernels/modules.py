@@ -6,14 +6,17 @@ dimension, G groups, K convolution width, S sequences in a pack.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .causal_conv1d import causal_conv1d, causal_conv1d_step
+from ._recompute import not_kept
+from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .norm import rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 from .ssd import ssd, ssd_step
@@ -49,6 +52,7 @@ class Mamba(nn.Module):
         dt_rank: R; `"auto"` is ceil(D / 16).
         dt_min, dt_max, dt_init_floor: range of the step sizes at initialisation.
         conv_bias, bias: whether the convolution, and the in and out projections, have a bias.
+        use_mem_eff_path: compute the convolution and the step sizes again in the backward rather than keep them.
     """
 
     def __init__(
@@ -63,9 +67,11 @@ class Mamba(nn.Module):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        use_mem_eff_path: bool = True,
     ):
         super().__init__()
         self.d_inner, self.d_state = expand * d_model, d_state
+        self.use_mem_eff_path = use_mem_eff_path
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         self.conv1d = depthwise_conv(self.d_inner, d_conv, conv_bias)
@@ -94,19 +100,36 @@ class Mamba(nn.Module):
         weight = self.conv1d.weight.squeeze(1)
         if _is_one_step(hidden, state, cu_seqlens):
             x = causal_conv1d_step(state.conv, x[:, 0], weight, self.conv1d.bias, "silu")
-            dt, B, C = self._scan_inputs(x)
+            low_rank, B, C = self._project(x)
+            dt = self._steps(low_rank)
             y = selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z[:, 0], self.dt_proj.bias, dt_softplus=True)
             return self.out_proj(y.unsqueeze(1))
-        conv, ssm = (None, None) if state is None else state
-        x, conv_end = causal_conv1d(x, weight, self.conv1d.bias, "silu", conv, cu_seqlens=cu_seqlens)
-        dt, B, C = self._scan_inputs(x)
-        y, ssm_end = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, True, ssm, cu_seqlens=cu_seqlens)
+        conv, ssm = _before(state)
+
+        before = x
+
+        def convolve() -> CausalConv1dOutput:
+            return causal_conv1d(before, weight, self.conv1d.bias, "silu", conv, cu_seqlens=cu_seqlens)
+
+        x, conv_end = convolve()
+        convolved = (x, lambda: convolve().y)
+        with self._maybe_not_kept(convolved):
+            low_rank, B, C = self._project(x)
+        dt = self._steps(low_rank)
+        with self._maybe_not_kept(convolved, (dt, lambda: self._steps(low_rank))):
+            y, ssm_end = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, True, ssm, cu_seqlens=cu_seqlens)
         _update(state, conv_end, ssm_end)
         return self.out_proj(y)
 
-    def _scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(dt, self.dt_proj.weight), B, C
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt (of rank R), B and C of each step."""
+        return self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+
+    def _steps(self, low_rank: Tensor) -> Tensor:
+        return F.linear(low_rank, self.dt_proj.weight)
+
+    def _maybe_not_kept(self, *activations) -> contextlib.AbstractContextManager:
+        return not_kept(*activations) if self.use_mem_eff_path else contextlib.nullcontext()
 
 
 class Mamba2(nn.Module):
@@ -120,6 +143,7 @@ class Mamba2(nn.Module):
         conv_bias, bias: whether the convolution, and the in and out projections, have a bias.
         norm_eps: epsilon of the gated norm.
         chunk_size: steps that the scan treats as one matrix product; the result does not depend on it.
+        use_mem_eff_path: compute the convolution and the norm again in the backward rather than keep them.
     """
 
     def __init__(
@@ -139,8 +163,10 @@ class Mamba2(nn.Module):
         bias: bool = False,
         norm_eps: float = 1e-5,
         chunk_size: int = 64,
+        use_mem_eff_path: bool = True,
     ):
         super().__init__()
+        self.use_mem_eff_path = use_mem_eff_path
         self.d_inner, self.d_state, self.headdim, self.ngroups = expand * d_model, d_state, headdim, ngroups
         if self.d_inner % headdim:
             raise ValueError(f"headdim must divide expand * d_model = {self.d_inner}, got {headdim}")
@@ -175,15 +201,26 @@ class Mamba2(nn.Module):
             xBC = causal_conv1d_step(state.conv, xBC[:, 0], weight, self.conv1d.bias, "silu")
             x, B, C = self._scan_inputs(xBC)
             y = ssd_step(state.ssm, x, dt[:, 0], A, B, C, self.D, None, self.dt_bias, True, self.dt_limit).unsqueeze(1)
-        else:
-            conv, ssm = (None, None) if state is None else state
-            xBC, conv_end = causal_conv1d(xBC, weight, self.conv1d.bias, "silu", conv, cu_seqlens=cu_seqlens)
+            return self.out_proj(self.norm(y.flatten(-2), z))
+        conv, ssm = _before(state)
+        before = xBC
+
+        def convolve() -> CausalConv1dOutput:
+            return causal_conv1d(before, weight, self.conv1d.bias, "silu", conv, cu_seqlens=cu_seqlens)
+
+        xBC, conv_end = convolve()
+        with not_kept((xBC, lambda: convolve().y)) if self.use_mem_eff_path else contextlib.nullcontext():
             x, B, C = self._scan_inputs(xBC)
             y, ssm_end = ssd(
                 x, dt, A, B, C, self.D, None, self.dt_bias, True, self.dt_limit, ssm,
                 chunk_size=self.chunk_size, cu_seqlens=cu_seqlens,
             )  # fmt: skip
-            _update(state, conv_end, ssm_end)
+        _update(state, conv_end, ssm_end)
+        if self.use_mem_eff_path and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return checkpoint(self._gated_projection, y, z, use_reentrant=False, preserve_rng_state=False)
+        return self._gated_projection(y, z)
+
+    def _gated_projection(self, y: Tensor, z: Tensor) -> Tensor:
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _scan_inputs(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,6 +248,13 @@ def _is_one_step(hidden: Tensor, state: MixerState | None, cu_seqlens: Tensor | 
 
 def _state_zeros(weight: Tensor, *shape: int) -> Tensor:
     return torch.zeros(shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def _before(state: MixerState | None) -> tuple[Tensor | None, Tensor | None]:
+    """Where the sequences stand before; copies where a backward may need them, since the state is updated in place."""
+    if state is None:
+        return None, None
+    return (state.conv.clone(), state.ssm.clone()) if torch.is_grad_enabled() else state
 
 
 def _update(state: MixerState | None, conv_end: Tensor, ssm_end: Tensor) -> None:

@@ -49,7 +49,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal):
-        *grads, dinitial = _backward_op(*ctx.saved_tensors[:6], dy, dfinal, *ctx.saved_tensors[6:])
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint does not give them again
+        *grads, dinitial = _backward_op(*saved[:6], dy, dfinal, *saved[6:])
         dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
         return *grads, dinitial, None, None
 
