@@ -55,9 +55,28 @@ def test_many_rows_of_any_strides_agree(backend, dim, gated):
     assert_agrees(add_rms_norm, tensors, backend=backend)
 
 
-def test_narrow_input_on_a_wide_stream_agrees(backend):
-    tensors = {"x": randn(9, 24, dtype=torch.bfloat16), "weight": randn(24), "residual": randn(1, 9, 24)[0].float()}
-    assert_agrees(add_rms_norm, tensors, {"residual_dtype": torch.float32}, backend=backend)
+@pytest.mark.parametrize("gated", ["no", "before", "after"])
+@pytest.mark.parametrize(("rows", "groups"), [(37, 1), (3, 2)])
+def test_groups_wider_than_a_tile_agree(backend, gated, rows, groups):
+    """One group with more rows than the programs take at once, and two."""
+    dim = 8195
+    tensors = {"x": randn(rows, groups * dim).float(), "weight": randn(groups * dim).float()}
+    if gated != "no":
+        tensors["z"] = randn(1, rows, groups * dim)[0].float()
+    assert_agrees(rms_norm, tensors, {"group_size": dim, "norm_before_gate": gated == "after"}, backend=backend)
+
+
+def test_residual_wider_than_a_tile_agrees(backend):
+    x, residual = randn(5, 8195).float(), randn(1, 5, 8195)[0].float()
+    assert_agrees(add_rms_norm, {"x": x, "weight": randn(8195).float(), "residual": residual}, backend=backend)
+
+
+@pytest.mark.parametrize("x", [torch.float16, torch.float32])
+@pytest.mark.parametrize("residual", [torch.float16, torch.float32])
+@pytest.mark.parametrize("stream", [torch.float32, torch.float64])
+def test_input_residual_and_stream_of_different_dtypes_agree(backend, x, residual, stream):
+    tensors = {"x": randn(9, 24, dtype=x), "weight": randn(24).float(), "residual": randn(1, 9, 24, dtype=residual)[0]}
+    assert_agrees(add_rms_norm, tensors, {"residual_dtype": stream}, backend=backend)
 
 
 @pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
@@ -68,12 +87,12 @@ def test_registered_ops_pass_opcheck():
     torch.library.opcheck(triton._forward_op, (x, None, w, x.clone(), 1e-5, 4, True, x.dtype))
     torch.library.opcheck(triton._forward_op, (x, x.clone(), w, None, 1e-5, 12, False, torch.float64))
     rstd, dtotal = randn(5, 1).float(), x.clone()
-    arguments = (x, w, None, rstd, x.clone(), dtotal, 12, False, torch.bfloat16)
+    arguments = (x, w, None, rstd, x.clone(), dtotal, 12, False, torch.float32, torch.bfloat16)
     torch.library.opcheck(triton._backward_op, arguments)
 
 
 @pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
-@pytest.mark.parametrize(("rows", "dim"), [(9, 24), (300, 130), (1, 1025)])
+@pytest.mark.parametrize(("rows", "dim"), [(9, 24), (300, 130), (1, 1025), (2, 8195)])
 def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, rows, dim):
     from ssm_kernels.norm.triton import kernels
 
@@ -81,7 +100,7 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, row
     for gate, residual in ((None, None), (z, None), (None, z)):
         _, total, rstd = kernels.forward(x, residual, w, gate, 1e-5, dim, False, torch.float32)
         v, dtotal = (x, None) if residual is None else (total, z)
-        kernels.backward(v, w, gate, rstd, dy, dtotal, dim, False, torch.bfloat16)
+        kernels.backward(v, w, gate, rstd, dy, dtotal, dim, False, torch.float32, torch.bfloat16)
 
 
 def test_residual_is_kept_in_the_dtype_asked_for():

@@ -26,19 +26,25 @@ class _Norm(torch.autograd.Function):
         y, total, rstd = _forward_op(x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype)
         ctx.save_for_backward(x if residual is None else total, weight, z, rstd)
         ctx.group_size, ctx.norm_before_gate = group_size, norm_before_gate
-        ctx.x_dtype = x.dtype
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.has_residual = residual is not None
+        ctx.dtypes = x.dtype, residual.dtype if ctx.has_residual else x.dtype
         return y, total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dtotal):
-        has_residual = ctx.residual_dtype is not None
-        wide, narrow, dweight, dz = _backward_op(
-            *ctx.saved_tensors, dy, dtotal if has_residual else None, ctx.group_size, ctx.norm_before_gate, ctx.x_dtype
+        dx, dresidual, dweight, dz = _backward_op(
+            *ctx.saved_tensors,
+            dy,
+            dtotal if ctx.has_residual else None,
+            ctx.group_size,
+            ctx.norm_before_gate,
+            *ctx.dtypes,
         )
-        dx = wide if wide.dtype == ctx.x_dtype else narrow
-        dresidual = wide.to(ctx.residual_dtype) if has_residual else None
+        if not ctx.has_residual:
+            dresidual = None
+        elif ctx.dtypes[0] == ctx.dtypes[1]:
+            dresidual = dx
         dz = None if ctx.saved_tensors[2] is None else dz
         return dx, dresidual, dweight, dz, None, None, None, None
 
@@ -58,14 +64,14 @@ def _backward(*args):
 def _forward_fake(x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype):
     rows = x.numel() // x.shape[-1]
     total = x.new_empty(0 if residual is None else x.shape, dtype=total_dtype)
-    compute = torch.promote_types(x.dtype, torch.float32)
+    compute = torch.promote_types(torch.promote_types(x.dtype, total_dtype), torch.float32)
     return x.new_empty(x.shape), total, x.new_empty(rows, x.shape[-1] // group_size, dtype=compute)
 
 
-def _backward_fake(v, weight, z, rstd, dy, dtotal, group_size, norm_before_gate, narrow_dtype):
-    narrow = v.new_empty(0 if narrow_dtype == v.dtype else v.shape, dtype=narrow_dtype)
+def _backward_fake(v, weight, z, rstd, dy, dtotal, group_size, norm_before_gate, x_dtype, residual_dtype):
+    dresidual = v.new_empty(0 if residual_dtype == x_dtype else v.shape, dtype=residual_dtype)
     dz = v.new_empty(0) if z is None else z.new_empty(z.shape)
-    return v.new_empty(v.shape), narrow, weight.new_empty(weight.shape), dz
+    return v.new_empty(v.shape, dtype=x_dtype), dresidual, weight.new_empty(weight.shape), dz
 
 
 _forward_op = define_op(
@@ -76,7 +82,7 @@ _forward_op = define_op(
 )
 _backward_op = define_op(
     "norm_triton_backward(Tensor v, Tensor weight, Tensor? z, Tensor rstd, Tensor dy, Tensor? dtotal, int group_size,"
-    " bool norm_before_gate, ScalarType narrow_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool norm_before_gate, ScalarType x_dtype, ScalarType residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

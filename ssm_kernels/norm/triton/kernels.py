@@ -1,7 +1,8 @@
-"""RMSNorm with gate, groups and residual add: one kernel forward, one backward.
+"""RMSNorm with gate, groups and residual add: one kernel each way.
 
 A row of D channels is split in D / SIZE groups. A program takes BLOCK_ROWS rows of one group, whole; the backward's
-programs walk over several such tiles, so that each writes one partial sum of the weight's gradient.
+programs walk over several such tiles, so that each writes one partial sum of the weight's gradient. A group wider than
+the widest tile is cut in several, and each is read twice: for what the mean needs, and for the result.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._kernels import compute_type, sigmoid
 from ..._triton import on_device, processors, rows_of
 
-# Elements of a tile: 8 a lane of 4 warps. Chosen from the compiler's register counts; not measured on a GPU.
-TILE = 1024
+# Elements of a tile: 8 a lane of 4 warps, and up to 16 a lane of 16 warps. Chosen from the compiler's register counts;
+# not measured on a GPU.
+TILE, WIDEST_TILE = 1024, 8192
+# Of a wider group. The backward takes several rows for each time it adds to the weight's gradient in memory.
+WIDE_FORWARD = {"BLOCK": 4096, "BLOCK_ROWS": 1, "num_warps": 16}
+WIDE_BACKWARD = {"BLOCK": 1024, "BLOCK_ROWS": 4, "num_warps": 8}
 
 
 @triton.jit
@@ -24,60 +30,72 @@ def _forward_kernel(
     SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_Z: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y and, with a residual, of the sum. Grid: (row tiles, groups)."""
+    """BLOCK_ROWS rows of y and, with a residual, of the sum. Grid: (row tiles, groups)."""
     group, n_groups = tl.program_id(1), tl.num_programs(1)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    lane = tl.arange(0, BLOCK)[None, :]
-    channels = group * SIZE + lane
-    mask = (rows < n_rows) & (lane < SIZE)
-    here = rows * (n_groups * SIZE) + channels  # in contiguous tensors
-
-    v = tl.load(x + rows * x_stride + channels, mask, other=0.0).to(COMPUTE)
-    if HAS_RESIDUAL:
-        v += tl.load(residual + rows * residual_stride + channels, mask, other=0.0).to(COMPUTE)
-        rounded = v.to(total.dtype.element_ty)
-        tl.store(total + here, rounded, mask)
-        v = rounded.to(COMPUTE)
-    if HAS_Z:
-        gate = tl.load(z + rows * z_stride + channels, mask, other=0.0).to(COMPUTE)
-        gate = gate / (1 + tl.exp(-gate))
-        if not NORM_BEFORE_GATE:
-            v *= gate
-    scale = 1 / tl.sqrt(tl.sum(v * v, axis=1, keep_dims=True) / SIZE + eps)  # (BLOCK_ROWS, 1)
+    squares = tl.zeros((BLOCK_ROWS, BLOCK), COMPUTE)
+    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    for i in tl.static_range(BLOCKS):
+        channels, within = _channels(group, i, SIZE, BLOCK)
+        mask = (rows < n_rows) & within
+        v = tl.load(x + rows * x_stride + channels, mask, other=0.0).to(COMPUTE)
+        if HAS_RESIDUAL:
+            v += tl.load(residual + rows * residual_stride + channels, mask, other=0.0).to(COMPUTE)
+            rounded = v.to(total.dtype.element_ty)
+            tl.store(total + rows * (n_groups * SIZE) + channels, rounded, mask)
+            v = rounded.to(COMPUTE)
+        if HAS_Z:
+            gate, _ = _load_gate_and_slope(z + rows * z_stride + channels, mask, COMPUTE)
+            if not NORM_BEFORE_GATE:
+                v *= gate
+        squares += v * v
+    scale = 1 / tl.sqrt(tl.sum(squares, axis=1, keep_dims=True) / SIZE + eps)  # (BLOCK_ROWS, 1)
     tl.store(rstd + rows * n_groups + group, scale, rows < n_rows)
-    out = v * scale * tl.load(weight + channels, lane < SIZE, other=0.0).to(COMPUTE)
-    if HAS_Z:
-        if NORM_BEFORE_GATE:
-            out *= gate
-    tl.store(y + here, out.to(y.dtype.element_ty), mask)
+    for i in tl.static_range(BLOCKS):
+        if BLOCKS > 1:
+            channels, within = _channels(group, i, SIZE, BLOCK)
+            mask = (rows < n_rows) & within
+            if HAS_RESIDUAL:
+                tl.debug_barrier()  # what one thread stored another may load
+                v = tl.load(total + rows * (n_groups * SIZE) + channels, mask, other=0.0).to(COMPUTE)
+            else:
+                v = tl.load(x + rows * x_stride + channels, mask, other=0.0).to(COMPUTE)
+            if HAS_Z:
+                gate, _ = _load_gate_and_slope(z + rows * z_stride + channels, mask, COMPUTE)
+                if not NORM_BEFORE_GATE:
+                    v *= gate
+        out = v * scale * tl.load(weight + channels, within, other=0.0).to(COMPUTE)
+        if HAS_Z:
+            if NORM_BEFORE_GATE:
+                out *= gate
+        tl.store(y + rows * (n_groups * SIZE) + channels, out.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
 def _backward_kernel(
-    x, weight, z, rstd, dy, dtotal, dx, dx_narrow, dweight, dz,
+    x, weight, z, rstd, dy, dtotal, dx, dresidual, dweight, dz,
     n_rows, x_stride, z_stride, dy_stride, dtotal_stride,
     SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_TOTAL: tl.constexpr,
-    NARROW: tl.constexpr, HAS_Z: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_DRESIDUAL: tl.constexpr, HAS_Z: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of dx, in one dtype or two, and dz, and one row of partial sums of dweight. Grid: (programs, groups)."""
+    """Rows of dx, of dresidual where that is of another dtype, and of dz; and one row of partial sums of dweight.
+
+    Grid: (programs, groups).
+    """
     group, n_groups = tl.program_id(1), tl.num_programs(1)
     dim = n_groups * SIZE
-    lane = tl.arange(0, BLOCK)[None, :]
-    channels = group * SIZE + lane
-    w = tl.load(weight + channels, lane < SIZE, other=0.0).to(COMPUTE)
+    channels, within = _channels(group, 0, SIZE, BLOCK)
     dw = tl.zeros((BLOCK_ROWS, BLOCK), COMPUTE)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
         rows = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-        mask = (rows < n_rows) & (lane < SIZE)
+        mask = (rows < n_rows) & within
         here = rows * dim + channels
+        w = tl.load(weight + channels, within, other=0.0).to(COMPUTE)  # not kept: it would take registers
         v = tl.load(x + rows * x_stride + channels, mask, other=0.0).to(COMPUTE)
         scale = tl.load(rstd + rows * n_groups + group, rows < n_rows, other=0.0)
         g = tl.load(dy + rows * dy_stride + channels, mask, other=0.0).to(COMPUTE)
         if HAS_Z:
-            before = tl.load(z + rows * z_stride + channels, mask, other=0.0).to(COMPUTE)
-            sigmoid = 1 / (1 + tl.exp(-before))
-            gate = before * sigmoid
-            slope = sigmoid * (1 + before * (1 - sigmoid))
+            gate, slope = _load_gate_and_slope(z + rows * z_stride + channels, mask, COMPUTE)
         # v is what was normalised, u what came of it, g the gradient of u * w.
         if HAS_Z and not NORM_BEFORE_GATE:
             ungated = v
@@ -95,31 +113,101 @@ def _backward_kernel(
         if HAS_TOTAL:
             dv += tl.load(dtotal + rows * dtotal_stride + channels, mask, other=0.0).to(COMPUTE)
         tl.store(dx + here, dv.to(dx.dtype.element_ty), mask)
-        if NARROW:
-            tl.store(dx_narrow + here, dv.to(dx_narrow.dtype.element_ty), mask)
+        if HAS_DRESIDUAL:
+            tl.store(dresidual + here, dv.to(dresidual.dtype.element_ty), mask)
     sums = tl.sum(dw, axis=0, keep_dims=True)  # (1, BLOCK)
-    tl.store(dweight + tl.program_id(0).to(tl.int64) * dim + channels, sums, lane < SIZE)
+    tl.store(dweight + tl.program_id(0).to(tl.int64) * dim + channels, sums, within)
 
 
-def _options(size: int, dtype: torch.dtype) -> dict[str, object]:
+@triton.jit
+def _wide_backward_kernel(
+    x, weight, z, rstd, dy, dtotal, dx, dresidual, dweight, dz,
+    n_rows, x_stride, z_stride, dy_stride, dtotal_stride,
+    SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_TOTAL: tl.constexpr,
+    HAS_DRESIDUAL: tl.constexpr, HAS_Z: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """As `_backward_kernel` for a group of several tiles: dweight is summed in memory, not in registers."""
+    group, n_groups = tl.program_id(1), tl.num_programs(1)
+    dim = n_groups * SIZE
+    dweight += tl.program_id(0).to(tl.int64) * dim
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
+        rows = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+        scale = tl.load(rstd + rows * n_groups + group, rows < n_rows, other=0.0)
+        products = tl.zeros((BLOCK_ROWS, BLOCK), COMPUTE)
+        for i in range(tl.cdiv(SIZE, BLOCK)):
+            channels, within = _channels(group, i, SIZE, BLOCK)
+            mask = (rows < n_rows) & within
+            w = tl.load(weight + channels, within, other=0.0).to(COMPUTE)
+            u = tl.load(x + rows * x_stride + channels, mask, other=0.0).to(COMPUTE) * scale
+            g = tl.load(dy + rows * dy_stride + channels, mask, other=0.0).to(COMPUTE)
+            if HAS_Z:
+                gate, slope = _load_gate_and_slope(z + rows * z_stride + channels, mask, COMPUTE)
+                if NORM_BEFORE_GATE:
+                    tl.store(dz + rows * dim + channels, (g * u * w * slope).to(dz.dtype.element_ty), mask)
+                    g *= gate
+                else:
+                    u *= gate
+            products += g * u * w
+            before = tl.load(dweight + channels, within & (tile != tl.program_id(0)), other=0.0)
+            tl.store(dweight + channels, before + tl.sum(g * u, axis=0, keep_dims=True), within)
+        mean = tl.sum(products, axis=1, keep_dims=True) / SIZE  # (BLOCK_ROWS, 1)
+        tl.debug_barrier()  # what one thread stored another may load, for the next rows
+        for i in range(tl.cdiv(SIZE, BLOCK)):
+            channels, within = _channels(group, i, SIZE, BLOCK)
+            mask = (rows < n_rows) & within
+            here = rows * dim + channels
+            w = tl.load(weight + channels, within, other=0.0).to(COMPUTE)
+            v = tl.load(x + rows * x_stride + channels, mask, other=0.0).to(COMPUTE)
+            g = tl.load(dy + rows * dy_stride + channels, mask, other=0.0).to(COMPUTE) * w
+            if HAS_Z:
+                gate, slope = _load_gate_and_slope(z + rows * z_stride + channels, mask, COMPUTE)
+                if NORM_BEFORE_GATE:
+                    dv = scale * (g * gate - v * scale * mean)
+                else:
+                    dv = scale * (g - v * gate * scale * mean)
+                    tl.store(dz + here, (dv * v * slope).to(dz.dtype.element_ty), mask)
+                    dv *= gate
+            else:
+                dv = scale * (g - v * scale * mean)
+            if HAS_TOTAL:
+                dv += tl.load(dtotal + rows * dtotal_stride + channels, mask, other=0.0).to(COMPUTE)
+            tl.store(dx + here, dv.to(dx.dtype.element_ty), mask)
+            if HAS_DRESIDUAL:
+                tl.store(dresidual + here, dv.to(dresidual.dtype.element_ty), mask)
+
+
+@triton.jit
+def _channels(group, i, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The channels (1, BLOCK) of tile i of a group, and whether they are the group's."""
+    lane = i * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return group * SIZE + lane, lane < SIZE
+
+
+@triton.jit
+def _load_gate_and_slope(z, mask, COMPUTE: tl.constexpr):
+    """SiLU, and its derivative."""
+    before = tl.load(z, mask, other=0.0).to(COMPUTE)
+    s = sigmoid(before)
+    return before * s, s * (1 + before * (1 - s))
+
+
+def _options(size: int, wide: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
     block = triton.next_power_of_2(size)
-    return {
-        "SIZE": size,
-        "BLOCK": block,
-        "BLOCK_ROWS": max(1, TILE // block),
-        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
-        "num_warps": min(16, max(4, block // 512)),
-    }
+    if block <= WIDEST_TILE:
+        tile = {"BLOCK": block, "BLOCK_ROWS": max(1, TILE // block), "num_warps": min(16, max(4, block // 512))}
+    else:
+        tile = wide
+    return {"SIZE": size, "COMPUTE": compute_type(dtype), **tile}
 
 
 def forward(x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype):
     """As `norm_triton`: y, the sum (empty without a residual), and 1 / rms of each row and group."""
     rows = rows_of(x)
     n_rows, dim = rows.shape
-    options = _options(group_size, x.dtype)
+    compute = torch.promote_types(torch.promote_types(x.dtype, total_dtype), torch.float32)
+    options = _options(group_size, WIDE_FORWARD, compute)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(0 if residual is None else x.shape, dtype=total_dtype, device=x.device)
-    compute = torch.promote_types(x.dtype, torch.float32)
     rstd = torch.empty(n_rows, dim // group_size, dtype=compute, device=x.device)
     residual, gate = (None if m is None else rows_of(m) for m in (residual, z))
     if n_rows:
@@ -132,31 +220,32 @@ def forward(x, residual, weight, z, eps, group_size, norm_before_gate, total_dty
     return y, total, rstd
 
 
-def backward(x, weight, z, rstd, dy, dtotal, group_size, norm_before_gate, narrow_dtype):
-    """As `norm_triton_backward`: gradients of x, of x in `narrow_dtype` if that is another, of weight and of z.
+def backward(x, weight, z, rstd, dy, dtotal, group_size, norm_before_gate, x_dtype, residual_dtype):
+    """As `norm_triton_backward`: gradients of x, of the residual if it is of another dtype, of weight and of z.
 
     x is the sum where there was a residual. What does not apply is empty.
     """
     rows, dy = rows_of(x), rows_of(dy)
     n_rows, dim = rows.shape
-    options = _options(group_size, x.dtype)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dx_narrow = torch.empty(0 if narrow_dtype == x.dtype else x.shape, dtype=narrow_dtype, device=x.device)
+    options = _options(group_size, WIDE_BACKWARD, rstd.dtype)
+    dx = torch.empty(x.shape, dtype=x_dtype, device=x.device)
+    dresidual = torch.empty(0 if residual_dtype == x_dtype else x.shape, dtype=residual_dtype, device=x.device)
     dz = torch.empty(0 if z is None else z.shape, dtype=x.dtype if z is None else z.dtype, device=x.device)
     tiles = triton.cdiv(n_rows, options["BLOCK_ROWS"])
     # Four a processor hide each other's waiting; more would only be more partial sums.
     programs = min(tiles, 4 * processors(x.device))
     dweight = torch.empty(programs, dim, dtype=rstd.dtype, device=x.device)
     gate, dtotal = (None if m is None else rows_of(m) for m in (z, dtotal))
+    kernel = _backward_kernel if options["BLOCK"] >= group_size else _wide_backward_kernel
     if n_rows:
         with on_device(x):
-            _backward_kernel[programs, dim // group_size](
-                rows, weight.contiguous(), gate, rstd, dy, dtotal, dx, dx_narrow, dweight, dz,
+            kernel[programs, dim // group_size](
+                rows, weight.contiguous(), gate, rstd, dy, dtotal, dx, dresidual, dweight, dz,
                 n_rows, rows.stride(0), _stride(gate), dy.stride(0), _stride(dtotal),
-                HAS_TOTAL=dtotal is not None, NARROW=narrow_dtype != x.dtype, HAS_Z=z is not None,
+                HAS_TOTAL=dtotal is not None, HAS_DRESIDUAL=residual_dtype != x_dtype, HAS_Z=z is not None,
                 NORM_BEFORE_GATE=norm_before_gate, **options,
             )  # fmt: skip
-    return dx, dx_narrow, dweight.sum(0).to(weight.dtype), dz
+    return dx, dresidual, dweight.sum(0).to(weight.dtype), dz
 
 
 def _stride(rows: Tensor | None) -> int:
