@@ -26,12 +26,17 @@ SIZES = {
     "add_rms_norm": "batch length channels",
     "cross_scan": "batch length height channels",
     "cross_merge": "batch length height channels",
+    "cross_causal_conv1d": "batch length height channels width",
+    "cross_selective_scan": "batch length height channels d_state",
+    "cross_ssd": "batch length height heads headdim d_state groups",
     "selective_scan_step": "batch channels d_state groups",
     "ssd_step": "batch heads headdim d_state groups",
     "causal_conv1d_step": "batch channels width",
 }
 """The ops, and which sizes each reads."""
 OPS = tuple(SIZES)
+ROUTES = len(ssm_kernels.CROSS)
+"""Along which the ops on a grid go, by default."""
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -107,17 +112,23 @@ class Case:
         """Whether the op has Triton kernels in this version; one that takes no `backend` has one implementation."""
         if "backend" not in inspect.signature(getattr(ssm_kernels, self.op)).parameters:
             return False
-        return {"cross_merge": "cross_scan"}.get(self.op, self.op.removesuffix("_step")) in TRITON_OPS
+        return self.op in TRITON_OPS or self.folder in TRITON_OPS
+
+    @property
+    def folder(self) -> str:
+        """Of `ssm_kernels`, that holds the op's kernels."""
+        folders = {"rms_norm": "norm", "add_rms_norm": "norm", "cross_scan": "cross_scan", "cross_merge": "cross_scan"}
+        return folders.get(self.op, self.op.removesuffix("_step").removeprefix("cross_"))
 
     @property
     def options(self) -> dict[str, object]:
         """Arguments that are not tensors."""
-        if self.op in ("selective_scan", "selective_scan_step"):
+        if self.folder == "selective_scan":
             return {"dt_softplus": self.dt_softplus}
-        if self.op in ("ssd", "ssd_step"):
+        if self.folder == "ssd":
             limit = {"dt_limit": (0.01, 0.05)} if self.dt_limit else {}
             return {"dt_softplus": self.dt_softplus} | limit | ({} if self.is_step else {"chunk_size": self.chunk_size})
-        if self.op in ("causal_conv1d", "causal_conv1d_step"):
+        if self.folder == "causal_conv1d":
             return {"activation": "silu" if self.silu else None}
         if self.op == "rms_norm":
             group_size = self.shape.channels // self.shape.groups
@@ -148,10 +159,13 @@ class Case:
             return {"x": (*steps, d), "weight": (d,)} | ({"z": (*steps, d)} if self.z else {})
         if self.op == "add_rms_norm":
             return {"x": (*steps, d), "weight": (d,), "residual": (*steps, d)}
+        grid = (s.batch, s.height, s.length // s.height)
         if self.op == "cross_scan":
-            return {"x": (s.batch, s.height, s.length // s.height, d)}
+            return {"x": (*grid, d)}
         if self.op == "cross_merge":
-            return {"y": (s.batch, len(ssm_kernels.CROSS), s.length, d)}
+            return {"y": (s.batch, ROUTES, s.length, d)}
+        if self.op == "cross_causal_conv1d":
+            return {"x": (*grid, d), "weight": (ROUTES, d, s.width), "bias": (ROUTES, d)}
         if self.op in ("selective_scan", "selective_scan_step"):
             channels, heads, state = (d,), (d,), (d, n)
             matrix = (d, n) if self.constant else (*steps, n) if s.groups == 1 else (*steps, s.groups, n)
@@ -160,6 +174,14 @@ class Case:
             channels, heads, state = (s.heads, s.headdim), (s.heads,), (s.heads, s.headdim, n)
             matrix = (*steps, s.groups, n)
             sizes = {"x": (*steps, *channels), "dt": (*steps, s.heads), "A": heads, "B": matrix, "C": matrix}
+        elif self.op == "cross_selective_scan":
+            channels, heads, state = (ROUTES, d), (ROUTES, d), (ROUTES, d, n)
+            matrix = (*grid, ROUTES, n)
+            sizes = {"u": (*grid, d), "dt": (*grid, *channels), "A": state, "B": matrix, "C": matrix}
+        elif self.op == "cross_ssd":
+            channels, heads, state = (ROUTES, s.heads, s.headdim), (ROUTES, s.heads), ()
+            matrix = (*grid, ROUTES, s.groups, n)
+            sizes = {"x": (*grid, *channels), "dt": (*grid, *heads), "A": heads, "B": matrix, "C": matrix}
         else:
             raise ValueError(f"op must be one of {', '.join(OPS)}; got {self.op!r}")
         sizes |= {"D": channels if self.wide_D else heads} if self.D else {}
@@ -200,16 +222,16 @@ class Case:
 def _draw(case: Case, name: str, size: tuple[int, ...], device: torch.device, generator) -> Tensor:
     """Random values in the range, dtype and memory layout that the models give them."""
     value = torch.randn(size, device=device, generator=generator)
-    scan = case.op.startswith(("selective_scan", "ssd"))
     if name == "dt":
         value = value - 4  # softplus gives steps of about 0.02
         value = value if case.dt_softplus else torch.nn.functional.softplus(value)
-    elif name == "A" and len(size) == 2:
-        value = -torch.arange(1.0, size[1] + 1, device=device).repeat(size[0], 1)
+    elif name == "A" and case.folder == "selective_scan":
+        value = -torch.arange(1.0, size[-1] + 1, device=device).repeat(*size[:-1], 1)
     elif name == "A":
         value = -1 - 15 * torch.rand(size, device=device, generator=generator)
     dtype = DTYPES[case.dtype]
-    if name == "residual" or scan and name in ("A", "D", "dt_bias", "initial_states", "state"):
+    of_scan = case.folder in ("selective_scan", "ssd") and name in ("A", "D", "dt_bias", "initial_states", "state")
+    if of_scan or name == "residual":
         dtype = torch.promote_types(dtype, torch.float32)
     value = value.to(dtype)
     if case.channels_first and value.dim() == 3 and size[1] == case.shape.length:
@@ -237,6 +259,9 @@ VARIANTS: dict[str, tuple[dict[str, object], ...]] = {
     "add_rms_norm": (),
     "cross_scan": (),
     "cross_merge": (),
+    "cross_causal_conv1d": ({"silu": False},),
+    "cross_selective_scan": ({"D": False}, {"dt_bias": True}, {"dt_softplus": False}),
+    "cross_ssd": ({"D": False}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True}),
     "selective_scan_step": ({"z": True}, {"dt_bias": True}, {"constant": True}),
     "ssd_step": ({"z": True}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True}),
     "causal_conv1d_step": ({"silu": False},),
@@ -280,11 +305,11 @@ def layer(family: str, size: str, dtype: str = "bf16", batch: int = 8, length: i
 def connector(dtype: str = "bf16", batch: int = 8, side: int = 27) -> list[Case]:
     """The ops of the connectors at a 2.7b model's width, on the grid of patches of a 384-pixel encoder."""
     shape = Shape(batch, side * side, 2 * 2560, height=side)
-    routes = replace(shape, channels=4 * shape.channels, groups=4)
+    heads = replace(shape, d_state=128, heads=80)
     return [
         Case("cross_scan", shape, dtype), Case("cross_merge", shape, dtype),
-        Case("selective_scan", routes, dtype, dt_bias=True),
-        Case("ssd", replace(shape, d_state=128, heads=80), dtype, dt_bias=True),
+        Case("cross_selective_scan", shape, dtype, dt_bias=True), Case("cross_ssd", heads, dtype, dt_bias=True),
+        Case("cross_causal_conv1d", replace(shape, channels=shape.channels + 2 * 128), dtype),
     ]  # fmt: skip
 
 
@@ -295,14 +320,17 @@ def published(dtype: str = "bf16", sizes: tuple[str, ...] = tuple(WIDTHS)) -> li
 
 
 def shipped() -> list[Case]:
-    """Configurations that the compiler is to be held to: sizes, states, options and float32, each once."""
-    published_and_float32 = published("bf16", ("130m", "2.7b")) + layer("mamba", "2.7b", "fp32")
-    published_and_float32 += layer("mamba2", "2.7b", "fp32")
-    scans = {case.op: case for case in reversed(published("bf16", ("2.7b",)))}
-    options = [v for case in scans.values() for v in variants(case) if not v.seq_idx]  # as others, once cut in pieces
-    states = [_with_sizes(scans["selective_scan"], d_state=n) for n in (64, 128, 256)]
-    states += [_with_sizes(scans["ssd"], d_state=n, headdim=p) for n, p in ((64, 64), (256, 64), (128, 128))]
-    return list(dict.fromkeys(published_and_float32 + options + states))
+    """Configurations that the compiler is to be held to: a small and the largest model, float32, options, other states.
+
+    Of the options those that ask for most at once, and those that change how data lie; the rest leave something out.
+    """
+    found = published("bf16", ("130m", "2.7b")) + layer("mamba", "2.7b", "fp32") + layer("mamba2", "2.7b", "fp32")
+    largest = {case.op: case for case in reversed(published("bf16", ("2.7b",)))}
+    for case in largest.values():
+        found += [v for v in variants(case) if v.wide_D or v.constant or v.channels_first or v == variants(case)[-1]]
+    found += [_with_sizes(largest["selective_scan"], d_state=n) for n in (64, 128, 256)]
+    found += [_with_sizes(largest["ssd"], d_state=n, headdim=p) for n, p in ((64, 64), (256, 64), (128, 128))]
+    return list(dict.fromkeys(found))
 
 
 def _with_sizes(case: Case, **sizes: int) -> Case:
@@ -334,12 +362,14 @@ def tiny(dtype: str = "fp32") -> list[Case]:
 def small(dtype: str) -> list[Case]:
     """Every option of every op at small, odd sizes, for comparison with the step-by-step reference."""
     shape = Shape(batch=2, length=203, channels=72, groups=1)
+    grid = replace(shape, length=91, height=7)
     scan = replace(shape, heads=6, headdim=16, d_state=24, groups=2)
     cases = []
     for case in (
         Case("selective_scan", shape), Case("ssd", scan, chunk_size=32), Case("causal_conv1d", shape),
         Case("rms_norm", replace(shape, groups=3)), Case("add_rms_norm", shape),
-        Case("cross_scan", replace(shape, height=7)), Case("cross_merge", replace(shape, height=7)),
+        Case("cross_scan", grid), Case("cross_merge", grid), Case("cross_causal_conv1d", grid),
+        Case("cross_selective_scan", grid), Case("cross_ssd", replace(scan, length=91, height=7), chunk_size=32),
         Case("selective_scan_step", shape), Case("ssd_step", scan), Case("causal_conv1d_step", shape),
     ):  # fmt: skip
         cases += variants(replace(case, dtype=dtype))

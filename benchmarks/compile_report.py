@@ -14,6 +14,7 @@ import functools
 import importlib
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -103,6 +104,8 @@ class Row:
     instructions: int = 0
     occupancy: float = 0.0
     """Share of the warps that a multiprocessor can hold, by registers, shared memory and blocks."""
+    seconds: float = 0.0
+    """Of processor time that the compiler took."""
     problem: str | None = None
 
 
@@ -231,9 +234,11 @@ def compile_one(request: Request) -> Row:
     kernel = getattr(importlib.import_module(request.module), request.kernel)
     source = ASTSource(kernel, request.signature, request.constants, request.attributes)
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in request.options.items()}
+    begin = _processor_time()
     try:
         target = GPUTarget(architecture.backend, architecture.arch, architecture.warp)
         compiled = triton.compile(source, target=target, options=options)
+        row.seconds = _processor_time() - begin
     except Exception as e:  # whatever stops the compiler is what the report is for
         row.problem = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
         return row
@@ -251,6 +256,11 @@ def compile_one(request: Request) -> Row:
         problems.append(f"{columns} columns of tensor memory, and there are 512")
     row.problem = "; ".join(problems) or None
     return row
+
+
+def _processor_time() -> float:
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _read_cubin(row: Row, cubin: bytes) -> None:
@@ -327,5 +337,6 @@ def table(rows: list[Row]) -> str:
         )
     failed = [r for r in rows if r.problem]
     lines += [f"FAILED {r.target} {r.kernel}: {r.problem} ({r.case})" for r in failed]
-    lines.append(f"{len(rows)} kernels compiled, {len(failed)} with a problem")
+    seconds = sum(r.seconds for r in rows)
+    lines.append(f"{len(rows)} kernels compiled in {seconds:.0f} s of processor time, {len(failed)} with a problem")
     return "\n".join(lines)

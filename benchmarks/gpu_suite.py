@@ -173,9 +173,7 @@ def tuning(here: Run) -> list[dict]:
     """Seconds with each value of the constants that an op's kernels offer for tuning, as a dict `TUNABLE` of tuples."""
     rows = []
     for case in here.within_time(tiny() if here.is_tiny else published("bf16", ("2.7b",))):
-        folder = {"rms_norm": "norm", "add_rms_norm": "norm", "cross_merge": "cross_scan"}
-        op = folder.get(case.op, case.op.removesuffix("_step"))
-        kernels = importlib.import_module(f"ssm_kernels.{op}.triton.kernels")
+        kernels = importlib.import_module(f"ssm_kernels.{case.folder}.triton.kernels")
         for constant, values in getattr(kernels, "TUNABLE", {}).items():
             shipped = getattr(kernels, constant)
             for value in values:

@@ -9,13 +9,13 @@ the kernel (states kept, partial sums) is not counted, so a kernel's share of th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, Case
+from .cases import DTYPES, ROUTES, Case
 
 Pass = Literal["fwd", "bwd", "fwd+bwd"]
 
@@ -135,6 +135,7 @@ def cost(case: Case, of: Pass) -> Cost:
         "causal_conv1d": _conv, "causal_conv1d_step": _conv,
         "rms_norm": _norm, "add_rms_norm": _norm,
         "cross_scan": _permute, "cross_merge": _permute,
+        "cross_causal_conv1d": _along_routes, "cross_selective_scan": _along_routes, "cross_ssd": _along_routes,
     }[case.op]  # fmt: skip
     matrix, other, exponentials = count(case, of)
     outputs = _outputs(case)
@@ -173,7 +174,10 @@ def _gradients_in(case: Case) -> int:
     sizes, width = case.sizes(), DTYPES[case.dtype].itemsize
     main = math.prod(next(iter(sizes.values()))) * width
     stream = main // width * max(width, 4)  # the residual's
-    return {"cross_scan": 4 * main, "cross_merge": main // 4, "add_rms_norm": main + stream}.get(case.op, main)
+    return {
+        "cross_scan": ROUTES * main, "cross_merge": main // ROUTES, "cross_causal_conv1d": ROUTES * main,
+        "add_rms_norm": main + stream,
+    }.get(case.op, main)  # fmt: skip
 
 
 def _selective_scan(case: Case, of: Pass) -> tuple[int, int, int]:
@@ -279,7 +283,21 @@ def _norm(case: Case, of: Pass) -> tuple[int, int, int]:
 
 
 def _permute(case: Case, of: Pass) -> tuple[int, int, int]:
-    """The merge, or the scan's backward, adds the four routes."""
+    """The merge, or the scan's backward, adds the routes."""
     s = case.shape
-    adds = 3 if (case.op == "cross_merge") == (of == "fwd") else 0
+    adds = ROUTES - 1 if (case.op == "cross_merge") == (of == "fwd") else 0
     return 0, adds * s.batch * s.length * s.channels, 0
+
+
+def _along_routes(case: Case, of: Pass) -> tuple[int, int, int]:
+    """Every route computes what the op on a sequence does; results, or gradients of a shared input, are added."""
+    s = case.shape
+    wide = replace(s, channels=ROUTES * s.channels, heads=ROUTES * s.heads, groups=ROUTES * s.groups)
+    op, count = {
+        "cross_causal_conv1d": ("causal_conv1d", _conv),
+        "cross_selective_scan": ("selective_scan", _selective_scan),
+        "cross_ssd": ("ssd", _ssd),
+    }[case.op]
+    matrix, other, exponentials = count(replace(case, op=op, shape=wide), of)
+    adds = {"cross_causal_conv1d": of == "bwd", "cross_selective_scan": True, "cross_ssd": False}[case.op]
+    return matrix, other + adds * (ROUTES - 1) * s.batch * s.length * s.channels, exponentials
