@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ._sequences import check_cu_seqlens, parse_sequences
+from ._sequences import Sequences, check_cu_seqlens, parse_sequences
 
 
 class Pieces(NamedTuple):
@@ -40,31 +41,18 @@ def max_pieces(batch: int, length: int, n_sequences: int | torch.SymInt, size: i
 def cut(batch: int, length: int, size: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None, device) -> Pieces:
     """Cut the sequences of a (B, L) tensor in pieces of `size` steps, the last of each being shorter.
 
-    `seq_idx` makes the host wait for the device, since how many sequences it describes is in its values.
+    Bounds on the CPU are read there. On a GPU they are not looked at, since the host would have to wait; only
+    `seq_idx` makes it wait, since how many sequences it describes is in its values.
 
     Raises:
-        TypeError, ValueError: as `parse_sequences`; on a GPU, values of `cu_seqlens` that are wrong are found by
-            the device, which then raises at the next synchronisation.
+        TypeError, ValueError: as `parse_sequences`; where `cu_seqlens` is on a GPU, values that are wrong are found
+            by the device, which then raises at the next synchronisation.
     """
     if cu_seqlens is None and seq_idx is None:
         return _cut_rows(batch, length, size, device)
-    if seq_idx is not None or device.type == "cpu":
-        sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
-        at = torch.tensor(sequences.starts, dtype=torch.int64, device=device)
-        lengths = torch.tensor(sequences.lengths, dtype=torch.int64, device=device)
-        row, begin = at // max(length, 1), at % max(length, 1)
-        if cu_seqlens is not None:
-            row, begin = torch.zeros_like(at), at
-        rows = [_row_of(r, len(at), device) for r in (sequences.first, sequences.last)]
-        return _cut(row, begin, lengths, rows, max_pieces(batch, length, len(at), size, True), size)
-    check_cu_seqlens(cu_seqlens, batch)
-    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    lengths = end - begin
-    is_right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (lengths >= 0).all()
-    torch._assert_async(is_right, f"cu_seqlens must rise from 0 to L = {length} and never decrease")
-    everyone = torch.arange(len(begin), dtype=torch.int32, device=device)
-    spare = max_pieces(batch, length, len(begin), size, True)
-    return _cut(torch.zeros_like(begin), begin, lengths, [everyone, everyone], spare, size)
+    if cu_seqlens is not None and seq_idx is None and cu_seqlens.device.type != "cpu":
+        return _cut_on_device(batch, length, size, cu_seqlens)
+    return _cut_sequences(parse_sequences(batch, length, cu_seqlens, seq_idx), length, size, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -73,6 +61,37 @@ def _cut_rows(batch: int, length: int, size: int, device: torch.device) -> Piece
     lengths = torch.full_like(rows, length)
     count = max_pieces(batch, length, batch, size, False)
     return _cut(rows, torch.zeros_like(rows), lengths, [rows.int(), rows.int()], count, size)
+
+
+@functools.lru_cache(maxsize=64)
+def _cut_sequences(sequences: Sequences, length: int, size: int, device: torch.device) -> Pieces:
+    starts, lengths = (torch.tensor(t, dtype=torch.int64, device=device) for t in sequences[:2])
+    # A sequence without steps may start where the last row ends.
+    row = (starts // max(length, 1)).clamp(max=max(sum(sequences.lengths) // max(length, 1) - 1, 0))
+    rows = [_row_of(r, len(starts), device) for r in (sequences.first, sequences.last)]
+    spare = max_pieces(sum(sequences.lengths), 1, len(starts), size, True)
+    return _cut(row, starts - row * length, lengths, rows, spare, size)
+
+
+# Every layer of a model cuts the same bounds.
+_cuts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _cut_on_device(batch: int, length: int, size: int, cu_seqlens: Tensor) -> Pieces:
+    # What a graph that is being captured computes must be in the graph: its bounds may change before it is replayed.
+    is_captured = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    known = {} if is_captured else _cuts.setdefault(cu_seqlens, {})
+    key = (cu_seqlens._version, batch, length, size)
+    if key not in known:
+        check_cu_seqlens(cu_seqlens, batch)
+        bounds = cu_seqlens.long()
+        begin, lengths = bounds[:-1], bounds.diff()
+        is_right = (bounds[0] == 0) & (bounds[-1] == length) & (lengths >= 0).all()
+        torch._assert_async(is_right, f"cu_seqlens must rise from 0 to L = {length} and never decrease")
+        everyone = torch.arange(len(begin), dtype=torch.int32, device=bounds.device)
+        count = max_pieces(batch, length, len(begin), size, True)
+        known[key] = _cut(torch.zeros_like(begin), begin, lengths, [everyone, everyone], count, size)
+    return known[key]
 
 
 def _row_of(sequences: tuple[int, ...], n_sequences: int, device: torch.device) -> Tensor:
