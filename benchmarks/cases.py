@@ -330,6 +330,8 @@ def shipped() -> list[Case]:
         found += [v for v in variants(case) if v.wide_D or v.constant or v.channels_first or v == variants(case)[-1]]
     found += [_with_sizes(largest["selective_scan"], d_state=n) for n in (64, 128, 256)]
     found += [_with_sizes(largest["ssd"], d_state=n, headdim=p) for n, p in ((64, 64), (256, 64), (128, 128))]
+    found += [Case("rms_norm", Shape(8, 256, n), "bf16", z=True) for n in (16384, 32768)]
+    found += [Case("add_rms_norm", Shape(8, 256, n), "bf16") for n in (16384, 32768)]
     return list(dict.fromkeys(found))
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -218,6 +219,8 @@ def compile_all(requests: list[Request], jobs: int, cache: Path | None = None) -
 def _begin(cache: str) -> None:
     from triton import knobs
 
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # ends when the parent is killed
     torch.set_num_threads(1)
     knobs.cache.dir = cache
     warnings.filterwarnings("ignore")

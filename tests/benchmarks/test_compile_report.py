@@ -6,6 +6,10 @@ import importlib
 import json
 import pkgutil
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -131,6 +135,32 @@ def test_the_command_fails_where_a_kernel_spills(tmp_path, monkeypatch, capsys):
     assert "FAILED sm_90 norm._backward_kernel" in capsys.readouterr().out
     assert any(row["spills"] for row in json.loads(out.read_text())["rows"])
     assert "FAILED" in out.with_suffix(".txt").read_text()
+
+
+def test_a_killed_report_leaves_no_process_behind(tmp_path):
+    command = [sys.executable, "-m", "vlmamba.benchmarks.cli", "compile-report", "--quick", "--jobs", "1"]
+    report = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    children = Path(f"/proc/{report.pid}/task/{report.pid}/children")
+    _wait_until(lambda: len(children.read_text().split()) == 2)  # the worker, and what tracks its resources
+    workers = children.read_text().split()
+    report.kill()
+    report.wait()
+    _wait_until(lambda: not any(_is_running(pid) for pid in workers))
+
+
+def _wait_until(holds) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end, "waited a minute in vain"
+        time.sleep(0.1)
+
+
+def _is_running(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_the_interpreter_is_refused(monkeypatch):
