@@ -33,8 +33,12 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dtotal):
+        v, weight, z, rstd = ctx.saved_tensors  # once: torch.utils.checkpoint does not give them again
         dx, dresidual, dweight, dz = _backward_op(
-            *ctx.saved_tensors,
+            v,
+            weight,
+            z,
+            rstd,
             dy,
             dtotal if ctx.has_residual else None,
             ctx.group_size,
@@ -45,8 +49,7 @@ class _Norm(torch.autograd.Function):
             dresidual = None
         elif ctx.dtypes[0] == ctx.dtypes[1]:
             dresidual = dx
-        dz = None if ctx.saved_tensors[2] is None else dz
-        return dx, dresidual, dweight, dz, None, None, None, None
+        return dx, dresidual, dweight, None if z is None else dz, None, None, None, None
 
 
 def _forward(*args):
