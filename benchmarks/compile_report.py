@@ -208,8 +208,8 @@ def compile_all(requests: list[Request], jobs: int, cache: Path | None = None) -
         context = multiprocessing.get_context("spawn")
         begin = {"initializer": _begin, "initargs": (str(cache or scratch),)}
         with concurrent.futures.ProcessPoolExecutor(jobs, context, **begin) as pool:
-            # Matrix products take the compiler longest: first, so that no process is left with them at the end.
-            longest_first = sorted(requests, key=lambda r: not r.name.startswith("ssd"))
+            # What takes the compiler longest comes first, so that no process is left with it at the end.
+            longest_first = sorted(requests, key=lambda r: not r.name.startswith("selective_scan"))
             futures = [pool.submit(compile_one, request) for request in longest_first]
             for _ in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit="kernel", disable=None):
                 pass
