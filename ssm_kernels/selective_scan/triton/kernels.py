@@ -58,6 +58,7 @@ def _forward_kernel(
     of the last piece of a sequence nobody asks for them, and zeros stand for them.
     """
     piece, group, e, lane = _place_program(G, E, BLOCK_E, LANES)
+    lanes = tl.arange(0, LANES)[None, :]
     mask = e < E
     channel = group * E + e
     row, start, end, sequence = load_piece(table, piece)
@@ -86,50 +87,53 @@ def _forward_kernel(
     if KEEP:
         chunk = tl.where(sequence >= 0, tl.load(kept_first + tl.maximum(sequence, 0)), 0).to(tl.int64)
         chunk += (start - tl.where(sequence >= 0, tl.load(begin + tl.maximum(sequence, 0)), 0)) // CHUNK
+        kept += chunk * size + state
 
     u += row * u_0 + group * u_2 + e * u_3
     dt += row * dt_0 + group * dt_2 + e * dt_3
     if not CONSTANT_B:
-        B += row * B_0 + group * B_2 + lane * K
+        B += row * B_0 + group * B_2 + lanes * K
     if not ENDS_ONLY:
         y += row * y_0 + group * y_2 + e * y_3
         if HAS_Z:
             z += row * z_0 + group * z_2 + e * z_3
         if not CONSTANT_C:
-            C += row * C_0 + group * C_2 + lane * K
+            C += row * C_0 + group * C_2 + lanes * K
     total = tl.zeros((BLOCK_E, LANES), COMPUTE)
 
     for t0 in range(start, end, UNROLL):
         if KEEP:
             if (t0 - start) % CHUNK == 0:
-                _store_states(kept + chunk * size + state, h, mask, lane, N, K)
-                chunk += 1
+                _store_states(kept, h, mask, lane, N, K)
+                kept += size
         ys = ()
+        far = tl.cast(t0, tl.int64) if way is None else 0
         for i in tl.static_range(UNROLL):
             inside = mask & (t0 + i < end)
-            delta = _load_delta(_at(dt, dt_1, t0, i, end, way), inside, bias, SOFTPLUS, COMPUTE)
-            x = _load(_at(u, u_1, t0, i, end, way), inside, COMPUTE)
+            near = _near(t0, i, end, way)
+            delta = _load_delta(dt + far * dt_1 + near * dt_1, inside, bias, SOFTPLUS, COMPUTE)
+            x = _load(u + far * u_1 + near * u_1, inside, COMPUTE)
             if not CONSTANT_B:
-                b_row = _at(B, B_1, t0, i, end, way)
-                b = _load_matrix(b_row, lane, N, K, B_WORD, COMPUTE)
+                b_row = B + far * B_1 + near * B_1
+                b = _load_matrix(b_row, lanes, N, K, B_WORD, COMPUTE)
             h = _advance(h, a, b, delta, delta * x, K)
             if ENDS_ONLY:
                 total += delta
             else:
                 if not CONSTANT_C:
-                    c_row = _at(C, C_1, t0, i, end, way)
-                    c = _load_matrix(c_row, lane, N, K, C_WORD, COMPUTE)
+                    c_row = C + far * C_1 + near * C_1
+                    c = _load_matrix(c_row, lanes, N, K, C_WORD, COMPUTE)
                 out = _over_lanes(_dot(c, h, K), LANES)
                 if HAS_D:
                     out += skip * x
                 if HAS_Z:
-                    gate = _load(_at(z, z_1, t0, i, end, way), inside, COMPUTE)
+                    gate = _load(z + far * z_1 + near * z_1, inside, COMPUTE)
                     out *= gate * sigmoid(gate)
                 ys = ys + (out,)
         if not ENDS_ONLY:
             for i in tl.static_range(UNROLL):
-                y_row = _at(y, y_1, t0, i, end, way)
-                tl.store(y_row, ys[i].to(y.dtype.element_ty), mask & (t0 + i < end))
+                y_at = y + far * y_1 + _near(t0, i, end, way) * y_1
+                tl.store(y_at, ys[i].to(y.dtype.element_ty), mask & (t0 + i < end))
 
     if ENDS_ONLY:
         _store_states(starts + piece * size + state, h, mask, lane, N, K)
@@ -149,6 +153,7 @@ def _adjoint_kernel(
 ):  # fmt: skip
     """What one chunk adds to the gradient of the state before it, and the sum of its steps. Grid as the forward's."""
     chunk, group, e, lane = _place_program(G, E, BLOCK_E, LANES)
+    lanes = tl.arange(0, LANES)[None, :]
     mask = e < E
     channel = group * E + e
     row, start, end, _ = load_piece(table, chunk)
@@ -157,7 +162,7 @@ def _adjoint_kernel(
     if CONSTANT_C:
         c = _load_states(C + channel * N, mask, lane, N, K, 1.0, COMPUTE)
     else:
-        C += row * C_0 + group * C_2 + lane * K
+        C += row * C_0 + group * C_2 + lanes * K
     bias = tl.load(dt_bias + channel, mask, other=0.0).to(COMPUTE) if HAS_BIAS else 0.0
     dt += row * dt_0 + group * dt_2 + e * dt_3
     dy += row * dy_0 + group * dy_2 + e * dy_3
@@ -169,16 +174,18 @@ def _adjoint_kernel(
     blocks = tl.cdiv(end - start, UNROLL)
     for block in range(blocks):
         t0 = start + (blocks - 1 - block) * UNROLL
+        far = tl.cast(t0, tl.int64) if way is None else 0
         for i in tl.static_range(UNROLL - 1, -1, -1):
             inside = mask & (t0 + i < end)
-            delta = _load_delta(_at(dt, dt_1, t0, i, end, way), inside, bias, SOFTPLUS, COMPUTE)
-            d = _load(_at(dy, dy_1, t0, i, end, way), inside, COMPUTE)
+            near = _near(t0, i, end, way)
+            delta = _load_delta(dt + far * dt_1 + near * dt_1, inside, bias, SOFTPLUS, COMPUTE)
+            d = _load(dy + far * dy_1 + near * dy_1, inside, COMPUTE)
             if HAS_Z:
-                gate = _load(_at(z, z_1, t0, i, end, way), inside, COMPUTE)
+                gate = _load(z + far * z_1 + near * z_1, inside, COMPUTE)
                 d *= gate * sigmoid(gate)
             if not CONSTANT_C:
-                c_row = _at(C, C_1, t0, i, end, way)
-                c = _load_matrix(c_row, lane, N, K, C_WORD, COMPUTE)
+                c_row = C + far * C_1 + near * C_1
+                c = _load_matrix(c_row, lanes, N, K, C_WORD, COMPUTE)
             g_next = ()
             for k in tl.static_range(K):
                 g_next = g_next + (tl.exp2(delta * a[k]) * (g[k] + d * c[k]),)
@@ -244,8 +251,8 @@ def _backward_kernel(
             here = tl.cast(chunk, tl.int64) * size + channel * N
             u_row = u + row * u_0 + group * u_2 + e * u_3
             dt_row = dt + row * dt_0 + group * dt_2 + e * dt_3
-            B_row = B + row * B_0 + group * B_2 + lane * K
-            C_row = C + row * C_0 + group * C_2 + lane * K
+            B_row = B + row * B_0 + group * B_2 + lanes * K
+            C_row = C + row * C_0 + group * C_2 + lanes * K
             dy_row = dy + row * dy_0 + group * dy_2 + e * dy_3
             du_row = du + row * du_0 + group * du_2 + e * du_3
             ddt_row = ddt + row * ddt_0 + group * ddt_2 + e * ddt_3
@@ -261,19 +268,21 @@ def _backward_kernel(
                 for k in tl.static_range(K):
                     tl.store(states + (slot * K + k) * tile_size, h[k])
                 step_sizes, ds, dcs, dgates = (), (), (), ()
+                far = tl.cast(t0, tl.int64) if way is None else 0
                 for i in tl.static_range(SUB):
                     inside = mask & (t0 + i < end)
-                    delta = _load_delta(_at(dt_row, dt_1, t0, i, end, way), inside, bias, SOFTPLUS, COMPUTE)
-                    x = _load(_at(u_row, u_1, t0, i, end, way), inside, COMPUTE)
-                    dout = _load(_at(dy_row, dy_1, t0, i, end, way), inside, COMPUTE)
+                    near = _near(t0, i, end, way)
+                    delta = _load_delta(dt_row + far * dt_1 + near * dt_1, inside, bias, SOFTPLUS, COMPUTE)
+                    x = _load(u_row + far * u_1 + near * u_1, inside, COMPUTE)
+                    dout = _load(dy_row + far * dy_1 + near * dy_1, inside, COMPUTE)
                     if not CONSTANT_B:
-                        b = _load_matrix(_at(B_row, B_1, t0, i, end, way), lane, N, K, B_WORD, COMPUTE)
+                        b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, N, K, B_WORD, COMPUTE)
                     h = _advance(h, a, b, delta, delta * x, K)
                     d = dout
                     if HAS_Z:
                         if not CONSTANT_C:
-                            c = _load_matrix(_at(C_row, C_1, t0, i, end, way), lane, N, K, C_WORD, COMPUTE)
-                        gate = _load(_at(z_row, z_1, t0, i, end, way), inside, COMPUTE)
+                            c = _load_matrix(C_row + far * C_1 + near * C_1, lanes, N, K, C_WORD, COMPUTE)
+                        gate = _load(z_row + far * z_1 + near * z_1, inside, COMPUTE)
                         out = _over_lanes(_dot(c, h, K), LANES)
                         if HAS_D:
                             out += skip * x
@@ -288,13 +297,14 @@ def _backward_kernel(
                     step_sizes = step_sizes + (delta,)
                     ds = ds + (d,)
                 for i in tl.static_range(SUB):
+                    near = _near(t0, i, end, way)
                     tl.store(deltas + (slot * SUB + i) * BLOCK_E, step_sizes[i])
                     tl.store(deltas + (slot * SUB + i + CHUNK) * BLOCK_E, ds[i])
                     if HAS_Z:
-                        dz_at = _at(dz_row, dz_1, t0, i, end, way)
+                        dz_at = dz_row + far * dz_1 + near * dz_1
                         tl.store(dz_at, dgates[i].to(dz.dtype.element_ty), mask & (t0 + i < end))
                     if not CONSTANT_C:
-                        sums = _at(dC + part, G * N, t0, i, end, way)
+                        sums = dC + part + far * (G * N) + near * (G * N)
                         _add_sums(sums, dcs, i * K, lanes, t0 + i < end, tile > split, N, K)
             tl.debug_barrier()
 
@@ -303,26 +313,29 @@ def _backward_kernel(
             for block in range(blocks):
                 slot = blocks - 1 - block
                 t0 = start + slot * SUB
+                far = tl.cast(t0, tl.int64) if way is None else 0
                 h = ()
                 for k in tl.static_range(K):
                     h = h + (tl.load(states + (slot * K + k) * tile_size),)
                 hs = h  # before each of the steps, K each
                 for i in tl.static_range(SUB - 1):
+                    near = _near(t0, i, end, way)
                     delta = tl.load(deltas + (slot * SUB + i) * BLOCK_E)
-                    x = _load(_at(u_row, u_1, t0, i, end, way), mask & (t0 + i < end), COMPUTE)
+                    x = _load(u_row + far * u_1 + near * u_1, mask & (t0 + i < end), COMPUTE)
                     if not CONSTANT_B:
-                        b = _load_matrix(_at(B_row, B_1, t0, i, end, way), lane, N, K, B_WORD, COMPUTE)
+                        b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, N, K, B_WORD, COMPUTE)
                     h = _advance(h, a, b, delta, delta * x, K)
                     hs = hs + h
                 for i in tl.static_range(SUB - 1, -1, -1):
                     inside = mask & (t0 + i < end)
+                    near = _near(t0, i, end, way)
                     delta = tl.load(deltas + (slot * SUB + i) * BLOCK_E)
                     d = tl.load(deltas + (slot * SUB + i + CHUNK) * BLOCK_E)
-                    x = _load(_at(u_row, u_1, t0, i, end, way), inside, COMPUTE)
+                    x = _load(u_row + far * u_1 + near * u_1, inside, COMPUTE)
                     if not CONSTANT_B:
-                        b = _load_matrix(_at(B_row, B_1, t0, i, end, way), lane, N, K, B_WORD, COMPUTE)
+                        b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, N, K, B_WORD, COMPUTE)
                     if not CONSTANT_C:
-                        c = _load_matrix(_at(C_row, C_1, t0, i, end, way), lane, N, K, C_WORD, COMPUTE)
+                        c = _load_matrix(C_row + far * C_1 + near * C_1, lanes, N, K, C_WORD, COMPUTE)
                     g = _add_scaled(g, d, c, K)  # the gradient of the state after the step ...
                     d_input = _over_lanes(_dot(b, g, K), LANES)  # ... and that of delta * x
                     if CONSTANT_B:
@@ -331,7 +344,7 @@ def _backward_kernel(
                         dbs = ()
                         for k in tl.static_range(K):
                             dbs = dbs + (tl.sum(g[k] * (delta * x), axis=0, keep_dims=True),)
-                        sums = _at(dB + part, G * N, t0, i, end, way)
+                        sums = dB + part + far * (G * N) + near * (G * N)
                         _add_sums(sums, dbs, 0, lanes, t0 + i < end, tile > split, N, K)
                     before, of_exponent = (), ()
                     for k in tl.static_range(K):
@@ -345,11 +358,11 @@ def _backward_kernel(
                         dx += skip * d
                         dskip += x * d
                     if SOFTPLUS:
-                        d_delta *= sigmoid(_load(_at(dt_row, dt_1, t0, i, end, way), inside, COMPUTE) + bias)
+                        d_delta *= sigmoid(_load(dt_row + far * dt_1 + near * dt_1, inside, COMPUTE) + bias)
                     if HAS_BIAS:
                         dbias_sum += tl.where(inside, d_delta, 0.0)
-                    tl.store(_at(du_row, du_1, t0, i, end, way), dx.to(du.dtype.element_ty), inside)
-                    tl.store(_at(ddt_row, ddt_1, t0, i, end, way), d_delta.to(ddt.dtype.element_ty), inside)
+                    tl.store(du_row + far * du_1 + near * du_1, dx.to(du.dtype.element_ty), inside)
+                    tl.store(ddt_row + far * ddt_1 + near * ddt_1, d_delta.to(ddt.dtype.element_ty), inside)
 
         here = at_run.to(tl.int64) * size + channel * N
         _store_states(dA + here, da, mask, lane, N, K)
@@ -414,13 +427,16 @@ def _place_program(G, E, BLOCK_E: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _at(pointer, stride, t0, i: tl.constexpr, end, way):
-    """The pointer moved to where step t0 + i lies, or the last step if that is before; `way`: None, or a route's."""
-    if way is None:  # one 64-bit product for all i
-        moved = pointer + tl.cast(t0, tl.int64) * stride + tl.minimum(i, end - 1 - t0) * stride
+def _near(t0, i: tl.constexpr, end, way):
+    """Where step t0 + i lies, or the last step if that is before; `way`: None, or a route, the grid's size and height.
+
+    Counted from t0 where there is no route: a small number, so that a block of steps needs one 64-bit product, `far`.
+    """
+    if way is None:
+        near = tl.minimum(i, end - 1 - t0)
     else:
-        moved = pointer + place(tl.minimum(t0 + i, end - 1), way[0], way[1], way[2]).to(tl.int64) * stride
-    return moved
+        near = place(tl.minimum(t0 + i, end - 1), way[0], way[1], way[2]).to(tl.int64)
+    return near
 
 
 @triton.jit
@@ -449,12 +465,12 @@ def _store_states(pointer, values, mask, lane, N: tl.constexpr, K: tl.constexpr)
 
 
 @triton.jit
-def _load_matrix(pointer, lane, N: tl.constexpr, K: tl.constexpr, WORD: tl.constexpr, COMPUTE: tl.constexpr):
-    """K values of a row of B or C, the first at `pointer`, the same for all channels; WORD values a load."""
+def _load_matrix(pointer, lanes, N: tl.constexpr, K: tl.constexpr, WORD: tl.constexpr, COMPUTE: tl.constexpr):
+    """K values (1, LANES) of a row of B or C for all channels, the first at `pointer`; WORD values a load."""
     values = ()
     if WORD == 1:
         for k in tl.static_range(K):
-            values = values + (tl.load(pointer + k, lane * K + k < N, other=0.0).to(COMPUTE),)
+            values = values + (tl.load(pointer + k, lanes * K + k < N, other=0.0).to(COMPUTE),)
     else:
         words = pointer.to(tl.pointer_type(tl.int64), bitcast=True)
         for i in tl.static_range(K // WORD):
