@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -42,6 +42,17 @@ def use_backend(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _preferred = before
+
+
+def as_now(function: Callable) -> Callable:
+    """The function as it would run now, for a backward that runs it outside of the present `use_backend`."""
+    backend = _preferred
+
+    def run(*args):
+        with use_backend(backend):
+            return function(*args)
+
+    return run
 
 
 def resolve_backend(backend: Backend, device: torch.device, op: str) -> Literal["triton", "torch", "reference"]:

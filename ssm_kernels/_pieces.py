@@ -49,18 +49,25 @@ def cut(batch: int, length: int, size: int, cu_seqlens: Tensor | None, seq_idx: 
             by the device, which then raises at the next synchronisation.
     """
     if cu_seqlens is None and seq_idx is None:
-        return _cut_rows(batch, length, size, device)
+        # A table that is made while a graph is captured is not there until the graph is replayed: not for others.
+        return (_cut_rows if _is_captured(device) else _kept_cut_rows)(batch, length, size, device)
     if cu_seqlens is not None and seq_idx is None and cu_seqlens.device.type != "cpu":
         return _cut_on_device(batch, length, size, cu_seqlens)
     return _cut_sequences(parse_sequences(batch, length, cu_seqlens, seq_idx), length, size, device)
 
 
-@functools.lru_cache(maxsize=64)
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _cut_rows(batch: int, length: int, size: int, device: torch.device) -> Pieces:
     rows = torch.arange(batch, device=device)
     lengths = torch.full_like(rows, length)
     count = max_pieces(batch, length, batch, size, False)
     return _cut(rows, torch.zeros_like(rows), lengths, [rows.int(), rows.int()], count, size)
+
+
+_kept_cut_rows = functools.lru_cache(maxsize=64)(_cut_rows)
 
 
 @functools.lru_cache(maxsize=64)
@@ -79,8 +86,7 @@ _cuts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _cut_on_device(batch: int, length: int, size: int, cu_seqlens: Tensor) -> Pieces:
     # What a graph that is being captured computes must be in the graph: its bounds may change before it is replayed.
-    is_captured = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    known = {} if is_captured else _cuts.setdefault(cu_seqlens, {})
+    known = {} if _is_captured(cu_seqlens.device) else _cuts.setdefault(cu_seqlens, {})
     key = (cu_seqlens._version, batch, length, size)
     if key not in known:
         check_cu_seqlens(cu_seqlens, batch)

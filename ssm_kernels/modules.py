@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ._backend import as_now
 from ._recompute import not_kept
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .norm import rms_norm
@@ -112,7 +113,7 @@ class Mamba(nn.Module):
             return causal_conv1d(before, weight, self.conv1d.bias, "silu", conv, cu_seqlens=cu_seqlens)
 
         x, conv_end = convolve()
-        convolved = (x, lambda: convolve().y)
+        convolved = (x, as_now(lambda: convolve().y))
         with self._maybe_not_kept(convolved):
             low_rank, B, C = self._project(x)
         dt = self._steps(low_rank)
@@ -209,7 +210,7 @@ class Mamba2(nn.Module):
             return causal_conv1d(before, weight, self.conv1d.bias, "silu", conv, cu_seqlens=cu_seqlens)
 
         xBC, conv_end = convolve()
-        with not_kept((xBC, lambda: convolve().y)) if self.use_mem_eff_path else contextlib.nullcontext():
+        with not_kept((xBC, as_now(lambda: convolve().y))) if self.use_mem_eff_path else contextlib.nullcontext():
             x, B, C = self._scan_inputs(xBC)
             y, ssm_end = ssd(
                 x, dt, A, B, C, self.D, None, self.dt_bias, True, self.dt_limit, ssm,
@@ -217,7 +218,7 @@ class Mamba2(nn.Module):
             )  # fmt: skip
         _update(state, conv_end, ssm_end)
         if self.use_mem_eff_path and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return checkpoint(self._gated_projection, y, z, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(as_now(self._gated_projection), y, z, use_reentrant=False, preserve_rng_state=False)
         return self._gated_projection(y, z)
 
     def _gated_projection(self, y: Tensor, z: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from ssm_kernels import use_backend
 from ssm_kernels._recompute import not_kept
 from ssm_kernels.modules import Mamba, Mamba2
 
@@ -112,6 +113,17 @@ def test_checkpointing_a_mixer_still_works(kind, options):
     (plain,) = torch.autograd.grad(mixer(x).square().sum(), x)
     y = checkpoint(mixer, x, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], plain)
+
+
+@pytest.mark.parametrize(("kind", "options"), MIXERS)
+def test_what_is_computed_again_runs_on_the_backend_of_the_forward(kind, options):
+    torch.manual_seed(0)
+    mixer = kind(24, **options).double()
+    x = torch.randn(1, 9, 24, dtype=torch.float64, requires_grad=True)
+    (want,) = torch.autograd.grad(mixer(x).square().sum(), x)
+    with use_backend("reference"):
+        y = mixer(x)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], want)
 
 
 def test_a_tensor_changed_in_place_is_noticed():
