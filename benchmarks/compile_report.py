@@ -278,9 +278,10 @@ def _read_cubin(row: Row, cubin: bytes) -> None:
             for option in ("--dump-resource-usage", "-sass")
         )
     row.registers = int(re.search(r"REG:(\d+)", usage)[1])
-    row.spills = int(re.search(r"STACK:(\d+)", usage)[1])
     names = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
     names.pop("NOP", None)
+    # A stack that no instruction reads or writes holds no spill: on Blackwell some kernels reserve one.
+    row.spills = int(re.search(r"STACK:(\d+)", usage)[1]) if _count(names, r"LDL|STL") else 0
     row.instructions = names.total()
     row.exponentials = _count(names, r"MUFU\.EX2")
     row.shuffles = _count(names, r"SHFL")
@@ -293,7 +294,7 @@ def _read_amdgcn(row: Row, assembly: str) -> None:
         return int(found[1]) if found else 0
 
     row.registers = metadata("vgpr_count")
-    row.spills = metadata("vgpr_spill_count") + metadata("sgpr_spill_count")
+    row.spills = metadata("vgpr_spill_count")  # a scalar register spills to a lane of a vector one, not to memory
     names = collections.Counter(re.findall(r"^\t([a-z][a-z0-9_]*)(?=\s)", assembly, re.MULTILINE))
     row.instructions = names.total()
     row.exponentials = _count(names, r"v_exp_")

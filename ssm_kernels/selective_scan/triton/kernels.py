@@ -22,12 +22,13 @@ from ..._pieces import cut
 from ..._triton import adjacent, capability, on_device, processors
 from . import CHUNK, empty_like
 
-# Steps that are computed together, so that loads need not wait for stores; it divides CHUNK.
-UNROLL = 4
-# Programs of the backward for each processor, of one warp each: so many that the last to end wait little for others.
-PROGRAMS = 32
+# Steps that are computed together, so that loads need not wait for stores; it divides CHUNK. On a route fewer, here
+# and in the backward: where each step lies takes registers of its own.
+UNROLL, UNROLL_ROUTE = 4, 1
+# Programs of the backward for each processor, of one warp each: twice as many as registers allow at once.
+PROGRAMS = 16
 # Steps of the backward whose states are computed again together; it divides CHUNK.
-SUB = 4
+SUB, SUB_ROUTE = 4, 2
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -76,7 +77,7 @@ def _forward_kernel(
     if HAS_D:
         skip = tl.load(D + channel, mask, other=0.0).to(COMPUTE)
     state = channel * N  # in one row of states
-    size = (G * E).to(tl.int64) * N
+    size = tl.cast(G, tl.int64) * E * N
     if HAS_STARTS:
         h = _load_states(starts + piece * size + state, mask, lane, N, K, 1.0, COMPUTE)
     elif HAS_INITIAL:
@@ -191,7 +192,7 @@ def _adjoint_kernel(
                 g_next = g_next + (tl.exp2(delta * a[k]) * (g[k] + d * c[k]),)
             g = g_next
             total += delta
-    size = (G * E).to(tl.int64) * N
+    size = tl.cast(G, tl.int64) * E * N
     _store_states(arrivals + chunk * size + channel * N, g, mask, lane, N, K)
     tl.store(times + chunk * (G * E) + channel, total, mask)
 
@@ -221,7 +222,7 @@ def _backward_kernel(
     way = (tl.load(routes + group), length, height) if ROUTES else None
     lane = tl.arange(0, LANES)[None, :] + tl.zeros((BLOCK_E, 1), tl.int32)
     lanes = tl.arange(0, LANES)[None, :]
-    size = (G * E).to(tl.int64) * N
+    size = tl.cast(G, tl.int64) * E * N
     tile_size: tl.constexpr = BLOCK_E * LANES
     # Of this program: the states, K a thread, and then the steps, one a channel.
     states = scratch + program.to(tl.int64) * (tile_size * (CHUNK // SUB) * K + 2 * BLOCK_E * CHUNK)
@@ -586,7 +587,7 @@ def forward(
             _route_table(tuple(routes), u.device), length, height, groups, u.shape[3],
             *u.stride(), *dt.stride(), *_strides(z, 4), *y.stride(), *_strides(B, 3), *_strides(C, 3),
             HAS_STARTS=starts is not None and not ends_only, HAS_INITIAL=initial_states is not None and not ends_only,
-            KEEP=keep, ENDS_ONLY=ends_only, CHUNK=CHUNK, UNROLL=UNROLL, **options,
+            KEEP=keep, ENDS_ONLY=ends_only, CHUNK=CHUNK, UNROLL=UNROLL_ROUTE if routes else UNROLL, **options,
         )  # fmt: skip
 
     with on_device(u):
@@ -635,23 +636,24 @@ def backward(
     options = _options(_backward_tile(n), *constants)
     tiles = triton.cdiv(channels, options["BLOCK_E"])
     programs = PROGRAMS * processors(device)
-    run = max(1, n_chunks * groups // programs)
+    run = max(1, triton.cdiv(n_chunks * groups, programs))
     runs = triton.cdiv(n_chunks, run)
-    splits = min(tiles, triton.cdiv(programs, max(1, runs * groups)))
+    splits = max(1, min(tiles, programs // max(1, runs * groups)))
     dA = empty(runs, dim, n)
     dD, dbias = (None if x is None else empty(runs, dim) for x in (D, dt_bias))
     dB, dC = (empty(runs, dim, n) if m.dim() == 2 else empty(splits, *m.shape) for m in (B, C))
     if n_chunks:
         programs = runs * groups * splits
         block, lanes = options["BLOCK_E"], options["LANES"]
-        scratch = kept.new_empty(programs, block * (lanes * options["K"] * (CHUNK // SUB) + 2 * CHUNK))
+        sub = SUB_ROUTE if routes else SUB
+        scratch = kept.new_empty(programs, block * (lanes * options["K"] * (CHUNK // sub) + 2 * CHUNK))
         with on_device(u):
             _backward_kernel[(programs,)](
                 u, dt, A, B, C, D, z, dt_bias, kept, arrivals, dy, du, ddt, dA, dB, dC, dD, dz, dbias, scratch,
                 chunks.table, table, batch, length, height, groups, channels, n_chunks, run, splits, 1, block,
                 *u.stride(), *dt.stride(), *_strides(z, 4), *dy.stride(), *du.stride(), *ddt.stride(),
                 *_strides(None if z is None else dz, 4), *_strides(B, 3), *_strides(C, 3),
-                CHUNK=CHUNK, SUB=SUB, **options,
+                CHUNK=CHUNK, SUB=sub, **options,
             )  # fmt: skip
     sums = [None if x is None else x.sum(0) for x in (dA, dB, dC, dD, dbias)]
     dA, dB, dC, dD, dbias, dinitial = (
@@ -687,7 +689,7 @@ def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus):
 
 
 def _piece_size(batch: int, length: int, tiles: int, device: torch.device) -> int:
-    """Whole sequences where they give every processor two programs; else four a processor, at twice the work."""
+    """Whole sequences where they give every processor two programs; else for four, at up to twice the work."""
     whole = triton.cdiv(max(length, 1), CHUNK) * CHUNK
     programs = batch * tiles
     if programs == 0 or programs >= 2 * processors(device):
