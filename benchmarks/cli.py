@@ -128,6 +128,7 @@ class Roofline:
     """JSON file to write."""
 
     def run(self) -> None:
+        _check_ops(self.op)
         rows = []
         print(f"{'':<86}{'MB':>9}{'GFLOP':>9}{'Gexp':>8}{'FLOP/B':>8}" + "".join(f"{d:>25}" for d in self.device))
         for case in published(self.dtype, self.size):
@@ -162,6 +163,7 @@ class CompileReport:
     """JSON file to write; the table goes beside it as .txt."""
 
     def run(self) -> None:
+        _check_ops(self.op)
         largest = published("bf16", ("2.7b",))
         everything = largest if self.quick else shipped()
         targets = self.target or (("sm_90",) if self.quick else ("sm_80", "sm_90", "sm_100", "gfx942"))
@@ -171,7 +173,8 @@ class CompileReport:
         requests = []
         for target, cases in wanted.items():
             requests += compile_report.record([case for case in cases if case.op in self.op], target)
-        print(f"no Triton kernels: {', '.join(op for op in self.op if not Case(op).has_kernels) or 'none'}")
+        if without := [op for op in self.op if not Case(op).has_kernels]:
+            print(f"no Triton kernels: {', '.join(without)}")
         rows = compile_report.compile_all(requests, self.jobs)
         text = compile_report.table(rows)
         print(text)
@@ -202,6 +205,11 @@ class GPUSuite:
 
 
 COMMANDS = {"run": Run, "sweep": Sweep, "compile-report": CompileReport, "roofline": Roofline, "gpu-suite": GPUSuite}
+
+
+def _check_ops(ops: tuple[str, ...]) -> None:
+    if unknown := [op for op in ops if op not in OPS]:
+        raise ValueError(f"op must be among {', '.join(OPS)}; got {', '.join(unknown)}")
 
 
 def _fastest(device: str) -> Impl:

@@ -185,3 +185,9 @@ def test_occupancy_by_registers_shared_memory_and_warps():
     assert compile_report._occupancy(row(32, 0), hopper) == 1.0
     assert compile_report._occupancy(row(128, 0), hopper) == 0.25  # 4 blocks of 4 warps x 32 lanes x 128
     assert compile_report._occupancy(row(32, 100 << 10), hopper) == 2 * 4 / 64
+
+
+@pytest.mark.parametrize("command", ["compile-report", "roofline"])
+def test_an_unknown_op_is_named(command):
+    with pytest.raises(SystemExit, match="op must be among selective_scan, .* got norm"):
+        cli.main([command, "norm"])
