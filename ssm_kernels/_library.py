@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -30,3 +31,12 @@ def define_op(schema: str, body: Callable, fake: Callable) -> Callable:
     op = getattr(torch.ops.ssm_kernels, name).default
     BODIES[op] = body
     return op
+
+
+def from_kernels(package: str, name: str) -> Callable:
+    """A function of the package's `kernels` module, which is imported, and Triton with it, when it first runs."""
+
+    def body(*args):
+        return getattr(importlib.import_module(f"{package}.kernels"), name)(*args)
+
+    return body

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._library import define_op
+from ..._library import define_op, from_kernels
 
 
 def conv(
@@ -67,24 +67,6 @@ class _Conv(torch.autograd.Function):
         return dx, dweight, dbias, None, dinitial, None, None, None, None
 
 
-def _forward(*args):
-    from . import kernels
-
-    return kernels.forward(*args)
-
-
-def _backward(*args):
-    from . import kernels
-
-    return kernels.backward(*args)
-
-
-def _step(*args):
-    from . import kernels
-
-    return kernels.step(*args)
-
-
 def _forward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes, height):
     rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     return like(x, x.new_empty), x.new_empty(rows, weight.shape[1] - 1, weight.shape[0])
@@ -99,14 +81,16 @@ _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, Tensor? cu_seqlens, Tensor? seq_idx,"
     " int[] routes, int height"
 )
-_forward_op = define_op(f"causal_conv1d_triton({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
+_forward_op = define_op(
+    f"causal_conv1d_triton({_ARGUMENTS}) -> (Tensor, Tensor)", from_kernels(__name__, "forward"), _forward_fake
+)
 _backward_op = define_op(
     f"causal_conv1d_triton_backward({_ARGUMENTS}, Tensor dy, Tensor? dfinal) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    from_kernels(__name__, "backward"),
     _backward_fake,
 )
 _step_op = define_op(
     "causal_conv1d_triton_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
-    _step,
+    from_kernels(__name__, "step"),
     lambda state, x, weight, bias, silu: x.new_empty(x.shape),
 )

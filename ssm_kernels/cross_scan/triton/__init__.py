@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.autograd import Function
 
-from ..._library import define_op
+from ..._library import define_op, from_kernels
 
 
 def scan(x: Tensor, codes: list[int]) -> Tensor:
@@ -41,25 +41,13 @@ class _Merge(Function):
         return scan(dx, ctx.codes), None, None, None
 
 
-def _scan_body(*args):
-    from . import kernels
-
-    return kernels.scan(*args)
-
-
-def _merge_body(*args):
-    from . import kernels
-
-    return kernels.merge(*args)
-
-
 _scan_op = define_op(
     "cross_scan_triton(Tensor x, int[] codes) -> Tensor",
-    _scan_body,
+    from_kernels(__name__, "scan"),
     lambda x, codes: x.new_empty(x.shape[0], len(codes), x.shape[1] * x.shape[2], x.shape[3]),
 )
 _merge_op = define_op(
     "cross_merge_triton(Tensor y, int height, int width, int[] codes) -> Tensor",
-    _merge_body,
+    from_kernels(__name__, "merge"),
     lambda y, height, width, codes: y.new_empty(y.shape[0], height, width, y.shape[3]),
 )

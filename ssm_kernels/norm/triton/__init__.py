@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._library import define_op
+from ..._library import define_op, from_kernels
 
 
 def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
@@ -52,18 +52,6 @@ class _Norm(torch.autograd.Function):
         return dx, dresidual, dweight, None if z is None else dz, None, None, None, None
 
 
-def _forward(*args):
-    from . import kernels
-
-    return kernels.forward(*args)
-
-
-def _backward(*args):
-    from . import kernels
-
-    return kernels.backward(*args)
-
-
 def _forward_fake(x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype):
     rows = x.numel() // x.shape[-1]
     total = x.new_empty(0 if residual is None else x.shape, dtype=total_dtype)
@@ -80,12 +68,12 @@ def _backward_fake(v, weight, z, rstd, dy, dtotal, group_size, norm_before_gate,
 _forward_op = define_op(
     "norm_triton(Tensor x, Tensor? residual, Tensor weight, Tensor? z, float eps, int group_size,"
     " bool norm_before_gate, ScalarType total_dtype) -> (Tensor, Tensor, Tensor)",
-    _forward,
+    from_kernels(__name__, "forward"),
     _forward_fake,
 )
 _backward_op = define_op(
     "norm_triton_backward(Tensor v, Tensor weight, Tensor? z, Tensor rstd, Tensor dy, Tensor? dtotal, int group_size,"
     " bool norm_before_gate, ScalarType x_dtype, ScalarType residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    from_kernels(__name__, "backward"),
     _backward_fake,
 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._library import define_op
+from ..._library import define_op, from_kernels
 from ..._pieces import max_pieces
 
 CHUNK = 64
@@ -94,24 +94,6 @@ def empty_like(x: Tensor, empty=None) -> Tensor:
     return empty(batch, length, groups, channels)
 
 
-def _forward(*args):
-    from . import kernels
-
-    return kernels.forward(*args)
-
-
-def _backward(*args):
-    from . import kernels
-
-    return kernels.backward(*args)
-
-
-def _step(*args):
-    from . import kernels
-
-    return kernels.step(*args)
-
-
 def _forward_fake(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, softplus, routes, height, keep):
     batch, length = u.shape[:2]
     compute = torch.promote_types(u.dtype, torch.float32)
@@ -141,17 +123,19 @@ _INPUTS = (
 )
 _OPTIONS = "bool dt_softplus, int[] routes, int height"
 _forward_op = define_op(
-    f"selective_scan_triton({_INPUTS}, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+    f"selective_scan_triton({_INPUTS}, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)",
+    from_kernels(__name__, "forward"),
+    _forward_fake,
 )
 _backward_op = define_op(
     f"selective_scan_triton_backward({_INPUTS}, Tensor starts, Tensor dy, Tensor dfinal, {_OPTIONS})"
     f" -> ({', '.join(['Tensor'] * 9)})",
-    _backward,
+    from_kernels(__name__, "backward"),
     _backward_fake,
 )
 _step_op = define_op(
     "selective_scan_triton_step(Tensor(a!) state, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
     " Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor",
-    _step,
+    from_kernels(__name__, "step"),
     _step_fake,
 )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._library import define_op
+from ..._library import define_op, from_kernels
 
 
 def scan(
@@ -65,24 +65,6 @@ class _Scan(torch.autograd.Function):
         return *grads, None, None, None, dinitial if ctx.tensors[10] else None, *[None] * 6
 
 
-def _forward(*args):
-    from . import kernels
-
-    return kernels.forward(*args)
-
-
-def _backward(*args):
-    from . import kernels
-
-    return kernels.backward(*args)
-
-
-def _step(*args):
-    from . import kernels
-
-    return kernels.step(*args)
-
-
 def _step_fake(state, x, *rest):
     return x.new_empty(x.shape)
 
@@ -105,16 +87,18 @@ _ARGUMENTS = (
     " float dt_low, float dt_high, Tensor? initial_states, int chunk_size, Tensor? cu_seqlens, Tensor? seq_idx,"
     " int[] routes, int height, ScalarType out_dtype"
 )
-_forward_op = define_op(f"ssd_triton({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
+_forward_op = define_op(
+    f"ssd_triton({_ARGUMENTS}) -> (Tensor, Tensor)", from_kernels(__name__, "forward"), _forward_fake
+)
 _backward_op = define_op(
     f"ssd_triton_backward(Tensor dy, Tensor dfinal, {_ARGUMENTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    from_kernels(__name__, "backward"),
     _backward_fake,
 )
 _step_op = define_op(
     "ssd_triton_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
     " Tensor? dt_bias, bool dt_softplus, float dt_low, float dt_high) -> Tensor",
-    _step,
+    from_kernels(__name__, "step"),
     _step_fake,
 )
