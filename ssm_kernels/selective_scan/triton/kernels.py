@@ -22,13 +22,8 @@ from ..._pieces import cut
 from ..._triton import adjacent, capability, on_device, processors
 from . import CHUNK, empty_like
 
-# Steps that are computed together, so that loads need not wait for stores; it divides CHUNK. On a route fewer, here
-# and in the backward: where each step lies takes registers of its own.
-UNROLL, UNROLL_ROUTE = 4, 1
 # Programs of the backward for each processor, of one warp each: twice as many as registers allow at once.
 PROGRAMS = 16
-# Steps of the backward whose states are computed again together; it divides CHUNK.
-SUB, SUB_ROUTE = 4, 2
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -587,7 +582,7 @@ def forward(
             _route_table(tuple(routes), u.device), length, height, groups, u.shape[3],
             *u.stride(), *dt.stride(), *_strides(z, 4), *y.stride(), *_strides(B, 3), *_strides(C, 3),
             HAS_STARTS=starts is not None and not ends_only, HAS_INITIAL=initial_states is not None and not ends_only,
-            KEEP=keep, ENDS_ONLY=ends_only, CHUNK=CHUNK, UNROLL=UNROLL_ROUTE if routes else UNROLL, **options,
+            KEEP=keep, ENDS_ONLY=ends_only, CHUNK=CHUNK, UNROLL=_unroll(routes, u.device), **options,
         )  # fmt: skip
 
     with on_device(u):
@@ -629,7 +624,7 @@ def backward(
         if n_chunks:
             _adjoint_kernel[(n_chunks * tiles,)](
                 dt, A, C, z, dt_bias, dy, arrivals, times, chunks.table, table, length, height, groups, channels,
-                *dt.stride(), *_strides(z, 4), *dy.stride(), *_strides(C, 3), UNROLL=UNROLL, **shared,
+                *dt.stride(), *_strides(z, 4), *dy.stride(), *_strides(C, 3), UNROLL=_unroll(routes, device), **shared,
             )  # fmt: skip
         carry(chunks, arrivals, A.flatten(), times, dfinal, dinitial, reverse=True)
 
@@ -645,7 +640,7 @@ def backward(
     if n_chunks:
         programs = runs * groups * splits
         block, lanes = options["BLOCK_E"], options["LANES"]
-        sub = SUB_ROUTE if routes else SUB
+        sub = _sub(routes, device)
         scratch = kept.new_empty(programs, block * (lanes * options["K"] * (CHUNK // sub) + 2 * CHUNK))
         with on_device(u):
             _backward_kernel[(programs,)](
@@ -713,6 +708,24 @@ def _options(tile, u, dt_softplus, A, B, C, D, z, dt_bias, routes) -> dict[str, 
         "ROUTES": bool(routes),
         "COMPUTE": compute_type(u.dtype),
     }
+
+
+def _unroll(routes, device: torch.device) -> int:
+    """Steps that are computed together, so that loads need not wait for stores; it divides CHUNK.
+
+    Fewer on a route, where each step's place takes registers, and where the compiler for Ampere and Ada would spill.
+    """
+    return 1 if routes else 2 if _is_before_hopper(device) else 4
+
+
+def _sub(routes, device: torch.device) -> int:
+    """Steps of the backward whose states are computed again together, fewer as in `_unroll`; it divides CHUNK."""
+    return 2 if routes or _is_before_hopper(device) else 4
+
+
+def _is_before_hopper(device: torch.device) -> bool:
+    vendor, version = capability(device)
+    return vendor == "cuda" and version < 90
 
 
 def _tile(n: int, device: torch.device) -> dict[str, int]:
