@@ -373,14 +373,18 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, cha
 
 
 @needs_interpreter
-def test_offsets_beyond_32_bits():
-    """Two rows so far apart that their elements lie beyond 2**31; the memory between them is never touched."""
-    apart = 2**31 + 64
-    t = {k: v.bfloat16() for k, v in make(2, 3, 4, 4, D=False, dt_bias=False, initial_states=False).items()}
+@pytest.mark.parametrize("axis", ["batch", "time", "channels"])
+def test_offsets_beyond_32_bits(axis):
+    """Elements that lie more than 2**31 apart; the memory between them is never touched."""
+    t = make(2, 3, 4, 4, D=False, dt_bias=False, initial_states=False)
+    t = {k: v.bfloat16() for k, v in t.items()}
+    where = ["batch", "time", "channels"].index(axis)
     far = {}
-    for name in ("u", "dt", "B", "C", "z"):
-        storage = torch.empty(2 * apart, dtype=torch.bfloat16)
-        strides = (apart, *t[name].stride()[1:])
+    for name in ("u", "dt", "z") if axis == "channels" else ("u", "dt", "z", "B", "C"):
+        strides = list(t[name].stride())
+        strides[where] = 2**31 // (t[name].shape[where] - 1) + 64
+        reach = sum((n - 1) * s for n, s in zip(t[name].shape, strides, strict=True))
+        storage = torch.empty(reach + 1, dtype=torch.bfloat16)
         far[name] = storage.as_strided(t[name].shape, strides).copy_(t[name])
     one, two = selective_scan(**t, dt_softplus=True), selective_scan(**(t | far), dt_softplus=True)
     assert torch.equal(one.y, two.y) and torch.equal(one.final_states, two.final_states)

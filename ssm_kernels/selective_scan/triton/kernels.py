@@ -558,6 +558,7 @@ def forward(
     packed = cu_seqlens is not None or seq_idx is not None
     A, D, dt_bias, initial_states = (_contiguous(x) for x in (A, D, dt_bias, initial_states))
     B, C = (_contiguous(m) if m.dim() == 2 else adjacent(m) for m in (B, C))
+    u, dt, z, B, C = (_close(x) for x in (u, dt, z, B, C))
     options = _options(_tile(A.shape[1], u.device), u, dt_softplus, A, B, C, D, z, dt_bias, routes)
     tiles = groups * triton.cdiv(u.shape[3], options["BLOCK_E"])
 
@@ -604,6 +605,7 @@ def backward(
     dtypes = [None if x is None else x.dtype for x in (A, B, C, D, dt_bias, initial_states)]
     A, D, dt_bias, dfinal = (_contiguous(x) for x in (A, D, dt_bias, dfinal))
     B, C = (_contiguous(m) if m.dim() == 2 else adjacent(m) for m in (B, C))
+    u, dt, z, dy, B, C = (_close(x) for x in (u, dt, z, dy, B, C))
     constants = (u, dt_softplus, A, B, C, D, z, dt_bias, routes)
     options = _options(_tile(A.shape[1], u.device), *constants)
     compute, device = kept.dtype, u.device
@@ -758,6 +760,11 @@ def _word(matrix: Tensor, tile: dict[str, int]) -> int:
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _close(x: Tensor | None) -> Tensor | None:
+    """The tensor itself unless its steps are so far apart that offsets within a block of them pass 32 bits."""
+    return x.contiguous() if x is not None and x.dim() == 4 and x.stride(1) >= 1 << 28 else x
 
 
 def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
