@@ -14,7 +14,7 @@ from ..causal_conv1d import causal_conv1d, check_activation
 from ..causal_conv1d import triton as triton_conv
 from ..selective_scan import selective_scan
 from ..selective_scan import triton as triton_selective_scan
-from ..ssd import ssd
+from ..ssd import check_chunk_size, check_dt_limit, ssd
 from ..ssd import triton as triton_ssd
 from . import chunked, reference, triton
 
@@ -223,10 +223,8 @@ def cross_ssd(
         check_tensor("D", D, (k, heads, headdim) if D.dim() == 3 else (k, heads), like=x)
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, (k, heads), like=x)
-    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
-        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit!r}")
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
+    check_dt_limit(dt_limit)
+    check_chunk_size(chunk_size)
     check_no_nan("dt", dt)
     A, D, dt_bias = (m if m is None else m.flatten(0, 1) for m in (A, D, dt_bias))
     chosen = resolve_backend(backend, x.device, "ssd")

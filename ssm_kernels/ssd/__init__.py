@@ -70,8 +70,7 @@ def ssd(
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens)
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
+    check_chunk_size(chunk_size)
     chosen = resolve_backend(backend, x.device, "ssd")
 
     if chosen == "triton":
@@ -172,9 +171,20 @@ def _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens) 
         check_tensor("z", z, tuple(x.shape), like=x)
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, (heads,), like=x)
-    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
-        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit!r}")
+    check_dt_limit(dt_limit)
     if initial_states is not None:
         rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
         check_tensor("initial_states", initial_states, (rows, heads, headdim, B.shape[3]), like=x)
     check_no_nan("dt", dt)
+
+
+def check_dt_limit(dt_limit: tuple[float, float]) -> None:
+    """Raise a ValueError unless these are bounds of a step size."""
+    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit!r}")
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """Raise a ValueError unless this is a number of steps."""
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
