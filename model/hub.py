@@ -1,4 +1,4 @@
-"""Models on disk and on the Hugging Face Hub: `config.json`, `model.safetensors`, and what else a model brings."""
+"""Models on disk and on the Hugging Face Hub: `config.json`, weights, and what else a model brings."""
 
 from __future__ import annotations
 
@@ -6,30 +6,214 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub import PyTorchModelHubMixin, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor, nn
 
-from .config_io import from_json_dict, save_config
+from .config_io import load_config, save_config
+from .weights import DeviceMap, Weights, load_into, open_weights, save_weights
 
-WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+SMALL_FILES = (CONFIG, "params.json", TOKENIZER, "tokenizer_config.json", "*.index.json")
+"""What is downloaded besides weights."""
+WEIGHT_FILES = (
+    ("model.safetensors", "model-*-of-*.safetensors"),
+    ("consolidated.safetensors", "consolidated-*-of-*.safetensors"),
+    ("open_clip_model.safetensors",),
+    ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+    ("open_clip_pytorch_model.bin",),
+)
+"""Names of weights. Of a repository that has several kinds, the first is downloaded."""
+
+M = TypeVar("M", bound="HubModel")
+
+
+def fetch(
+    name_or_path: str | Path,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Path:
+    """A folder with the files of a model: the folder itself, or the Hub's snapshot of a repository.
+
+    Args:
+        name_or_path: a folder, or a repository such as `"state-spaces/mamba-130m"`.
+        patterns: of the files wanted, as `"*.json"`; those that the cache lacks are downloaded.
+        revision: branch, tag or commit; the newest of the main branch by default.
+        cache_dir: where downloads are kept; the Hub's own place (`HF_HOME`) by default.
+        token: for private and gated repositories; the one of `hf auth login` by default.
+        force_download: download again what the cache has.
+        local_files_only: use the cache alone, as `HF_HUB_OFFLINE=1` does.
+
+    Raises:
+        FileNotFoundError: no such folder, repository or revision, or not in the cache where nothing may be downloaded.
+        PermissionError: the repository is gated.
+        ConnectionError: the Hub cannot be reached, or fails.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no folder at {name}")
+    at = f"{name} at revision {revision!r}" if revision else name
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            allow_patterns=list(patterns),
+        )
+    except HFValidationError as e:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a name of the form 'owner/model'") from e
+    except GatedRepoError as e:
+        raise PermissionError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then run `hf auth login` or give "
+            "token="
+        ) from e
+    except RevisionNotFoundError as e:
+        raise FileNotFoundError(f"{name} has no revision {revision!r}: give a branch, a tag or a commit") from e
+    except RepositoryNotFoundError as e:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder nor a repository on the Hub that you may read. Check the spelling; for a "
+            "private repository run `hf auth login` or give token="
+        ) from e
+    except OfflineModeIsEnabled as e:
+        raise FileNotFoundError(_not_cached(at)) from e
+    except LocalEntryNotFoundError as e:
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            raise FileNotFoundError(_not_cached(at)) from e
+        raise ConnectionError(f"the Hub cannot be reached, and {at} is not in the local cache: {_first_line(e)}") from e
+    except (HfHubHTTPError, HTTPError) as e:
+        raise ConnectionError(f"{at} could not be downloaded: {_first_line(e)}. Try again; what came is kept") from e
+    return Path(folder)
+
+
+def fetch_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Path:
+    """`fetch` of `SMALL_FILES` and of one kind of weights, that which comes first in `WEIGHT_FILES`."""
+
+    def get(patterns: Sequence[str]) -> Path:
+        return fetch(
+            name_or_path,
+            patterns,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+
+    folder = get(SMALL_FILES)
+    if Path(name_or_path).expanduser().is_dir():
+        return folder
+    for kind in WEIGHT_FILES:
+        with contextlib.suppress(FileNotFoundError):  # offline, where the cache has another kind
+            folder = get((CONFIG, *kind))
+            if any(True for name in kind for _ in folder.glob(name)):
+                break
+    return folder
+
+
+def _not_cached(at: str) -> str:
+    return (
+        f"{at} is not in the local cache, or not all of it, and downloads are off (local_files_only, HF_HUB_OFFLINE). "
+        "Download it once with them on, or check HF_HOME and cache_dir"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 class HubModel(nn.Module, PyTorchModelHubMixin):
-    """A model with a `config` dataclass, saved and loaded by the Hub's own mixin.
+    """A model with a `config` dataclass, saved and loaded by name.
 
-    `save_pretrained(folder)`, `from_pretrained(name_or_folder)` and `push_to_hub(name)` are the mixin's. A folder is
-    replaced as a whole when it is complete, so that an interrupted save leaves the one before.
+    `save_pretrained(folder)` and `push_to_hub(name)` are the Hub's own mixin's. A folder is replaced as a whole when it
+    is complete, so that an interrupted save leaves the one before.
     """
 
     config_class: ClassVar[type]
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device_map: DeviceMap = "cpu",
+    ) -> M:
+        """A model from a folder or the Hub, ready for inference.
+
+        Args:
+            name_or_path: a folder, or a repository such as `"state-spaces/mamba-130m"`.
+            revision, cache_dir, token, force_download, local_files_only: see `fetch`.
+            dtype: of the weights; None keeps the file's. Parameters that a scan is most sensitive to stay float32.
+            device_map: where the weights are to lie: a device, `"auto"` (a GPU if there is one), or beginnings of
+                parameter names to devices, as `{"": "cpu", "backbone.layers.0": "cuda:0"}`; the longest that fits
+                decides.
+
+        Weights go straight to their place, one after the other: at most one file of them is in memory besides.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: see `fetch`; or the folder has no config or weights.
+            ValueError: a file is damaged or incomplete, the format is not known, or weights and config do not agree.
+        """
+        hub = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        folder = fetch_model(name_or_path, **hub)
+        config, weights = cls.open_checkpoint(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        load_into(model, weights, str(folder), dtype, device_map)
+        model.load_extras(folder, **hub)
+        return model.eval()
+
+    @classmethod
+    def open_checkpoint(cls, folder: Path) -> tuple[Any, Weights]:
+        """The config and the weights of a folder, both in this library's terms."""
+        if not (folder / CONFIG).exists():
+            raise FileNotFoundError(f"{folder} has no {CONFIG}, so what model it holds is unknown")
+        return load_config(cls.config_class, folder / CONFIG), open_weights(folder)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """As the mixin's, but all or nothing."""
@@ -41,46 +225,13 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
     def save_extras(self, folder: Path) -> None:
         """Write what belongs to the model besides weights and config."""
 
-    def load_extras(self, folder: Path) -> None:
-        """Read what `save_extras` wrote."""
+    def load_extras(self, folder: Path, **hub: Any) -> None:
+        """Read what `save_extras` wrote. `hub` are the arguments of `fetch`, for what lies elsewhere."""
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_config(self.config, save_directory / CONFIG)
-        save_file(unshared(self), save_directory / WEIGHTS, metadata={"format": "pt"})
+        save_weights(unshared(self), save_directory)
         self.save_extras(save_directory)
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        config: dict | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-    ):
-        if config is None:
-            raise FileNotFoundError(f"{model_id} has no {CONFIG}, so what model it holds is unknown")
-        folder = Path(model_id)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
-        model = cls(from_json_dict(cls.config_class, config))
-        load_weights(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
-        model.load_extras(folder)
-        return model.to(device=device, dtype=dtype).eval()
 
 
 def unshared(model: nn.Module) -> dict[str, Tensor]:
@@ -91,43 +242,6 @@ def unshared(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             state[name] = tensor.detach().contiguous()
     return state
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged or cut short.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return load_file(path)
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged or incomplete: {e}") from e
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a model, strictly.
-
-    Raises:
-        ValueError: lists every name that is missing, unexpected, or of another shape.
-    """
-    own = model.state_dict(keep_vars=True)
-    tied = {id(own[name]) for name in own if name in weights}
-    problems = [f"missing: {n}" for n, t in own.items() if n not in weights and id(t) not in tied]
-    problems += [f"unexpected: {n}" for n in weights if n not in own]
-    problems += [
-        f"shape of {n}: {tuple(weights[n].shape)} in the file, {tuple(t.shape)} in the model"
-        for n, t in own.items()
-        if n in weights and weights[n].shape != t.shape
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -182,6 +182,6 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         if self.tokenizer is not None:
             self.tokenizer.save(folder / "tokenizer.json")
 
-    def load_extras(self, folder: Path) -> None:
+    def load_extras(self, folder: Path, **hub: Any) -> None:
         if (folder / "tokenizer.json").exists():
             self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json")

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..model.hub import WEIGHTS, read_weights, replacing_folder
+from ..model.hub import replacing_folder
+from ..model.weights import WEIGHTS, open_weights
 
 logger = logging.getLogger("vlmamba.train")
 
@@ -43,7 +44,7 @@ def load_newest(folder: Path, parameters: dict[str, nn.Parameter], optimizer: to
     """
     for path in reversed(_steps(folder)):
         try:
-            weights = read_weights(path / WEIGHTS)
+            weights = open_weights(path / WEIGHTS)
             state = torch.load(path / "optimizer.pt", weights_only=True)
         except Exception as e:  # torch.load raises many kinds for a damaged file
             logger.warning("checkpoint %s is damaged (%s); trying the one before it", path, e)

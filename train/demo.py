@@ -13,10 +13,11 @@ import torch
 
 from ..connectors import ConnectorConfig
 from ..model.batch import collate
-from ..model.hub import load_weights, unshared
+from ..model.hub import unshared
 from ..model.tokenizer import Tokenizer
 from ..model.vit import ViT
 from ..model.vlm import VLM
+from ..model.weights import load_into
 from . import easy_vqa, plots
 from .data import Conversations, Record
 from .evaluate import answer_all
@@ -119,7 +120,7 @@ def new_model(
     """An untrained model around a trained encoder."""
     torch.manual_seed(seed)
     model = VLM(tiny_config(family, tokenizer.vocab_size, connector), tokenizer)
-    load_weights(model.vision.encoders[0], unshared(encoder), "the trained encoder")
+    load_into(model.vision.encoders[0], unshared(encoder), "the trained encoder")
     return model
 
 

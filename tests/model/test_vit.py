@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from vlmamba.model import CLIP_L_336, DINOV2_L_REG_384, SIGLIP_SO400M_384, ViT, ViTConfig
-from vlmamba.model.hub import load_weights
+from vlmamba.model.weights import load_into
 from vlmamba.model.weights_vision import vit_weights_from_transformers
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 42, "patch_size": 14}
@@ -43,7 +43,7 @@ def pair(request):
 
 def ours_of(theirs, config):
     vit = ViT(config).eval()
-    load_weights(vit, vit_weights_from_transformers(theirs.state_dict()), "transformers")
+    load_into(vit, vit_weights_from_transformers(theirs.state_dict()), "transformers")
     return vit
 
 

@@ -1,0 +1,72 @@
+"""The layouts that published checkpoints come in, and how each is told from the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FORMATS = {
+    "own": "config.json as this library writes it",
+    "state-spaces": "config.json with d_model, n_layer and ssm_cfg",
+    "transformers": "config.json with model_type",
+    "mistral": "params.json with dim, n_layers and n_groups",
+    "timm": "config.json with architecture and pretrained_cfg",
+    "ml-mamba": "latest-checkpoint.pt and a config.json that names an LLM backbone mamba2-*",
+    "cobra": "checkpoints/latest-checkpoint.pt and a config.json that names another LLM backbone",
+}
+"""Each format, and what it is told by."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or not an object; the message names it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}, so what model it holds is unknown")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold an object with named values, got {type(data).__name__}")
+    return data
+
+
+def recognise(folder: str | Path) -> str:
+    """The format of a checkpoint, one of `FORMATS`, told by its small files alone.
+
+    Raises:
+        FileNotFoundError: nothing there tells what it is.
+        ValueError: it is of none of the formats; the message says what was seen and what is known.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists() and (folder / "params.json").exists():
+        keys = read_json(folder / "params.json").keys()
+        if {"dim", "n_layers", "n_groups"} <= keys:
+            return "mistral"
+        raise _unknown(folder / "params.json", keys)
+    data = read_json(folder / "config.json")
+    keys = data.keys()
+    if "model_type" in keys:
+        return "transformers"
+    if "architecture" in keys and ("pretrained_cfg" in keys or "num_features" in keys):
+        return "timm"
+    if {"d_model", "n_layer", "ssm_cfg"} <= keys:
+        return "state-spaces"
+    if (folder / "latest-checkpoint.pt").exists() or (folder / "checkpoints" / "latest-checkpoint.pt").exists():
+        settings = data["model"] if isinstance(data.get("model"), dict) else data
+        if "llm_backbone_id" in settings:
+            return "ml-mamba" if str(settings["llm_backbone_id"]).startswith("mamba2") else "cobra"
+    if {"d_model", "n_layer"} <= keys or "language" in keys or {"patch_size", "width", "depth"} <= keys:
+        return "own"
+    raise _unknown(folder / "config.json", keys)
+
+
+def _unknown(path: Path, keys) -> ValueError:
+    known = "\n  ".join(f"{name}: {mark}" for name, mark in FORMATS.items())
+    seen = ", ".join(sorted(keys)) or "nothing"
+    return ValueError(f"{path} is of no known format: it has {seen}. Known are\n  {known}")

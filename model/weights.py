@@ -1,0 +1,395 @@
+"""Weights in files: read lazily and put, tensor by tensor, where the model is to lie."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+WEIGHTS = "model.safetensors"
+INDEX = ".index.json"
+SINGLE_FILES = (
+    WEIGHTS,
+    "consolidated.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+"""Where the weights of a folder are looked for, in this order; each may be the index of shards in its place."""
+
+DeviceMap = str | torch.device | Mapping[str, "str | int | torch.device"]
+"""A device; `"auto"`, a GPU if there is one; or beginnings of parameter names, whole parts each, to devices."""
+
+MAX_SHARD_SIZE = 5_000_000_000
+"""Bytes; larger weights are saved in several files."""
+
+_KEPT_IN_FLOAT32 = re.compile(r"(?:.*\.)?(?:(?:A_logs?|Ds?|dt_bias|dt_projs_bias)(?:_\w+)?|dt_proj\.bias)")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is not read yet."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+class Weights(Mapping[str, Tensor]):
+    """Names to tensors. `weights[name]` reads one tensor from its file; none is kept.
+
+    A tensor that was read may be a view of the file: copy it before the file changes. Names come in the order of the
+    files, and one file is open at a time, so that going through all of them holds one shard.
+    """
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]):
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shapes, without reading data."""
+        return {name: t.shape for name, t in self._tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes, without reading data."""
+        return {name: t.dtype for name, t in self._tensors.items()}
+
+    def lazy(self, name: str) -> LazyTensor:
+        """A tensor to be read later, for weights made of several."""
+        return self._tensors[name]
+
+    def renamed(self, names: Callable[[str], str | None] | Mapping[str, str]) -> Weights:
+        """The same tensors by other names, still unread.
+
+        Args:
+            names: from an old name to the new one, or to None to leave the tensor out; names that a mapping lacks stay.
+
+        Raises:
+            ValueError: two tensors would have the same name.
+        """
+        if isinstance(names, Mapping):
+            mapping = names
+            pairs = [(old, mapping.get(old, old)) for old in self]
+        else:
+            pairs = [(old, names(old)) for old in self]
+        kept = [(old, new) for old, new in pairs if new is not None]
+        twice = [new for new, n in Counter(new for _, new in kept).items() if n > 1]
+        if twice:
+            olds = [old for old, new in kept if new == twice[0]]
+            raise ValueError(f"{' and '.join(olds)} would both be named {twice[0]}")
+        return Weights({new: self._tensors[old] for old, new in kept})
+
+
+def open_weights(path: str | Path, pick: str | None = None) -> Weights:
+    """Open weights without reading them.
+
+    Args:
+        path: a `.safetensors` file, a pickle of tensors, or a folder with one of `SINGLE_FILES` or its shards.
+        pick: name of the file to open in a folder, where it is none of those or there are several.
+
+    A pickle of nested dictionaries gives names joined by dots. Pickles are read with `weights_only`, so that none can
+    run code, and mapped into memory as safetensors files are.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: a file is damaged, cut short, or holds code; or a shard that the index names is not there. The
+            message names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _find(path, pick)
+    elif not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    return _open_shards(path) if path.name.endswith(INDEX) else _open_files([path])
+
+
+def _find(folder: Path, pick: str | None) -> Path:
+    names = [pick] if pick else [name for single in SINGLE_FILES for name in (single, single + INDEX)]
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise FileNotFoundError(
+        f"{folder / pick} does not exist" if pick else f"{folder} has no weights: none of {', '.join(names)}"
+    )
+
+
+def _open_shards(index: Path) -> Weights:
+    try:
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(shard_of.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{index} is not an index of shards: {type(e).__name__}: {e}") from e
+    outside = [s for s in shards if not isinstance(s, str) or Path(s).name != s]
+    if outside:
+        raise ValueError(f"{index} names a shard outside its folder: {outside[0]!r}")
+    absent = [s for s in shards if not (index.parent / s).exists()]
+    if absent:
+        raise ValueError(
+            f"{index} names {len(absent)} of {len(shards)} shards that are not there, so the download is incomplete: "
+            + ", ".join(absent)
+        )
+    weights = _open_files([index.parent / s for s in shards])
+    lost = [f"{name} in {shard}" for name, shard in shard_of.items() if name not in weights]
+    if lost:
+        raise ValueError(f"{index} names tensors that their shards do not hold:\n  " + "\n  ".join(lost))
+    return weights
+
+
+def _open_files(paths: list[Path]) -> Weights:
+    open_file = _OneOpenFile()
+    tensors: dict[str, LazyTensor] = {}
+    for path in paths:
+        for name, (shape, dtype) in _contents(path).items():
+            if name in tensors:
+                raise ValueError(f"{path} holds {name}, which another shard holds too")
+            tensors[name] = LazyTensor(shape, dtype, lambda path=path, name=name: open_file.read(path, name))
+    return Weights(tensors)
+
+
+class _OneOpenFile:
+    """Lets go of a file when another is read."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+
+    def read(self, path: Path, name: str) -> Tensor:
+        if path != self.path:
+            self.path = self.get = None
+            self.get = _safetensors(path).get_tensor if _is_safetensors(path) else _pickled(path, "cpu").__getitem__
+            self.path = path
+        return self.get(name)
+
+
+def _contents(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    if not _is_safetensors(path):
+        return {name: (t.shape, t.dtype) for name, t in _pickled(path, "meta").items()}
+    file = _safetensors(path)
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    unknown = {s.get_dtype() for s in slices.values()} - _DTYPES.keys()
+    if unknown:
+        raise ValueError(f"{path} holds the dtypes {', '.join(sorted(unknown))}, which are not supported")
+    return {name: (torch.Size(s.get_shape()), _DTYPES[s.get_dtype()]) for name, s in slices.items()}
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors"
+
+
+def _safetensors(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as e:
+        raise _damaged(path, e) from e
+
+
+def _pickled(path: Path, device: str) -> dict[str, Tensor]:
+    with open(path, "rb") as f:
+        zipped = f.read(4) == b"PK\x03\x04"
+    try:
+        # Pickles from before PyTorch 1.6 cannot be mapped.
+        data = torch.load(path, map_location=device, weights_only=True, mmap=zipped and device != "meta")
+    except pickle.UnpicklingError as e:
+        if "Unsupported" in str(e) or "GLOBAL" in str(e):
+            reason = str(e).split("WeightsUnpickler error: ")[-1].split("\n")[0]
+            raise ValueError(
+                f"{path} is a pickle of more than tensors. Reading it could run code, so it is refused ({reason})"
+            ) from e
+        raise _damaged(path, e) from e
+    except Exception as e:  # torch.load raises many kinds for a damaged file
+        raise _damaged(path, e) from e
+    tensors = dict(_flattened(data, ""))
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors")
+    return tensors
+
+
+def _flattened(data: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(data, Tensor):
+        yield prefix.removesuffix("."), data
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _flattened(value, f"{prefix}{key}.")
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    with open(path, "rb") as f:
+        pointer = f.read(32).startswith(b"version https://git-lfs")
+    if pointer:
+        return ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
+    reason = str(error).split("\n")[0]
+    return ValueError(f"{path} is damaged or incomplete: {reason}. Delete it and download it again")
+
+
+def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write `model.safetensors`; or, where that would be larger than `MAX_SHARD_SIZE`, shards and their index.
+
+    Tensors are read shard by shard, and must not share memory.
+    """
+    shapes, dtypes = _shapes(weights), _dtypes(weights)
+    # Of no size: only the names are needed to plan the shards.
+    planned = {name: torch.empty(shapes[name], dtype=dtypes[name], device="meta") for name in weights}
+    plan = split_torch_state_dict_into_shards(planned, max_shard_size=MAX_SHARD_SIZE)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / (WEIGHTS + INDEX)).write_text(text, encoding="utf-8")
+
+
+def load_into(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap = "cpu",
+) -> None:
+    """Give a model its weights, strictly. It may have been built on the `meta` device.
+
+    Every parameter and buffer is made straight on its device and in its dtype, one after the other.
+
+    Args:
+        model: its parameters are replaced.
+        weights: by the names of the model's state dict. Of tied parameters one name is enough.
+        source: where the weights are from, for messages.
+        dtype: of what is floating; None keeps the file's. What a scan is most sensitive to (A_log, D and the bias of
+            the step size) is float32 at least.
+        device_map: see `DeviceMap`; the longest beginning that fits decides. Tied parameters lie where the first of
+            their names does.
+
+    Raises:
+        ValueError: lists every name that is missing, unexpected, of another shape or not a float; or tied parameters
+            that differ; or a name that `device_map` does not cover.
+    """
+    own = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, old in own.items():
+        names.setdefault(id(old), []).append(name)
+    _check_fit(model, own, names, weights, source)
+    devices = _devices(device_map, [same[0] for same in names.values()])
+
+    made: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            old = own[name]
+            new = torch.empty(
+                tensor.shape, dtype=dtype_of(name, tensor.dtype, dtype), device=devices[names[id(old)][0]]
+            ).copy_(tensor)
+            if id(old) not in made:
+                made[id(old)] = new
+            elif not torch.equal(made[id(old)], new.to(made[id(old)].device)):
+                raise ValueError(
+                    f"{source} does not fit {type(model).__name__}: {' and '.join(names[id(old)])} are tied in the "
+                    "model but differ in the file"
+                )
+    for key, same in names.items():
+        old, new = own[same[0]], made[key]
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for name in same:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, new)
+
+
+def _check_fit(
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    names: Mapping[int, list[str]],
+    weights: Mapping[str, Tensor],
+    source: str,
+) -> None:
+    shapes, dtypes = _shapes(weights), _dtypes(weights)
+    problems = [f"missing: {same[0]}" for same in names.values() if not any(name in shapes for name in same)]
+    problems += [f"unexpected: {name}" for name in shapes if name not in own]
+    known = [name for name in own if name in shapes]
+    problems += [
+        f"shape of {name}: {tuple(shapes[name])} in the file, {tuple(own[name].shape)} in the model"
+        for name in known
+        if shapes[name] != own[name].shape
+    ]
+    problems += [
+        f"dtype of {name}: {dtypes[name]} in the file, a {'float' if own[name].is_floating_point() else 'whole number'}"
+        " in the model"
+        for name in known
+        if dtypes[name].is_floating_point != own[name].is_floating_point()
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return weights.shapes if isinstance(weights, Weights) else {name: t.shape for name, t in weights.items()}
+
+
+def _dtypes(weights: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    return weights.dtypes if isinstance(weights, Weights) else {name: t.dtype for name, t in weights.items()}
+
+
+def dtype_of(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype that a parameter gets: the wanted one, but float32 at least where a scan needs it."""
+    if not stored.is_floating_point:
+        return stored
+    dtype = wanted or stored
+    return torch.promote_types(dtype, torch.float32) if _KEPT_IN_FLOAT32.fullmatch(name) else dtype
+
+
+def _devices(device_map: DeviceMap, names: list[str]) -> dict[str, torch.device]:
+    """The device of each name."""
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    by_beginning = device_map if isinstance(device_map, Mapping) else {"": device_map}
+    devices = {beginning: _device(beginning, device) for beginning, device in by_beginning.items()}
+    placed = {}
+    for name in names:
+        fitting = [b for b in devices if not b or name == b or name.startswith(b + ".")]
+        if not fitting:
+            raise ValueError(f"device_map covers {', '.join(map(repr, devices))}, but not the parameter {name}")
+        placed[name] = devices[max(fitting, key=len)]
+    return placed
+
+
+def _device(beginning: str, device: str | int | torch.device) -> torch.device:
+    where = f"device_map[{beginning!r}]" if beginning else "device_map"
+    if device == "disk":
+        raise ValueError(f"{where} is 'disk': offloading to disk is not supported; give a device with enough memory")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{where} must be a device such as 'cpu' or 'cuda:0', got {device!r}") from e
