@@ -29,7 +29,7 @@ from .weights import DeviceMap, Weights, load_into, open_weights, save_weights
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-SMALL_FILES = (CONFIG, "params.json", TOKENIZER, "tokenizer_config.json", "*.index.json")
+SMALL_FILES = (CONFIG, "params.json", TOKENIZER, "tokenizer_config.json", "*processor*.json", "*.index.json")
 """What is downloaded besides weights."""
 WEIGHT_FILES = (
     ("model.safetensors", "model-*-of-*.safetensors"),

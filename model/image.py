@@ -14,25 +14,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Resize to a square and normalise.
+    """Resize to a square and normalise, to the pixel as the published models do it.
 
-    Pixels become RGB by Pillow's own conversion (an alpha channel is dropped), and an orientation tag is not
-    applied, both as in the published models' preprocessing.
+    Pixels become RGB by Pillow's own conversion: an alpha channel is dropped, 16-bit values above 255 become 255,
+    and an orientation tag is not applied. The code of CLIP, Cobra and ML-Mamba does the same.
     """
 
     size: int = 224
-    resize: Literal["naive", "crop", "letterbox"] = "naive"
-    """`naive` ignores the aspect ratio; `crop` takes the middle; `letterbox` pads with the mean colour."""
+    resize: Literal["naive", "crop", "crop-floor", "letterbox"] = "naive"
+    """`naive` ignores the aspect ratio; `crop` brings the shorter side to `size` and takes the middle; `letterbox`
+    first adds borders of the mean colour. They are Cobra's three, by torchvision's rounding. `crop-floor` is `crop` by
+    the rounding of `transformers`: where an odd number of pixels is cut away, the middle may lie a pixel higher."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resize_to: int | None = None
+    """Side to resize to before the middle `size` pixels are taken; None is `size`."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
-        if self.resize not in ("naive", "crop", "letterbox"):
-            raise ValueError(f"resize must be 'naive', 'crop' or 'letterbox', got {self.resize!r}")
+        if self.resize not in (known := ("naive", "crop", "crop-floor", "letterbox")):
+            raise ValueError(f"resize must be one of {', '.join(map(repr, known))}; got {self.resize!r}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
+        if self.resize_to is not None and self.resize_to < self.size:
+            raise ValueError(f"resize_to must be at least size = {self.size}, got {self.resize_to}")
 
     def __call__(self, image: Image.Image | str | Path) -> Tensor:
         """An image or its path -> (3, size, size) float32.
@@ -40,20 +46,27 @@ class ImageProcessor:
         Raises:
             FileNotFoundError, ValueError: as `open_image`.
         """
-        image = open_image(image) if isinstance(image, str | Path) else image.convert("RGB")
-        if self.resize == "letterbox":
-            image = _pad_to_square(image, tuple(int(m * 255) for m in self.mean))
-        if self.resize == "crop":
-            scale = self.size / min(image.size)
-            # The longer side is cut down to a whole number of pixels, as torchvision does it.
-            image = image.resize(tuple(max(self.size, int(s * scale)) for s in image.size), Image.Resampling.BICUBIC)
-            left, top = (round((s - self.size) / 2) for s in image.size)
-            image = image.crop((left, top, left + self.size, top + self.size))
-        elif image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
+        pixels = torch.from_numpy(np.array(self.pixels(image))).permute(2, 0, 1).float() / 255
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (pixels - mean) / std
+
+    def pixels(self, image: Image.Image | str | Path) -> Image.Image:
+        """What the encoder sees: RGB, `size` pixels high and wide.
+
+        Raises:
+            FileNotFoundError, ValueError: as `open_image`.
+        """
+        image = open_image(image) if isinstance(image, str | Path) else image.convert("RGB")
+        if self.resize == "letterbox":
+            image = _letterbox(image, tuple(int(m * 255) for m in self.mean))
+        side = self.resize_to or self.size
+        target = (side, side) if self.resize == "naive" else _with_shorter_side(image.size, side)
+        if image.size != target:
+            image = image.resize(target, Image.Resampling.BICUBIC)
+        excess = [s - self.size for s in image.size]
+        # Python rounds a half to the even number, and so does torchvision, which is written in it.
+        left, top = (e // 2 if self.resize == "crop-floor" else round(e / 2) for e in excess)
+        return image.crop((left, top, left + self.size, top + self.size)) if any(excess) else image
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -75,8 +88,17 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} is damaged or cut short: {e}") from e
 
 
-def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, tuple((side - s) // 2 for s in image.size))
-    return square
+def _with_shorter_side(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height with the same aspect ratio; the longer side is cut down to a whole number of pixels."""
+    short, long = min(size), max(size)
+    longer = int(side * long / short)
+    return (side, longer) if size[0] == short else (longer, side)
+
+
+def _letterbox(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """Equal borders on both sides: where they would differ by a pixel, what comes out is that pixel short of square."""
+    width, height = image.size
+    across, down = ((max(image.size) - s) // 2 for s in image.size)
+    padded = Image.new("RGB", (width + 2 * across, height + 2 * down), colour)
+    padded.paste(image, (across, down))
+    return padded

@@ -7,11 +7,22 @@ of patches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .config_io import save_config
+from .hub import HubModel, fetch_model
+from .image import ImageProcessor
+from .weights import DeviceMap, load_into
+
+if TYPE_CHECKING:
+    from .config import VisionConfig
+
+PROCESSOR = "processor.json"
 
 
 @dataclass(frozen=True)
@@ -65,12 +76,16 @@ DINOV2_L_REG_384 = ViTConfig(
 )  # fmt: skip
 
 
-class ViT(nn.Module):
+class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extraction"):
     """Images to a grid of patch features, the class and register tokens left out."""
+
+    config_class = ViTConfig
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
+        self.processor: ImageProcessor | None = None
+        """What makes images into the pixels that the encoder expects; set by `from_pretrained`."""
         prefix = config.position_of_class + config.grid_size**2
         self.patch_embed = _PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
@@ -121,11 +136,73 @@ class ViT(nn.Module):
         n = int(self.config.position_of_class)
         class_position, grid = (table[:, :n] if n else None), table[:, n:]
         side = self.config.grid_size
-        if (h, w) != (side, side):
-            grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
-            grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True, align_corners=False)
-            grid = grid.flatten(2).mT.to(dtype)
-        return class_position, grid
+        return class_position, resample_positions(grid, (side, side), (h, w)).to(dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        config: VisionConfig | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device_map: DeviceMap = "cpu",
+    ) -> ViT:
+        """A published encoder with its `processor`, ready for inference.
+
+        >>> vit = ViT.from_pretrained("vit_so400m_patch14_siglip_384")  # doctest: +SKIP
+        >>> vit(vit.processor("picture.png")[None]).shape  # doctest: +SKIP
+        torch.Size([1, 27, 27, 1152])
+
+        Args:
+            name_or_path: a name in `formats.vision.VISION_ENCODERS`; or a repository or folder with a CLIP, SigLIP or
+                DINOv2 encoder by `transformers` or `timm`, or one that `save_pretrained` wrote.
+            config: how to run the weights; by default as `VISION_ENCODERS` has it, or as the files say. At another
+                `image_size` than the file's the position table is resampled.
+            revision, cache_dir, token, force_download, local_files_only, dtype, device_map: as for every model; see
+                `HubModel.from_pretrained`.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: it cannot be found, read or reached.
+            ValueError: a file is damaged or incomplete, or the encoder is none of those known.
+        """
+        from .formats.vision import VISION_ENCODERS, open_encoder  # they know this module
+
+        known = VISION_ENCODERS.get(str(name_or_path))
+        if known is not None and not Path(name_or_path).is_dir():
+            name_or_path, config = known.repo, config or known.config
+        folder = fetch_model(
+            name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        config, weights = open_encoder(folder, config)
+        with torch.device("meta"):
+            vit = cls(config.encoder)
+        load_into(vit, weights, str(folder), dtype, device_map)
+        vit.processor = config.processor
+        return vit.eval()
+
+    def save_extras(self, folder: Path) -> None:
+        if self.processor is not None:
+            save_config(self.processor, folder / PROCESSOR)
+
+
+def resample_positions(grid: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions of a grid of patches, (1, h * w, D), for a grid of another size: bicubic, antialiased, in float32, as
+    `timm` does it."""
+    if old == new:
+        return grid
+    image = grid.unflatten(1, old).permute(0, 3, 1, 2).float()
+    image = F.interpolate(image, new, mode="bicubic", antialias=True, align_corners=False)
+    return image.flatten(2).mT.to(grid.dtype)
 
 
 class _PatchEmbed(nn.Module):

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..config import VisionConfig
+from ..config_io import load_config
 from ..image import ImageProcessor
-from ..vit import CLIP_L_336, DINOV2_L_REG_384, SIGLIP_SO400M_384, ViTConfig, resample_positions
-from ..weights import LazyTensor, Weights
+from ..vit import CLIP_L_336, DINOV2_L_REG_384, PROCESSOR, SIGLIP_SO400M_384, ViTConfig, resample_positions
+from ..weights import LazyTensor, Weights, open_weights
 from . import read_json, recognise
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -53,10 +54,25 @@ are from: SigLIP with the exact GELU, as `timm` has it (its `transformers` confi
 (its files say 518, and 224 after preprocessing). CLIP is as OpenAI published it, with quick GELU."""
 
 
-def read_vision_config(folder: str | Path) -> VisionConfig:
-    """What the small files of a checkpoint say, `transformers`' or `timm`'s, taken by its word.
+def open_encoder(folder: str | Path, config: VisionConfig | None = None) -> tuple[VisionConfig, Weights]:
+    """An encoder on disk: how it is run, and its weights by `ViT`'s names, unread.
 
-    The encoder gets the size of the images that the preprocessing makes, so DINOv2 in `transformers`' files has 224.
+    Args:
+        folder: with a config and weights.
+        config: how to run it; by default what its files say.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_vision_config`, `open_weights` and `vision_weights`.
+    """
+    config = config or read_vision_config(folder)
+    return config, vision_weights(open_weights(folder), config.encoder)
+
+
+def read_vision_config(folder: str | Path) -> VisionConfig:
+    """What the small files of a checkpoint say, taken by their word.
+
+    The encoder gets the size of the images that the preprocessing makes: DINOv2 by `transformers` has 224 pixels, with
+    a position table for 518.
 
     Raises:
         FileNotFoundError: there is no config.
@@ -68,7 +84,13 @@ def read_vision_config(folder: str | Path) -> VisionConfig:
         return _read_transformers(folder)
     if kind == "timm":
         return _read_timm(folder)
-    raise ValueError(f"{folder / 'config.json'} must be of a vision encoder, by transformers or timm; it is {kind}'s")
+    if kind == "own":
+        encoder = load_config(ViTConfig, folder / "config.json")
+        processor = folder / PROCESSOR
+        if processor.exists():
+            return VisionConfig(encoder, load_config(ImageProcessor, processor))
+        return VisionConfig(encoder, ImageProcessor(encoder.image_size))
+    raise ValueError(f"{folder / 'config.json'} is of the format {kind!r}, which has no vision encoder alone")
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------
@@ -206,7 +228,9 @@ _TIMM_DEFAULTS = {
     **{"pre_norm": False, "act_layer": "gelu", "norm_eps": 1e-6},
 }
 # They change nothing about the features in evaluation.
-_TIMM_IGNORED = re.compile(r"num_classes|global_pool|fc_norm|dynamic_img_size|strict_img_size|weight_init|\w+_drop_rate")
+_TIMM_IGNORED = re.compile(
+    r"num_classes|global_pool|fc_norm|dynamic_img_size|strict_img_size|weight_init|\w+_drop_rate"
+)
 _TIMM_ONLY = {"in_chans": 3, "qkv_bias": True, "proj_bias": True, "final_norm": True, "qk_norm": False}
 
 
