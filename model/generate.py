@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+import contextlib
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .lm import MambaLM
+from ssm_kernels._backend import resolve_backend
+from ssm_kernels.modules import MixerState
+
 from .tokenizer import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from .lm import LMState, MambaLM
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,8 @@ class GenerationConfig:
     """Texts that end the answer and are not part of it."""
     seed: int = 0
     """Of the drawing, for each sequence alike, so that an answer does not depend on its neighbours."""
+    prefill_chunk: int = 4096
+    """Tokens of the prompts that are run at once; it bounds the memory that a long prompt takes."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -43,43 +58,272 @@ class GenerationConfig:
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
         if any(not s for s in self.stop):
             raise ValueError("stop must not hold an empty text")
+        if self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, got {self.prefill_chunk}")
+
+
+Embed = Callable[[int, int], Tensor]
+"""Gives the vectors of packed tokens from one place to another, (1, end - begin, D)."""
 
 
 @torch.no_grad()
 def generate_tokens(
     lm: MambaLM,
-    embeds: Tensor,
+    embeds: Tensor | Embed,
     cu_seqlens: Tensor,
     seen: Sequence[Sequence[int]],
     config: GenerationConfig,
     vocab_size: int,
+    *,
+    done: Sequence[bool] | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield, step by step, the next token of each of S sequences, as a list and as a tensor (S,).
 
     It goes on until the caller stops or `max_new_tokens` is reached: what ends a sequence is the caller's to say.
 
     Args:
-        embeds: (1, total, D) prompts one after the other.
+        embeds: (1, total, D) prompts one after the other; or a function that gives them piece by piece, so that they
+            need not all be there at once.
         cu_seqlens: (S + 1,) their bounds. Prompts are run packed, so none is padded.
         seen: tokens of each prompt, for the repetition penalty.
         vocab_size: tokens beyond it, which only fill up the embedding, are never chosen.
+        done: the caller's, read before each step: sequences that are True have ended, and are left out of the steps
+            whenever that halves the batch. They then keep giving the last token that they had.
+        decoder: of S rows; the sequences go on from the state in it, and it is advanced. Else they begin.
+
+    Raises:
+        ValueError: a prompt is empty.
     """
-    state = lm.new_state(len(cu_seqlens) - 1)
-    chooser = _Chooser(config, seen, vocab_size, embeds.device)
-    if config.max_new_tokens == 0 or not chooser.n:
+    n = len(cu_seqlens) - 1
+    if config.max_new_tokens == 0 or not n:
         return
-    at = (cu_seqlens[1:] - 1).to(embeds.device)
-    logits = lm(inputs_embeds=embeds, state=state, cu_seqlens=cu_seqlens, at=at).logits[0]  # (S, V)
-    for step in range(config.max_new_tokens):
-        tokens = chooser(logits)
-        yield tokens.tolist(), tokens
-        if step + 1 < config.max_new_tokens:
-            logits = lm(tokens[:, None], state=state).logits[:, 0]
+    device = lm.lm_head.weight.device
+    mine = decoder is None
+    if mine:
+        decoder = _take_decoder(lm, n)
+    try:
+        chooser = _Chooser(config, seen, vocab_size, device)
+        logits = prefill(lm, embeds, cu_seqlens, decoder.state, config.prefill_chunk)
+        rows = torch.arange(n, device=device)  # the sequences that are run
+        last = torch.zeros_like(rows)
+        for step in range(config.max_new_tokens):
+            tokens = chooser(logits)
+            last = last.index_copy(0, rows, tokens)
+            yield last.tolist(), last
+            if step + 1 == config.max_new_tokens:
+                return
+            if done is not None and any(done):
+                kept = _worth_keeping([done[i] for i in rows.tolist()])
+                if len(kept) < len(rows):
+                    kept = torch.tensor(kept, device=device)
+                    rows, tokens = rows[kept], tokens[kept]
+                    decoder.keep(kept)
+                    chooser.keep(kept)
+            logits = decoder(tokens)
+    finally:
+        if mine:
+            _give_back(lm, decoder)
+
+
+def _worth_keeping(done: list[bool]) -> list[int]:
+    """The rows to go on with: those that are not done, filled up with others to all, a half, a quarter, ... of them.
+
+    Few sizes occur then, so that few graphs are captured.
+    """
+    going = sorted(range(len(done)), key=lambda i: done[i])
+    n, alive = len(done), len(done) - sum(done)
+    while n > 1 and alive <= n // 2:
+        n //= 2
+    return sorted(going[:n])
+
+
+class Piece(NamedTuple):
+    """A run of places in a pack of sequences."""
+
+    begin: int
+    end: int
+    rows: slice
+    """The sequences of which it holds a part."""
+    cu_seqlens: Tensor
+    """Their bounds within the piece, int32, on the CPU."""
+    ends: list[int]
+    """Places within the piece at which a sequence has its last token."""
+
+
+def pieces(cu_seqlens: Tensor, size: int) -> Iterator[Piece]:
+    """Cut packed sequences in pieces of at most `size` places, whatever the bounds.
+
+    Raises:
+        ValueError: a sequence is empty.
+    """
+    bounds = cu_seqlens.tolist()
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
+        if a >= b:
+            raise ValueError(f"a prompt needs at least one token: prompt {i} has none")
+    for begin in range(0, bounds[-1], size):
+        end = min(begin + size, bounds[-1])
+        first, after = bisect.bisect_right(bounds, begin) - 1, bisect.bisect_left(bounds, end)
+        inside = [min(max(b - begin, 0), end - begin) for b in bounds[first : after + 1]]
+        ends = [b - begin - 1 for b in bounds[first + 1 : after + 1] if b <= end]
+        yield Piece(begin, end, slice(first, after), torch.tensor(inside, dtype=torch.int32), ends)
+
+
+def run_piece(lm: MambaLM, embeds: Tensor | Embed, piece: Piece, state: LMState, at: Sequence[int]) -> Tensor:
+    """Run one piece: logits (places, V) at these places of it. The state of its sequences is advanced."""
+    vectors = embeds[:, piece.begin : piece.end] if isinstance(embeds, Tensor) else embeds(piece.begin, piece.end)
+    rows = [MixerState(*(t[piece.rows] for t in layer)) for layer in state]  # views
+    places = torch.tensor(at, dtype=torch.int64, device=vectors.device)
+    return lm(inputs_embeds=vectors, state=rows, cu_seqlens=piece.cu_seqlens, at=places).logits[0]
+
+
+def prefill(lm: MambaLM, embeds: Tensor | Embed, cu_seqlens: Tensor, state: LMState, size: int) -> Tensor:
+    """Run packed prompts, at most `size` tokens at once: the logits after each, (S, V). The state is advanced.
+
+    The memory that this takes depends on `size` alone. The answer is, to rounding, that of one piece.
+    """
+    return torch.cat([run_piece(lm, embeds, piece, state, piece.ends) for piece in pieces(cu_seqlens, size)])
+
+
+class Decoder:
+    """Steps of some sequences, each by one token: last tokens (S,) to logits (S, V).
+
+    State, tokens and (in a graph) logits stay where they are in memory. On a GPU the first steps of a number of
+    sequences warm up, then a step is captured in a CUDA graph and replayed from there on: one graph for each number.
+    The host waits for nothing in a step. Where capture fails, the reason is logged once and steps run one by one.
+
+    The rules are those of `torch.cuda.graphs`: warm-up on a side stream, static memory, nothing read by the host.
+    Not run on a GPU; what is tested on a CPU is that addresses stay and that nothing is read.
+    """
+
+    WARM_UP = 3
+    """Steps before capture; they are steps of the answer, so that a short one is never slowed down by a capture."""
+
+    def __init__(self, lm: MambaLM, batch: int):
+        self.lm = weakref.proxy(lm)
+        with torch.inference_mode(False):  # else the state could not be updated outside of that mode
+            self.buffers = lm.new_state(batch)
+            self.device = lm.lm_head.weight.device
+            self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        # Not where the layers are spread over several devices.
+        self.may_capture = has_graphs(self.device) and all(layer.ssm.device == self.device for layer in self.buffers)
+        self.captured_with = surroundings(lm)
+        self.use(batch)
+
+    def use(self, batch: int) -> None:
+        """Work on the first rows of the memory, as they stand."""
+        self.batch, self.steps = batch, 0
+        self.state: LMState = [MixerState(*(t[:batch] for t in layer)) for layer in self.buffers]
+
+    def reset(self) -> None:
+        """Sequences that have not begun."""
+        for layer in self.state:
+            for t in layer:
+                t.zero_()
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, which become the first ones."""
+        for layer in self.state:
+            for t in layer:
+                t[: len(rows)] = t[rows]
+        self.use(len(rows))
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Advance each sequence by its token. The logits hold until the next step."""
+        self.tokens[: self.batch, 0].copy_(tokens)
+        if self.may_capture and self.steps == self.WARM_UP and self.batch not in self.graphs:
+            try:
+                self.graphs[self.batch] = capture(self.step, self.device)
+            except RuntimeError as e:
+                self.may_capture = False
+                _say_once(f"decoding runs without a CUDA graph, since capture failed: {e}")
+        if self.batch in self.graphs:
+            replay, logits = self.graphs[self.batch]
+            replay()
+            return logits
+        self.steps += 1
+        return warm_up(self.step, self.device) if self.may_capture else self.step()
+
+    def step(self) -> Tensor:
+        """What is captured."""
+        return self.lm(self.tokens[: self.batch], state=self.state).logits[:, 0]
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether work on this device can be captured."""
+    return device.type == "cuda"
+
+
+def warm_up(step: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """Run a step on a side stream, as it must be run before its capture."""
+    here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        result = step()
+    here.wait_stream(side)
+    result.record_stream(here)
+    return result
+
+
+def capture(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Capture a step without running it: what replays it, and where its result then lies.
+
+    Raises:
+        RuntimeError: the step does what a graph cannot hold.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may allocate meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = step()
+    return graph.replay, result
+
+
+_already_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _already_said:
+        _already_said.add(message)
+        logger.warning(message)
+
+
+# The last decoder of each model, for its graphs; it is taken out while it is used.
+_decoders: weakref.WeakKeyDictionary[MambaLM, Decoder] = weakref.WeakKeyDictionary()
+
+
+def _take_decoder(lm: MambaLM, batch: int) -> Decoder:
+    decoder = _decoders.pop(lm, None)
+    if decoder is None or len(decoder.tokens) < batch or decoder.captured_with != surroundings(lm):
+        decoder = Decoder(lm, batch)
+    decoder.use(batch)
+    decoder.reset()
+    return decoder
+
+
+def _give_back(lm: MambaLM, decoder: Decoder) -> None:
+    if has_graphs(decoder.device):
+        _decoders[lm] = decoder
+
+
+def surroundings(lm: MambaLM) -> tuple:
+    """What a graph has taken in for good, besides the memory that is the decoder's own."""
+    device = lm.lm_head.weight.device
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    kernels = resolve_backend("auto", device, "ssd")
+    weights = tuple((t.data_ptr(), t.dtype) for t in itertools.chain(lm.parameters(), lm.buffers()))
+    return device, autocast, kernels, torch.get_float32_matmul_precision(), weights
+
+
+def state_bytes(state: LMState) -> int:
+    """Memory of a state; the same however long the sequences are."""
+    return sum(t.numel() * t.element_size() for layer in state for t in layer)
 
 
 class _Chooser:
     def __init__(self, config: GenerationConfig, seen: Sequence[Sequence[int]], vocab_size: int, device: torch.device):
-        self.config, self.vocab_size, self.n = config, vocab_size, len(seen)
+        self.config, self.vocab_size = config, vocab_size
         # Not one generator for all: a sequence's draws must be those it would make alone.
         self.generators = [torch.Generator(device).manual_seed(config.seed) for _ in seen]
         self.occurred = None
@@ -88,23 +332,30 @@ class _Chooser:
             for row, tokens in zip(self.occurred, seen, strict=True):
                 row[[t for t in tokens if t >= 0]] = True
 
+    def keep(self, rows: Tensor) -> None:
+        self.generators = [self.generators[i] for i in rows.tolist()]
+        if self.occurred is not None:
+            self.occurred = self.occurred[rows]
+
     def __call__(self, logits: Tensor) -> Tensor:
         logits = logits[:, : self.vocab_size]
         config = self.config
         if self.occurred is not None:
             p = config.repetition_penalty
             logits = torch.where(self.occurred, torch.where(logits > 0, logits / p, logits * p), logits)
-        if config.temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
-            probabilities = truncated(logits / config.temperature, config.top_k, config.top_p).softmax(-1)
-            drawn = [
-                torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, self.generators, strict=True)
-            ]
-            tokens = torch.cat(drawn)
+        if config.temperature > 0:
+            logits = truncated(logits / config.temperature, config.top_k, config.top_p) - self._noise(logits).log()
+        tokens = logits.argmax(-1)
         if self.occurred is not None:
-            self.occurred[torch.arange(self.n, device=tokens.device), tokens] = True
+            self.occurred.scatter_(1, tokens[:, None], True)
         return tokens
+
+    def _noise(self, logits: Tensor) -> Tensor:
+        """Exponential: the token with the largest p / noise is a draw from p. `multinomial` makes the host wait."""
+        noise = torch.empty_like(logits)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return noise.clamp_(min=torch.finfo(noise.dtype).tiny)
 
 
 def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -126,11 +377,14 @@ class Answer:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
         self.eos_id, self.stop = tokenizer.eos_id, stop
         self.stream = TextStream(tokenizer)
+        self.ids: list[int] = []
+        """Its tokens, the end-of-text token included."""
         self.text = ""
         self.done = False
 
     def push(self, token: int) -> None:
         """Take the next token. Text that may be the beginning of a stop text is held back until that is decided."""
+        self.ids.append(token)
         if token == self.eos_id:
             self.finish()
             return
@@ -150,3 +404,65 @@ class Answer:
     def _held_back(self) -> int:
         text = self.stream.given
         return max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
+def answer_packed(
+    lm: MambaLM,
+    embeds: Tensor | Embed,
+    cu_seqlens: Tensor,
+    seen: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    config: GenerationConfig,
+    decoder: Decoder | None = None,
+) -> Iterator[list[Answer]]:
+    """Answer packed prompts, giving the answers after each step and once more when they are complete.
+
+    The arguments are those of `generate_tokens`.
+    """
+    given = [Answer(tokenizer, config.stop) for _ in seen]
+    done = [False] * len(given)
+    steps = generate_tokens(lm, embeds, cu_seqlens, seen, config, tokenizer.vocab_size, done=done, decoder=decoder)
+    with contextlib.closing(steps):
+        for tokens, _ in steps:
+            for i, (answer, token) in enumerate(zip(given, tokens, strict=True)):
+                if not answer.done:
+                    answer.push(token)
+                    done[i] = answer.done
+            yield given
+            if all(done):
+                return
+    for answer in given:
+        answer.finish()
+    yield given
+
+
+def pieces_of_text(steps: Iterator[list[Answer]]) -> Iterator[str]:
+    """The text of one answer as it grows, piece by piece."""
+    given = ""
+    for (answer,) in steps:
+        piece, given = answer.text[len(given) :], answer.text
+        if piece:
+            yield piece
+
+
+def write_on(lm: MambaLM, prompts: Sequence[str], config: GenerationConfig | None) -> Iterator[list[Answer]]:
+    """`answer_packed` for texts. An empty one becomes the end-of-text token, after which a document begins.
+
+    Raises:
+        ValueError: the model has no tokenizer.
+    """
+    if lm.tokenizer is None:
+        raise ValueError("the model has no tokenizer: set model.tokenizer")
+    seen = [lm.tokenizer.encode(p) or [lm.tokenizer.eos_id] for p in prompts]
+    return answer_packed(lm, *packed_tokens(lm, seen), seen, lm.tokenizer, config or GenerationConfig())
+
+
+def packed_tokens(lm: MambaLM, tokens: Sequence[Sequence[int]]) -> tuple[Embed, Tensor]:
+    """Sequences of tokens one after the other: what embeds them, and their bounds."""
+    ids = torch.tensor([t for sequence in tokens for t in sequence], dtype=torch.int64)
+    bounds = torch.tensor([0, *itertools.accumulate(len(t) for t in tokens)], dtype=torch.int32)
+
+    def embed(begin: int, end: int) -> Tensor:
+        return lm.embed(ids[begin:end].to(lm.lm_head.weight.device)).unsqueeze(0)
+
+    return embed, bounds

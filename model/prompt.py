@@ -33,10 +33,12 @@ class PromptTemplate:
     Args:
         user: text of a user turn, given the message and whether it is the first one.
         answer: text of an assistant turn.
+        has_turns: whether a conversation may go on after the first answer.
     """
 
     user: Callable[[str, bool], str]
     answer: Callable[[str], str]
+    has_turns: bool = True
 
     def encode(
         self, tokenizer: Tokenizer, turns: Sequence[Turn], n_image_tokens: int = 0
@@ -51,12 +53,22 @@ class PromptTemplate:
         check_turns(turns)
         ids, labels = [IMAGE_TOKEN] * n_image_tokens, [IGNORE] * n_image_tokens
         for i, turn in enumerate(turns):
-            message = turn.text.replace("<image>", "").strip()
             is_answer = turn.role == "assistant"
-            tokens = tokenizer.encode(self.answer(message) if is_answer else self.user(message, i == 0))
+            if is_answer:
+                tokens = self.encode_answer(tokenizer, turn.text)
+            else:
+                tokens = tokenizer.encode(self.user(_cleaned(turn.text), i == 0))
             ids += tokens
             labels += tokens if is_answer else [IGNORE] * len(tokens)
         return ids, labels
+
+    def encode_answer(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """An answer as it follows its prompt, its end included."""
+        return tokenizer.encode(self.answer(_cleaned(text)))
+
+
+def _cleaned(text: str) -> str:
+    return text.replace("<image>", "").strip()
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
@@ -89,7 +101,7 @@ TEMPLATES: dict[str, PromptTemplate] = {
     # Of LLaVA-1.5, whose recipe VL-Mamba follows.
     "vicuna": PromptTemplate(_vicuna_user, lambda answer: f" {answer}{END_OF_TEXT}"),
     # Of the align stage: a caption and nothing else, the request for it left out.
-    "caption": PromptTemplate(lambda message, first: "", lambda answer: f"{answer}{END_OF_TEXT}"),
+    "caption": PromptTemplate(lambda message, first: "", lambda answer: f"{answer}{END_OF_TEXT}", has_turns=False),
     # Of the demo.
     "qa": PromptTemplate(lambda message, first: f"{message}\n", lambda answer: f"{answer}{END_OF_TEXT}"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from ..connectors import build_connector
 from .batch import Batch, Sample, collate, image_places
 from .config import VLMConfig
-from .generate import Answer, GenerationConfig, generate_tokens
+from .generate import Answer, Embed, GenerationConfig, answer_packed, pieces_of_text
 from .hub import HubModel
 from .lm import MambaLM
 from .prompt import IGNORE, Turn, get_template
+from .score import BATCH_SIZE, Score, batches, score_packed
 from .tokenizer import Tokenizer
 from .vit import ViT
 
@@ -81,18 +83,29 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         Raises:
             ValueError: the places for image features are not as many as the features.
         """
+        return self._embedder(batch)(0, batch.n_tokens)
+
+    def _embedder(self, batch: Batch) -> Embed:
+        """What gives the vectors of a batch piece by piece. Images are encoded here, once."""
         places = image_places(batch.input_ids)
-        embeds = self.language_model.embed(batch.input_ids.masked_fill(places, 0))
+        n_places = int(places.sum())
+        features = None
         if batch.images:
-            features = self.connector(self.vision(batch.images)).flatten(0, 1).to(embeds.dtype)
-            if len(features) != int(places.sum()):
-                raise ValueError(
-                    f"the images give {len(features)} features, but input_ids has {int(places.sum())} places"
-                )
-            embeds = embeds.masked_scatter(places[:, None], features)
-        elif places.any():
-            raise ValueError(f"input_ids has {int(places.sum())} places for image features, but there is no image")
-        return embeds.unsqueeze(0)
+            features = self.connector(self.vision(batch.images)).flatten(0, 1)
+            if len(features) != n_places:
+                raise ValueError(f"the images give {len(features)} features, but input_ids has {n_places} places")
+        elif n_places:
+            raise ValueError(f"input_ids has {n_places} places for image features, but there is no image")
+
+        def embed(begin: int, end: int) -> Tensor:
+            here = places[begin:end]
+            embeds = self.language_model.embed(batch.input_ids[begin:end].masked_fill(here, 0))
+            if features is not None:
+                before = int(places[:begin].sum()) if begin else 0
+                embeds = embeds.masked_scatter(here[:, None], features[before:].to(embeds))
+            return embeds.unsqueeze(0)
+
+        return embed
 
     @property
     def image_tokens(self) -> int:
@@ -129,54 +142,73 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         Raises:
             ValueError, FileNotFoundError: as `prepare`; or there are not as many images as conversations.
         """
-        *_, answers = self._answer(conversations, images, config or GenerationConfig())
+        *_, answers = self._answers(conversations, images, config or GenerationConfig())
         return [a.text for a in answers]
 
     def stream(
         self, conversation: Sequence[Turn] | str, image: Picture | None = None, config: GenerationConfig | None = None
     ) -> Iterator[str]:
         """Answer one conversation, giving the text piece by piece."""
-        given = ""
-        for (answer,) in self._answer([conversation], [image], config or GenerationConfig()):
-            piece, given = answer.text[len(given) :], answer.text
-            if piece:
-                yield piece
+        return pieces_of_text(self._answers([conversation], [image], config or GenerationConfig()))
 
-    def _answer(self, conversations, images, config: GenerationConfig) -> Iterator[list[Answer]]:
+    def score(
+        self,
+        conversations: Sequence[Sequence[Turn] | str],
+        images: Sequence[Picture | None],
+        answers: Sequence[Sequence[str]],
+        batch_size: int = BATCH_SIZE,
+    ) -> list[list[Score]]:
+        """How likely given answers are, the end of the answer included. A prompt is run once for all its answers.
+
+        So `greedy` says whether `generate` would give exactly this answer; and of a choice between answers, `pick`
+        takes the one that the model would give most often.
+
+        Args:
+            conversations, images: as in `generate`.
+            answers: for each conversation, one or more.
+            batch_size: answers that are run together.
+
+        Raises:
+            ValueError, FileNotFoundError: as `generate`; or there are not as many lists of answers as conversations.
+        """
+        if len(answers) != len(conversations):
+            raise ValueError(
+                f"answers must have one list a conversation ({len(conversations)}), got {len(answers)} of them"
+            )
+        for i, texts in enumerate(answers):
+            if isinstance(texts, str):
+                raise ValueError(f"answers[{i}] must be a list of texts, got the text {texts!r}")
+        samples = self._prompts(conversations, images)
+        tokens = [[self.template.encode_answer(self.tokenizer, a) for a in texts] for texts in answers]
+        scores: list[list[Score]] = []
+        for chosen in batches([len(texts) for texts in tokens], batch_size):
+            embed, bounds = self.packed(samples[chosen])
+            scores += score_packed(self.language_model, embed, bounds, tokens[chosen], batch_size)
+        return scores
+
+    def _answers(self, conversations, images, config: GenerationConfig) -> Iterator[list[Answer]]:
+        samples = self._prompts(conversations, images)
+        if not samples:
+            return iter([[]])
+        embed, bounds = self.packed(samples)
+        return answer_packed(self.language_model, embed, bounds, [s.input_ids for s in samples], self.tokenizer, config)
+
+    def _prompts(self, conversations, images) -> list[Sample]:
         if len(conversations) != len(images):
             raise ValueError(f"images must have one entry a conversation ({len(conversations)}), got {len(images)}")
-        samples = [
+        return [
             self.prepare([Turn("user", c)] if isinstance(c, str) else c, image)
             for c, image in zip(conversations, images, strict=True)
         ]
-        answers = [Answer(self.tokenizer, config.stop) for _ in samples]
-        if not samples:
-            yield answers
-            return
-        with torch.no_grad():
-            device = self.language_model.lm_head.weight.device
-            batch = collate(samples).to(device)
-            dtype = self.language_model.lm_head.weight.dtype
-            batch = Batch(batch.input_ids, batch.labels, batch.cu_seqlens, tuple(i.to(dtype) for i in batch.images))
-            embeds = self.embed(batch)
-        steps = generate_tokens(
-            self.language_model,
-            embeds,
-            batch.cu_seqlens,
-            [s.input_ids for s in samples],
-            config,
-            self.tokenizer.vocab_size,
-        )
-        for tokens, _ in steps:
-            for answer, token in zip(answers, tokens, strict=True):
-                if not answer.done:
-                    answer.push(token)
-            yield answers
-            if all(a.done for a in answers):
-                return
-        for answer in answers:
-            answer.finish()
-        yield answers
+
+    @torch.no_grad()
+    def packed(self, samples: Sequence[Sample]) -> tuple[Embed, Tensor]:
+        """What embeds samples one after the other, and their bounds."""
+        batch = collate(samples)
+        encoder = next(self.vision.parameters())
+        images = tuple(i.to(encoder.device, encoder.dtype) for i in batch.images)
+        batch = replace(batch.to(self.language_model.backbone.embedding.weight.device), images=images)
+        return self._embedder(batch), batch.cu_seqlens
 
     def save_extras(self, folder: Path) -> None:
         if self.tokenizer is not None:

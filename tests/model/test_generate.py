@@ -1,0 +1,327 @@
+"""Generation: prompts in pieces, decoding on memory that stays in place, ended sequences, text in and text out."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ssm_kernels._triton import Target, pretend
+from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer, generate
+from vlmamba.model.generate import (
+    Decoder,
+    generate_tokens,
+    packed_tokens,
+    pieces,
+    prefill,
+    state_bytes,
+    write_on,
+)
+
+TOKENIZER = Tokenizer.train(["once upon a time there was a state", "and it did not grow"] * 5, 300)
+CONFIGS = {
+    "mamba": LMConfig(32, 2, 300, "mamba", d_state=4),
+    "mamba2": LMConfig(32, 2, 300, "mamba2", d_state=8, headdim=16, chunk_size=8),
+}
+LENGTHS = (5, 1, 23, 64, 2, 17)
+PROMPTS = [torch.randint(1, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
+
+
+@pytest.fixture(params=CONFIGS)
+def lm(request):
+    torch.manual_seed(0)
+    model = MambaLM(CONFIGS[request.param]).eval()
+    model.tokenizer = TOKENIZER
+    with torch.no_grad():
+        model.backbone.embedding.weight.mul_(30)
+        for layer in model.backbone.layers:
+            layer.mixer.out_proj.weight.mul_(10)
+            layer.mixer.A_log.sub_(4)  # a slow decay: the first tokens still count at the end
+    return model
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 24, 112, 200])
+def test_pieces_cover_the_pack_and_name_its_sequences(size):
+    owner = [s for s, n in enumerate(LENGTHS) for _ in range(n)]
+    end_places = (bounds(LENGTHS)[1:] - 1).tolist()
+    at, ends = 0, []
+    for piece in pieces(bounds(LENGTHS), size):
+        assert piece.begin == at and piece.begin < piece.end <= piece.begin + size
+        inside = owner[piece.begin : piece.end]
+        rows = range(len(LENGTHS))[piece.rows]
+        assert list(rows) == sorted(set(inside))
+        assert piece.cu_seqlens.diff().tolist() == [inside.count(r) for r in rows]
+        ends += [piece.begin + e for e in piece.ends]
+        at = piece.end
+    assert at == sum(LENGTHS)
+    assert ends == end_places
+
+
+def test_an_empty_prompt_is_named():
+    with pytest.raises(ValueError, match="prompt 1 has none"):
+        list(pieces(bounds((3, 0, 2)), 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 3, 8, 30, 111])
+def test_a_prompt_in_pieces_is_a_prompt(lm, size):
+    embeds, cu_seqlens = packed_tokens(lm, PROMPTS)
+    whole, cut = lm.new_state(len(PROMPTS)), lm.new_state(len(PROMPTS))
+    want = prefill(lm, embeds, cu_seqlens, whole, 10_000)
+    got = prefill(lm, embeds, cu_seqlens, cut, size)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for a, b in zip(cut, whole, strict=True):
+        torch.testing.assert_close(a.conv, b.conv, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.ssm, b.ssm, rtol=1e-4, atol=1e-5)
+    for i, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(want[i], lm(torch.tensor([prompt])).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def highest_memory(function):
+    """Bytes by which a call raises the resident memory of the process."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        pytest.skip("resident memory is read from /proc")
+
+    def status(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+    clear.write_text("5")  # sets the peak back to what is resident now
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_prompt_of_131072_tokens_takes_the_memory_of_a_piece(kind):
+    """All at once, one activation of the inner width would be 32 MiB, and there are several of them."""
+    lm = MambaLM(LMConfig(32, 1, 300, kind, d_state=4, headdim=16)).eval()
+    length = 131_072
+    ids = torch.randint(0, 300, (length,), generator=torch.Generator().manual_seed(0))
+    cu_seqlens, asked, found = torch.tensor([0, length]), [], []
+
+    def embeds(begin, end):
+        asked.append(end - begin)
+        return lm.embed(ids[begin:end]).unsqueeze(0)
+
+    def run():
+        config = GenerationConfig(2, prefill_chunk=2048)
+        found.extend(t for (t,), _ in generate_tokens(lm, embeds, cu_seqlens, [[]], config, 300))
+
+    assert highest_memory(run) < 24 * 2**20
+    assert max(asked) == 2048 and sum(asked) == length
+    state = lm.new_state(1)
+    for part in ids.split(30_000):
+        logits = lm(part[None], state=state, at=torch.tensor([len(part) - 1])).logits[0, -1]
+    assert found[0] == int(logits.argmax())
+
+
+def test_the_state_has_one_size_whatever_the_length(lm):
+    config = lm.config
+    inner = config.expand * config.d_model
+    channels = inner + (2 * config.d_state if config.layer == "mamba2" else 0)
+    want = config.n_layer * 4 * (3 * channels + inner * config.d_state)
+    for length in (1, 10, 1000):
+        decoder = Decoder(lm, 1)
+        embeds, cu_seqlens = packed_tokens(lm, [[7] * length])
+        list(generate_tokens(lm, embeds, cu_seqlens, [[]], GenerationConfig(3), 300, decoder=decoder))
+        assert state_bytes(decoder.state) == want
+
+
+SAMPLED = GenerationConfig(20, temperature=1.5, top_k=50, repetition_penalty=1.1, seed=3)
+
+
+ENDS = (3, 20, 5, 1, 9, 20)
+
+
+def tokens_until_the_ends(lm, config, prompts=PROMPTS):
+    """The tokens of sequences that are done after `ENDS` of them."""
+    done, got = [False] * len(prompts), [[] for _ in prompts]
+    for tokens, tensor in generate_tokens(lm, *packed_tokens(lm, prompts), prompts, config, 300, done=done):
+        assert tensor.tolist() == tokens
+        for i, token in enumerate(tokens):
+            if not done[i]:
+                got[i].append(token)
+                done[i] = len(got[i]) == ENDS[i]
+    return got
+
+
+@pytest.mark.parametrize("config", [GenerationConfig(20), SAMPLED], ids=["greedy", "sampled"])
+def test_sequences_that_have_ended_are_left_out_and_change_nothing(lm, config):
+    alone = []
+    for prompt, end in zip(PROMPTS, ENDS, strict=True):
+        steps = generate_tokens(lm, *packed_tokens(lm, [prompt]), [prompt], config, 300)
+        alone.append([t for (t,), _ in steps][:end])
+    sizes = []
+    lm.register_forward_pre_hook(lambda m, args, kwargs: sizes.append(len(kwargs["state"][0].ssm)), with_kwargs=True)
+    assert tokens_until_the_ends(lm, config) == alone
+    assert sizes[1:] == [6] * 4 + [3] * 15  # half of them as soon as three are done
+
+
+def test_text_in_text_out(lm):
+    prompts = ["once upon", "", "and it did not"]
+    config = GenerationConfig(8)
+    got = lm.generate(prompts, config)
+    for prompt, text in zip(prompts, got, strict=True):
+        ids = torch.tensor([TOKENIZER.encode(prompt) or [TOKENIZER.eos_id]])
+        written = []
+        with torch.no_grad():
+            while len(written) < 8 and TOKENIZER.eos_id not in written:
+                written.append(int(lm(ids).logits[0, -1, : TOKENIZER.vocab_size].argmax()))
+                ids = torch.cat([ids, torch.tensor([written[-1:]])], 1)
+        assert text == TOKENIZER.decode(written)
+        assert "".join(lm.stream(prompt, config)) == text
+    assert len(set(got)) == 3
+    assert lm.generate([]) == []
+    cut = lm.generate([prompts[0]], GenerationConfig(8, stop=(got[0][3:5],)))
+    assert cut == [got[0][: got[0].index(got[0][3:5])]]
+
+
+def test_what_is_wrong_is_named(lm):
+    with pytest.raises(ValueError, match="prompts must be a list of texts, got the text 'once'"):
+        lm.generate("once")
+    with pytest.raises(ValueError, match="prefill_chunk must be at least 1, got 0"):
+        GenerationConfig(prefill_chunk=0)
+    lm.tokenizer = None
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        lm.generate(["once"])
+
+
+def test_draws_follow_the_probabilities():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    chooser = generate._Chooser(GenerationConfig(temperature=1.0, seed=4), [[]], 5, torch.device("cpu"))
+    n = 4000
+    counts = torch.bincount(torch.cat([chooser(p.log()[None]) for _ in range(n)]), minlength=5)
+    sigma = (n * p * (1 - p)).sqrt()
+    assert ((counts - n * p).abs() <= 4 * sigma).all()
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where the host reads a value of a tensor, which on a GPU makes it wait and breaks a capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.devices = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        assert function._overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+            torch.ops.aten.equal,
+        ), f"the host reads: {function}"
+        result = function(*args, **(kwargs or {}))
+        self.devices |= {t.device.type for t in tree_leaves(result) if isinstance(t, torch.Tensor)}
+        return result
+
+
+def test_a_step_reads_nothing_from_the_device(lm):
+    """On the meta device there is nothing to read; taken for a GPU, it goes the way of one, kernels included."""
+    with pretend(Target(("cuda", 90), 132)):
+        lm = lm.to("meta")
+        decoder = Decoder(lm, 3)
+        with NothingIsRead() as ran:
+            logits = decoder(torch.zeros(3, dtype=torch.int64, device="meta"))
+    assert logits.shape == (3, 304)
+    assert ran.devices == {"meta"}  # nor is anything sent to the device
+    assert any("ssm_kernels" in name and "step" in name for name in ran.names)
+    with pytest.raises(AssertionError, match="the host reads"), NothingIsRead():
+        torch.ones(1).item()
+
+
+@pytest.mark.parametrize("config", [GenerationConfig(repetition_penalty=1.2), SAMPLED], ids=["greedy", "sampled"])
+def test_choosing_reads_nothing_from_the_device(config):
+    chooser = generate._Chooser(config, [[1], [2, 3]], 300, torch.device("cpu"))
+    with NothingIsRead():
+        chooser(torch.randn(2, 304))
+
+
+def test_decoding_stays_where_it_is_in_memory(lm):
+    decoder, prompts = Decoder(lm, 2), PROMPTS[:2]
+    buffers = [decoder.tokens, *(t for layer in decoder.state for t in layer)]
+    places, values = [t.data_ptr() for t in buffers], [t.clone() for t in buffers]
+    for _ in generate_tokens(lm, *packed_tokens(lm, prompts), prompts, GenerationConfig(6), 300, decoder=decoder):
+        now = [decoder.tokens, *(t for layer in decoder.state for t in layer)]
+        assert [t.data_ptr() for t in now] == places
+    assert all(not torch.equal(a, b) for a, b in zip(now, values, strict=True))
+
+
+def test_state_made_in_inference_mode_can_be_used_outside(lm):
+    with torch.inference_mode():
+        decoder = Decoder(lm, 1)
+        first = decoder(torch.tensor([5])).clone()
+    decoder.reset()
+    torch.testing.assert_close(decoder(torch.tensor([5])), first)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """A CPU taken for a GPU: a capture runs nothing, a replay runs the step into memory that stays. Gives the sizes."""
+    captures = []
+
+    def capture(step, device):
+        static = torch.full((step.__self__.batch, 304), torch.nan)
+        captures.append(len(static))
+        return lambda: static.copy_(step()), static
+
+    monkeypatch.setattr(generate, "has_graphs", lambda device: True)
+    monkeypatch.setattr(generate, "warm_up", lambda step, device: step())
+    monkeypatch.setattr(generate, "capture", capture)
+    monkeypatch.setattr(generate, "_decoders", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(generate, "_already_said", set())
+    return captures
+
+
+def test_one_graph_for_each_number_of_sequences(lm, captured, monkeypatch):
+    with monkeypatch.context() as plain:
+        plain.setattr(generate, "has_graphs", lambda device: False)
+        want = tokens_until_the_ends(lm, SAMPLED)
+    assert tokens_until_the_ends(lm, SAMPLED) == want
+    assert captured == [6, 3]
+    assert tokens_until_the_ends(lm, SAMPLED) == want  # with the graphs that are there
+    assert tokens_until_the_ends(lm, SAMPLED, PROMPTS[:3]) == want[:3]
+    assert captured == [6, 3, 1]
+
+
+def test_two_at_once_do_not_share_memory(lm, captured):
+    config, prompts = GenerationConfig(12), ["once upon", "and it did not"]
+    want = [lm.generate([p], config)[0] for p in prompts]
+    steps = [write_on(lm, [p], config) for p in prompts]
+    *_, (one, two) = zip(*steps, strict=False)
+    assert [one[0].text, two[0].text] == want
+    assert captured == [1, 1]
+
+
+def test_graphs_are_not_replayed_with_other_weights(lm, captured):
+    first = tokens_until_the_ends(lm, SAMPLED)
+    lm.lm_head.weight = lm.backbone.embedding.weight = torch.nn.Parameter(-lm.lm_head.weight)
+    assert tokens_until_the_ends(lm, SAMPLED) != first
+    assert captured == [6, 3, 6, 3]
+
+
+def test_where_capture_fails_steps_run_one_by_one_and_the_reason_is_said_once(lm, captured, monkeypatch, caplog):
+    want = tokens_until_the_ends(lm, SAMPLED)
+
+    def fails(step, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(generate, "capture", fails)
+    generate._decoders.clear()
+    with caplog.at_level(logging.WARNING):
+        assert tokens_until_the_ends(lm, SAMPLED) == want
+        assert tokens_until_the_ends(lm, SAMPLED) == want
+    assert [r.message for r in caplog.records] == [
+        "decoding runs without a CUDA graph, since capture failed: operation not permitted when stream is capturing"
+    ]
