@@ -74,7 +74,7 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an image, or one that is damaged or cut short.
+        ValueError: not an image, or one that is damaged, cut short, or has more pixels than Pillow takes for safe.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,6 +84,8 @@ def open_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except UnidentifiedImageError as e:
         raise ValueError(f"{path} is not an image that can be read") from e
+    except Image.DecompressionBombError as e:
+        raise ValueError(f"{path} is too large: {e}") from e
     except (OSError, SyntaxError) as e:
         raise ValueError(f"{path} is damaged or cut short: {e}") from e
 

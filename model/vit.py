@@ -53,6 +53,12 @@ class ViTConfig:
         for name in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.activation not in ("gelu", "gelu_tanh", "quick_gelu"):
+            raise ValueError(f"activation must be 'gelu', 'gelu_tanh' or 'quick_gelu', got {self.activation!r}")
+        if self.register_tokens < 0:
+            raise ValueError(f"register_tokens must be at least 0, got {self.register_tokens}")
+        if self.position_of_class and not self.class_token:
+            raise ValueError("position_of_class must be False where class_token is")
         if self.width % self.heads:
             raise ValueError(f"heads must divide width = {self.width}, got {self.heads}")
         if self.image_size < self.patch_size:

@@ -255,6 +255,8 @@ def _read_timm(folder: Path) -> VisionConfig:
     args |= changes
     if args["act_layer"] not in ("gelu", "quick_gelu", "gelu_tanh"):
         raise ValueError(f"{path}: act_layer must be 'gelu', 'quick_gelu' or 'gelu_tanh', got {args['act_layer']!r}")
+    if args["reg_tokens"] and not args["no_embed_class"]:
+        raise ValueError(f"{path}: reg_tokens = {args['reg_tokens']} with no_embed_class = False is not supported")
     channels, *size = pretrained.get("input_size", (3, 224, 224))
     if channels != 3:
         raise ValueError(f"{path}: input_size must have 3 channels, got {channels}")
@@ -321,10 +323,24 @@ _TRANSFORMERS_NAMES = [
     (r"encoder\.layers?\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
     (r"encoder\.layers?\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"blocks.\1.mlp.fc\2.\3"),
 ]
+# OpenAI's own names: `timm`'s repositories of CLIP have a second file with them, for OpenCLIP.
+_OPENAI_NAMES = [
+    (r"visual\.conv1\.weight", "patch_embed.proj.weight"),
+    (r"visual\.class_embedding", "cls_token"),
+    (r"visual\.positional_embedding", "pos_embed"),
+    (r"visual\.ln_pre\.(weight|bias)", r"norm_pre.\1"),
+    (r"visual\.ln_post\.(weight|bias)", r"norm.\1"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])\.(weight|bias)", r"blocks.\1.norm\2.\3"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", r"blocks.\1.attn.qkv.\2"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
+]
 # Text towers, what joins them to the images, and heads: features need none of it.
 _UNUSED = re.compile(
-    r"(?:text_model|visual_projection|text_projection|head|attn_pool|fc_norm)\..*|logit_(?:scale|bias)"
-    r"|(?:embeddings\.)?mask_token|embeddings\.position_ids"
+    r"(?:text_model|visual_projection|head|attn_pool|fc_norm)\..*|(?:embeddings\.)?mask_token|embeddings\.position_ids"
+    r"|(?:text|transformer|token_embedding|ln_final)\..*|positional_embedding|(?:visual\.proj|text_projection)(?:\..*)?"
+    r"|logit_(?:scale|bias)|input_resolution|context_length|vocab_size"
 )
 
 
@@ -332,7 +348,8 @@ def vision_weights(weights: Weights, config: ViTConfig) -> Weights:
     """Weights of a CLIP, SigLIP or DINOv2 encoder -> `ViT`'s, still unread.
 
     Args:
-        weights: by `transformers`' names (a whole model with a text tower, or the encoder alone) or by `timm`'s.
+        weights: by the names of `transformers` or OpenCLIP (a whole model with a text tower, or the encoder alone) or
+            by `timm`'s.
         config: the encoder that they are for. Its size may differ from the file's: the position table is resampled
             in float32 as `timm` does it. The class token's own position is added to the token where `config` keeps
             none, as `timm` stores DINOv2 with registers.
@@ -343,12 +360,12 @@ def vision_weights(weights: Weights, config: ViTConfig) -> Weights:
     unknown: list[str] = []
 
     def ours(name: str) -> str | None:
-        name = name.removeprefix("vision_model.")
+        name = name.removeprefix("vision_model.").removeprefix("visual.trunk.")
         if _UNUSED.fullmatch(name):
             return None
         if _TIMM_NAMES.fullmatch(name):
             return name
-        for pattern, new in _TRANSFORMERS_NAMES:
+        for pattern, new in _TRANSFORMERS_NAMES + _OPENAI_NAMES:
             if re.fullmatch(pattern, name):
                 return re.sub(pattern, new, name)
         unknown.append(name)

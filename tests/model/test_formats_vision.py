@@ -211,6 +211,43 @@ def test_bfloat16_agrees_to_its_rounding(tmp_path, family):
     assert error.max() < 2 * their_error.max()
 
 
+@torch.no_grad()
+def test_clip_from_the_file_for_openclip(tmp_path):
+    """OpenAI's own names, with a text tower, beside the config of `timm`."""
+    theirs = make("clip")
+    folder = save(theirs, tmp_path / "encoder", "timm")
+    weights = load_file(folder / "model.safetensors")
+    renamed = {"logit_scale": torch.zeros(()), "transformer.resblocks.0.ln_1.weight": torch.zeros(8)}
+    renamed |= {"positional_embedding": torch.zeros(4, 8), "text_projection": torch.zeros(8, 8)}
+    renamed |= {"token_embedding.weight": torch.zeros(9, 8), "visual.proj": torch.zeros(32, 16)}
+    for name, tensor in weights.items():
+        new = name.replace("blocks.", "transformer.resblocks.").replace("attn.proj", "attn.out_proj")
+        new = new.replace("attn.qkv.", "attn.in_proj_").replace("mlp.fc1", "mlp.c_fc").replace("mlp.fc2", "mlp.c_proj")
+        new = new.replace("norm_pre", "ln_pre").replace("norm1", "ln_1").replace("norm2", "ln_2")
+        new = {"norm.weight": "ln_post.weight", "norm.bias": "ln_post.bias"}.get(new, new)
+        if name in ("cls_token", "pos_embed"):
+            new, tensor = {"cls_token": "class_embedding"}.get(name, "positional_embedding"), tensor.squeeze()
+        if not name.startswith("head"):
+            renamed["visual." + new.replace("patch_embed.proj", "conv1")] = tensor
+    (folder / "model.safetensors").unlink()
+    save_file(renamed, folder / "open_clip_model.safetensors")
+    pixels = torch.randn(2, 3, 42, 42)
+    torch.testing.assert_close(ViT.from_pretrained(folder)(pixels), features(theirs, pixels), **CLOSE)
+
+
+@torch.no_grad()
+def test_siglip_from_the_file_for_openclip(tmp_path):
+    """`timm`'s names under a prefix, with a text tower."""
+    theirs = make("siglip", hidden_act="gelu")
+    folder = save(theirs, tmp_path / "encoder", "timm")
+    weights = {"visual.trunk." + n: t for n, t in load_file(folder / "model.safetensors").items()}
+    weights |= {"text.token_embedding.weight": torch.zeros(9, 8), "logit_bias": torch.zeros(())}
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "open_clip_pytorch_model.bin")
+    pixels = torch.randn(2, 3, 42, 42)
+    torch.testing.assert_close(ViT.from_pretrained(folder)(pixels), features(theirs, pixels), **CLOSE)
+
+
 # -- other image sizes -------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +403,7 @@ def test_quick_gelu_is_for_the_weights_of_openai(tmp_path):
         ({"architecture": "resnet50", "num_features": 8}, "architecture 'resnet50'; known are vit_large_patch14_clip"),
         (timm_config("clip", {"qk_norm": True}), "qk_norm = True is not supported, only False"),
         (timm_config("clip", {"rope": True}), "model_args has 'rope'"),
+        (timm_config("clip", {"reg_tokens": 4}), "reg_tokens = 4 with no_embed_class = False is not supported"),
         (timm_config("clip", {"act_layer": "relu"}), "act_layer must be .* got 'relu'"),
         (timm_config("clip", interpolation="bilinear"), "interpolation must be 'bicubic', got 'bilinear'"),
         (timm_config("clip", crop_mode="border"), "crop_mode must be 'center' or 'squash', got 'border'"),
@@ -499,6 +537,24 @@ def test_a_published_name_brings_its_own_settings(tmp_path, monkeypatch):
     assert torch.equal(vit(pixels), ViT.from_pretrained(folder, config=config)(pixels))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(vit(pixels), ViT.from_pretrained(folder)(pixels), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_published_name_is_found_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """Offline, by the folders that the Hub's own client makes; with the preprocessing that lies beside the weights."""
+    snapshot = tmp_path / "models--someone--encoder" / "snapshots" / ("0" * 40)
+    save(make("clip"), snapshot)
+    write_json(snapshot / "preprocessor_config.json", {"size": 48, "crop_size": 42})
+    refs = tmp_path / "models--someone--encoder" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    cached = {"cache_dir": tmp_path, "local_files_only": True}
+    assert ViT.from_pretrained("someone/encoder", **cached).processor.resize_to == 48
+    config = VisionConfig(small_config("clip"), ImageProcessor(42))
+    monkeypatch.setitem(VISION_ENCODERS, "vit_tiny", PublishedEncoder("someone/encoder", config))
+    assert ViT.from_pretrained("vit_tiny", **cached).processor == config.processor
+    with pytest.raises(FileNotFoundError, match="timm/vit_so400m_patch14_siglip_384.webli is not in the local cache"):
+        ViT.from_pretrained("vit_so400m_patch14_siglip_384", **cached)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

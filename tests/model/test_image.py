@@ -177,6 +177,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path, picture):
             open_image(tmp_path / name)
 
 
+def test_an_image_of_too_many_pixels_is_named(tmp_path, picture, monkeypatch):
+    picture.save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="large.png is too large"):
+        open_image(tmp_path / "large.png")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
