@@ -29,7 +29,12 @@ class LMConfig:
     ngroups: int = 1
     chunk_size: int = 64
     dt_limit: tuple[float, float] = (0.0, math.inf)
+    bias: bool = False
+    """Of the in and out projections."""
+    conv_bias: bool = True
     norm_eps: float = 1e-5
+    dt_bc_norm_eps: float | None = None
+    """Mamba-1: divide dt, B and C by their root mean square, as Falcon-Mamba does; None does not."""
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8
@@ -41,6 +46,8 @@ class LMConfig:
         for name in (*sizes, "pad_vocab_size_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.layer == "mamba2" and self.dt_bc_norm_eps is not None:
+            raise ValueError(f"dt_bc_norm_eps is of Mamba-1 layers alone, got {self.dt_bc_norm_eps} for 'mamba2'")
 
     @property
     def padded_vocab_size(self) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,18 @@ from ssm_kernels import add_rms_norm
 from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm
 
 from .config import LMConfig
-from .hub import HubModel
+from .formats import recognise
+from .formats.language import read
+from .generate import GenerationConfig, pieces_of_text, write_on
+from .hub import TOKENIZER, HubModel, fetch
+from .tokenizer import Tokenizer
+from .weights import Weights
+
+logger = logging.getLogger(__name__)
+
+NEOX = "EleutherAI/gpt-neox-20b"
+"""Where the tokenizer of `state-spaces/*` is: those repositories have none of their own."""
+NEOX_VOCABULARY = 50277
 
 LMState = list[MixerState]
 """What the model remembers of a batch of sequences: the state of each layer's mixer."""
@@ -28,6 +42,10 @@ class LMOutput(NamedTuple):
 class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation"):
     """A language model on Mamba or Mamba-2 layers.
 
+    `from_pretrained` reads this library's own format and those of `formats.language`: `state-spaces/mamba-130m`,
+    `state-spaces/mamba-130m-hf`, `tiiuae/falcon-mamba-7b`, `mistralai/Mamba-Codestral-7B-v0.1` and their like. It sets
+    `tokenizer` where there is one.
+
     >>> lm = MambaLM(LMConfig(d_model=64, n_layer=2, vocab_size=100))
     >>> lm(torch.tensor([[1, 2, 3]])).logits.shape
     torch.Size([1, 3, 104])
@@ -35,9 +53,10 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
 
     config_class = LMConfig
 
-    def __init__(self, config: LMConfig):
+    def __init__(self, config: LMConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config = config
+        self.tokenizer = tokenizer
         self.backbone = _Backbone(config)
         self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
         self.apply(lambda module: _initialise(module, config.n_layer))
@@ -70,7 +89,8 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             inputs_embeds = self.embed(input_ids)
         hidden = self.backbone(inputs_embeds, state, cu_seqlens)
         if at is not None:
-            hidden = hidden.index_select(1, at)
+            hidden = hidden.index_select(1, at.to(hidden.device))
+        hidden = hidden.to(self.lm_head.weight.device)
         logits = self.lm_head(hidden)
         return LMOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
 
@@ -85,11 +105,46 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             low, high = input_ids.aminmax()
             if low < 0 or high >= rows:
                 raise ValueError(f"input_ids must lie in [0, {rows}), got values from {low} to {high}")
-        return self.backbone.embedding(input_ids)
+        return self.backbone.embedding(input_ids.to(self.backbone.embedding.weight.device))
 
     def new_state(self, batch: int) -> LMState:
         """The state of `batch` sequences that have not begun."""
         return [layer.mixer.new_state(batch) for layer in self.backbone.layers]
+
+    @classmethod
+    def open_checkpoint(cls, folder: Path) -> tuple[LMConfig, Weights]:
+        return read(folder)
+
+    def save_extras(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder / TOKENIZER)
+
+    def load_extras(self, folder: Path, **hub: Any) -> None:
+        if (folder / TOKENIZER).exists():
+            self.tokenizer = Tokenizer.from_file(folder / TOKENIZER)
+        elif recognise(folder) == "state-spaces" and self.config.vocab_size == NEOX_VOCABULARY:
+            try:
+                neox = fetch(NEOX, [TOKENIZER], **hub | {"revision": None, "force_download": False})
+                self.tokenizer = Tokenizer.from_file(neox / TOKENIZER)
+            except OSError as e:
+                logger.warning("no tokenizer: that of %s could not be had (%s)", NEOX, e)
+        elif recognise(folder) != "own":
+            logger.warning("no tokenizer: %s has no %s", folder, TOKENIZER)
+
+    def generate(self, prompts: Sequence[str], config: GenerationConfig | None = None) -> list[str]:
+        """Go on from several texts together. Each continuation is the one that its text would get alone.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of texts, got the text {prompts!r}")
+        *_, answers = write_on(self, prompts, config)
+        return [a.text for a in answers]
+
+    def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
+        """Go on from one text, giving what comes piece by piece."""
+        return pieces_of_text(write_on(self, [prompt], config))
 
 
 class _Backbone(nn.Module):
@@ -103,8 +158,10 @@ class _Backbone(nn.Module):
     def forward(self, hidden: Tensor, state: LMState | None, cu_seqlens: Tensor | None) -> Tensor:
         residual = None
         for i, layer in enumerate(self.layers):
+            hidden, residual, cu_seqlens = _moved(layer.norm.weight.device, hidden, residual, cu_seqlens)
             normed, residual = self._add_norm(layer.norm, hidden, residual)
             hidden = layer.mixer(normed, None if state is None else state[i], cu_seqlens)
+        hidden, residual = _moved(self.norm_f.weight.device, hidden, residual)
         return self._add_norm(self.norm_f, hidden, residual)[0]
 
     def _add_norm(self, norm: RMSNorm, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,7 +170,13 @@ class _Backbone(nn.Module):
         return add_rms_norm(hidden, norm.weight, residual, eps=norm.eps, residual_dtype=dtype)
 
 
+def _moved(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(t if t is None else t.to(device) for t in tensors)
+
+
 class _Layer(nn.Module):
+    one_device = True
+
     def __init__(self, config: LMConfig):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -124,7 +187,16 @@ def make_mixer(config: LMConfig) -> Mamba | Mamba2:
     """The mixer of one layer."""
     if config.layer == "mamba":
         dt_rank = "auto" if config.dt_rank is None else config.dt_rank
-        return Mamba(config.d_model, config.d_state, config.d_conv, config.expand, dt_rank)
+        return Mamba(
+            config.d_model,
+            config.d_state,
+            config.d_conv,
+            config.expand,
+            dt_rank,
+            conv_bias=config.conv_bias,
+            bias=config.bias,
+            dt_bc_norm_eps=config.dt_bc_norm_eps,
+        )
     return Mamba2(
         config.d_model,
         config.d_state,
@@ -133,6 +205,8 @@ def make_mixer(config: LMConfig) -> Mamba | Mamba2:
         config.headdim,
         config.ngroups,
         dt_limit=config.dt_limit,
+        conv_bias=config.conv_bias,
+        bias=config.bias,
         norm_eps=config.norm_eps,
         chunk_size=config.chunk_size,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+CONFIG = "tokenizer_config.json"
 
 
 class Tokenizer:
@@ -21,6 +23,7 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, eos: str = END_OF_TEXT):
         self.inner = inner
+        self.eos = eos
         eos_id = inner.token_to_id(eos)
         if eos_id is None:
             raise ValueError(f"the tokenizer has no token {eos!r}")
@@ -28,7 +31,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read a `tokenizer.json`.
+        """Read a `tokenizer.json`. A `tokenizer_config.json` beside it may name another end-of-text token.
 
         Raises:
             FileNotFoundError: no such file.
@@ -40,7 +43,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {e}") from e
-        return cls(inner)
+        return cls(inner, _end_of_text(Path(path).with_name(CONFIG)))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -58,8 +61,10 @@ class Tokenizer:
         return cls(inner)
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json`."""
+        """Write a `tokenizer.json`; and a `tokenizer_config.json` where the end-of-text token is not the usual one."""
         self.inner.save(str(path))
+        if self.eos != END_OF_TEXT:
+            Path(path).with_name(CONFIG).write_text(json.dumps({"eos_token": self.eos}) + "\n", encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
@@ -72,6 +77,18 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of tokens, special ones left out."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
+
+
+def _end_of_text(config: Path) -> str:
+    if not config.exists():
+        return END_OF_TEXT
+    try:
+        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{config} is not a tokenizer's config: {e}") from e
+    if isinstance(eos, dict):  # with how the token is treated
+        eos = eos.get("content")
+    return eos or END_OF_TEXT
 
 
 class TextStream:

@@ -225,14 +225,13 @@ def _pickled(path: Path, device: str) -> dict[str, Tensor]:
     try:
         # Pickles from before PyTorch 1.6 cannot be mapped.
         data = torch.load(path, map_location=device, weights_only=True, mmap=zipped and device != "meta")
-    except pickle.UnpicklingError as e:
-        if "Unsupported" in str(e) or "GLOBAL" in str(e):
-            reason = str(e).split("WeightsUnpickler error: ")[-1].split("\n")[0]
-            raise ValueError(
-                f"{path} is a pickle of more than tensors. Reading it could run code, so it is refused ({reason})"
-            ) from e
-        raise _damaged(path, e) from e
     except Exception as e:  # torch.load raises many kinds for a damaged file
+        # How PyTorch speaks of a class or function that a pickle wants to call.
+        wanted = re.search(r"[^\n]*\b(?:GLOBAL|[Uu]nsupported (?:class|global))\b[^\n]*", str(e))
+        if isinstance(e, pickle.UnpicklingError) and wanted:
+            raise ValueError(
+                f"{path} is a pickle of more than tensors. Reading it could run code, so it is refused: {wanted[0]}"
+            ) from e
         raise _damaged(path, e) from e
     tensors = dict(_flattened(data, ""))
     if not tensors:
@@ -253,8 +252,8 @@ def _damaged(path: Path, error: Exception) -> ValueError:
         pointer = f.read(32).startswith(b"version https://git-lfs")
     if pointer:
         return ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
-    reason = str(error).split("\n")[0]
-    return ValueError(f"{path} is damaged or incomplete: {reason}. Delete it and download it again")
+    reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+    return ValueError(f"{path} is damaged or incomplete ({reason}): delete it and get it again")
 
 
 def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -304,6 +303,7 @@ def load_into(
         names.setdefault(id(old), []).append(name)
     _check_fit(model, own, names, weights, source)
     devices = _devices(device_map, [same[0] for same in names.values()])
+    _check_whole(model, devices)
 
     made: dict[int, Tensor] = {}
     with torch.no_grad():
@@ -383,6 +383,15 @@ def _devices(device_map: DeviceMap, names: list[str]) -> dict[str, torch.device]
             raise ValueError(f"device_map covers {', '.join(map(repr, devices))}, but not the parameter {name}")
         placed[name] = devices[max(fitting, key=len)]
     return placed
+
+
+def _check_whole(model: nn.Module, devices: Mapping[str, torch.device]) -> None:
+    """Modules with `one_device` move what comes to them to their device: they must have one."""
+    for prefix, module in model.named_modules():
+        if getattr(module, "one_device", False):
+            of_module = {str(d) for name, d in devices.items() if name.startswith(prefix + ".")}
+            if len(of_module) > 1:
+                raise ValueError(f"device_map splits {prefix} over {', '.join(sorted(of_module))}; give it one device")
 
 
 def _device(beginning: str, device: str | int | torch.device) -> torch.device:

@@ -54,6 +54,8 @@ class Mamba(nn.Module):
         dt_min, dt_max, dt_init_floor: range of the step sizes at initialisation.
         conv_bias, bias: whether the convolution, and the in and out projections, have a bias.
         use_mem_eff_path: compute the convolution and the step sizes again in the backward rather than keep them.
+        dt_bc_norm_eps: divide dt (while of rank R), B and C by their root mean square, with this epsilon (Falcon-Mamba,
+            arXiv 2410.05355); None does not.
     """
 
     def __init__(
@@ -69,10 +71,11 @@ class Mamba(nn.Module):
         conv_bias: bool = True,
         bias: bool = False,
         use_mem_eff_path: bool = True,
+        dt_bc_norm_eps: float | None = None,
     ):
         super().__init__()
         self.d_inner, self.d_state = expand * d_model, d_state
-        self.use_mem_eff_path = use_mem_eff_path
+        self.use_mem_eff_path, self.dt_bc_norm_eps = use_mem_eff_path, dt_bc_norm_eps
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         self.conv1d = depthwise_conv(self.d_inner, d_conv, conv_bias)
@@ -124,7 +127,11 @@ class Mamba(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (of rank R), B and C of each step."""
-        return self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        parts = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.dt_bc_norm_eps is None:
+            return parts
+        compute = torch.promote_types(x.dtype, torch.float32)
+        return tuple(F.rms_norm(p.to(compute), p.shape[-1:], eps=self.dt_bc_norm_eps).to(p.dtype) for p in parts)
 
     def _steps(self, low_rank: Tensor) -> Tensor:
         return F.linear(low_rank, self.dt_proj.weight)

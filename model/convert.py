@@ -1,0 +1,107 @@
+"""Language models from one layout to another, without holding them in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .config import LMConfig
+from .config_io import to_json_dict
+from .formats import language
+from .hub import CONFIG, fetch_model, replacing_folder
+from .weights import LazyTensor, Weights, dtype_of, save_weights
+
+Layout = Literal["own", "state-spaces", "transformers"]
+LAYOUTS: tuple[Layout, ...] = ("own", "state-spaces", "transformers")
+
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+"""Files that are the same in every layout."""
+
+
+def convert(
+    src: str | Path, dst: str | Path, to: Layout = "own", dtype: torch.dtype | None = None, **hub: Any
+) -> LMConfig:
+    """Write a language model in another layout.
+
+    Args:
+        src: a folder, or a repository on the Hub, in any layout of `formats.language`.
+        dst: the folder to write; it must not exist, or be empty.
+        to: `"own"` (`config.json`, `model.safetensors`), `"state-spaces"` (`pytorch_model.bin`, for `mamba_ssm`) or
+            `"transformers"`.
+        dtype: of the weights; None keeps each as it is. What a scan is most sensitive to stays float32 or wider.
+        hub: `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` as `hub.fetch` takes them.
+
+    Returns:
+        the model's config.
+
+    Weights are read and written file by file; a pickle is one file, and holds the whole model while it is written
+    (mapped from the source where `dtype` does not change it). `dst` appears when it is complete.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.
+        FileExistsError: `dst` has files in it.
+        ValueError: the source is no language model, is damaged, or has a setting for which `to` has no place.
+    """
+    if to not in LAYOUTS:
+        raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}; got {to!r}")
+    dst = Path(dst).expanduser()
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise FileExistsError(f"{dst} exists and is not empty: give the name of a new folder")
+    folder = fetch_model(src, **hub)
+    config, weights = language.read(folder)
+    weights = _in_dtype(_untied(weights, config, folder), dtype)
+    special = language.special_tokens(folder)
+    data = {
+        "own": lambda: to_json_dict(config),
+        "state-spaces": lambda: language.to_state_spaces(config),
+        "transformers": lambda: (
+            language.to_transformers(config, special)
+            | {"dtype": str(weights.dtypes[language.EMBEDDING]).removeprefix("torch.")}
+        ),
+    }[to]()
+    with replacing_folder(dst) as staged:
+        (staged / CONFIG).write_text(language.dump(data), encoding="utf-8")
+        if to == "state-spaces":
+            torch.save(_whole(weights, config), staged / "pytorch_model.bin")
+        else:
+            save_weights(weights.renamed(language.transformers_name) if to == "transformers" else weights, staged)
+        for name in CARRIED:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, staged / name)
+        if special and not (staged / "generation_config.json").exists():
+            (staged / "generation_config.json").write_text(language.dump(special), encoding="utf-8")
+    return config
+
+
+def _untied(weights: Weights, config: LMConfig, folder: Path) -> Weights:
+    """Without the head where it is the embedding: the layouts disagree on whether that is stored."""
+    if not config.tie_embeddings or language.LM_HEAD not in weights:
+        return weights
+    if not torch.equal(weights[language.LM_HEAD], weights[language.EMBEDDING]):
+        raise ValueError(f"{folder}: the head is to be the embedding by the config, but differs from it in the weights")
+    return weights.renamed(lambda name: None if name == language.LM_HEAD else name)
+
+
+def _in_dtype(weights: Weights, dtype: torch.dtype | None) -> Weights:
+    if dtype is None:
+        return weights
+
+    def cast(name: str) -> LazyTensor:
+        tensor = weights.lazy(name)
+        new = dtype_of(name, tensor.dtype, dtype)
+        return LazyTensor(tensor.shape, new, lambda: tensor.read().to(new))
+
+    return Weights({name: cast(name) for name in weights})
+
+
+def _whole(weights: Mapping[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
+    """All tensors, the head too: `mamba_ssm` wants it, tied or not."""
+    state = dict(weights)
+    if config.tie_embeddings:
+        state[language.LM_HEAD] = state[language.EMBEDDING]
+    return state
