@@ -1,0 +1,210 @@
+"""A conversation that goes on from its state gives the answers of one that is run again."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from PIL import Image
+
+from vlmamba.connectors import ConnectorConfig
+from vlmamba.model import (
+    VLM,
+    GenerationConfig,
+    ImageProcessor,
+    LMConfig,
+    MambaLM,
+    Tokenizer,
+    Turn,
+    VisionConfig,
+    ViTConfig,
+    VLMConfig,
+)
+from vlmamba.model.chat import Conversation
+from vlmamba.model.prompt import get_template
+
+TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
+RED, BLUE = Image.new("RGB", (50, 40), "red"), Image.new("RGB", (32, 32), "blue")
+LAYERS = {"mamba": {"d_state": 4}, "mamba2": {"d_state": 8, "headdim": 16}}
+QUESTIONS = ["what color?", "and the shape", "tell me more, please", "a"]
+
+
+def lively(lm):
+    """Answers differ, and depend on more than the last tokens."""
+    with torch.no_grad():
+        lm.lm_head.weight.mul_(20)
+        lm.backbone.embedding.weight.mul_(20)
+        for layer in lm.backbone.layers:
+            layer.mixer.out_proj.weight.mul_(20)
+            layer.mixer.A_log.sub_(4)
+
+
+@pytest.fixture(params=[(layer, template) for layer in LAYERS for template in ("qa", "zephyr", "vicuna")], ids=str)
+def vlm(request):
+    layer, template = request.param
+    vision = VisionConfig(ViTConfig(32, 8, 16, 2, 2, 32), ImageProcessor(32))
+    language = LMConfig(32, 2, 320, layer, tie_embeddings=False, **LAYERS[layer])
+    torch.manual_seed(0)
+    model = VLM(VLMConfig(language, (vision,), ConnectorConfig("mlp"), template=template), TOKENIZER).eval()
+    lively(model.language_model)
+    return model
+
+
+def tokens_run(lm):
+    """The lengths of what the language model is given, as they come."""
+    lengths = []
+
+    def watch(module, args, kwargs):
+        lengths.append((kwargs.get("inputs_embeds") if not args else args[0]).shape[1])
+
+    lm.register_forward_pre_hook(watch, with_kwargs=True)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GenerationConfig(10), GenerationConfig(10, temperature=1.0, top_k=50, repetition_penalty=1.3, seed=2)],
+    ids=["greedy", "sampled"],
+)
+def test_answers_are_those_of_the_conversation_run_again(vlm, config):
+    conversation, turns = Conversation(vlm, RED, config), []
+    for question in QUESTIONS:
+        got = "".join(conversation.ask(question))
+        turns.append(Turn("user", question))
+        (want,) = vlm.generate([turns], [RED], config)
+        assert got == want
+        turns.append(Turn("assistant", got))
+    assert conversation.turns == turns
+
+
+def test_only_what_is_new_is_run(vlm, monkeypatch):
+    conversation = Conversation(vlm, RED, GenerationConfig(4))
+    lengths = tokens_run(vlm.language_model)
+    encoded = []
+    vlm.vision.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0][0])))
+    before = 0
+    for question in QUESTIONS:
+        list(conversation.ask(question))
+        ids, _ = vlm.template.encode(TOKENIZER, conversation.turns[:-1], vlm.image_tokens)
+        assert sum(lengths) <= len(ids) - before + 3 and conversation.effort.prompt_tokens == lengths[0]
+        before = len(ids)
+        lengths.clear()
+    assert encoded == [1]
+
+
+@contextlib.contextmanager
+def made_to_say(vlm, text):
+    """The model's next answers are this, in the tokens that the answer has in a prompt."""
+    tokens, head = itertools.cycle(vlm.template.encode_answer(TOKENIZER, text)), vlm.language_model.lm_head
+
+    def forced(module, args, logits):
+        if logits.numel():
+            logits[..., next(tokens)] = 1e4
+
+    hook = head.register_forward_hook(forced)
+    yield
+    hook.remove()
+
+
+def test_an_answer_that_ends_by_itself_is_not_run_again(vlm):
+    conversation = Conversation(vlm, None, GenerationConfig(6))
+    with made_to_say(vlm, "red"):
+        assert "".join(conversation.ask("what color?")).strip() == "red"
+        assert "".join(conversation.ask("sure?")).strip() == "red"
+    # The end-of-text token was chosen and not run, so it comes before the new turn.
+    assert conversation.effort.prompt_tokens == 1 + len(TOKENIZER.encode(vlm.template.user("sure?", False)))
+
+
+def test_an_answer_that_is_cut_short_is_remembered_as_far_as_it_was_given(vlm):
+    config = GenerationConfig(10)
+    conversation = Conversation(vlm, BLUE, config)
+    given = ""
+    with contextlib.closing(conversation.ask("what color?")) as pieces:
+        for piece in pieces:
+            given += piece
+            if len(given) > 2:
+                break
+    turns = [Turn("user", "what color?"), Turn("assistant", given)]
+    assert conversation.turns == turns
+    turns.append(Turn("user", "and now?"))
+    assert "".join(conversation.ask("and now?")) == vlm.generate([turns], [BLUE], config)[0]
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["in the question", "in the answer"])
+def test_a_step_that_is_interrupted_leaves_no_half_state(vlm, steps):
+    """Ctrl-C comes between two layers: the state of one has moved on, that of the other has not."""
+    config = GenerationConfig(10)
+    conversation = Conversation(vlm, None, config)
+    with made_to_say(vlm, "red"):
+        list(conversation.ask("what color?"))
+    turns, calls = conversation.turns, []
+
+    def interrupt(module, args):
+        calls.append(1)
+        if len(calls) > steps:
+            raise KeyboardInterrupt
+
+    hook = vlm.language_model.backbone.layers[1].mixer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.ask("and"))
+    hook.remove()
+    # A question that was not read to its end has not been asked.
+    assert conversation.turns[:2] == turns and len(conversation.turns) == (4 if steps else 2)
+    turns = [*conversation.turns, Turn("user", "go on")]
+    assert "".join(conversation.ask("go on")) == vlm.generate([turns], [None], config)[0]
+
+
+def test_reset_forgets_all_but_a_new_image(vlm):
+    config = GenerationConfig(10)
+    conversation = Conversation(vlm, RED, config)
+    list(conversation.ask("what color?"))
+    conversation.reset(BLUE)
+    assert conversation.turns == []
+    assert "".join(conversation.ask("what color?")) == vlm.generate(["what color?"], [BLUE], config)[0]
+    with pytest.raises(FileNotFoundError, match=r"no image at nowhere.png"):
+        conversation.reset("nowhere.png")
+    assert conversation.image is BLUE and len(conversation.turns) == 2
+
+
+def test_without_history_each_question_stands_alone(vlm):
+    config = GenerationConfig(10)
+    conversation = Conversation(vlm, RED, config, history=False)
+    for question in QUESTIONS[:3]:
+        assert "".join(conversation.ask(question)) == vlm.generate([question], [RED], config)[0]
+
+
+def test_the_state_has_one_size(vlm):
+    conversation = Conversation(vlm, RED, GenerationConfig(5))
+    size = conversation.state_bytes
+    for question in QUESTIONS:
+        list(conversation.ask(question))
+        assert conversation.state_bytes == size
+    effort = conversation.effort
+    assert effort.tokens <= 5 and effort.prompt_seconds > 0
+    assert effort.tokens == 1 or effort.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_language_models_go_on_from_a_text_or_by_a_template(layer):
+    lm = MambaLM(LMConfig(32, 2, 320, layer, tie_embeddings=False, **LAYERS[layer])).eval()
+    lively(lm)
+    with pytest.raises(ValueError, match="the model has no tokenizer"):
+        Conversation(lm)
+    lm.tokenizer = TOKENIZER
+    config = GenerationConfig(8)
+    plain = Conversation(lm, config=config)
+    for text in ("a red", "", "a blue"):
+        assert "".join(plain.ask(text)) == lm.generate([text], config)[0]
+    zephyr, turns = Conversation(lm, config=config, template=get_template("zephyr")), []
+    for question in QUESTIONS:
+        turns.append(Turn("user", question))
+        ids, _ = get_template("zephyr").encode(TOKENIZER, turns)
+        prompt = TOKENIZER.inner.decode(ids, skip_special_tokens=False)
+        assert TOKENIZER.encode(prompt) == ids
+        got = "".join(zephyr.ask(question))
+        assert got == lm.generate([prompt], config)[0]
+        turns.append(Turn("assistant", got))
+    with pytest.raises(ValueError, match="which sees no image"):
+        Conversation(lm, RED)
