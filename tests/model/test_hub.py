@@ -1,0 +1,534 @@
+"""Weights in files, good and bad; and the Hub, by a small server that speaks as much of its language as is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from torch import nn
+
+from vlmamba.model import LMConfig, MambaLM, Tokenizer, weights
+from vlmamba.model.formats.language import to_state_spaces
+from vlmamba.model.hub import fetch
+from vlmamba.model.weights import load_into, open_weights, save_weights
+
+SHA = "0123456789" * 4
+
+
+class Hub:
+    """Repositories that a local server offers: name to file name to content."""
+
+    def __init__(self):
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.gated: set[str] = set()
+        self.revisions = {"main", "v2"}
+        self.requests: list[tuple[str, str | None]] = []
+        self.cut_once: set[str] = set()
+        self.down = False
+
+    def downloads(self) -> list[str]:
+        return [path.rsplit("/", 1)[-1] for path, _ in self.requests if "/resolve/" in path]
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: bool) -> None:
+        path = handler.path.split("?")[0]
+        if not path.startswith("/api/models/") and "/resolve/" not in path:
+            return self._send(handler, 404, b"", body)
+        if body:
+            self.requests.append((path, handler.headers.get("Authorization")))
+        if self.down:
+            return self._send(handler, 503, b"", body)
+        if path.startswith("/api/models/"):
+            owner, name, kind, revision = path.removeprefix("/api/models/").split("/", 3)
+            files = self.repos.get(f"{owner}/{name}")
+            if files is None:
+                return self._send(handler, 401, b"", body, {"X-Error-Code": "RepoNotFound"})
+            if revision not in self.revisions | {SHA}:
+                return self._send(handler, 404, b"", body, {"X-Error-Code": "RevisionNotFound"})
+            if kind == "revision":
+                answer = {"id": f"{owner}/{name}", "sha": SHA, "siblings": []}
+            else:
+                answer = [{"type": "file", "path": f, "size": len(c), "oid": _oid(f)} for f, c in files.items()]
+            return self._send(handler, 200, json.dumps(answer).encode(), body)
+        owner, name, _, _, file = path[1:].split("/", 4)
+        if f"{owner}/{name}" in self.gated:
+            return self._send(handler, 403, b"", body, {"X-Error-Code": "GatedRepo"})
+        content = self.repos[f"{owner}/{name}"][file]
+        start = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        headers = {"ETag": f'"{_oid(file)}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cut = body and file in self.cut_once
+        self.cut_once -= {file} if body else set()
+        self._send(handler, 206 if start else 200, content[start:], body, headers, cut)
+
+    def _send(self, handler, status, content, body, headers=None, cut=False) -> None:
+        handler.send_response(status)
+        for key, value in (headers or {}).items():
+            handler.send_header(key, value)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        if body:
+            handler.wfile.write(content[: len(content) // 2] if cut else content)
+        if cut:
+            handler.close_connection = True
+
+
+def _oid(file: str) -> str:
+    return f"{sum(file.encode()):040x}"
+
+
+@pytest.fixture(scope="module")
+def server():
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.hub.answer(self, True)
+
+        def do_HEAD(self):
+            self.server.hub.answer(self, False)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    server.hub = Hub()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", endpoint)
+    return server.hub
+
+
+def files_of(lm: MambaLM, folder) -> dict[str, bytes]:
+    lm.save_pretrained(folder)
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture
+def lm():
+    torch.manual_seed(0)
+    return MambaLM(LMConfig(16, 2, 300), Tokenizer.train(["a red circle"], 280))
+
+
+IDS = torch.tensor([[1, 2, 3, 4]])
+
+
+def test_a_model_is_loaded_by_name(hub, lm, tmp_path):
+    hub.repos["me/lm"] = files_of(lm, tmp_path / "lm") | {"pytorch_model.bin": b"not wanted", "big.onnx": b"neither"}
+    again = MambaLM.from_pretrained("me/lm", token="hf_secret")
+    assert torch.equal(again(IDS).logits, lm(IDS).logits)
+    assert again.tokenizer.encode("red") == lm.tokenizer.encode("red")
+    assert sorted(hub.downloads()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert {token for _, token in hub.requests} == {"Bearer hf_secret"}
+    hub.requests.clear()
+    MambaLM.from_pretrained("me/lm")
+    assert hub.downloads() == []
+    MambaLM.from_pretrained("me/lm", force_download=True)
+    assert {"config.json", "model.safetensors"} <= set(hub.downloads())
+    hub.down = True  # and then what is cached does
+    MambaLM.from_pretrained("me/lm")
+    MambaLM.from_pretrained("me/lm", local_files_only=True)
+    with pytest.raises(FileNotFoundError, match="me/lm is not in the local cache, .* check HF_HOME and cache_dir"):
+        MambaLM.from_pretrained("me/lm", local_files_only=True, cache_dir=tmp_path / "other")
+
+
+def test_the_original_format_gets_the_tokenizer_of_neox(hub, lm, tmp_path, caplog):
+    config = LMConfig(16, 1, 50277)
+    torch.save(MambaLM(config).state_dict(), tmp_path / "pytorch_model.bin")
+    hub.repos["state-spaces/mamba-tiny"] = {
+        "config.json": json.dumps(to_state_spaces(config)).encode(),
+        "pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes(),
+    }
+    with caplog.at_level(logging.WARNING, logger="vlmamba"):
+        assert MambaLM.from_pretrained("state-spaces/mamba-tiny").tokenizer is None
+    assert len(caplog.records) == 1
+    assert caplog.records[0].getMessage().startswith("no tokenizer: that of EleutherAI/gpt-neox-20b could not be had")
+    hub.repos["EleutherAI/gpt-neox-20b"] = files_of(lm, tmp_path / "lm")
+    again = MambaLM.from_pretrained("state-spaces/mamba-tiny", revision="v2")
+    assert again.config == config
+    assert again.tokenizer.encode("red") == lm.tokenizer.encode("red")
+    assert hub.downloads().count("model.safetensors") == 0
+
+
+def test_shards_of_a_repository_are_all_downloaded(hub, lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_SHARD_SIZE", 15_000)
+    files = files_of(lm, tmp_path / "lm")
+    shards = [f for f in files if f.startswith("model-")]
+    assert len(shards) > 1 and "model.safetensors.index.json" in files
+    hub.repos["me/lm"] = files
+    assert torch.equal(MambaLM.from_pretrained("me/lm")(IDS).logits, lm(IDS).logits)
+    assert set(shards) <= set(hub.downloads())
+    (next((tmp_path / "cache").rglob(shards[0]))).unlink()
+    hub.down = True
+    with pytest.raises((ValueError, OSError), match="me/lm|model.safetensors.index.json names 1 of"):
+        MambaLM.from_pretrained("me/lm")
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub, tmp_path, lm):
+    hub.repos["me/lm"] = files_of(lm, tmp_path / "lm")
+    hub.cut_once = {"model.safetensors"}
+    assert torch.equal(MambaLM.from_pretrained("me/lm")(IDS).logits, lm(IDS).logits)
+    assert hub.downloads().count("model.safetensors") == 2
+
+
+def test_what_the_hub_does_not_have_is_named(hub, tmp_path):
+    hub.repos |= {"me/lm": {"config.json": b"{}"}, "me/gated": {"config.json": b"{}"}}
+    hub.gated.add("me/gated")
+    with pytest.raises(
+        FileNotFoundError, match="'me/none' is neither a folder nor a repository on the Hub that you may"
+    ):
+        fetch("me/none", ["*"])
+    with pytest.raises(FileNotFoundError, match="me/lm has no revision 'v9': give a branch, a tag or a commit"):
+        fetch("me/lm", ["*"], revision="v9")
+    with pytest.raises(PermissionError, match="me/gated is gated: accept its terms at https://huggingface.co/me/gated"):
+        fetch("me/gated", ["*"])
+    with pytest.raises(FileNotFoundError, match="'a/b/c' is neither a folder nor a name of the form 'owner/model'"):
+        fetch("a/b/c", ["*"])
+    for path in ("./none", "~/none/at/all", tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="no folder at .*none"):
+            fetch(path, ["*"])
+    hub.down = True
+    with pytest.raises(ConnectionError, match="the Hub cannot be reached, and me/lm is not in the local cache"):
+        fetch("me/lm", ["*"])
+
+
+def test_nobody_at_the_other_end(hub, monkeypatch):
+    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+        monkeypatch.setattr(constants, name, getattr(constants, name).replace(constants.ENDPOINT, "http://127.0.0.1:9"))
+    with pytest.raises(ConnectionError, match="the Hub cannot be reached, and me/lm is not in the local cache"):
+        fetch("me/lm", ["*"])
+
+
+def test_hf_home_and_offline_mode_are_respected(lm, tmp_path):
+    """A cache as the Hub's library lays it out, in a new process, since both are read when that is imported."""
+    repo = tmp_path / "home" / "hub" / "models--me--lm"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "v2").write_text(SHA)
+    lm.save_pretrained(repo / "snapshots" / SHA)
+    script = textwrap.dedent("""
+        from vlmamba.model import MambaLM
+        lm = MambaLM.from_pretrained("me/lm", revision="v2")
+        print(sum(p.double().sum().item() for p in lm.parameters()), lm.tokenizer.vocab_size)
+        try:
+            MambaLM.from_pretrained("me/lm")
+        except FileNotFoundError as e:
+            print(e)
+    """)
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
+    first, second = out.strip().splitlines()
+    assert first == f"{sum(p.double().sum().item() for p in lm.parameters())} {lm.tokenizer.vocab_size}"
+    assert "me/lm is not in the local cache" in second and "HF_HUB_OFFLINE" in second
+
+
+class Tied(nn.Module):
+    """Has a tied weight, a frozen one, a buffer of floats and one of counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(3, 4, bias=False)
+        self.two = nn.Linear(3, 4)
+        self.two.weight = self.one.weight
+        self.two.bias.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(4)
+        self.A_log = nn.Parameter(torch.zeros(2))
+
+
+def tied_weights(**changes):
+    model = Tied()
+    torch.nn.init.normal_(model.A_log)
+    state = {n: t.clone() for n, t in model.state_dict().items() if n != "two.weight"}
+    return {n: t for n, t in (state | changes).items() if t is not None}
+
+
+def on_meta():
+    with torch.device("meta"):
+        return Tied()
+
+
+def test_a_model_on_meta_gets_its_weights():
+    model, state = on_meta(), tied_weights()
+    load_into(model, state, "the file", torch.bfloat16)
+    assert model.two.weight is model.one.weight
+    assert not model.two.bias.requires_grad and model.one.weight.requires_grad
+    for name, tensor in model.state_dict().items():
+        stored = state[name.replace("two.weight", "one.weight")]
+        assert tensor.device.type == "cpu"
+        want = torch.float32 if name == "A_log" else torch.bfloat16 if stored.is_floating_point() else torch.int64
+        assert tensor.dtype == want, name
+        assert torch.equal(tensor, stored.to(want)), name
+    state["one.weight"].zero_()  # nothing is shared with what it was read from
+    assert model.one.weight.abs().sum() > 0
+
+
+def test_what_does_not_fit_is_listed():
+    state = tied_weights(
+        A_log=None, extra=torch.zeros(1), **{"one.weight": torch.zeros(4, 2), "two.bias": torch.zeros(4).int()}
+    )
+    with pytest.raises(ValueError, match="the file does not fit Tied:") as error:
+        load_into(on_meta(), state, "the file")
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: A_log",
+        "  unexpected: extra",
+        "  shape of one.weight: (4, 2) in the file, (4, 3) in the model",
+        "  dtype of two.bias: torch.int32 in the file, a float in the model",
+    ]
+    with pytest.raises(ValueError, match="one.weight and two.weight are tied in the model but differ in the file"):
+        load_into(on_meta(), tied_weights(**{"two.weight": torch.zeros(4, 3)}), "the file")
+
+
+def test_renaming_reads_nothing_and_leaves_nothing_ambiguous(tmp_path):
+    save_file({"a.x": torch.ones(2), "b": torch.zeros(3)}, tmp_path / "model.safetensors")
+    opened = open_weights(tmp_path)
+    assert dict(opened.renamed({"a.x": "c"}).shapes) == {"c": (2,), "b": (3,)}
+    renamed = opened.renamed(lambda n: n.removeprefix("a.") if n.startswith("a.") else None)
+    assert list(renamed) == ["x"] and torch.equal(renamed["x"], torch.ones(2))
+    with pytest.raises(ValueError, match="a.x and b would both be named z"):
+        opened.renamed(lambda n: "z")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before PyTorch 1.6"])
+def test_pickles_are_flattened_and_not_read_to_be_described(zipped, tmp_path):
+    data = {
+        "model": {"llm": {"w": torch.arange(6.0).reshape(2, 3)}, "mlp": {"0.bias": torch.ones(2).half()}},
+        "step": 3,
+    }
+    torch.save(data, tmp_path / "latest.pt", _use_new_zipfile_serialization=zipped)
+    opened = open_weights(tmp_path / "latest.pt")
+    assert opened.shapes == {"model.llm.w": (2, 3), "model.mlp.0.bias": (2,)}
+    assert opened.dtypes == {"model.llm.w": torch.float32, "model.mlp.0.bias": torch.float16}
+    assert torch.equal(opened["model.llm.w"], torch.arange(6.0).reshape(2, 3))
+    assert open_weights(tmp_path, pick="latest.pt").shapes == opened.shapes
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/this-must-not-be-run",)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path):
+    torch.save({"w": torch.ones(2), "payload": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin is a pickle of more than tensors. .* is refused: .*system"):
+        open_weights(tmp_path)
+    assert not os.path.exists("/tmp/this-must-not-be-run")
+
+
+def damaged(path, how):
+    data = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": data[: len(data) - 50],
+            "half": data[: len(data) // 2],
+            "empty": b"",
+            "page": b"<html>Entry not found</html>",
+            "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        }[how]
+    )
+
+
+@pytest.mark.parametrize("how", ["cut", "half", "empty", "page", "pointer"])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "old"])
+def test_damaged_files_are_named(kind, how, tmp_path):
+    path = tmp_path / ("model.safetensors" if kind == "safetensors" else "pytorch_model.bin")
+    state = {"w": torch.ones(500), "v": torch.zeros(3)}
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    damaged(path, how)
+    reason = "is a Git LFS pointer" if how == "pointer" else r"is damaged or incomplete \(.+\): delete it and get it"
+    with pytest.raises(ValueError, match=f"{path.name} {reason}"):
+        open_weights(tmp_path)
+
+
+def sharded(folder, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_SHARD_SIZE", 900)
+    state = {f"w{i}": torch.full((100,), float(i)) for i in range(5)}
+    save_weights(state, folder)
+    index = folder / "model.safetensors.index.json"
+    assert sorted(p.name for p in folder.glob("*.safetensors")) == [
+        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    ]
+    return state, index
+
+
+def test_shards_are_read_one_at_a_time(tmp_path, monkeypatch):
+    state, _ = sharded(tmp_path, monkeypatch)
+    opened = open_weights(tmp_path)
+    assert {n: t.clone() for n, t in opened.items()}.keys() == state.keys()
+    for name in ("w4", "w0", "w4"):
+        assert torch.equal(opened[name], state[name])
+
+
+def test_a_broken_set_of_shards_is_named(tmp_path, monkeypatch):
+    _, index = sharded(tmp_path, monkeypatch)
+    good = index.read_text()
+    index.write_text(good.replace('"w0":', '"lost":'))
+    with pytest.raises(
+        ValueError, match="index.json names tensors that their shards do not hold:\n  lost in model-00001"
+    ):
+        open_weights(tmp_path)
+    index.write_text(good.replace("model-00002", "../model-00002"))
+    with pytest.raises(ValueError, match="index.json names a shard outside its folder: '../model-00002"):
+        open_weights(tmp_path)
+    for text in ("{", "[]", '{"weight_map": 3}', "{}"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="index.json is not an index of shards"):
+            open_weights(tmp_path)
+    index.write_text(good)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match="index.json names 1 of 3 shards that are not there, .*: model-00002-of-00003"):
+        open_weights(tmp_path)
+
+
+def test_no_weights_at_all(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no weights: none of model.safetensors, model.safetensors.index"):
+        open_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match="last.pt does not exist"):
+        open_weights(tmp_path, pick="last.pt")
+
+
+PEAK = """
+import gc, json, sys, torch
+from torch import nn
+from vlmamba.model.weights import load_into, open_weights
+
+def status(key):  # KiB
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+def peak(folder, how, dtype):
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(12))
+    weights = open_weights(folder)
+    gc.collect()
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    if how == "all at once":
+        weights = {n: t.clone() for n, t in weights.items()}
+    load_into(model, weights, folder, getattr(torch, dtype))
+    return (status("VmHWM") - before) / 1024
+
+peak(sys.argv[1], "lazily", "bfloat16")  # what torch sets up once
+print(json.dumps([peak(*case.split(":")) for case in sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to reset the peak of memory")
+def test_peak_memory_is_the_model_and_one_shard(tmp_path, monkeypatch):
+    """48 MiB in 4 shards of 12. Of a model in bfloat16, 24: reading all first would take 72, and two shards 48."""
+    state = {f"{i}.weight": torch.ones(1024, 1024) for i in range(12)}
+    monkeypatch.setattr(weights, "MAX_SHARD_SIZE", 12 * 2**20)
+    (tmp_path / "safe").mkdir()
+    save_weights(state, tmp_path / "safe")
+    assert len(list((tmp_path / "safe").glob("model-*.safetensors"))) == 4
+    shard_of = {name: f"pytorch_model-{i // 3}.bin" for i, name in enumerate(state)}
+    (tmp_path / "pickle").mkdir()
+    for shard in set(shard_of.values()):
+        torch.save({n: t for n, t in state.items() if shard_of[n] == shard}, tmp_path / "pickle" / shard)
+    (tmp_path / "pickle" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shard_of}))
+
+    cases = [f"{tmp_path / kind}:{how}" for kind in ("safe", "pickle") for how in ("lazily:float32", "lazily:bfloat16")]
+    cases.append(f"{tmp_path / 'safe'}:all at once:bfloat16")
+    script = PEAK.replace("peak(sys.argv[1], ", 'peak(sys.argv[1].split(":")[0], ')
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
+    run = subprocess.run([sys.executable, "-c", script, *cases], env=env, capture_output=True, text=True, check=True)
+    *lazily, at_once = json.loads(run.stdout)
+    slack = 4
+    for got, model in zip(lazily, [48, 24, 48, 24], strict=True):
+        assert model < got < model + 12 + slack
+    assert at_once > 24 + 12 + slack
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved") / "lm"
+    MambaLM(LMConfig(16, 3, 50)).save_pretrained(folder)
+    return folder
+
+
+def places(lm: MambaLM) -> dict[str, str]:
+    return {name: p.device.type for name, p in lm.named_parameters()}
+
+
+def test_device_map_of_one_device(saved):
+    assert set(places(MambaLM.from_pretrained(saved, device_map="cpu")).values()) == {"cpu"}
+    assert set(places(MambaLM.from_pretrained(saved, device_map=torch.device("meta"))).values()) == {"meta"}
+    want = "cuda" if torch.cuda.is_available() else "cpu"
+    assert set(places(MambaLM.from_pretrained(saved, device_map="auto")).values()) == {want}
+
+
+def test_device_map_by_beginnings(saved):
+    lm = MambaLM.from_pretrained(
+        saved,
+        device_map={"": "cpu", "backbone.layers": "meta", "backbone.layers.0": "cpu", "backbone.norm": "cpu"},
+    )
+    on_cpu = ("backbone.embedding", "backbone.layers.0.", "backbone.norm_f")  # `backbone.norm` is not `backbone.norm_f`
+    for name, device in places(lm).items():
+        assert device == ("cpu" if name.startswith(on_cpu) else "meta"), name
+
+
+@pytest.mark.parametrize("layer", ["mamba", "mamba2"])
+@torch.no_grad()
+def test_a_model_on_two_devices_runs(layer, tmp_path, monkeypatch):
+    """`meta` stands for the second: the ops refuse tensors of two devices, and it takes nothing back to the first."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no meta
+    MambaLM(LMConfig(16, 3, 50, layer, headdim=8, tie_embeddings=False)).save_pretrained(tmp_path)
+    second = {"backbone.layers.2": "meta", "backbone.norm_f": "meta", "lm_head": "meta"}
+    lm = MambaLM.from_pretrained(tmp_path, device_map={"": "cpu"} | second)
+    assert lm(IDS).logits.device.type == "meta"
+    state = lm.new_state(1)
+    assert [s.ssm.device.type for s in state] == ["cpu", "cpu", "meta"]
+    for ids in (IDS, IDS[:, :1]):
+        assert lm(ids, state=state, at=torch.tensor([0])).logits.shape == (1, 1, lm.config.padded_vocab_size)
+    assert lm(IDS, cu_seqlens=torch.tensor([0, 1, 4])).logits.device.type == "meta"
+    # And layer by layer: the embedding alone elsewhere.
+    lm = MambaLM.from_pretrained(tmp_path, device_map={"": "meta", "backbone.embedding": "cpu"})
+    assert lm(IDS).logits.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ({"backbone": "cpu"}, None),
+        ({"backbone.layers": "cpu"}, "device_map covers 'backbone.layers', but not the parameter backbone.embedding"),
+        ({"backbone.layer": "cpu", "backbone.embedding": "cpu"}, "but not the parameter backbone.layers.0.norm.weight"),
+        (
+            {"": "cpu", "backbone.norm_f": "disk"},
+            r"device_map\['backbone.norm_f'\] is 'disk': offloading to disk is not",
+        ),
+        ("disk", "device_map is 'disk': offloading to disk is not supported"),
+        ("gpu", "device_map must be a device such as 'cpu' or 'cuda:0', got 'gpu'"),
+        (
+            {"": "cpu", "backbone.layers.1.mixer": "meta"},
+            "device_map splits backbone.layers.1 over cpu, meta; give it one device",
+        ),
+    ],
+)
+def test_a_device_map_that_cannot_be_is_named(saved, device_map, message):
+    if message is None:  # the head is tied to the embedding, and lies where that does
+        MambaLM.from_pretrained(saved, device_map=device_map)
+        return
+    with pytest.raises(ValueError, match=message):
+        MambaLM.from_pretrained(saved, device_map=device_map)
