@@ -1,0 +1,139 @@
+"""Language models in EleutherAI's `lm-eval` (extra `lm-eval`), as `--model vlmamba`.
+
+    python -m vlmamba.model.harness.lm_eval --model vlmamba --batch_size 16 \
+        --model_args pretrained=state-spaces/mamba-130m,dtype=bfloat16 \
+        --tasks lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande,openbookqa
+
+All arguments are `lm-eval run`'s own. Up to release 0.4.13 `lm-eval` finds no models in other packages, hence the
+module; later ones read the entry points of `lm_eval.models`, where this one is, and `lm-eval run` does as well.
+
+Some things differ from the harness's own `hf` and `mamba_ssm` models. Sequences are packed, so that none is padded. And
+no context is cut: the state is as large after a million tokens as after one, so a document is read from its beginning
+in `loglikelihood_rolling`, where those models see windows of 2,048 tokens; and the token that some tokenizers begin
+texts with is not counted there, which `hf` does. For such texts and tokenizers, perplexities are not comparable with
+theirs. All else is equal to rounding.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, groupby
+
+from tqdm import tqdm
+
+from ..generate import answer_packed, packed_tokens
+from ..lm import MambaLM
+from ..score import batches, score
+from . import generation_batches, load, parse_batch_size
+
+try:
+    import lm_eval.models  # noqa: F401  (the harness registers its own models only while there are no others)
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as e:
+    raise ModuleNotFoundError("this adapter needs lm-eval: pip install 'vl-mamba[lm-eval]'", name=e.name) from e
+
+
+@register_model("vlmamba")
+class HarnessLM(TemplateLM):
+    """A `MambaLM` for the harness.
+
+    Args:
+        pretrained: as `MambaLM.from_pretrained` takes it; or a model.
+        revision: of the repository.
+        dtype: name of the dtype; the checkpoint's own by default.
+        device: a GPU by default, where there is one.
+        batch_size: requests that are run together.
+        max_gen_toks: tokens to generate where a task does not say.
+
+    Raises:
+        ValueError: as `load`, or `batch_size` is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | MambaLM,
+        *,
+        revision: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_gen_toks: int = 256,
+    ):
+        super().__init__()
+        self.batch_size = parse_batch_size(batch_size)
+        self.max_gen_toks = max_gen_toks
+        self.model = load(MambaLM, pretrained, revision, dtype, device)
+        self.tokenizer = self.model.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: the token that the tokenizer begins texts with, if any."""
+        return (self.tok_encode("") or [self.eot_token_id])[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Tokens of a text, with those that the tokenizer's own file says to add, unless they are not wanted."""
+        return self.tokenizer.inner.encode(string, add_special_tokens=add_special_tokens is not False).ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
+        results = []
+        # Answers to one context stay together: it is run once for them.
+        groups = [list(group) for _, group in groupby(requests, lambda request: request[1])]
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
+            for chosen in batches([len(group) for group in groups], self.batch_size):
+                texts, contexts, continuations = zip(*chain(*groups[chosen]), strict=True)
+                # A context of spaces alone has given them to the continuation.
+                prompts = [context or [self.prefix_token_id] for context in contexts]
+                scores = score(self.model, prompts, continuations, self.batch_size)
+                for text, found in zip(texts, scores, strict=True):
+                    results.append((found.logprob, found.greedy))
+                    self.cache_hook.add_partial("loglikelihood", text, results[-1])
+                bar.update(len(texts))
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of each whole text, after `prefix_token_id`."""
+        results = []
+        with tqdm(total=len(requests), desc="loglikelihood_rolling", disable=disable_tqdm) as bar:
+            for start in range(0, len(requests), self.batch_size):
+                args = [request.args for request in requests[start : start + self.batch_size]]
+                texts = [self.tok_encode(text, add_special_tokens=False) for (text,) in args]
+                written = [text for text in texts if text]
+                scores = iter(score(self.model, [[self.prefix_token_id]] * len(written), written, self.batch_size))
+                for one, text in zip(args, texts, strict=True):
+                    results.append(next(scores).logprob if text else 0.0)
+                    self.cache_hook.add_partial("loglikelihood_rolling", one, results[-1])
+                bar.update(len(args))
+        return results
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Go on from each context, to the first of the texts in `until` or the end-of-text token."""
+        results = [""] * len(requests)
+        args = [request.args for request in requests]
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+            for config, indices in generation_batches(args, self.max_gen_toks, self.batch_size):
+                prompts = [self.tok_encode(args[i][0]) or [self.prefix_token_id] for i in indices]
+                embed, bounds = packed_tokens(self.model, prompts)
+                *_, answers = answer_packed(self.model, embed, bounds, prompts, self.tokenizer, config)
+                for i, answer in zip(indices, answers, strict=True):
+                    results[i] = answer.text
+                    self.cache_hook.add_partial("generate_until", args[i], answer.text)
+                bar.update(len(indices))
+        return results
+
+
+def main() -> None:
+    """`lm-eval`'s command line, with this model."""
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Vision-language models in `lmms-eval` (extra `lmms-eval`), as `--model vlmamba`.
+
+    lmms-eval --model vlmamba --model_args pretrained=huangwenjun1994/ML-Mamba,dtype=bfloat16 --batch_size 8 \
+        --tasks gqa,scienceqa_img,textvqa_val,pope,mme
+
+The benchmarks of the papers' tables by the harness's names, with what to mind when a figure stands beside the papers':
+
+- VQAv2: `vqav2_val`, metric `exact_match` (soft accuracy). ML-Mamba and Cobra report the validation set, VL-Mamba and
+  LLaVA the test-dev server, for which `vqav2_test` writes a file: these are not comparable.
+- GQA: `gqa`, `exact_match` on testdev-balanced, as in the papers.
+- SQA-I: `scienceqa_img`, `exact_match` of the choice's letter; the part of ScienceQA's test set that has images.
+- TextVQA: `textvqa_val`, `exact_match` (soft accuracy). The prompt has no OCR tokens; `ocr: true` in the task puts them
+  after the question. Cobra is measured with the OCR tokens first, and so is ML-Mamba, by the same harness: 58.2 for
+  Cobra, against 43.0 with them after the question and 47.9 without. Say with a figure which it is.
+- POPE: `pope`, or `pope_adv`, `pope_pop` and `pope_random`; `pope_accuracy`, `pope_f1_score`. An answer counts only if
+  it is yes or no and nothing else. LLaVA reports the mean F1 of the three parts; ML-Mamba's 88.3 is the accuracy of the
+  likelier first token of Yes and No.
+- MME: `mme`, `mme_perception_score` (at most 2,000; the one that papers quote) and `mme_cognition_score`.
+- MMBench: `mmbench_en_dev`, `gpt_eval_score`. GPT matches answers to choices, so that a key is needed
+  (`OPENAI_API_KEY`); `mmbench_en_dev_static` matches without.
+- MM-Vet: `mmvet`, `gpt_eval_score`. GPT is the judge and needs a key. The harness's prompt asks to think step by step.
+
+Multiple choice by likelihood, as in `seedbench_ppl`, works too, but not with `--use_cache`, of which the harness cannot
+make such answers again.
+"""
+
+from __future__ import annotations
+
+from itertools import count, groupby
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..score import batches
+from ..vlm import VLM
+from . import generation_batches, load, parse_batch_size
+
+try:
+    from lmms_eval.api.instance import GenerationResult, Instance
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models.registry_v2 import ModelManifest
+except ModuleNotFoundError as e:
+    raise ModuleNotFoundError("this adapter needs lmms-eval: pip install 'vl-mamba[lmms-eval]'", name=e.name) from e
+
+MAX_NEW_TOKENS = 1024
+"""Where a task does not say, as the harness's LLaVA."""
+
+
+def manifest() -> ModelManifest:
+    """What the entry point in the group `lmms_eval.models` gives."""
+    return ModelManifest("vlmamba", simple_class_path=f"{HarnessVLM.__module__}.{HarnessVLM.__qualname__}")
+
+
+class HarnessVLM(lmms):
+    """A `VLM` for the harness, of its kind "simple": a text and the document's image, which stands before it.
+
+    Args:
+        pretrained: as `VLM.from_pretrained` takes it; or a model.
+        revision: of the repository.
+        dtype: name of the dtype; the checkpoint's own by default.
+        device: a GPU by default, where there is one.
+        batch_size: requests that are run together.
+
+    Raises:
+        ValueError: as `load`, or `batch_size` is not a positive integer. While it runs: a document with several images
+            or something else than an image.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | VLM,
+        *,
+        revision: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+    ):
+        super().__init__()
+        self.batch_size = parse_batch_size(batch_size)
+        self.model = load(VLM, pretrained, revision, dtype, device)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answer each document's question."""
+        results = [""] * len(requests)
+        args = [request.args for request in requests]
+        prompts = [((context, *place), kwargs) for context, kwargs, _, *place in args]
+        with tqdm(total=len(requests), desc="generate_until") as bar:
+            for config, indices in generation_batches(prompts, MAX_NEW_TOKENS, self.batch_size):
+                texts, images = zip(*(self._prompt(args[i][0], *args[i][2:]) for i in indices), strict=True)
+                for i, text in zip(indices, self.model.generate(texts, images, config), strict=True):
+                    results[i] = text
+                bar.update(len(indices))
+        return results
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Answer round after round, each with the text and image that the task makes of the answers before it."""
+        results = []
+        for request in tqdm(requests, desc="generate_until_multi_round"):
+            context, kwargs, doc_to_visual, doc_to_text, *place = request.args
+            doc = self._document(*place)
+            ((config, _),) = generation_batches([(context, kwargs)], MAX_NEW_TOKENS, 1)
+            visuals, answers, info = doc_to_visual(doc), [], None
+            for n in count(1):
+                answers += self.model.generate([context], [_image(visuals, place)], config)
+                visuals, context, ended, answers, info = doc_to_text(
+                    doc, previous_output=answers, round_idx=n, previous_round_info=info
+                )
+                answers = list(answers)
+                if ended:
+                    break
+            results.append(answers)
+        return results
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """For each answer, its negative log-likelihood, and whether the model would give it; its end is included.
+
+        Negative, since the harness takes the least of the choices. The choices of a document share its image and
+        prompt, which are run once.
+        """
+        if any(len(request.args) != 6 for request in requests):
+            raise ValueError("requests must have an image each: acc_mutual_info, whose have none, is not supported")
+        results: list[GenerationResult] = []
+        questions = [list(group) for _, group in groupby(requests, lambda r: (r.args[0], *r.args[3:]))]
+        with tqdm(total=len(requests), desc="loglikelihood") as bar:
+            for chosen in batches([len(group) for group in questions], self.batch_size):
+                firsts = [group[0].args for group in questions[chosen]]
+                texts, images = zip(*(self._prompt(first[0], *first[2:]) for first in firsts), strict=True)
+                answers = [[self._continuation(*request.args) for request in group] for group in questions[chosen]]
+                for scores in self.model.score(texts, images, answers, self.batch_size):
+                    # The evaluator turns a bare pair into text; what is in a GenerationResult it hands on.
+                    results += [GenerationResult((-s.logprob, s.greedy)) for s in scores]
+                    bar.update(len(scores))
+        return results
+
+    def _document(self, doc_id: int, task: str, split: str) -> dict[str, Any]:
+        return self.task_dict[task][split][doc_id]
+
+    def _prompt(self, context: str, doc_to_visual: Any, *place: Any) -> tuple[str, Image.Image | None]:
+        return context, _image(doc_to_visual(self._document(*place)), place)
+
+    def _continuation(self, context: str, target: Any, doc_to_visual: Any, *place: Any) -> str:
+        return target(self._document(*place)) if callable(target) else target
+
+
+def _image(visuals: list | None, place: Any) -> Image.Image | None:
+    """The one image of a document, or None."""
+    if not visuals:
+        return None
+    if len(visuals) > 1 or not isinstance(visuals[0], Image.Image):
+        doc_id, task, split = place
+        kinds = ", ".join(type(v).__name__ for v in visuals)
+        raise ValueError(f"the model reads one image, but document {doc_id} of {task} ({split}) has {kinds}")
+    return visuals[0]
