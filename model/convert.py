@@ -14,7 +14,7 @@ from .config import LMConfig
 from .config_io import to_json_dict
 from .formats import language
 from .hub import CONFIG, fetch_model, replacing_folder
-from .weights import LazyTensor, Weights, dtype_of, save_weights
+from .weights import LazyTensor, Weights, check_placement, dtype_of, save_weights
 
 Layout = Literal["own", "state-spaces", "transformers"]
 LAYOUTS: tuple[Layout, ...] = ("own", "state-spaces", "transformers")
@@ -49,6 +49,7 @@ def convert(
     """
     if to not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}; got {to!r}")
+    check_placement(dtype, "cpu")
     dst = Path(dst).expanduser()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not empty: give the name of a new folder")

@@ -25,11 +25,20 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 
 from .config_io import load_config, save_config
-from .weights import DeviceMap, Weights, load_into, open_weights, save_weights
+from .weights import DeviceMap, Weights, check_placement, load_into, open_weights, save_weights
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-SMALL_FILES = (CONFIG, "params.json", TOKENIZER, "tokenizer_config.json", "*processor*.json", "*.index.json")
+SMALL_FILES = (
+    CONFIG,
+    "params.json",
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "*processor*.json",
+    "*.index.json",
+)
 """What is downloaded besides weights."""
 WEIGHT_FILES = (
     ("model.safetensors", "model-*-of-*.safetensors"),
@@ -200,6 +209,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             "force_download": force_download,
             "local_files_only": local_files_only,
         }
+        check_placement(dtype, device_map)
         folder = fetch_model(name_or_path, **hub)
         config, weights = cls.open_checkpoint(folder)
         with torch.device("meta"):

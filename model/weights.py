@@ -297,11 +297,8 @@ def load_into(
         ValueError: lists every name that is missing, unexpected, of another shape or not a float; or tied parameters
             that differ; or a name that `device_map` does not cover.
     """
-    own = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, old in own.items():
-        names.setdefault(id(old), []).append(name)
-    _check_fit(model, own, names, weights, source)
+    check_placement(dtype, device_map)
+    own, names = check_fit(model, weights, source)
     devices = _devices(device_map, [same[0] for same in names.values()])
     _check_whole(model, devices)
 
@@ -328,13 +325,18 @@ def load_into(
             setattr(model.get_submodule(owner), attribute, new)
 
 
-def _check_fit(
-    model: nn.Module,
-    own: Mapping[str, Tensor],
-    names: Mapping[int, list[str]],
-    weights: Mapping[str, Tensor],
-    source: str,
-) -> None:
+def check_fit(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], dict[int, list[str]]]:
+    """Compare names, shapes and dtypes, without reading: the model's own tensors, and the names of each by its id.
+
+    Raises:
+        ValueError: as `load_into`.
+    """
+    own = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, old in own.items():
+        names.setdefault(id(old), []).append(name)
     shapes, dtypes = _shapes(weights), _dtypes(weights)
     problems = [f"missing: {same[0]}" for same in names.values() if not any(name in shapes for name in same)]
     problems += [f"unexpected: {name}" for name in shapes if name not in own]
@@ -352,6 +354,7 @@ def _check_fit(
     ]
     if problems:
         raise ValueError(f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+    return own, names
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -370,12 +373,28 @@ def dtype_of(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torc
     return torch.promote_types(dtype, torch.float32) if _KEPT_IN_FLOAT32.fullmatch(name) else dtype
 
 
+def check_placement(dtype: torch.dtype | None, device_map: DeviceMap) -> None:
+    """Refuse what no model could be loaded with.
+
+    Raises:
+        ValueError: `dtype` is not floating, or `device_map` names what is no device.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating torch.dtype such as torch.bfloat16, or None, got {dtype!r}")
+    _by_beginning(device_map)
+
+
+def _by_beginning(device_map: DeviceMap) -> dict[str, torch.device]:
+    if isinstance(device_map, str) and device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device_map, Mapping):
+        device_map = {"": device_map}
+    return {beginning: _device(beginning, device) for beginning, device in device_map.items()}
+
+
 def _devices(device_map: DeviceMap, names: list[str]) -> dict[str, torch.device]:
     """The device of each name."""
-    if device_map == "auto":
-        device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    by_beginning = device_map if isinstance(device_map, Mapping) else {"": device_map}
-    devices = {beginning: _device(beginning, device) for beginning, device in by_beginning.items()}
+    devices = _by_beginning(device_map)
     placed = {}
     for name in names:
         fitting = [b for b in devices if not b or name == b or name.startswith(b + ".")]

@@ -532,3 +532,9 @@ def test_a_device_map_that_cannot_be_is_named(saved, device_map, message):
         return
     with pytest.raises(ValueError, match=message):
         MambaLM.from_pretrained(saved, device_map=device_map)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_a_dtype_that_cannot_be_is_named_before_anything_is_looked_up(dtype):
+    with pytest.raises(ValueError, match="dtype must be a floating torch.dtype such as torch.bfloat16, or None, got"):
+        MambaLM.from_pretrained("me/lm", dtype=dtype)
