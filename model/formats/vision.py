@@ -201,8 +201,12 @@ def _read_transformers_processor(folder: Path, family: str, image_size: int) -> 
 
 
 def _square(size: Any, name: str, path: Path) -> int:
-    """One side, of a number or of height and width."""
-    sides = [size] if isinstance(size, int) else list(size.values() if isinstance(size, Mapping) else size)
+    """One side, of a number, a pair, or height and width by name."""
+    sides = [size]
+    if isinstance(size, Mapping):
+        sides = [size.get("height"), size.get("width")]
+    elif isinstance(size, list | tuple):
+        sides = list(size)
     if not sides or len(set(sides)) != 1 or not isinstance(sides[0], int):
         raise ValueError(f"{path}: {name} must be a square's, got {size}")
     return sides[0]

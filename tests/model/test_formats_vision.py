@@ -312,6 +312,7 @@ def small_config(family: str) -> ViTConfig:
     ("family", "changes"),
     [
         ("clip", {"hidden_act": "gelu"}),
+        ("clip", {"hidden_act": "gelu_new"}),
         ("clip", {"layer_norm_eps": 0.1}),
         ("clip", {"patch_size": 7}),
         ("siglip", {"hidden_act": "gelu"}),
@@ -400,6 +401,7 @@ def test_quick_gelu_is_for_the_weights_of_openai(tmp_path):
         ({"model_type": "clip", "vision_config": {"hidden_act": "relu"}}, "hidden_act must be one of .* got 'relu'"),
         ({"model_type": "clip_vision_model", "num_channels": 4}, "num_channels must be 3, got 4"),
         ({"model_type": "siglip_vision_model", "image_size": [28, 42]}, "image_size must be a square's"),
+        ({"model_type": "clip_vision_model", "image_size": None}, "image_size must be a square's, got None"),
         ({"architecture": "resnet50", "num_features": 8}, "architecture 'resnet50'; known are vit_large_patch14_clip"),
         (timm_config("clip", {"qk_norm": True}), "qk_norm = True is not supported, only False"),
         (timm_config("clip", {"rope": True}), "model_args has 'rope'"),
@@ -458,6 +460,7 @@ def test_the_encoder_has_the_size_of_its_images(tmp_path):
         ({"do_center_crop": False}, "without a centre crop gives images that are not square"),
         ({"crop_size": {"height": 28, "width": 42}}, "crop_size must be a square's"),
         ({"size": {"height": 28, "width": 28}}, "size before a centre crop must be the shortest edge's"),
+        ({"do_center_crop": False, "size": {"longest_edge": 28}}, "size must be a square's"),
         ({"crop_size": 300}, "resize_to must be at least size = 300, got 224"),
     ],
 )
