@@ -30,6 +30,7 @@ class GenerationConfig:
     """How the next token is chosen, and when to end."""
 
     max_new_tokens: int = 128
+    """Where an answer is cut off."""
     temperature: float = 0.0
     """0 takes the likeliest token; otherwise one is drawn."""
     top_k: int = 0

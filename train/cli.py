@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
-from ..model.generate import GenerationConfig
-from ..model.image import open_image
-from ..model.prompt import Turn
 from ..model.vlm import VLM
+from .inference import Chat, Convert, Generate, Inspect
 from .loop import Interrupted
 
 Positional = tyro.conf.Positional
@@ -119,6 +118,8 @@ class Evaluate:
     images: Path | None = None
     batch_size: int = 256
     max_new_tokens: int = 32
+    device: str = "auto"
+    """auto is a GPU where there is one."""
 
     def run(self) -> None:
         from . import easy_vqa
@@ -126,7 +127,7 @@ class Evaluate:
         from .evaluate import answer_all
 
         records = easy_vqa.load("test") if self.data is None else read_llava(self.data, self.images)
-        model = VLM.from_pretrained(self.model)
+        model = VLM.from_pretrained(self.model, device_map=self.device)
         answers = answer_all(model, records, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         if self.data is None:
             for name, share in easy_vqa.scores(records, answers).items():
@@ -136,73 +137,6 @@ class Evaluate:
             print(f"exact match {right / max(1, len(records)):.2%} of {len(records)}")
 
 
-@dataclass
-class Generate:
-    """Answer one question about an image, or none."""
-
-    model: Positional[str]
-    """Folder, or name on the Hugging Face Hub."""
-    prompt: Positional[str]
-    image: Path | None = None
-    sampling: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GenerationConfig()
-    device: str = "cpu"
-
-    def run(self) -> None:
-        model = VLM.from_pretrained(self.model, device=self.device)
-        for piece in model.stream(self.prompt, self.image, self.sampling):
-            print(piece, end="", flush=True)
-        print()
-
-
-@dataclass
-class Chat:
-    """Talk to a model. /image PATH shows it an image, /reset begins anew, /quit (or Ctrl-D) ends."""
-
-    model: Positional[str]
-    """Folder, or name on the Hugging Face Hub."""
-    image: Path | None = None
-    """Image to talk about from the beginning."""
-    history: bool = False
-    """Send the whole conversation each time, not the last question alone. For models trained on several turns."""
-    sampling: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GenerationConfig()
-    device: str = "cpu"
-
-    def run(self) -> None:
-        model = VLM.from_pretrained(self.model, device=self.device)
-        image, turns = self.image, []
-        if image is not None:
-            open_image(image)
-        print("/image PATH shows an image, /reset begins anew, /quit ends")
-        while True:
-            try:
-                line = input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
-            if line == "/quit":
-                return
-            if line == "/reset":
-                image, turns = None, []
-            elif line.startswith("/image"):
-                path = Path(line.removeprefix("/image").strip()).expanduser()
-                try:
-                    open_image(path)
-                except (FileNotFoundError, ValueError) as e:
-                    print(e)
-                    continue
-                image, turns = path, []
-            elif line.startswith("/"):
-                print(f"no command {line.split()[0]}; there are /image, /reset and /quit")
-            elif line:
-                turns = [*(turns if self.history else []), Turn("user", line)]
-                answer = ""
-                for piece in model.stream(turns, image, self.sampling):
-                    print(piece, end="", flush=True)
-                    answer += piece
-                print()
-                turns.append(Turn("assistant", answer))
-
-
 COMMANDS = {
     "demo": Demo,
     "train": Train,
@@ -210,26 +144,31 @@ COMMANDS = {
     "evaluate": Evaluate,
     "generate": Generate,
     "chat": Chat,
+    "inspect": Inspect,
+    "convert": Convert,
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; what goes wrong with its input is one line on stderr and exit status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="vlmamba",
-        description="VL-Mamba and ML-Mamba: train, evaluate, talk. Begin with: vlmamba demo",
-        args=arguments,
-    )
     try:
-        command.run()
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="vlmamba",
+            description="VL-Mamba and ML-Mamba: train, evaluate, talk, look at checkpoints. Begin with: vlmamba demo",
+            args=arguments,
+        ).run()
     except Interrupted:
         print("\nvlmamba: stopped and saved; the same command goes on from here", file=sys.stderr)
         raise
     except KeyboardInterrupt:
         print("\nvlmamba: stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Who read the output has seen enough, as `| head` has. What is still to be written has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as e:
         sys.exit(f"vlmamba: {e}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -21,9 +22,8 @@ from vlmamba.model import (
     ViTConfig,
     VLMConfig,
     collate,
-    score,
 )
-from vlmamba.model.score import Score, pick
+from vlmamba.model.score import Score, pick, score
 
 CONFIGS = {
     "mamba": (
@@ -80,7 +80,7 @@ def assert_scores(got, want):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_scores_are_those_of_transformers(pair, batch_size, monkeypatch):
     ours, theirs = pair
-    monkeypatch.setattr("vlmamba.model.score.PIECE", 7)
+    monkeypatch.setattr(sys.modules["vlmamba.model.score"], "PIECE", 7)
     few = tokens(5, 1, 23)
     prompts = [few[i] for i in (0, 1, 0, 2, 1, 0, 2)]
     answers = tokens(1, 4, 12, 1, 9, 2, 30)
@@ -89,7 +89,7 @@ def test_scores_are_those_of_transformers(pair, batch_size, monkeypatch):
             answers[i] = []
             for _ in range(3):
                 answers[i].append(int(theirs(torch.tensor([prompts[i] + answers[i]])).logits[0, -1].argmax()))
-    got = score.score(ours, prompts, answers, batch_size)
+    got = score(ours, prompts, answers, batch_size)
     assert_scores(got, [by_transformers(theirs, p, a) for p, a in zip(prompts, answers, strict=True)])
     assert [s.greedy for s in got] == [True, False, False, False, False, True, False]
 
@@ -103,24 +103,24 @@ def test_a_prompt_is_run_once_for_all_its_answers(pair):
         ran.append(kwargs["inputs_embeds"].shape[1])
 
     ours.register_forward_pre_hook(watch, with_kwargs=True)
-    score.score(ours, [prompt] * 3, answers)
+    score(ours, [prompt] * 3, answers)
     assert ran == [40, 2 + 1]  # the last token of an answer predicts nothing that is asked
 
 
 def test_no_pairs_no_scores(pair):
-    assert score.score(pair[0], [], []) == []
+    assert score(pair[0], [], []) == []
 
 
 def test_what_is_wrong_is_named(pair):
     lm, _ = pair
     with pytest.raises(ValueError, match=r"answers must have one entry a prompt \(2\), got 1"):
-        score.score(lm, [[1], [2]], [[3]])
+        score(lm, [[1], [2]], [[3]])
     with pytest.raises(ValueError, match=r"prompts\[1\] must have at least one token"):
-        score.score(lm, [[1], []], [[3], [4]])
+        score(lm, [[1], []], [[3], [4]])
     with pytest.raises(ValueError, match=r"answers\[0\] must have at least one token"):
-        score.score(lm, [[1], [2]], [[], [4]])
+        score(lm, [[1], [2]], [[], [4]])
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        score.score(lm, [[1]], [[3]], 0)
+        score(lm, [[1]], [[3]], 0)
 
 
 def test_pick_takes_the_likeliest():

@@ -1,0 +1,186 @@
+"""What a checkpoint is and what it takes to run it, without reading its weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import LMConfig
+from .formats import recognise
+from .hub import fetch_model
+from .lm import MambaLM
+from .load import model_class
+from .vlm import VLM
+from .weights import check_fit, dtype_of
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations that a language model does for one token; a multiplication and an addition are two.
+
+    Letters: D width, E = expand * D inner width, N state, R rank of dt, H heads, G groups, K width of the convolution,
+    Q chunk, V rows of the embedding. A layer's
+
+    - projections: Mamba `2 (2DE + E(R + 2N) + RE + ED)`, Mamba-2 `2 (D(2E + 2GN + H) + ED)`;
+    - convolution: `2 K` a channel, of which there are E, or E + 2GN in Mamba-2;
+    - scan of Mamba: `7 E N` (dt A, its exponential, the decay, B x, their sum, and two for C h);
+    - scan of Mamba-2, decoding: `5 E N` (the same without the first two, which are one number a head);
+    - scan of Mamba-2, in a prompt, by chunks: `2 Q (G N + E) + 4 E N` (C B^T, its product with x, and the state in and
+      out; the whole square of a chunk, as it is computed).
+
+    The head takes `2 D V`; in a prompt it runs on the last token alone, and is not counted. Norms, gates and
+    activations are left out: some `10 E` a layer. Nothing depends on how long the sequence is.
+    """
+
+    projections: int
+    convolution: int
+    scan: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.projections + self.convolution + self.scan + self.head
+
+
+def flops_a_token(config: LMConfig, prefill: bool) -> Flops:
+    """Of a token that is decoded, or of one within a long prompt."""
+    width, inner, state = config.d_model, config.expand * config.d_model, config.d_state
+    if config.layer == "mamba":
+        rank = math.ceil(width / 16) if config.dt_rank is None else config.dt_rank
+        projections = 2 * (2 * width * inner + inner * (rank + 2 * state) + rank * inner + inner * width)
+        channels, scan = inner, 7 * inner * state
+    else:
+        shared = config.ngroups * state
+        projections = 2 * (width * (2 * inner + 2 * shared + inner // config.headdim) + inner * width)
+        channels, scan = inner + 2 * shared, 5 * inner * state
+        if prefill:
+            scan = 2 * config.chunk_size * (shared + inner) + 4 * inner * state
+    layers = config.n_layer
+    head = 0 if prefill else 2 * width * config.padded_vocab_size
+    return Flops(layers * projections, layers * 2 * config.d_conv * channels, layers * scan, head)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` found."""
+
+    name: str
+    format: str
+    model: str
+    """Class that loads it."""
+    parameters: dict[str, int]
+    """Of each part; tied ones are counted once."""
+    dtypes: dict[str, int]
+    """Parameters of each dtype, as they would be loaded."""
+    weight_bytes: int
+    state_bytes: int | None
+    """Recurrent state of one sequence, whatever its length; None where there is no language model."""
+    decode: Flops | None
+    """For one token that is written."""
+    prefill: Flops | None
+    """For one token of a prompt."""
+    image_tokens: int | None
+    """Tokens of a prompt that an image takes; None where the model sees none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; totals are added."""
+        flops = {
+            name: {**vars(f), "total": f.total} if f else None
+            for name, f in (("decode", self.decode), ("prefill", self.prefill))
+        }
+        total = sum(self.parameters.values())
+        return {**vars(self), "parameters": {**self.parameters, "total": total}, **flops}
+
+    def __str__(self) -> str:
+        rows = [("parameters", f"{sum(self.parameters.values()):,}")]
+        rows += [(f"  {part}", f"{n:,}") for part, n in self.parameters.items()]
+        rows.append(("weights", f"{mebibytes(self.weight_bytes)} ({', '.join(self.dtypes)})"))
+        if self.state_bytes is not None:
+            rows.append(("state a sequence", f"{mebibytes(self.state_bytes)}, whatever its length"))
+        for name, flops in (("decode", self.decode), ("prefill", self.prefill)):
+            if flops is not None:
+                shares = ", ".join(f"{part} {n / flops.total:.1%}" for part, n in vars(flops).items() if n)
+                rows.append((f"{name}, a token", f"{_flops(flops.total)} ({shares})"))
+        if self.image_tokens is not None:
+            rows.append(("an image", f"{self.image_tokens} tokens"))
+        width = max(len(label) for label, _ in rows)
+        lines = [f"{label:<{width}}  {value}" for label, value in rows]
+        return "\n".join([f"{self.name}: {self.model}, format {self.format}", *lines])
+
+
+def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> Report:
+    """Look at a checkpoint in any known format. Of the weights only names, shapes and dtypes are read.
+
+    Args:
+        name_or_path: a folder, or a repository on the Hub, which is downloaded.
+        dtype: as if it were loaded so; None keeps the file's.
+        hub: `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` as `hub.fetch` takes them.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.
+        ValueError: the format is not known, a file is damaged, or weights and config do not agree.
+    """
+    folder = fetch_model(name_or_path, **hub)
+    kind = model_class(folder)
+    config, weights = kind.open_checkpoint(folder)
+    with torch.device("meta"):
+        model = kind(config)
+    own, tied = check_fit(model, weights, str(folder))
+    stored = weights.dtypes
+    parameters: dict[str, int] = {}
+    dtypes: dict[str, int] = {}
+    weight_bytes = 0
+    for names in tied.values():
+        loaded = dtype_of(names[0], next(stored[n] for n in names if n in stored), dtype)
+        n = own[names[0]].numel()
+        part, label = _part(names[0]), str(loaded).removeprefix("torch.")
+        parameters[part] = parameters.get(part, 0) + n
+        dtypes[label] = dtypes.get(label, 0) + n
+        weight_bytes += n * loaded.itemsize
+    lm, prefix = (model.language_model, "language_model.") if kind is VLM else (model, "")
+    is_language = isinstance(lm, MambaLM)
+    state = 0
+    for i, layer in enumerate(lm.backbone.layers if is_language else ()):
+        name = f"{prefix}backbone.layers.{i}.mixer.conv1d.weight"
+        one = layer.mixer.new_state(1)
+        inputs = dtype_of(name, stored[name], dtype)
+        state += one.conv.numel() * inputs.itemsize
+        state += one.ssm.numel() * torch.promote_types(inputs, torch.float32).itemsize
+    return Report(
+        str(name_or_path),
+        recognise(folder),
+        kind.__name__,
+        parameters,
+        dtypes,
+        weight_bytes,
+        state if is_language else None,
+        flops_a_token(lm.config, prefill=False) if is_language else None,
+        flops_a_token(lm.config, prefill=True) if is_language else None,
+        model.image_tokens if kind is VLM else None,
+    )
+
+
+def mebibytes(n: int) -> str:
+    """A size to be read; small ones in KiB, large ones in GiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 2**10:.1f} KiB"
+
+
+def _flops(n: int) -> str:
+    return f"{n / 1e9:.2f} GFLOPs" if n >= 1e9 else f"{n / 1e6:.2f} MFLOPs"
+
+
+def _part(name: str) -> str:
+    """The part of a model that a parameter belongs to: a module two levels deep, or three in a VLM's."""
+    for whole in ("language_model.", "vision.", ""):
+        if name.startswith(whole):
+            inner = name.removeprefix(whole).split(".")
+            depth = 2 if inner[0] in ("backbone", "encoders") else 1
+            return whole + ".".join(inner[:depth])
+    raise AssertionError(name)
