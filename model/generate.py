@@ -207,8 +207,12 @@ class Decoder:
             self.device = lm.lm_head.weight.device
             self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
-        # Not where the layers are spread over several devices.
-        self.may_capture = has_graphs(self.device) and all(layer.ssm.device == self.device for layer in self.buffers)
+        # Not over several devices; nor under autocast, whose copies of the weights do not last until a replay.
+        self.may_capture = (
+            has_graphs(self.device)
+            and all(layer.ssm.device == self.device for layer in self.buffers)
+            and not torch.is_autocast_enabled("cuda")
+        )
         self.captured_with = surroundings(lm)
         self.use(batch)
 
@@ -227,7 +231,7 @@ class Decoder:
         """Go on with these rows alone, which become the first ones."""
         for layer in self.state:
             for t in layer:
-                t[: len(rows)] = t[rows]
+                t[: len(rows)] = t[rows.to(t.device)]
         self.use(len(rows))
 
     @torch.no_grad()

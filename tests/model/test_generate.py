@@ -86,6 +86,17 @@ def test_a_prompt_in_pieces_is_a_prompt(lm, size):
         torch.testing.assert_close(want[i], lm(torch.tensor([prompt])).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_in_bfloat16_a_prompt_in_pieces_agrees_to_rounding(lm):
+    lm = lm.bfloat16()
+    embeds, cu_seqlens = packed_tokens(lm, PROMPTS)
+    whole, cut = lm.new_state(len(PROMPTS)), lm.new_state(len(PROMPTS))
+    want = prefill(lm, embeds, cu_seqlens, whole, 10_000)
+    got = prefill(lm, embeds, cu_seqlens, cut, 7)
+    assert (got - want).norm() < 0.02 * want.norm()
+    assert cut[0].ssm.dtype == torch.float32
+
+
 def highest_memory(function):
     """Bytes by which a call raises the resident memory of the process."""
     clear = Path("/proc/self/clear_refs")

@@ -111,6 +111,19 @@ def test_answers_in_a_batch_are_those_given_alone(vlm, config):
     assert len(set(together)) > 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 5, 16, 21])
+def test_prompts_in_pieces_cut_through_images_and_bounds(vlm, size):
+    samples = [vlm.prepare([Turn("user", q)], p) for q, p in zip(QUESTIONS, PICTURES, strict=True)]
+    embed, bounds = vlm.packed(samples)
+    total = int(bounds[-1])
+    whole = vlm.embed(collate(samples))
+    cut = torch.cat([embed(i, min(i + size, total)) for i in range(0, total, size)], 1)
+    assert torch.equal(cut, whole)
+    config = GenerationConfig(12, prefill_chunk=size)
+    assert vlm.generate(QUESTIONS, PICTURES, config) == vlm.generate(QUESTIONS, PICTURES, GenerationConfig(12))
+
+
 def test_sampling_is_reproducible_and_depends_on_the_seed(vlm):
     answers = [vlm.generate(["what?"], [RED], GenerationConfig(12, temperature=1.5, seed=s))[0] for s in (0, 0, 1)]
     assert answers[0] == answers[1] != answers[2]
