@@ -329,8 +329,7 @@ def state_bytes(state: LMState) -> int:
 class _Chooser:
     def __init__(self, config: GenerationConfig, seen: Sequence[Sequence[int]], vocab_size: int, device: torch.device):
         self.config, self.vocab_size = config, vocab_size
-        # Not one generator for all: a sequence's draws must be those it would make alone.
-        self.generators = [torch.Generator(device).manual_seed(config.seed) for _ in seen]
+        self.generator = torch.Generator(device).manual_seed(config.seed)
         self.occurred = None
         if config.repetition_penalty != 1:
             self.occurred = torch.zeros(len(seen), vocab_size, dtype=torch.bool, device=device)
@@ -338,7 +337,6 @@ class _Chooser:
                 row[[t for t in tokens if t >= 0]] = True
 
     def keep(self, rows: Tensor) -> None:
-        self.generators = [self.generators[i] for i in rows.tolist()]
         if self.occurred is not None:
             self.occurred = self.occurred[rows]
 
@@ -356,10 +354,11 @@ class _Chooser:
         return tokens
 
     def _noise(self, logits: Tensor) -> Tensor:
-        """Exponential: the token with the largest p / noise is a draw from p. `multinomial` makes the host wait."""
-        noise = torch.empty_like(logits)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
+        """Exponential, (V,): the token with the largest p / noise is a draw from p. `multinomial` makes the host wait.
+
+        It is the same for all sequences, so that the draws of each are those that it would make alone.
+        """
+        noise = torch.empty_like(logits[0]).exponential_(generator=self.generator)
         return noise.clamp_(min=torch.finfo(noise.dtype).tiny)
 
 

@@ -83,7 +83,7 @@ def test_scores_are_those_of_transformers(pair, batch_size, monkeypatch):
     monkeypatch.setattr(sys.modules["vlmamba.model.score"], "PIECE", 7)
     few = tokens(5, 1, 23)
     prompts = [few[i] for i in (0, 1, 0, 2, 1, 0, 2)]
-    answers = tokens(1, 4, 12, 1, 9, 2, 30)
+    answers = tokens(1, 4, 1, 12, 9, 2, 30)
     with torch.no_grad():
         for i in (0, 5):  # answers that are the likeliest, so that greedy is not always False
             answers[i] = []
