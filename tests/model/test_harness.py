@@ -256,6 +256,18 @@ def test_lm_eval_contexts_that_are_empty(lm):
     assert [value for value, _ in found] == pytest.approx(direct, abs=1e-4)
 
 
+def test_lm_eval_says_which_answers_are_the_likeliest(lm):
+    from lm_eval.api.instance import Instance
+
+    from vlmamba.model.harness.lm_eval import HarnessLM
+
+    prompts = [prompt for prompt in QUESTIONS if greedy(lm, TOKENIZER.encode(prompt), 1).isascii()]
+    pairs = [(prompt, answer) for prompt in prompts for answer in (greedy(lm, TOKENIZER.encode(prompt), 1), "~")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = HarnessLM(lm, batch_size=4).loglikelihood(requests, disable_tqdm=True)
+    assert prompts and [flag for _, flag in found] == [True, False] * len(prompts)
+
+
 def test_lm_eval_with_a_tokenizer_that_begins_texts_with_a_token(lm):
     from lm_eval.api.instance import Instance
 
@@ -373,7 +385,7 @@ def images(tmp_path) -> list[Path]:
         "    if round_idx is None:\n"
         "        return doc['question']\n"
         "    info = (previous_round_info or 0) + 1\n"
-        "    text = f'{previous_output[-1]} and then?'\n"
+        "    text = f'{previous_output[-1]} and {info}?'\n"
         "    return doc_to_visual(doc)[: round_idx % 2], text, round_idx == 3, previous_output, info\n"
         "def process_rounds(doc, results):\n"
         "    return {'acc': float(results[0] == doc['answer'])}\n"
@@ -432,7 +444,7 @@ def test_lmms_eval_loglikelihood(vlm, images, tmp_path):
     from vlmamba.model.harness.lmms_eval import HarnessVLM
 
     docs, direct = [], []
-    for i, (end, image) in enumerate(zip(("?", " there?", "?", ":", " called?"), images, strict=True)):
+    for i, (end, image) in enumerate(zip(("?", "?", " there?", ":", " called?"), images, strict=True)):
         question = f"What is it{end}"
         turns = [[Turn("user", question), Turn("assistant", word)] for word in WORDS[:4]]
         losses = [vlm(collate([vlm.prepare(t, image)])) for t in turns]
@@ -452,18 +464,19 @@ def test_lmms_eval_rounds(vlm, images, tmp_path):
     pytest.importorskip("lmms_eval")
     from vlmamba.model.harness.lmms_eval import HarnessVLM
 
-    config = GenerationConfig(4)
+    config = GenerationConfig(6)
     docs, expected = [], []
     for i, image in enumerate(images[:2]):
         answers = [vlm.generate(["What is it?"], [image], config)[0]]
-        for seen in (image, None):
-            answers += vlm.generate([f"{answers[-1]} and then?"], [seen], config)
+        for n, seen in enumerate((image, None), 1):
+            answers += vlm.generate([f"{answers[-1]} and {n}?"], [seen], config)
         expected.append(answers)
         docs.append({"question": "What is it?", "images": [str(image)], "answer": answers if i else []})
+    assert expected[0][0] != expected[1][0]  # the image counts
     task = visual_task(
         "rounds",
         "generate_until_multi_round",
-        generation_kwargs={"max_new_tokens": 4},
+        generation_kwargs={"max_new_tokens": 6},
         metric_list=metric_list("acc"),
         process_results="!function utils.process_rounds!",
     )
