@@ -55,15 +55,17 @@ def place(step, route, length, height):
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), accurate in the smallest results too: log(w) e / (w - 1) with w = 1 + e, e = exp(-|x|)."""
+    """log(1 + exp(x)), accurate in the smallest results too, where 1 + exp(x) rounds: what was lost is added again."""
     e = tl.exp(-tl.abs(x))
     w = 1 + e
-    return tl.maximum(x, 0) + tl.where(w == 1, e, tl.log(w) * (e / tl.where(w == 1, 1, w - 1)))
+    return tl.maximum(x, 0) + (tl.log(w) + (e - (w - 1)))
 
 
 @triton.jit
 def sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+    """1 / (1 + exp(-x)) without the division, which takes more instructions than all the rest."""
+    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit

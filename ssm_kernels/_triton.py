@@ -62,6 +62,11 @@ def capability(device: torch.device) -> tuple[str, int | str]:
     return "cuda", properties.major * 10 + properties.minor
 
 
+def at_most_registers(count: int, device: torch.device) -> dict[str, int]:
+    """A launch option for NVIDIA: so many registers a thread. Told nothing, its compiler may spill to use fewer."""
+    return {"maxnreg": count} if capability(device)[0] == "cuda" else {}
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """A context in which kernels start on the tensor's device, on its current stream."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

@@ -163,6 +163,15 @@ def test_nothing_crosses_a_bound():
     torch.testing.assert_close(spoilt.final_states[1], good.final_states[1])
 
 
+@pytest.mark.parametrize("length", [5, 8])
+def test_an_infinity_in_the_last_step_reaches_its_state_and_no_other(length):
+    tensors = make(1, length, dtype=torch.float32)
+    tensors["B"][:, -1, 0, 0] = torch.inf
+    got, want = selective_scan(**tensors), selective_scan(**tensors, backend="reference")
+    assert want.final_states[..., 0].isinf().all() and want.final_states[..., 1:].isfinite().all()
+    torch.testing.assert_close(got.final_states, want.final_states)
+
+
 def test_large_steps_stay_finite(backend):
     tensors = make(1, 20, dtype=torch.float32, z=False)
     tensors["dt"] = tensors["dt"].abs() * 1e4

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import compute_type, load_piece, place
+from ..._kernels import compute_type, load_piece, place, sigmoid
 from ..._pieces import Pieces, cut
-from ..._triton import on_device, pack_routes, processors
+from ..._triton import at_most_registers, capability, on_device, pack_routes, processors
 from . import is_time_first, like
 
 # Elements of a tile, by the bytes of one: 16 bytes a lane of 4 warps forward, 8 backward, where more is kept.
@@ -73,7 +73,7 @@ def _forward_kernel(
             for k in tl.static_range(WIDTH):
                 total += taps[k] * window[i + k]
             if SILU:
-                total *= _sigmoid(total)
+                total *= sigmoid(total)
             out += (total,)
         y_here = y + row * y_row + group * y_group + e * y_channel
         _store_run(y_here, y_time, out, step, last, inside, grid, RUN, TIME_FIRST, ROUTED)
@@ -369,16 +369,9 @@ def _through_silu(dy, window, taps, start, WIDTH: tl.constexpr):
         total = start
         for k in tl.static_range(WIDTH):
             total += taps[k] * window[i + k]
-        slope = _sigmoid(total)
+        slope = sigmoid(total)
         dtotal += (dy[i] * slope * (1 + total * (1 - slope)),)
     return dtotal
-
-
-@triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) without the division, which takes as many instructions as all the taps."""
-    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
-    return root * root
 
 
 @triton.jit
@@ -416,7 +409,7 @@ def _step_kernel(
     if WIDTH > 1:
         tl.store(state + (WIDTH - 2) * state_time, now, inside)
     if SILU:
-        total *= _sigmoid(total)
+        total *= sigmoid(total)
     tl.store(y + row * dim + channel, total.to(y.dtype.element_ty), inside)
 
 
@@ -503,7 +496,7 @@ def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes,
             _backward_kernel[programs, plan.tiles](
                 x, weight, bias, initial_states, dy, dfinal, dx, dweight, dbias, *plan.tables, n_pieces, *plan.sizes,
                 *x.stride(), *dy.stride(), *dx.stride(), *strides, HAS_INITIAL=initial_states is not None,
-                HAS_DFINAL=dfinal is not None, **plan.tile, **plan.options,
+                HAS_DFINAL=dfinal is not None, **plan.tile, **plan.options, **_registers(x.device),
             )  # fmt: skip
         if initial_states is not None and n_sequences and n_channels:
             _initial_kernel[n_sequences, plan.tiles](
@@ -526,6 +519,12 @@ def step(state, x, weight, bias, silu):
                 COMPUTE=compute_type(x.dtype), num_warps=4,
             )  # fmt: skip
     return y
+
+
+def _registers(device: torch.device) -> dict[str, int]:
+    """For the backward on consumer Blackwell, whose compiler spills to have three blocks on a processor unless told."""
+    vendor, version = capability(device)
+    return at_most_registers(168, device) if vendor == "cuda" and version >= 120 else {}
 
 
 def _strides(windows: Tensor | None) -> tuple[int, ...]:

@@ -15,12 +15,12 @@ from torch import Tensor
 from ..._kernels import compute_type, sigmoid
 from ..._triton import on_device, processors, rows_of
 
-# Elements of a tile: 8 a lane of 4 warps, and up to 16 a lane of 16 warps. Chosen from the compiler's register counts;
-# not measured on a GPU.
+# Elements of a tile: 8 a lane of 4 to 16 warps, 16 in the widest. From the compiler's register counts; not measured on
+# a GPU.
 TILE, WIDEST_TILE = 1024, 8192
 # Of a wider group. The backward takes several rows for each time it adds to the weight's gradient in memory.
 WIDE_FORWARD = {"BLOCK": 4096, "BLOCK_ROWS": 1, "num_warps": 16}
-WIDE_BACKWARD = {"BLOCK": 1024, "BLOCK_ROWS": 4, "num_warps": 8}
+WIDE_BACKWARD = {"BLOCK": 1024, "BLOCK_ROWS": 2, "num_warps": 8}
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def _load_gate_and_slope(z, mask, COMPUTE: tl.constexpr):
 def _options(size: int, wide: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
     block = triton.next_power_of_2(size)
     if block <= WIDEST_TILE:
-        tile = {"BLOCK": block, "BLOCK_ROWS": max(1, TILE // block), "num_warps": min(16, max(4, block // 512))}
+        tile = {"BLOCK": block, "BLOCK_ROWS": max(1, TILE // block), "num_warps": min(16, max(4, block // 256))}
     else:
         tile = wide
     return {"SIZE": size, "COMPUTE": compute_type(dtype), **tile}

@@ -10,8 +10,6 @@ specialised: told that one is 1, the compiler would give each load a layout of i
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +17,16 @@ from torch import Tensor
 
 from ..._kernels import carry, compute_type, load_piece, place, sigmoid, softplus
 from ..._pieces import cut
-from ..._triton import adjacent, capability, on_device, processors
+from ..._triton import adjacent, at_most_registers, capability, on_device, pack_routes, processors
 from . import CHUNK, empty_like
 
 # Programs of the backward for each processor, of one warp each: twice as many as registers allow at once.
 PROGRAMS = 16
+# A thread of the other kernels that walk time: 16 warps a processor, more than most calls give it.
+REGISTERS = 128
+# Steps of the backward whose states are computed again together; it divides CHUNK. Four take the compiler five times
+# as long, and on Ampere spill.
+SUB = 2
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -39,11 +42,11 @@ def _jit(kernel):
 @_jit
 def _forward_kernel(
     u, dt, A, B, C, D, z, dt_bias, starts, initial_states, y, final_states, kept, times,
-    table, first, kept_first, begin, initial_row, final_row, routes, length, height, G, E,
+    table, first, kept_first, begin, initial_row, final_row, length, height, codes, G, E,
     u_0, u_1, u_2, u_3, dt_0, dt_1, dt_2, dt_3, z_0, z_1, z_2, z_3, y_0, y_1, y_2, y_3, B_0, B_1, B_2, C_0, C_1, C_2,
     N: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, BLOCK_E: tl.constexpr, B_WORD: tl.constexpr,
     C_WORD: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTES: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_INITIAL: tl.constexpr, KEEP: tl.constexpr, ENDS_ONLY: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +64,7 @@ def _forward_kernel(
     is_last = (sequence >= 0) & (piece + 1 == tl.load(first + tl.maximum(sequence, 0) + 1))
     if ENDS_ONLY:
         end = tl.where(is_last, start, end)
-    way = (tl.load(routes + group), length, height) if ROUTES else None
+    way = (codes >> (2 * group) & 3, length, height) if ROUTED else None
 
     a = _load_states(A + channel * N, mask, lane, N, K, LOG2E, COMPUTE)
     if CONSTANT_B:
@@ -111,14 +114,14 @@ def _forward_kernel(
             x = _load(u + far * u_1 + near * u_1, inside, COMPUTE)
             if not CONSTANT_B:
                 b_row = B + far * B_1 + near * B_1
-                b = _load_matrix(b_row, lanes, N, K, B_WORD, COMPUTE)
+                b = _load_matrix(b_row, lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
             h = _advance(h, a, b, delta, delta * x, K)
             if ENDS_ONLY:
                 total += delta
             else:
                 if not CONSTANT_C:
                     c_row = C + far * C_1 + near * C_1
-                    c = _load_matrix(c_row, lanes, N, K, C_WORD, COMPUTE)
+                    c = _load_matrix(c_row, lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
                 out = _over_lanes(_dot(c, h, K), LANES)
                 if HAS_D:
                     out += skip * x
@@ -141,11 +144,11 @@ def _forward_kernel(
 
 @_jit
 def _adjoint_kernel(
-    dt, A, C, z, dt_bias, dy, arrivals, times, table, routes, length, height, G, E,
+    dt, A, C, z, dt_bias, dy, arrivals, times, table, length, height, codes, G, E,
     dt_0, dt_1, dt_2, dt_3, z_0, z_1, z_2, z_3, dy_0, dy_1, dy_2, dy_3, C_0, C_1, C_2,
     N: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, BLOCK_E: tl.constexpr, C_WORD: tl.constexpr,
     CONSTANT_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ROUTES: tl.constexpr, UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
+    ROUTED: tl.constexpr, UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """What one chunk adds to the gradient of the state before it, and the sum of its steps. Grid as the forward's."""
     chunk, group, e, lane = _place_program(G, E, BLOCK_E, LANES)
@@ -153,7 +156,7 @@ def _adjoint_kernel(
     mask = e < E
     channel = group * E + e
     row, start, end, _ = load_piece(table, chunk)
-    way = (tl.load(routes + group), length, height) if ROUTES else None
+    way = (codes >> (2 * group) & 3, length, height) if ROUTED else None
     a = _load_states(A + channel * N, mask, lane, N, K, LOG2E, COMPUTE)
     if CONSTANT_C:
         c = _load_states(C + channel * N, mask, lane, N, K, 1.0, COMPUTE)
@@ -181,7 +184,7 @@ def _adjoint_kernel(
                 d *= gate * sigmoid(gate)
             if not CONSTANT_C:
                 c_row = C + far * C_1 + near * C_1
-                c = _load_matrix(c_row, lanes, N, K, C_WORD, COMPUTE)
+                c = _load_matrix(c_row, lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
             g_next = ()
             for k in tl.static_range(K):
                 g_next = g_next + (tl.exp2(delta * a[k]) * (g[k] + d * c[k]),)
@@ -195,12 +198,12 @@ def _adjoint_kernel(
 @_jit
 def _backward_kernel(
     u, dt, A, B, C, D, z, dt_bias, kept, arrivals, dy, du, ddt, dA, dB, dC, dD, dz, dbias, scratch,
-    table, routes, batch, length, height, G, E, chunks, run, splits, scratch_0, scratch_1,
+    table, batch, length, height, codes, G, E, chunks, run, splits, scratch_0, scratch_1,
     u_0, u_1, u_2, u_3, dt_0, dt_1, dt_2, dt_3, z_0, z_1, z_2, z_3, dy_0, dy_1, dy_2, dy_3,
     du_0, du_1, du_2, du_3, ddt_0, ddt_1, ddt_2, ddt_3, dz_0, dz_1, dz_2, dz_3, B_0, B_1, B_2, C_0, C_1, C_2,
     N: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, BLOCK_E: tl.constexpr, B_WORD: tl.constexpr,
     C_WORD: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTES: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a run of chunks, for every `splits`-th tile of a group's channels. Grid: runs * G * splits.
@@ -214,7 +217,7 @@ def _backward_kernel(
     program = tl.program_id(0)
     split, group = program % splits, (program // splits % G).to(tl.int64)
     at_run = program // splits // G
-    way = (tl.load(routes + group), length, height) if ROUTES else None
+    way = (codes >> (2 * group) & 3, length, height) if ROUTED else None
     lane = tl.arange(0, LANES)[None, :] + tl.zeros((BLOCK_E, 1), tl.int32)
     lanes = tl.arange(0, LANES)[None, :]
     size = tl.cast(G, tl.int64) * E * N
@@ -272,12 +275,12 @@ def _backward_kernel(
                     x = _load(u_row + far * u_1 + near * u_1, inside, COMPUTE)
                     dout = _load(dy_row + far * dy_1 + near * dy_1, inside, COMPUTE)
                     if not CONSTANT_B:
-                        b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, N, K, B_WORD, COMPUTE)
+                        b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
                     h = _advance(h, a, b, delta, delta * x, K)
                     d = dout
                     if HAS_Z:
                         if not CONSTANT_C:
-                            c = _load_matrix(C_row + far * C_1 + near * C_1, lanes, N, K, C_WORD, COMPUTE)
+                            c = _load_matrix(C_row + far * C_1 + near * C_1, lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
                         gate = _load(z_row + far * z_1 + near * z_1, inside, COMPUTE)
                         out = _over_lanes(_dot(c, h, K), LANES)
                         if HAS_D:
@@ -319,7 +322,7 @@ def _backward_kernel(
                     delta = tl.load(deltas + (slot * SUB + i) * BLOCK_E)
                     x = _load(u_row + far * u_1 + near * u_1, mask & (t0 + i < end), COMPUTE)
                     if not CONSTANT_B:
-                        b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, N, K, B_WORD, COMPUTE)
+                        b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
                     h = _advance(h, a, b, delta, delta * x, K)
                     hs = hs + h
                 for i in tl.static_range(SUB - 1, -1, -1):
@@ -329,9 +332,9 @@ def _backward_kernel(
                     d = tl.load(deltas + (slot * SUB + i + CHUNK) * BLOCK_E)
                     x = _load(u_row + far * u_1 + near * u_1, inside, COMPUTE)
                     if not CONSTANT_B:
-                        b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, N, K, B_WORD, COMPUTE)
+                        b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
                     if not CONSTANT_C:
-                        c = _load_matrix(C_row + far * C_1 + near * C_1, lanes, N, K, C_WORD, COMPUTE)
+                        c = _load_matrix(C_row + far * C_1 + near * C_1, lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
                     g = _add_scaled(g, d, c, K)  # the gradient of the state after the step ...
                     d_input = _over_lanes(_dot(b, g, K), LANES)  # ... and that of delta * x
                     if CONSTANT_B:
@@ -461,16 +464,21 @@ def _store_states(pointer, values, mask, lane, N: tl.constexpr, K: tl.constexpr)
 
 
 @triton.jit
-def _load_matrix(pointer, lanes, N: tl.constexpr, K: tl.constexpr, WORD: tl.constexpr, COMPUTE: tl.constexpr):
-    """K values (1, LANES) of a row of B or C for all channels, the first at `pointer`; WORD values a load."""
+def _load_matrix(
+    pointer, lanes, inside, N: tl.constexpr, K: tl.constexpr, WORD: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    """K values (1, LANES) of a row of B or C for all channels, the first at `pointer`; WORD values a load.
+
+    Zero where the step is not `inside`: an infinity of the row that stands for it would meet a step size of zero.
+    """
     values = ()
     if WORD == 1:
         for k in tl.static_range(K):
-            values = values + (tl.load(pointer + k, lanes * K + k < N, other=0.0).to(COMPUTE),)
+            values = values + (tl.load(pointer + k, inside & (lanes * K + k < N), other=0.0).to(COMPUTE),)
     else:
         words = pointer.to(tl.pointer_type(tl.int64), bitcast=True)
         for i in tl.static_range(K // WORD):
-            word = tl.load(words + i)
+            word = tl.load(words + i, inside & (lanes >= 0), other=0)
             for j in tl.static_range(WORD):
                 values = values + (_unpack(word, j, WORD, pointer.dtype.element_ty).to(COMPUTE),)
     return values
@@ -580,10 +588,11 @@ def forward(
         _forward_kernel[(n_pieces * tiles,)](
             u, dt, A, B, C, D, z, dt_bias, starts, initial_states, y, final_states, kept, times,
             pieces.table, pieces.first, chunks.first, pieces.begin, pieces.initial_row, pieces.final_row,
-            _route_table(tuple(routes), u.device), length, height, groups, u.shape[3],
+            length, height, pack_routes(routes), groups, u.shape[3],
             *u.stride(), *dt.stride(), *_strides(z, 4), *y.stride(), *_strides(B, 3), *_strides(C, 3),
             HAS_STARTS=starts is not None and not ends_only, HAS_INITIAL=initial_states is not None and not ends_only,
             KEEP=keep, ENDS_ONLY=ends_only, CHUNK=CHUNK, UNROLL=_unroll(routes, u.device), **options,
+            **at_most_registers(REGISTERS, u.device),
         )  # fmt: skip
 
     with on_device(u):
@@ -612,7 +621,7 @@ def backward(
     dim, n = A.shape
     chunks = cut(batch, length, CHUNK, cu_seqlens, seq_idx, device)
     n_chunks = len(chunks.table) if A.numel() else 0
-    table = _route_table(tuple(routes), device)
+    sizes = (length, height, pack_routes(routes), groups, channels)
 
     def empty(*size):
         return torch.empty(size, dtype=compute, device=device)
@@ -625,8 +634,9 @@ def backward(
     with on_device(u):
         if n_chunks:
             _adjoint_kernel[(n_chunks * tiles,)](
-                dt, A, C, z, dt_bias, dy, arrivals, times, chunks.table, table, length, height, groups, channels,
+                dt, A, C, z, dt_bias, dy, arrivals, times, chunks.table, *sizes,
                 *dt.stride(), *_strides(z, 4), *dy.stride(), *_strides(C, 3), UNROLL=_unroll(routes, device), **shared,
+                **at_most_registers(REGISTERS, device),
             )  # fmt: skip
         carry(chunks, arrivals, A.flatten(), times, dfinal, dinitial, reverse=True)
 
@@ -642,15 +652,14 @@ def backward(
     if n_chunks:
         programs = runs * groups * splits
         block, lanes = options["BLOCK_E"], options["LANES"]
-        sub = _sub(routes, device)
-        scratch = kept.new_empty(programs, block * (lanes * options["K"] * (CHUNK // sub) + 2 * CHUNK))
+        scratch = kept.new_empty(programs, block * (lanes * options["K"] * (CHUNK // SUB) + 2 * CHUNK))
         with on_device(u):
             _backward_kernel[(programs,)](
                 u, dt, A, B, C, D, z, dt_bias, kept, arrivals, dy, du, ddt, dA, dB, dC, dD, dz, dbias, scratch,
-                chunks.table, table, batch, length, height, groups, channels, n_chunks, run, splits, 1, block,
+                chunks.table, batch, *sizes, n_chunks, run, splits, 1, block,
                 *u.stride(), *dt.stride(), *_strides(z, 4), *dy.stride(), *du.stride(), *ddt.stride(),
                 *_strides(None if z is None else dz, 4), *_strides(B, 3), *_strides(C, 3),
-                CHUNK=CHUNK, SUB=sub, **options,
+                CHUNK=CHUNK, SUB=SUB, **options,
             )  # fmt: skip
     sums = [None if x is None else x.sum(0) for x in (dA, dB, dC, dD, dbias)]
     dA, dB, dC, dD, dbias, dinitial = (
@@ -707,7 +716,7 @@ def _options(tile, u, dt_softplus, A, B, C, D, z, dt_bias, routes) -> dict[str, 
         "HAS_Z": z is not None,
         "HAS_BIAS": dt_bias is not None,
         "SOFTPLUS": dt_softplus,
-        "ROUTES": bool(routes),
+        "ROUTED": bool(routes),
         "COMPUTE": compute_type(u.dtype),
     }
 
@@ -715,19 +724,11 @@ def _options(tile, u, dt_softplus, A, B, C, D, z, dt_bias, routes) -> dict[str, 
 def _unroll(routes, device: torch.device) -> int:
     """Steps that are computed together, so that loads need not wait for stores; it divides CHUNK.
 
-    Fewer on a route, where each step's place takes registers, and where the compiler for Ampere and Ada would spill.
+    Fewer on a route, where each step's place takes registers, and where NVIDIA's compiler would spill: before Hopper,
+    and on consumer Blackwell.
     """
-    return 1 if routes else 2 if _is_before_hopper(device) else 4
-
-
-def _sub(routes, device: torch.device) -> int:
-    """Steps of the backward whose states are computed again together, fewer as in `_unroll`; it divides CHUNK."""
-    return 2 if routes or _is_before_hopper(device) else 4
-
-
-def _is_before_hopper(device: torch.device) -> bool:
     vendor, version = capability(device)
-    return vendor == "cuda" and version < 90
+    return 1 if routes else 2 if vendor == "cuda" and not 90 <= version < 120 else 4
 
 
 def _tile(n: int, device: torch.device) -> dict[str, int]:
@@ -770,8 +771,3 @@ def _close(x: Tensor | None) -> Tensor | None:
 def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
     """The first strides of a tensor; zeros where it is None or constant in time."""
     return (0,) * count if x is None or x.dim() == 2 else x.stride()[:count]
-
-
-@functools.lru_cache(maxsize=64)
-def _route_table(routes: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(routes or (0,), dtype=torch.int32, device=device)
