@@ -38,6 +38,7 @@ SMALL_FILES = (
     "generation_config.json",
     "*processor*.json",
     "*.index.json",
+    "*/config.json",
 )
 """What is downloaded besides weights."""
 WEIGHT_FILES = (
@@ -46,6 +47,7 @@ WEIGHT_FILES = (
     ("open_clip_model.safetensors",),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
     ("open_clip_pytorch_model.bin",),
+    ("*latest-checkpoint.pt",),
 )
 """Names of weights. Of a repository that has several kinds, the first is downloaded."""
 
@@ -148,7 +150,7 @@ def fetch_model(
     for kind in WEIGHT_FILES:
         with contextlib.suppress(FileNotFoundError):  # offline, where the cache has another kind
             folder = get((CONFIG, *kind))
-            if any(True for name in kind for _ in folder.glob(name)):
+            if any(True for name in kind for _ in folder.rglob(name)):
                 break
     return folder
 
@@ -211,7 +213,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         }
         check_placement(dtype, device_map)
         folder = fetch_model(name_or_path, **hub)
-        config, weights = cls.open_checkpoint(folder)
+        config, weights = cls.open_checkpoint(folder, **hub)
         with torch.device("meta"):
             model = cls(config)
         load_into(model, weights, str(folder), dtype, device_map)
@@ -219,8 +221,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         return model.eval()
 
     @classmethod
-    def open_checkpoint(cls, folder: Path) -> tuple[Any, Weights]:
-        """The config and the weights of a folder, both in this library's terms."""
+    def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[Any, Weights]:
+        """The config and the weights of a folder, both in this library's terms. `hub` is as for `load_extras`."""
         if not (folder / CONFIG).exists():
             raise FileNotFoundError(f"{folder} has no {CONFIG}, so what model it holds is unknown")
         return load_config(cls.config_class, folder / CONFIG), open_weights(folder)

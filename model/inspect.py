@@ -126,7 +126,7 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
     """
     folder = fetch_model(name_or_path, **hub)
     kind = model_class(folder)
-    config, weights = kind.open_checkpoint(folder)
+    config, weights = kind.open_checkpoint(folder, **hub)
     with torch.device("meta"):
         model = kind(config)
     own, tied = check_fit(model, weights, str(folder))

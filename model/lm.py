@@ -112,7 +112,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         return [layer.mixer.new_state(batch) for layer in self.backbone.layers]
 
     @classmethod
-    def open_checkpoint(cls, folder: Path) -> tuple[LMConfig, Weights]:
+    def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[LMConfig, Weights]:
         return read(folder)
 
     def save_extras(self, folder: Path) -> None:
@@ -123,11 +123,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         if (folder / TOKENIZER).exists():
             self.tokenizer = Tokenizer.from_file(folder / TOKENIZER)
         elif recognise(folder) == "state-spaces" and self.config.vocab_size == NEOX_VOCABULARY:
-            try:
-                neox = fetch(NEOX, [TOKENIZER], **hub | {"revision": None, "force_download": False})
-                self.tokenizer = Tokenizer.from_file(neox / TOKENIZER)
-            except OSError as e:
-                logger.warning("no tokenizer: that of %s could not be had (%s)", NEOX, e)
+            self.tokenizer = neox_tokenizer(**hub)
         elif recognise(folder) != "own":
             logger.warning("no tokenizer: %s has no %s", folder, TOKENIZER)
 
@@ -145,6 +141,17 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
         """Go on from one text, giving what comes piece by piece."""
         return pieces_of_text(write_on(self, [prompt], config))
+
+
+def neox_tokenizer(**hub: Any) -> Tokenizer | None:
+    """The tokenizer that `state-spaces/*` and what was made of them have in common; None, with a warning, where it
+    cannot be had. `hub` is as for `fetch`."""
+    try:
+        folder = fetch(NEOX, [TOKENIZER], **hub | {"revision": None, "force_download": False})
+        return Tokenizer.from_file(folder / TOKENIZER)
+    except OSError as e:
+        logger.warning("no tokenizer: that of %s could not be had (%s)", NEOX, e)
+        return None
 
 
 class _Backbone(nn.Module):

@@ -85,6 +85,10 @@ def _zephyr_user(message: str, first: bool) -> str:
     return f"{'' if first else chr(10)}<|user|>\n{message}{END_OF_TEXT}\n<|assistant|>\n"
 
 
+def _in_out_user(message: str, first: bool) -> str:
+    return f"{'' if first else chr(10)}In: {message}\nOut: "
+
+
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -98,6 +102,8 @@ def _vicuna_user(message: str, first: bool) -> str:
 TEMPLATES: dict[str, PromptTemplate] = {
     # Of ML-Mamba and Cobra.
     "zephyr": PromptTemplate(_zephyr_user, lambda answer: f"{answer or ' '}{END_OF_TEXT}"),
+    # Of Cobra's models whose language model was not tuned to chat.
+    "in-out": PromptTemplate(_in_out_user, lambda answer: f"{answer or ' '}{END_OF_TEXT}"),
     # Of LLaVA-1.5, whose recipe VL-Mamba follows.
     "vicuna": PromptTemplate(_vicuna_user, lambda answer: f" {answer}{END_OF_TEXT}"),
     # Of the align stage: a caption and nothing else, the request for it left out.

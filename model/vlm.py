@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from ..connectors import build_connector
 from .batch import Batch, Sample, collate, image_places
 from .config import VLMConfig
+from .formats import recognise
+from .formats import vlm as released
+from .formats.vlm import joined
 from .generate import Answer, Embed, GenerationConfig, answer_packed, pieces_of_text
-from .hub import HubModel
-from .lm import MambaLM
+from .hub import TOKENIZER, HubModel
+from .lm import MambaLM, neox_tokenizer
+from .presets import get_preset
 from .prompt import IGNORE, Turn, get_template
 from .score import BATCH_SIZE, Score, batches, score_packed
 from .tokenizer import Tokenizer
 from .vit import ViT
+from .weights import DeviceMap, Weights, check_placement, load_into
 
 Picture = Image.Image | str | Path
 
@@ -52,6 +57,10 @@ class VisionTower(nn.Module):
 
 class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
     """VL-Mamba or ML-Mamba, by its configuration.
+
+    `from_pretrained` reads this library's own format and the released models `huangwenjun1994/ML-Mamba` and
+    `han1997/cobra`, whose encoders it gets from `timm`'s repositories. `from_preset` puts a new model together from
+    pretrained parts.
 
     The language model runs packed: samples of unequal length lie one after the other and none is padded.
     """
@@ -210,10 +219,62 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         batch = replace(batch.to(self.language_model.backbone.embedding.weight.device), images=images)
         return self._embedder(batch), batch.cu_seqlens
 
+    @classmethod
+    def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
+        if recognise(folder) in ("ml-mamba", "cobra"):
+            return released.read(folder, **hub)
+        return super().open_checkpoint(folder, **hub)
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device_map: DeviceMap = "cpu",
+    ) -> VLM:
+        """A pretrained language model and pretrained encoders, joined by a connector that is still to be trained.
+
+        >>> vlm = VLM.from_preset("vl-mamba-2.8b", dtype=torch.bfloat16, device_map="auto")  # doctest: +SKIP
+
+        Args:
+            name: one of `presets.PRESETS`.
+            seed: of the connector's weights.
+            cache_dir, token, force_download, local_files_only, dtype, device_map: see `HubModel.from_pretrained`.
+
+        Raises:
+            ValueError: no such preset; the nearest is named. Or as `from_pretrained`.
+            FileNotFoundError, PermissionError, ConnectionError: see `fetch`.
+        """
+        preset = get_preset(name)
+        hub = {
+            "cache_dir": cache_dir,
+            "token": token,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        check_placement(dtype, device_map)
+        config, pretrained = preset.open(**hub)
+        with torch.device("meta"):
+            vlm = cls(config, neox_tokenizer(**hub))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            connector = build_connector(config.connector, vlm.vision.width, config.language.d_model)
+        fresh = Weights.of(connector.state_dict())
+        load_into(vlm, joined({"": pretrained, "connector.": fresh}), f"preset {name}", dtype, device_map)
+        return vlm.eval()
+
     def save_extras(self, folder: Path) -> None:
         if self.tokenizer is not None:
-            self.tokenizer.save(folder / "tokenizer.json")
+            self.tokenizer.save(folder / TOKENIZER)
 
     def load_extras(self, folder: Path, **hub: Any) -> None:
-        if (folder / "tokenizer.json").exists():
-            self.tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+        if (folder / TOKENIZER).exists():
+            self.tokenizer = Tokenizer.from_file(folder / TOKENIZER)
+        elif recognise(folder) in ("ml-mamba", "cobra"):
+            self.tokenizer = neox_tokenizer(**hub)

@@ -69,6 +69,11 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, LazyTensor]):
         self._tensors = dict(tensors)
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
+        """Of tensors in memory."""
+        return cls({name: LazyTensor(t.shape, t.dtype, lambda t=t: t) for name, t in tensors.items()})
+
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name].read()
 

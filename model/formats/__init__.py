@@ -12,10 +12,13 @@ FORMATS = {
     "transformers": "config.json with model_type",
     "mistral": "params.json with dim, n_layers and n_groups",
     "timm": "config.json with architecture and pretrained_cfg",
-    "ml-mamba": "latest-checkpoint.pt and a config.json that names an LLM backbone mamba2-*",
-    "cobra": "checkpoints/latest-checkpoint.pt and a config.json that names another LLM backbone",
+    "ml-mamba": "latest-checkpoint.pt, and a config.json with llm_backbone_id mamba2-* or none",
+    "cobra": "latest-checkpoint.pt, and a config.json with another llm_backbone_id",
 }
 """Each format, and what it is told by."""
+
+RELEASED = "latest-checkpoint.pt"
+"""The weights of ML-Mamba and Cobra, in the folder or in its `checkpoints`."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -43,7 +46,9 @@ def recognise(folder: str | Path) -> str:
         FileNotFoundError: nothing there tells what it is.
         ValueError: it is of none of the formats; the message says what was seen and what is known.
     """
-    folder = Path(folder)
+    folder = checkpoint_folder(folder)
+    if not (folder / "config.json").exists() and (folder / RELEASED).exists():
+        return "ml-mamba"
     if not (folder / "config.json").exists() and (folder / "params.json").exists():
         keys = read_json(folder / "params.json").keys()
         if {"dim", "n_layers", "n_groups"} <= keys:
@@ -57,13 +62,28 @@ def recognise(folder: str | Path) -> str:
         return "timm"
     if {"d_model", "n_layer", "ssm_cfg"} <= keys:
         return "state-spaces"
-    if (folder / "latest-checkpoint.pt").exists() or (folder / "checkpoints" / "latest-checkpoint.pt").exists():
+    if (folder / RELEASED).exists() or (folder / "checkpoints" / RELEASED).exists() or "model" in keys:
         settings = data["model"] if isinstance(data.get("model"), dict) else data
         if "llm_backbone_id" in settings:
             return "ml-mamba" if str(settings["llm_backbone_id"]).startswith("mamba2") else "cobra"
     if {"d_model", "n_layer"} <= keys or "language" in keys or {"patch_size", "width", "depth"} <= keys:
         return "own"
     raise _unknown(folder / "config.json", keys)
+
+
+def checkpoint_folder(folder: str | Path) -> Path:
+    """The folder itself; or the one in it that has a `config.json`, where the folder has none: as in `han1997/cobra`.
+
+    Raises:
+        ValueError: there are several.
+    """
+    folder = Path(folder)
+    if any((folder / name).exists() for name in ("config.json", "params.json", RELEASED)):
+        return folder
+    inner = sorted(path.parent for path in folder.glob("*/config.json"))
+    if len(inner) > 1:
+        raise ValueError(f"{folder} holds several models: give the folder of one, as {inner[0]}")
+    return inner[0] if inner else folder
 
 
 def _unknown(path: Path, keys) -> ValueError:

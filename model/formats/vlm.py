@@ -1,0 +1,254 @@
+"""Cobra's and ML-Mamba's released checkpoints, both ways.
+
+A checkpoint is a pickle `{"model": {"llm_backbone": ..., "projector": ..., ...}}` beside a `config.json`. It holds the
+language model and the connector. The encoders stayed frozen: `config.json` names them, and their weights are `timm`'s.
+
+    key in the pickle                                    here
+    llm_backbone.* (ML-Mamba), llm_backbone.llm.* (Cobra)  language_model.*
+    mlp.*, bidirectional_mamba.* (ML-Mamba)                connector.mlp.*, connector.bidirectional_mamba.*
+    projector.projector.* (ML-Mamba)                       connector.projector.projector.*
+    projector.projector.* (Cobra)                          connector.projector.*, or linear1 and linear2 of two layers
+
+Sources: WenjunHuang94/ML-Mamba at 5fdff98, h-zhao1997/cobra at 4b81082. The published files themselves were not opened
+in writing this: names and shapes are those that the code saves, and add up to the sizes of the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...connectors import ConnectorConfig
+from ..config import LMConfig, VisionConfig, VLMConfig
+from ..hub import fetch_model
+from ..weights import Weights, open_weights
+from . import RELEASED, checkpoint_folder, read_json, recognise
+from .language import EMBEDDING, LM_HEAD, dump
+from .vision import VISION_ENCODERS, open_encoder
+
+NEOX_VOCABULARY = 50277
+PADDING = {50280: 8, 50288: 16}
+"""Rows of an embedding for that vocabulary, and what they are a multiple of, in Mamba-1's and Mamba-2's models."""
+ENCODERS = {
+    "dinosiglip-vit-so-384px": ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384"),
+    "siglip-vit-so400m-384px": ("vit_so400m_patch14_siglip_384",),
+    "clip-vit-l-336px": ("vit_large_patch14_clip_336.openai",),
+}
+"""`vision_backbone_id` to names in `VISION_ENCODERS`, in the order of their features."""
+RESIZE = {"resize-naive": "naive", "resize-crop": "crop", "letterbox": "letterbox"}
+
+_TWO_LAYERS = {"0": "linear1", "2": "linear2"}
+
+
+def read(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
+    """The config and the weights of a released model, its encoders' included, by our names and unread.
+
+    Args:
+        folder: of the checkpoint.
+        hub: as for `hub.fetch`; the encoders are fetched, of the main branch.
+
+    Raises:
+        FileNotFoundError: no checkpoint; or as `fetch`, of an encoder.
+        ValueError: the config names what is not known, or the weights are of no known form.
+    """
+    folder = checkpoint_folder(folder)
+    is_ml_mamba = recognise(folder) == "ml-mamba"
+    settings = _settings(folder)
+    weights = open_weights(_checkpoint(folder)).renamed(lambda name: name.removeprefix("model."))
+    language = weights.renamed(_language_name)
+    if EMBEDDING not in language:
+        raise ValueError(f"{_checkpoint(folder)} has no llm_backbone with {EMBEDDING}, so it is no released model")
+    language_config = _language_config(language, settings)
+    connector = weights.renamed(lambda name: None if name.startswith("llm_backbone.") else name)
+    kind = _connector_kind(connector, settings, folder)
+    names = {name: _own_connector_name(name, kind) for name in connector}
+
+    vision_id = _known(settings, "vision_backbone_id", ENCODERS, "dinosiglip-vit-so-384px", folder)
+    resize = _known(settings, "image_resize_strategy", RESIZE, "resize-naive", folder)
+    vision, encoders = open_encoders(ENCODERS[vision_id], RESIZE[resize], **hub)
+    llm = str(settings.get("llm_backbone_id", "mamba2-2.7b"))
+    config = VLMConfig(
+        language_config, vision, _connector_config(kind, connector),
+        template="zephyr" if is_ml_mamba or llm.endswith("zephyr") else "in-out",
+    )  # fmt: skip
+    return config, joined({"language_model.": language, "connector.": connector.renamed(names), "": encoders})
+
+
+def write(config: VLMConfig, weights: Weights, folder: Path, llm_backbone_id: str) -> None:
+    """Write a model as its authors' code reads it; the encoders' weights are left out.
+
+    Args:
+        llm_backbone_id: how the authors' code names the language model, as `"mamba-2.8b-zephyr"`.
+
+    Raises:
+        ValueError: the model has a part that the layout has no place for.
+    """
+    kind, names = config.connector.kind, tuple(_encoder_name(v) for v in config.vision)
+    vision_id = next((key for key, known in ENCODERS.items() if known == names), None)
+    resize = {key for key, ours in RESIZE.items() if all(v.processor.resize == ours for v in config.vision)}
+    if kind not in ("mlp", "mamba2-mlp", "mamba2-advanced"):
+        raise ValueError(f"the released layouts have no connector {kind!r}, only mlp, mamba2-mlp and mamba2-advanced")
+    if vision_id is None or not resize:
+        raise ValueError(
+            "the released layouts know these encoders, as `VISION_ENCODERS` has them: "
+            + "; ".join(" and ".join(known) for known in ENCODERS.values())
+        )
+    is_ml_mamba = kind == "mamba2-advanced"
+    model: dict[str, OrderedDict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        if name.startswith("language_model."):
+            part, key = "llm_backbone", ("" if is_ml_mamba else "llm.") + name.removeprefix("language_model.")
+        elif name.startswith("connector."):
+            part, key = _released_connector_name(name.removeprefix("connector."), kind).split(".", 1)
+        else:
+            continue
+        model.setdefault(part, OrderedDict())[key] = tensor
+    llm = model["llm_backbone"]
+    prefix = "" if is_ml_mamba else "llm."
+    llm.setdefault(prefix + LM_HEAD, llm[prefix + EMBEDDING])
+    settings = {
+        "model_id": folder.name,
+        "arch_specifier": "no-align+gelu-mlp" if kind == "mlp" else "no-align+fused-gelu-mlp",
+        "vision_backbone_id": vision_id,
+        "llm_backbone_id": llm_backbone_id,
+        "image_resize_strategy": min(resize),
+        "llm_max_length": 2048,
+    }
+    (folder / "checkpoints").mkdir()
+    torch.save({"model": model}, folder / "checkpoints" / RELEASED)
+    (folder / "config.json").write_text(dump({"model": settings}), encoding="utf-8")
+
+
+def open_encoders(
+    names: Sequence[str], resize: str | None = None, **hub: Any
+) -> tuple[tuple[VisionConfig, ...], Weights]:
+    """Encoders by their names in `VISION_ENCODERS`, as the parts `vision.encoders.*` of a model, unread.
+
+    Args:
+        resize: how images become squares, in place of each encoder's own way.
+    """
+    configs, parts = [], {}
+    for i, name in enumerate(names):
+        known = VISION_ENCODERS[name]
+        config = known.config
+        if resize is not None:
+            config = replace(config, processor=replace(config.processor, resize=resize))
+        folder = fetch_model(known.repo, **hub | {"revision": None})
+        config, parts[f"vision.encoders.{i}."] = open_encoder(folder, config)
+        configs.append(config)
+    return tuple(configs), joined(parts)
+
+
+def joined(parts: Mapping[str, Weights]) -> Weights:
+    """Several weights as one; each key is put before the names of its part."""
+    return Weights({prefix + name: part.lazy(name) for prefix, part in parts.items() for name in part})
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").exists():  # huangwenjun1994/ML-Mamba may lack one; its code has the values built in
+        return {}
+    data = read_json(folder / "config.json")
+    return data["model"] if isinstance(data.get("model"), dict) else data
+
+
+def _checkpoint(folder: Path) -> Path:
+    for path in (folder / RELEASED, folder / "checkpoints" / RELEASED):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{folder} has no {RELEASED}, nor a folder checkpoints with one")
+
+
+def _known(settings: Mapping[str, Any], name: str, known: Mapping[str, Any], default: str, folder: Path) -> str:
+    value = settings.get(name, default)
+    if value not in known:
+        raise ValueError(f"{folder / 'config.json'}: {name} must be one of {', '.join(known)}; got {value!r}")
+    return value
+
+
+def _language_name(name: str) -> str | None:
+    if not name.startswith("llm_backbone."):
+        return None
+    return name.removeprefix("llm_backbone.").removeprefix("llm.")
+
+
+def _language_config(weights: Weights, settings: Mapping[str, Any]) -> LMConfig:
+    """From names and shapes: `config.json` only names the model."""
+    shapes = weights.shapes
+    rows, d_model = shapes[EMBEDDING]
+    n_layer = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"backbone\.layers\.(\d+)\.", name)))
+    mixer = {name.split(".mixer.")[1]: size for name, size in shapes.items() if ".layers.0.mixer." in name}
+    inner = mixer["out_proj.weight"][1]
+    tied = LM_HEAD not in shapes or torch.equal(weights[LM_HEAD], weights[EMBEDDING])
+    common = {
+        "d_model": d_model, "n_layer": n_layer, "d_conv": mixer["conv1d.weight"][2], "expand": inner // d_model,
+        "vocab_size": NEOX_VOCABULARY if rows in PADDING else rows, "tie_embeddings": tied,
+        "pad_vocab_size_multiple": PADDING.get(rows, 1),
+    }  # fmt: skip
+    if "x_proj.weight" in mixer:
+        return LMConfig(layer="mamba", d_state=mixer["A_log"][1], dt_rank=mixer["dt_proj.weight"][1], **common)
+    heads = mixer["D"][0]
+    d_state = (mixer["conv1d.weight"][0] - inner) // 2
+    return LMConfig(layer="mamba2", d_state=d_state, headdim=inner // heads, chunk_size=256, **common)
+
+
+def _connector_kind(weights: Weights, settings: Mapping[str, Any], folder: Path) -> str:
+    parts = {name.split(".")[0] for name in weights}
+    layers = sorted({name.split(".")[2] for name in weights if name.startswith("projector.projector.")})
+    if parts == {"mlp", "bidirectional_mamba", "projector"} and layers == ["0", "2", "4"]:
+        return "mamba2-advanced"
+    plain = all(re.fullmatch(r"projector\.projector\.\d\.(weight|bias)", name) for name in weights)
+    if plain and layers in (["0", "2", "4"], ["0", "2"]):
+        return "mamba2-mlp" if len(layers) == 3 else "mlp"
+    raise ValueError(
+        f"{folder}: arch_specifier {settings.get('arch_specifier')!r} with the parts {sorted(parts)} is not supported, "
+        "only projectors of two or three layers, alone or behind ML-Mamba's scan"
+    )
+
+
+def _connector_config(kind: str, weights: Weights) -> ConnectorConfig:
+    if kind != "mamba2-advanced":
+        return ConnectorConfig(kind)
+    shapes = weights.shapes
+    mixer = "bidirectional_mamba.layers.0.mixer."
+    width, inner = shapes[mixer + "out_proj.weight"]
+    channels, _, d_conv = shapes[mixer + "conv1d.weight"]
+    n_layer = len({name.split(".")[2] for name in shapes if name.startswith("bidirectional_mamba.layers.")})
+    return ConnectorConfig(
+        kind, "bidirectional", d_state=(channels - inner) // 2, expand=inner // width, d_conv=d_conv,
+        headdim=inner // shapes[mixer + "D"][0], n_layer=n_layer, chunk_size=256,
+    )  # fmt: skip
+
+
+def _own_connector_name(name: str, kind: str) -> str:
+    if kind == "mamba2-advanced":
+        return name
+    layer, _, rest = name.removeprefix("projector.projector.").partition(".")
+    if kind == "mamba2-mlp":
+        return f"projector.{layer}.{rest}"
+    return f"{_TWO_LAYERS[layer]}.{rest}"
+
+
+def _released_connector_name(name: str, kind: str) -> str:
+    if kind == "mamba2-advanced":
+        return name
+    if kind == "mamba2-mlp":
+        return f"projector.{name}"
+    layer, _, rest = name.partition(".")
+    return f"projector.projector.{ {v: k for k, v in _TWO_LAYERS.items()}[layer] }.{rest}"
+
+
+def _encoder_name(vision: VisionConfig) -> str | None:
+    """By which name in `VISION_ENCODERS` of `timm`'s an encoder is known, however its images are resized."""
+    timm = {name for names in ENCODERS.values() for name in names}
+    for name in timm:
+        known = VISION_ENCODERS[name].config
+        if vision == replace(known, processor=replace(known.processor, resize=vision.processor.resize)):
+            return name
+    return None

@@ -1,0 +1,94 @@
+"""The papers' models as pairings of pretrained parts: what training starts from."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..connectors import ConnectorConfig
+from .config import VLMConfig
+from .formats import language
+from .formats.vision import VISION_ENCODERS
+from .formats.vlm import joined, open_encoders
+from .hub import fetch_model
+from .weights import Weights
+
+CLIP = "openai/clip-vit-large-patch14-336"
+SIGLIP = "google/siglip-so400m-patch14-384"
+DINOV2_SIGLIP = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A language model and encoders by their published names, and a connector."""
+
+    language: str
+    """A repository that `MambaLM` loads."""
+    encoders: tuple[str, ...]
+    """Names in `VISION_ENCODERS`, in the order of their features."""
+    connector: ConnectorConfig
+    template: str
+    resize: str | None = None
+    """How images become squares; None is each encoder's own way."""
+
+    @property
+    def config(self) -> VLMConfig:
+        """As published, without looking anything up."""
+        vision = tuple(VISION_ENCODERS[name].config for name in self.encoders)
+        if self.resize is not None:
+            vision = tuple(replace(v, processor=replace(v.processor, resize=self.resize)) for v in vision)
+        return VLMConfig(language.PUBLISHED[self.language].config, vision, self.connector, self.template)
+
+    def open(self, **hub: Any) -> tuple[VLMConfig, Weights]:
+        """The config and the weights, still unread, of all but the connector. `hub` is as for `fetch`."""
+        config, lm = language.read(fetch_model(self.language, **hub))
+        vision, encoders = open_encoders(self.encoders, self.resize, **hub)
+        weights = joined({"language_model.": lm, "": encoders})
+        return VLMConfig(config, vision, self.connector, self.template), weights
+
+
+def _vl_mamba(
+    language: str = "mamba-2.8b-slimpj", encoder: str = SIGLIP, kind: str = "vss-l2", scan: str = "bidirectional"
+) -> Preset:
+    return Preset(f"state-spaces/{language}", (encoder,), ConnectorConfig(kind, scan), "vicuna")
+
+
+def _ml_mamba(size: str = "2.7b", kind: str = "mamba2-advanced", scan: str = "bidirectional", encoders=DINOV2_SIGLIP):
+    connector = ConnectorConfig(kind, scan, chunk_size=256)
+    return Preset(f"state-spaces/mamba2-{size}", encoders, connector, "zephyr", resize="naive")
+
+
+PRESETS = {
+    # VL-Mamba (2403.13600, section 4): the best of the paper, then its ablations. The paper leaves open the prompt
+    # template (here LLaVA-1.5's, whose recipe it follows) and which of CLIP's and SigLIP's files it took.
+    "vl-mamba-2.8b": _vl_mamba(),
+    "vl-mamba-2.8b-cross": _vl_mamba(scan="cross"),
+    "vl-mamba-2.8b-vss-mlp": _vl_mamba(kind="vss-mlp"),
+    "vl-mamba-2.8b-mlp": _vl_mamba(kind="mlp"),
+    "vl-mamba-2.8b-clip-mlp": _vl_mamba(encoder=CLIP, kind="mlp"),
+    "vl-mamba-2.8b-pile-clip-mlp": _vl_mamba("mamba-2.8b", CLIP, "mlp"),
+    "vl-mamba-1.4b-clip-mlp": _vl_mamba("mamba-1.4b", CLIP, "mlp"),
+    # ML-Mamba (2407.19832, sections 3 and 4.4): DINOv2 before SigLIP, as its code has it.
+    "ml-mamba-3b": _ml_mamba(),
+    "ml-mamba-3b-cross": _ml_mamba(scan="cross"),
+    "ml-mamba-3b-basic": _ml_mamba(kind="mamba2-basic"),
+    "ml-mamba-3b-mlp": _ml_mamba(kind="mamba2-mlp"),
+    "ml-mamba-3b-dinov2": _ml_mamba(encoders=DINOV2_SIGLIP[:1]),
+    "ml-mamba-3b-siglip": _ml_mamba(encoders=DINOV2_SIGLIP[1:]),
+    "ml-mamba-1.3b": _ml_mamba("1.3b"),
+    "ml-mamba-780m": _ml_mamba("780m"),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ValueError: there is none; the nearest is named.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PRESETS)}"
+        raise ValueError(f"no preset {name!r}; {hint}")
+    return PRESETS[name]
