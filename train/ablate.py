@@ -14,7 +14,7 @@ from . import easy_vqa, plots
 from .data import Conversations, Record
 from .demo import demo_tokenizer, kept_answers, new_model, train_encoder
 from .loop import train_stage
-from .recipes import TURNS, Family, Recipe, tiny_config
+from .recipes import TURNS, DemoRecipe, Family, tiny_config
 
 KINDS: dict[Family, tuple[Kind, ...]] = {
     "vl-mamba": ("mlp", "vss-mlp", "vss-l2"),
@@ -36,7 +36,7 @@ def variants(family: Family) -> dict[str, ConnectorConfig]:
 
 
 def run_ablation(
-    family: Family, recipe: Recipe, folder: Path, seeds: Sequence[int], n_test: int, device: str = "cpu"
+    family: Family, recipe: DemoRecipe, folder: Path, seeds: Sequence[int], n_test: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
     """Train every variant with every seed from one encoder and one language model, and compare their accuracy.
 

@@ -31,9 +31,9 @@ class Demo:
 
     def run(self) -> None:
         from .demo import run_demo
-        from .recipes import PRESETS
+        from .recipes import DEMOS
 
-        run_demo(PRESETS[self.preset], self.output or Path("runs") / f"demo-{self.preset}", self.device)
+        run_demo(DEMOS[self.preset], self.output or Path("runs") / f"demo-{self.preset}", self.device)
 
 
 @dataclass
@@ -100,9 +100,9 @@ class Ablate:
 
     def run(self) -> None:
         from .ablate import run_ablation
-        from .recipes import PRESETS
+        from .recipes import DEMOS
 
-        recipe = PRESETS[self.preset].faster(self.shorten)
+        recipe = DEMOS[self.preset].faster(self.shorten)
         folder = self.output or Path("runs") / f"ablate-{self.family}"
         run_ablation(self.family, recipe, folder, range(self.seeds), self.questions, self.device)
 

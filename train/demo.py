@@ -22,14 +22,16 @@ from . import easy_vqa, plots
 from .data import Conversations, Record
 from .evaluate import answer_all
 from .loop import train_stage
-from .recipes import FAMILIES, TINY_VISION, TURNS, Family, Recipe, tiny_config
+from .recipes import FAMILIES, TINY_VISION, TURNS, DemoRecipe, Family, tiny_config
 from .track import read_metrics
 from .vision import AttributeClassifier, AttributeImages, collate_moved
 
 CATEGORIES = ("overall", "yes/no", "colour", "shape")
 
 
-def run_demo(recipe: Recipe, folder: Path, device: str = "cpu", sample_seed: int = 0) -> dict[str, dict[str, float]]:
+def run_demo(
+    recipe: DemoRecipe, folder: Path, device: str = "cpu", sample_seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Train both models on easy-VQA, evaluate them on its test questions, and leave everything in `folder`.
 
     Interrupted, it goes on where it was when it is called again.
@@ -77,7 +79,9 @@ def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:
     return Tokenizer.from_file(path)
 
 
-def train_encoder(recipe: Recipe, folder: Path, train: Sequence[Record], test: Sequence[Record], device: str) -> ViT:
+def train_encoder(
+    recipe: DemoRecipe, folder: Path, train: Sequence[Record], test: Sequence[Record], device: str
+) -> ViT:
     """The image encoder, trained on the colours and shapes that the training questions tell."""
     torch.manual_seed(recipe.vision.seed)
     classes = (easy_vqa.COLOURS, easy_vqa.SHAPES)
@@ -93,7 +97,7 @@ def train_encoder(recipe: Recipe, folder: Path, train: Sequence[Record], test: S
 
 def train_family(
     family: Family,
-    recipe: Recipe,
+    recipe: DemoRecipe,
     folder: Path,
     train: Sequence[Record],
     tokenizer: Tokenizer,

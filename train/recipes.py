@@ -1,7 +1,9 @@
-"""What is trained, in plain Python: models and the stages that they go through."""
+"""What is trained, in plain Python: models, the stages that they go through, and on what data."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,8 +18,119 @@ FAMILIES: tuple[Family, ...] = ("vl-mamba", "ml-mamba")
 
 
 @dataclass(frozen=True)
+class DataFile:
+    """Annotations in LLaVA's format, and the images that they are about."""
+
+    annotations: str
+    """Path under the folder of all data, as `images`."""
+    images: str
+    """Folder or archive that the annotations' paths are relative to."""
+    n_records: int
+    """About as many."""
+    source: str
+    """Where to get it."""
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """The stages of a model trained from nothing. A published backbone makes the first two needless."""
+    """The stages of a model whose language model and encoders are pretrained."""
+
+    model: str | None
+    """Name of the preset in `model.presets` that it begins with; None is any saved model."""
+    align: StageConfig
+    """The connector learns to caption; encoder and language model are frozen."""
+    finetune: StageConfig
+    """Connector and language model learn to answer; the encoder is frozen."""
+    align_data: tuple[DataFile, ...] = ()
+    finetune_data: tuple[DataFile, ...] = ()
+    align_template: str | None = None
+    """Prompt template of the align stage; None is the model's own."""
+
+
+# 558,128 captions of LAION, CC3M and SBU by BLIP; the names of the files as they are published.
+LLAVA_558K = DataFile(
+    "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images.zip", 558_128,
+    "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain",
+)  # fmt: skip
+LLAVA_665K = DataFile(
+    "LLaVA-Instruct/llava_v1_5_mix665k.json", "LLaVA-Instruct", 665_298,
+    "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K; the images (coco, gqa, ocr_vqa, textvqa, vg) as "
+    "https://github.com/haotian-liu/LLaVA says under 'Visual Instruction Tuning'",
+)  # fmt: skip
+# LRV-Instruct is published in a format of its own. Prismatic's two scripts convert it and join all three.
+LLAVA_LVIS_LRV = DataFile(
+    "LLaVA-Instruct/llava_v1_5_lvis4v_lrv_mix1231k.json", "LLaVA-Instruct", 1_231_000,
+    "scripts/additional-datasets/lvis_instruct_4v.py, then lrv_instruct.py, of "
+    "https://github.com/TRI-ML/prismatic-vlms, on LLaVA-665K, "
+    "https://huggingface.co/datasets/X2FD/LVIS-Instruct4V and https://github.com/FuxiaoLiu/LRV-Instruction",
+)  # fmt: skip
+
+VL_MAMBA = Recipe(
+    # VL-Mamba (2403.13600): LLaVA-1.5's two stages and data. The paper states no settings. All are LLaVA-1.5's (its
+    # scripts pretrain.sh and finetune.sh; betas and clip are the defaults of transformers' Trainer, which they use).
+    "vl-mamba-2.8b",
+    align=StageConfig("align", ("connector",), lr=1e-3, batch_size=256, micro_batch_size=32, precision="bf16"),
+    finetune=StageConfig(
+        "finetune", ("connector", "language_model"), lr=2e-5, batch_size=128, micro_batch_size=16, precision="bf16"
+    ),
+    align_data=(LLAVA_558K,),
+    finetune_data=(LLAVA_665K,),
+    align_template="caption",
+)
+ML_MAMBA = Recipe(
+    # ML-Mamba (2407.19832). Finetune by the paper: AdamW, 2e-5, global batch 64, weight decay 0.1, cosine, warm-up 3 %,
+    # two epochs (so its text; its table of settings says one). Its code has a batch of 128. Clip and seed, and all of
+    # align, which the paper leaves out in the end and gives no other settings for, are its code's. Betas are PyTorch's.
+    # Not followed: batches of images alone or text alone, of like lengths. Packed samples have no padding to save.
+    "ml-mamba-3b",
+    align=StageConfig("align", ("connector",), lr=1e-3, batch_size=256, micro_batch_size=16, precision="bf16", seed=7),
+    finetune=StageConfig(
+        "finetune", ("connector", "language_model"), lr=2e-5, epochs=2, batch_size=64, micro_batch_size=8,
+        weight_decay=0.1, precision="bf16", seed=7,
+    ),
+    align_data=(LLAVA_558K,),
+    finetune_data=(LLAVA_LVIS_LRV,),
+    align_template="caption",
+)  # fmt: skip
+SMALL = Recipe(
+    None,
+    align=StageConfig("align", ("connector",), lr=1e-3, batch_size=64),
+    finetune=StageConfig("finetune", ("connector", "language_model"), lr=1e-3, batch_size=64),
+)
+"""For models as small as the demo's, which learn at rates that would ruin a large one."""
+RECIPES: dict[str, Recipe] = {"vl-mamba": VL_MAMBA, "ml-mamba": ML_MAMBA, "small": SMALL}
+SMALL_WIDTH = 256
+"""Language models up to this width are small."""
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ValueError: there is none; the nearest name is given.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"no recipe {name!r}{nearest(name, RECIPES)}")
+    return RECIPES[name]
+
+
+def recipe_for(config: VLMConfig) -> str:
+    """Name of the recipe for a model: `small`, or that of the paper whose kind of language model it has."""
+    if config.language.d_model <= SMALL_WIDTH:
+        return "small"
+    return {"mamba": "vl-mamba", "mamba2": "ml-mamba"}[config.language.layer]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What an error says after an unknown name."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+@dataclass(frozen=True)
+class DemoRecipe:
+    """The stages of a tiny model trained from nothing."""
 
     vision: StageConfig
     """The encoder learns attributes of the images."""
@@ -28,10 +141,10 @@ class Recipe:
     finetune: StageConfig
     """Connector and language model learn to answer; the encoder is frozen."""
 
-    def faster(self, factor: float) -> Recipe:
+    def faster(self, factor: float) -> DemoRecipe:
         """The same with so many times fewer epochs."""
         stages = (self.vision, self.language, self.align, self.finetune)
-        return Recipe(*(replace(s, epochs=s.epochs / factor) for s in stages))
+        return DemoRecipe(*(replace(s, epochs=s.epochs / factor) for s in stages))
 
 
 # Features of the last block: this encoder was trained for just what is asked.
@@ -55,7 +168,7 @@ def tiny_config(family: Family, vocab_size: int, connector: ConnectorConfig | No
 BETAS = (0.9, 0.95)
 TURNS = 6
 """Questions about an image in one conversation, in the finetune stage: the image's tokens then serve them all."""
-QUICK = Recipe(
+QUICK = DemoRecipe(
     vision=StageConfig("vision", ("",), lr=3e-3, epochs=22, batch_size=64, weight_decay=0.05),
     language=StageConfig("language", ("language_model",), lr=3e-3, epochs=0.5, batch_size=128, betas=BETAS),
     align=StageConfig("align", ("connector",), lr=3e-3, epochs=1, batch_size=64, betas=BETAS),
@@ -63,10 +176,10 @@ QUICK = Recipe(
         "finetune", ("connector", "language_model"), lr=2e-3, epochs=4, batch_size=32, betas=BETAS, weight_decay=0.01
     ),
 )
-FULL = Recipe(
+FULL = DemoRecipe(
     vision=replace(QUICK.vision, epochs=120),
     language=replace(QUICK.language, epochs=2),
     align=replace(QUICK.align, epochs=8),
     finetune=replace(QUICK.finetune, epochs=10),
 )
-PRESETS: dict[str, Recipe] = {"quick": QUICK, "full": FULL}
+DEMOS: dict[str, DemoRecipe] = {"quick": QUICK, "full": FULL}

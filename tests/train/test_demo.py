@@ -9,9 +9,9 @@ import pytest
 
 from vlmamba.model import VLM
 from vlmamba.train import ablate, demo, easy_vqa
-from vlmamba.train.recipes import QUICK, Recipe
+from vlmamba.train.recipes import QUICK, DemoRecipe
 
-TINY = Recipe(
+TINY = DemoRecipe(
     *(
         replace(s, batch_size=8, epochs=3 * 8 / n, save_every=2)
         for s, n in ((QUICK.vision, 30), (QUICK.language, 330), (QUICK.align, 30), (QUICK.finetune, 300))
