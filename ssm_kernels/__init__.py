@@ -2,6 +2,13 @@
 
 from ._backend import Backend, use_backend
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
+from .context_parallel import (
+    SequenceSplit,
+    context_parallel,
+    split_causal_conv1d,
+    split_selective_scan,
+    split_ssd,
+)
 from .cross_scan import (
     BIDIRECTIONAL,
     CROSS,
@@ -25,9 +32,11 @@ __all__ = [
     "Route",
     "SSDOutput",
     "SelectiveScanOutput",
+    "SequenceSplit",
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_step",
+    "context_parallel",
     "cross_causal_conv1d",
     "cross_merge",
     "cross_scan",
@@ -36,6 +45,9 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_scan_step",
+    "split_causal_conv1d",
+    "split_selective_scan",
+    "split_ssd",
     "ssd",
     "ssd_step",
     "use_backend",

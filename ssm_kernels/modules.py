@@ -18,9 +18,17 @@ from torch.utils.checkpoint import checkpoint
 from ._backend import as_now
 from ._recompute import not_kept
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
+from .context_parallel import (
+    SequenceSplit,
+    after_the_whole,
+    current_split,
+    split_selective_scan,
+    split_ssd,
+    with_window_before,
+)
 from .norm import rms_norm
-from .selective_scan import selective_scan, selective_scan_step
-from .ssd import ssd, ssd_step
+from .selective_scan import selective_scan_step
+from .ssd import ssd_step
 
 
 class MixerState(NamedTuple):
@@ -109,11 +117,11 @@ class Mamba(nn.Module):
             y = selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z[:, 0], self.dt_proj.bias, dt_softplus=True)
             return self.out_proj(y.unsqueeze(1))
         conv, ssm = _before(state)
-
-        before = x
+        split = current_split()
+        before, conv, bounds = with_window_before(split, x, weight.shape[1], conv, cu_seqlens)
 
         def convolve() -> CausalConv1dOutput:
-            return causal_conv1d(before, weight, self.conv1d.bias, "silu", conv, cu_seqlens=cu_seqlens)
+            return causal_conv1d(before, weight, self.conv1d.bias, "silu", conv, cu_seqlens=bounds)
 
         x, conv_end = convolve()
         convolved = (x, as_now(lambda: convolve().y))
@@ -121,8 +129,10 @@ class Mamba(nn.Module):
             low_rank, B, C = self._project(x)
         dt = self._steps(low_rank)
         with self._maybe_not_kept(convolved, (dt, lambda: self._steps(low_rank))):
-            y, ssm_end = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, True, ssm, cu_seqlens=cu_seqlens)
-        _update(state, conv_end, ssm_end)
+            y, ssm_end = split_selective_scan(
+                split, x, dt, A, B, C, self.D, z, self.dt_proj.bias, True, ssm, cu_seqlens=cu_seqlens
+            )
+        _update(state, conv_end, ssm_end, split, hidden.shape[1], cu_seqlens)
         return self.out_proj(y)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,19 +221,20 @@ class Mamba2(nn.Module):
             y = ssd_step(state.ssm, x, dt[:, 0], A, B, C, self.D, None, self.dt_bias, True, self.dt_limit).unsqueeze(1)
             return self.out_proj(self.norm(y.flatten(-2), z))
         conv, ssm = _before(state)
-        before = xBC
+        split = current_split()
+        before, conv, bounds = with_window_before(split, xBC, weight.shape[1], conv, cu_seqlens)
 
         def convolve() -> CausalConv1dOutput:
-            return causal_conv1d(before, weight, self.conv1d.bias, "silu", conv, cu_seqlens=cu_seqlens)
+            return causal_conv1d(before, weight, self.conv1d.bias, "silu", conv, cu_seqlens=bounds)
 
         xBC, conv_end = convolve()
         with not_kept((xBC, as_now(lambda: convolve().y))) if self.use_mem_eff_path else contextlib.nullcontext():
             x, B, C = self._scan_inputs(xBC)
-            y, ssm_end = ssd(
-                x, dt, A, B, C, self.D, None, self.dt_bias, True, self.dt_limit, ssm,
+            y, ssm_end = split_ssd(
+                split, x, dt, A, B, C, self.D, None, self.dt_bias, True, self.dt_limit, ssm,
                 chunk_size=self.chunk_size, cu_seqlens=cu_seqlens,
             )  # fmt: skip
-        _update(state, conv_end, ssm_end)
+        _update(state, conv_end, ssm_end, split, hidden.shape[1], cu_seqlens)
         if self.use_mem_eff_path and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return checkpoint(as_now(self._gated_projection), y, z, use_reentrant=False, preserve_rng_state=False)
         return self._gated_projection(y, z)
@@ -250,8 +261,9 @@ def initial_dt_bias(shape: tuple[int, ...], dt_min: float, dt_max: float, floor:
 
 
 def _is_one_step(hidden: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> bool:
-    # The step ops have no gradients.
-    return state is not None and cu_seqlens is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
+    # The step ops have no gradients, and see no other rank.
+    can_step = current_split() is None and not torch.is_grad_enabled()
+    return can_step and state is not None and cu_seqlens is None and hidden.shape[1] == 1
 
 
 def _state_zeros(weight: Tensor, *shape: int) -> Tensor:
@@ -265,7 +277,14 @@ def _before(state: MixerState | None) -> tuple[Tensor | None, Tensor | None]:
     return (state.conv.clone(), state.ssm.clone()) if torch.is_grad_enabled() else state
 
 
-def _update(state: MixerState | None, conv_end: Tensor, ssm_end: Tensor) -> None:
+def _update(
+    state: MixerState | None,
+    conv_end: Tensor,
+    ssm_end: Tensor,
+    split: SequenceSplit | None,
+    length: int,
+    cu_seqlens: Tensor | None,
+) -> None:
     if state is not None:
-        state.conv.copy_(conv_end.detach())
-        state.ssm.copy_(ssm_end.detach())
+        for part, end in zip(state, (conv_end, ssm_end), strict=True):
+            part.copy_(after_the_whole(split, end.detach(), length, cu_seqlens))

@@ -24,9 +24,6 @@ from . import CHUNK, empty_like
 PROGRAMS = 16
 # A thread of the other kernels that walk time: 16 warps a processor, more than most calls give it.
 REGISTERS = 128
-# Steps of the backward whose states are computed again together; it divides CHUNK. Four take the compiler five times
-# as long, and on Ampere spill.
-SUB = 2
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -652,14 +649,15 @@ def backward(
     if n_chunks:
         programs = runs * groups * splits
         block, lanes = options["BLOCK_E"], options["LANES"]
-        scratch = kept.new_empty(programs, block * (lanes * options["K"] * (CHUNK // SUB) + 2 * CHUNK))
+        sub = _sub(routes, device)
+        scratch = kept.new_empty(programs, block * (lanes * options["K"] * (CHUNK // sub) + 2 * CHUNK))
         with on_device(u):
             _backward_kernel[(programs,)](
                 u, dt, A, B, C, D, z, dt_bias, kept, arrivals, dy, du, ddt, dA, dB, dC, dD, dz, dbias, scratch,
                 chunks.table, batch, *sizes, n_chunks, run, splits, 1, block,
                 *u.stride(), *dt.stride(), *_strides(z, 4), *dy.stride(), *du.stride(), *ddt.stride(),
                 *_strides(None if z is None else dz, 4), *_strides(B, 3), *_strides(C, 3),
-                CHUNK=CHUNK, SUB=SUB, **options,
+                CHUNK=CHUNK, SUB=sub, **options,
             )  # fmt: skip
     sums = [None if x is None else x.sum(0) for x in (dA, dB, dC, dD, dbias)]
     dA, dB, dC, dD, dbias, dinitial = (
@@ -729,6 +727,15 @@ def _unroll(routes, device: torch.device) -> int:
     """
     vendor, version = capability(device)
     return 1 if routes else 2 if vendor == "cuda" and not 90 <= version < 120 else 4
+
+
+def _sub(routes, device: torch.device) -> int:
+    """Steps of the backward whose states are computed again together; it divides CHUNK.
+
+    Four would take the compiler five times as long, and on Ampere spill; so would two on consumer Blackwell's routes.
+    """
+    vendor, version = capability(device)
+    return 1 if routes and vendor == "cuda" and version >= 120 else 2
 
 
 def _tile(n: int, device: torch.device) -> dict[str, int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..._kernels import carry, compute_type, dot_type, load_piece, place, sigmoid, softplus
 from ..._pieces import Pieces, cut
-from ..._triton import adjacent, capability, on_device, pack_routes, processors
+from ..._triton import adjacent, at_most_registers, capability, on_device, pack_routes, processors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)  # both by way of `tl.full`: a float alone is taken as float32
@@ -517,6 +517,7 @@ class _Call:
                     CHUNKS=PIECE_CHUNKS, WRITE_Y=y is not None, WRITE_END=ends is not None,
                     WRITE_TIME=time is not None, KEEP=states is not None, HAS_START=starts is not None,
                     HAS_D=D is not None, num_stages=2, **tiles.options(), **self.constants,
+                    **(at_most_registers(STATE_REGISTERS, x.device) if y is None else {}),
                 )  # fmt: skip
 
     def scan_back(
@@ -534,6 +535,7 @@ class _Call:
                     *self.runtime, *dt.stride(), *C.stride()[:3], *dy.stride()[:3],
                     CHUNKS=PIECE_CHUNKS, HAS_END=dends is not None, KEEP=dstates is not None, num_stages=2,
                     **tiles.options(), **self.constants,
+                    **at_most_registers(STATE_REGISTERS, dy.device),
                 )  # fmt: skip
 
     def starts(self, tiles: _Tiles, pieces: Pieces, final: Tensor) -> tuple[Tensor, Tensor]:
@@ -626,6 +628,8 @@ PIECE_CHUNKS = 4
 """Chunks of a piece of the backward: more are fewer states in memory, and fewer programs."""
 KEPT_BYTES = 1 << 28
 """At most so much scratch memory in the backward, if one piece does not need more."""
+STATE_REGISTERS = 128
+"""A thread of the kernels that only carry states, on NVIDIA."""
 KEPT = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
 """What states are kept in within a piece of the backward: what they are rounded to in products anyway."""
 
@@ -640,12 +644,10 @@ def _tiles(call: _Call, backward: bool) -> _Tiles:
         chunk, elements, warps = 32, 8192, 4
     elif n > 128 and version not in (100, 103):
         chunk, elements, warps = 16, 32 * n, 8
-    elif version == 90:
+    elif version in (90, 100, 103):
         chunk, elements, warps = 64, 8192 if backward else 4096, 8
-    elif version in (100, 103):
-        chunk, elements, warps = 64, 8192, 8
     else:
-        chunk, elements, warps = 32, 8192, 8
+        chunk, elements, warps = 32, 8192 if backward else 32 * min(n, 128), 8
     p = max(16, min(64, triton.next_power_of_2(call.headdim), elements // n))
     return _Tiles(max(16, min(chunk, triton.next_power_of_2(call.chunk_size))), p, n, warps)
 
