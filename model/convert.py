@@ -1,4 +1,4 @@
-"""Language models from one layout to another, without holding them in memory."""
+"""Models from one layout to another, without holding them in memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .config import LMConfig
-from .config_io import to_json_dict
-from .formats import language
-from .hub import CONFIG, fetch_model, replacing_folder
+from .config import LMConfig, VLMConfig
+from .config_io import save_config, to_json_dict
+from .formats import language, recognise
+from .formats import vlm as released
+from .hub import CONFIG, TOKENIZER, fetch_model, replacing_folder
+from .lm import neox_tokenizer
+from .load import model_class
+from .vlm import VLM
 from .weights import LazyTensor, Weights, check_placement, dtype_of, save_weights
 
-Layout = Literal["own", "state-spaces", "transformers"]
-LAYOUTS: tuple[Layout, ...] = ("own", "state-spaces", "transformers")
+Layout = Literal["own", "state-spaces", "transformers", "released"]
+LAYOUTS: dict[Layout, str] = {
+    "own": "any model",
+    "state-spaces": "a language model",
+    "transformers": "a language model",
+    "released": "a vision-language model",
+}
+"""Each layout, and what it is for."""
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 """Files that are the same in every layout."""
@@ -25,14 +35,15 @@ CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 def convert(
     src: str | Path, dst: str | Path, to: Layout = "own", dtype: torch.dtype | None = None, **hub: Any
-) -> LMConfig:
-    """Write a language model in another layout.
+) -> LMConfig | VLMConfig:
+    """Write a model in another layout.
 
     Args:
-        src: a folder, or a repository on the Hub, in any layout of `formats.language`.
+        src: a folder, or a repository on the Hub: a language model in any layout of `formats.language`, or a
+            vision-language model in this library's or a released one.
         dst: the folder to write; it must not exist, or be empty.
-        to: `"own"` (`config.json`, `model.safetensors`), `"state-spaces"` (`pytorch_model.bin`, for `mamba_ssm`) or
-            `"transformers"`.
+        to: `"own"` (`config.json`, `model.safetensors`), `"state-spaces"` (`pytorch_model.bin`, for `mamba_ssm`),
+            `"transformers"`, or `"released"`, as Cobra and ML-Mamba are (see `formats.vlm`; encoders are left out).
         dtype: of the weights; None keeps each as it is. What a scan is most sensitive to stays float32 or wider.
         hub: `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` as `hub.fetch` takes them.
 
@@ -45,7 +56,7 @@ def convert(
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.
         FileExistsError: `dst` has files in it.
-        ValueError: the source is no language model, is damaged, or has a setting for which `to` has no place.
+        ValueError: the source is not what `to` is for, is damaged, or has a setting for which `to` has no place.
     """
     if to not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}; got {to!r}")
@@ -54,6 +65,10 @@ def convert(
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not empty: give the name of a new folder")
     folder = fetch_model(src, **hub)
+    if (kind := model_class(folder)) is VLM:
+        return _convert_vlm(folder, dst, to, dtype, hub)
+    if to == "released":
+        raise ValueError(f"to = 'released' is for {LAYOUTS[to]}, and {src} is a {kind.__name__}")
     config, weights = language.read(folder)
     weights = _in_dtype(_untied(weights, config, folder), dtype)
     special = language.special_tokens(folder)
@@ -76,6 +91,28 @@ def convert(
                 shutil.copyfile(folder / name, staged / name)
         if special and not (staged / "generation_config.json").exists():
             (staged / "generation_config.json").write_text(language.dump(special), encoding="utf-8")
+    return config
+
+
+def _convert_vlm(folder: Path, dst: Path, to: Layout, dtype: torch.dtype | None, hub: dict[str, Any]) -> VLMConfig:
+    if to not in ("own", "released"):
+        raise ValueError(f"to = {to!r} is for {LAYOUTS[to]}, and {folder} is a vision-language model")
+    config, weights = VLM.open_checkpoint(folder, **hub)
+    if config.language.tie_embeddings:
+        head, embedding = (f"language_model.{name}" for name in (language.LM_HEAD, language.EMBEDDING))
+        if head in weights and embedding in weights:  # equal, since the config was made from them or saved with them
+            weights = weights.renamed({head: None})
+    weights = _in_dtype(weights, dtype)
+    with replacing_folder(dst) as staged:
+        if to == "released":
+            released.write(config, weights, staged)
+        else:
+            save_config(config, staged / CONFIG)
+            save_weights(weights, staged)
+        if (folder / TOKENIZER).exists():
+            shutil.copyfile(folder / TOKENIZER, staged / TOKENIZER)
+        elif recognise(folder) != "own" and (tokenizer := neox_tokenizer(**hub)) is not None:
+            tokenizer.save(staged / TOKENIZER)
     return config
 
 

@@ -157,7 +157,7 @@ def neox_tokenizer(**hub: Any) -> Tokenizer | None:
 class _Backbone(nn.Module):
     def __init__(self, config: LMConfig):
         super().__init__()
-        self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
+        self.residual_in_fp32 = config.residual_in_fp32
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
@@ -166,15 +166,15 @@ class _Backbone(nn.Module):
         residual = None
         for i, layer in enumerate(self.layers):
             hidden, residual, cu_seqlens = _moved(layer.norm.weight.device, hidden, residual, cu_seqlens)
-            normed, residual = self._add_norm(layer.norm, hidden, residual)
-            hidden = layer.mixer(normed, None if state is None else state[i], cu_seqlens)
+            hidden, residual = layer(hidden, residual, None if state is None else state[i], cu_seqlens)
         hidden, residual = _moved(self.norm_f.weight.device, hidden, residual)
-        return self._add_norm(self.norm_f, hidden, residual)[0]
+        return _add_norm(self.norm_f, hidden, residual, self.residual_in_fp32)[0]
 
-    def _add_norm(self, norm: RMSNorm, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        # float64 models keep a float64 residual.
-        dtype = self.residual_dtype and torch.promote_types(hidden.dtype, self.residual_dtype)
-        return add_rms_norm(hidden, norm.weight, residual, eps=norm.eps, residual_dtype=dtype)
+
+def _add_norm(norm: RMSNorm, hidden: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> tuple[Tensor, Tensor]:
+    # float64 models keep a float64 residual.
+    dtype = torch.promote_types(hidden.dtype, torch.float32) if residual_in_fp32 else None
+    return add_rms_norm(hidden, norm.weight, residual, eps=norm.eps, residual_dtype=dtype)
 
 
 def _moved(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -186,8 +186,16 @@ class _Layer(nn.Module):
 
     def __init__(self, config: LMConfig):
         super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = make_mixer(config)
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, state: MixerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the mixer gives, and the residual that it is to be added to."""
+        normed, residual = _add_norm(self.norm, hidden, residual, self.residual_in_fp32)
+        return self.mixer(normed, state, cu_seqlens), residual
 
 
 def make_mixer(config: LMConfig) -> Mamba | Mamba2:

@@ -100,7 +100,7 @@ class Weights(Mapping[str, Tensor]):
         """A tensor to be read later, for weights made of several."""
         return self._tensors[name]
 
-    def renamed(self, names: Callable[[str], str | None] | Mapping[str, str]) -> Weights:
+    def renamed(self, names: Callable[[str], str | None] | Mapping[str, str | None]) -> Weights:
         """The same tensors by other names, still unread.
 
         Args:

@@ -283,13 +283,14 @@ class Inspect:
 
 @dataclass
 class Convert:
-    """Write a language model in another layout: this library's, that of state-spaces (mamba_ssm), of transformers."""
+    """Write a model in another layout: this library's; of language models, that of state-spaces (mamba_ssm) or
+    transformers; of vision-language models, that of Cobra's and ML-Mamba's releases."""
 
     src: Positional[str]
     """Folder, or name on the Hugging Face Hub, in any layout that is known."""
     dst: Positional[Path]
     """Folder to write, new or empty."""
-    to: Literal["own", "state-spaces", "transformers"]
+    to: Literal["own", "state-spaces", "transformers", "released"]
     dtype: DtypeName | None = None
     """The file's own by default."""
 

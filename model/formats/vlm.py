@@ -30,7 +30,7 @@ from ..config import LMConfig, VisionConfig, VLMConfig
 from ..hub import fetch_model
 from ..weights import Weights, open_weights
 from . import RELEASED, checkpoint_folder, read_json, recognise
-from .language import EMBEDDING, LM_HEAD, dump
+from .language import EMBEDDING, LM_HEAD, PUBLISHED, dump
 from .vision import VISION_ENCODERS, open_encoder
 
 NEOX_VOCABULARY = 50277
@@ -81,11 +81,8 @@ def read(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
     return config, joined({"language_model.": language, "connector.": connector.renamed(names), "": encoders})
 
 
-def write(config: VLMConfig, weights: Weights, folder: Path, llm_backbone_id: str) -> None:
+def write(config: VLMConfig, weights: Weights, folder: Path) -> None:
     """Write a model as its authors' code reads it; the encoders' weights are left out.
-
-    Args:
-        llm_backbone_id: how the authors' code names the language model, as `"mamba-2.8b-zephyr"`.
 
     Raises:
         ValueError: the model has a part that the layout has no place for.
@@ -117,7 +114,7 @@ def write(config: VLMConfig, weights: Weights, folder: Path, llm_backbone_id: st
         "model_id": folder.name,
         "arch_specifier": "no-align+gelu-mlp" if kind == "mlp" else "no-align+fused-gelu-mlp",
         "vision_backbone_id": vision_id,
-        "llm_backbone_id": llm_backbone_id,
+        "llm_backbone_id": _language_id(config),
         "image_resize_strategy": min(resize),
         "llm_max_length": 2048,
     }
@@ -242,6 +239,15 @@ def _released_connector_name(name: str, kind: str) -> str:
         return f"projector.{name}"
     layer, _, rest = name.partition(".")
     return f"projector.projector.{ {v: k for k, v in _TWO_LAYERS.items()}[layer] }.{rest}"
+
+
+def _language_id(config: VLMConfig) -> str:
+    """How the authors' code names a language model: as its repository."""
+    own = replace(config.language, chunk_size=LMConfig.chunk_size)
+    names = [repo.split("/")[1] for repo, known in PUBLISHED.items() if known.config == own]
+    is_chat = config.template == "zephyr" and own.layer == "mamba"
+    name = next((n for n in names if n.endswith("zephyr") == is_chat), own.layer)
+    return name if not is_chat or name.endswith("zephyr") else f"{name}-zephyr"
 
 
 def _encoder_name(vision: VisionConfig) -> str | None:

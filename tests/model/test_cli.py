@@ -143,8 +143,9 @@ def test_a_malformed_record_is_named_by_its_line(line, message, tmp_path):
         ("generate {0}/nowhere a", "no folder at"),
         ("generate {0}/lm a --device cuda", "torch sees no GPU"),
         ("chat {0}/lm --image {0}/red.png", "which sees no image"),
-        ("inspect {0}", "config.json"),
-        ("convert {0}/vlm {0}/out --to own", "not a language model"),
+        ("inspect {0}", "several models: give the folder of one"),
+        ("inspect {0}/nothing", "no folder at"),
+        ("convert {0}/vlm {0}/out --to transformers", "is for a language model"),
         ("convert {0}/lm {0}/vlm --to own", "exists and is not empty"),
     ],
 )

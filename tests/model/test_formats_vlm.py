@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, ImageProcessor, LMConfig, MambaLM, Tokenizer, VisionConfig, ViT, ViTConfig, VLMConfig
+from vlmamba.model.convert import convert
 from vlmamba.model.formats import recognise, vision
-from vlmamba.model.formats.vlm import read, write
+from vlmamba.model.formats.vlm import read
 from vlmamba.model.inspect import inspect
 from vlmamba.model.load import load_model
 from vlmamba.model.presets import PRESETS
@@ -42,6 +43,7 @@ def small_encoders(tmp_path, monkeypatch):
         monkeypatch.setitem(vision.VISION_ENCODERS, name, published)
     # No tokenizer by the Hub.
     monkeypatch.setattr("vlmamba.model.vlm.neox_tokenizer", lambda **hub: TOKENIZER)
+    monkeypatch.setattr("vlmamba.model.convert.neox_tokenizer", lambda **hub: TOKENIZER)
     return known
 
 
@@ -207,11 +209,12 @@ def test_a_head_of_its_own_is_kept(tmp_path):
 def test_there_and_back(tmp_path, make):
     make(tmp_path / "a")
     config, weights = read(tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    write(config, weights, tmp_path / "b", "mamba-2.8b-zephyr" if make is cobra else "mamba2-2.7b")
+    assert convert(tmp_path / "a", tmp_path / "own", "own") == config
+    convert(tmp_path / "own", tmp_path / "b", "released")
     again, back = read(tmp_path / "b")
     assert again == config and sorted(back) == sorted(weights)
     assert all(torch.equal(back[name], weights[name]) for name in weights)
+    assert VLM.from_pretrained(tmp_path / "own").tokenizer.vocab_size == TOKENIZER.vocab_size
     [first] = (tmp_path / "a").rglob("latest-checkpoint.pt")
     [second] = (tmp_path / "b").rglob("latest-checkpoint.pt")
     assert open_weights(first).shapes == open_weights(second).shapes
@@ -278,3 +281,13 @@ def test_a_preset_joins_pretrained_parts(tmp_path, monkeypatch):
         assert torch.equal(a, b)
     answer = one.generate(["what color is the shape?"], [None])
     assert isinstance(answer[0], str)
+
+
+def test_layouts_are_for_what_they_are_for(tmp_path):
+    ml_mamba(tmp_path / "ml")
+    with pytest.raises(ValueError, match="to = 'transformers' is for a language model"):
+        convert(tmp_path / "ml", tmp_path / "x", "transformers")
+    MambaLM(LMConfig(16, 1, 300)).save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match="to = 'released' is for a vision-language model"):
+        convert(tmp_path / "lm", tmp_path / "x", "released")
+    assert not (tmp_path / "x").exists()
