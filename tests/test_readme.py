@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from vlmamba.benchmarks import cli as bench_cli
+from vlmamba.model import PRESETS, VISION_ENCODERS
+from vlmamba.model.formats.language import PUBLISHED
 from vlmamba.train import cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -39,6 +41,15 @@ def test_commands_are_understood(command, monkeypatch):
         monkeypatch.setattr(kind, "run", lambda self: ran.append(self))
     module.main(arguments)
     assert len(ran) == 1
+
+
+def test_every_published_name_is_in_the_table():
+    named = set()
+    for span in re.findall(r"`([^`\n]+)`", README):
+        start, _, rest = span.partition("{")
+        middle, _, end = rest.partition("}")
+        named |= {start + choice + end for choice in middle.split(",")}
+    assert set(PUBLISHED) | set(VISION_ENCODERS) | set(PRESETS) <= named
 
 
 def test_make_targets_exist():
