@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .lora import LoraConfig
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -32,6 +34,12 @@ class StageConfig:
     """Steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints kept."""
+    workers: int = 0
+    """Processes that prepare data ahead of the loop; 0 prepares it in the loop. The result is the same."""
+    max_broken: float = 0.0
+    """Share of the samples that may be broken, and are then replaced and reported. At 0 the first is an error."""
+    lora: LoraConfig | None = None
+    """Of the language model only changes of low rank learn, and are merged in the end; None lets it learn whole."""
 
     def __post_init__(self) -> None:
         positive = ("lr", "epochs", "batch_size", "grad_clip", "save_every", "keep_last")
@@ -44,6 +52,10 @@ class StageConfig:
             raise ValueError(f"warmup_ratio must lie in [0, 1], got {self.warmup_ratio}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.workers < 0:
+            raise ValueError(f"workers of stage {self.name!r} must not be negative, got {self.workers}")
+        if not 0 <= self.max_broken < 1:
+            raise ValueError(f"max_broken of stage {self.name!r} must lie in [0, 1), got {self.max_broken}")
         if not self.trainable:
             raise ValueError(f"trainable of stage {self.name!r} must name at least one part")
         if self.precision not in ("fp32", "bf16"):

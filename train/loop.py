@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch import nn
 
 from .checkpoint import load_newest, save_checkpoint
 from .config import StageConfig
+from .lora import add_lora, merge_lora
 from .optim import freeze_all_but, learning_rate, make_optimizer
 from .sampler import samples_of_step
 from .track import Tracker
@@ -38,6 +40,8 @@ def train_stage(
     collate: Callable[[Sequence[Any]], Any],
     folder: str | Path,
     device: str | torch.device = "cpu",
+    on_step: Callable[[int, nn.Module], None] | None = None,
+    make_tracker: Callable[[Path, str, int, int], Tracker] = Tracker,
 ) -> None:
     """Train a model in place, and leave in `folder` the metrics and the last checkpoints.
 
@@ -49,6 +53,8 @@ def train_stage(
         samples: the training set.
         collate: a list of samples to a batch with `to(device)`, `n_targets` and `n_tokens`.
         folder: of this stage alone.
+        on_step: called with the step and the model after each.
+        make_tracker: a `Tracker`, given the first four of its arguments.
 
     Raises:
         FloatingPointError: the loss is not finite; the batch is saved in the folder.
@@ -58,37 +64,47 @@ def train_stage(
     folder = Path(folder)
     if not len(samples):
         raise ValueError(f"stage {stage.name!r} has no samples to train on")
+    torch.manual_seed(stage.seed)
+    if stage.lora is not None:
+        add_lora(model, stage.lora)
     model.to(device).train()
     parameters = freeze_all_but(model, stage.trainable)
     optimizer = make_optimizer(parameters, stage)
     n_steps = stage.steps(len(samples))
-    torch.manual_seed(stage.seed)
     first_step = load_newest(folder, parameters, optimizer)
     if first_step >= n_steps:
+        merge_lora(model)
         return
 
-    tracker = Tracker(folder, stage.name, first_step, n_steps)
+    tracker = make_tracker(folder, stage.name, first_step, n_steps)
     tracker.bar.write(f"{stage.name}: {_counts(model)}; {len(samples):,} samples, {n_steps:,} steps")
     try:
         with _stop_asked_for() as asked:
             for step in range(first_step, n_steps):
+                begin = time.perf_counter()
                 lr = learning_rate(stage, step, n_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 chosen = samples_of_step(len(samples), stage.batch_size, stage.seed, step)
-                loss, n_tokens = _accumulate(
-                    model, stage, _micro_batches(stage, samples, chosen, collate), device, folder
-                )
+                batches = _micro_batches(stage, samples, chosen, collate)
+                wait = time.perf_counter() - begin
+                loss, n_tokens = _accumulate(model, stage, batches, device, folder)
                 norm = torch.nn.utils.clip_grad_norm_(parameters.values(), stage.grad_clip).item()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                tracker.step(step, n_tokens, loss=loss, lr=lr, grad_norm=norm)
+                tracker.step(
+                    step, n_tokens=n_tokens, n_samples=len(chosen), loss=loss, lr=lr, grad_norm=norm, wait=wait,
+                    seconds=time.perf_counter() - begin,
+                )  # fmt: skip
+                if on_step is not None:
+                    on_step(step, model)
                 if asked or step + 1 == n_steps or (step + 1) % stage.save_every == 0:
                     save_checkpoint(folder, step + 1, parameters, optimizer, stage.keep_last)
                 if asked and step + 1 < n_steps:
                     raise Interrupted(130)
     finally:
         tracker.close()
+    merge_lora(model)
 
 
 def _micro_batches(stage: StageConfig, samples: Samples, chosen: list[int], collate: Callable) -> list[Any]:

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from .config import StageConfig
+from .lora import LoraLinear, lora_learns
 
 
 def freeze_all_but(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Let only parameters whose names begin so learn, and give those.
+    """Let only parameters whose names begin so learn, and give those. With LoRA, of the language model only LoRA's.
 
     Raises:
         ValueError: a beginning that no parameter has.
@@ -20,8 +21,9 @@ def freeze_all_but(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn
     for start in trainable:
         if not any(n.startswith(start) for n in names):
             raise ValueError(f"trainable names {start!r}, but no parameter of {type(model).__name__} begins so")
+    has_lora = any(isinstance(m, LoraLinear) for m in model.modules())
     for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(trainable))
+        p.requires_grad_(name.startswith(trainable) and (not has_lora or lora_learns(name)))
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 

@@ -1,0 +1,109 @@
+"""LoRA (arXiv 2106.09685) for the language model: low-rank changes of its projections learn, and are merged in the end.
+
+`peft` refuses `out_proj` and `conv1d` of Mamba models, since fused kernels read their weights past the module. The
+mixers here call `in_proj`, `x_proj` and `out_proj` as modules, and read `dt_proj.weight`; `LoraLinear` serves both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_kernels.modules import Mamba, Mamba2
+
+Target = Literal["in_proj", "x_proj", "dt_proj", "out_proj"]
+WITHIN = "language_model."
+"""Beginning of the names of the modules that are changed."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which projections of the language model get a change of low rank. The rest of it is frozen."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The change is multiplied by `alpha / rank`."""
+    dropout: float = 0.0
+    """Of the input of the change. In Mamba-2's `out_proj` it costs the memory that `use_mem_eff_path` saves. The change
+    of `dt_proj` is one of its weight, and has none."""
+    targets: tuple[Target, ...] = ("in_proj", "out_proj")
+    """Mamba-1 has `x_proj` and `dt_proj` too."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank of LoRA must be at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha of LoRA must be positive, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout of LoRA must lie in [0, 1), got {self.dropout}")
+        if not self.targets or not set(self.targets) <= set(get_args(Target)):
+            raise ValueError(f"targets of LoRA must be some of {', '.join(get_args(Target))}; got {self.targets}")
+
+
+class LoraLinear(nn.Module):
+    """A linear layer, frozen, and a change of low rank: `base(x) + alpha / rank * B A x`. B begins as zero."""
+
+    def __init__(self, base: nn.Linear, config: LoraConfig):
+        super().__init__()
+        self.base, self.dropout, self.scale = base, config.dropout, config.alpha / config.rank
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
+        return self.base(x) + self.scale * F.linear(low, self.lora_B)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with its change, for who reads it past `forward`."""
+        return self.base.weight + self.scale * (self.lora_B @ self.lora_A)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+def add_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Put a change that is still nothing on each target within `model.language_model`.
+
+    Raises:
+        ValueError: there is no such projection, or there is LoRA already.
+    """
+    if any(isinstance(m, LoraLinear) for m in model.modules()):
+        raise ValueError("the model has LoRA already: merge it first")
+    mixers = [(n, m) for n, m in model.named_modules() if n.startswith(WITHIN) and isinstance(m, Mamba | Mamba2)]
+    for target in config.targets:
+        if not any(hasattr(m, target) for _, m in mixers):
+            known = sorted({t for t in get_args(Target) for _, m in mixers if hasattr(m, t)})
+            raise ValueError(f"LoRA's target {target!r} is in no layer of the language model, which has {known}")
+    for _, mixer in mixers:
+        for target in config.targets:
+            setattr(mixer, target, LoraLinear(getattr(mixer, target), config))
+        if config.dropout and "out_proj" in config.targets and isinstance(mixer, Mamba2):
+            # It would compute the projection again in the backward with another draw.
+            mixer.use_mem_eff_path = False
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add the changes to the weights, so that the model is again what it was before `add_lora`, but has learned."""
+    for mixer in model.modules():
+        for name, layer in list(mixer.named_children()):
+            if isinstance(layer, LoraLinear):
+                layer.base.weight.copy_(layer.weight)
+                setattr(mixer, name, layer.base)
+                if layer.dropout and name == "out_proj" and isinstance(mixer, Mamba2):
+                    mixer.use_mem_eff_path = True
+
+
+def lora_learns(name: str) -> bool:
+    """Whether a parameter may learn in a stage with LoRA: within the language model only LoRA's own."""
+    return not name.startswith(WITHIN) or name.endswith((".lora_A", ".lora_B"))
