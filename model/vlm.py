@@ -71,6 +71,8 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self.always_encodes = False
+        """Encode a blank image where a batch has none. Ranks that share their weights must all run the same parts."""
         self.template = get_template(config.template)
         self.processors = [v.processor for v in config.vision]
         self.vision = VisionTower(config)
@@ -99,11 +101,15 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         places = image_places(batch.input_ids)
         n_places = int(places.sum())
         features = None
-        if batch.images:
-            features = self.connector(self.vision(batch.images)).flatten(0, 1)
-            if len(features) != n_places:
+        images = batch.images
+        if not images and self.always_encodes:
+            sizes = [v.encoder.image_size for v in self.config.vision]
+            images = tuple(torch.zeros(1, 3, size, size, device=places.device) for size in sizes)
+        if images:
+            features = self.connector(self.vision(images)).flatten(0, 1)
+            if batch.images and len(features) != n_places:
                 raise ValueError(f"the images give {len(features)} features, but input_ids has {n_places} places")
-        elif n_places:
+        if n_places and not batch.images:
             raise ValueError(f"input_ids has {n_places} places for image features, but there is no image")
 
         def embed(begin: int, end: int) -> Tensor:
