@@ -1,0 +1,413 @@
+"""A sequence split over ranks gives what one rank gives: outputs, final states, every gradient.
+
+Three processes are started once, and run every case of `CASES`; each computes the whole by itself too, and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ssm_kernels import (
+    SequenceSplit,
+    causal_conv1d,
+    context_parallel,
+    selective_scan,
+    split_causal_conv1d,
+    split_selective_scan,
+    split_ssd,
+    ssd,
+)
+from ssm_kernels.context_parallel import _lay_out, after_the_whole
+from ssm_kernels.modules import Mamba, Mamba2
+from vlmamba.model import LMConfig
+from vlmamba.model.batch import Batch
+from vlmamba.model.lm import MambaLM
+from vlmamba.model.prompt import IGNORE
+
+WORLD = 3
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(*variants: tuple) -> Callable:
+    """Register a function that all ranks run, once a variant."""
+
+    def register(function: Callable) -> Callable:
+        for v in variants or [()]:
+            CASES["-".join([function.__name__, *map(str, v)]).replace(" ", "")] = partial(function, *v)
+        return function
+
+    return register
+
+
+def same(name: str, got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10, msg=lambda m: f"{name}: {m}")
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+GROUPS: dict[int, dist.ProcessGroup | None] = {}
+"""By how many ranks they have."""
+
+
+def split_over(lengths: tuple[int, ...]) -> SequenceSplit | None:
+    """None on a rank outside of the group."""
+    if dist.get_rank() >= len(lengths):
+        return None
+    return SequenceSplit(lengths, GROUPS[len(lengths)])
+
+
+def gradient(t: Tensor) -> Tensor:
+    """A rank that has no step gives none."""
+    return torch.zeros_like(t) if t.grad is None else t.grad
+
+
+def weighted(t: Tensor) -> Tensor:
+    """Weights of the elements of a loss."""
+    return torch.cos(torch.arange(t.numel(), dtype=t.dtype)).view(t.shape)
+
+
+# --- the ops ----------------------------------------------------------------------------------------------------
+
+SPLITS = [(5, 3, 4), (7, 0, 5), (1, 1, 10), (0, 2, 10), (6, 6)]
+BOUNDS = [None, (0, 12), (0, 2, 9, 9, 12), (0, 5, 7, 8, 12)]
+GRID = [(s, b, (i + j) % 2 == 0) for i, s in enumerate(SPLITS) for j, b in enumerate(BOUNDS)]
+GRID += [(SPLITS[1], b, i == 0) for i, b in enumerate(BOUNDS[:2])]
+
+
+def scan_inputs(rows: int, batch: int, initial: bool) -> tuple[dict[str, Tensor], dict]:
+    timed = {"u": random(batch, 12, 4), "dt": random(batch, 12, 4), "z": random(batch, 12, 4)}
+    timed |= {"B": random(batch, 12, 2, 3), "C": random(batch, 12, 3)}
+    alike = {"A": -random(4, 3).exp(), "D": random(4), "dt_bias": random(4)}
+    if initial:
+        alike["initial_states"] = random(rows, 4, 3)
+    return timed, alike
+
+
+def ssd_inputs(rows: int, batch: int, initial: bool) -> tuple[dict[str, Tensor], dict]:
+    timed = {"x": random(batch, 12, 4, 2), "dt": random(batch, 12, 4), "z": random(batch, 12, 4, 2)}
+    timed |= {"B": random(batch, 12, 2, 3), "C": random(batch, 12, 2, 3)}
+    alike = {"A": -random(4).exp(), "D": random(4), "dt_bias": random(4)}
+    if initial:
+        alike["initial_states"] = random(rows, 4, 2, 3)
+    return timed, alike
+
+
+def conv_inputs(rows: int, batch: int, initial: bool) -> tuple[dict[str, Tensor], dict]:
+    alike = {"weight": random(4, 4), "bias": random(4)}
+    if initial:
+        alike["initial_states"] = random(rows, 3, 4)
+    return {"x": random(batch, 12, 4)}, alike
+
+
+OPS = {
+    "selective_scan": (selective_scan, split_selective_scan, scan_inputs, {"dt_softplus": True}),
+    "ssd": (ssd, split_ssd, ssd_inputs, {"dt_softplus": True, "dt_limit": (0.1, 2.0), "chunk_size": 4}),
+    "causal_conv1d": (causal_conv1d, split_causal_conv1d, conv_inputs, {"activation": "silu"}),
+}
+
+
+@case(*((op, *rest) for op in OPS for rest in GRID))
+def ops(op: str, lengths: tuple[int, ...], bounds: tuple[int, ...] | None, initial: bool) -> None:
+    split = split_over(lengths)
+    if split is None:
+        return
+    whole, parted, inputs, options = OPS[op]
+    batch, rows = (2, 2) if bounds is None else (1, len(bounds) - 1)
+    cu = None if bounds is None else torch.tensor(bounds)
+    timed, alike = inputs(rows, batch, initial)
+    for t in (*timed.values(), *alike.values()):
+        t.requires_grad_()
+
+    y, ends = whole(**timed, **alike, **options, cu_seqlens=cu)
+    loss = (y * weighted(y)).sum() + (ends * weighted(ends)).sum()
+    want = dict(zip([*timed, *alike], torch.autograd.grad(loss, [*timed.values(), *alike.values()]), strict=True))
+
+    parts = {name: split.take(t.detach()).clone().requires_grad_() for name, t in timed.items()}
+    y_part, ends_part = parted(split, **parts, **alike, **options, cu_seqlens=cu)
+    same("y", y_part, split.take(y))
+    same("final states", after_the_whole(split, ends_part, lengths[split.rank], cu), ends)
+    layout = _lay_out(split, split.rank, bounds or (0, 12), batch, cu is not None)
+    mine = torch.tensor([layout.owner(max(0, b - 1)) == split.rank for b in layout.bounds[1:]])
+    mine = mine.view(-1, *[1] * (ends.dim() - 1))
+    loss = (y_part * split.take(weighted(y))).sum() + (ends_part * weighted(ends) * mine).sum()
+    loss.backward()
+    for name, t in parts.items():
+        same(f"gradient of {name}", gradient(t), split.take(want[name]))
+    for name, t in alike.items():
+        total = gradient(t)
+        dist.all_reduce(total, group=split.group)
+        same(f"gradient of {name}", total, want[name])
+
+
+# --- mixers and models ------------------------------------------------------------------------------------------
+
+MIXERS = {"mamba": partial(Mamba, 8, 3), "mamba2": partial(Mamba2, 8, 3, headdim=4, chunk_size=4)}
+
+
+def compare_gradients(split: SequenceSplit, module: torch.nn.Module, want: dict[str, Tensor]) -> None:
+    for name, p in module.named_parameters():
+        dist.all_reduce(p.grad, group=split.group)
+        same(f"gradient of {name}", p.grad, want[name])
+
+
+@case(
+    *(
+        (family, lengths, bounds, lean, again)
+        for family in MIXERS
+        for lengths in [(5, 3, 4), (1, 0, 11), (7, 5)]
+        for bounds in [None, (0, 4, 10, 12)]
+        for lean, again in [(True, False), (True, True), (False, True)][: 3 if bounds else 1]
+    )
+)
+def mixers(family: str, lengths: tuple[int, ...], bounds: tuple[int, ...] | None, lean: bool, again: bool) -> None:
+    split = split_over(lengths)
+    if split is None:
+        return
+    mixer = MIXERS[family]().double()
+    mixer.use_mem_eff_path = lean
+    cu = None if bounds is None else torch.tensor(bounds)
+    x = random(2 if bounds is None else 1, 12, 8).requires_grad_()
+    y = mixer(x, cu_seqlens=cu)
+    dx, *grads = torch.autograd.grad((y * weighted(y)).sum(), [x, *mixer.parameters()])
+    part = split.take(x.detach()).clone().requires_grad_()
+    with context_parallel(split):
+        y_part = checkpoint(mixer, part, None, cu, use_reentrant=False) if again else mixer(part, cu_seqlens=cu)
+        loss = (y_part * split.take(weighted(y))).sum()
+        if again:
+            loss.backward()
+    if not again:  # what a mixer computes again by itself needs no other rank
+        loss.backward()
+    same("y", y_part, split.take(y))
+    same("gradient of x", part.grad, split.take(dx))
+    compare_gradients(split, mixer, dict(zip(dict(mixer.named_parameters()), grads, strict=True)))
+
+
+@case(*((family, bounds, grad) for family in MIXERS for bounds in [None, (0, 4, 10, 12)] for grad in (False, True)))
+def states(family: str, bounds: tuple[int, ...] | None, grad: bool) -> None:
+    split = split_over((5, 1, 6))
+    mixer = MIXERS[family]().double()
+    cu = None if bounds is None else torch.tensor(bounds)
+    x = random(2 if bounds is None else 1, 12, 8)
+    state, parted = (mixer.new_state(2 if bounds is None else 3) for _ in range(2))
+    for whole, other in zip(state, parted, strict=True):
+        other.copy_(whole.normal_())
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            y = mixer(x, state, cu)
+            with context_parallel(split):
+                same("y", mixer(split.take(x), parted, cu), split.take(y))
+            for whole, other in zip(state, parted, strict=True):
+                same("state", other, whole)
+
+
+CONFIGS = {
+    "mamba": LMConfig(d_model=8, n_layer=2, vocab_size=24, d_state=3),
+    "mamba2": LMConfig(d_model=8, n_layer=2, vocab_size=24, layer="mamba2", d_state=3, headdim=4, chunk_size=4),
+}
+
+
+@case(*((family, packed) for family in CONFIGS for packed in (False, True)))
+def language_models(family: str, packed: bool) -> None:
+    split = SequenceSplit.even(13)
+    assert split.lengths == (5, 4, 4)
+    lm = MambaLM(CONFIGS[family]).double()
+    ids = torch.randint(24, (13,))
+    cu = torch.tensor([0, 6, 7, 13] if packed else [0, 13])
+    targets = Batch(ids, ids, cu.int()).next_tokens()
+    packed_bounds = cu if packed else None
+
+    logits = lm(ids[None], cu_seqlens=packed_bounds).logits[0]
+    n_targets = int((targets != IGNORE).sum())
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE)
+    want = dict(zip(dict(lm.named_parameters()), torch.autograd.grad(loss, list(lm.parameters())), strict=True))
+    with context_parallel(split):
+        part = lm(split.take(ids, 0)[None], cu_seqlens=packed_bounds).logits[0]
+    same("logits", part, split.take(logits, 0))
+    mine = F.cross_entropy(part, split.take(targets, 0), ignore_index=IGNORE, reduction="sum") / n_targets
+    mine.backward()
+    compare_gradients(split, lm, want)
+
+
+# --- no rank is left waiting ------------------------------------------------------------------------------------
+
+
+@case(("mamba", 0), ("mamba", 2), ("mamba2", 0), ("mamba2", 2))
+def gradients_on_one_rank_alone(family: str, learning: int) -> None:
+    """The mixer is frozen, and one rank's part alone needs a gradient, which comes from the others' losses too."""
+    split = split_over((4, 5, 3))
+    mixer = MIXERS[family]().double().requires_grad_(False)
+    x = random(1, 12, 8).requires_grad_()
+    (dx,) = torch.autograd.grad((mixer(x) * weighted(x)).sum(), x)
+    part = split.take(x.detach()).clone().requires_grad_(split.rank == learning)
+    for again in (False, True):
+        part.grad = None
+        with context_parallel(split):
+            y = checkpoint(mixer, part, use_reentrant=False) if again else mixer(part)
+            (y * split.take(weighted(x))).sum().backward()
+        if split.rank == learning:
+            same("gradient of x", part.grad, split.take(dx))
+
+
+@case(("mamba",), ("mamba2",))
+def a_rank_that_has_no_loss(family: str) -> None:
+    split = split_over((4, 5, 3))
+    mixer = MIXERS[family]().double()
+    x = random(1, 12, 8).requires_grad_()
+    weights = weighted(x)
+    weights[:, :9] = 0
+    (dx,) = torch.autograd.grad((mixer(x) * weights).sum(), x)
+    part = split.take(x.detach()).clone().requires_grad_()
+    with context_parallel(split):
+        (mixer(part) * split.take(weights)).sum().backward()
+    same("gradient of x", part.grad, split.take(dx))
+
+
+@case(("mamba",), ("mamba2",))
+def computing_again_outside_of_the_context_is_an_error(family: str) -> None:
+    split = split_over((4, 5, 3))
+    mixer = MIXERS[family]()
+    with context_parallel(split):
+        y = checkpoint(mixer, torch.randn(1, split.lengths[split.rank], 8), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="(?i)checkpoint|saved"):
+        y.sum().backward()
+
+
+# --- volume and errors ------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """Bytes that this rank sends to others."""
+
+    def __enter__(self) -> Counter:
+        self.sent, self.calls = 0, []
+        self.real = dist.all_gather, dist.all_to_all_single
+
+        def gather(out, message, group=None):
+            self.calls.append("all_gather")
+            self.sent += message.nbytes * (dist.get_world_size(group) - 1)
+            return self.real[0](out, message, group=group)
+
+        def to_all(out, messages, group=None):
+            world = dist.get_world_size(group)
+            self.calls.append("all_to_all")
+            self.sent += messages.nbytes // world * (world - 1)
+            return self.real[1](out, messages, group=group)
+
+        dist.all_gather, dist.all_to_all_single = gather, to_all
+        return self
+
+    def __exit__(self, *exc) -> None:
+        dist.all_gather, dist.all_to_all_single = self.real
+
+
+@case(*((family, dtype, n) for family in MIXERS for dtype in ("float32", "bfloat16", "float64") for n in (12, 48)))
+def volume(family: str, dtype: str, length: int) -> None:
+    """The formulas of `ssm_kernels.context_parallel`, whatever the length."""
+    split, batch = SequenceSplit.even(length), 2
+    dtype = getattr(torch, dtype)
+    mixer = MIXERS[family]().to(dtype)
+    n, k = mixer.d_state, mixer.conv1d.weight.shape[2]
+    if family == "mamba":
+        state, channels = mixer.d_inner * (n + 1), mixer.d_inner
+    else:
+        state, channels = mixer.nheads * (mixer.headdim * n + 1), mixer.d_conv_channels
+    size = 8 if dtype == torch.float64 else 4
+    formula = (WORLD - 1) * batch * (state * size + (k - 1) * channels * dtype.itemsize)
+    with context_parallel(split), Counter() as counter:
+        y = mixer(split.take(torch.randn(batch, length, 8, dtype=dtype)))
+        assert counter.sent == formula and counter.calls == ["all_gather"] * 2
+        y.sum().backward()
+    assert counter.sent == 2 * formula and counter.calls[2:] == ["all_to_all"] * 2
+
+
+@case()
+def errors() -> None:
+    split = split_over((4, 5, 3))
+    n = split.lengths[split.rank]
+    with pytest.raises(ValueError, match=r"lengths must be 3 integers from 0 up.*\(4, 5\)"):
+        SequenceSplit((4, 5))
+    with pytest.raises(ValueError, match="lengths must be 3 integers"):
+        SequenceSplit((4, -5, 3))
+    with pytest.raises(ValueError, match=f"x must have this rank's {n} steps"):
+        split_causal_conv1d(split, torch.randn(1, 9, 4), torch.randn(4, 4))
+    with pytest.raises(ValueError, match=f"u must have this rank's {n} steps"):
+        split_selective_scan(split, *[torch.randn(1, 9, 4)] * 2, -torch.ones(4, 3), *[torch.randn(1, 9, 3)] * 2)
+    with pytest.raises(ValueError, match="cu_seqlens must run from 0 to L = 12"):
+        split_causal_conv1d(split, torch.randn(1, n, 4), torch.randn(4, 4), cu_seqlens=torch.tensor([0, n]))
+    with pytest.raises(ValueError, match="initial_states"):
+        split_causal_conv1d(split, torch.randn(1, n, 4), torch.randn(4, 4), None, None, torch.randn(2, 3, 4))
+    with pytest.raises(ValueError, match="whole must have length 12 along dim 1"):
+        split.take(torch.randn(1, 13))
+    with pytest.raises(TypeError, match="split must be a SequenceSplit, got tuple"):
+        with context_parallel((4, 5, 3)):
+            pass
+
+
+# --- processes --------------------------------------------------------------------------------------------------
+
+
+def work(rank: int, folder: Path) -> None:
+    """Run every case as one rank, and write what went wrong."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(seconds=30)
+    )
+    GROUPS.update({WORLD: None, 2: dist.new_group([0, 1])})
+    failures: dict[str, str | None] = {}
+    for name, run in CASES.items():
+        torch.manual_seed(0)
+        try:
+            run()
+            failures[name] = None
+        except Exception:
+            failures[name] = traceback.format_exc()
+            break  # the others then fail too, since this rank is gone
+    (folder / f"{rank}.json").write_text(json.dumps(failures))
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory) -> Iterator[list[dict]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(r), str(folder)], stderr=subprocess.PIPE, text=True)
+        for r in range(WORLD)
+    ]
+    try:
+        said = [r.communicate(timeout=120)[1] for r in ranks]
+    finally:
+        for r in ranks:
+            r.kill()
+    files = [folder / f"{r}.json" for r in range(WORLD)]
+    assert all(f.exists() for f in files), "\n".join(said)
+    yield [json.loads(f.read_text()) for f in files]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_rank(name, failures):
+    said = [found.get(name, "did not get so far") for found in failures]
+    assert not any(said), "\n".join(f"rank {r}: {s}" for r, s in enumerate(said))
+
+
+def test_ranks_are_needed():
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        SequenceSplit.even(12)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]))
