@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ssm_kernels.context_parallel import current_split
+
 from ..connectors import build_connector
 from .batch import Batch, Sample, collate, image_places
 from .config import VLMConfig
@@ -80,13 +82,25 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         self.language_model = MambaLM(config.language)
 
     def forward(self, batch: Batch) -> VLMOutput:
-        """The loss of predicting the learned tokens of a batch."""
+        """The loss of predicting the learned tokens of a batch.
+
+        Within `context_parallel` every rank is given the whole batch, encodes its images, and computes the loss of the
+        learned tokens in its part: 0 where it has none.
+
+        Raises:
+            ValueError: no token of the batch is learned.
+        """
         targets = batch.next_tokens()
-        at = (targets != IGNORE).nonzero().flatten()
-        if not len(at):
+        if (targets == IGNORE).all():
             raise ValueError("the batch has no token to learn: every label is IGNORE")
-        out = self.language_model(inputs_embeds=self.embed(batch), cu_seqlens=batch.cu_seqlens, at=at)
-        return VLMOutput(F.cross_entropy(out.logits[0], targets[at]), len(at))
+        split = current_split()
+        begin, end = (0, batch.n_tokens) if split is None else split.span
+        at = (targets[begin:end] != IGNORE).nonzero().flatten()
+        embeds = self._embedder(batch)(begin, end)
+        out = self.language_model(inputs_embeds=embeds, cu_seqlens=batch.cu_seqlens, at=at)
+        if not len(at):
+            return VLMOutput(out.logits.sum(), 0)
+        return VLMOutput(F.cross_entropy(out.logits[0], targets[begin:end][at]), len(at))
 
     def embed(self, batch: Batch) -> Tensor:
         """Tokens and images of a batch as vectors, (1, T, D).

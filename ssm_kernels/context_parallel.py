@@ -57,7 +57,7 @@ class SequenceSplit:
 
     >>> split = SequenceSplit.even(length=8192)
     >>> with context_parallel(split):
-    >>>     logits = lm(split.take(input_ids)).logits  # of this rank's part
+    ...     logits = lm(split.take(input_ids)).logits  # of this rank's part
     >>> targets = split.take(next_tokens)  # shifted before they are split: a part's last target is on the next rank
 
     Raises:
@@ -92,6 +92,11 @@ class SequenceSplit:
         """The first step of each rank, and the length of the whole."""
         return tuple(itertools.accumulate(self.lengths, initial=0))
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """This rank's first step, and the one after its last."""
+        return self.starts[self.rank], self.starts[self.rank + 1]
+
     def take(self, whole: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a tensor that holds the whole sequence along `dim`.
 
@@ -101,7 +106,7 @@ class SequenceSplit:
         total = sum(self.lengths)
         if whole.shape[dim] != total:
             raise ValueError(f"whole must have length {total} along dim {dim}, got shape {tuple(whole.shape)}")
-        return whole.narrow(dim, self.starts[self.rank], self.lengths[self.rank])
+        return whole.narrow(dim, self.span[0], self.lengths[self.rank])
 
 
 def _world_size(group: dist.ProcessGroup | None) -> int:
@@ -120,7 +125,7 @@ def context_parallel(split: SequenceSplit) -> Iterator[None]:
 
     They are called as on one rank, but with the rank's part of every tensor that has a length: `cu_seqlens` are the
     bounds of the whole, best on the CPU, and a `state` that is given is that before the whole, becoming that after it,
-    equal on every rank. One sequence is split so that a step on it is no step for decoding: decode outside.
+    equal on every rank. Text is generated outside, where every rank has each token.
 
     Raises:
         TypeError: not a `SequenceSplit`.

@@ -33,10 +33,9 @@ from ssm_kernels import (
 )
 from ssm_kernels.context_parallel import _lay_out, after_the_whole
 from ssm_kernels.modules import Mamba, Mamba2
-from vlmamba.model import LMConfig
-from vlmamba.model.batch import Batch
-from vlmamba.model.lm import MambaLM
-from vlmamba.model.prompt import IGNORE
+from vlmamba.connectors import ConnectorConfig
+from vlmamba.model import VLM, Batch, ImageProcessor, LMConfig, MambaLM, VisionConfig, ViTConfig, VLMConfig
+from vlmamba.model.prompt import IGNORE, IMAGE_TOKEN
 
 WORLD = 3
 CASES: dict[str, Callable[[], None]] = {}
@@ -242,6 +241,37 @@ def language_models(family: str, packed: bool) -> None:
     mine = F.cross_entropy(part, split.take(targets, 0), ignore_index=IGNORE, reduction="sum") / n_targets
     mine.backward()
     compare_gradients(split, lm, want)
+
+
+VISION = VisionConfig(ViTConfig(16, 8, 8, 2, 2, 16), ImageProcessor(16))
+
+
+@case(*((family, frozen) for family in CONFIGS for frozen in (False, True)))
+def vision_language_models(family: str, frozen: bool) -> None:
+    """One sample's image lies across two ranks; nothing is learned from the last rank's part."""
+    split = split_over((4, 5, 3))
+    vlm = VLM(VLMConfig(CONFIGS[family], (VISION,), ConnectorConfig("mlp"))).double()
+    vlm.language_model.requires_grad_(not frozen)
+    ids = torch.randint(24, (12,))
+    labels = ids.clone()
+    ids[2:6], labels[2:6], labels[9:] = IMAGE_TOKEN, IGNORE, IGNORE
+    batch = Batch(ids, labels, torch.tensor([0, 8, 12]).int(), (random(1, 3, 16, 16),))
+    learned = {n: p for n, p in vlm.named_parameters() if p.requires_grad}
+    whole = vlm(batch)
+    grads = torch.autograd.grad(whole.loss, list(learned.values()), allow_unused=True)
+    with context_parallel(split):
+        out = vlm(batch)
+        loss = out.loss * (out.n_targets / batch.n_targets)
+        loss.backward()
+    counts, total = torch.tensor(out.n_targets), loss.detach().clone()
+    dist.all_reduce(counts)
+    dist.all_reduce(total)
+    assert int(counts) == whole.n_targets and (split.rank < 2 or out.n_targets == 0)
+    same("loss", total, whole.loss)
+    for (name, p), want in zip(learned.items(), grads, strict=True):
+        got = gradient(p)
+        dist.all_reduce(got)
+        same(f"gradient of {name}", got, torch.zeros_like(p) if want is None else want)
 
 
 # --- no rank is left waiting ------------------------------------------------------------------------------------
