@@ -20,15 +20,19 @@ class StageConfig:
     batch_size: int = 64
     """Samples a step."""
     micro_batch_size: int | None = None
-    """Samples run at once; the gradients of a step's micro batches are added up. None is `batch_size`."""
+    """Samples that a rank runs at once; the gradients of a step's micro batches are added up. None is all it has."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_ratio: float = 0.03
     """Part of the steps over which the learning rate rises; it then falls to zero along a cosine."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
+    max_loss: float = 25.0
+    """A larger loss stops the stage, as one that is not a number does. To guess among 50,000 tokens costs 11."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` runs matrix products in bfloat16 (autocast); weights and scans stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of each block for the backward, which computes the rest again."""
     seed: int = 0
     save_every: int = 200
     """Steps between checkpoints."""
@@ -42,7 +46,7 @@ class StageConfig:
     """Of the language model only changes of low rank learn, and are merged in the end; None lets it learn whole."""
 
     def __post_init__(self) -> None:
-        positive = ("lr", "epochs", "batch_size", "grad_clip", "save_every", "keep_last")
+        positive = ("lr", "epochs", "batch_size", "grad_clip", "max_loss", "save_every", "keep_last")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} of stage {self.name!r} must be positive, got {getattr(self, name)}")

@@ -14,6 +14,10 @@ from ..model.prompt import Turn, check_turns
 from ..model.vlm import VLM
 
 
+class BrokenDataError(ValueError):
+    """More records or samples are broken than the stage allows."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One conversation, about an image or none."""

@@ -1,0 +1,254 @@
+"""Batches prepared ahead of the loop: the same whatever the number of workers, and from any step on.
+
+What a step holds is a function of the seed and the step (`samples_of_step`), so that a stage that goes on from a
+checkpoint needs no state of its data: it begins with the very next sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from .config import StageConfig
+from .data import BrokenDataError
+from .sampler import samples_of_step
+
+FEWEST_SEEN = 1000
+"""`max_broken` is a share of at least so many samples: among the first ten, one that is broken is no tenth."""
+
+
+class Samples(Protocol):
+    """What is trained on: numbered samples. One that raises a ValueError or an OSError is broken."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one rank runs in one step."""
+
+    micro_batches: list[Any]
+    n_samples: int
+    """Samples in them."""
+    wait: float
+    """Seconds that the loop stood still for them."""
+
+
+class _Job(NamedTuple):
+    """One micro batch to prepare."""
+
+    step: int
+    begin: int
+    """Place of its first sample in the step."""
+    indices: list[int]
+    allowed: int
+    """Broken samples that the rank may have met by the end of the step."""
+
+
+class _Prepared(NamedTuple):
+    batch: Any
+    broken: list[tuple[int, str]]
+    """Index and reason."""
+
+
+class Loader:
+    """The steps of one rank, from `first_step` up to `n_steps`, each once.
+
+    A rank takes every `world_size`-th sample of a step, so that all of them together run the same samples whatever
+    their number. `stage.workers` processes prepare up to two micro batches each ahead of the loop; with 0 the loop
+    prepares what it runs. Random numbers that `samples` or `collate` draw from torch depend on the stage's seed, the
+    step and the place in it alone, and leave the loop's own as they are.
+
+    A broken sample is replaced by the next one that is whole, and a line in `folder/broken.jsonl` (for rank r above 0
+    `folder/broken-r.jsonl`) has its step, index and reason.
+
+    Args:
+        samples: the training set.
+        stage: its `batch_size`, `micro_batch_size` (of a rank), `seed`, `workers` and `max_broken` are read.
+        collate: a list of samples to a batch.
+        folder: of the stage; None keeps no report.
+
+    Raises:
+        ValueError: the batch cannot be shared equally, or there is nothing to train on.
+        BrokenDataError: while iterating: more than `stage.max_broken` of the samples that this rank has seen are
+            broken.
+        RuntimeError: while iterating: a worker died.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        stage: StageConfig,
+        collate: Callable[[Sequence[Any]], Any],
+        *,
+        first_step: int,
+        n_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        folder: str | Path | None = None,
+    ):
+        if not len(samples):
+            raise ValueError(f"stage {stage.name!r} has no samples to train on")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, world_size = {world_size}), got {rank}")
+        if stage.batch_size % world_size:
+            raise ValueError(
+                f"batch_size of stage {stage.name!r} must be a multiple of the number of ranks, so that each has "
+                f"equally many samples: got {stage.batch_size} for {world_size} ranks"
+            )
+        self.samples, self.stage, self.collate = samples, stage, collate
+        self.first_step, self.n_steps = first_step, n_steps
+        self.rank, self.world_size = rank, world_size
+        self.n_samples = stage.batch_size // world_size
+        self.report = None
+        if folder is not None:
+            self.report = Path(folder) / ("broken.jsonl" if rank == 0 else f"broken-{rank}.jsonl")
+
+    def __iter__(self) -> Iterator[StepData]:
+        n_broken = self._kept_reports()
+        n_micro_batches = -(-self.n_samples // self._micro_batch_size)
+        prepared = iter(self._engine())
+        for step in range(self.first_step, self.n_steps):
+            start = time.perf_counter()
+            ready = [self._next(prepared) for _ in range(n_micro_batches)]
+            wait = time.perf_counter() - start
+            broken = [b for p in ready for b in p.broken]
+            if broken:
+                n_broken += len(broken)
+                self._report(step, broken)
+                if n_broken > self._allowed(step):
+                    raise BrokenDataError(self._too_many(step, n_broken, *broken[-1]))
+            yield StepData([p.batch for p in ready], self.n_samples, wait)
+
+    @property
+    def _micro_batch_size(self) -> int:
+        return min(self.stage.micro_batch_size or self.n_samples, self.n_samples)
+
+    def _engine(self) -> DataLoader:
+        workers = self.stage.workers
+        return DataLoader(
+            _Preparation(self.samples, self.collate, self.stage.seed),
+            batch_size=None,
+            sampler=_Jobs(self),
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_outlive_signals,
+            # Forked workers share the annotations with the loop, at no cost.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # it draws a seed for its workers, which must not come from the loop's
+        )
+
+    def _next(self, prepared: Iterator[_Prepared]) -> _Prepared:
+        try:
+            return next(prepared)
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as e:
+            # The last three: it died with a batch that it had announced and not yet handed over.
+            if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
+                raise
+            raise RuntimeError(
+                f"a process that prepares data for stage {self.stage.name!r} died: {e}. Where memory ran out, fewer "
+                f"workers (now {self.stage.workers}) or a smaller micro_batch_size help"
+            ) from e
+
+    def jobs(self) -> Iterator[_Job]:
+        """The micro batches of this rank, in their order."""
+        size, stage = self._micro_batch_size, self.stage
+        for step in range(self.first_step, self.n_steps):
+            chosen = samples_of_step(len(self.samples), stage.batch_size, stage.seed, step)
+            mine = chosen[self.rank :: self.world_size]
+            for k in range(0, len(mine), size):
+                yield _Job(step, self.rank + k * self.world_size, mine[k : k + size], self._allowed(step))
+
+    def _allowed(self, step: int) -> int:
+        return int(self.stage.max_broken * max((step + 1) * self.n_samples, FEWEST_SEEN))
+
+    def _too_many(self, step: int, n_broken: int, index: int, reason: str) -> str:
+        where = "" if self.report is None else f"; all of them are named in {self.report}"
+        return (
+            f"{n_broken:,} of {(step + 1) * self.n_samples:,} samples of stage {self.stage.name!r} are broken, which "
+            f"is more than max_broken = {self.stage.max_broken} allows. The last is number {index}: {reason}{where}"
+        )
+
+    def _report(self, step: int, broken: list[tuple[int, str]]) -> None:
+        if self.report is not None:
+            self.report.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.report, "a", encoding="utf-8") as file:
+                for index, reason in broken:
+                    file.write(json.dumps({"step": step, "index": index, "reason": reason}) + "\n")
+
+    def _kept_reports(self) -> int:
+        """Drop what was reported of steps that will be taken again; how many reports are left."""
+        if self.report is None or not self.report.exists():
+            return 0
+        lines = self.report.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
+        kept = [line for line in whole if json.loads(line)["step"] < self.first_step]
+        self.report.write_text("".join(kept), encoding="utf-8")
+        return len(kept)
+
+
+class _Jobs:
+    """The loader's jobs as a sampler."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[_Job]:
+        return self.loader.jobs()
+
+
+class _Preparation:
+    """What a worker does: a job to a micro batch."""
+
+    def __init__(self, samples: Samples, collate: Callable[[Sequence[Any]], Any], seed: int):
+        self.samples, self.collate, self.seed = samples, collate, seed
+
+    def __getitem__(self, job: _Job) -> _Prepared:
+        seed = np.random.SeedSequence((self.seed, job.step, job.begin)).generate_state(1)[0]
+        broken: list[tuple[int, str]] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(seed))
+            samples = []
+            for index in job.indices:
+                while len(broken) <= job.allowed:
+                    try:
+                        samples.append(self.samples[index])
+                        break
+                    except (ValueError, OSError) as e:
+                        broken.append((index, str(e)))
+                        index = (index + 1) % len(self.samples)
+                else:  # the loader will raise
+                    return _Prepared(None, broken)
+            return _Prepared(self.collate(samples), broken)
+
+
+def _as_it_is(prepared: _Prepared) -> _Prepared:
+    return prepared
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach all processes of a group; the loop may still need data, and itself ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_loop_says, daemon=True).start()
+
+
+def _end_when_the_loop_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
