@@ -1,12 +1,13 @@
 """A sequence split over the ranks of a process group: rank r holds the r-th run of its steps.
 
-A scan is linear in its state, so what a rank's steps do to a state that comes from before is `exp(A sum dt) h + e`,
+A scan is linear in its state: what a rank's steps make of a state h that comes from before is `exp(A sum dt) h + e`,
 with e their end from a zero state. Every rank makes (e, sum dt) known to all in one all-gather of W messages, W being
 the number of ranks, puts together the state before its first step from those of the ranks before it, and scans its
-steps from there. So it scans twice where a sequence both comes from before and goes on after, and once elsewhere. A
-ring, in which each rank waits for the state of the one before, scans once, but W times one after the other; here all
-ranks work at the same time, for at most two scans. The backward is autograd's: that of the all-gather is one
-all-to-all, whose parts are summed in order of rank.
+steps from there. It scans twice where a sequence both comes from before and goes on after, and once elsewhere. A ring,
+in which each rank waits for the state of the one before, sends less, one state a rank, and scans once, but the scans
+come one after the other: it takes the time of all of them, this that of two, however many the ranks. (So on two ranks
+it is the memory, the projections and the rest that are halved, not the time of the scan.) The backward is autograd's:
+that of the all-gather is one all-to-all, whose parts are summed in order of rank.
 
 The convolution needs the K - 1 inputs before a rank's first step. They come by the same all-gather, from several ranks
 where parts are shorter than that.
@@ -20,11 +21,12 @@ What a rank sends, and as much it receives, in a forward, and once more in the b
 None depends on the length, nor on how many sequences are packed: at most one of them runs on from a rank to the next.
 
 All ranks must run the same ops in the same order, forward and backward: each calls `backward` on a loss that depends
-on its own outputs, with weight zero if need be. Within that, no rank can wait for one that has gone another way: every
-exchange stands in the graph of every rank between the inputs of its op and the outputs, whatever requires gradients.
-Under `torch.utils.checkpoint` the exchanges of the forward run again in the backward, which then belongs inside
-`context_parallel` too. Tensors that all ranks hold alike (A, D, biases, weights, initial states) get the part of
-their gradient that comes from the rank's own steps; the sum over the ranks is the gradient.
+on its own outputs, with weight zero if need be; what is learned from is the sum of the losses. Within that, no rank
+can wait for one that has gone another way: every exchange stands in the graph of every rank between the inputs of its
+op and the outputs, whatever requires gradients. Under `torch.utils.checkpoint` the exchanges of the forward run again
+in the backward, which then belongs inside `context_parallel` too; what the mixers compute again by themselves
+(`use_mem_eff_path`) needs no exchange. Tensors that all ranks hold alike (A, D, biases, weights, initial states) get
+the part of their gradient that comes from the rank's own steps; the sum over the ranks is the gradient.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -200,7 +203,7 @@ def split_selective_scan(
     def total() -> Tensor:
         return _TotalStep.apply(dt, dt_bias, dt_softplus, (-torch.inf, torch.inf), compute)
 
-    return SelectiveScanOutput(*_scan(part, u, scan, total, decay, before, (*A.shape,), (u.shape[2],)))
+    return SelectiveScanOutput(*_scan(part, u, scan, total, decay, before, tuple(A.shape), u.shape[2]))
 
 
 def split_ssd(
@@ -259,7 +262,7 @@ def split_ssd(
     def total() -> Tensor:
         return _TotalStep.apply(dt, dt_bias, dt_softplus, dt_limit, compute)
 
-    return SSDOutput(*_scan(part, x, scan, total, decay, before, shape, (x.shape[2],)))
+    return SSDOutput(*_scan(part, x, scan, total, decay, before, shape, x.shape[2]))
 
 
 def split_causal_conv1d(
@@ -420,7 +423,7 @@ def _lay_out(split: SequenceSplit, rank: int, bounds: tuple[int, ...], batch: in
     head, tail = _running_over(bounds, start), _running_over(bounds, stop)
     head_length = 0 if head is None else min(bounds[head + 1], stop) - start
     first = bisect_left(bounds, start) if head is None else head + 1
-    inside = (first, max(first, bisect_left(bounds, stop, hi=len(bounds) - 1)))
+    inside = (first, max(first, bisect_left(bounds, stop)))
     local = torch.tensor([min(max(b, start), stop) - start for b in bounds]) if packed else None
     return _Part(split, rank, starts, bounds, batch, local, head, tail, inside, head_length)
 
@@ -458,11 +461,10 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Tied(torch.autograd.Function):
-    """`y`, made to depend on what was received, so that the backward of the exchange runs on every rank."""
+    """A result, made to depend on what was received, so that the backward of the exchange runs on every rank."""
 
     @staticmethod
     def forward(ctx, y, received):
-        ctx.like = received.shape, received.dtype, received.device
         # Something to compute again: `torch.utils.checkpoint` stops early, but not before this exchange.
         ctx.save_for_backward(received.new_empty(0))
         return y.view_as(y)
@@ -471,8 +473,7 @@ class _Tied(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         _ = ctx.saved_tensors
-        shape, dtype, device = ctx.like
-        return dy, torch.zeros(shape, dtype=dtype, device=device)
+        return dy, None
 
 
 class _TotalStep(torch.autograd.Function):
@@ -516,9 +517,16 @@ def _scan(
     decay: Callable[[Tensor], Tensor],
     initial_states: Tensor | None,
     state: tuple[int, ...],
-    steps: tuple[int, ...],
+    n_steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """y and the states after this part, (rows, *state). A message is an end and a total step, (B, state + steps)."""
+    """y and the states after this part, (rows, *state). A message is an end and the total steps, (B, M).
+
+    Args:
+        scan: called with a slice of the steps, states before them or None, and bounds of packed sequences or None; or
+            with `for_end=True`, for the end from a zero state.
+        total: gives the sum of all steps here, (B, n_steps).
+        decay: makes of that the factor of a state.
+    """
     compute = torch.promote_types(x.dtype, torch.float32)
     first, last = part.inside
     ys, ends = [], []
@@ -538,13 +546,13 @@ def _scan(
         ys, ends = [y], [ends_inside]
 
     if part.tail is None or x.shape[1] == 0:
-        message = x.new_zeros(part.batch, *_flat_sizes(state, steps), dtype=compute)
+        message = x.new_zeros(part.batch, math.prod(state) + n_steps, dtype=compute)
     elif part.tail == part.head:
         end = scan(slice(None), None, None, for_end=True)[1]
         message = torch.cat([end.flatten(1), total().flatten(1)], 1)
     else:
         end = ends_inside[-part.batch :]
-        message = F.pad(end.flatten(1), (0, steps[0]))
+        message = F.pad(end.flatten(1), (0, n_steps))
     messages = _exchange(part, message, x)  # (W, B, M)
 
     if part.head is not None:
@@ -555,18 +563,14 @@ def _scan(
     y = torch.cat(ys, 1) if len(ys) > 1 else ys[0] if ys else torch.zeros_like(x)
     begin = first if part.head is None else part.head
     ends = [untouched(0, begin), *ends, untouched(last, part.n_sequences)]
-    ends = [e for e in ends if len(e)]
-    final_states = torch.cat(ends) if len(ends) != 1 else ends[0]
-    return _Tied.apply(y, messages), final_states
-
-
-def _flat_sizes(state: tuple[int, ...], steps: tuple[int, ...]) -> tuple[int]:
-    return (torch.Size(state).numel() + steps[0],)
+    ends = [e for e in ends if len(e)]  # most often one, which need not be copied
+    final_states = ends[0] if len(ends) == 1 else torch.cat(ends or [untouched(0, 0)])
+    return _Tied.apply(y, messages), _Tied.apply(final_states, messages)
 
 
 def _state_before(part: _Part, messages: Tensor, decay: Callable[[Tensor], Tensor], state: tuple[int, ...]) -> Tensor:
     """The state of the sequence that comes from before, (B, *state), from all that is between its begin and here."""
-    size = torch.Size(state).numel()
+    size = math.prod(state)
     begin = part.owner(part.bounds[part.head])
     here = messages[begin, :, :size].unflatten(1, state)
     for rank in range(begin + 1, part.rank):

@@ -123,13 +123,40 @@ OPS = {
 
 @case(*((op, *rest) for op in OPS for rest in GRID))
 def ops(op: str, lengths: tuple[int, ...], bounds: tuple[int, ...] | None, initial: bool) -> None:
+    inputs = OPS[op][2]
+    batch, rows = (2, 2) if bounds is None else (1, len(bounds) - 1)
+    compare_op(op, lengths, bounds, *inputs(rows, batch, initial))
+
+
+@case(("scan",), ("ssd",), ("width", 1), ("width", 2), ("width", 6))
+def other_forms(form: str, width: int = 4) -> None:
+    """B and C constant in time, D a head and channel, no D, z nor bias; other windows."""
+    if form == "scan":
+        timed = {"u": random(2, 12, 4), "dt": random(2, 12, 4)}
+        compare_op(
+            "selective_scan", (3, 4, 5), None, timed, {"A": -random(4, 3).exp(), "B": random(4, 3), "C": random(4, 3)}
+        )
+    elif form == "ssd":
+        timed, alike = ssd_inputs(2, 2, False)
+        del timed["z"], alike["dt_bias"]
+        compare_op("ssd", (3, 4, 5), None, timed, alike | {"D": random(4, 2)})
+    else:
+        alike = {"weight": random(4, width), "initial_states": random(3, width - 1, 4)}
+        compare_op("causal_conv1d", (2, 1, 9), (0, 2, 11, 12), {"x": random(1, 12, 4)}, alike)
+
+
+def compare_op(
+    op: str,
+    lengths: tuple[int, ...],
+    bounds: tuple[int, ...] | None,
+    timed: dict[str, Tensor],
+    alike: dict[str, Tensor],
+) -> None:
     split = split_over(lengths)
     if split is None:
         return
-    whole, parted, inputs, options = OPS[op]
-    batch, rows = (2, 2) if bounds is None else (1, len(bounds) - 1)
+    whole, parted, _, options = OPS[op]
     cu = None if bounds is None else torch.tensor(bounds)
-    timed, alike = inputs(rows, batch, initial)
     for t in (*timed.values(), *alike.values()):
         t.requires_grad_()
 
@@ -141,7 +168,7 @@ def ops(op: str, lengths: tuple[int, ...], bounds: tuple[int, ...] | None, initi
     y_part, ends_part = parted(split, **parts, **alike, **options, cu_seqlens=cu)
     same("y", y_part, split.take(y))
     same("final states", after_the_whole(split, ends_part, lengths[split.rank], cu), ends)
-    layout = _lay_out(split, split.rank, bounds or (0, 12), batch, cu is not None)
+    layout = _lay_out(split, split.rank, bounds or (0, 12), len(y), cu is not None)
     mine = torch.tensor([layout.owner(max(0, b - 1)) == split.rank for b in layout.bounds[1:]])
     mine = mine.view(-1, *[1] * (ends.dim() - 1))
     loss = (y_part * split.take(weighted(y))).sum() + (ends_part * weighted(ends) * mine).sum()
@@ -428,6 +455,7 @@ def failures(tmp_path_factory) -> Iterator[list[dict]]:
     yield [json.loads(f.read_text()) for f in files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_rank(name, failures):
     said = [found.get(name, "did not get so far") for found in failures]
