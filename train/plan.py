@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..model.batch import Sample, collate
-from ..model.config import LMConfig, VisionConfig
+from ..model.config import LMConfig, VisionConfig, VLMConfig
 from ..model.inspect import flops_a_token, mebibytes
 from ..model.vlm import VLM
 from .config import StageConfig
+from .lora import add_lora
 from .optim import freeze_all_but
 
 
@@ -132,23 +134,22 @@ class Plan:
         return "\n".join([f"stage {stage.name}", *(f"  {label:<{width}}  {value}" for label, value in rows)])
 
 
-def make_plan(
-    model: VLM, stage: StageConfig, n_samples: int, size: Size, devices: int = 1, sharded: bool = False,
-    checkpointed: bool = False,
-) -> Plan:  # fmt: skip
-    """Plan a stage of a model, which may be on the meta device and is frozen as the stage says.
+def make_plan(config: VLMConfig, stage: StageConfig, n_samples: int, size: Size, devices: int = 1) -> Plan:
+    """Plan a stage of a model, without its weights.
 
     Args:
         size: of the samples, from `measure`.
-        devices: over which the batch is spread.
-        sharded: weights, gradients and moments are spread over them too.
-        checkpointed: activations within a block are computed again in the backward.
+        devices: over which the batch, weights, gradients and moments are spread.
 
     Raises:
         ValueError: as `freeze_all_but`, or the batch cannot be spread over the devices.
     """
     if stage.batch_size % devices:
         raise ValueError(f"batch_size must be divisible by the {devices} devices, got {stage.batch_size}")
+    with torch.device("meta"):
+        model = VLM(config)
+    if stage.lora is not None:
+        add_lora(model, stage.lora)
     learning = freeze_all_but(model, stage.trainable)
     parameters: dict[str, tuple[int, int]] = {}
     for name, p in model.named_parameters():
@@ -158,14 +159,13 @@ def make_plan(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained_bytes = sum(p.numel() * p.element_size() for p in learning.values())
     trained = sum(p.numel() for p in learning.values())
-    share = devices if sharded else 1
     micro = stage.micro_batch_size or stage.batch_size // devices
     width = 2 if stage.precision == "bf16" else 4
     memory = Memory(
-        weights // share,
-        trained_bytes // share,
-        8 * trained // share,
-        round(micro * _activations(model, size, width, checkpointed)),
+        weights // devices,
+        trained_bytes // devices,
+        8 * trained // devices,
+        round(micro * _activations(model, size, width, stage.gradient_checkpointing)),
     )
     flops = flops_of_sample(model, size) / size.tokens
     # Of checkpoints there is one more than are kept while it is written.
@@ -180,7 +180,8 @@ def flops_of_sample(model: VLM, size: Size) -> float:
     their whole backward. Of the connector the linear layers are counted.
     """
     language, image_tokens = model.config.language, size.images * model.image_tokens
-    times = 3 if any(p.requires_grad for p in model.language_model.backbone.parameters()) else 2
+    weights = [(p.numel(), p.requires_grad) for p in model.language_model.parameters()]
+    times = 2 + sum(n for n, learns in weights if learns) / sum(n for n, _ in weights)
     head = 2 * language.d_model * language.padded_vocab_size
     lm = flops_a_token(language, prefill=True).total * size.tokens + head * size.targets
     vision = size.images * sum(_encoder_flops(v) for v in model.config.vision)

@@ -69,24 +69,31 @@ VL_MAMBA = Recipe(
     # VL-Mamba (2403.13600): LLaVA-1.5's two stages and data. The paper states no settings. All are LLaVA-1.5's (its
     # scripts pretrain.sh and finetune.sh; betas and clip are the defaults of transformers' Trainer, which they use).
     "vl-mamba-2.8b",
-    align=StageConfig("align", ("connector",), lr=1e-3, batch_size=256, micro_batch_size=32, precision="bf16"),
+    align=StageConfig(
+        "align", ("connector",), lr=1e-3, batch_size=256, micro_batch_size=16, precision="bf16",
+        gradient_checkpointing=True,
+    ),
     finetune=StageConfig(
-        "finetune", ("connector", "language_model"), lr=2e-5, batch_size=128, micro_batch_size=16, precision="bf16"
+        "finetune", ("connector", "language_model"), lr=2e-5, batch_size=128, micro_batch_size=8, precision="bf16",
+        gradient_checkpointing=True,
     ),
     align_data=(LLAVA_558K,),
     finetune_data=(LLAVA_665K,),
     align_template="caption",
-)
+)  # fmt: skip
 ML_MAMBA = Recipe(
     # ML-Mamba (2407.19832). Finetune by the paper: AdamW, 2e-5, global batch 64, weight decay 0.1, cosine, warm-up 3 %,
     # two epochs (so its text; its table of settings says one). Its code has a batch of 128. Clip and seed, and all of
     # align, which the paper leaves out in the end and gives no other settings for, are its code's. Betas are PyTorch's.
     # Not followed: batches of images alone or text alone, of like lengths. Packed samples have no padding to save.
     "ml-mamba-3b",
-    align=StageConfig("align", ("connector",), lr=1e-3, batch_size=256, micro_batch_size=16, precision="bf16", seed=7),
+    align=StageConfig(
+        "align", ("connector",), lr=1e-3, batch_size=256, micro_batch_size=16, precision="bf16",
+        gradient_checkpointing=True, seed=7,
+    ),
     finetune=StageConfig(
         "finetune", ("connector", "language_model"), lr=2e-5, epochs=2, batch_size=64, micro_batch_size=8,
-        weight_decay=0.1, precision="bf16", seed=7,
+        weight_decay=0.1, precision="bf16", gradient_checkpointing=True, seed=7,
     ),
     align_data=(LLAVA_558K,),
     finetune_data=(LLAVA_LVIS_LRV,),

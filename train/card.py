@@ -1,0 +1,131 @@
+"""The card of a trained model: its recipe, data, versions and last figures, as the Hub shows them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..model.config_io import to_json_dict
+from .config import StageConfig
+from .track import read_metrics
+
+PACKAGES = ("vl-mamba", "torch", "triton", "numpy", "tokenizers", "safetensors")
+LAST = 50
+"""Steps over which the last loss is averaged."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells annotations apart."""
+
+    name: str
+    n_records: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TrainedStage:
+    """A stage that is done: its folder holds the metrics."""
+
+    stage: StageConfig
+    data: tuple[Fingerprint, ...]
+    folder: Path
+
+
+def fingerprint(path: Path, n_records: int) -> Fingerprint:
+    """Of a file of annotations."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            sha256.update(block)
+    return Fingerprint(path.name, n_records, sha256.hexdigest())
+
+
+def write_card(folder: Path, base: str, recipe: str, stages: Sequence[TrainedStage], template: str) -> None:
+    """Write `README.md` into the folder of a saved model.
+
+    Args:
+        base: what the training began with.
+        template: name of the prompt template that the model is asked with.
+    """
+    parts = [_front_matter(base), _usage(folder.name, base, recipe, template)]
+    for trained in stages:
+        parts.append(_stage(trained))
+    parts.append("## Made with\n\n" + _table({"": "version", **versions()}))
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of the packages, and the commit of the code where it lies in a git checkout."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = _commit()
+    return found if commit is None else {**found, "commit": commit}
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + (" with changes" if changes.strip() else "")
+
+
+def _front_matter(base: str) -> str:
+    # The Hub reads `base_model` as one of its own names; a folder is none.
+    on_hub = not Path(base).exists() and base.count("/") == 1
+    lines = ["library_name: vl-mamba", "pipeline_tag: image-text-to-text", "tags:", "- mamba", "- vision-language"]
+    return "\n".join(["---", *lines, *([f"base_model: {base}"] if on_hub else []), "---"])
+
+
+def _usage(name: str, base: str, recipe: str, template: str) -> str:
+    return (
+        f"# {name}\n\nTrained from `{base}` by the recipe `{recipe}`; its prompts are those of the template "
+        f"`{template}`.\n\n"
+        "```python\nfrom vlmamba.model import VLM\n\n"
+        'model = VLM.from_pretrained("this folder")\nprint(model.generate(["What is this?"], ["picture.png"]))\n```'
+    )
+
+
+def _stage(trained: TrainedStage) -> str:
+    settings = to_json_dict(trained.stage)
+    name = settings.pop("name")
+    data = ["| data | records | sha256 |", "|---|---|---|"]
+    data += [f"| {f.name} | {f.n_records:,} | `{f.sha256}` |" for f in trained.data]
+    metrics = read_metrics(trained.folder)
+    last = metrics[-LAST:]
+    figures = {
+        "in the end": "",
+        "steps": f"{len(metrics):,}",
+        f"loss, mean of the last {len(last)} steps": f"{sum(m['loss'] for m in last) / len(last):.4f}",
+        "norm of the gradient, likewise": f"{sum(m['grad_norm'] for m in last) / len(last):.4f}",
+    }
+    return "\n\n".join([f"## Stage {name}", "\n".join(data), _table({"setting": "", **settings}), _table(figures)])
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    """Rows of two columns; the first is the head."""
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    return "\n".join([lines[0], "|---|---|", *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
