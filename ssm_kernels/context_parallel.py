@@ -19,6 +19,7 @@ What a rank sends, and as much it receives, in a forward, and once more in the b
 - convolution: (W - 1) * B * (K - 1) * D * size of an element of its input.
 
 None depends on the length, nor on how many sequences are packed: at most one of them runs on from a rank to the next.
+A `state` that is given to a mixer costs an all-reduce of it besides.
 
 All ranks must run the same ops in the same order, forward and backward: each calls `backward` on a loss that depends
 on its own outputs, with weight zero if need be; what is learned from is the sum of the losses. Within that, no rank
