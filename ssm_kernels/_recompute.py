@@ -17,8 +17,7 @@ def not_kept(*activations: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None
     `torch.utils.checkpoint` would run what is inside again too. Where its hooks, or others, are at work already, and
     in a compiled graph, nothing is changed: what is kept is then their choice.
     """
-    has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or has_hooks:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_hooks():
         yield
         return
     forgotten = {_storage(out): _Forgotten(again) for out, again in activations}
@@ -32,6 +31,10 @@ def not_kept(*activations: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _has_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _storage(t: Tensor) -> int:

@@ -49,6 +49,19 @@ def kept_by(mixer, x) -> int:
 
 
 @pytest.mark.parametrize(("kind", "options"), MIXERS)
+def test_a_mixer_compiles_as_one_graph(kind, options):
+    torch.manual_seed(0)
+    mixer = kind(24, **options)
+    x = torch.randn(2, 30, 24, requires_grad=True)
+    wanted = [x, *mixer.parameters()]
+    want = mixer(x)
+    got = torch.compile(mixer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(y.square().sum(), wanted) for y in (got, want)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("kind", "options"), MIXERS)
 def test_gradients_are_the_same(kind, options):
     torch.manual_seed(0)
     mixer = kind(24, **options)
