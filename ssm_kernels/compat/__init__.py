@@ -1,0 +1,1 @@
+"""Other packages' names and signatures on the ops of this one."""
