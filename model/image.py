@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -79,15 +79,24 @@ def open_image(path: str | Path) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
+    return decode_image(path, str(path))
+
+
+def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
+    """Read a whole image as RGB from an open file; `name` stands for it in errors.
+
+    Raises:
+        ValueError: as `open_image`.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return image.convert("RGB")
     except UnidentifiedImageError as e:
-        raise ValueError(f"{path} is not an image that can be read") from e
+        raise ValueError(f"{name} is not an image that can be read") from e
     except Image.DecompressionBombError as e:
-        raise ValueError(f"{path} is too large: {e}") from e
+        raise ValueError(f"{name} is too large: {e}") from e
     except (OSError, SyntaxError) as e:
-        raise ValueError(f"{path} is damaged or cut short: {e}") from e
+        raise ValueError(f"{name} is damaged or cut short: {e}") from e
 
 
 def _with_shorter_side(size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from ..model.prompt import Turn
-from .data import Record
+from .data import Record, write_llava
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -26,6 +27,32 @@ def load(split: Literal["train", "test"]) -> list[Record]:
     questions = json.loads((_folder() / split / "questions.json").read_text(encoding="utf-8"))
     images = _folder() / split / "images"
     return [Record((Turn("user", q), Turn("assistant", a)), images / f"{i}.png") for q, a, i in questions]
+
+
+def export(folder: str | Path, n_turns: int = 6) -> list[Path]:
+    """Write the data in LLaVA's format: what `read_llava` and `vlmamba train` read.
+
+    `captions.json` has a description of each training image whose questions tell enough, for the align stage;
+    `train.json` the training questions joined to conversations of `n_turns`; `test.json` the test questions, one a
+    record. Images are copied to `images/`.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    folder = Path(folder)
+    train, test = load("train"), load("test")
+    for split in ("train", "test"):
+        shutil.copytree(_folder() / split / "images", folder / "images" / split, dirs_exist_ok=True)
+    written = []
+    for name, split, records in (
+        ("captions", "train", captions(train)),
+        ("train", "train", conversations(train, n_turns)),
+        ("test", "test", test),
+    ):
+        here = [Record(r.turns, folder / "images" / split / r.image.name) for r in records]
+        written.append(folder / f"{name}.json")
+        write_llava(here, written[-1], folder)
+    return written
 
 
 def category(answer: str) -> Literal["yes/no", "colour", "shape"]:

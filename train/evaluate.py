@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from ..model.generate import GenerationConfig
-from ..model.vlm import VLM
+from ..model.vlm import VLM, Picture
 from .data import Record
+from .sources import Member, open_picture
 
 
 def answer_all(
@@ -28,8 +29,12 @@ def answer_all(
         for begin in range(0, len(records), batch_size):
             chosen = order[begin : begin + batch_size]
             questions = [records[i].turns[:1] for i in chosen]
-            images = [records[i].image if with_images else None for i in chosen]
+            images = [_picture(records[i]) if with_images else None for i in chosen]
             for i, answer in zip(chosen, model.generate(questions, images, config), strict=True):
                 answers[i] = answer
             bar.update(len(chosen))
     return answers
+
+
+def _picture(record: Record) -> Picture | None:
+    return open_picture(record.image) if isinstance(record.image, Member) else record.image

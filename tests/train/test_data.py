@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import io
 import json
+import pickle
+import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,14 +18,17 @@ import torch
 from PIL import Image
 
 from vlmamba.model import VLM, GenerationConfig, Tokenizer, Turn, collate
-from vlmamba.train import cli, easy_vqa
+from vlmamba.model.image import open_image
+from vlmamba.model.prompt import IGNORE
+from vlmamba.train import cli, data, easy_vqa
 from vlmamba.train.ablate import ablation_table, variants
 from vlmamba.train.config import StageConfig
-from vlmamba.train.data import Conversations, Record, read_llava, write_llava
+from vlmamba.train.data import BrokenDataError, Conversations, Record, read_llava, write_llava
 from vlmamba.train.demo import results_table
 from vlmamba.train.evaluate import answer_all
 from vlmamba.train.loop import train_stage
 from vlmamba.train.recipes import FAMILIES, tiny_config
+from vlmamba.train.sources import open_picture, open_source
 from vlmamba.train.vision import AttributeClassifier, AttributeImages, collate_moved
 
 
@@ -60,30 +69,218 @@ def test_written_records_come_back(images):
 GOOD = '{"image": "red.png", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}'
 
 
+MALFORMED = [
+    ("d.jsonl", GOOD + "\n" + GOOD[:40], "1 of 2 records are broken.*d.jsonl, line 2: not valid JSON"),
+    ("d.jsonl", "[1]", "line 1: a record must be an object with a list `conversations`"),
+    ("d.jsonl", GOOD.replace('"gpt"', '"bot"'), "line 1: a turn must be .*'bot'"),
+    ("d.jsonl", GOOD.replace('"gpt"', '"human"'), "line 1: turn 1 of a conversation must be by"),
+    ("d.jsonl", GOOD.replace("red.png", "green.png"), "line 1: no image green.png in "),
+    ("d.json", f"[{GOOD}, {GOOD.replace('red', 'no')}]", "d.json, record 1: no image no.png in"),
+    (
+        "d.jsonl",
+        GOOD.replace('"red.png"', '["red.png", "blue.png"]'),
+        "line 1: `image` must be one name, got 2: several",
+    ),
+    ("d.jsonl", GOOD.replace('"red.png"', "7"), "line 1: `image` must be one name, got 7"),
+    ("d.jsonl", GOOD[: GOOD.index(', {"from": "gpt')] + "]}", "the last turn must be an answer"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), MALFORMED)
+def test_broken_records_are_named_or_left_out(images, name, text, message, caplog):
+    (images / name).write_text(text)
+    with pytest.raises(BrokenDataError, match=message):
+        read_llava(images / name)
+    n_records = max(1, len(text.splitlines()), text.count("conversations"))
+    assert len(read_llava(images / name, max_broken=1.0)) == n_records - 1
+    assert re.search(message.removeprefix("1 of 2 records are broken.*"), caplog.text)
+
+
+def test_many_missing_images_are_counted_and_the_first_few_named(images):
+    items = [GOOD] * 3 + [GOOD.replace("red", f"gone{i}") for i in range(7)]
+    (images / "d.jsonl").write_text("\n".join(items))
+    with pytest.raises(BrokenDataError, match=r"7 of 10 records are .*gone0.*gone4.png in [^;]*; and 2 more"):
+        read_llava(images / "d.jsonl")
+    left = read_llava(images / "d.jsonl", max_broken=0.7)
+    assert len(left) == 3 and left.where(2) == f"{images / 'd.jsonl'}, line 3"
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "error", "message"),
+    ("text", "message"),
     [
-        ("d.jsonl", GOOD + "\n" + GOOD[:40], ValueError, r"d.jsonl, line 2 is not valid JSON"),
-        ("d.json", "[" + GOOD[:60], ValueError, "d.json is not valid JSON"),
-        ("d.json", GOOD, ValueError, "must hold a list of records, got dict"),
-        ("d.jsonl", "[1]", ValueError, "line 1 must be an object with a list `conversations`"),
-        ("d.jsonl", GOOD.replace('"gpt"', '"bot"'), ValueError, "line 1: a turn must be .*'bot'"),
-        (
-            "d.jsonl",
-            GOOD.replace('"gpt"', '"human"'),
-            ValueError,
-            "line 1: turn 1 of a conversation must be by",
-        ),
-        ("d.jsonl", GOOD.replace("red.png", "green.png"), FileNotFoundError, "line 1: no image at .*green.png"),
-        ("d.json", f"[{GOOD}, {GOOD.replace('red', 'no')}]", FileNotFoundError, "record 1: no image at"),
-        ("d.jsonl", GOOD.replace('"red.png"', '["red.png", "blue.png"]'), ValueError, "`image` must be one path"),
-        ("d.jsonl", GOOD[: GOOD.index(', {"from": "gpt')] + "]}", ValueError, "the last turn must be an answer"),
+        (GOOD, "must hold a list of records, but begins with '{'"),
+        ("", "must hold a list of records, but begins with ''"),
+        (f"[{GOOD}, ", r"is cut short \(record 1, after byte"),
+        (f"[{GOOD}", r"is cut short \(record 1, after byte"),
+        (f"[{GOOD} {GOOD}]", "has '{' where a comma must be"),
+        (f"[{GOOD}] 5", "goes on after the end"),
+        (f'[{GOOD}, {{"a": nothing, "b": "{"x" * 200}"}}]', "is not valid JSON: Expecting value .record 1"),
     ],
 )
-def test_malformed_annotations_are_named(images, name, text, error, message):
-    (images / name).write_text(text)
-    with pytest.raises(error, match=message):
-        read_llava(images / name)
+def test_a_file_that_is_no_list_is_said(images, text, message):
+    (images / "d.json").write_text(text)
+    with pytest.raises(ValueError, match=f"d.json {message}"):
+        read_llava(images / "d.json", max_broken=0.9)
+
+
+def test_a_list_cut_anywhere_is_cut_short(images, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 7)
+    text = json.dumps([json.loads(GOOD.replace('"a"', '"\\u00fc \\n \\" é 漢"'))] * 2, ensure_ascii=False).encode()
+    for end in range(1, len(text)):
+        (images / "d.json").write_bytes(text[:end])
+        with pytest.raises(ValueError, match="d.json (is cut short|is not UTF-8)"):
+            read_llava(images / "d.json")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_records_are_found_whatever_the_piece_of_the_file(images, monkeypatch, chunk, ascii_only):
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    texts = ["naïve 漢字 🙂", 'quote " and \\ slash', "x" * 50]
+    items = [{"image": "red.png", "conversations": [{"from": "human", "value": t}, {"from": "gpt", "value": t}]}
+             for t in texts]  # fmt: skip
+    (images / "d.json").write_text(json.dumps(items, ensure_ascii=ascii_only, indent=1), encoding="utf-8")
+    found = read_llava(images / "d.json")
+    assert [r.turns[1].text for r in found] == texts
+    assert [r.turns[0].text for r in found[1:]] == texts[1:]
+    assert [found.where(i)[-8:] for i in range(3)] == ["record 0", "record 1", "record 2"]
+
+
+def test_several_files_are_mixed_each_with_its_images(images, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (images / "blue.png").rename(other / "blue.png")
+    (images / "a.jsonl").write_text(GOOD)
+    (images / "b.json").write_text(f"[{GOOD.replace('red', 'blue')}]")
+    mixed = read_llava([images / "a.jsonl", images / "b.json"], [None, other])
+    assert [r.image for r in mixed] == [images / "red.png", other / "blue.png"]
+    with pytest.raises(ValueError, match="images must be one for all paths or one for each of 2, got 1"):
+        read_llava([images / "a.jsonl", images / "b.json"], [other])
+
+
+def test_a_missing_image_folder_is_named(images):
+    (images / "d.jsonl").write_text(GOOD)
+    with pytest.raises(FileNotFoundError, match="no image folder or archive at .*nowhere"):
+        read_llava(images / "d.jsonl", images / "nowhere")
+    with pytest.raises(ValueError, match=r"images must be a folder, a .zip or a .tar, got .*d.jsonl"):
+        read_llava(images / "d.jsonl", images / "d.jsonl")
+
+
+def test_annotations_that_change_under_the_training_are_noticed(images):
+    (images / "d.jsonl").write_text(GOOD)
+    found = read_llava(images / "d.jsonl")
+    (images / "d.jsonl").write_text(GOOD + " ")
+    with pytest.raises(ValueError, match="d.jsonl has changed since it was read"):
+        found[0]
+
+
+def archive(folder: Path, kind: str) -> Path:
+    """The folder's images in an archive, under a name in a folder and one without."""
+    path = folder / f"images.{kind}"
+    if kind == "tar":
+        with tarfile.open(path, "w") as tar:
+            tar.add(folder / "red.png", "./red.png")
+            tar.add(folder / "blue.png", "sub/blue.png")
+    else:
+        with zipfile.ZipFile(path, "w") as file:
+            file.write(folder / "red.png", "red.png", zipfile.ZIP_STORED)
+            file.write(folder / "blue.png", "sub/blue.png", zipfile.ZIP_DEFLATED)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_images_in_an_archive_are_those_of_the_folder(images, kind):
+    path = archive(images, kind)
+    (images / "d.jsonl").write_text(GOOD + "\n" + GOOD.replace("red.png", "sub/blue.png"))
+    packed = pickle.loads(pickle.dumps(read_llava(images / "d.jsonl", path)))
+    model = VLM(tiny_config("vl-mamba", TOKENIZER.vocab_size), TOKENIZER)
+    for record, name in zip(packed, ("red", "blue"), strict=True):
+        assert list(open_picture(record.image).getcolors()) == list(open_image(images / f"{name}.png").getcolors())
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        seen = list(pool.map(Conversations(packed, model).__getitem__, [0, 1] * 20))
+    assert all(torch.equal(s.images[0], seen[i % 2].images[0]) for i, s in enumerate(seen))
+    assert answer_all(model, packed) == answer_all(model, [Record(r.turns, images / f"{c}.png") for r, c in
+                                                           zip(packed, ("red", "blue"), strict=True)])  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="no image green.png in"):
+        open_source(path)["green.png"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_damaged_archive_is_named(images, kind):
+    path = archive(images, kind)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if kind == "zip" else whole[: whole.rindex(b"\x89PNG") + 20])
+    with pytest.raises(ValueError, match=f"images.{kind} is damaged or cut short"):
+        open_source(path)
+    path.write_bytes(b"nothing of the kind" * 100)
+    with pytest.raises(ValueError, match=f"images.{kind} is damaged"):
+        open_source(path)
+    path.write_bytes(whole)
+    source = open_source(path)
+    at = whole.index(b"IDAT") + 6
+    path.write_bytes(whole[:at] + bytes(b ^ 255 for b in whole[at : at + 20]) + whole[at + 20 :])
+    with pytest.raises(ValueError, match=f"images.{kind}"):
+        open_picture(source["red.png"])
+    path.write_bytes(whole[: whole.index(b"sub/blue.png") + 20])
+    with pytest.raises(ValueError, match=f"images.{kind} is cut short"):
+        open_picture(source["sub/blue.png"])
+
+
+def shard(folder: Path, name: str, entries: dict[str, bytes]) -> Path:
+    with tarfile.open(folder / name, "w") as tar:
+        for entry, content in entries.items():
+            info = tarfile.TarInfo(entry)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return folder / name
+
+
+def test_webdataset_shards_are_records_and_images(images):
+    red, blue = ((images / f"{c}.png").read_bytes() for c in ("red", "blue"))
+    text = GOOD.replace('"image": "red.png", ', "")
+    folder = images / "shards"
+    folder.mkdir()
+    shard(folder, "s-00.tar", {"000.png": red, "000.json": GOOD.encode(), "001.json": text.encode(), "001.txt": b"x"})
+    shard(folder, "s-01.tar", {"in/000.json": text.encode(), "in/000.png": blue})
+    for path in (folder, f"{folder}/s-{{00..01}}.tar"):
+        found = read_llava(path)
+        colours = [r.image and open_picture(r.image).getpixel((0, 0)) for r in found]
+        assert colours == [(255, 0, 0), None, (0, 0, 255)]
+        assert found[1].turns == (Turn("user", "a"), Turn("assistant", "b"))
+        assert found.where(2) == f"{folder / 's-01.tar'}, in/000.json"
+    assert [len(read_llava(p)) for p in (folder / "s-00.tar", [folder, folder / "s-01.tar"])] == [2, 4]
+    with pytest.raises(FileNotFoundError, match="no annotations at .*s-02.tar"):
+        read_llava(f"{folder}/s-{{00..02}}.tar")
+    shard(folder, "s-01.tar", {"1.png": red, "2.json": b"{", "3.json": text.encode()})
+    with pytest.raises(BrokenDataError, match=r"2 of 5 .*s-01.tar, 1.png: an image without a .json.*2.json: not valid"):
+        read_llava(folder)
+    shard(folder, "s-01.tar", {"1.png": red, "1.jpg": red, "1.json": text.encode()})
+    with pytest.raises(ValueError, match=r"several images for one record: 1.jpg"):
+        read_llava(folder)
+
+
+def test_text_beyond_the_context_is_cut_away_and_an_answer_beyond_it_is_broken(images):
+    model = VLM(tiny_config("vl-mamba", TOKENIZER.vocab_size), TOKENIZER)
+    whole = Conversations(records(images), model)[0]
+    n_text = len(whole.input_ids) - model.image_tokens
+    n_answer = sum(label != IGNORE for label in whole.labels)
+    cut = Conversations(records(images), model, max_tokens=n_text - n_answer + 1)[0]
+    assert cut.input_ids == whole.input_ids[: len(cut.input_ids)] and len(cut.input_ids) == len(cut.labels)
+    assert sum(label != IGNORE for label in cut.labels) == 1
+    with pytest.raises(ValueError, match=f"record 1: no learned token lies within max_tokens = {n_text - n_answer}"):
+        Conversations(records(images), model, max_tokens=n_text - n_answer)[1]
+    with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+        Conversations(records(images), model, max_tokens=0)
+
+
+def test_easy_vqa_is_exported_in_llavas_format(tmp_path):
+    captions, train, test = (read_llava(path) for path in easy_vqa.export(tmp_path))
+    here = [r for r in easy_vqa.load("test")]
+    assert len(test) == len(here)
+    assert test[77].turns[1] == here[77].turns[1] and test[77].turns[0].text == "<image>\n" + here[77].turns[0].text
+    assert test[77].image.read_bytes() == here[77].image.read_bytes()
+    assert sum(len(r.turns) for r in train) == 2 * len(easy_vqa.load("train"))
+    assert len(captions) == len(easy_vqa.captions(easy_vqa.load("train")))
 
 
 def test_a_missing_annotation_file_is_named(tmp_path):
