@@ -22,10 +22,10 @@ LAST = 50
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells annotations apart."""
+    """What tells a file of annotations apart."""
 
     name: str
-    n_records: int
+    n_bytes: int
     sha256: str
 
 
@@ -34,17 +34,18 @@ class TrainedStage:
     """A stage that is done: its folder holds the metrics."""
 
     stage: StageConfig
+    n_records: int
     data: tuple[Fingerprint, ...]
     folder: Path
 
 
-def fingerprint(path: Path, n_records: int) -> Fingerprint:
-    """Of a file of annotations."""
+def fingerprint(path: Path) -> Fingerprint:
+    """Of a file of annotations; of a shard, with its images."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             sha256.update(block)
-    return Fingerprint(path.name, n_records, sha256.hexdigest())
+    return Fingerprint(path.name, path.stat().st_size, sha256.hexdigest())
 
 
 def write_card(folder: Path, base: str, recipe: str, stages: Sequence[TrainedStage], template: str) -> None:
@@ -106,12 +107,13 @@ def _usage(name: str, base: str, recipe: str, template: str) -> str:
 def _stage(trained: TrainedStage) -> str:
     settings = to_json_dict(trained.stage)
     name = settings.pop("name")
-    data = ["| data | records | sha256 |", "|---|---|---|"]
-    data += [f"| {f.name} | {f.n_records:,} | `{f.sha256}` |" for f in trained.data]
+    data = ["| data | bytes | sha256 |", "|---|---|---|"]
+    data += [f"| {f.name} | {f.n_bytes:,} | `{f.sha256}` |" for f in trained.data]
     metrics = read_metrics(trained.folder)
     last = metrics[-LAST:]
     figures = {
         "in the end": "",
+        "records": f"{trained.n_records:,}",
         "steps": f"{len(metrics):,}",
         f"loss, mean of the last {len(last)} steps": f"{sum(m['loss'] for m in last) / len(last):.4f}",
         "norm of the gradient, likewise": f"{sum(m['grad_norm'] for m in last) / len(last):.4f}",

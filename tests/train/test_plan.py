@@ -72,8 +72,8 @@ def test_the_layers_memory_is_what_they_keep(layer, bf16):
 
     def kept(n_layer: int, n_tokens: int) -> int:
         torch.manual_seed(0)
-        model = MambaLM(LMConfig(256, n_layer, 100, layer, d_state=16 if layer == "mamba" else 64, headdim=64))
-        hidden = torch.randn(1, n_tokens, 256, requires_grad=True)
+        model = MambaLM(LMConfig(128, n_layer, 100, layer, d_state=16 if layer == "mamba" else 64))
+        hidden = torch.randn(1, n_tokens, 128, requires_grad=True)
 
         def run():
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -86,7 +86,7 @@ def test_the_layers_memory_is_what_they_keep(layer, bf16):
         return sum(e.self_cpu_memory_usage for e in measured.key_averages())
 
     a_token = ((kept(4, 512) - kept(2, 512)) - (kept(4, 256) - kept(2, 256))) / 2 / 256
-    config = LMConfig(256, 4, 100, layer, d_state=16 if layer == "mamba" else 64, headdim=64)
+    config = LMConfig(128, 4, 100, layer, d_state=16 if layer == "mamba" else 64)
     assert plan._layer_bytes(config, 2 if bf16 else 4) == pytest.approx(a_token, rel=0.15)
 
 
