@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
-from . import compile_report, gpu_suite
-from .cases import DTYPES, OPS, Case, published, shipped
-from .measure import Mode, Timing, environment, error, on, peak_memory, time_together
-from .roofline import DEVICES, cost, floor
-from .workloads import build, default_shape
+from . import compare, compile_report, fuzz, gpu_suite, report, verify
+from .cases import DTYPES, OPS, Case, Shape, published, shipped
+from .measure import Mode, Timing, allowed_error, environment, error, on, peak_memory, time_together
+from .roofline import DEVICES, cost, device_named, floor
+from .workloads import Workload, build, case_of, default_shape, exact, named_shape
 
 Op = Literal["selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block"]
 Impl = Literal["triton", "torch", "reference", "mamba_ssm", "causal_conv1d", "fla", "transformers"]
@@ -34,8 +36,11 @@ class Run:
     dtype: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
     device: str = "cpu"
     """cuda, or one of several such as cuda:1."""
+    shape: Literal["default", "130m", "370m", "790m", "1.3b", "2.7b", "vision", "long"] = "default"
+    """A published model's layer at batch 8 and length 2,048; vision: 2.7b on an image's 729 patches; long: 130m over
+    65,536 steps."""
     batch: int | None = None
-    """Sizes; those not given are the op's own."""
+    """Sizes; those not given are the shape's."""
     length: int | None = None
     channels: int | None = None
     d_state: int | None = None
@@ -44,7 +49,7 @@ class Run:
     calls: int = 15
     """Timed calls an implementation; one that takes more than five seconds is called once."""
     out: Path | None = None
-    """JSON file to write."""
+    """JSON file to write; beside it go a table as .csv, a plot as .png, and all of it in one .html."""
 
     def run(self) -> None:
         with on(self.device):
@@ -52,30 +57,66 @@ class Run:
 
     def _run(self) -> None:
         sizes = ("batch", "length", "channels", "d_state", "heads", "headdim")
-        shape = replace(default_shape(self.op), **{s: getattr(self, s) for s in sizes if getattr(self, s) is not None})
+        base = named_shape(self.op, self.shape)
+        shape = replace(base, **{s: getattr(self, s) for s in sizes if getattr(self, s) is not None})
         dtype = DTYPES[self.dtype]
-        workloads = {}
-        for impl in self.impl or (_fastest(self.device), "transformers"):
-            try:
-                workloads[impl] = build(self.op, impl, shape, dtype, device=self.device)
-            except ModuleNotFoundError as e:
-                print(f"{impl}: {e}")
-        rows = []
+        workloads, missing, errors, allowed = self._prepare(shape, dtype)
+        rows: list[dict[str, object]] = []
         for mode in self.mode:
-            timings = time_together(workloads, mode, self.calls) if "time" in self.metric else {}
-            for impl, workload in workloads.items():
+            timings = time_together(workloads, mode, self.calls) if "time" in self.metric and workloads else {}
+            for impl in (*workloads, *missing):
                 row: dict[str, object] = {"impl": impl, "mode": mode}
+                rows.append(row)
+                if impl in missing:
+                    row["missing"] = missing[impl]
+                    continue
                 if impl in timings:
                     row |= {"time": asdict(timings[impl])}
+                    row |= _against_roofline(self.op, shape, self.dtype, mode, timings[impl].median, self.device)
                 if "memory" in self.metric:
                     row["peak_memory"] = peak_memory(self.op, impl, shape, mode, dtype, self.device)
-                if "error" in self.metric:
-                    row["error"] = error(self.op, workload, shape, dtype, self.device)
-                rows.append(row)
+                if impl in errors:
+                    row |= {"error": errors[impl], "allowed_error": allowed, "is_right": errors[impl] <= allowed}
         print(f"{self.op}, {self.dtype}, {shape}")
         print(table(rows))
-        report = {"op": self.op, "dtype": self.dtype, "shape": asdict(shape), "rows": rows, **environment(self.device)}
-        _write(self.out, report)
+        case = {"op": self.op, "dtype": self.dtype, "shape": asdict(shape)}
+        result = {**case, "rows": rows, **environment(self.device)}
+        _write(self.out, result)
+        if self.out is not None:
+            report.to_csv(result, self.out.with_suffix(".csv"))
+            picture = None
+            if "time" in self.metric:
+                try:
+                    picture = report.bars(result)
+                    self.out.with_suffix(".png").write_bytes(picture)
+                except ModuleNotFoundError as e:
+                    print(f"no plot: {e}")
+            report.to_html(result, picture, self.out.with_suffix(".html"))
+        if wrong := sorted({str(row["impl"]) for row in rows if not row.get("is_right", True)}):
+            sys.exit(f"ssm-bench: wrong: {', '.join(wrong)}; more than {allowed:.1e} off the reference in float64")
+
+    def _prepare(
+        self, shape: Shape, dtype: torch.dtype
+    ) -> tuple[dict[str, Workload], dict[str, str], dict[str, float], float]:
+        """What can run here, why the rest cannot, errors by implementation, and how large they may be."""
+        wanted = self.impl or (_fastest(self.device), "transformers")
+        workloads, missing, errors = {}, {}, {}
+        want, allowed = None, 0.0
+        if "error" in self.metric:
+            want = exact(self.op, shape, dtype, device=self.device)
+            reference = build(self.op, "reference", shape, dtype, device=self.device)
+            allowed = allowed_error(error(self.op, reference, shape, dtype, self.device, want), dtype)
+        for impl in wanted:
+            try:
+                workload = build(self.op, impl, shape, dtype, device=self.device)
+                if want is not None:
+                    errors[impl] = error(self.op, workload, shape, dtype, self.device, want)
+                workloads[impl] = workload
+            except (ModuleNotFoundError, ValueError, RuntimeError) as e:
+                missing[impl] = str(e).splitlines()[0]
+        if not workloads:
+            raise ValueError("; ".join(missing.values()))
+        return workloads, missing, errors, allowed
 
 
 @dataclass
@@ -102,17 +143,20 @@ class Sweep:
         impls = self.impl or (_fastest(self.device),)
         seconds: dict[str, list[float]] = {impl: [] for impl in impls}
         base = replace(default_shape(self.op), batch=self.batch)
+        floors = []
         for length in self.lengths:
             shape, dtype = replace(base, length=length), DTYPES[self.dtype]
+            floors.append(_against_roofline(self.op, shape, self.dtype, self.mode, 1.0, self.device)["floor"])
             workloads = {impl: build(self.op, impl, shape, dtype, device=self.device) for impl in impls}
             for impl, timing in time_together(workloads, self.mode, self.calls).items():
                 seconds[impl].append(timing.median)
                 print(
                     f"{impl:<12} L {length:>7,}  {timing.median:8.3f} s  {1e6 * timing.median / length:7.2f} us a step"
                 )
-        report = {"op": self.op, "mode": self.mode, "batch": self.batch, "lengths": self.lengths, "seconds": seconds}
-        _write(self.out, report | {"dtype": self.dtype} | environment(self.device))
-        _plot(report, self.out.with_suffix(".png"))
+        result = {"op": self.op, "mode": self.mode, "batch": self.batch, "lengths": self.lengths, "seconds": seconds}
+        result["floors"] = floors if all(floors) else None
+        _write(self.out, result | {"dtype": self.dtype} | environment(self.device))
+        self.out.with_suffix(".png").write_bytes(report.against_length(result))
 
 
 @dataclass
@@ -186,6 +230,85 @@ class CompileReport:
 
 
 @dataclass
+class Compare:
+    """Hold a later file of `run` against an earlier one; exit status 1 if something became slower, not by chance.
+
+    By Mann and Whitney's test of the single calls' times, with Holm's correction for how many rows there are.
+    """
+
+    before: tyro.conf.Positional[Path]
+    after: tyro.conf.Positional[Path]
+    threshold: float = 0.05
+    """Medians that are slower by a smaller share are no regression."""
+    alpha: float = 0.01
+    """How likely chance may be."""
+
+    def run(self) -> None:
+        rows = compare.compare(self.before, self.after)
+        print(compare.table(rows, self.threshold, self.alpha))
+        if compare.regressions(rows, self.threshold, self.alpha):
+            sys.exit(1)
+
+
+@dataclass
+class Verify:
+    """Hold a function of one's own against the reference at every option; exit status 1 if it is wrong.
+
+    It has the op's signature, without `backend`: arguments by name. One that it does not name is not tested, and
+    said not to be, as is a case at which it raises NotImplementedError. It gives what the op gives, or y alone.
+    Gradients are compared where its results carry them.
+    """
+
+    op: tyro.conf.Positional[str]
+    kernel: str
+    """path.py:function."""
+    dtype: tuple[Literal["fp32", "fp64", "bf16", "fp16"], ...] = ("fp32", "bf16")
+    device: str = "cpu"
+
+    def run(self) -> None:
+        _check_ops((self.op,))
+        with on(self.device):
+            verdict = verify.verify(verify.load(self.kernel), self.op, self.dtype, self.device)
+        print(verdict)
+        if not verdict.is_right:
+            sys.exit(1)
+
+
+@dataclass
+class Fuzz:
+    """Random calls, extreme values among them, of every backend against the reference; exit status 1 if one is wrong.
+
+    Backends: torch, and triton on a GPU or, with TRITON_INTERPRET=1, in its interpreter.
+    """
+
+    minutes: float = 1.0
+    seed: int | None = None
+    """Of the first trial; the next have the numbers that follow. By default another one each time."""
+    trials: int | None = None
+    """How many at most; 1 repeats the trial of a seed."""
+    op: tuple[str, ...] = OPS
+    finite: bool = False
+    """No infinities among the inputs."""
+    device: str = "cpu"
+    out: Path | None = None
+    """JSON file to write."""
+
+    def run(self) -> None:
+        _check_ops(self.op)
+        seed = time.time_ns() % 10**9 if self.seed is None else self.seed
+        print(f"seed {seed}")
+        with on(self.device):
+            n, findings = fuzz.fuzz(seed, self.minutes, self.op, self.device, self.trials, self.finite)
+        for finding in findings:
+            print(f"{finding.seen} trials: {finding.backend}, {finding.trial.case.op}, {finding.why}")
+        print(f"{n} trials from seed {seed}; {len(findings)} kinds of disagreement")
+        found = {"seed": seed, "trials": n, "findings": [finding.report() for finding in findings]}
+        _write(self.out, found | environment(self.device))
+        if findings:
+            sys.exit(1)
+
+
+@dataclass
 class GPUSuite:
     """On a GPU: is every op right, how fast is it, and beside whom. Ten minutes; exit status 1 if a case is wrong."""
 
@@ -204,7 +327,16 @@ class GPUSuite:
                 sys.exit(1)
 
 
-COMMANDS = {"run": Run, "sweep": Sweep, "compile-report": CompileReport, "roofline": Roofline, "gpu-suite": GPUSuite}
+COMMANDS = {
+    "run": Run,
+    "sweep": Sweep,
+    "compile-report": CompileReport,
+    "roofline": Roofline,
+    "gpu-suite": GPUSuite,
+    "compare": Compare,
+    "verify": Verify,
+    "fuzz": Fuzz,
+}
 
 
 def _check_ops(ops: tuple[str, ...]) -> None:
@@ -219,46 +351,41 @@ def _fastest(device: str) -> Impl:
 def table(rows: list[dict]) -> str:
     """Rows as lines of text; ratios are against the first implementation."""
     first = {row["mode"]: row for row in reversed(rows) if row["impl"] == rows[0]["impl"]}
-    lines = [f"{'':<22}{'ms':>12}{'quartiles':>22}{'times':>9}{'peak MiB':>10}{'error':>10}"]
+    lines = [f"{'':<22}{'ms':>12}{'quartiles':>22}{'times':>9}{'roofline':>9}{'peak MiB':>10}{'error':>10}"]
     for row in rows:
         line = f"{row['impl']:<13}{row['mode']:<9}"
+        if "missing" in row:
+            lines.append(f"{line}    {row['missing']}")
+            continue
         if "time" in row:
             t = Timing(**row["time"])
             spread = f"{1e3 * t.low:.1f} to {1e3 * t.high:.1f}"
             ratio = t.median / first[row["mode"]]["time"]["median"]
             line += f"{1e3 * t.median:>12.1f}{spread:>22}{ratio:>9.1f}"
+            line += f"{row['share']:>9.0%}" if row["share"] is not None else f"{'unknown':>9}"
         if "peak_memory" in row:
             line += f"{row['peak_memory'] / 2**20:>10.1f}"
         if "error" in row:
-            line += f"{row['error']:>10.1e}"
+            line += f"{row['error']:>10.1e}" + "  WRONG" * (not row["is_right"])
         lines.append(line)
     return "\n".join(lines)
 
 
-def _write(path: Path | None, report: dict) -> None:
+def _write(path: Path | None, result: dict) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {path}")
 
 
-def _plot(report: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5, 3.6))
-    for impl, seconds in report["seconds"].items():
-        axis.loglog(report["lengths"], seconds, "o-", label=impl)
-        proportional = [seconds[0] * n / report["lengths"][0] for n in report["lengths"]]
-        axis.loglog(report["lengths"], proportional, "k:", linewidth=1)
-    axis.set(xlabel="length", ylabel="seconds", title=f"{report['op']}, {report['mode']}, batch {report['batch']}")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _against_roofline(op: str, shape: Shape, dtype: str, mode: str, seconds: float, device: str) -> dict:
+    """The least time, what bounds it and the share of it that was reached, where the device's figures are known."""
+    case = case_of(op, shape, DTYPES[dtype])
+    known = None if device == "cpu" else device_named(torch.cuda.get_device_name(device))
+    if case is None or known is None or dtype == "fp64":
+        return {"floor": None, "bound": None, "share": None}
+    least = floor(cost(case, mode), known, DTYPES[dtype])
+    return {"floor": least.seconds, "bound": least.bound, "share": least.seconds / seconds}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -21,11 +22,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ssm_kernels.testing import ROUNDINGS
+
 from .cases import Shape
 from .peers import PACKAGES
 from .workloads import Workload, build, exact
 
 Mode = Literal["fwd", "fwd+bwd"]
+ROUNDINGS_OF_RESULT = 8
+"""Forgiven to an implementation whose matrix units take rounded intermediate results."""
 SLOW = 5.0
 """Seconds beyond which a call is measured once, not repeated."""
 
@@ -38,6 +43,8 @@ class Timing:
     low: float
     high: float
     calls: int
+    seconds: tuple[float, ...] = ()
+    """Of each call, in order."""
 
 
 @contextlib.contextmanager
@@ -141,16 +148,37 @@ class _GPUClock:
 
 def _timing(seconds: list[float]) -> Timing:
     if len(seconds) < 2:
-        return Timing(seconds[0], seconds[0], seconds[0], 1)
+        return Timing(seconds[0], seconds[0], seconds[0], 1, tuple(seconds))
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(median, low, high, len(seconds))
+    return Timing(median, low, high, len(seconds), tuple(seconds))
 
 
-def error(op: str, workload: Workload, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> float:
-    """Largest error of the result against the reference in float64, relative to the result's largest value."""
-    want = exact(op, shape, dtype, device=device)
+def error(
+    op: str,
+    workload: Workload,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    want: Tensor | None = None,
+) -> float:
+    """Largest error of the result against the reference in float64, relative to the result's largest value.
+
+    Infinite where the result is not finite or has another shape. `want` is what `exact` gives, if it is at hand.
+    """
+    want = exact(op, shape, dtype, device=device) if want is None else want
     got = once(workload, "fwd").double()
+    if got.shape != want.shape or not got.isfinite().all():
+        return math.inf
     return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def allowed_error(own: float, dtype: torch.dtype) -> float:
+    """What `error` may be: twice the reference's own in that dtype, and roundings of the sums and of the result.
+
+    Sums are in float32 at least, so that a result in a half type is not forgiven 64 roundings of that type.
+    """
+    sums = torch.promote_types(dtype, torch.float32)
+    return 2 * own + ROUNDINGS * torch.finfo(sums).eps + ROUNDINGS_OF_RESULT * torch.finfo(dtype).eps
 
 
 def peak_memory(

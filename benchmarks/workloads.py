@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ssm_kernels import use_backend
 from ssm_kernels.modules import Mamba, Mamba2
 
-from .cases import DTYPES, Case, Shape
+from .cases import DTYPES, WIDTHS, Case, Shape
 from .peers import PACKAGES, peer
 
 OPS = ("selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block")
@@ -25,6 +26,27 @@ IMPLEMENTATIONS = ("torch", "triton", "reference", *PACKAGES)
 def default_shape(op: str) -> Shape:
     """The shape of the project's stated figures."""
     return Shape(d_state=128) if op in ("ssd", "mamba2_block") else Shape()
+
+
+SHAPES = ("default", *WIDTHS, "vision", "long")
+
+
+def named_shape(op: str, name: str) -> Shape:
+    """The sizes of a published model's layer at batch 8 and length 2,048, or one of three others.
+
+    `default` has the project's stated figures; `vision` is a 2.7b layer on the patches of a 384-pixel image, `long`
+    a 130m layer over one sequence of 65,536 steps.
+    """
+    if name == "default":
+        return default_shape(op)
+    inner = 2 * WIDTHS[{"vision": "2.7b", "long": "130m"}.get(name, name)]
+    batch, length = {"vision": (8, 27 * 27), "long": (1, 65536)}.get(name, (8, 2048))
+    return replace(default_shape(op), batch=batch, length=length, channels=inner, heads=inner // 64)
+
+
+def case_of(op: str, shape: Shape, dtype: torch.dtype) -> Case | None:
+    """The case that `build` runs; None for a block, which is several."""
+    return None if op in ("mamba_block", "mamba2_block") else _case(op, shape, dtype)
 
 
 class Workload(NamedTuple):

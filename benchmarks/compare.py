@@ -1,0 +1,111 @@
+"""Two files of `ssm-bench run` side by side: what became slower, and whether that may be chance.
+
+The test is Mann and Whitney's, of the single calls' times, two-sided: exact where there are at most `EXACT` calls on
+both sides together and no ties, else by the normal approximation with its correction for ties. The p values of one
+comparison are Holm's, so that many rows do not make one of them significant. The ratio is of the medians.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from .report import read
+
+EXACT = 60
+
+
+@dataclass(frozen=True)
+class Row:
+    impl: str
+    mode: str
+    before: float
+    """Median seconds."""
+    after: float
+    p: float
+    """Adjusted; 1 where a side has a single call."""
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+
+def compare(before: Path, after: Path) -> list[Row]:
+    """The rows that both files have.
+
+    Raises:
+        ValueError: the files are not of the same case on the same device, or have no row of times in common.
+    """
+    a, b = read(before), read(after)
+    for field in ("op", "dtype", "shape", "device", "threads"):
+        if a.get(field) != b.get(field):
+            raise ValueError(
+                f"{before} and {after} do not compare: {field} is {a.get(field)} in one and {b.get(field)} in the other"
+            )
+    sides = [{(r["impl"], r["mode"]): r["time"] for r in report["rows"] if "time" in r} for report in (a, b)]
+    common = [key for key in sides[0] if key in sides[1]]
+    if not common:
+        raise ValueError(f"{before} and {after} have no implementation and mode in common that was timed in both")
+    for path, side in zip((before, after), sides, strict=True):
+        if any("seconds" not in side[key] for key in common):
+            raise ValueError(f"{path} has no times of single calls: write it anew with this version of ssm-bench run")
+    p = holm([mann_whitney(sides[0][key]["seconds"], sides[1][key]["seconds"]) for key in common])
+    return [Row(*key, sides[0][key]["median"], sides[1][key]["median"], q) for key, q in zip(common, p, strict=True)]
+
+
+def mann_whitney(x: list[float], y: list[float]) -> float:
+    """The two-sided p value of x and y being of one distribution."""
+    n, m = len(x), len(y)
+    if min(n, m) < 2:
+        return 1.0
+    u = sum((a > b) + (a == b) / 2 for a in x for b in y)
+    ties = [t for t in Counter([*x, *y]).values() if t > 1]
+    if n + m <= EXACT and not ties:
+        ways = _ways(n, m)
+        tail = sum(ways[: int(min(u, n * m - u)) + 1])
+        return min(1.0, 2 * tail / math.comb(n + m, n))
+    every = n + m
+    variance = n * m / 12 * (every + 1 - sum(t**3 - t for t in ties) / (every * (every - 1)))
+    if variance == 0:
+        return 1.0
+    z = max(0.0, abs(u - n * m / 2) - 0.5) / math.sqrt(variance)
+    return math.erfc(z / math.sqrt(2))
+
+
+def _ways(n: int, m: int) -> list[int]:
+    """In how many orders of n and m values U is 0, 1, ..., n m: the coefficients of the Gaussian binomial."""
+    ways = [1] + [0] * (n * m)
+    for i in range(1, n + 1):
+        for u in range(n * m, m + i - 1, -1):  # times 1 - q^(m + i)
+            ways[u] -= ways[u - m - i]
+        for u in range(i, n * m + 1):  # over 1 - q^i
+            ways[u] += ways[u - i]
+    return ways
+
+
+def holm(p: list[float]) -> list[float]:
+    """p values adjusted for how many there are."""
+    adjusted, least = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        least = max(least, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = least
+    return adjusted
+
+
+def regressions(rows: list[Row], threshold: float, alpha: float) -> list[Row]:
+    """The rows that are slower by more than that share, and not by chance."""
+    return [row for row in rows if row.ratio > 1 + threshold and row.p < alpha]
+
+
+def table(rows: list[Row], threshold: float, alpha: float) -> str:
+    slower = regressions(rows, threshold, alpha)
+    lines = [f"{'':<22}{'ms before':>12}{'ms after':>12}{'ratio':>8}{'p':>10}"]
+    for row in rows:
+        mark = "  REGRESSION" if row in slower else "" if row.p < alpha else "  may be chance"
+        lines.append(
+            f"{row.impl:<13}{row.mode:<9}{1e3 * row.before:>12.3f}{1e3 * row.after:>12.3f}{row.ratio:>8.3f}"
+            f"{row.p:>10.2g}{mark}"
+        )
+    return "\n".join(lines)

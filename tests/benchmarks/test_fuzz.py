@@ -1,0 +1,115 @@
+"""ssm-bench fuzz: a seed says everything, faults are found and made small, and infinities are compared as stated."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from ssm_kernels.causal_conv1d import chunked
+from vlmamba.benchmarks import cli, fuzz
+from vlmamba.benchmarks.agreement import disagreement, expected, results
+from vlmamba.benchmarks.cases import OPS, Case, Shape
+from vlmamba.benchmarks.fuzz import KINDS, LAYOUTS, Trial, draw
+
+QUICK = ("causal_conv1d", "cross_scan", "cross_merge", "causal_conv1d_step")
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.stride() == b.stride() and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def test_a_seed_says_everything():
+    for seed in range(40):
+        trial = draw(seed)
+        assert trial == draw(seed)
+        first, again = trial.inputs("cpu"), trial.inputs("cpu")
+        assert first.keys() == again.keys() and all(same(first[k], again[k]) for k in first)
+
+
+def test_every_op_magnitude_layout_and_packing_is_drawn():
+    trials = [draw(seed) for seed in range(600)]
+    assert {t.case.op for t in trials} == set(OPS)
+    assert {kind for t in trials for _, kind in t.kinds} == set(KINDS)
+    assert {layout for t in trials for _, layout in t.layouts} == set(LAYOUTS)
+    assert {t.case.dtype for t in trials} == {"fp32", "fp64", "bf16", "fp16"}
+    assert any(t.case.seq_idx for t in trials)
+    packed = [t.inputs("cpu")["cu_seqlens"] for t in trials if t.case.sequences > 3][:20]
+    assert any((bounds.diff() == 0).any() for bounds in packed)
+    assert all((bounds.diff() >= 0).all() for bounds in packed)
+
+
+def test_inputs_are_finite_where_that_is_asked_for():
+    for seed in range(200):
+        trial = draw(seed, finite=True)
+        assert all(t.isfinite().all() for t in trial.inputs("cpu").values()), trial
+
+
+def test_what_is_right_passes(tmp_path, capsys):
+    out = tmp_path / "found.json"
+    cli.main(["fuzz", "--seed", "0", "--trials", "40", "--minutes", "5", "--op", *QUICK, "--out", str(out)])
+    assert "40 trials from seed 0; 0 kinds of disagreement" in capsys.readouterr().out
+    assert json.loads(out.read_text())["findings"] == []
+
+
+def test_a_fault_is_found_repeated_by_its_seed_and_made_small(monkeypatch, capsys):
+    right = chunked.conv
+
+    def wrong(x, weight, bias, *rest):  # only for a packed sequence does the bias get lost
+        return right(x, weight, None if rest[2] is not None else bias, *rest)
+
+    monkeypatch.setattr(chunked, "conv", wrong)
+    command = ["fuzz", "--seed", "0", "--trials", "40", "--minutes", "5", "--op", "causal_conv1d"]
+    with pytest.raises(SystemExit) as e:
+        cli.main(command)
+    assert e.value.code == 1
+    text = capsys.readouterr().out
+    block = text.split("FAILED torch: ")[1]
+    smallest = block.split("smallest: ")[1].splitlines()[0]
+    assert "length=1 " in smallest and "channels=1 " in smallest and "sequences=" in smallest
+    again = block.split("again: ssm-bench ")[1].splitlines()[0].split()
+    with pytest.raises(SystemExit):
+        cli.main(again)
+    assert capsys.readouterr().out.split("FAILED torch: ")[1].splitlines()[:4] == block.splitlines()[:4]
+    made = eval(block.splitlines()[4], {"Trial": Trial, "Case": Case, "Shape": Shape})
+    assert fuzz.wrong(made, "torch", "cpu")
+    monkeypatch.setattr(chunked, "conv", right)
+    assert not fuzz.wrong(made, "torch", "cpu")
+
+
+def judged(x: torch.Tensor, actual: torch.Tensor) -> str:
+    return disagreement(expected(lambda x: x * 2, {"x": x}, gradients=False), {"y": actual})
+
+
+def test_infinities_are_compared_by_place():
+    x = torch.tensor([1.0, math.inf, 3.0])
+    assert judged(x, torch.tensor([2.0, math.inf, 6.0])) == ""
+    assert judged(x, torch.tensor([2.0, math.nan, 6.0])) == ""
+    assert "finite where the reference is not at 1 of 3" in judged(x, torch.tensor([2.0, 4.0, 6.0]))
+    assert "not finite at 1 of 3 places, the worst (0,)" in judged(x, torch.tensor([math.nan, math.inf, 6.0]))
+    assert "off at 1 of 3 places, the worst (2,)" in judged(x, torch.tensor([2.0, math.inf, 6.1]))
+
+
+def test_what_the_dtype_cannot_hold_is_forgiven():
+    x = torch.tensor([1.0, 60000.0], dtype=torch.float16)
+    for got in (math.inf, 65504.0, math.nan):
+        assert judged(x, torch.tensor([2.0, got], dtype=torch.float16)) == ""
+
+
+def test_a_shape_or_dtype_that_differs_is_said():
+    x = torch.ones(3)
+    assert "shape (2,), expected (3,)" in judged(x, torch.ones(2))
+    assert "dtype torch.float64, expected torch.float32" in judged(x, 2 * torch.ones(3, dtype=torch.float64))
+
+
+def test_cancellation_is_forgiven_as_far_as_the_definition_has_it():
+    x = torch.linspace(1, 2, 4096)
+    x[-1] = 0
+    x[-1] = -x.double().sum().float()
+    ours = results(lambda x: x.flip(0).cumsum(0)[-1:], {"x": x}, gradients=False)
+    right = expected(lambda x: x.cumsum(0)[-1:], {"x": x}, gradients=False)
+    assert disagreement(right, ours) == ""
+    ours["y"] = ours["y"] + 1
+    assert disagreement(right, ours)
