@@ -364,12 +364,10 @@ class _Text:
                     raise self.error(number, "is cut short") from e
                 self._more()
             else:
-                if end < len(self.text) or self.ended:
-                    taken = self.text[self.at : end]
-                    self.byte += len(taken) if taken.isascii() else len(taken.encode())
-                    self.at = end
-                    return value
-                self._more()
+                taken = self.text[self.at : end]
+                self.byte += len(taken) if taken.isascii() else len(taken.encode())
+                self.at = end
+                return value
 
     def error(self, number: int, what: str) -> ValueError:
         return ValueError(f"{self.path} {what} (record {number}, after byte {self.byte:,})")

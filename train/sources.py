@@ -214,9 +214,9 @@ class ZipImages(_Indexed):
         try:
             data = zlib.decompress(data, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else data
         except zlib.error as e:
-            raise ValueError(f"file {number} in {self.path} is damaged: {e}") from e
+            raise ValueError(f"{self.name(number)} in {self.path} is damaged: {e}") from e
         if zlib.crc32(data) != checksum:
-            raise ValueError(f"file {number} in {self.path} is damaged: its checksum is wrong")
+            raise ValueError(f"{self.name(number)} in {self.path} is damaged: its checksum is wrong")
         return data
 
 
