@@ -8,25 +8,19 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from .checkpoint import load_newest, save_checkpoint
+from .checkpoint import Checkpoints
 from .config import StageConfig
+from .distributed import gather_into, rank, recomputed_blocks, shard, sum_over_ranks, sum_whole_gradients, world_size
+from .loader import Loader, Samples
 from .lora import add_lora, merge_lora
-from .optim import freeze_all_but, learning_rate, make_optimizer
-from .sampler import samples_of_step
+from .optim import clip_gradients, freeze_all_but, learning_rate, make_optimizer
 from .track import Tracker
-
-
-class Samples(Protocol):
-    """What is trained on: numbered samples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
 
 
 class Interrupted(SystemExit):
@@ -48,91 +42,126 @@ def train_stage(
     A stage that was interrupted, at any step and in any way, goes on from its last checkpoint when it is called
     again with the same arguments, and on a CPU takes exactly the steps that it would have taken.
 
+    Within `distributed.processes` all ranks call this, each with the whole data. A copy of the model is sharded over
+    them and trained; rank 0's model, and every other that has weights, is given what was learned in the end. The steps
+    are those of one process, to rounding, and the number of ranks may change at a resume.
+
     Args:
         model: `model(batch)` gives a value with `loss`, the mean over learned tokens, and `n_targets`, their number.
         samples: the training set.
         collate: a list of samples to a batch with `to(device)`, `n_targets` and `n_tokens`.
         folder: of this stage alone.
-        on_step: called with the step and the model after each.
+        on_step: called after each step, on every rank, with the step and the model that is trained.
         make_tracker: a `Tracker`, given the first four of its arguments.
 
     Raises:
-        FloatingPointError: the loss is not finite; the batch is saved in the folder.
-        Interrupted: SIGTERM or Ctrl-C came; a checkpoint is saved.
-        OSError: a checkpoint could not be written.
+        ValueError: the last checkpoint is of another model or stage, or the batch cannot be shared equally.
+        FloatingPointError: loss or gradient are not finite, or the loss is too large; the batch is saved in the folder.
+        Interrupted: SIGTERM or Ctrl-C came to any rank; a checkpoint is saved.
+        OSError: a checkpoint could not be written; those before are as they were.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
     if not len(samples):
         raise ValueError(f"stage {stage.name!r} has no samples to train on")
     torch.manual_seed(stage.seed)
     if stage.lora is not None:
         add_lora(model, stage.lora)
-    model.to(device).train()
-    parameters = freeze_all_but(model, stage.trainable)
+    model.train()
+    for p in freeze_all_but(model, stage.trainable).values():
+        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))  # a step is too small for bfloat16 to hold
+    trained = model.to(device) if world_size() == 1 else shard(model, device, stage.precision)
+    parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, stage)
     n_steps = stage.steps(len(samples))
-    first_step = load_newest(folder, parameters, optimizer)
-    if first_step >= n_steps:
-        merge_lora(model)
-        return
-
-    tracker = make_tracker(folder, stage.name, first_step, n_steps)
-    tracker.bar.write(f"{stage.name}: {_counts(model)}; {len(samples):,} samples, {n_steps:,} steps")
-    try:
-        with _stop_asked_for() as asked:
-            for step in range(first_step, n_steps):
+    with contextlib.closing(Checkpoints(folder, parameters, optimizer, stage.keep_last)) as checkpoints:
+        first_step = checkpoints.load()
+        loader = Loader(
+            samples, stage, collate, first_step=first_step, n_steps=n_steps, rank=rank(), world_size=world_size(),
+            folder=folder,
+        )  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            tracker = None
+            if first_step < n_steps and rank() == 0:
+                tracker = stack.enter_context(contextlib.closing(make_tracker(folder, stage.name, first_step, n_steps)))
+                tracker.bar.write(f"{stage.name}: {_counts(model)}; {len(samples):,} samples, {n_steps:,} steps")
+            if stage.gradient_checkpointing:
+                stack.enter_context(recomputed_blocks(trained))
+            asked = stack.enter_context(_stop_asked_for())
+            for step, data in enumerate(loader, first_step):
                 begin = time.perf_counter()
                 lr = learning_rate(stage, step, n_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                chosen = samples_of_step(len(samples), stage.batch_size, stage.seed, step)
-                batches = _micro_batches(stage, samples, chosen, collate)
-                wait = time.perf_counter() - begin
-                loss, n_tokens = _accumulate(model, stage, batches, device, folder)
-                norm = torch.nn.utils.clip_grad_norm_(parameters.values(), stage.grad_clip).item()
+                torch.manual_seed(_seed(stage.seed, step))
+                losses = _accumulate(trained, stage, data.micro_batches, device, folder)
+                loss, n_tokens, stop = sum_over_ranks(
+                    sum(losses), sum(b.n_tokens for b in data.micro_batches), len(asked)
+                )
+                sum_whole_gradients(parameters.values())
+                norm = clip_gradients(list(parameters.values()), stage.grad_clip)
+                if not (loss <= stage.max_loss and math.isfinite(norm)):
+                    worst = max(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+                    what = (
+                        f"has a loss of {loss:.4g} (max_loss is {stage.max_loss:g}) and a gradient of norm {norm:.4g}"
+                    )
+                    raise _not_a_number(stage, data.micro_batches[worst], folder, what)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                tracker.step(
-                    step, n_tokens=n_tokens, n_samples=len(chosen), loss=loss, lr=lr, grad_norm=norm, wait=wait,
-                    seconds=time.perf_counter() - begin,
-                )  # fmt: skip
+                if tracker is not None:
+                    tracker.step(
+                        step, n_tokens=int(n_tokens), n_samples=stage.batch_size, loss=loss, lr=lr, grad_norm=norm,
+                        wait=data.wait, seconds=data.wait + time.perf_counter() - begin,
+                    )  # fmt: skip
                 if on_step is not None:
-                    on_step(step, model)
-                if asked or step + 1 == n_steps or (step + 1) % stage.save_every == 0:
-                    save_checkpoint(folder, step + 1, parameters, optimizer, stage.keep_last)
-                if asked and step + 1 < n_steps:
+                    with _autocast(stage, device):
+                        on_step(step, trained)
+                if stop or step + 1 == n_steps or (step + 1) % stage.save_every == 0:
+                    checkpoints.save(step + 1)
+                if stop and step + 1 < n_steps:
                     raise Interrupted(130)
-    finally:
-        tracker.close()
+    if trained is not model:
+        gather_into(model, parameters)
     merge_lora(model)
 
 
-def _micro_batches(stage: StageConfig, samples: Samples, chosen: list[int], collate: Callable) -> list[Any]:
-    size = stage.micro_batch_size or stage.batch_size
-    return [collate([samples[i] for i in chosen[k : k + size]]) for k in range(0, len(chosen), size)]
+def _seed(seed: int, step: int) -> int:
+    """Of the random numbers of one step on this rank, so that a resume needs no state."""
+    return int(np.random.SeedSequence((seed, step, rank())).generate_state(1, np.uint64)[0])
 
 
 def _accumulate(
-    model: nn.Module, stage: StageConfig, batches: list[Any], device: str | torch.device, folder: Path
-) -> tuple[float, int]:
-    """Gradients of the mean loss over all learned tokens of a step; the loss, and the tokens that were run."""
-    n_targets = sum(b.n_targets for b in batches)
-    total = 0.0
+    model: nn.Module, stage: StageConfig, batches: list[Any], device: torch.device, folder: Path
+) -> list[float]:
+    """Gradients of the mean loss over all learned tokens of a step, of all ranks; each batch's part of that loss."""
+    (n_targets,) = sum_over_ranks(sum(b.n_targets for b in batches))
+    losses = []
     for batch in batches:
-        batch = batch.to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=stage.precision == "bf16"):
-            out = model(batch)
+        try:
+            with _autocast(stage, device):
+                out = model(batch.to(device))
+        except ValueError as e:
+            if "must not hold NaN" not in str(e):
+                raise
+            # On a CPU the scans look; elsewhere the loss will show it.
+            raise _not_a_number(stage, batch, folder, f"met what is not a number ({e})") from e
         loss = out.loss * (out.n_targets / n_targets)
-        loss.backward()
-        total += loss.item()
-        if not math.isfinite(total):
-            path = folder / "bad-batch.pt"
-            torch.save(vars(batch.to("cpu")), path)
-            raise FloatingPointError(
-                f"the loss of stage {stage.name!r} became {total}; the batch is saved in {path}. "
-                "A lower lr or grad_clip may help"
-            )
-    return total, sum(b.n_tokens for b in batches)
+        (loss * world_size()).backward()  # gradients are averaged over ranks
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def _autocast(stage: StageConfig, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16")
+
+
+def _not_a_number(stage: StageConfig, batch: Any, folder: Path, what: str) -> FloatingPointError:
+    """An error that says what came of a batch, which is saved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"bad-batch-{rank()}.pt"
+    torch.save(vars(batch), path)
+    return FloatingPointError(
+        f"stage {stage.name!r} {what}; the worst batch is saved in {path}. A lower lr or grad_clip may help"
+    )
 
 
 def _counts(model: nn.Module) -> str:

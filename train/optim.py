@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .config import StageConfig
+from .distributed import local, sum_over_ranks
 from .lora import LoraLinear, lora_learns
 
 
@@ -29,12 +32,36 @@ def freeze_all_but(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn
 
 def make_optimizer(parameters: dict[str, nn.Parameter], stage: StageConfig) -> torch.optim.AdamW:
     """AdamW. Vectors (biases, norms, rates and step sizes of the scans) and A_log do not decay."""
-    decays = {n: p.dim() >= 2 and "A_log" not in n and "dt_projs_bias" not in n for n, p in parameters.items()}
-    groups = [
-        {"params": [p for n, p in parameters.items() if decays[n]], "weight_decay": stage.weight_decay},
-        {"params": [p for n, p in parameters.items() if not decays[n]], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, betas=stage.betas)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        decays = p.dim() >= 2 and "A_log" not in name and "dt_projs_bias" not in name
+        groups.setdefault((decays, isinstance(p, DTensor)), []).append(p)  # apart: one update is for one kind
+    optimizer = torch.optim.AdamW(
+        [{"params": g, "weight_decay": stage.weight_decay * decays} for (decays, _), g in groups.items()],
+        lr=stage.lr,
+        betas=stage.betas,
+    )
+    for p in parameters.values():  # as the first step would: a checkpoint then has a place to be read to
+        optimizer.state[p] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
+    """Scale gradients down to a norm of at most `largest`, over all ranks; gives the norm that they had."""
+    with_gradient = [p for p in parameters if p.grad is not None]
+    sharded = [local(p.grad) for p in with_gradient if isinstance(p, DTensor)]
+    whole = [p.grad for p in with_gradient if not isinstance(p, DTensor)]
+    squares = [torch.nn.utils.get_total_norm(g).item() ** 2 if g else 0.0 for g in (sharded, whole)]
+    norm = math.sqrt(sum_over_ranks(squares[0])[0] + squares[1])
+    if norm > largest:
+        for g in (*sharded, *whole):
+            g *= largest / norm
+    return norm
 
 
 def learning_rate(stage: StageConfig, step: int, n_steps: int) -> float:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,12 +15,14 @@ import torch
 from torch import nn
 
 from vlmamba.model import hub
-from vlmamba.train import checkpoint
 from vlmamba.train.config import StageConfig
 from vlmamba.train.loop import train_stage
-from vlmamba.train.optim import freeze_all_but, learning_rate, make_optimizer
+from vlmamba.train.optim import clip_gradients, freeze_all_but, learning_rate, make_optimizer
 from vlmamba.train.sampler import samples_of_step
 from vlmamba.train.track import read_metrics
+
+# PyTorch says so even where it is told.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 STAGE = StageConfig("test", ("",), lr=0.01, epochs=4, batch_size=8, save_every=5, weight_decay=0.1)
 
@@ -102,33 +101,24 @@ def test_a_finished_stage_is_restored_and_not_trained_again(tmp_path):
     assert len(losses(tmp_path)) == 20
 
 
-SCRIPT = textwrap.dedent("""
-    import importlib.util, sys
-    from pathlib import Path
-    spec = importlib.util.spec_from_file_location("test_loop", sys.argv[1])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["test_loop"] = module
-    spec.loader.exec_module(module)
-    module.train(Path(sys.argv[2]), data=module.Data(delay=0.004))
-""")
-
-
 def run_until(folder, lines, number):
-    """Start a training in a process of its own, and send a signal once so many steps are recorded."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, __file__, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    """Train in a process of its own, and send a signal once so many steps are recorded; its exit status."""
+    process = multiprocessing.get_context("fork").Process(
+        target=train, args=(folder,), kwargs={"data": Data(delay=0.004)}
     )
+    process.start()
     metrics = folder / "metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+    while process.is_alive() and (not metrics.exists() or metrics.read_text().count("\n") < lines):
         time.sleep(0.002)
-    if process.poll() is None and number is not None:
+    if process.is_alive() and number is not None:
         os.kill(process.pid, number)
-    return process.wait()
+    process.join()
+    return process.exitcode
 
 
 def test_killed_at_any_step_the_curve_is_the_same_to_the_bit(tmp_path):
     train(tmp_path / "whole")
-    for steps in (2, 7, 13):
+    for steps in (2, 6, 9, 13, 16):
         assert run_until(tmp_path / "killed", steps, signal.SIGKILL) == -signal.SIGKILL
     assert run_until(tmp_path / "killed", 10**9, None) == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -137,23 +127,10 @@ def test_killed_at_any_step_the_curve_is_the_same_to_the_bit(tmp_path):
 def test_sigterm_saves_and_ends_cleanly(tmp_path):
     train(tmp_path / "whole")
     assert run_until(tmp_path / "stopped", 7, signal.SIGTERM) == 130
-    newest = max(tmp_path.glob("stopped/step-*")).name
+    newest = max(tmp_path.glob("stopped/step-*/.metadata")).parent.name
     assert int(newest.removeprefix("step-")) == len(losses(tmp_path / "stopped")) < 20
     train(tmp_path / "stopped")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-
-
-def test_a_damaged_checkpoint_is_left_out_and_said(tmp_path, caplog):
-    train(tmp_path / "whole")
-    folder = tmp_path / "damaged"
-    with pytest.raises(RuntimeError, match="out of data"):
-        train(folder, data=FailsAfter(12 * 8))
-    newest = max(folder.glob("step-*"))
-    weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-20])
-    train(folder)
-    assert f"checkpoint {newest} is damaged" in caplog.text
-    assert losses(folder) == losses(tmp_path / "whole")
 
 
 class FailsAfter(Data):
@@ -168,39 +145,22 @@ class FailsAfter(Data):
         return super().__getitem__(i)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    with pytest.raises(RuntimeError, match="out of data"):
-        train(tmp_path, data=FailsAfter(7 * 8))
-    before = sorted(p.name for p in tmp_path.iterdir())
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(OSError, match="could not save .*step-00000010, which is as it was before: No space left"):
-        train(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
-    monkeypatch.undo()
-    train(tmp_path)
-    assert len(losses(tmp_path)) == 20
-
-
-def test_a_checkpoint_of_another_model_lists_every_name(tmp_path):
-    train(tmp_path)
-    other = Regression()
-    other.a, other.c = nn.Linear(3, 5), nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="another model or stage") as error:
-        train(tmp_path, replace(STAGE, epochs=8), model=other)
-    assert "missing: c.weight" in str(error.value)
-    assert "shape of a.weight: (16, 3) in the checkpoint, (5, 3) in the model" in str(error.value)
-
-
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path):
     data = Data()
     data.x[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="became nan; the batch is saved"):
-        train(tmp_path, data=data)
-    assert torch.load(tmp_path / "bad-batch.pt", weights_only=True)["x"].isnan().any()
+    with pytest.raises(FloatingPointError, match="has a loss of nan .* the worst batch is saved in .*bad-batch-0.pt"):
+        train(tmp_path, replace(STAGE, micro_batch_size=2), data=data)
+    bad = torch.load(tmp_path / "bad-batch-0.pt", weights_only=True)["x"]
+    assert len(bad) == 2 and bad.isnan().any()
+
+
+def test_a_loss_that_explodes_stops_before_the_step_is_taken(tmp_path):
+    data, model = Data(), Regression()
+    data.x[3] *= 1e4
+    with pytest.raises(FloatingPointError, match=r"max_loss is 25.* the worst batch is saved"):
+        train(tmp_path, data=data, model=model)
+    assert all(p.abs().max() < 10 for p in model.parameters())
+    assert (torch.load(tmp_path / "bad-batch-0.pt", weights_only=True)["x"].abs() > 1e3).any()
 
 
 def test_micro_batches_of_any_size_give_the_same_step(tmp_path):
@@ -214,7 +174,7 @@ def test_micro_batches_of_any_size_give_the_same_step(tmp_path):
     two.load_state_dict(one.state_dict())
     train(tmp_path / "one", model=one)
     train(tmp_path / "two", replace(STAGE, micro_batch_size=3), model=two)
-    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
@@ -225,6 +185,34 @@ def test_only_the_named_parts_learn():
     assert not model.a.weight.requires_grad
     with pytest.raises(ValueError, match="trainable names 'head'"):
         freeze_all_but(model, ("head",))
+
+
+def test_what_learns_is_float32_and_what_is_frozen_is_left(tmp_path):
+    model = Regression().bfloat16()
+    train(tmp_path, replace(STAGE, trainable=("b",), precision="bf16"), model=model)
+    assert {n: p.dtype for n, p in model.named_parameters()} == {
+        "a.weight": torch.bfloat16, "a.bias": torch.bfloat16, "b.weight": torch.float32, "b.bias": torch.float32,
+    }  # fmt: skip
+
+
+def test_each_step_is_told_with_the_model(tmp_path):
+    seen = []
+    model = Regression()
+    train_stage(model, STAGE, Data(), collate, tmp_path, on_step=lambda step, m: seen.append((step, m is model)))
+    assert seen == [(step, True) for step in range(20)]
+
+
+def test_gradients_are_cut_to_the_largest_norm():
+    model = Regression()
+    model(collate(list(Data().x))).loss.backward()
+    parameters = list(model.parameters())
+    before = [p.grad.clone() for p in parameters]
+    norm = torch.cat([g.flatten() for g in before]).norm().item()
+    assert clip_gradients(parameters, 2 * norm) == pytest.approx(norm)
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, before, strict=True))
+    assert clip_gradients(parameters, norm / 4) == pytest.approx(norm)
+    for p, g in zip(parameters, before, strict=True):
+        torch.testing.assert_close(p.grad, g / 4)
 
 
 def test_vectors_do_not_decay():
@@ -250,6 +238,7 @@ def test_an_epoch_shows_every_sample_once():
     ("change", "message"),
     [
         ({"lr": 0.0}, "lr of stage 'test' must be positive, got 0.0"),
+        ({"max_loss": 0.0}, "max_loss of stage 'test' must be positive"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"warmup_ratio": 2.0}, "warmup_ratio must lie in"),
         ({"trainable": ()}, "must name at least one part"),

@@ -1,0 +1,174 @@
+"""Several processes that train one model: `torchrun` starts them, and each holds a share of the weights (FSDP2)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..connectors import SS2D
+from ..model.vlm import VLM
+from ..model.weights import dtype_of
+
+logger = logging.getLogger("vlmamba.train")
+# Of a block's output that is a view; nothing here is added to it in place.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""With 1, ranks that start again do not find the addresses of those that died (torch 2.13)."""
+
+
+@contextlib.contextmanager
+def processes(device: str | torch.device = "cpu") -> Iterator[torch.device]:
+    """Join the processes that `torchrun` started, and leave them in the end. Started otherwise, this is the only one.
+
+    Gives the device of this process: where `device` is a GPU, the one of its place on the machine.
+    """
+    device = torch.device(device)
+    if not dist.is_torchelastic_launched():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ.get(FRESH_STORE) != "1":
+        logger.warning("ranks that start again may fail to find each other: set %s=1 before torchrun", FRESH_STORE)
+    # gloo in any case: figures and checkpoints pass from rank to rank on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    except Exception:
+        raise  # no farewell: the other ranks may wait where this one will not come
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process; the first is 0, and writes what is written once."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """Each value summed over all ranks, which must all call this."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"]) -> nn.Module:
+    """A copy of a model, of which each rank holds a share, with the weights of rank 0.
+
+    Only rank 0's model needs weights: that of the others may be on the `meta` device. The copy is filled parameter by
+    parameter, so that no device ever holds all of them. With `bf16` blocks are gathered in bfloat16 and gradients are
+    summed in float32; inputs are not cast, so that a float32 residual stays so. What a scan is most sensitive to
+    (A_log, D, the bias of the step size) is small: each rank has it whole, in float32 (see `sum_whole_gradients`).
+
+    Raises:
+        ValueError: the ranks have different models.
+    """
+    n = sum(p.numel() for p in model.parameters())
+    if sum_over_ranks(n) != [n * world_size()]:
+        raise ValueError(f"the ranks have different models: that of rank {rank()} has {n:,} parameters")
+    mesh = init_device_mesh(device.type, (world_size(),))
+    hollow = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    sharded = copy.deepcopy(model, hollow)
+    whole = {p for n, p in sharded.named_parameters() if dtype_of(n, torch.float32, torch.bfloat16) == torch.float32}
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for module in [*blocks(sharded), sharded]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    sharded.to_empty(device=device)
+
+    if isinstance(sharded, VLM):
+        sharded.always_encodes = True
+        for name in ("generate", "score"):
+            register_fsdp_forward_method(sharded, name)
+    originals = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in [*sharded.named_parameters(), *sharded.named_buffers()]:
+            full = (
+                originals[name].to(device)
+                if rank() == 0
+                else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            )
+            dist.broadcast(full, 0)
+            if isinstance(tensor, DTensor):
+                full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.copy_(full)
+    return sharded
+
+
+@torch.no_grad()
+def gather_into(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+    """Give a model the parameters that its sharded copy has learned. A model on the `meta` device stays empty."""
+    own = dict(model.named_parameters())
+    for name, p in trained.items():
+        full = p.full_tensor() if isinstance(p, DTensor) else p
+        if not own[name].is_meta:
+            own[name].copy_(full)
+
+
+def sum_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average over ranks the gradients of parameters that each rank has whole, as FSDP does those that it shards."""
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    if world_size() == 1 or not whole:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for p, g in zip(whole, flat.split([g.numel() for g in gradients]), strict=True):
+        p.grad = g.view_as(p)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What is gathered, or computed again, as one: layers, encoders and their blocks, scans. Inner ones come first."""
+    found: list[nn.Module] = []
+    for module in reversed(list(model.modules())):
+        if isinstance(module, nn.ModuleList):
+            found.extend(module)
+        elif isinstance(module, SS2D):
+            found.append(module)
+    return found
+
+
+@contextlib.contextmanager
+def recomputed_blocks(model: nn.Module) -> Iterator[None]:
+    """Within, the innermost blocks keep their inputs alone, and the backward computes the rest again."""
+    found = blocks(model)
+    innermost = [b for b in found if not any(m in found for m in b.modules() if m is not b)]
+    for block in innermost:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in innermost:
+            del block.forward
