@@ -60,7 +60,10 @@ class Run:
         base = named_shape(self.op, self.shape)
         shape = replace(base, **{s: getattr(self, s) for s in sizes if getattr(self, s) is not None})
         dtype = DTYPES[self.dtype]
-        workloads, missing, errors, allowed = self._prepare(shape, dtype)
+        wanted = self.impl or (_fastest(self.device), "transformers")
+        workloads, missing, errors, allowed = _prepare(
+            self.op, wanted, shape, dtype, self.device, "error" in self.metric
+        )
         rows: list[dict[str, object]] = []
         for mode in self.mode:
             timings = time_together(workloads, mode, self.calls) if "time" in self.metric and workloads else {}
@@ -92,36 +95,15 @@ class Run:
                 except ModuleNotFoundError as e:
                     print(f"no plot: {e}")
             report.to_html(result, picture, self.out.with_suffix(".html"))
-        if wrong := sorted({str(row["impl"]) for row in rows if not row.get("is_right", True)}):
-            sys.exit(f"ssm-bench: wrong: {', '.join(wrong)}; more than {allowed:.1e} off the reference in float64")
-
-    def _prepare(
-        self, shape: Shape, dtype: torch.dtype
-    ) -> tuple[dict[str, Workload], dict[str, str], dict[str, float], float]:
-        """What can run here, why the rest cannot, errors by implementation, and how large they may be."""
-        wanted = self.impl or (_fastest(self.device), "transformers")
-        workloads, missing, errors = {}, {}, {}
-        want, allowed = None, 0.0
-        if "error" in self.metric:
-            want = exact(self.op, shape, dtype, device=self.device)
-            reference = build(self.op, "reference", shape, dtype, device=self.device)
-            allowed = allowed_error(error(self.op, reference, shape, dtype, self.device, want), dtype)
-        for impl in wanted:
-            try:
-                workload = build(self.op, impl, shape, dtype, device=self.device)
-                if want is not None:
-                    errors[impl] = error(self.op, workload, shape, dtype, self.device, want)
-                workloads[impl] = workload
-            except (ModuleNotFoundError, ValueError, RuntimeError) as e:
-                missing[impl] = str(e).splitlines()[0]
-        if not workloads:
-            raise ValueError("; ".join(missing.values()))
-        return workloads, missing, errors, allowed
+        _exit_if_wrong(errors, allowed)
 
 
 @dataclass
 class Sweep:
-    """Time an op against the length, and plot it: a scan's time grows in proportion."""
+    """Time an op against its length (a scan's time grows in proportion), or another size, and plot it.
+
+    At the first size, results are held against the reference in float64; exit status 1 if one is wrong.
+    """
 
     op: tyro.conf.Positional[Op]
     impl: tuple[Impl, ...] = ()
@@ -131,6 +113,11 @@ class Sweep:
     device: str = "cpu"
     batch: int = 1
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    batches: tuple[int, ...] = ()
+    """In place of lengths, as those below; the length is then the first of `lengths`."""
+    d_states: tuple[int, ...] = ()
+    chunk_sizes: tuple[int, ...] = ()
+    """Of SSD."""
     calls: int = 3
     out: Path = Path("sweep.json")
     """JSON file to write; the plot goes beside it as PNG."""
@@ -140,23 +127,43 @@ class Sweep:
             self._run()
 
     def _run(self) -> None:
-        impls = self.impl or (_fastest(self.device),)
-        seconds: dict[str, list[float]] = {impl: [] for impl in impls}
-        base = replace(default_shape(self.op), batch=self.batch)
-        floors = []
-        for length in self.lengths:
-            shape, dtype = replace(base, length=length), DTYPES[self.dtype]
-            floors.append(_against_roofline(self.op, shape, self.dtype, self.mode, 1.0, self.device)["floor"])
-            workloads = {impl: build(self.op, impl, shape, dtype, device=self.device) for impl in impls}
+        others = {"batch": self.batches, "d_state": self.d_states, "chunk_size": self.chunk_sizes}
+        given = {name: values for name, values in others.items() if values}
+        if len(given) > 1:
+            raise ValueError(f"sweep goes over one size at a time; got {', '.join(given)}")
+        over, values = next(iter(given.items()), ("length", self.lengths))
+        if over == "chunk_size" and self.op != "ssd":
+            raise ValueError(f"chunk_sizes are those of ssd; got {self.op}")
+        dtype = DTYPES[self.dtype]
+        base = replace(default_shape(self.op), batch=self.batch, length=self.lengths[0])
+        impls: tuple[str, ...] = self.impl or (_fastest(self.device),)
+        seconds: dict[str, list[float]] = {}
+        missing: dict[str, str] = {}
+        errors: dict[str, float] = {}
+        allowed, floors = 0.0, []
+        for value in values:
+            chunk = {"chunk_size": value} if over == "chunk_size" else {}
+            shape = base if chunk else replace(base, **{over: value})
+            floors.append(_against_roofline(self.op, shape, self.dtype, self.mode, 1.0, self.device, **chunk)["floor"])
+            workloads, refused, found, bound = _prepare(self.op, impls, shape, dtype, self.device, not seconds, **chunk)
+            if not seconds:
+                missing, errors, allowed = refused, found, bound
+                seconds = {impl: [] for impl in workloads}
+                impls = tuple(workloads)
+                for impl, why in missing.items():
+                    print(f"{impl:<12} {why}")
             for impl, timing in time_together(workloads, self.mode, self.calls).items():
                 seconds[impl].append(timing.median)
                 print(
-                    f"{impl:<12} L {length:>7,}  {timing.median:8.3f} s  {1e6 * timing.median / length:7.2f} us a step"
+                    f"{impl:<12} {over} {value:>7,}  {timing.median:8.3f} s  "
+                    f"{1e6 * timing.median / shape.length:7.2f} us a step"
                 )
-        result = {"op": self.op, "mode": self.mode, "batch": self.batch, "lengths": self.lengths, "seconds": seconds}
-        result["floors"] = floors if all(floors) else None
+        shape = {"batch": self.batch, "length": self.lengths[0]}
+        result = {"op": self.op, "mode": self.mode, **shape, "over": over, "values": values, "seconds": seconds}
+        result |= {"missing": missing, "errors_at_the_first": errors, "floors": floors if all(floors) else None}
         _write(self.out, result | {"dtype": self.dtype} | environment(self.device))
-        self.out.with_suffix(".png").write_bytes(report.against_length(result))
+        self.out.with_suffix(".png").write_bytes(report.against(result))
+        _exit_if_wrong(errors, allowed)
 
 
 @dataclass
@@ -378,9 +385,43 @@ def _write(path: Path | None, result: dict) -> None:
         print(f"wrote {path}")
 
 
-def _against_roofline(op: str, shape: Shape, dtype: str, mode: str, seconds: float, device: str) -> dict:
+def _prepare(
+    op: str, impls: tuple[str, ...], shape: Shape, dtype: torch.dtype, device: str, with_errors: bool, **options: object
+) -> tuple[dict[str, Workload], dict[str, str], dict[str, float], float]:
+    """What can run here, why the rest cannot, errors by implementation, and how large they may be.
+
+    Raises:
+        ValueError: nothing can run.
+    """
+    workloads, missing, errors = {}, {}, {}
+    want, allowed = None, 0.0
+    if with_errors:
+        want = exact(op, shape, dtype, device=device)
+        reference = build(op, "reference", shape, dtype, device=device)
+        allowed = allowed_error(error(op, reference, shape, dtype, device, want), dtype)
+    for impl in impls:
+        try:
+            workload = build(op, impl, shape, dtype, device=device, **options)
+            if want is not None:
+                errors[impl] = error(op, workload, shape, dtype, device, want)
+            workloads[impl] = workload
+        except (ModuleNotFoundError, ValueError, RuntimeError) as e:
+            missing[impl] = str(e).splitlines()[0]
+    if not workloads:
+        raise ValueError("; ".join(missing.values()))
+    return workloads, missing, errors, allowed
+
+
+def _exit_if_wrong(errors: dict[str, float], allowed: float) -> None:
+    if wrong := [impl for impl, off in errors.items() if off > allowed]:
+        sys.exit(f"ssm-bench: wrong: {', '.join(wrong)}; more than {allowed:.1e} off the reference in float64")
+
+
+def _against_roofline(
+    op: str, shape: Shape, dtype: str, mode: str, seconds: float, device: str, **options: object
+) -> dict:
     """The least time, what bounds it and the share of it that was reached, where the device's figures are known."""
-    case = case_of(op, shape, DTYPES[dtype])
+    case = case_of(op, shape, DTYPES[dtype], **options)
     known = None if device == "cpu" else device_named(torch.cuda.get_device_name(device))
     if case is None or known is None or dtype == "fp64":
         return {"floor": None, "bound": None, "share": None}

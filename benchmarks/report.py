@@ -75,20 +75,22 @@ def bars(report: dict) -> bytes:
     return _png(figure, f"{report['op']}, {report['dtype']}, {report['device']}")
 
 
-def against_length(report: dict) -> bytes:
-    """A sweep's times on axes that are both logarithmic, as PNG, with what is proportional and the roofline."""
+def against(report: dict) -> bytes:
+    """A sweep's times on logarithmic axes, as PNG, with the roofline, and, over lengths, what is proportional."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(5.6, 4))
+    values = report["values"]
     for impl, seconds in report["seconds"].items():
-        axis.loglog(report["lengths"], seconds, "o-", label=impl)
-        proportional = [seconds[0] * n / report["lengths"][0] for n in report["lengths"]]
-        axis.loglog(report["lengths"], proportional, "k:", linewidth=1)
-    if report.get("floors"):
-        axis.loglog(report["lengths"], report["floors"], "k--", label="roofline")
-    axis.set(xlabel="length", ylabel="seconds")
+        axis.loglog(values, seconds, "o-", label=impl)
+        if report["over"] == "length":
+            axis.loglog(values, [seconds[0] * n / values[0] for n in values], "k:", linewidth=1)
+    if report["floors"]:
+        axis.loglog(values, report["floors"], "k--", label="roofline")
+    axis.set(xlabel=report["over"], ylabel="seconds")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    return _png(figure, f"{report['op']}, {report['mode']}, batch {report['batch']}")
+    fixed = [f"{name} {report[name]}" for name in ("batch", "length") if name != report["over"]]
+    return _png(figure, ", ".join([report["op"], report["mode"], *fixed]))
 
 
 def to_html(report: dict, plot: bytes | None, path: Path) -> None:

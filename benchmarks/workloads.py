@@ -44,9 +44,9 @@ def named_shape(op: str, name: str) -> Shape:
     return replace(default_shape(op), batch=batch, length=length, channels=inner, heads=inner // 64)
 
 
-def case_of(op: str, shape: Shape, dtype: torch.dtype) -> Case | None:
+def case_of(op: str, shape: Shape, dtype: torch.dtype, **options: object) -> Case | None:
     """The case that `build` runs; None for a block, which is several."""
-    return None if op in ("mamba_block", "mamba2_block") else _case(op, shape, dtype)
+    return None if op in ("mamba_block", "mamba2_block") else replace(_case(op, shape, dtype), **options)
 
 
 class Workload(NamedTuple):
@@ -55,9 +55,15 @@ class Workload(NamedTuple):
 
 
 def build(
-    op: str, impl: str, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+    op: str,
+    impl: str,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str = "cpu",
+    **options: object,
 ) -> Workload:
-    """One implementation on inputs (and weights) that depend on the seed alone.
+    """One implementation on inputs (and weights) that depend on the seed alone; an op's `options` are its case's.
 
     Raises:
         ValueError: no such op or implementation, or an implementation that does not have this op.
@@ -70,7 +76,7 @@ def build(
     torch.manual_seed(seed)
     if op in ("mamba_block", "mamba2_block"):
         return _block(op, impl, shape, dtype, device)
-    return of_case(_case(op, shape, dtype), impl, device, seed)
+    return of_case(replace(_case(op, shape, dtype), **options), impl, device, seed)
 
 
 def of_case(case: Case, impl: str, device: str, seed: int = 0) -> Workload:

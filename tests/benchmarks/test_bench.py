@@ -69,7 +69,28 @@ def test_a_sweep_writes_a_table_and_a_plot(tmp_path):
     cli.main(["sweep", "causal_conv1d", "--lengths", "16", "32", "64", "--out", str(out)])
     report = json.loads(out.read_text())
     assert len(report["seconds"]["torch"]) == 3
+    assert report["errors_at_the_first"]["torch"] < 1e-5
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_goes_over_one_other_size(tmp_path, capsys):
+    command = ["sweep", "ssd", "--lengths", "16", "--mode", "fwd", "--calls", "1", "--out", str(tmp_path / "a.json")]
+    for option, name in (("--chunk-sizes", "chunk_size"), ("--batches", "batch"), ("--d-states", "d_state")):
+        cli.main([*command, option, "4", "8", "--impl", "torch", "fla"])
+        report = json.loads((tmp_path / "a.json").read_text())
+        assert (report["over"], report["values"], len(report["seconds"]["torch"])) == (name, [4, 8], 2)
+        assert "fla" in report["missing"]
+    with pytest.raises(SystemExit, match="one size at a time; got batch, d_state"):
+        cli.main([*command, "--batches", "1", "--d-states", "8"])
+    with pytest.raises(SystemExit, match="chunk_sizes are those of ssd"):
+        cli.main(["sweep", "causal_conv1d", "--chunk-sizes", "8"])
+
+
+def test_a_chunk_size_reaches_the_op(monkeypatch):
+    seen = []
+    monkeypatch.setattr("ssm_kernels.ssd", lambda **options: seen.append(options["chunk_size"]) or options["x"])
+    build("ssd", "torch", SMALL, chunk_size=7).run()
+    assert seen == [7]
 
 
 def test_several_input_sets_are_used_in_turn():
