@@ -14,6 +14,7 @@ import tyro
 from ..model.vlm import VLM
 from .inference import Chat, Convert, Generate, Inspect
 from .loop import Interrupted
+from .training import Data, Train
 
 Positional = tyro.conf.Positional
 PresetName = Literal["quick", "full"]
@@ -34,52 +35,6 @@ class Demo:
         from .recipes import DEMOS
 
         run_demo(DEMOS[self.preset], self.output or Path("runs") / f"demo-{self.preset}", self.device)
-
-
-@dataclass
-class Train:
-    """Finetune a saved model on conversations in LLaVA's JSON or JSONL format."""
-
-    model: Positional[Path]
-    """Folder of a saved model, such as the demo's runs/demo-quick/vl-mamba/model."""
-    data: Positional[Path]
-    """Conversations: a JSON list, or one record a line in a .jsonl file."""
-    output: Path
-    """Folder for metrics and checkpoints; the trained model goes to OUTPUT/model. Given again, it resumes."""
-    images: Path | None = None
-    """Folder that image paths in the data are relative to; the data's own folder by default."""
-    stage: Literal["align", "finetune"] = "finetune"
-    """align trains the connector alone; finetune the connector and the language model."""
-    epochs: float = 1.0
-    batch_size: int = 64
-    """Samples a step."""
-    micro_batch_size: int | None = None
-    """Samples run at once, to save memory; all of a step's by default."""
-    lr: float = 1e-3
-    """Highest learning rate: it rises over the first steps and falls along a cosine."""
-    weight_decay: float = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 0
-    save_every: int = 200
-    """Steps between checkpoints."""
-    device: str = "cpu"
-
-    def run(self) -> None:
-        from ..model.batch import collate
-        from .config import StageConfig
-        from .data import Conversations, read_llava
-        from .loop import train_stage
-
-        parts = {"align": ("connector",), "finetune": ("connector", "language_model")}
-        stage = StageConfig(
-            self.stage, parts[self.stage], self.lr, self.epochs, self.batch_size, self.micro_batch_size,
-            self.weight_decay, precision=self.precision, seed=self.seed, save_every=self.save_every,
-        )  # fmt: skip
-        records = read_llava(self.data, self.images)
-        model = VLM.from_pretrained(self.model)
-        train_stage(model, stage, Conversations(records, model), collate, self.output / self.stage, self.device)
-        model.cpu().eval().save_pretrained(self.output / "model")
-        print(f"saved {self.output / 'model'}")
 
 
 @dataclass
@@ -139,6 +94,7 @@ class Evaluate:
 
 COMMANDS = {
     "demo": Demo,
+    "data": Data,
     "train": Train,
     "ablate": Ablate,
     "evaluate": Evaluate,

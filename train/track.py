@@ -9,15 +9,17 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ..model.generate import GenerationConfig
 from .data import Record
+from .distributed import rank
+from .sources import open_picture
 
 
 class Tracker:
@@ -123,22 +125,27 @@ class SampleAnswers:
     Args:
         records: whose first questions are asked, and whose first answers are the truth.
         every: steps between; the first answers come after so many.
+        precision: of the stage.
     """
 
-    def __init__(self, folder: Path, records: Sequence[Record], every: int, max_new_tokens: int = 32):
+    def __init__(
+        self,
+        folder: Path,
+        records: Sequence[Record],
+        every: int,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        max_new_tokens: int = 32,
+    ):
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
-        self.folder, self.records, self.every = folder, list(records), every
+        self.folder, self.records, self.every, self.precision = folder, list(records), every, precision
         self.config = GenerationConfig(max_new_tokens)
 
     def __call__(self, step: int, model: nn.Module) -> None:
         if (step + 1) % self.every:
             return
-        was_training = model.training
-        model.eval()
-        answers = model.generate([r.turns[:1] for r in self.records], [r.image for r in self.records], self.config)
-        model.train(was_training)
-        if dist.is_initialized() and dist.get_rank():
+        answers = self._ask(model)
+        if rank():
             return
         board = _board(self.folder)
         # A step that is taken again after a resume has its answers written again.
@@ -152,6 +159,23 @@ class SampleAnswers:
                     board.add_text(f"answer {i}", f"{question}\n\ntruth: {truth}\n\nanswer: {answer}", step)
         if board:
             board.close()
+
+    def _ask(self, model: nn.Module) -> list[str]:
+        was_training, shards = model.training, [m for m in model.modules() if isinstance(m, FSDPModule)]
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        images = [r.image and open_picture(r.image) for r in self.records]
+        for module in shards:
+            module.unshard()  # what is read past a module's forward too
+        # Gathered weights do not stay in their place, as a graph would need them to; under autocast there is none.
+        half = self.precision == "bf16" or (bool(shards) and device == "cuda")
+        model.eval()
+        try:
+            with torch.autocast(device, torch.bfloat16, enabled=half):
+                return model.generate([r.turns[:1] for r in self.records], images, self.config)
+        finally:
+            model.train(was_training)
+            for module in shards:
+                module.reshard()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -1,0 +1,221 @@
+"""`vlmamba train`: recipes and what the command changes of them, plans, whole runs with their card, clear errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from vlmamba.model import VLM, MambaLM, Tokenizer
+from vlmamba.model.config import LMConfig
+from vlmamba.model.prompt import Turn
+from vlmamba.train import cli, loop, training
+from vlmamba.train.config import StageConfig
+from vlmamba.train.data import Record, write_llava
+from vlmamba.train.recipes import tiny_config
+from vlmamba.train.track import read_metrics
+
+COLOURS = ("red", "blue", "green", "black")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """24 questions in data/train.json about the images in data/images."""
+    images = tmp_path / "data" / "images"
+    images.mkdir(parents=True)
+    for colour in COLOURS:
+        Image.new("RGB", (60, 50), colour).save(images / f"{colour}.png")
+    records = [
+        Record((Turn("user", "what color is it"), Turn("assistant", f"it is {c}")), images / f"{c}.png")
+        for c in COLOURS * 6
+    ]
+    write_llava(records, tmp_path / "data" / "train.json", images)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(["what color is it", *(f"it is {c}" for c in COLOURS)], vocab_size=290)
+    VLM(tiny_config("vl-mamba", tokenizer.vocab_size), tokenizer).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def train(*arguments):
+    cli.main(["train", *map(str, arguments), "--output", "run", "--device", "cpu"])
+
+
+def fails(*arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        train(*arguments)
+    return str(end.value)
+
+
+def test_both_stages_train_what_they_should_and_leave_a_card(model, data):
+    arguments = (
+        model, data / "train.json", "--images", data / "images", "--stage", "both", "--epochs", "2",
+        "--batch-size", "8", "--micro-batch-size", "3", "--lr", "0.01", "--sample-every", "3", "--samples", "2",
+        "--peak-tflops", "0.1",
+    )  # fmt: skip
+    train(*arguments)
+    start, end = VLM.from_pretrained(model), VLM.from_pretrained("run/model")
+    changed = {n for n, p in end.state_dict().items() if not torch.equal(p, start.state_dict()[n])}
+    assert {n.split(".")[0] for n in changed} == {"connector", "language_model"}
+    for stage in ("align", "finetune"):
+        assert len(read_metrics(data.parent / "run" / stage)) == 6
+        assert len((data.parent / "run" / stage / "answers.jsonl").read_text().splitlines()) == 4
+        assert '"utilisation"' in (data.parent / "run" / stage / "speeds.jsonl").read_text()
+
+    card = (data.parent / "run" / "model" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: vl-mamba\npipeline_tag: image-text-to-text\n")
+    assert "base_model" not in card  # a folder is no name on the Hub
+    annotations = (data / "train.json").read_bytes()
+    assert f"| train.json | {len(annotations):,} | `{hashlib.sha256(annotations).hexdigest()}` |" in card
+    assert "| records | 24 |" in card
+    assert "recipe `small`" in card and "## Stage align" in card and "| lr | 0.01 |" in card
+    last = read_metrics(data.parent / "run" / "finetune")
+    assert f"| loss, mean of the last 6 steps | {sum(m['loss'] for m in last) / 6:.4f} |" in card
+    assert f"| torch | {torch.__version__} |" in card
+
+    before = end.state_dict()
+    train(*arguments)  # finished: restored, and trained no further
+    assert all(torch.equal(p, before[n]) for n, p in VLM.from_pretrained("run/model").state_dict().items())
+    assert len(read_metrics(data.parent / "run" / "align")) == 6
+
+
+def test_lora_is_merged_into_the_model_that_is_saved(model, data):
+    train(model, data / "train.json", "--images", data / "images", "--epochs", "2", "--batch-size", "8",
+          "--lora.rank", "2", "--lora.targets", "in_proj", "dt_proj")  # fmt: skip
+    start, end = VLM.from_pretrained(model).state_dict(), VLM.from_pretrained("run/model").state_dict()
+    assert list(start) == list(end)
+    changed = {n for n in start if n.startswith("language_model") and not torch.equal(start[n], end[n])}
+    assert {n.split(".")[-2] for n in changed} == {"in_proj", "dt_proj"}
+    assert (
+        "rank 2, alpha 4.0, dropout 0.0, targets in_proj dt_proj" in (data.parent / "run/model/README.md").read_text()
+    )
+
+
+def test_a_dry_run_tells_and_leaves_nothing(model, data, capsys):
+    train(model, data / "train.json", "--images", data / "images", "--batch-size", "8", "--dry-run")
+    out = capsys.readouterr().out
+    for part in (
+        "recipe small", "vision", "frozen", "connector", "trained", "memory a device", "3 (1 epochs of 24 samples)",
+        "counted on 24 of 24 samples", "data and checkpoints are in order",
+    ):  # fmt: skip
+        assert part in out, part
+    assert not (data.parent / "run").exists()
+
+
+def test_a_dry_run_of_a_paper_needs_neither_weights_nor_a_network(data, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    train("vl-mamba", data / "train.json", "--images", data / "images", "--stage", "both", "--dry-run")
+    out = capsys.readouterr().out
+    assert "model vl-mamba-2.8b, recipe vl-mamba" in out
+    assert "2,768,345,600 frozen" in out and "2,768,345,600 trained" in out
+    assert "are not all here; training downloads them" in out
+    assert "four characters are counted as a token" in out
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    assert "but the disk has" in fails("vl-mamba", data / "train.json", "--images", data / "images", "--dry-run")
+
+
+def test_a_dry_run_finds_what_would_stop_a_run(model, data, monkeypatch):
+    arguments = (model, data / "train.json", "--images", data / "images", "--dry-run")
+    (data / "images" / "red.png").write_bytes(b"no image")
+    assert "red.png" in fails(*arguments)
+    Image.new("RGB", (60, 50), "red").save(data / "images" / "red.png")
+    config = json.loads((model / "config.json").read_text())
+    config["language"]["d_model"] = 72
+    (model / "config.json").write_text(json.dumps(config))
+    assert "backbone.embedding.weight" in fails(*arguments)
+
+
+def test_every_setting_of_a_stage_can_be_changed():
+    changeable = {f.name for f in fields(training.Settings)}
+    assert changeable == {f.name for f in fields(StageConfig)} - {"name", "lora"}
+    settings = training.Settings(lr=0.5, betas=(0.8, 0.9), trainable=("connector.",), workers=2)
+    command = training.Train("x", "run", recipe="ml-mamba", stage="both", settings=settings)
+    for stage in command._stages(training.recipe_named("ml-mamba")):
+        assert (stage.lr, stage.betas, stage.trainable, stage.workers) == (0.5, (0.8, 0.9), ("connector.",), 2)
+        assert stage.precision == "bf16"  # the recipe's
+
+
+def test_the_recipes_own_data_are_found_or_told_where_to_get(tmp_path, monkeypatch):
+    assert "no data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json" in fails("vl-mamba", "--stage", "align")
+    assert "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain" in fails("vl-mamba", "--stage", "align")
+    folder = tmp_path / "elsewhere" / "LLaVA-Pretrain"
+    folder.mkdir(parents=True)
+    (folder / "blip_laion_cc_sbu_558k.json").write_text("[]")
+    (folder / "images.zip").write_bytes(b"")
+    command = training.Train("vl-mamba", "run", root=tmp_path / "elsewhere")
+    files = command._files(training.recipe_named("vl-mamba"), "align")
+    assert files == ((folder / "blip_laion_cc_sbu_558k.json", folder / "images.zip"),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("vl-mamba-2.8", "data/train.json"),
+            "no folder, preset or recipe 'vl-mamba-2.8'; did you mean 'vl-mamba-2.8b'",
+        ),
+        (("vl_mamba", "data/train.json"), "did you mean 'vl-mamba'"),
+        (("model", "data/train.json", "--recipe", "ml-mmba"), "no recipe 'ml-mmba'; did you mean 'ml-mamba'"),
+        (("model",), "give DATA"),
+        (("model", "nowhere.json"), "no annotations at nowhere.json"),
+        (("run/model", "data/train.json"), "would replace the model that is begun with"),
+        (("model", "data/train.json", "--images", "a", "b"), "--images must be one for all data or one for each of 1"),
+        (("model", "data/train.json", "--lora.alpha", "3"), "--lora.alpha needs --lora.rank"),
+        (("model", "data/train.json", "--lora.rank", "0"), "rank of LoRA must be at least 1"),
+        (("model", "data/train.json", "--lora.rank", "2", "--stage", "align"), "--lora is of the finetune stage"),
+        (("model", "data/train.json", "--lr", "-1"), "lr of stage 'finetune' must be positive"),
+        (("model", "data/train.json", "--samples", "0"), "--samples must be positive"),
+        (("language", "data/train.json"), "language is no vision-language model"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, message, model, data, tmp_path):
+    if arguments[0] == "language":
+        MambaLM(LMConfig(32, 1, 100)).save_pretrained(tmp_path / "language")
+    assert message in fails(*arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_comes_before_a_recipe_of_its_name(model, data, capsys):
+    model.rename("vl-mamba")
+    train("vl-mamba", data / "train.json", "--images", data / "images", "--dry-run")
+    assert "model vl-mamba, recipe small" in capsys.readouterr().out
+
+
+def test_an_unknown_flag_is_told_the_nearest(model, data, capsys):
+    with pytest.raises(SystemExit):
+        train(model, data / "train.json", "--batchsize", "3")
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_a_template_of_captions_is_for_the_align_stage_alone(model, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "train_stage", lambda m, stage, samples, *rest: seen.append((stage.name, samples[0])))
+    monkeypatch.setattr(training, "write_card", lambda *a: None)
+    train(model, data / "train.json", "--images", data / "images", "--recipe", "ml-mamba", "--stage", "both")
+    (_, align), (_, finetune) = seen
+    tokenizer = VLM.from_pretrained(model).tokenizer
+    assert tokenizer.decode([t for t in align.input_ids if t >= 0]).startswith("it is red")
+    assert tokenizer.decode([t for t in finetune.input_ids if t >= 0]).startswith("what color is it")
+
+
+def test_only_the_first_rank_prints(monkeypatch, capsys):
+    monkeypatch.setattr(training, "rank", lambda: 1)
+    training.say("hello")
+    assert capsys.readouterr().out == ""
+    assert loop.rank() == 0
