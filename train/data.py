@@ -106,8 +106,10 @@ class _File(NamedTuple):
 class Records(Sequence[Record]):
     """Records that stay in their files: of each only its place is kept, 40 bytes."""
 
-    def __init__(self, files: Sequence[_File], table: np.ndarray):
+    def __init__(self, files: Sequence[_File], table: np.ndarray, broken: Sequence[str] = ()):
         self._files, self._table = files, table
+        self.broken = tuple(broken)
+        """What was left out, each with its place and reason."""
 
     def __len__(self) -> int:
         return len(self._table)
@@ -118,7 +120,7 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: slice) -> Records: ...
     def __getitem__(self, index: int | slice) -> Record | Records:
         if isinstance(index, slice):
-            return Records(self._files, self._table[index])
+            return Records(self._files, self._table[index], self.broken)
         number, begin, size, _, image = self._table[index].tolist()
         path, images, is_shard, stamp = self._files[number]
         with open(path, "rb") as file:
@@ -200,7 +202,7 @@ def read_llava(
         if len(broken) > max_broken * (len(table) + len(broken)):
             raise BrokenDataError(f"{text}, more than max_broken = {max_broken} allows: {first}")
         logger.warning("%s and left out: %s", text, first)
-    return Records(files, table)
+    return Records(files, table, broken)
 
 
 def write_llava(records: Sequence[Record], path: str | Path, image_folder: Path) -> None:

@@ -104,6 +104,7 @@ def test_many_missing_images_are_counted_and_the_first_few_named(images):
     with pytest.raises(BrokenDataError, match="more than max_broken = 0.69 allows"):
         read_llava(images / "d.jsonl", max_broken=0.69)
     left = read_llava(images / "d.jsonl", max_broken=0.7)
+    assert len(left.broken) == 7 and "gone6.png" in left.broken[-1]
     assert len(left) == 3 and left.where(2) == f"{images / 'd.jsonl'}, line 3"
 
 
