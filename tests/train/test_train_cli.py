@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -219,3 +221,25 @@ def test_only_the_first_rank_prints(monkeypatch, capsys):
     training.say("hello")
     assert capsys.readouterr().out == ""
     assert loop.rank() == 0
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does_by_the_same_command(model, data, tmp_path):
+    arguments = [
+        "train", str(model), "data/train.json", "--images", "data/images", "--stage", "both", "--epochs", "1",
+        "--batch-size", "8", "--micro-batch-size", "2", "--lr", "0.01", "--sample-every", "3", "--samples", "2",
+        "--lora.rank", "2", "--lora.targets", "in_proj", "dt_proj", "--device", "cpu", "--output",
+    ]  # fmt: skip
+    cli.main([*arguments, "one"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vlmamba.train.cli"]
+    run = subprocess.run([*launcher, *arguments, "two"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("saved two/model") == 1
+    for stage in ("align", "finetune"):
+        one, two = ([m["loss"] for m in read_metrics(tmp_path / ranks / stage)] for ranks in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-4)
+        answers = [(tmp_path / ranks / stage / "answers.jsonl").read_text() for ranks in ("one", "two")]
+        assert answers[0] == answers[1]
+    one, two = (VLM.from_pretrained(tmp_path / ranks / "model").state_dict() for ranks in ("one", "two"))
+    for name, p in one.items():
+        torch.testing.assert_close(two[name], p, rtol=1e-3, atol=1e-3)
