@@ -1,0 +1,240 @@
+"""`transformers`' state-space models on the ops of this package, on a CPU as on a GPU.
+
+    from ssm_kernels.integrations import transformers as on_our_ops
+
+    on_our_ops.enable()  # for models that exist already too
+    on_our_ops.disable()
+
+    with on_our_ops.enabled():
+        ...
+
+A modelling file of `transformers` 5.23 reaches its kernels through functions of the module, each of which stands for
+an op of `mamba_ssm` or `causal_conv1d`. `enable` puts this package's op in the place of each. In a graph that is being
+exported, for an activation other than silu, and for a decoding step that needs gradients, the library's own function
+runs as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..compat import mamba_ssm as ops
+
+
+def enable() -> None:
+    """Run the models of `MODEL_TYPES` on the ops of this package. Nothing happens where it is so already.
+
+    Raises:
+        ImportError: `transformers` is not installed.
+        RuntimeError: its version reaches kernels in another way; nothing has been changed.
+    """
+    if _originals:
+        return
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("enable() needs transformers (pip install 'transformers>=5.23')")
+    found, missing = [], []
+    for model_type, replacements in MODEL_TYPES.items():
+        name = f"transformers.models.{model_type}.modeling_{model_type}"
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError:
+            missing.append(name)
+            continue
+        for function, replacement in replacements.items():
+            if callable(getattr(module, function, None)):
+                found.append((module, function, replacement))
+            else:
+                missing.append(f"{name}.{function}")
+    if missing:
+        version = importlib.import_module("transformers").__version__
+        raise RuntimeError(f"enable() is written for transformers 5.23; {version} has no {', '.join(missing)}")
+    for module, function, replacement in found:
+        original = getattr(module, function)
+        _originals.append((module, function, original))
+        setattr(module, function, functools.wraps(original)(replacement(original)))
+
+
+def disable() -> None:
+    """Put the library's own functions back. Nothing happens where `enable` was not called."""
+    while _originals:
+        setattr(*_originals.pop())
+
+
+@contextlib.contextmanager
+def enabled() -> Iterator[None]:
+    """`enable` inside; afterwards it is as it was before."""
+    before = bool(_originals)
+    enable()
+    try:
+        yield
+    finally:
+        if not before:
+            disable()
+
+
+_originals: list[tuple[ModuleType, str, Callable]] = []
+
+
+def _convolution(original: Callable, *, packs: bool = True) -> Callable:
+    def causal_conv1d_fn(
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        if seq_idx is not None and not packs:
+            raise ValueError("seq_idx cannot be honoured: this model does not pass it on to the scan")
+        _refuse_bounds(kwargs)
+        if _leaves(activation):
+            return original(hidden_states, weight, bias, activation, seq_idx=seq_idx, **kwargs)
+        return ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation)
+
+    return causal_conv1d_fn
+
+
+def _convolution_step(original: Callable) -> Callable:
+    def causal_conv1d_update(
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        if _leaves(activation) or _needs_gradients(hidden_states, conv_state, weight, bias):
+            return original(hidden_states, conv_state, weight, bias, activation)
+        return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
+
+    return causal_conv1d_update
+
+
+def _scan_step(original: Callable) -> Callable:
+    def selective_state_update(
+        state: Tensor,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        z: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        if _leaves() or _needs_gradients(state, hidden_states, dt, A, B, C, D, dt_bias, z):
+            return original(
+                state, hidden_states, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs
+            )
+        return ops.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+    return selective_state_update
+
+
+def _mamba_scan(original: Callable) -> Callable:
+    def selective_scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **kwargs,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        arguments = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        # The other arguments choose between the library's own implementations.
+        return original(*arguments, **kwargs) if _leaves() else ops.selective_scan_fn(*arguments)
+
+    return selective_scan
+
+
+def _mamba2_scan(original: Callable) -> Callable:
+    def chunk_scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        options = {"D": D, "z": z, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
+        options |= {"dt_limit": dt_limit, "return_final_states": return_final_states, "seq_idx": seq_idx}
+        _refuse_bounds(kwargs)
+        if _leaves():
+            return original(hidden_states, dt, A, B, C, chunk_size, **options, **kwargs)
+        return ops.mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size, **options)
+
+    return chunk_scan
+
+
+def _no_shortcut(original: Callable) -> Callable:
+    """None sends a mixer through its single functions. The fused ones skip the padding mask after the convolution."""
+
+    def fused(*args, **kwargs) -> None:
+        return None
+
+    return fused
+
+
+def _leaves(activation: str | None = None) -> bool:
+    """Whether the library's own function is to run."""
+    from transformers.utils.import_utils import is_torchdynamo_exporting
+
+    return activation not in (None, "silu", "swish") or is_torchdynamo_exporting()
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _refuse_bounds(kwargs: dict) -> None:
+    if kwargs.get("cu_seqlens") is not None:
+        raise ValueError("cu_seqlens cannot be honoured here: give the model seq_idx in its place")
+
+
+_SHARED = {"causal_conv1d_update": _convolution_step}
+_MAMBA = _SHARED | {
+    "causal_conv1d_fn": functools.partial(_convolution, packs=False),
+    "mamba_inner_fn": _no_shortcut,
+    "mamba_selective_state_update": _scan_step,
+    "mamba_selective_scan": _mamba_scan,
+}
+_MAMBA2 = _SHARED | {
+    "causal_conv1d_fn": _convolution,
+    "mamba2_split_conv1d_scan_combined": _no_shortcut,
+    "mamba2_selective_state_update": _scan_step,
+    "mamba2_chunk_scan": _mamba2_scan,
+}
+MODEL_TYPES: dict[str, dict[str, Callable[[Callable], Callable]]] = {
+    "mamba": _MAMBA,
+    "falcon_mamba": _MAMBA,
+    "jamba": _MAMBA,
+    "mamba2": _MAMBA2,
+    "bamba": _MAMBA2,
+    "zamba2": _MAMBA2,
+    "nemotron_h": _MAMBA2,
+    "granitemoehybrid": _MAMBA2,
+}
+"""What is replaced: the functions of each model type's module, by name."""
