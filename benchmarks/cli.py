@@ -249,10 +249,12 @@ class Compare:
     """Medians that are slower by a smaller share are no regression."""
     alpha: float = 0.01
     """How likely chance may be."""
+    relative_to: str | None = None
+    """An implementation in both files that did not change: times as multiples of its, free of the machine's drift."""
 
     def run(self) -> None:
-        rows = compare.compare(self.before, self.after)
-        print(compare.table(rows, self.threshold, self.alpha))
+        rows = compare.compare(self.before, self.after, self.relative_to)
+        print(compare.table(rows, self.threshold, self.alpha, self.relative_to))
         if compare.regressions(rows, self.threshold, self.alpha):
             sys.exit(1)
 

@@ -3,11 +3,17 @@
 The test is Mann and Whitney's, of the single calls' times, two-sided: exact where there are at most `EXACT` calls on
 both sides together and no ties, else by the normal approximation with its correction for ties. The p values of one
 comparison are Holm's, so that many rows do not make one of them significant. The ratio is of the medians.
+
+The test says that the times differ, not that the code is why: what a machine does during one run is in all of its calls.
+Where its speed wanders between runs, compare relative to an implementation that did not change. Implementations are
+timed in turn, so each call is divided by that one's call beside it. On a machine that is shared this too may fail
+where nothing changed; measure again what failed.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +28,7 @@ class Row:
     impl: str
     mode: str
     before: float
-    """Median seconds."""
+    """Median seconds, or multiples of the implementation that is compared with."""
     after: float
     p: float
     """Adjusted; 1 where a side has a single call."""
@@ -32,8 +38,8 @@ class Row:
         return self.after / self.before
 
 
-def compare(before: Path, after: Path) -> list[Row]:
-    """The rows that both files have.
+def compare(before: Path, after: Path, relative_to: str | None = None) -> list[Row]:
+    """The rows that both files have, as they are or relative to an implementation's.
 
     Raises:
         ValueError: the files are not of the same case on the same device, or have no row of times in common.
@@ -51,8 +57,29 @@ def compare(before: Path, after: Path) -> list[Row]:
     for path, side in zip((before, after), sides, strict=True):
         if any("seconds" not in side[key] for key in common):
             raise ValueError(f"{path} has no times of single calls: write it anew with this version of ssm-bench run")
-    p = holm([mann_whitney(sides[0][key]["seconds"], sides[1][key]["seconds"]) for key in common])
-    return [Row(*key, sides[0][key]["median"], sides[1][key]["median"], q) for key, q in zip(common, p, strict=True)]
+    if relative_to is not None:
+        for path, side in zip((before, after), sides, strict=True):
+            lacking = [
+                mode for impl, mode in common if len(_calls(side, relative_to, mode)) != side[impl, mode]["calls"]
+            ]
+            if lacking:
+                raise ValueError(f"{path} has not as many calls of {relative_to} in mode {lacking[0]} as of the rest")
+        common = [key for key in common if key[0] != relative_to]
+    samples = [[_samples(side, key, relative_to) for side in sides] for key in common]
+    p = holm([mann_whitney(x, y) for x, y in samples])
+    medians = [[statistics.median(side) for side in both] for both in samples]
+    return [Row(*key, *both, q) for key, both, q in zip(common, medians, p, strict=True)]
+
+
+def _calls(side: dict, impl: str, mode: str) -> list[float]:
+    return side.get((impl, mode), {}).get("seconds", [])
+
+
+def _samples(side: dict, key: tuple[str, str], relative_to: str | None) -> list[float]:
+    seconds = side[key]["seconds"]
+    if relative_to is None:
+        return seconds
+    return [a / b for a, b in zip(seconds, _calls(side, relative_to, key[1]), strict=True)]
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
@@ -99,13 +126,14 @@ def regressions(rows: list[Row], threshold: float, alpha: float) -> list[Row]:
     return [row for row in rows if row.ratio > 1 + threshold and row.p < alpha]
 
 
-def table(rows: list[Row], threshold: float, alpha: float) -> str:
+def table(rows: list[Row], threshold: float, alpha: float, relative_to: str | None = None) -> str:
     slower = regressions(rows, threshold, alpha)
-    lines = [f"{'':<22}{'ms before':>12}{'ms after':>12}{'ratio':>8}{'p':>10}"]
+    unit, scale = ("ms", 1e3) if relative_to is None else ("times", 1)
+    lines = [f"{'':<22}{unit + ' before':>12}{unit + ' after':>12}{'ratio':>8}{'p':>10}"]
     for row in rows:
         mark = "  REGRESSION" if row in slower else "" if row.p < alpha else "  may be chance"
         lines.append(
-            f"{row.impl:<13}{row.mode:<9}{1e3 * row.before:>12.3f}{1e3 * row.after:>12.3f}{row.ratio:>8.3f}"
+            f"{row.impl:<13}{row.mode:<9}{scale * row.before:>12.3f}{scale * row.after:>12.3f}{row.ratio:>8.3f}"
             f"{row.p:>10.2g}{mark}"
         )
     return "\n".join(lines)

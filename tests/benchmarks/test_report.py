@@ -157,6 +157,24 @@ def test_a_regression_is_slow_by_enough_and_not_by_chance(tmp_path, capsys):
         cli.main(["compare", str(before), str(barely), "--threshold", "0.01"])
 
 
+def test_a_drift_of_the_machine_is_no_regression_relative_to_what_did_not_change(tmp_path):
+    def rows(torch_seconds, peer_seconds):
+        sides = {"torch": torch_seconds, "fla": peer_seconds}
+        times = {k: {"median": v[7], "calls": len(v), "seconds": v} for k, v in sides.items()}
+        return [{"impl": impl, "mode": "fwd", "time": time} for impl, time in times.items()]
+
+    drift = [1 + 0.01 * i for i in range(15)]
+    before = written(tmp_path / "a.json", [1.0], rows=rows(drift, drift))
+    drifted = written(tmp_path / "b.json", [1.0], rows=rows([2 * t for t in drift], [2 * t for t in drift]))
+    slower = written(tmp_path / "c.json", [1.0], rows=rows([3 * t for t in drift], [2 * t for t in drift]))
+    assert len(regressions(compare(before, drifted), 0.05, 0.01)) == 2
+    assert not regressions(compare(before, drifted, "fla"), 0.05, 0.01)
+    (row,) = regressions(compare(before, slower, "fla"), 0.05, 0.01)
+    assert row.impl == "torch" and row.ratio == pytest.approx(1.5)
+    with pytest.raises(ValueError, match="has not as many calls of transformers in mode fwd"):
+        compare(before, slower, "transformers")
+
+
 def test_files_that_do_not_compare_are_refused(tmp_path):
     before = written(tmp_path / "a.json", [1.0, 1.1])
     for field, value in {"device": "b", "op": "x", "dtype": "bf16", "shape": {"length": 9}, "threads": 2}.items():
