@@ -80,19 +80,27 @@ def sum_over_ranks(*values: float) -> list[float]:
 def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"]) -> nn.Module:
     """A copy of a model, of which each rank holds a share, with the weights of rank 0.
 
-    Only rank 0's model needs weights: that of the others may be on the `meta` device. The copy is filled parameter by
-    parameter, so that no device ever holds all of them. With `bf16` blocks are gathered in bfloat16 and gradients are
-    summed in float32; inputs are not cast, so that a float32 residual stays so. What a scan is most sensitive to
-    (A_log, D, the bias of the step size) is small: each rank has it whole, in float32 (see `sum_whole_gradients`).
+    Only rank 0's model needs weights: that of the others may be on the `meta` device, and of any dtype. The copy is
+    filled parameter by parameter, so that no device ever holds all of them. With `bf16` blocks are gathered in bfloat16
+    and gradients are summed in float32; inputs are not cast, so that a float32 residual stays so. What a scan is most
+    sensitive to (A_log, D, the bias of the step size) is small: each rank has it whole, in float32 (see
+    `sum_whole_gradients`).
 
     Raises:
         ValueError: the ranks have different models.
     """
-    n = sum(p.numel() for p in model.parameters())
-    if sum_over_ranks(n) != [n * world_size()]:
-        raise ValueError(f"the ranks have different models: that of rank {rank()} has {n:,} parameters")
+    own = {n: (tuple(p.shape), p.dtype) for n, p in model.named_parameters()}
+    described = [own]
+    dist.broadcast_object_list(described, 0, device=torch.device("cpu"))
+    first = described[0]
+    other = [n for n in own.keys() | first.keys() if n not in own or n not in first or own[n][0] != first[n][0]]
+    if other:
+        raise ValueError(f"the model of rank {rank()} is not that of rank 0: {', '.join(sorted(other))}")
     mesh = init_device_mesh(device.type, (world_size(),))
-    hollow = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    hollow = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=first[n][1], device="meta"), p.requires_grad)
+        for n, p in model.named_parameters()
+    }
     sharded = copy.deepcopy(model, hollow)
     whole = {p for n, p in sharded.named_parameters() if dtype_of(n, torch.float32, torch.bfloat16) == torch.float32}
     policy = MixedPrecisionPolicy()

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
+import tyro
+import yaml
 from torch.distributed.tensor import DTensor
 
 from vlmamba.model.batch import Sample, collate
 from vlmamba.model.prompt import IGNORE, IMAGE_TOKEN
 from vlmamba.model.vlm import VLM
+from vlmamba.train.cli import COMMANDS
 from vlmamba.train.config import StageConfig
 from vlmamba.train.distributed import FRESH_STORE, blocks, processes, rank, recomputed_blocks, shard, sum_over_ranks
 from vlmamba.train.loop import Interrupted, train_stage
@@ -142,6 +149,8 @@ def test_weights_are_shared_and_those_of_the_scan_are_whole_in_float32(family):
 def check_shards(family):
     with torch.device("meta" if rank() else "cpu"):
         model = tiny(family)
+    if rank() == 0:  # as it came from its file
+        model.vision.bfloat16()
     model.vision.requires_grad_(False)
     sharded = shard(model, torch.device("cpu"), "bf16")
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in sharded.parameters())
@@ -173,6 +182,19 @@ def check_shards(family):
     assert all((g is None) == n.startswith("vision.") for n, g in gradients.items())
     assert {g.dtype for g in gradients.values() if g is not None} == {torch.float32}
     assert sum_over_ranks(1.0, rank()) == [2.0, 1.0]
+
+
+def test_ranks_with_different_models_are_told():
+    assert on_ranks(2, shard_different_models) == [0, 0]
+
+
+def shard_different_models():
+    family = FAMILIES[rank()]
+    with contextlib.nullcontext() if rank() == 0 else pytest.raises(ValueError, match="rank 1 is not that of rank 0: "):
+        try:
+            shard(tiny(family), torch.device("cpu"), "fp32")
+        except RuntimeError:  # rank 0 loses the other
+            assert rank() == 0
 
 
 def test_bfloat16_on_two_ranks_is_that_of_one(tmp_path):
@@ -268,3 +290,20 @@ def test_a_rank_that_is_killed_comes_back_and_the_curve_is_the_same(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "exitcode: -9" in done.stderr
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+
+
+def test_the_files_for_clusters_run_the_command_of_the_laptop():
+    folder = Path(__file__).parents[2] / "docs" / "cluster"
+    job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
+    container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+    lines = [(folder / name).read_text().replace("\\\n", " ") for name in ("train.sbatch", "README.md")]
+    launches = [container["command"]] + [shlex.split(x) for t in lines for x in t.splitlines() if "vlmamba train" in x]
+    commands = {tuple(launch[launch.index("vlmamba") + 1 :]) for launch in launches}
+    assert len(launches) == 4 and len(commands) == 1
+    train = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=list(commands.pop()))
+    assert (train.model, train.stage) == ("vl-mamba", "both")
+    for launch in launches:
+        options = launch[launch.index("torchrun") + 1 : launch.index("vlmamba") + 1] if "torchrun" in launch else ["x"]
+        torch.distributed.run.get_args_parser().parse_args(options)
+    assert {"name": FRESH_STORE, "value": "1"} in container["env"]
+    assert all(f"{FRESH_STORE}=1" in text for text in lines)
