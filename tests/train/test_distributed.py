@@ -35,7 +35,7 @@ from vlmamba.train.track import read_metrics
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 STAGE = StageConfig(
-    "test", ("connector", "language_model"), lr=1e-3, epochs=2, batch_size=8, micro_batch_size=3, save_every=2,
+    "test", ("connector", "language_model"), lr=1e-3, batch_size=4, micro_batch_size=3, save_every=1,
     weight_decay=0.1, warmup_ratio=0,
 )  # fmt: skip
 VOCABULARY = 40
@@ -72,12 +72,12 @@ def tiny(family, seed=0):
     return VLM(tiny_config(family, VOCABULARY))
 
 
-def samples(n=16):
+def samples(n=12):
     """Conversations of unequal length, the first about images and the second about none, and so on."""
     draw = torch.Generator().manual_seed(0)
     made = []
     for i in range(n):
-        ids = torch.randint(0, VOCABULARY, (5 + i,), generator=draw).tolist()
+        ids = torch.randint(0, VOCABULARY, (5 + 2 * i,), generator=draw).tolist()
         image = () if i % 2 else (torch.randn(3, 48, 48, generator=draw),)
         places = [] if i % 2 else [IMAGE_TOKEN] * 36
         made.append(Sample(places + ids, [IGNORE] * (len(places) + 2) + ids[2:], image))
@@ -115,7 +115,7 @@ def test_two_ranks_take_the_steps_of_one(family, tmp_path):
 
 def test_checkpoints_of_two_ranks_go_on_in_one_and_in_four(tmp_path):
     train(tmp_path / "whole", "ml-mamba")
-    assert on_ranks(2, stopped_after_two_steps, tmp_path / "4") == [130, 130]
+    assert on_ranks(2, stopped_after_a_step, tmp_path / "4") == [130, 130]
     saved = {p.relative_to(tmp_path / "4"): p.read_bytes() for p in (tmp_path / "4").rglob("*") if p.is_file()}
     for path, content in saved.items():
         (tmp_path / "1" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def test_checkpoints_of_two_ranks_go_on_in_one_and_in_four(tmp_path):
         assert_same_training(tmp_path / "whole", tmp_path / resumed)
 
 
-def stopped_after_two_steps(folder):
+def stopped_after_a_step(folder):
     """SIGTERM comes to rank 1 alone."""
 
     def stop(step, model):
@@ -269,7 +269,7 @@ SCRIPT = textwrap.dedent("""
     folder = Path(sys.argv[2])
 
     def die(step, model):
-        if step == 2 and module.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if step == 1 and module.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 
     with module.processes():
