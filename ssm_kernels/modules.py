@@ -144,7 +144,8 @@ class Mamba(nn.Module):
         return tuple(F.rms_norm(p.to(compute), p.shape[-1:], eps=self.dt_bc_norm_eps).to(p.dtype) for p in parts)
 
     def _steps(self, low_rank: Tensor) -> Tensor:
-        return F.linear(low_rank, self.dt_proj.weight)
+        # The backward may run this outside of the autocast that the forward is in.
+        return F.linear(low_rank, self.dt_proj.weight.to(low_rank.dtype))
 
     def _maybe_not_kept(self, *activations) -> contextlib.AbstractContextManager:
         return not_kept(*activations) if self.use_mem_eff_path else contextlib.nullcontext()

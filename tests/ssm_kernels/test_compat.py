@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ssm_kernels import use_backend
 from ssm_kernels.compat import mamba_ssm as compat
 from vlmamba.model.mamba_ssm import MambaConfig, MambaLMHeadModel
 
@@ -542,14 +543,20 @@ def test_the_mixer_is_its_inner_function():
     torch.testing.assert_close(mixer(x), inner, rtol=1e-6, atol=1e-9)
 
 
-def test_autocast_is_left_before_the_backward():
-    mixer, x = compat.Mamba(16, 4), torch.randn(2, 5, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = compat.mamba_inner_fn(
-            mixer.in_proj(x).transpose(1, 2), mixer.conv1d.weight, mixer.conv1d.bias, mixer.x_proj.weight,
-            mixer.dt_proj.weight, mixer.out_proj.weight, None, -mixer.A_log.exp(), D=mixer.D,
-            delta_bias=mixer.dt_proj.bias,
-        )  # fmt: skip
+@pytest.mark.triton
+@pytest.mark.parametrize("fused", [False, True])
+def test_autocast_is_left_before_the_backward(backend, fused):
+    """What the backward computes again has the dtypes of the forward."""
+    mixer, x = compat.Mamba(16, 4), torch.randn(1, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16), use_backend(backend):
+        if fused:
+            y = compat.mamba_inner_fn(
+                mixer.in_proj(x).transpose(1, 2), mixer.conv1d.weight, mixer.conv1d.bias, mixer.x_proj.weight,
+                mixer.dt_proj.weight, mixer.out_proj.weight, None, -mixer.A_log.exp(), D=mixer.D,
+                delta_bias=mixer.dt_proj.bias,
+            )  # fmt: skip
+        else:
+            y = mixer(x)
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert all(p.grad.isfinite().all() for p in mixer.parameters())
