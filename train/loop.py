@@ -73,52 +73,51 @@ def train_stage(
     parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, stage)
     n_steps = stage.steps(len(samples))
-    with contextlib.closing(Checkpoints(folder, parameters, optimizer, stage.keep_last)) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        # The first to be entered, so that a second signal does not end the writing of a checkpoint.
+        asked = stack.enter_context(_stop_asked_for())
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(folder, parameters, optimizer, stage.keep_last))
+        )
         first_step = checkpoints.load()
+        tracker = None
+        if first_step < n_steps and rank() == 0:
+            tracker = stack.enter_context(contextlib.closing(make_tracker(folder, stage.name, first_step, n_steps)))
+            tracker.bar.write(f"{stage.name}: {_counts(model)}; {len(samples):,} samples, {n_steps:,} steps")
+        if stage.gradient_checkpointing:
+            stack.enter_context(recomputed_blocks(trained))
         loader = Loader(
             samples, stage, collate, first_step=first_step, n_steps=n_steps, rank=rank(), world_size=world_size(),
             folder=folder,
         )  # fmt: skip
-        with contextlib.ExitStack() as stack:
-            tracker = None
-            if first_step < n_steps and rank() == 0:
-                tracker = stack.enter_context(contextlib.closing(make_tracker(folder, stage.name, first_step, n_steps)))
-                tracker.bar.write(f"{stage.name}: {_counts(model)}; {len(samples):,} samples, {n_steps:,} steps")
-            if stage.gradient_checkpointing:
-                stack.enter_context(recomputed_blocks(trained))
-            asked = stack.enter_context(_stop_asked_for())
-            for step, data in enumerate(loader, first_step):
-                begin = time.perf_counter()
-                lr = learning_rate(stage, step, n_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                torch.manual_seed(_seed(stage.seed, step))
-                losses = _accumulate(trained, stage, data.micro_batches, device, folder)
-                loss, n_tokens, stop = sum_over_ranks(
-                    sum(losses), sum(b.n_tokens for b in data.micro_batches), len(asked)
-                )
-                sum_whole_gradients(parameters.values())
-                norm = clip_gradients(list(parameters.values()), stage.grad_clip)
-                if not (loss <= stage.max_loss and math.isfinite(norm)):
-                    worst = max(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
-                    what = (
-                        f"has a loss of {loss:.4g} (max_loss is {stage.max_loss:g}) and a gradient of norm {norm:.4g}"
-                    )
-                    raise _not_a_number(stage, data.micro_batches[worst], folder, what)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if tracker is not None:
-                    tracker.step(
-                        step, n_tokens=int(n_tokens), n_samples=stage.batch_size, loss=loss, lr=lr, grad_norm=norm,
-                        wait=data.wait, seconds=data.wait + time.perf_counter() - begin,
-                    )  # fmt: skip
-                if on_step is not None:
-                    with _autocast(stage, device):
-                        on_step(step, trained)
-                if stop or step + 1 == n_steps or (step + 1) % stage.save_every == 0:
-                    checkpoints.save(step + 1)
-                if stop and step + 1 < n_steps:
-                    raise Interrupted(130)
+        for step, data in enumerate(loader, first_step):
+            begin = time.perf_counter()
+            lr = learning_rate(stage, step, n_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(_seed(stage.seed, step))
+            losses = _accumulate(trained, stage, data.micro_batches, device, folder)
+            loss, n_tokens, stop = sum_over_ranks(sum(losses), sum(b.n_tokens for b in data.micro_batches), len(asked))
+            sum_whole_gradients(parameters.values())
+            norm = clip_gradients(list(parameters.values()), stage.grad_clip)
+            if not (loss <= stage.max_loss and math.isfinite(norm)):
+                worst = max(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+                what = f"has a loss of {loss:.4g} (max_loss is {stage.max_loss:g}) and a gradient of norm {norm:.4g}"
+                raise _not_a_number(stage, data.micro_batches[worst], folder, what)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if tracker is not None:
+                tracker.step(
+                    step, n_tokens=int(n_tokens), n_samples=stage.batch_size, loss=loss, lr=lr, grad_norm=norm,
+                    wait=data.wait, seconds=data.wait + time.perf_counter() - begin,
+                )  # fmt: skip
+            if on_step is not None:
+                with _autocast(stage, device):
+                    on_step(step, trained)
+            if stop or step + 1 == n_steps or (step + 1) % stage.save_every == 0:
+                checkpoints.save(step + 1)
+            if stop and step + 1 < n_steps:
+                raise Interrupted(130)
     if trained is not model:
         gather_into(model, parameters)
     merge_lora(model)

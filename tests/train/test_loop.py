@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from vlmamba.model import hub
+from vlmamba.train.checkpoint import Checkpoints
 from vlmamba.train.config import StageConfig
-from vlmamba.train.loop import train_stage
+from vlmamba.train.loop import Interrupted, train_stage
 from vlmamba.train.optim import clip_gradients, freeze_all_but, learning_rate, make_optimizer
 from vlmamba.train.sampler import samples_of_step
 from vlmamba.train.track import read_metrics
@@ -143,6 +144,24 @@ class FailsAfter(Data):
         if self.left < 0:
             raise RuntimeError("out of data")
         return super().__getitem__(i)
+
+
+def test_a_second_sigterm_does_not_end_the_writing_of_a_checkpoint(tmp_path, monkeypatch):
+    wait = Checkpoints.wait
+
+    def slowly(checkpoints):
+        if checkpoints.writing is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        wait(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "wait", slowly)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train_stage(
+            Regression(), STAGE, Data(), collate, tmp_path, on_step=lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        )
+    assert (tmp_path / "step-00000002" / ".metadata").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path):
