@@ -4,7 +4,7 @@ The test is Mann and Whitney's, of the single calls' times, two-sided: exact whe
 both sides together and no ties, else by the normal approximation with its correction for ties. The p values of one
 comparison are Holm's, so that many rows do not make one of them significant. The ratio is of the medians.
 
-The test says that the times differ, not that the code is why: what a machine does during one run is in all of its calls.
+The test says that the times differ, not that the code is why: what a machine does during a run is in all of its calls.
 Where its speed wanders between runs, compare relative to an implementation that did not change. Implementations are
 timed in turn, so each call is divided by that one's call beside it. On a machine that is shared this too may fail
 where nothing changed; measure again what failed.
