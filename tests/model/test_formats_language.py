@@ -325,7 +325,7 @@ def test_convert_leaves_nothing_half_done(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["lm"]
     with pytest.raises(FileExistsError, match="lm exists and is not empty"):
         convert(tmp_path / "lm", tmp_path / "lm", to="transformers")
-    with pytest.raises(ValueError, match="to must be one of 'own', 'state-spaces', 'transformers', 'released'; got 'gguf'"):
+    with pytest.raises(ValueError, match="to must be one of 'own', .*'released'; got 'gguf'"):
         convert(tmp_path / "lm", tmp_path / "dst", to="gguf")
 
 
