@@ -33,6 +33,8 @@ class StageConfig:
     """`bf16` runs matrix products in bfloat16 (autocast); weights and scans stay float32."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of each block for the backward, which computes the rest again."""
+    context_parallel: int = 1
+    """Ranks that split each batch along its tokens, where these are too many for one; it divides their number."""
     seed: int = 0
     save_every: int = 200
     """Steps between checkpoints."""
@@ -50,6 +52,8 @@ class StageConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} of stage {self.name!r} must be positive, got {getattr(self, name)}")
+        if self.context_parallel < 1:
+            raise ValueError(f"context_parallel must be at least 1, got {self.context_parallel}")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1 or None, got {self.micro_batch_size}")
         if not 0 <= self.warmup_ratio <= 1:

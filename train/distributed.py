@@ -77,6 +77,17 @@ def sum_over_ranks(*values: float) -> list[float]:
     return total.tolist()
 
 
+def context_group(size: int) -> dist.ProcessGroup | None:
+    """The `size` neighbouring ranks that split their batches with this one; None where each has its own.
+
+    Raises:
+        ValueError: `size` does not divide the number of ranks.
+    """
+    if world_size() % size:
+        raise ValueError(f"context_parallel must divide the {world_size()} ranks, got {size}")
+    return None if size == 1 else dist.new_subgroups(size)[0]
+
+
 def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"]) -> nn.Module:
     """A copy of a model, of which each rank holds a share, with the weights of rank 0.
 

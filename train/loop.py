@@ -12,11 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from ssm_kernels.context_parallel import SequenceSplit, context_parallel
+
+from ..model.vlm import VLM
 from .checkpoint import Checkpoints
 from .config import StageConfig
-from .distributed import gather_into, rank, recomputed_blocks, shard, sum_over_ranks, sum_whole_gradients, world_size
+from .distributed import (
+    context_group,
+    gather_into,
+    rank,
+    recomputed_blocks,
+    shard,
+    sum_over_ranks,
+    sum_whole_gradients,
+    world_size,
+)
 from .loader import Loader, Samples
 from .lora import add_lora, merge_lora
 from .optim import clip_gradients, freeze_all_but, learning_rate, make_optimizer
@@ -63,6 +76,9 @@ def train_stage(
     folder, device = Path(folder), torch.device(device)
     if not len(samples):
         raise ValueError(f"stage {stage.name!r} has no samples to train on")
+    if stage.context_parallel > 1 and not isinstance(model, VLM):
+        raise ValueError(f"context_parallel is for a VLM, and stage {stage.name!r} trains a {type(model).__name__}")
+    neighbours = context_group(stage.context_parallel)
     torch.manual_seed(stage.seed)
     if stage.lora is not None:
         add_lora(model, stage.lora)
@@ -87,8 +103,8 @@ def train_stage(
         if stage.gradient_checkpointing:
             stack.enter_context(recomputed_blocks(trained))
         loader = Loader(
-            samples, stage, collate, first_step=first_step, n_steps=n_steps, rank=rank(), world_size=world_size(),
-            folder=folder,
+            samples, stage, collate, first_step=first_step, n_steps=n_steps,
+            rank=rank() // stage.context_parallel, world_size=world_size() // stage.context_parallel, folder=folder,
         )  # fmt: skip
         for step, data in enumerate(loader, first_step):
             begin = time.perf_counter()
@@ -96,8 +112,9 @@ def train_stage(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(_seed(stage.seed, step))
-            losses = _accumulate(trained, stage, data.micro_batches, device, folder)
+            losses = _accumulate(trained, stage, data.micro_batches, device, folder, neighbours)
             loss, n_tokens, stop = sum_over_ranks(sum(losses), sum(b.n_tokens for b in data.micro_batches), len(asked))
+            n_tokens //= stage.context_parallel  # each batch is counted by all that split it
             sum_whole_gradients(parameters.values())
             norm = clip_gradients(list(parameters.values()), stage.grad_clip)
             if not (loss <= stage.max_loss and math.isfinite(norm)):
@@ -129,23 +146,33 @@ def _seed(seed: int, step: int) -> int:
 
 
 def _accumulate(
-    model: nn.Module, stage: StageConfig, batches: list[Any], device: torch.device, folder: Path
+    model: nn.Module,
+    stage: StageConfig,
+    batches: list[Any],
+    device: torch.device,
+    folder: Path,
+    neighbours: dist.ProcessGroup | None,
 ) -> list[float]:
-    """Gradients of the mean loss over all learned tokens of a step, of all ranks; each batch's part of that loss."""
-    (n_targets,) = sum_over_ranks(sum(b.n_targets for b in batches))
+    """Gradients of the mean loss over all learned tokens of a step, of all ranks; each batch's part of that loss.
+
+    Where `neighbours` split a batch, each has the loss of its own tokens.
+    """
+    n_targets = sum_over_ranks(sum(b.n_targets for b in batches))[0] / stage.context_parallel
     losses = []
     for batch in batches:
-        try:
-            with _autocast(stage, device):
-                out = model(batch.to(device))
-        except ValueError as e:
-            if "must not hold NaN" not in str(e):
-                raise
-            # On a CPU the scans look; elsewhere the loss will show it.
-            raise _not_a_number(stage, batch, folder, f"met what is not a number ({e})") from e
-        loss = out.loss * (out.n_targets / n_targets)
-        (loss * world_size()).backward()  # gradients are averaged over ranks
-        losses.append(loss.detach())
+        split = None if neighbours is None else SequenceSplit.even(batch.n_tokens, neighbours)
+        with contextlib.nullcontext() if split is None else context_parallel(split):
+            try:
+                with _autocast(stage, device):
+                    out = model(batch.to(device))
+            except ValueError as e:
+                if "must not hold NaN" not in str(e):
+                    raise
+                # On a CPU the scans look; elsewhere the loss will show it.
+                raise _not_a_number(stage, batch, folder, f"met what is not a number ({e})") from e
+            loss = out.loss * (out.n_targets / n_targets)
+            (loss * world_size()).backward()  # gradients are averaged over ranks
+            losses.append(loss.detach())
     return torch.stack(losses).tolist()
 
 

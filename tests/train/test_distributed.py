@@ -113,6 +113,25 @@ def test_two_ranks_take_the_steps_of_one(family, tmp_path):
     assert changed == {"connector", "language_model"}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_that_split_each_batch_take_the_steps_of_one(family, tmp_path):
+    train(tmp_path / "one", family)
+    stage = replace(STAGE, context_parallel=2, gradient_checkpointing=family == "ml-mamba")
+    assert on_ranks(2, train, tmp_path / "two", family, stage) == [0, 0]
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_four_ranks_split_batches_in_pairs(tmp_path):
+    train(tmp_path / "one", "ml-mamba")
+    assert on_ranks(4, train, tmp_path / "four", "ml-mamba", replace(STAGE, context_parallel=2)) == [0] * 4
+    assert_same_training(tmp_path / "one", tmp_path / "four")
+
+
+def test_a_split_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="context_parallel must divide the 1 ranks, got 2"):
+        train(tmp_path, "ml-mamba", replace(STAGE, context_parallel=2))
+
+
 def test_checkpoints_of_two_ranks_go_on_in_one_and_in_four(tmp_path):
     train(tmp_path / "whole", "ml-mamba")
     assert on_ranks(2, stopped_after_a_step, tmp_path / "4") == [130, 130]
