@@ -109,7 +109,9 @@ class Plan:
         for part, (trained, frozen) in self.parameters.items():
             counts = [f"{n:,} {what}" for n, what in ((trained, "trained"), (frozen, "frozen")) if n]
             rows.append((part, ", ".join(counts)))
-        micro = stage.micro_batch_size or stage.batch_size // self.devices
+        shares = self.devices // stage.context_parallel
+        micro = stage.micro_batch_size or stage.batch_size // shares
+        split = f", each batch over {stage.context_parallel}" * (stage.context_parallel > 1)
         rows += [
             (
                 "memory a device",
@@ -118,8 +120,8 @@ class Plan:
             ),
             (
                 "batch",
-                f"{stage.batch_size} samples: {self.devices} device{'s' * (self.devices > 1)}, "
-                f"{micro} at once, {math.ceil(stage.batch_size / self.devices / micro)} times",
+                f"{stage.batch_size} samples: {self.devices} device{'s' * (self.devices > 1)}{split}, "
+                f"{micro} at once, {math.ceil(stage.batch_size / shares / micro)} times",
             ),
             ("steps", f"{self.n_steps:,} ({stage.epochs:g} epochs of {self.n_samples:,} samples)"),
             (
@@ -144,8 +146,11 @@ def make_plan(config: VLMConfig, stage: StageConfig, n_samples: int, size: Size,
     Raises:
         ValueError: as `freeze_all_but`, or the batch cannot be spread over the devices.
     """
-    if stage.batch_size % devices:
-        raise ValueError(f"batch_size must be divisible by the {devices} devices, got {stage.batch_size}")
+    if devices % stage.context_parallel:
+        raise ValueError(f"context_parallel must divide the {devices} ranks, got {stage.context_parallel}")
+    shares = devices // stage.context_parallel
+    if stage.batch_size % shares:
+        raise ValueError(f"batch_size must be divisible by the {shares} devices, got {stage.batch_size}")
     with torch.device("meta"):
         model = VLM(config)
     if stage.lora is not None:
@@ -159,13 +164,13 @@ def make_plan(config: VLMConfig, stage: StageConfig, n_samples: int, size: Size,
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained_bytes = sum(p.numel() * p.element_size() for p in learning.values())
     trained = sum(p.numel() for p in learning.values())
-    micro = stage.micro_batch_size or stage.batch_size // devices
+    micro = stage.micro_batch_size or stage.batch_size // shares
     width = 2 if stage.precision == "bf16" else 4
     memory = Memory(
         weights // devices,
         trained_bytes // devices,
         8 * trained // devices,
-        round(micro * _activations(model, size, width, stage.gradient_checkpointing)),
+        round(micro * _activations(model, size, width, stage.gradient_checkpointing) / stage.context_parallel),
     )
     flops = flops_of_sample(model, size) / size.tokens
     # Of checkpoints there is one more than are kept while it is written.

@@ -52,6 +52,17 @@ def test_devices_share_what_is_sharded_and_keep_the_batch():
         make_plan(PRESETS["vl-mamba-2.8b"].config, VL_MAMBA.finetune, 1000, SIZE, devices=3)
 
 
+def test_devices_that_split_batches_share_activations_and_not_samples():
+    model = PRESETS["vl-mamba-2.8b"].config
+    apart, split = (
+        make_plan(model, replace(VL_MAMBA.finetune, context_parallel=n), 1000, SIZE, devices=8) for n in (1, 4)
+    )
+    assert split.memory.activations == round(apart.memory.activations / 4)
+    assert "128 samples: 8 devices, each batch over 4, 8 at once, 8 times" in str(split)
+    with pytest.raises(ValueError, match="context_parallel must divide the 8 ranks, got 3"):
+        make_plan(model, replace(VL_MAMBA.finetune, context_parallel=3), 1000, SIZE, devices=8)
+
+
 def test_checkpointing_and_lora_take_less():
     model = PRESETS["ml-mamba-3b"].config
     whole = make_plan(model, replace(ML_MAMBA.finetune, gradient_checkpointing=False), 1000, SIZE)
