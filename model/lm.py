@@ -16,7 +16,7 @@ from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm
 
 from .config import LMConfig
 from .formats import recognise
-from .formats.language import read
+from .formats.language import NEOX_VOCABULARY, read
 from .generate import GenerationConfig, pieces_of_text, write_on
 from .hub import TOKENIZER, HubModel, fetch
 from .tokenizer import Tokenizer
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 NEOX = "EleutherAI/gpt-neox-20b"
 """Where the tokenizer of `state-spaces/*` is: those repositories have none of their own."""
-NEOX_VOCABULARY = 50277
 
 LMState = list[MixerState]
 """What the model remembers of a batch of sequences: the state of each layer's mixer."""

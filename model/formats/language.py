@@ -24,6 +24,8 @@ from . import read_json, recognise
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "backbone.embedding.weight"
+NEOX_VOCABULARY = 50277
+"""Tokens of GPT-NeoX, which the models of `state-spaces` and those made of them have."""
 
 
 def read(folder: Path) -> tuple[LMConfig, Weights]:
@@ -96,7 +98,7 @@ def from_state_spaces(data: Mapping[str, Any]) -> LMConfig:
     config = LMConfig(
         d_model=d_model,
         n_layer=given.take("n_layer", 64),
-        vocab_size=given.take("vocab_size", 50277),
+        vocab_size=given.take("vocab_size", NEOX_VOCABULARY),
         layer="mamba" if layer == "Mamba1" else "mamba2",
         d_conv=ssm.take("d_conv", 4),
         expand=ssm.take("expand", 2),
@@ -365,11 +367,11 @@ class Published:
     config: LMConfig
 
 
-def _mamba(d_model: int, n_layer: int, vocab_size: int = 50277, multiple: int = 8) -> LMConfig:
+def _mamba(d_model: int, n_layer: int, vocab_size: int = NEOX_VOCABULARY, multiple: int = 8) -> LMConfig:
     return LMConfig(d_model, n_layer, vocab_size, pad_vocab_size_multiple=multiple)
 
 
-def _mamba2(d_model: int, n_layer: int, vocab_size: int = 50277, multiple: int = 16) -> LMConfig:
+def _mamba2(d_model: int, n_layer: int, vocab_size: int = NEOX_VOCABULARY, multiple: int = 16) -> LMConfig:
     return LMConfig(d_model, n_layer, vocab_size, "mamba2", d_state=128, pad_vocab_size_multiple=multiple)
 
 

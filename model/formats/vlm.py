@@ -30,10 +30,9 @@ from ..config import LMConfig, VisionConfig, VLMConfig
 from ..hub import fetch_model
 from ..weights import Weights, open_weights
 from . import RELEASED, checkpoint_folder, read_json, recognise
-from .language import EMBEDDING, LM_HEAD, PUBLISHED, dump
+from .language import EMBEDDING, LM_HEAD, NEOX_VOCABULARY, PUBLISHED, dump
 from .vision import VISION_ENCODERS, open_encoder
 
-NEOX_VOCABULARY = 50277
 PADDING = {50280: 8, 50288: 16}
 """Rows of an embedding for that vocabulary, and what they are a multiple of, in Mamba-1's and Mamba-2's models."""
 ENCODERS = {
