@@ -41,6 +41,14 @@ def read(path: Path) -> dict:
     return report
 
 
+def write_json(path: Path | None, result: dict) -> None:
+    """The result where a path was asked for, with the folders on the way to it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
+
+
 def to_csv(report: dict, path: Path) -> None:
     """A line for each row, with the case and the device in front."""
     case = {"op": report["op"], "dtype": report["dtype"], **report["shape"], "device": report["device"]}

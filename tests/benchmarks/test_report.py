@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from vlmamba.benchmarks import cli, measure, report
+from vlmamba.benchmarks import cli, measure, report, run
 from vlmamba.benchmarks.compare import compare, holm, mann_whitney, regressions
 from vlmamba.benchmarks.measure import allowed_error
 from vlmamba.benchmarks.roofline import Floor
@@ -63,7 +63,7 @@ def test_a_fast_wrong_implementation_is_caught(tmp_path, capsys, monkeypatch):
         work = build(op, impl, *args, **options)
         return Workload(lambda: work.run() * 1.001, work.inputs) if impl == "torch" else work
 
-    monkeypatch.setattr(cli, "build", wrong)
+    monkeypatch.setattr(run, "build", wrong)
     out = tmp_path / "run.json"
     with pytest.raises(SystemExit, match="wrong: torch; more than"):
         cli.main(["run", "causal_conv1d", "--impl", "reference", "torch", *SMALL, "--out", str(out)])
@@ -88,10 +88,10 @@ def test_a_half_type_is_not_forgiven_half_of_the_result():
 def test_the_roofline_is_given_where_the_device_is_known(monkeypatch):
     shape = named_shape("ssd", "2.7b")
     assert (shape.batch, shape.length, shape.channels, shape.heads, shape.d_state) == (8, 2048, 5120, 80, 128)
-    assert cli._against_roofline("ssd", shape, "bf16", "fwd", 1.0, "cpu")["share"] is None
+    assert run._against_roofline("ssd", shape, "bf16", "fwd", 1.0, "cpu")["share"] is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(cli, "floor", lambda *a: Floor(0.25, "memory"))
-    reached = cli._against_roofline("ssd", shape, "bf16", "fwd", 0.5, "cuda")
+    monkeypatch.setattr(run, "floor", lambda *a: Floor(0.25, "memory"))
+    reached = run._against_roofline("ssd", shape, "bf16", "fwd", 0.5, "cuda")
     assert reached == {"floor": 0.25, "bound": "memory", "share": 0.5}
 
 
