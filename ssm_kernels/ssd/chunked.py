@@ -9,10 +9,12 @@ it through the segment again, and walks the segments in reverse.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import define_op
@@ -22,6 +24,8 @@ from .._sequences import Blocks, make_tiles, parse_sequences
 SEGMENT = 8
 # Elements of the states of a segment, which bounds how many sequences are scanned together.
 SEGMENT_ELEMENTS = 1 << 20
+# The exponential of so much overflows, and of its negative is 0.
+MOST = {torch.float32: 104.0, torch.float64: 746.0}
 
 
 def scan(
@@ -69,11 +73,11 @@ class _Segment:
         self.counts = counts  # sequences that have a first, second, ... chunk here
         self.x, self.dt, self.a = x, dt, a  # (m, Q, G, E, P), (m, Q, G, E), (G, E)
         self.B, self.C = B.transpose(1, 2), C.transpose(1, 2)  # (m, G, Q, N)
-        self.log_decay = torch.cumsum(dt * a, dim=1)  # (m, Q, G, E)
-        total = self.log_decay[:, -1:]
-        self.from_start = self.log_decay.exp().unsqueeze(-1)
-        self.to_end = (total - self.log_decay).exp().unsqueeze(-1)
-        self.whole = total.exp().transpose(1, 2).unsqueeze(-1)  # (m, G, 1, E, 1)
+        self.log_decay = _running_sum(dt * a)  # (m, Q, G, E) twice
+        first, second = self.log_decay
+        self.from_start = (first + second).exp().unsqueeze(-1)
+        self.to_end = ((first[:, -1:] - first) + (second[:, -1:] - second)).exp().unsqueeze(-1)
+        self.whole = self.from_start[:, -1:].transpose(1, 2)  # (m, G, 1, E, 1)
         self.input = x * dt.unsqueeze(-1)
         self.input_heads = _by_head(self.input)
         self.leaving = _by_group(self.input * self.to_end)
@@ -100,8 +104,9 @@ class _Segment:
 
     def decay_between(self) -> Tensor:
         """exp(a_i - a_j) for i >= j, else 0, (m, G, E, Q, Q). What overflows above the diagonal is overwritten."""
-        log = self.log_decay.permute(0, 2, 3, 1).contiguous()
-        return (log.unsqueeze(-1) - log.unsqueeze(-2)).exp_().tril_()
+        first, second = (log.permute(0, 2, 3, 1).contiguous() for log in self.log_decay)
+        log = first.unsqueeze(-1) - first.unsqueeze(-2)
+        return log.add_(second.unsqueeze(-1)).sub_(second.unsqueeze(-2)).exp_().tril_()
 
     def forward(self, carry: Tensor) -> Tensor:
         """y (m, Q, G, E, P), from the state of each sequence, which moves to the segment's end."""
@@ -134,11 +139,27 @@ class _Segment:
         through = (states * dnext).unflatten(3, heads).sum((2, 4)).unsqueeze(1) * self.whole.view(
             len(dy), 1, *self.a.shape
         )
-        dlog = inside + out_of_state.flip(1).cumsum(1).flip(1) + (into_state.cumsum(1) - into_state) + through
+        before = F.pad(into_state[:, :-1], (0, 0, 0, 0, 1, 0)).cumsum(1)
+        dlog = inside + out_of_state.flip(1).cumsum(1).flip(1) + before + through
 
         ddt = (dinput * self.x).sum(-1) + dlog * self.a
         dx, da = dinput.mul_(self.dt.unsqueeze(-1)), (dlog * self.dt).sum((0, 1))
         return dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2), da
+
+
+def _running_sum(log: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of (m, Q, ...) up to each step, as two parts, of which a difference is as exact as its own terms.
+
+    A running sum has the digits of the largest terms in it, and so has what is left of two of them. Here the first
+    part has the terms as multiples of a power of two so large that their sums are exact, and the second what remains
+    of them. No term need be larger than what makes 0, or infinity, of the exponential.
+    """
+    largest = MOST[log.dtype]
+    log = log.clamp(-largest, largest)
+    digits = 1 - math.log2(torch.finfo(log.dtype).eps)
+    unit = 2.0 ** (math.ceil(math.log2(largest * log.shape[1])) - digits)
+    coarse = (log / unit).floor_().mul_(unit)
+    return coarse.cumsum(1), (log - coarse).cumsum(1)
 
 
 def _by_group(m: Tensor) -> Tensor:
@@ -169,7 +190,7 @@ class _Place(NamedTuple):
         parts = [self.blocks.read(k, flat, dtype) for k in self.chunks]
         missing = parts[0].shape[1] - parts[-1].shape[1]
         if missing:  # the last chunk of all is shorter
-            parts[-1] = torch.nn.functional.pad(parts[-1], (0, 0) * (flat.dim() - 1) + (0, missing))
+            parts[-1] = F.pad(parts[-1], (0, 0) * (flat.dim() - 1) + (0, missing))
         return torch.cat(parts)
 
     def write(self, part: Tensor, flat: Tensor) -> None:

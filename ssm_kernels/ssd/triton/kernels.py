@@ -50,17 +50,35 @@ def _step_sizes(
 
 
 @triton.jit
-def _decays(dt, a, Q: tl.constexpr):
-    """Running sums of dt a up to each step, (Q,), and over the chunk."""
-    log = tl.cumsum(dt * a, axis=0)
-    return log, tl.sum(tl.where(tl.arange(0, Q) == Q - 1, log, 0.0), axis=0)
+def _decays(dt, a, Q: tl.constexpr, COMPUTE: tl.constexpr):
+    """Running sums of dt a in two parts (Q,), and what decays remain from the start, to the end, and over the chunk.
+
+    The first part has the terms as multiples of UNIT, whose sums are exact, and the second what remains of them, so
+    that a difference is as exact as its own terms; see `chunked`.
+    """
+    MOST: tl.constexpr = 1100.0 if COMPUTE == tl.float64 else 150.0  # exp2 of it overflows, of its negative is 0
+    UNIT: tl.constexpr = Q * (2.0**-42 if COMPUTE == tl.float64 else 2.0**-16)  # so that Q MOST fits in the digits
+    most = tl.full((), MOST, COMPUTE)
+    log = tl.minimum(tl.maximum(dt * a, -most), most)
+    multiples = tl.floor(log * (1 / UNIT)) * UNIT
+    coarse, rest = tl.cumsum(multiples, axis=0), tl.cumsum(log - multiples, axis=0)
+    last = tl.arange(0, Q) == Q - 1
+    all_coarse, all_rest = tl.sum(tl.where(last, coarse, 0.0), axis=0), tl.sum(tl.where(last, rest, 0.0), axis=0)
+    to_end = tl.exp2((all_coarse - coarse) + (all_rest - rest))
+    return coarse, rest, tl.exp2(coarse + rest), to_end, tl.exp2(all_coarse + all_rest)
 
 
 @triton.jit
-def _decay_between(log, Q: tl.constexpr):
-    """exp of the decay from after step j to step i, (Q, Q), zero for j > i."""
+def _coarse_decay_between(coarse, Q: tl.constexpr):
+    """The decay from after step j to step i, (Q, Q), by the first part of the sums alone; zero for j > i."""
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    return tl.exp2(tl.where(i >= j, log[:, None] - log[None, :], float("-inf")))
+    return tl.exp2(tl.where(i >= j, coarse[:, None] - coarse[None, :], float("-inf")))
+
+
+@triton.jit
+def _decay_between(coarse, rest, Q: tl.constexpr):
+    """The decay from after step j to step i, (Q, Q), zero for j > i."""
+    return _coarse_decay_between(coarse, Q) * tl.exp2(rest)[:, None] * tl.exp2(-rest)[None, :]
 
 
 @triton.jit
@@ -125,7 +143,7 @@ def _forward_kernel(
         rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
         in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
         step, _ = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
-        log, whole = _decays(step, a, Q)
+        coarse, rest, _, to_end, whole = _decays(step, a, Q, COMPUTE)
         if KEEP:
             at_kept = (kept + (first - begin) // Q * H) * (P * N)
             tl.store(states + at_kept + at_state, state.to(states.dtype.element_ty), in_state)
@@ -134,16 +152,18 @@ def _forward_kernel(
         if WRITE_Y:
             C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
             scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE)
-            mix = scores * _decay_between(log, Q) * step[None, :]
-            out = tl.dot(C_q, state.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * tl.exp2(log)[:, None]
+            # As `_decay_between`, whose two factors would cost registers here.
+            mix = scores * _coarse_decay_between(coarse, Q) * (step * tl.exp2(-rest))[None, :]
+            out = tl.dot(C_q, state.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * tl.exp2(coarse)[:, None]
             out += tl.dot(mix.to(DOT), x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
+            out *= tl.exp2(rest)[:, None]
             if HAS_D:
                 out += skip[None, :] * x_q.to(COMPUTE)
             at_y = ((batch * length + rows) * H + head) * P
             tl.store(y + at_y[:, None] + p[None, :], out.to(y.dtype.element_ty), in_x)
-        arriving = x_q.to(COMPUTE) * (step * tl.exp2(whole - log))[:, None]
+        arriving = x_q.to(COMPUTE) * (step * to_end)[:, None]
         arrived = tl.dot(tl.trans(B_q), arriving.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
-        state = state * tl.exp2(whole) + arrived
+        state = state * whole + arrived
         total += tl.sum(step, axis=0)
 
     if WRITE_END:
@@ -205,13 +225,13 @@ def _state_gradient_kernel(
         rows, valid = _rows(begin + chunk * Q, end, route, length, height, Q, ROUTES > 0)
         in_x = valid[:, None] & in_p[None, :]
         step, _ = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
-        log, whole = _decays(step, a, Q)
+        _, _, from_start, _, whole = _decays(step, a, Q, COMPUTE)
         at_C = C + rows[:, None] * C_step + n[None, :]
         C_q = tl.load(at_C, valid[:, None] & in_n[None, :], other=0.0).to(DOT)
         dy_q = tl.load(dy + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
-        decayed = (dy_q * tl.exp2(log)[:, None]).to(DOT)
+        decayed = (dy_q * from_start[:, None]).to(DOT)
         arrived = tl.dot(tl.trans(C_q), decayed, input_precision=PRECISION, out_dtype=COMPUTE)
-        dstate = dstate * tl.exp2(whole) + arrived
+        dstate = dstate * whole + arrived
     if not KEEP:
         tl.store(dstarts + at_piece + at_state, dstate, in_state)
 
@@ -250,7 +270,7 @@ def _input_gradient_kernel(
     bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
     dt += batch * dt_batch + head.to(tl.int64) * dt_head
     step, slope = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
-    log, whole = _decays(step, a, Q)
+    coarse, rest, from_start, to_end, whole = _decays(step, a, Q, COMPUTE)
     x += batch * x_batch + head.to(tl.int64) * x_head
     dy += batch * dy_batch + head.to(tl.int64) * dy_head
     B += batch * B_batch + group.to(tl.int64) * B_group
@@ -268,23 +288,25 @@ def _input_gradient_kernel(
 
     # Step k's decay acts on whatever passes from before k to k or later: from the state before the chunk to the one
     # after, from the former to step i >= k, from step j < k to i, and from j to the state after.
-    dlog = tl.sum(tl.sum(state.to(COMPUTE) * dstate.to(COMPUTE), axis=1), axis=0) * tl.exp2(whole)
+    dlog = tl.sum(tl.sum(state.to(COMPUTE) * dstate.to(COMPUTE), axis=1), axis=0) * whole
     from_state = tl.dot(C_q, tl.trans(state.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
-    from_state *= tl.exp2(log)[:, None]
-    mix = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE) * _decay_between(log, Q)
+    from_state *= from_start[:, None]
+    mix = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE)
+    mix *= _decay_between(coarse, rest, Q)
     at_y = (((batch * length + rows) * H + head) * P)[:, None] + p[None, :]
     dy_dot = dy_q.to(DOT)
     input_dot = (x_q * step[:, None]).to(DOT)
     dmix = tl.dot(dy_dot, tl.trans(input_dot), input_precision=PRECISION, out_dtype=COMPUTE)
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    passing = tl.where(i > j, dmix * mix, 0.0)
-    arriving = tl.sum(passing, axis=1) - tl.sum(passing, axis=0) + tl.sum(dy_q * from_state, axis=1)
+    # Each passage is added up as it is, not as a difference of running totals, which would cancel.
+    passing = tl.cumsum(tl.where(i > j, dmix * mix, 0.0), axis=0, reverse=True)
 
     from_next = tl.dot(B_q, tl.trans(dstate.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
-    from_next *= tl.exp2(whole - log)[:, None]
+    from_next *= to_end[:, None]
     slant = tl.sum(x_q * from_next, axis=1)
     leaving = slant * step
-    dlog += tl.cumsum(arriving, axis=0, reverse=True) + (tl.cumsum(leaving, axis=0) - leaving)
+    dlog += tl.cumsum(tl.sum(dy_q * from_state, axis=1), axis=0, reverse=True)
+    dlog += tl.sum(tl.where(i > j, passing + leaving[None, :], 0.0), axis=1)
     own = tl.dot(tl.trans(mix.to(DOT)), dy_dot, input_precision=PRECISION, out_dtype=COMPUTE)
     slant += tl.sum(x_q * own, axis=1)
     dstep = (slant + dlog * (a * tl.full((), LN2, COMPUTE))) * slope
@@ -340,7 +362,7 @@ def _shared_gradient_kernel(
         bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
         at_dt = head * dt_head + rows * dt_step
         step, _ = _step_sizes(dt, at_dt, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
-        log, whole = _decays(step, a, Q)
+        coarse, rest, from_start, to_end, _ = _decays(step, a, Q, COMPUTE)
         input_q = tl.load(x + head * x_head + rows[:, None] * x_step + p[None, :], in_x, other=0.0).to(COMPUTE)
         input_q *= step[:, None]
         dy_q = tl.load(dy + head * dy_head + rows[:, None] * dy_step + p[None, :], in_x, other=0.0).to(COMPUTE)
@@ -349,10 +371,10 @@ def _shared_gradient_kernel(
         state = tl.load(states + at_state, in_state, other=0.0).to(DOT)
         dstate = tl.load(dstates + at_state, in_state, other=0.0).to(DOT)
         dmix = tl.dot(dy_q.to(DOT), tl.trans(input_q.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
-        dscores += dmix * _decay_between(log, Q)
-        decayed = (dy_q * tl.exp2(log)[:, None]).to(DOT)
+        dscores += dmix * _decay_between(coarse, rest, Q)
+        decayed = (dy_q * from_start[:, None]).to(DOT)
         dC_q += tl.dot(decayed, state, input_precision=PRECISION, out_dtype=COMPUTE)
-        arriving = (input_q * tl.exp2(whole - log)[:, None]).to(DOT)
+        arriving = (input_q * to_end[:, None]).to(DOT)
         dB_q += tl.dot(arriving, dstate, input_precision=PRECISION, out_dtype=COMPUTE)
     at_n = rows[:, None] * B_step + n[None, :] + batch * B_batch + group.to(tl.int64) * B_group
     B_q = tl.load(B + at_n, in_B, other=0.0).to(DOT)
