@@ -30,7 +30,7 @@ from .cases import SIZES, Case, Shape
 
 T = TypeVar("T")
 MARGIN = 16
-SAMPLES = 2
+SAMPLES = 3
 ATTEMPTS = 300
 """At making a failing case smaller."""
 SIMPLEST = {
@@ -49,7 +49,7 @@ class Expected:
     rounded: dict[str, Tensor]
     """In the dtypes of the case."""
     moved: list[dict[str, Tensor]]
-    """In the type that is computed in, each input off by at most a rounding of it."""
+    """In the type that is computed in, each input off by a rounding of it, up or down."""
     compute: torch.dtype
 
 
@@ -83,7 +83,7 @@ def results(
     def off(t: Tensor) -> Tensor:
         if noise is None:
             return t
-        sign = torch.randint(-1, 2, t.shape, generator=generator).to(t)
+        sign = 2 * torch.randint(2, t.shape, generator=generator).to(t) - 1
         return t * (1 + torch.finfo(dtype).eps * sign)
 
     inputs = {

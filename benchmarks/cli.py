@@ -91,7 +91,7 @@ class CompileReport:
 
 @dataclass
 class Compare:
-    """Hold a later file of `run` against an earlier one; exit status 1 if something became slower, not by chance.
+    """Hold a later file of `run` or `sweep` against an earlier one; exit status 1 if one is slower, not by chance.
 
     By Mann and Whitney's test of the single calls' times, with Holm's correction for how many rows there are.
     """
@@ -108,6 +108,8 @@ class Compare:
     def run(self) -> None:
         rows = compare.compare(self.before, self.after, self.relative_to)
         print(compare.table(rows, self.threshold, self.alpha, self.relative_to))
+        for line in compare.left_out(self.before, self.after):
+            print(line)
         if compare.regressions(rows, self.threshold, self.alpha):
             sys.exit(1)
 
@@ -149,8 +151,6 @@ class Fuzz:
     trials: int | None = None
     """How many at most; 1 repeats the trial of a seed."""
     op: tuple[str, ...] = OPS
-    finite: bool = False
-    """No infinities among the inputs."""
     device: str = "cpu"
     out: Path | None = None
     """JSON file to write."""
@@ -160,7 +160,7 @@ class Fuzz:
         seed = time.time_ns() % 10**9 if self.seed is None else self.seed
         print(f"seed {seed}")
         with on(self.device):
-            n, findings = fuzz.fuzz(seed, self.minutes, self.op, self.device, self.trials, self.finite)
+            n, findings = fuzz.fuzz(seed, self.minutes, self.op, self.device, self.trials)
         for finding in findings:
             print(f"{finding.seen} trials: {finding.backend}, {finding.trial.case.op}, {finding.why}")
         print(f"{n} trials from seed {seed}; {len(findings)} kinds of disagreement")

@@ -24,6 +24,11 @@ from .cases import OPS, SIZES, VARIANTS, Case, Shape
 
 KINDS = ("zeros", "denormal", "small", "large", "huge", "mixed", "infinite")
 LAYOUTS = ("transposed", "strided", "expanded")
+MUST_BE_FINITE = {
+    "selective_scan": ("A",), "cross_selective_scan": ("A",),
+    "ssd": ("x", "dt", "A", "B", "C", "dt_bias"), "cross_ssd": ("x", "dt", "A", "B", "C", "dt_bias"),
+}  # fmt: skip
+"""Arguments that may not be infinite, by what the ops' docstrings say."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Finding:
         }
 
 
-def draw(seed: int, ops: tuple[str, ...] = OPS, finite: bool = False) -> Trial:
-    """The trial of a seed; with inputs that are all finite where that is asked for."""
+def draw(seed: int, ops: tuple[str, ...] = OPS) -> Trial:
+    """The trial of a seed."""
     r = random.Random(seed)
     op = r.choice(ops)
     most = 12 if interpreting() else 80
@@ -105,7 +110,7 @@ def draw(seed: int, ops: tuple[str, ...] = OPS, finite: bool = False) -> Trial:
     case = Case(op, shape, dtype, chunk_size=r.choice((1, 2, 7, 16, 32, 64)), **options)
     names = list(case.sizes())
     kinds = tuple(
-        (n, r.choice([kind for kind in KINDS if not (finite and kind == "infinite")]))
+        (n, r.choice([kind for kind in KINDS if kind != "infinite" or n not in MUST_BE_FINITE.get(op, ())]))
         for n in names
         if r.random() < 0.2
     )
@@ -191,7 +196,6 @@ def fuzz(
     ops: tuple[str, ...] = OPS,
     device: str = "cpu",
     trials: int | None = None,
-    finite: bool = False,
     say: Callable[[str], None] = print,
 ) -> tuple[int, list[Finding]]:
     """Run the trials of `seed`, `seed + 1`, ... for so long, or so many; give their number and what failed."""
@@ -199,7 +203,7 @@ def fuzz(
     findings: dict[tuple[str, str, str], Finding] = {}
     n = 0
     while time.monotonic() < end and (trials is None or n < trials):
-        trial = draw(seed + n, ops, finite)
+        trial = draw(seed + n, ops)
         n += 1
         for backend in paths(trial.case, device):
             why = wrong(trial, backend, device)
@@ -216,8 +220,6 @@ def fuzz(
                 f"FAILED {backend}: {trial}\n  {why}\n  smallest: {smallest}\n  {finding.why_smallest}\n"
                 f"  {brief(smallest)}\n"
                 f"  again: ssm-bench fuzz --seed {trial.seed} --trials 1 --device {device} --op {' '.join(ops)}"
-                + " --finite"
-                * finite
             )
     return n, list(findings.values())
 

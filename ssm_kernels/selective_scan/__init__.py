@@ -60,7 +60,7 @@ def selective_scan(
         backend: see `ssm_kernels.use_backend`.
 
     Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
-    (float64 where `u` is), under autocast too. Gradients flow to every floating-point argument.
+    (float64 where `u` is), under autocast too. Gradients flow to every floating-point argument. A must be finite.
 
     Raises:
         TypeError: an argument is not a tensor or has a dtype that is not supported.

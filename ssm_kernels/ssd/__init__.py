@@ -62,9 +62,9 @@ def ssd(
         backend: see `ssm_kernels.use_backend`.
 
     Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
-    (float64 where `x` is), under autocast too. Gradients flow to every floating-point argument. Values must be finite:
-    the steps of a chunk meet in matrix products, where an infinity makes NaN of the steps before it too. Decays are
-    differences of a running sum over a chunk, so that steps 10,000 times larger than others cost those digits.
+    (float64 where `x` is), under autocast too. Gradients flow to every floating-point argument. All but D, z and the
+    initial states must be finite: the steps of a chunk meet in matrix products, where an infinity makes NaN of the
+    steps before it too.
 
     Raises:
         TypeError: an argument is not a tensor or has a dtype that is not supported.

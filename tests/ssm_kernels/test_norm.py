@@ -131,3 +131,11 @@ def test_gradcheck(backend):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         rms_norm(**arguments)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_large_values_have_right_gradients(backend, gated):
+    tensors = {"x": randn(3, 8, dtype=torch.float32) * 1e16, "weight": randn(8, dtype=torch.float32)}
+    if gated:
+        tensors["z"] = randn(8, 3, dtype=torch.float32).T.contiguous()
+    assert_agrees(rms_norm, tensors, backend=backend)

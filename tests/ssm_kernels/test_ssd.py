@@ -336,3 +336,23 @@ WRONG = [
 def test_bad_arguments_are_named(wrong, error, message):
     with pytest.raises(error, match=message):
         ssd(**(make() | wrong))
+
+
+def test_steps_of_very_different_size_do_not_cost_digits(backend):
+    """A decay over small steps is not the difference of two sums that hold a large step before them."""
+    tensors = make(2, 40, z=False, D=False, dtype=torch.float32)
+    tensors["dt"] = tensors["dt"].abs() * 0.1
+    tensors["dt"][:, ::7] *= 1e5
+    assert_agrees(ssd, tensors, {"chunk_size": 64}, backend=backend)
+
+
+def test_the_gradient_of_a_decay_is_no_difference_of_larger_terms(backend):
+    """What passes through a long step is little; what comes after it is much, and no part of its gradient."""
+    tensors = make(1, 2, heads=1, headdim=16, n=1, dtype=torch.float32, z=False, D=False, initial_states=False)
+    tensors["dt"], tensors["dt_bias"] = torch.full((1, 2, 1), 0.5), torch.zeros(1)
+    tensors["A"] = torch.tensor([-30.0])
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    for inputs, chosen in ((tensors, backend), (wide, "reference")):
+        ssd(**inputs, backend=chosen).final_states.sum().backward()
+    torch.testing.assert_close(tensors["A"].grad.double(), wide["A"].grad, rtol=1e-5, atol=0)
