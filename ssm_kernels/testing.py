@@ -1,7 +1,7 @@
 """How an implementation is held against the reference: the same calls, one tolerance rule, stated here.
 
 An implementation in some dtype may be as wrong, against the reference in float64, as the reference itself is in that
-dtype, twice over, plus a few roundings of the result's scale. Nothing is tuned by hand.
+dtype, twice over, plus a few roundings of the result's scale: those of `roundings`. Nothing is tuned by hand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 ROUNDINGS = 64
-"""Roundings of the largest element that are forgiven besides: sums are taken in another order."""
+"""Roundings of the largest element that are forgiven in what sums are computed in: their order is another."""
+ROUNDINGS_OF_RESULT = 8
+"""And in the result's own dtype, to which operands of matrix products are rounded too."""
+
+
+def roundings(dtype: torch.dtype) -> float:
+    """The share of the largest element that is forgiven besides, of a result in this dtype."""
+    sums = torch.promote_types(dtype, torch.float32)
+    return ROUNDINGS * torch.finfo(sums).eps + ROUNDINGS_OF_RESULT * torch.finfo(dtype).eps
 
 
 def assert_agrees(
@@ -50,7 +58,7 @@ def assert_agrees(
             continue
         assert got.isfinite().all() or not want.isfinite().all(), f"{name}: not finite"
         error, peer_error = ((t.double() - want).abs().max().item() for t in (got, peer))
-        allowed = 2 * peer_error + ROUNDINGS * torch.finfo(got.dtype).eps * max(want.abs().max().item(), 1e-3)
+        allowed = 2 * peer_error + roundings(got.dtype) * max(want.abs().max().item(), 1e-3)
         assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g} in {got.dtype}"
 
 
