@@ -1,4 +1,6 @@
-"""Two files of `ssm-bench run` side by side: what became slower, and whether that may be chance.
+"""Two files of `ssm-bench run` or `sweep` side by side: what became slower, and whether that may be chance.
+
+Cases are the same where their sizes are; `ours` is held against `ours`, whichever backend that was.
 
 The test is Mann and Whitney's, of the single calls' times, two-sided: exact where there are at most `EXACT` calls on
 both sides together and no ties, else by the normal approximation with its correction for ties. The p values of one
@@ -12,6 +14,7 @@ where nothing changed; measure again what failed.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import Counter
@@ -25,6 +28,8 @@ EXACT = 60
 
 @dataclass(frozen=True)
 class Row:
+    case: str
+    """What the later file calls the sizes."""
     impl: str
     mode: str
     before: float
@@ -42,44 +47,71 @@ def compare(before: Path, after: Path, relative_to: str | None = None) -> list[R
     """The rows that both files have, as they are or relative to an implementation's.
 
     Raises:
-        ValueError: the files are not of the same case on the same device, or have no row of times in common.
+        ValueError: the files are not of the same op on the same device, or have no row of times in common.
     """
     a, b = read(before), read(after)
-    for field in ("op", "dtype", "shape", "device", "threads"):
+    for field in ("op", "dtype", "device", "threads"):
         if a.get(field) != b.get(field):
             raise ValueError(
                 f"{before} and {after} do not compare: {field} is {a.get(field)} in one and {b.get(field)} in the other"
             )
-    sides = [{(r["impl"], r["mode"]): r["time"] for r in report["rows"] if "time" in r} for report in (a, b)]
+    sides = [_times(report) for report in (a, b)]
     common = [key for key in sides[0] if key in sides[1]]
     if not common:
-        raise ValueError(f"{before} and {after} have no implementation and mode in common that was timed in both")
+        raise ValueError(f"{before} and {after} have no sizes, implementation and mode in common, timed in both")
     for path, side in zip((before, after), sides, strict=True):
         if any("seconds" not in side[key] for key in common):
             raise ValueError(f"{path} has no times of single calls: write it anew with this version of ssm-bench run")
     if relative_to is not None:
         for path, side in zip((before, after), sides, strict=True):
-            lacking = [
-                mode for impl, mode in common if len(_calls(side, relative_to, mode)) != side[impl, mode]["calls"]
-            ]
+            lacking = [key for key in common if len(_calls(side, key, relative_to)) != side[key]["calls"]]
             if lacking:
-                raise ValueError(f"{path} has not as many calls of {relative_to} in mode {lacking[0]} as of the rest")
-        common = [key for key in common if key[0] != relative_to]
+                raise ValueError(
+                    f"{path} has not as many calls of {relative_to} in mode {lacking[0][2]} as of the rest"
+                )
+        common = [key for key in common if key[1] != relative_to]
     samples = [[_samples(side, key, relative_to) for side in sides] for key in common]
     p = holm([mann_whitney(x, y) for x, y in samples])
     medians = [[statistics.median(side) for side in both] for both in samples]
-    return [Row(*key, *both, q) for key, both, q in zip(common, medians, p, strict=True)]
+    names = {_sizes(case): case["name"] for case in b["cases"]}
+    rows = zip(common, medians, p, strict=True)
+    return [Row(names[sizes], impl, mode, *both, q) for (sizes, impl, mode), both, q in rows]
 
 
-def _calls(side: dict, impl: str, mode: str) -> list[float]:
-    return side.get((impl, mode), {}).get("seconds", [])
+def left_out(before: Path, after: Path) -> list[str]:
+    """What was timed in one of the files only, as lines."""
+    reports = [read(before), read(after)]
+    sides = [_times(report) for report in reports]
+    lines = []
+    for path, report, side, other in zip((before, after), reports, sides, reversed(sides), strict=True):
+        names = {_sizes(case): case["name"] for case in report["cases"]}
+        alone = [f"{names[sizes]} {impl} {mode}" for sizes, impl, mode in side if (sizes, impl, mode) not in other]
+        lines += [f"only in {path}: {', '.join(alone)}"] if alone else []
+    return lines
 
 
-def _samples(side: dict, key: tuple[str, str], relative_to: str | None) -> list[float]:
+Key = tuple[str, str, str]
+"""Sizes, implementation and mode."""
+
+
+def _times(report: dict) -> dict[Key, dict]:
+    rows = [(_sizes(case), row) for case in report["cases"] for row in case["rows"] if "time" in row]
+    return {(sizes, row["impl"], row["mode"]): row["time"] for sizes, row in rows}
+
+
+def _sizes(case: dict) -> str:
+    return json.dumps([case["shape"], case.get("chunk_size")], sort_keys=True)
+
+
+def _calls(side: dict[Key, dict], key: Key, impl: str) -> list[float]:
+    return side.get((key[0], impl, key[2]), {}).get("seconds", [])
+
+
+def _samples(side: dict[Key, dict], key: Key, relative_to: str | None) -> list[float]:
     seconds = side[key]["seconds"]
     if relative_to is None:
         return seconds
-    return [a / b for a, b in zip(seconds, _calls(side, relative_to, key[1]), strict=True)]
+    return [a / b for a, b in zip(seconds, _calls(side, key, relative_to), strict=True)]
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
@@ -129,11 +161,12 @@ def regressions(rows: list[Row], threshold: float, alpha: float) -> list[Row]:
 def table(rows: list[Row], threshold: float, alpha: float, relative_to: str | None = None) -> str:
     slower = regressions(rows, threshold, alpha)
     unit, scale = ("ms", 1e3) if relative_to is None else ("times", 1)
-    lines = [f"{'':<22}{unit + ' before':>12}{unit + ' after':>12}{'ratio':>8}{'p':>10}"]
+    wide = max(len(row.case) for row in rows) + 2
+    lines = [f"{'':<{wide + 22}}{unit + ' before':>14}{unit + ' after':>14}{'ratio':>8}{'p':>10}"]
     for row in rows:
         mark = "  REGRESSION" if row in slower else "" if row.p < alpha else "  may be chance"
         lines.append(
-            f"{row.impl:<13}{row.mode:<9}{scale * row.before:>12.3f}{scale * row.after:>12.3f}{row.ratio:>8.3f}"
-            f"{row.p:>10.2g}{mark}"
+            f"{row.case:<{wide}}{row.impl:<14}{row.mode:<8}{scale * row.before:>14.3f}{scale * row.after:>14.3f}"
+            f"{row.ratio:>8.3f}{row.p:>10.2g}{mark}"
         )
     return "\n".join(lines)

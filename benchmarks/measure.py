@@ -1,11 +1,10 @@
-"""Time, memory and error of one implementation."""
+"""Time and memory of one implementation; see `errors` for how right it is."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -13,24 +12,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssm_kernels.testing import ROUNDINGS
-
 from .cases import Shape
 from .peers import PACKAGES
-from .workloads import Workload, build, exact
+from .workloads import Workload, build
 
-Mode = Literal["fwd", "fwd+bwd"]
-ROUNDINGS_OF_RESULT = 8
-"""Forgiven to an implementation whose matrix units take rounded intermediate results."""
+Mode = Literal["fwd", "bwd", "fwd+bwd"]
 SLOW = 5.0
 """Seconds beyond which a call is measured once, not repeated."""
 
@@ -63,14 +59,55 @@ def on(device: str) -> Iterator[None]:
         yield
 
 
-def once(workload: Workload, mode: Mode, dy: Tensor | None = None) -> Tensor:
-    """One call, with gradients of all inputs where the mode says so; of the sum of y where no `dy` is given."""
+class Result(NamedTuple):
+    y: Tensor
+    gradients: tuple[Tensor | None, ...] = ()
+    """Of the workload's inputs, where the mode has a backward."""
+
+
+def incoming(y: Tensor) -> Tensor:
+    """A gradient that arrives at y: the same random one for every implementation, in y's dtype and layout."""
+    drawn = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    return torch.empty_like(y, requires_grad=False).copy_(drawn)
+
+
+def ready(workload: Workload, mode: Mode, dy: Tensor | None = None) -> Callable[[], Result]:
+    """What is timed of a call: all of it or, in mode `bwd`, the backward, whose forward runs here.
+
+    `dy` is what `incoming` gives, if it is at hand.
+    """
+
+    def backward(y: Tensor) -> Result:
+        arriving = incoming(y) if dy is None else dy
+        return Result(y, torch.autograd.grad(y, workload.inputs, arriving, allow_unused=True))
+
     if mode == "fwd":
-        with torch.no_grad():
-            return workload.run()
-    y = workload.run()
-    torch.autograd.grad(y, workload.inputs, torch.ones_like(y) if dy is None else dy, allow_unused=True)
-    return y
+
+        def forward() -> Result:
+            with torch.no_grad():
+                return Result(workload.run())
+
+        return forward
+    if mode == "bwd":
+        y = workload.run()
+        dy = incoming(y) if dy is None else dy
+        return lambda: backward(y)
+    return lambda: backward(workload.run())
+
+
+def once(workload: Workload, mode: Mode, dy: Tensor | None = None) -> Tensor:
+    """One call, with gradients of all inputs where the mode says so."""
+    return ready(workload, mode, dy)().y
+
+
+def first_call(workload: Workload, mode: Mode) -> tuple[Result, float]:
+    """What a call gives, and the seconds that this first one took, by the host's clock."""
+    call = ready(workload, mode)
+    begin = time.perf_counter()
+    result = call()
+    if result.y.is_cuda:
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - begin
 
 
 def time_together(workloads: Mapping[str, Workload | Sequence[Workload]], mode: Mode, calls: int) -> dict[str, Timing]:
@@ -81,7 +118,7 @@ def time_together(workloads: Mapping[str, Workload | Sequence[Workload]], mode: 
     """
     sets = {name: [w] if isinstance(w, Workload) else list(w) for name, w in workloads.items()}
     on_gpu = any(t.device.type == "cuda" for ways in sets.values() for way in ways for t in way.inputs)
-    clock = _GPUClock(sets, mode) if on_gpu else _CPUClock(mode)
+    clock = (_GPUClock if on_gpu else _CPUClock)(sets, mode)
     wanted = {}
     for name, ways in sets.items():
         first = clock.first(name, ways)
@@ -90,12 +127,12 @@ def time_together(workloads: Mapping[str, Workload | Sequence[Workload]], mode: 
         for name, ways in sets.items():
             if i < wanted[name]:
                 clock.time(name, ways[i % len(ways)])
-    return {name: _timing(seconds) for name, seconds in clock.seconds().items()}
+    return {name: timing(seconds) for name, seconds in clock.seconds().items()}
 
 
 class _CPUClock:
-    def __init__(self, mode: Mode):
-        self.mode, self._seconds = mode, collections.defaultdict(list)
+    def __init__(self, sets: Mapping[str, Sequence[Workload]], mode: Mode):
+        self.mode, self._seconds, self._dy = mode, collections.defaultdict(list), {}
 
     def first(self, name: str, ways: Sequence[Workload]) -> float:
         """Seconds of a first call, kept where it is not to be repeated."""
@@ -106,9 +143,12 @@ class _CPUClock:
         return first
 
     def time(self, name: str, workload: Workload) -> None:
+        call = ready(workload, self.mode, self._dy.get(id(workload)))
         begin = time.perf_counter()
-        once(workload, self.mode)
+        y = call().y
         self._seconds[name].append(time.perf_counter() - begin)
+        if self.mode != "fwd" and id(workload) not in self._dy:
+            self._dy[id(workload)] = incoming(y)
 
     def seconds(self) -> dict[str, list[float]]:
         return self._seconds
@@ -122,7 +162,7 @@ class _GPUClock:
         for ways in sets.values():
             for way in ways:  # compiles, and gives the allocator what it needs
                 y = once(way, mode)
-                self.dy[id(way)] = torch.ones_like(y)
+                self.dy[id(way)] = incoming(y)
         torch.cuda.synchronize()
 
     def first(self, name: str, ways: Sequence[Workload]) -> float:
@@ -136,8 +176,9 @@ class _GPUClock:
 
     def time(self, name: str, workload: Workload) -> None:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call = ready(workload, self.mode, self.dy[id(workload)])
         start.record()
-        once(workload, self.mode, self.dy[id(workload)])
+        call()
         end.record()
         self.events[name].append((start, end))
 
@@ -146,66 +187,51 @@ class _GPUClock:
         return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in self.events.items()}
 
 
-def _timing(seconds: list[float]) -> Timing:
+def timing(seconds: Sequence[float]) -> Timing:
+    """The summary of single calls' seconds."""
     if len(seconds) < 2:
         return Timing(seconds[0], seconds[0], seconds[0], 1, tuple(seconds))
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(median, low, high, len(seconds), tuple(seconds))
 
 
-def error(
-    op: str,
-    workload: Workload,
-    shape: Shape,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    want: Tensor | None = None,
-) -> float:
-    """Largest error of the result against the reference in float64, relative to the result's largest value.
-
-    Infinite where the result is not finite or has another shape. `want` is what `exact` gives, if it is at hand.
-    """
-    want = exact(op, shape, dtype, device=device) if want is None else want
-    got = once(workload, "fwd").double()
-    if got.shape != want.shape or not got.isfinite().all():
-        return math.inf
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def allowed_error(own: float, dtype: torch.dtype) -> float:
-    """What `error` may be: twice the reference's own in that dtype, and roundings of the sums and of the result.
-
-    Sums are in float32 at least, so that a result in a half type is not forgiven 64 roundings of that type.
-    """
-    sums = torch.promote_types(dtype, torch.float32)
-    return 2 * own + ROUNDINGS * torch.finfo(sums).eps + ROUNDINGS_OF_RESULT * torch.finfo(dtype).eps
-
-
 def peak_memory(
-    op: str, impl: str, shape: Shape, mode: Mode, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    op: str,
+    impl: str,
+    shape: Shape,
+    mode: Mode,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **options: object,
 ) -> int:
-    """Bytes by which one call raises what is allocated on a GPU, or a fresh process's resident memory (Linux)."""
+    """Bytes by which one call raises what is allocated on a GPU, or a fresh process's resident memory (Linux).
+
+    In mode `bwd`, beyond what the forward kept.
+    """
     if device != "cpu":
-        workload = build(op, impl, shape, dtype, device=device)
-        once(workload, mode)
+        workload = build(op, impl, shape, dtype, device=device, **options)
+        dy = None if mode == "fwd" else incoming(once(workload, mode))
+        call = ready(workload, mode, dy)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        once(workload, mode)
+        call()
         return torch.cuda.max_memory_allocated(device) - before
-    request = json.dumps({"op": op, "impl": impl, "shape": asdict(shape), "mode": mode, "dtype": str(dtype)[6:]})
-    done = subprocess.run(
-        [sys.executable, "-m", "vlmamba.benchmarks.measure", request], capture_output=True, text=True, check=True
-    )
+    request = {"op": op, "impl": impl, "shape": asdict(shape), "mode": mode, "dtype": str(dtype)[6:]}
+    command = [sys.executable, "-m", "vlmamba.benchmarks.measure", json.dumps(request | {"options": options})]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 
-def _peak_memory_here(op: str, impl: str, shape: Shape, mode: Mode, dtype: torch.dtype) -> int:
+def _peak_memory_here(
+    op: str, impl: str, shape: Shape, mode: Mode, dtype: torch.dtype, options: Mapping[str, object]
+) -> int:
     # A small call first: what libraries allocate once is not the op's.
-    once(build(op, impl, Shape(**{**asdict(shape), "length": 32}), dtype), mode)
-    workload = build(op, impl, shape, dtype)
+    once(build(op, impl, replace(shape, length=32, height=1), dtype, **options), mode)
+    workload = build(op, impl, shape, dtype, **options)
+    call = ready(workload, mode)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _status("VmRSS")
-    once(workload, mode)
+    call()
     return max(0, _status("VmHWM") - before)  # the kernel counts in batches, so that nothing may look like less
 
 
@@ -232,6 +258,7 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "python": platform.python_version(),
         "packages": packages,
         "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
     }
 
 
@@ -262,4 +289,4 @@ def _commit() -> str | None:
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     shape, dtype = Shape(**given["shape"]), getattr(torch, given["dtype"])
-    print(_peak_memory_here(given["op"], given["impl"], shape, given["mode"], dtype))
+    print(_peak_memory_here(given["op"], given["impl"], shape, given["mode"], dtype, given["options"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,7 +34,8 @@ def peer(name: str, case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]
     if importlib.util.find_spec(name) is None:
         raise ModuleNotFoundError(f"{name} is not installed: pip install {PACKAGES[name]}")
     make = CALLS[name].get(case.op)
-    if make is None or case.initial_states or case.sequences or case.seq_idx or case.constant or not case.D:
+    lacks = case.initial_states or case.sequences or case.seq_idx or case.constant or not case.D
+    if make is None or lacks or (name == "transformers" and case.norm_before_gate):
         raise ValueError(f"{name} is not compared on {case}")
     return make(case, t)
 
@@ -69,6 +71,11 @@ def _mamba_ssm_scan_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Te
 def _mamba_ssm_ssd_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
+    return _ssd_step(selective_state_update, case, t)
+
+
+def _ssd_step(selective_state_update: Callable[..., Tensor], case: Case, t: Mapping[str, Tensor]):
+    """By a step of Mamba-1, whose parameters are a channel's."""
     state, p = t["state"].clone(), case.shape.headdim
     A = t["A"][:, None, None].expand(state.shape[1:])
     dt, D = (t[k].unsqueeze(-1).expand(*t[k].shape, p) for k in ("dt", "D"))
@@ -122,7 +129,7 @@ def _fla_ssd(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
 
 
 def _transformers_scan(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """As `_transformers_ssd` and `_transformers_conv`, what that library runs where no kernels are installed."""
+    """As all of `transformers` here, what that library runs where no kernels are installed."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
     def run() -> Tensor:
@@ -152,6 +159,47 @@ def _transformers_conv(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tens
     return lambda: causal_conv1d_fn(t["x"].transpose(1, 2), t["weight"], t["bias"], activation=activation).mT
 
 
+def _transformers_scan_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    from transformers.models.mamba.modeling_mamba import mamba_selective_state_update
+
+    state = t["state"].clone()
+    arguments = [t[k] for k in ("u", "dt", "A", "B", "C", "D")]
+    options = {"dt_bias": t.get("dt_bias"), "dt_softplus": case.dt_softplus, "z": t.get("z")}
+    return lambda: mamba_selective_state_update(state, *arguments, **options)
+
+
+def _transformers_ssd_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
+
+    return _ssd_step(mamba2_selective_state_update, case, t)
+
+
+def _transformers_conv_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    from transformers.models.mamba.modeling_mamba import causal_conv1d_update
+
+    window, activation = t["state"].transpose(1, 2).contiguous(), case.options["activation"]
+    return lambda: causal_conv1d_update(t["x"].unsqueeze(-1), window, t["weight"], t["bias"], activation).squeeze(-1)
+
+
+def _transformers_norm(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+    norm = MambaRMSNormGated(case.shape.channels, case.options["group_size"], eps=1e-5)
+    return lambda: torch.func.functional_call(norm, {"weight": t["weight"]}, (t["x"], t.get("z")))
+
+
+def _transformers_add_norm(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    from transformers.models.mamba.modeling_mamba import MambaRMSNorm
+
+    norm = MambaRMSNorm(case.shape.channels, eps=1e-5)
+
+    def run() -> Tensor:
+        residual = t["x"] + t["residual"]
+        return torch.func.functional_call(norm, {"weight": t["weight"]}, (residual.to(t["weight"].dtype),))
+
+    return run
+
+
 CALLS: dict[str, dict[str, Callable[[Case, Mapping[str, Tensor]], Callable[[], Tensor]]]] = {
     "mamba_ssm": {
         "selective_scan": _mamba_ssm_scan, "ssd": _mamba_ssm_ssd, "rms_norm": _mamba_ssm_norm,
@@ -162,5 +210,8 @@ CALLS: dict[str, dict[str, Callable[[Case, Mapping[str, Tensor]], Callable[[], T
     "fla": {"ssd": _fla_ssd},
     "transformers": {
         "selective_scan": _transformers_scan, "ssd": _transformers_ssd, "causal_conv1d": _transformers_conv,
+        "selective_scan_step": _transformers_scan_step, "ssd_step": _transformers_ssd_step,
+        "causal_conv1d_step": _transformers_conv_step, "rms_norm": _transformers_norm,
+        "add_rms_norm": _transformers_add_norm,
     },
 }  # fmt: skip

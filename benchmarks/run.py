@@ -1,8 +1,12 @@
-"""`ssm-bench run` and `sweep`: implementations of an op side by side."""
+"""`ssm-bench run` and `sweep`: implementations of an op side by side, at one or more settings of its sizes."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,33 +14,47 @@ from typing import Literal
 import torch
 import tyro
 
-from . import report
-from .cases import DTYPES, Shape
-from .measure import Mode, Timing, allowed_error, environment, error, on, peak_memory, time_together
-from .report import write_json
-from .roofline import cost, device_named, floor
-from .workloads import Workload, build, case_of, default_shape, exact, named_shape
+from ssm_kernels._backend import resolve_backend
 
-Op = Literal["selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block"]
-Impl = Literal["triton", "torch", "reference", "mamba_ssm", "causal_conv1d", "fla", "transformers"]
+from . import errors, report
+from .cases import DTYPES, Shape
+from .measure import SLOW, Mode, environment, first_call, on, peak_memory, time_together, timing
+from .roofline import cost, device_named, floor
+from .workloads import BLOCKS, Workload, build, case_of, named_shape, sizes_of
+
+Op = Literal[
+    "selective_scan", "ssd", "causal_conv1d", "rms_norm", "add_rms_norm", "cross_scan", "cross_merge",
+    "cross_causal_conv1d", "cross_selective_scan", "cross_ssd", "selective_scan_step", "ssd_step",
+    "causal_conv1d_step", "mamba_block", "mamba2_block",
+]  # fmt: skip
+Impl = Literal["ours", "triton", "torch", "reference", "mamba_ssm", "causal_conv1d", "fla", "transformers"]
+Metric = Literal["time", "memory", "error"]
+Dtype = Literal["fp32", "fp64", "bf16", "fp16"]
+ShapeName = Literal["default", "130m", "370m", "790m", "1.3b", "2.7b", "vision", "long"]
 
 
 @dataclass
 class Run:
-    """Measure implementations of an op side by side: time, error, and peak memory of the process."""
+    """Measure implementations of an op side by side: time, error, and peak memory of the process.
+
+    Ops are those of ssm_kernels; a block is a whole mixer. The error of y is against the step-by-step reference in
+    float64, or, where that would take long, the torch backend in float64; that of gradients against the latter. Exit
+    status 1 if an implementation is wrong. A peer that is not installed has a line that says so.
+    """
 
     op: tyro.conf.Positional[Op]
-    impl: tuple[Impl, ...] = ()
-    """By default transformers, which is what that library runs where no kernels are installed, beside ours: triton
-    on a GPU and torch elsewhere. triton on a CPU runs in its interpreter, with TRITON_INTERPRET=1."""
-    mode: tuple[Mode, ...] = ("fwd", "fwd+bwd")
-    metric: tuple[Literal["time", "memory", "error"], ...] = ("time", "memory", "error")
-    dtype: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
+    impl: tuple[Impl, ...] = ("ours", "transformers")
+    """ours is what `backend="auto"` takes: triton on a GPU and torch elsewhere. triton on a CPU runs in its
+    interpreter, with TRITON_INTERPRET=1. transformers is what that library runs where no kernels are installed."""
+    mode: tuple[Mode, ...] = ()
+    """bwd is the backward alone. By default fwd and fwd+bwd; a decoding step has fwd alone."""
+    metric: tuple[Metric, ...] = ("time", "memory", "error")
+    dtype: Dtype = "fp32"
     device: str = "cpu"
     """cuda, or one of several such as cuda:1."""
-    shape: Literal["default", "130m", "370m", "790m", "1.3b", "2.7b", "vision", "long"] = "default"
-    """A published model's layer at batch 8 and length 2,048; vision: 2.7b on an image's 729 patches; long: 130m over
-    65,536 steps."""
+    shape: tuple[ShapeName, ...] = ("default",)
+    """One or more, a table each: a published model's layer at batch 8 and length 2,048; vision: 2.7b on an image's 729
+    patches; long: 130m over 65,536 steps."""
     batch: int | None = None
     """Sizes; those not given are the shape's."""
     length: int | None = None
@@ -44,192 +62,237 @@ class Run:
     d_state: int | None = None
     heads: int | None = None
     headdim: int | None = None
+    groups: int | None = None
+    width: int | None = None
+    """Of the convolution."""
+    height: int | None = None
+    """Rows of the grid, of which `length` is the area."""
+    chunk_size: int | None = None
+    """Of our SSD; peers keep their own."""
     calls: int = 15
     """Timed calls an implementation; one that takes more than five seconds is called once."""
     out: Path | None = None
     """JSON file to write; beside it go a table as .csv, a plot as .png, and all of it in one .html."""
 
     def run(self) -> None:
+        settings = [
+            Setting(name, _sized(self, named_shape(self.op, name)), self.chunk_size)
+            for name in dict.fromkeys(self.shape)
+        ]
+        modes = self.mode or (("fwd",) if self.op.endswith("_step") else ("fwd", "fwd+bwd"))
         with on(self.device):
-            self._run()
-
-    def _run(self) -> None:
-        sizes = ("batch", "length", "channels", "d_state", "heads", "headdim")
-        base = named_shape(self.op, self.shape)
-        shape = replace(base, **{s: getattr(self, s) for s in sizes if getattr(self, s) is not None})
-        dtype = DTYPES[self.dtype]
-        wanted = self.impl or (_fastest(self.device), "transformers")
-        workloads, missing, errors, allowed = _prepare(
-            self.op, wanted, shape, dtype, self.device, "error" in self.metric
-        )
-        rows: list[dict[str, object]] = []
-        for mode in self.mode:
-            timings = time_together(workloads, mode, self.calls) if "time" in self.metric and workloads else {}
-            for impl in (*workloads, *missing):
-                row: dict[str, object] = {"impl": impl, "mode": mode}
-                rows.append(row)
-                if impl in missing:
-                    row["missing"] = missing[impl]
-                    continue
-                if impl in timings:
-                    row |= {"time": asdict(timings[impl])}
-                    row |= _against_roofline(self.op, shape, self.dtype, mode, timings[impl].median, self.device)
-                if "memory" in self.metric:
-                    row["peak_memory"] = peak_memory(self.op, impl, shape, mode, dtype, self.device)
-                if impl in errors:
-                    row |= {"error": errors[impl], "allowed_error": allowed, "is_right": errors[impl] <= allowed}
-        print(f"{self.op}, {self.dtype}, {shape}")
-        print(table(rows))
-        case = {"op": self.op, "dtype": self.dtype, "shape": asdict(shape)}
-        result = {**case, "rows": rows, **environment(self.device)}
-        write_json(self.out, result)
-        if self.out is not None:
-            report.to_csv(result, self.out.with_suffix(".csv"))
-            picture = None
-            if "time" in self.metric:
-                try:
-                    picture = report.bars(result)
-                    self.out.with_suffix(".png").write_bytes(picture)
-                except ModuleNotFoundError as e:
-                    print(f"no plot: {e}")
-            report.to_html(result, picture, self.out.with_suffix(".html"))
-        _exit_if_wrong(errors, allowed)
+            _measure(self, settings, modes)
 
 
 @dataclass
 class Sweep:
-    """Time an op against its length (a scan's time grows in proportion), or another size, and plot it.
+    """Measure an op against its length (a scan's time grows in proportion), or another size, and plot it.
 
-    At the first size, results are held against the reference in float64; exit status 1 if one is wrong.
+    Errors and exit status as those of `run`, at every size.
     """
 
     op: tyro.conf.Positional[Op]
-    impl: tuple[Impl, ...] = ()
-    """By default triton on a GPU, torch elsewhere."""
-    mode: Mode = "fwd+bwd"
-    dtype: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
+    impl: tuple[Impl, ...] = ("ours",)
+    """As in `run`."""
+    mode: tuple[Mode, ...] = ()
+    """By default fwd+bwd; of a decoding step fwd."""
+    metric: tuple[Metric, ...] = ("time", "error")
+    dtype: Dtype = "fp32"
     device: str = "cpu"
-    batch: int = 1
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    shape: ShapeName = "default"
+    """The sizes that are not swept, as in `run`, but one sequence where no batch is given."""
+    lengths: tuple[int, ...] = ()
+    """By default 1,024 to 65,536 by doubling, where no other size is swept."""
     batches: tuple[int, ...] = ()
-    """In place of lengths, as those below; the length is then the first of `lengths`."""
     d_states: tuple[int, ...] = ()
     chunk_sizes: tuple[int, ...] = ()
-    """Of SSD."""
-    calls: int = 3
+    """Of our SSD; peers keep their own."""
+    batch: int = 1
+    length: int | None = None
+    channels: int | None = None
+    d_state: int | None = None
+    heads: int | None = None
+    headdim: int | None = None
+    groups: int | None = None
+    width: int | None = None
+    height: int | None = None
+    chunk_size: int | None = None
+    calls: int = 5
+    """Timed calls an implementation and size; one that takes more than five seconds is called once."""
+    patience: float = 30.0
+    """Seconds; an implementation whose call took longer is left out at larger sizes."""
     out: Path = Path("sweep.json")
-    """JSON file to write; the plot goes beside it as PNG."""
+    """JSON file to write; beside it go a table as .csv, a plot as .png, and all of it in one .html."""
 
     def run(self) -> None:
-        with on(self.device):
-            self._run()
-
-    def _run(self) -> None:
-        others = {"batch": self.batches, "d_state": self.d_states, "chunk_size": self.chunk_sizes}
-        given = {name: values for name, values in others.items() if values}
+        swept = {
+            "length": self.lengths,
+            "batch": self.batches,
+            "d_state": self.d_states,
+            "chunk_size": self.chunk_sizes,
+        }
+        given = {name: sorted(values) for name, values in swept.items() if values}
         if len(given) > 1:
             raise ValueError(f"sweep goes over one size at a time; got {', '.join(given)}")
-        over, values = next(iter(given.items()), ("length", self.lengths))
-        if over == "chunk_size" and self.op != "ssd":
-            raise ValueError(f"chunk_sizes are those of ssd; got {self.op}")
-        dtype = DTYPES[self.dtype]
-        base = replace(default_shape(self.op), batch=self.batch, length=self.lengths[0])
-        impls: tuple[str, ...] = self.impl or (_fastest(self.device),)
-        seconds: dict[str, list[float]] = {}
-        missing: dict[str, str] = {}
-        errors: dict[str, float] = {}
-        allowed, floors = 0.0, []
+        over, values = next(iter(given.items()), ("length", [2**i for i in range(10, 17)]))
+        _check_reads(self.op, over)
+        base = _sized(self, named_shape(self.op, self.shape))
+        settings = []
         for value in values:
-            chunk = {"chunk_size": value} if over == "chunk_size" else {}
-            shape = base if chunk else replace(base, **{over: value})
-            floors.append(_against_roofline(self.op, shape, self.dtype, self.mode, 1.0, self.device, **chunk)["floor"])
-            workloads, refused, found, bound = _prepare(self.op, impls, shape, dtype, self.device, not seconds, **chunk)
-            if not seconds:
-                missing, errors, allowed = refused, found, bound
-                seconds = {impl: [] for impl in workloads}
-                impls = tuple(workloads)
-                for impl, why in missing.items():
-                    print(f"{impl:<12} {why}")
-            for impl, timing in time_together(workloads, self.mode, self.calls).items():
-                seconds[impl].append(timing.median)
-                print(
-                    f"{impl:<12} {over} {value:>7,}  {timing.median:8.3f} s  "
-                    f"{1e6 * timing.median / shape.length:7.2f} us a step"
-                )
-        shape = {"batch": self.batch, "length": self.lengths[0]}
-        result = {"op": self.op, "mode": self.mode, **shape, "over": over, "values": values, "seconds": seconds}
-        result |= {"missing": missing, "errors_at_the_first": errors, "floors": floors if all(floors) else None}
-        write_json(self.out, result | {"dtype": self.dtype} | environment(self.device))
-        self.out.with_suffix(".png").write_bytes(report.against(result))
-        _exit_if_wrong(errors, allowed)
+            is_chunk = over == "chunk_size"
+            shape = base if is_chunk else replace(base, **{over: value})
+            settings.append(Setting(f"{over} {value:,}", shape, value if is_chunk else self.chunk_size, value))
+        modes = self.mode or (("fwd",) if self.op.endswith("_step") else ("fwd+bwd",))
+        with on(self.device):
+            _measure(self, settings, modes, over, self.patience)
 
 
-def _fastest(device: str) -> Impl:
-    return "torch" if device == "cpu" else "triton"
+@dataclass(frozen=True)
+class Setting:
+    """The sizes that implementations are measured at together."""
+
+    name: str
+    shape: Shape
+    chunk_size: int | None = None
+    value: int | None = None
+    """Of the size that is swept."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {} if self.chunk_size is None else {"chunk_size": self.chunk_size}
 
 
-def table(rows: list[dict]) -> str:
-    """Rows as lines of text; ratios are against the first implementation."""
-    first = {row["mode"]: row for row in reversed(rows) if row["impl"] == rows[0]["impl"]}
-    lines = [f"{'':<22}{'ms':>12}{'quartiles':>22}{'times':>9}{'roofline':>9}{'peak MiB':>10}{'error':>10}"]
-    for row in rows:
-        line = f"{row['impl']:<13}{row['mode']:<9}"
-        if "missing" in row:
-            lines.append(f"{line}    {row['missing']}")
-            continue
-        if "time" in row:
-            t = Timing(**row["time"])
-            spread = f"{1e3 * t.low:.1f} to {1e3 * t.high:.1f}"
-            ratio = t.median / first[row["mode"]]["time"]["median"]
-            line += f"{1e3 * t.median:>12.1f}{spread:>22}{ratio:>9.1f}"
-            line += f"{row['share']:>9.0%}" if row["share"] is not None else f"{'unknown':>9}"
-        if "peak_memory" in row:
-            line += f"{row['peak_memory'] / 2**20:>10.1f}"
-        if "error" in row:
-            line += f"{row['error']:>10.1e}" + "  WRONG" * (not row["is_right"])
-        lines.append(line)
-    return "\n".join(lines)
+def _sized(command: Run | Sweep, shape: Shape) -> Shape:
+    """The shape with the sizes that were given."""
+    given = {f.name: getattr(command, f.name) for f in dataclasses.fields(Shape)}
+    given = {name: size for name, size in given.items() if size is not None}
+    for name in (*given, *(("chunk_size",) if command.chunk_size is not None else ())):
+        _check_reads(command.op, name)
+    if wrong := {name: size for name, size in given.items() if size < 1}:
+        raise ValueError(f"sizes must be 1 or more; got {', '.join(f'{k} {v}' for k, v in wrong.items())}")
+    return replace(shape, **given)
 
 
-def _prepare(
-    op: str, impls: tuple[str, ...], shape: Shape, dtype: torch.dtype, device: str, with_errors: bool, **options: object
-) -> tuple[dict[str, Workload], dict[str, str], dict[str, float], float]:
-    """What can run here, why the rest cannot, errors by implementation, and how large they may be.
+def _check_reads(op: str, size: str) -> None:
+    known = sizes_of(op) + (("chunk_size",) if op == "ssd" else ())
+    if size not in known:
+        raise ValueError(f"{op} has no {size}; its sizes are {', '.join(known)}")
+
+
+def _measure(
+    command: Run | Sweep,
+    settings: Sequence[Setting],
+    modes: Sequence[Mode],
+    over: str | None = None,
+    patience: float | None = None,
+) -> None:
+    """Measure, print and write; exit status 1 if a result is wrong.
 
     Raises:
-        ValueError: nothing can run.
+        ValueError: a setting cannot be, or nothing can run.
     """
-    workloads, missing, errors = {}, {}, {}
-    want, allowed = None, 0.0
-    if with_errors:
-        want = exact(op, shape, dtype, device=device)
-        reference = build(op, "reference", shape, dtype, device=device)
-        allowed = allowed_error(error(op, reference, shape, dtype, device, want), dtype)
-    for impl in impls:
-        try:
-            workload = build(op, impl, shape, dtype, device=device, **options)
-            if want is not None:
-                errors[impl] = error(op, workload, shape, dtype, device, want)
-            workloads[impl] = workload
-        except (ModuleNotFoundError, ValueError, RuntimeError) as e:
-            missing[impl] = str(e).splitlines()[0]
-    if not workloads:
-        raise ValueError("; ".join(missing.values()))
-    return workloads, missing, errors, allowed
+    for setting in settings:
+        _check(command.op, setting, modes)
+    result = {"command": command_line(command), "op": command.op, "dtype": command.dtype, "over": over, "cases": []}
+    impatient: dict[tuple[str, str], str] = {}
+    for setting in settings:
+        case = _measure_one(command, setting, modes, impatient)
+        result["cases"].append(case)
+        print(report.table(result, case), flush=True)
+        for row in case["rows"]:
+            seconds = row.get("time", {}).get("median", 0)
+            if patience is not None and seconds > patience:
+                why = f"left out: {seconds:.1f} s a call at {setting.name}, beyond --patience {patience:g}"
+                impatient[row["impl"], row["mode"]] = why
+    rows = [row for case in result["cases"] for row in case["rows"]]
+    if all("missing" in row for row in rows):
+        raise ValueError("; ".join(dict.fromkeys(row["missing"] for row in rows)))
+    ours = resolve_backend("auto", torch.device(command.device), "ssd")  # all ops have kernels, or none can run here
+    result |= {"ours": ours, **environment(command.device)}
+    if command.out is not None:
+        report.write_all(result, command.out)
+    if wrong := list(dict.fromkeys(f"{row['impl']} {row['mode']}" for row in rows if not row.get("is_right", True))):
+        sys.exit(f"ssm-bench: wrong: {', '.join(wrong)}; further from float64 than its rounding allows")
 
 
-def _exit_if_wrong(errors: dict[str, float], allowed: float) -> None:
-    if wrong := [impl for impl, off in errors.items() if off > allowed]:
-        sys.exit(f"ssm-bench: wrong: {', '.join(wrong)}; more than {allowed:.1e} off the reference in float64")
+def _check(op: str, setting: Setting, modes: Sequence[Mode]) -> None:
+    length, height = setting.shape.length, setting.shape.height
+    if "height" in sizes_of(op) and length % height:
+        raise ValueError(f"height must divide length, the area of the grid; got height {height} and length {length}")
+    if op in ("ssd", "cross_ssd") and setting.shape.heads % setting.shape.groups:
+        raise ValueError(f"groups must divide heads; got {setting.shape.groups} groups and {setting.shape.heads} heads")
+    if op == "mamba2_block" and setting.shape.channels % setting.shape.headdim:
+        sizes = f"headdim {setting.shape.headdim} and channels {setting.shape.channels}"
+        raise ValueError(f"headdim must divide channels; got {sizes}")
+    if op.endswith("_step") and set(modes) != {"fwd"}:
+        raise ValueError(f"{op} has no backward: mode must be fwd; got {', '.join(modes)}")
+
+
+def _measure_one(
+    command: Run | Sweep, setting: Setting, modes: Sequence[Mode], left_out: dict[tuple[str, str], str]
+) -> dict:
+    """A row for each mode and implementation, with what they were held against."""
+    op, shape, device, dtype = command.op, setting.shape, command.device, DTYPES[command.dtype]
+    rows = {(mode, impl): {"impl": impl, "mode": mode} for mode in modes for impl in command.impl}
+    for (mode, impl), row in rows.items():
+        if (impl, mode) in left_out:
+            row["missing"] = left_out[impl, mode]
+    case: dict = {
+        "name": setting.name, "value": setting.value, **setting.options,
+        "shape": {size: getattr(shape, size) for size in sizes_of(op)},
+    }  # fmt: skip
+    truth = None
+    if "error" in command.metric and not all("missing" in row for row in rows.values()):
+        truth = errors.truth(op, shape, dtype, device, gradients=set(modes) != {"fwd"})
+        case |= {"truth": truth.by, "allowed_error": truth.allowed, "allowed_gradient_error": truth.allowed_gradient}
+    make = functools.cache(lambda impl: build(op, impl, shape, dtype, device=device, **setting.options))
+    for mode in modes:
+        wanted = {impl: rows[mode, impl] for impl in command.impl if "missing" not in rows[mode, impl]}
+        seconds: dict[str, float] = {}
+        for impl, row in wanted.items():
+            try:
+                result, seconds[impl] = first_call(make(impl), mode)
+            except (ImportError, ValueError, RuntimeError) as e:
+                row["missing"] = (str(e).splitlines() or [type(e).__name__])[0]
+                continue
+            if truth is not None:
+                row |= truth.judge(result)
+            del result
+        if "time" in command.metric:
+            for impl, times in _times({impl: make(impl) for impl in seconds}, seconds, mode, command).items():
+                wanted[impl]["time"] = asdict(times)
+                wanted[impl] |= _against_roofline(op, shape, command.dtype, mode, times.median, device, setting.options)
+        if "memory" in command.metric:
+            for impl in seconds:
+                wanted[impl]["peak_memory"] = peak_memory(op, impl, shape, mode, dtype, device, **setting.options)
+    return case | {"rows": list(rows.values())}
+
+
+def _times(workloads: dict[str, Workload], first: dict[str, float], mode: Mode, command: Run | Sweep) -> dict:
+    """Of those that are fast, in turn; a slow one's only call was its first. On a GPU a first call compiles."""
+    slow = {impl: timing([t]) for impl, t in first.items() if t > SLOW and command.device == "cpu"}
+    fast = {impl: workload for impl, workload in workloads.items() if impl not in slow}
+    return (time_together(fast, mode, command.calls) if fast else {}) | slow
 
 
 def _against_roofline(
-    op: str, shape: Shape, dtype: str, mode: str, seconds: float, device: str, **options: object
+    op: str, shape: Shape, dtype: str, mode: str, seconds: float, device: str, options: dict[str, int]
 ) -> dict:
     """The least time, what bounds it and the share of it that was reached, where the device's figures are known."""
-    case = case_of(op, shape, DTYPES[dtype], **options)
     known = None if device == "cpu" else device_named(torch.cuda.get_device_name(device))
-    if case is None or known is None or dtype == "fp64":
+    if op in BLOCKS or known is None or dtype == "fp64":
         return {"floor": None, "bound": None, "share": None}
-    least = floor(cost(case, mode), known, DTYPES[dtype])
+    least = floor(cost(case_of(op, shape, DTYPES[dtype], **options), mode), known, DTYPES[dtype])
     return {"floor": least.seconds, "bound": least.bound, "share": least.seconds / seconds}
+
+
+def command_line(command: Run | Sweep) -> str:
+    """What gives the figures again: what differs from the defaults, without where it was written."""
+    words = ["ssm-bench", type(command).__name__.lower(), command.op]
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if field.name in ("op", "out") or value == field.default:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)

@@ -16,37 +16,47 @@ from torch import Tensor
 from ssm_kernels import use_backend
 from ssm_kernels.modules import Mamba, Mamba2
 
-from .cases import DTYPES, WIDTHS, Case, Shape
+from .cases import DTYPES, SIZES, WIDTHS, Case, Shape
 from .peers import PACKAGES, peer
 
-OPS = ("selective_scan", "ssd", "causal_conv1d", "mamba_block", "mamba2_block")
-IMPLEMENTATIONS = ("torch", "triton", "reference", *PACKAGES)
-
-
-def default_shape(op: str) -> Shape:
-    """The shape of the project's stated figures."""
-    return Shape(d_state=128) if op in ("ssd", "mamba2_block") else Shape()
-
-
+BLOCKS = {"mamba_block": "batch length channels d_state width",
+          "mamba2_block": "batch length channels d_state headdim groups width"}  # fmt: skip
+"""Whole mixers, and which sizes each reads."""
+OPS = (*SIZES, *BLOCKS)
+IMPLEMENTATIONS = ("ours", "torch", "triton", "reference", *PACKAGES)
+"""`ours` is what `backend="auto"` takes."""
 SHAPES = ("default", *WIDTHS, "vision", "long")
+SIDE = 27
+"""Patches along a side of a 384-pixel image."""
+
+
+def sizes_of(op: str) -> tuple[str, ...]:
+    """The sizes that an op or a block reads."""
+    return tuple((SIZES | BLOCKS)[op].split())
 
 
 def named_shape(op: str, name: str) -> Shape:
     """The sizes of a published model's layer at batch 8 and length 2,048, or one of three others.
 
     `default` has the project's stated figures; `vision` is a 2.7b layer on the patches of a 384-pixel image, `long`
-    a 130m layer over one sequence of 65,536 steps.
+    a 130m layer over one sequence of 65,536 steps. The ops on a grid have no such length: theirs are 27 by 27 patches,
+    and 32 by 32 and 256 by 256 places in `default` and `long`.
     """
+    on_grid = op.startswith("cross_")
+    shape = Shape(d_state=128) if op in ("ssd", "ssd_step", "cross_ssd", "mamba2_block") else Shape()
     if name == "default":
-        return default_shape(op)
-    inner = 2 * WIDTHS[{"vision": "2.7b", "long": "130m"}.get(name, name)]
-    batch, length = {"vision": (8, 27 * 27), "long": (1, 65536)}.get(name, (8, 2048))
-    return replace(default_shape(op), batch=batch, length=length, channels=inner, heads=inner // 64)
+        return replace(shape, height=32) if on_grid else shape
+    width = WIDTHS[{"vision": "2.7b", "long": "130m"}.get(name, name)]
+    channels = width if op == "add_rms_norm" else 2 * width  # that norm is of the stream, not of the inner channels
+    patches = SIDE * SIDE
+    batch, length = {"vision": (8, patches), "long": (1, 65536)}.get(name, (8, patches if on_grid else 2048))
+    height = 1 if not on_grid else 256 if name == "long" else SIDE
+    return replace(shape, batch=batch, length=length, channels=channels, heads=2 * width // 64, height=height)
 
 
 def case_of(op: str, shape: Shape, dtype: torch.dtype, **options: object) -> Case | None:
     """The case that `build` runs; None for a block, which is several."""
-    return None if op in ("mamba_block", "mamba2_block") else replace(_case(op, shape, dtype), **options)
+    return None if op in BLOCKS else replace(_case(op, shape, dtype), **options)
 
 
 class Workload(NamedTuple):
@@ -74,40 +84,49 @@ def build(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
     torch.manual_seed(seed)
-    if op in ("mamba_block", "mamba2_block"):
+    if op in BLOCKS:
         return _block(op, impl, shape, dtype, device)
     return of_case(replace(_case(op, shape, dtype), **options), impl, device, seed)
 
 
 def of_case(case: Case, impl: str, device: str, seed: int = 0) -> Workload:
     """One implementation of a case; raises as `build`."""
-    tensors = case.inputs(device, seed)
+    return _call(case, impl, case.inputs(device, seed))
+
+
+def exact(op: str, shape: Shape, dtype: torch.dtype, backend: str, seed: int = 0, device: str = "cpu") -> Workload:
+    """A backend in float64 on the inputs that `build` draws, rounded to `dtype` first."""
+    torch.manual_seed(seed)
+    if op in BLOCKS:
+        block, x = _own_block(op, shape, dtype, device)
+        return _run_block(block.double(), x.detach().double().requires_grad_(), backend)
+    case = _case(op, shape, dtype)
+    return _call(case, backend, {k: _double(v) for k, v in case.inputs(device, seed).items()})
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+
+
+def _call(case: Case, impl: str, tensors: dict[str, Tensor]) -> Workload:
     inputs = [t for t in tensors.values() if t.requires_grad or case.is_step]
     if impl in PACKAGES:
         return Workload(peer(impl, case, tensors), inputs)
 
     def run() -> Tensor:
-        out = case.run(tensors, impl)
+        out = case.run(tensors, _backend(impl))
         return out[0] if isinstance(out, tuple) else out
 
     return Workload(run, inputs)
 
 
-def exact(op: str, shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Tensor:
-    """The reference's result in float64 on the same inputs, rounded to `dtype` first."""
-    torch.manual_seed(seed)
-    if op in ("mamba_block", "mamba2_block"):
-        block, x = _own_block(op, shape, dtype, device)
-        with torch.no_grad(), use_backend("reference"):
-            return block.double()(x.double())
-    case = _case(op, shape, dtype)
-    with torch.no_grad():
-        return case.call({k: v.double() for k, v in case.inputs(device, seed).items()}, "reference")[0]
+def _backend(impl: str) -> str:
+    return "auto" if impl == "ours" else impl
 
 
 def _case(op: str, shape: Shape, dtype: torch.dtype) -> Case:
     names = {kind: name for name, kind in DTYPES.items()}
-    return Case(op, shape, names[dtype], z=op == "selective_scan")
+    return Case(op, shape, names[dtype], z=op in ("selective_scan", "selective_scan_step", "rms_norm"))
 
 
 def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Mamba | Mamba2, Tensor]:
@@ -122,15 +141,8 @@ def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[
 
 def _block(op: str, impl: str, shape: Shape, dtype: torch.dtype, device: str) -> Workload:
     block, x = _own_block(op, shape, dtype, device)
-    inputs = [x, *block.parameters()]
     if impl not in PACKAGES:
-
-        def run() -> Tensor:
-            with use_backend(impl):
-                return block(x)
-
-        return Workload(run, inputs)
-
+        return _run_block(block, x, _backend(impl))
     if impl != "transformers":
         raise ValueError(f"{impl} is not compared on {op}")
     if importlib.util.find_spec("transformers") is None:
@@ -153,4 +165,13 @@ def _block(op: str, impl: str, shape: Shape, dtype: torch.dtype, device: str) ->
         mixer = Mamba2Mixer(config, layer_idx=0)
     mixer.load_state_dict(block.state_dict())
     mixer = mixer.to(device, dtype)
-    return Workload(lambda: mixer(x), [x, *mixer.parameters()])
+    theirs = dict(mixer.named_parameters())
+    return Workload(lambda: mixer(x), [x, *(theirs[name] for name, _ in block.named_parameters())])
+
+
+def _run_block(block: Mamba | Mamba2, x: Tensor, backend: str) -> Workload:
+    def run() -> Tensor:
+        with use_backend(backend):
+            return block(x)
+
+    return Workload(run, [x, *block.parameters()])

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from vlmamba.benchmarks import cli
+from ssm_kernels import _backend
+from vlmamba.benchmarks import cli, measure, run
 from vlmamba.benchmarks.cases import Shape
-from vlmamba.benchmarks.measure import error, once, peak_memory, time_together
-from vlmamba.benchmarks.workloads import OPS, Workload, build, default_shape
+from vlmamba.benchmarks.errors import truth
+from vlmamba.benchmarks.measure import first_call, incoming, once, peak_memory, ready, time_together
+from vlmamba.benchmarks.workloads import OPS, SHAPES, Workload, build, named_shape
 
-IMPLEMENTATIONS = ("torch", "reference", "transformers")
-SMALL = Shape(batch=2, length=40, channels=32, d_state=8, heads=4, headdim=8, groups=1)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("op", OPS)
-def test_every_implementation_computes_the_same(op, impl):
-    shape = replace(SMALL, headdim=8)
-    assert error(op, build(op, impl, shape), shape, torch.float32) < 1e-5
+IMPLEMENTATIONS = ("ours", "torch", "reference", "transformers")
+SMALL = Shape(batch=2, length=40, channels=32, d_state=8, heads=4, headdim=8, height=5)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_gradients_agree_too(op):
-    grads = {}
+def test_every_implementation_computes_the_same_and_has_the_same_gradients(op):
+    mode = "fwd" if op.endswith("_step") else "fwd+bwd"
+    known = truth(op, SMALL, torch.float32, gradients=mode != "fwd")
+    assert known.by == "reference"
     for impl in IMPLEMENTATIONS:
-        work = build(op, impl, SMALL, torch.float32)
-        y = work.run()
-        grads[impl] = torch.autograd.grad((y * torch.cos(torch.arange(y.numel())).view_as(y)).sum(), work.inputs[0])[0]
-    for impl in ("torch", "transformers"):
-        torch.testing.assert_close(grads[impl], grads["reference"], rtol=1e-3, atol=1e-4)
+        if impl == "transformers" and op.startswith("cross_"):
+            with pytest.raises(ValueError, match="transformers is not compared on cross_"):
+                build(op, impl, SMALL)
+            continue
+        result, _ = first_call(build(op, impl, SMALL), mode)
+        found = known.judge(result)
+        assert found["is_right"], (impl, found)
+        assert len(result.gradients) == len(known.result.gradients) and (
+            mode == "fwd" or found["gradient_error"] < 1e-5
+        )
+
+
+def test_ours_is_what_auto_takes(monkeypatch):
+    seen = []
+    monkeypatch.setattr("ssm_kernels.ssd", lambda **inputs: seen.append(_backend._preferred) or inputs["x"])
+    for impl in ("ours", "reference"):
+        build("ssd", impl, SMALL).run()
+    assert seen == ["auto", "reference"]
 
 
 def test_implementations_are_timed_in_turn():
@@ -44,46 +55,242 @@ def test_implementations_are_timed_in_turn():
 
 
 def test_peak_memory_grows_with_what_is_allocated():
-    short, long = (peak_memory("ssd", "transformers", replace(SMALL, length=n), "fwd+bwd") for n in (256, 4096))
+    short, long = (peak_memory("ssd", "torch", replace(SMALL, length=n), "fwd+bwd") for n in (256, 4096))
     assert long > short + 8 * 2**20
+    # Of a backward alone, it is what comes on top of what the forward kept.
+    assert 0 < peak_memory("ssd", "torch", replace(SMALL, length=4096), "bwd") < long
+
+
+class Clock:
+    """Stands in for `time`: the forward takes 100 seconds, the backward 1."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def work(self):
+        clock = self
+
+        class Spends(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                clock.now += 100
+                return 2 * x
+
+            @staticmethod
+            def backward(ctx, dy):
+                clock.now += 1
+                return 2 * dy
+
+        x = torch.ones(3, requires_grad=True)
+        return Workload(lambda: Spends.apply(x), [x])
+
+
+@pytest.mark.parametrize(("mode", "seconds"), [("fwd", 100), ("bwd", 1), ("fwd+bwd", 101)])
+def test_a_mode_s_time_has_nothing_else_in_it(mode, seconds, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "SLOW", 1000.0)
+    work = clock.work()
+    assert first_call(work, mode)[1] == seconds
+    assert time_together({"a": work}, mode, 3)["a"].seconds == (seconds,) * 3
+    result = ready(work, mode)()
+    expected = () if mode == "fwd" else (2 * incoming(result.y),)
+    assert len(result.gradients) == len(expected) and all(map(torch.equal, result.gradients, expected))
+
+
+def test_what_is_slow_is_called_once(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(run, "build", lambda *args, **options: clock.work())
+    out = tmp_path / "a.json"
+    cli.main(["run", "ssd", "--impl", "ours", "--mode", "fwd", "bwd", "--metric", "time", "--out", str(out)])
+    slow, fast = json.loads(out.read_text())["cases"][0]["rows"]
+    assert (slow["time"]["calls"], slow["time"]["median"]) == (1, 100)
+    assert (fast["time"]["calls"], fast["time"]["median"]) == (15, 1)
+    assert clock.now == 100 + 17 * 101  # once; a first call, a warm-up and fifteen
 
 
 def test_a_run_prints_and_writes_everything(tmp_path, capsys):
     out = tmp_path / "run.json"
-    cli.main(["run", "ssd", "--length", "40", "--batch", "1", "--heads", "2", "--calls", "3", "--out", str(out)])
+    modes = ["fwd", "bwd", "fwd+bwd"]
+    sizes = ["--length", "40", "--batch", "1", "--heads", "2", "--calls", "3"]
+    cli.main(["run", "ssd", "--mode", *modes, "--metric", "time", "error", *sizes, "--out", str(out)])
     report = json.loads(out.read_text())
-    assert {(r["impl"], r["mode"]) for r in report["rows"]} == {
-        (i, m) for i in ("torch", "transformers") for m in ("fwd", "fwd+bwd")
-    }
-    for row in report["rows"]:
+    (case,) = report["cases"]
+    assert [(r["impl"], r["mode"]) for r in case["rows"]] == [(i, m) for m in modes for i in ("ours", "transformers")]
+    for row in case["rows"]:
         assert row["time"]["median"] > 0
         assert row["error"] < 1e-4
-        assert row["peak_memory"] >= 0
-    assert {"device", "threads", "packages", "commit"} <= report.keys()
-    text = capsys.readouterr().out
-    assert "transformers fwd+bwd" in text
+        assert ("gradient_error" in row) == (row["mode"] != "fwd")
+        assert "peak_memory" not in row
+    assert {"device", "threads", "packages", "commit", "date"} <= report.keys()
+    assert report["ours"] == "torch"
+    options = "--metric time error --batch 1 --length 40 --heads 2 --calls 3"
+    assert report["command"] == f"ssm-bench run ssd --mode {' '.join(modes)} {options}"
+    assert "transformers  fwd+bwd" in capsys.readouterr().out
 
 
-def test_a_sweep_writes_a_table_and_a_plot(tmp_path):
+def test_a_run_measures_memory(tmp_path):
+    out = tmp_path / "run.json"
+    command = [
+        "run",
+        "ssd",
+        "--impl",
+        "ours",
+        "--mode",
+        "fwd",
+        "--metric",
+        "memory",
+        "--batch",
+        "1",
+        "--length",
+        "4096",
+    ]
+    cli.main([*command, "--batch", "1", "--chunk-size", "32", "--out", str(out)])
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["chunk_size"] == 32
+    assert case["rows"][0]["peak_memory"] > 4096 * 512 * 4  # y at least
+    assert not case["rows"][0].keys() & {"time", "error"} and not out.with_suffix(".png").exists()
+
+
+def test_several_shapes_are_cases_of_one_report(tmp_path, capsys):
+    out = tmp_path / "run.json"
+    shapes = ["--shape", "130m", "2.7b", "130m", "--batch", "1", "--length", "8"]
+    cli.main(["run", "ssd", *shapes, "--impl", "ours", "fla", "--calls", "1", "--metric", "time", "--out", str(out)])
+    cases = json.loads(out.read_text())["cases"]
+    assert [(case["name"], case["shape"]["heads"], case["shape"]["length"]) for case in cases] == [
+        ("130m", 24, 8),
+        ("2.7b", 80, 8),
+    ]
+    with out.with_suffix(".csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["case"], line["heads"], line["impl"]) for line in lines][::2] == [
+        (name, heads, "ours") for name, heads in (("130m", "24"), ("2.7b", "80")) for _ in range(2)
+    ]
+    page = out.with_suffix(".html").read_text()
+    assert page.count("<h2>130m</h2>") == page.count("<h2>2.7b</h2>") == 1
+    assert page.count("<img") == 2 and page.count("pip install flash-linear-attention") == 4
+    assert capsys.readouterr().out.count("fla is not installed") == 4
+
+
+def test_a_sweep_writes_a_table_a_page_and_a_plot(tmp_path):
     out = tmp_path / "sweep.json"
-    cli.main(["sweep", "causal_conv1d", "--lengths", "16", "32", "64", "--out", str(out)])
+    command = ["sweep", "causal_conv1d", "--lengths", "64", "16", "32", "--impl", "ours", "transformers", "mamba_ssm"]
+    cli.main([*command, "--mode", "bwd", "fwd+bwd", "--calls", "3", "--out", str(out)])
     report = json.loads(out.read_text())
-    assert len(report["seconds"]["torch"]) == 3
-    assert report["errors_at_the_first"]["torch"] < 1e-5
+    assert (report["over"], [case["value"] for case in report["cases"]]) == ("length", [16, 32, 64])
+    for case in report["cases"]:
+        assert case["shape"]["length"] == case["value"] and case["shape"]["batch"] == 1
+        rows = case["rows"]
+        assert [(row["impl"], row["mode"]) for row in rows] == [
+            (impl, mode) for mode in ("bwd", "fwd+bwd") for impl in ("ours", "transformers", "mamba_ssm")
+        ]
+        for row in rows:
+            if row["impl"] == "mamba_ssm":
+                assert "not installed" in row["missing"]
+            else:
+                assert row["error"] < 1e-5 and row["gradient_error"] < 1e-5
+                assert len(row["time"]["seconds"]) == 3 and row["time"]["low"] <= row["time"]["high"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    page = out.with_suffix(".html").read_text()
+    assert page.count("<img") == 1 and page.count("<tr") >= 18 and "<td>64</td>" in page
+    with out.with_suffix(".csv").open() as file:
+        assert [line["length"] for line in csv.DictReader(file)][::6] == ["16", "32", "64"]
 
 
-def test_a_sweep_goes_over_one_other_size(tmp_path, capsys):
-    command = ["sweep", "ssd", "--lengths", "16", "--mode", "fwd", "--calls", "1", "--out", str(tmp_path / "a.json")]
+def test_a_sweep_goes_over_one_other_size(tmp_path):
+    out = tmp_path / "a.json"
+    command = ["sweep", "ssd", "--length", "16", "--mode", "fwd", "--calls", "1", "--out", str(out)]
     for option, name in (("--chunk-sizes", "chunk_size"), ("--batches", "batch"), ("--d-states", "d_state")):
         cli.main([*command, option, "4", "8", "--impl", "torch", "fla"])
-        report = json.loads((tmp_path / "a.json").read_text())
-        assert (report["over"], report["values"], len(report["seconds"]["torch"])) == (name, [4, 8], 2)
-        assert "fla" in report["missing"]
-    with pytest.raises(SystemExit, match="one size at a time; got batch, d_state"):
-        cli.main([*command, "--batches", "1", "--d-states", "8"])
-    with pytest.raises(SystemExit, match="chunk_sizes are those of ssd"):
-        cli.main(["sweep", "causal_conv1d", "--chunk-sizes", "8"])
+        report = json.loads(out.read_text())
+        assert (report["over"], [case["value"] for case in report["cases"]]) == (name, [4, 8])
+        for case in report["cases"]:
+            assert (case | case["shape"])[name] == case["value"] and case["shape"]["length"] == 16
+            assert case["rows"][0]["is_right"] and "not installed" in case["rows"][1]["missing"]
+
+
+def test_a_sweep_leaves_out_at_larger_sizes_what_was_slow(tmp_path, monkeypatch):
+    out, seen = tmp_path / "a.json", []
+
+    def slow(op, impl, shape, *args, **options):
+        seen.append((impl, shape.length))
+        clock = Clock()
+        monkeypatch.setattr(measure, "time", clock)
+        return clock.work()
+
+    monkeypatch.setattr(run, "build", slow)
+    command = ["sweep", "ssd", "--impl", "ours", "--mode", "fwd", "--lengths", "8", "16", "--metric", "time"]
+    cli.main([*command, "--out", str(out)])
+    rows = [case["rows"][0] for case in json.loads(out.read_text())["cases"]]
+    assert "time" in rows[0] and rows[1]["missing"] == "left out: 100.0 s a call at length 8, beyond --patience 30"
+    assert seen == [("ours", 8)]
+    cli.main([*command, "--patience", "101", "--out", str(out)])
+    assert all("time" in case["rows"][0] for case in json.loads(out.read_text())["cases"])
+
+
+def test_what_fails_when_called_has_a_line_that_says_so(tmp_path, monkeypatch):
+    def failing(op, impl, *args, **options):
+        work = build(op, impl, *args, **options)
+
+        def run():
+            raise RuntimeError("no kernel image\nis available")
+
+        return work._replace(run=run) if impl == "torch" else work
+
+    monkeypatch.setattr(run, "build", failing)
+    command = [
+        "run",
+        "causal_conv1d",
+        "--length",
+        "8",
+        "--mode",
+        "fwd",
+        "--calls",
+        "1",
+        "--out",
+        str(tmp_path / "a.json"),
+    ]
+    cli.main([*command, "--impl", "torch", "ours"])
+    bad, good = json.loads((tmp_path / "a.json").read_text())["cases"][0]["rows"]
+    assert bad["missing"] == "no kernel image" and "time" not in bad and "time" in good
+    with pytest.raises(SystemExit, match="ssm-bench: no kernel image"):
+        cli.main([*command, "--impl", "torch"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "ssd", "--batches", "1", "--d-states", "8"], "one size at a time; got batch, d_state"),
+        (["sweep", "causal_conv1d", "--chunk-sizes", "8"], "causal_conv1d has no chunk_size; its sizes are batch, len"),
+        (["sweep", "ssd_step"], "ssd_step has no length; its sizes are batch, heads, headdim, d_state, groups"),
+        (["run", "causal_conv1d", "--heads", "8"], "causal_conv1d has no heads"),
+        (["run", "cross_scan", "--chunk-size", "8"], "cross_scan has no chunk_size"),
+        (["run", "cross_scan", "--length", "40"], "height must divide length.*; got height 32 and length 40"),
+        (["run", "ssd", "--groups", "3"], "groups must divide heads; got 3 groups and 8 heads"),
+        (["run", "mamba2_block", "--headdim", "100"], "headdim must divide channels; got headdim 100 and channels 512"),
+        (["run", "ssd", "--batch", "0"], "sizes must be 1 or more; got batch 0"),
+        (["run", "ssd_step", "--mode", "fwd", "bwd"], "ssd_step has no backward: mode must be fwd; got fwd, bwd"),
+        (["run", "ssd", "--impl", "mamba_ssm", "--length", "8"], "mamba_ssm is not installed"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    with pytest.raises(SystemExit, match=f"ssm-bench: .*{message}"):
+        cli.main(arguments)
+
+
+def test_the_chunk_size_and_a_norm_s_and_a_step_s_options_are_those_of_the_models():
+    assert build("rms_norm", "torch", SMALL).inputs[2].shape == (2, 40, 32)  # the gate
+    for name in SHAPES:
+        for op in OPS:
+            shape = named_shape(op, name)
+            assert not op.startswith("cross_") or (shape.height > 1 and shape.length % shape.height == 0)
+    assert named_shape("add_rms_norm", "2.7b").channels == 2560
+    assert named_shape("rms_norm", "2.7b").channels == 5120
+    assert (named_shape("cross_ssd", "130m").length, named_shape("cross_ssd", "130m").height) == (729, 27)
 
 
 def test_a_chunk_size_reaches_the_op(monkeypatch):
@@ -114,11 +321,12 @@ def test_unknown_names_are_refused():
 
 
 def test_the_stated_shapes():
-    assert default_shape("selective_scan") == Shape(2, 1024, 512, 16)
-    assert default_shape("ssd") == Shape(2, 1024, 512, 128, heads=8, headdim=64)
+    assert named_shape("selective_scan", "default") == Shape(2, 1024, 512, 16)
+    assert named_shape("ssd", "default") == Shape(2, 1024, 512, 128, heads=8, headdim=64)
 
 
 def test_one_call_gives_gradients_of_all_inputs():
     work = build("ssd", "torch", SMALL)
     assert once(work, "fwd+bwd").requires_grad
     assert not once(work, "fwd").requires_grad
+    assert len(ready(work, "bwd")().gradients) == len(work.inputs)

@@ -34,7 +34,13 @@ def test_a_peer_that_is_missing_says_how_to_get_it(monkeypatch):
 
 
 def test_what_a_peer_does_not_have_is_refused():
-    for case in (Case("rms_norm"), Case("ssd", initial_states=True), Case("ssd", sequences=2), Case("ssd", D=False)):
+    for case in (
+        Case("cross_scan"),
+        Case("rms_norm", z=True, norm_before_gate=True),
+        Case("ssd", initial_states=True),
+        Case("ssd", sequences=2),
+        Case("ssd", D=False),
+    ):
         with pytest.raises(ValueError, match="transformers is not compared on"):
             peer("transformers", replace(case, shape=SHAPE), {})
 

@@ -6,15 +6,18 @@ import csv
 import importlib.util
 import json
 import math
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
-from vlmamba.benchmarks import cli, measure, report, run
-from vlmamba.benchmarks.compare import compare, holm, mann_whitney, regressions
-from vlmamba.benchmarks.measure import allowed_error
-from vlmamba.benchmarks.roofline import Floor
+from vlmamba.benchmarks import cli, errors, report, run
+from vlmamba.benchmarks.cases import Case
+from vlmamba.benchmarks.errors import forgiven, truth
+from vlmamba.benchmarks.measure import Result
+from vlmamba.benchmarks.roofline import DEVICES, cost, floor
 from vlmamba.benchmarks.workloads import Workload, build, named_shape
 
 SMALL = ["--batch", "1", "--length", "20", "--channels", "8", "--calls", "3", "--metric", "time", "error"]
@@ -38,7 +41,9 @@ def test_a_run_writes_json_csv_png_and_a_page_that_asks_for_nothing(tmp_path, ca
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mamba_ssm" else found(name, *a))
     out = tmp_path / "new" / "run.json"
     cli.main(["run", "selective_scan", "--impl", "torch", "mamba_ssm", "fla", *SMALL, "--out", str(out)])
-    rows = json.loads(out.read_text())["rows"]
+    (case,) = json.loads(out.read_text())["cases"]
+    rows = case["rows"]
+    assert case["shape"] == {"batch": 1, "length": 20, "channels": 8, "d_state": 16, "groups": 1}
     assert [row["impl"] for row in rows] == ["torch", "mamba_ssm", "fla"] * 2
     assert len(rows[0]["time"]["seconds"]) == 3
     assert rows[0]["is_right"]
@@ -65,125 +70,165 @@ def test_a_fast_wrong_implementation_is_caught(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(run, "build", wrong)
     out = tmp_path / "run.json"
-    with pytest.raises(SystemExit, match="wrong: torch; more than"):
+    with pytest.raises(SystemExit, match=r"wrong: torch fwd, torch fwd\+bwd; further"):
         cli.main(["run", "causal_conv1d", "--impl", "reference", "torch", *SMALL, "--out", str(out)])
     assert capsys.readouterr().out.count("WRONG") == 2
-    assert [row["is_right"] for row in json.loads(out.read_text())["rows"]] == [True, False] * 2
+    assert [row["is_right"] for row in json.loads(out.read_text())["cases"][0]["rows"]] == [True, False] * 2
     assert out.with_suffix(".html").read_text().count("WRONG") == 2
 
 
-def test_what_is_not_finite_or_of_another_shape_is_wrong():
-    shape = named_shape("causal_conv1d", "default")
-    for spoil in (lambda y: y * torch.nan, lambda y: y[:, 1:]):
-        work = build("causal_conv1d", "torch", shape)
-        spoiled = Workload(lambda work=work, spoil=spoil: spoil(work.run()), work.inputs)
-        assert measure.error("causal_conv1d", spoiled, shape, torch.float32) == math.inf
+def test_a_wrong_gradient_is_caught(capsys, monkeypatch):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * 1.001
+
+    def wrong(op, impl, *args, **options):
+        work = build(op, impl, *args, **options)
+        return Workload(lambda: Wrong.apply(work.run()), work.inputs)
+
+    monkeypatch.setattr(run, "build", wrong)
+    for op in ("causal_conv1d", "ssd"):
+        command = ["run", op, "--impl", "ours", "--batch", "1", "--length", "20", "--calls", "1", "--metric", "error"]
+        cli.main([*command, "--mode", "fwd"])
+        for mode in ("bwd", "fwd+bwd"):
+            with pytest.raises(SystemExit, match=f"wrong: ours {re.escape(mode)}; further"):
+                cli.main([*command, "--mode", mode])
+    assert capsys.readouterr().out.count("WRONG") == 4
+
+
+def test_what_is_not_finite_or_of_another_shape_or_lacks_a_gradient_is_wrong():
+    shape = replace(named_shape("causal_conv1d", "default"), length=20)
+    known = truth("causal_conv1d", shape, torch.float32, gradients=True)
+    y, gradients = known.result
+    assert known.by == "reference"
+    assert known.judge(Result(y, gradients))["is_right"]
+    assert known.judge(Result(y * torch.nan, gradients)) == {
+        "error": math.inf,
+        "is_right": False,
+        "gradient_error": 0.0,
+    }
+    assert known.judge(Result(y[:, 1:]))["error"] == math.inf
+    found = known.judge(Result(y, (None, *gradients[1:])))
+    assert (found["error"], found["gradient_error"], found["is_right"]) == (0.0, math.inf, False)
+
+
+def test_where_the_reference_would_take_long_it_is_the_torch_backend_and_said_to_be(tmp_path, capsys, monkeypatch):
+    shape = replace(named_shape("selective_scan", "default"), batch=1, length=300, channels=8)
+    by_reference = truth("selective_scan", shape, torch.float32)
+    for limit in ("SECONDS", "BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(errors, limit, 1e-9)
+            by_torch = truth("selective_scan", shape, torch.float32)
+            assert (by_reference.by, by_torch.by) == ("reference", "torch")
+            torch.testing.assert_close(by_torch.result.y, by_reference.result.y, rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr(errors, "BYTES", 8 * 16 * 2 * 8 * 20)  # 20 steps of 8 channels
+    lengths = ["--lengths", "20", "40", "--channels", "8", "--calls", "1"]
+    cli.main(["sweep", "selective_scan", *lengths, "--out", str(tmp_path / "a.json")])
+    assert [c["truth"] for c in json.loads((tmp_path / "a.json").read_text())["cases"]] == ["reference", "torch"]
+    assert "(length 40: the torch backend, the reference taking too long)" in (tmp_path / "a.html").read_text()
 
 
 def test_a_half_type_is_not_forgiven_half_of_the_result():
-    assert allowed_error(0.0, torch.bfloat16) < 0.1
-    assert allowed_error(1e-7, torch.float32) < 1e-5
+    assert forgiven(0.0, torch.bfloat16) < 0.1
+    assert forgiven(1e-7, torch.float32) < 1e-5
 
 
 def test_the_roofline_is_given_where_the_device_is_known(monkeypatch):
     shape = named_shape("ssd", "2.7b")
     assert (shape.batch, shape.length, shape.channels, shape.heads, shape.d_state) == (8, 2048, 5120, 80, 128)
-    assert run._against_roofline("ssd", shape, "bf16", "fwd", 1.0, "cpu")["share"] is None
+    assert run._against_roofline("ssd", shape, "bf16", "fwd", 1.0, "cpu", {})["share"] is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(run, "floor", lambda *a: Floor(0.25, "memory"))
-    reached = run._against_roofline("ssd", shape, "bf16", "fwd", 0.5, "cuda")
-    assert reached == {"floor": 0.25, "bound": "memory", "share": 0.5}
+    for mode in ("fwd", "bwd", "fwd+bwd"):
+        least = floor(cost(Case("ssd", shape, "bf16", chunk_size=32), mode), DEVICES["H100"], torch.bfloat16)
+        reached = run._against_roofline("ssd", shape, "bf16", mode, 2 * least.seconds, "cuda", {"chunk_size": 32})
+        assert reached == {"floor": least.seconds, "bound": least.bound, "share": 0.5}
+    assert run._against_roofline("mamba2_block", shape, "bf16", "fwd", 1.0, "cuda", {})["share"] is None
+
+
+def written(rows, *, over=None, truth="reference"):
+    """A report as `run` and `sweep` write them: for each given list of rows a case."""
+    cases = [
+        {"name": f"case {i}", "value": 2**i, "shape": {"batch": 1, "length": 2**i}, "truth": truth, "rows": some}
+        | {"allowed_error": 1e-5, "allowed_gradient_error": 1e-5}
+        for i, some in enumerate(rows)
+    ]
+    result = {
+        "command": "ssm-bench run ssd",
+        "op": "ssd",
+        "dtype": "fp32",
+        "over": over,
+        "cases": cases,
+        "ours": "torch",
+    }
+    result |= {"packages": {}, "device": "a", "driver": None, "threads": 1, "cores": 1, "python": "3", "commit": None}
+    return result | {"date": "2026-01-01"}
+
+
+def timed(impl, seconds, **more):
+    time = {"median": seconds, "low": 0.9 * seconds, "high": 1.1 * seconds, "calls": 3, "seconds": [seconds] * 3}
+    row = {"impl": impl, "mode": "fwd", "time": time, "floor": None, "bound": None, "share": None, "error": 1e-7}
+    return row | {"is_right": True} | more
 
 
 def test_the_page_escapes_what_it_shows(tmp_path):
-    result = {"op": "ssd", "dtype": "fp32", "shape": {}, "packages": {}, "device": "<b>", "driver": None}
-    result |= {"threads": 1, "cores": 1, "python": "3", "commit": None}
-    result["rows"] = [{"impl": "fla", "mode": "fwd", "missing": "<script>"}]
-    report.to_html(result, None, tmp_path / "a.html")
+    result = written([[{"impl": "fla", "mode": "fwd", "missing": "<script>"}]]) | {"device": "<b>", "command": "a <i>"}
+    report.to_html(result, [], tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
-    assert "<script>" not in text and "<b>" not in text and "<img" not in text
+    assert "<script>" not in text and "<b>" not in text and "<i>" not in text and "<img" not in text
+    assert "&lt;script&gt;" in text
 
 
-# --- compare --------------------------------------------------------------------------------------------------
+def test_the_page_shows_shares_of_the_roofline_and_which_error_is_wrong(tmp_path):
+    known = {"floor": 0.5, "bound": "memory", "share": 0.25}
+    off = {"error": 1e-7, "gradient_error": 1e-3, "is_right": False}
+    report.to_html(written([[timed("ours", 2.0, **known), timed("fla", 1.0, **off)]]), [], tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "<td>25% (memory)</td>" in text
+    assert "<td>1.0e-03 WRONG</td>" in text and "<td>1.0e-07</td>" in text
+    assert "<td>0.50</td>" in text  # of the first one's time
+    report.to_html(written([[timed("ours", 2.0)]]), [], tmp_path / "a.html")
+    assert "<th>roofline</th>" not in (tmp_path / "a.html").read_text()
 
 
-def test_mann_whitney_is_that_of_the_tables():
-    # Exact two-sided p values, of all orders: 2 / C(6, 3), and 4 / C(10, 5) for U = 1.
-    assert mann_whitney([1, 2, 3], [4, 5, 6]) == pytest.approx(0.1)
-    assert mann_whitney([1, 2, 3, 4, 6], [5, 7, 8, 9, 10]) == pytest.approx(4 / 252)
-    assert mann_whitney([1.0] * 9, [1.0] * 9) == 1
-    assert mann_whitney([1.0], [2.0, 3.0]) == 1
+def drawn(monkeypatch):
+    """The axes of the figures that are made from here on."""
+    found, png = [], report._png
+    monkeypatch.setattr(report, "_png", lambda figure, title: found.extend(figure.axes) or png(figure, title))
+    return found
 
 
-def test_mann_whitney_is_that_of_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    generator = torch.Generator().manual_seed(0)
-    for n, m, digits in ((5, 8, 9), (15, 15, 9), (20, 30, 9), (40, 50, 9), (12, 12, 1)):
-        x = torch.rand(n, generator=generator, dtype=torch.float64)
-        y = torch.rand(m, generator=generator, dtype=torch.float64) + 0.2
-        x, y = (t.mul(10**digits).round().tolist() for t in (x, y))  # of one digit: with ties
-        is_exact = digits > 1 and n + m <= 60
-        method = "exact" if is_exact else "asymptotic"
-        assert mann_whitney(x, y) == pytest.approx(stats.mannwhitneyu(x, y, method=method).pvalue)
+def test_bars_show_what_is_missing_and_what_is_wrong_and_the_roofline(monkeypatch):
+    pytest.importorskip("matplotlib")
+    axes = drawn(monkeypatch)
+    rows = [timed("ours", 2.0, floor=0.5), timed("fla", 1.0, is_right=False)]
+    rows.append({"impl": "mamba_ssm", "mode": "fwd", "missing": "mamba_ssm is not installed: pip install mamba-ssm"})
+    report.bars(written([rows, [timed("ours", 2.0), timed("fla", 400.0), rows[2]]]))
+    first, second = axes
+    assert [bar.get_width() for bar in first.patches] == [2000, 1000]
+    assert [text.get_text() for text in first.texts] == ["2,000 ms", "1,000 ms  wrong", "not installed"]
+    assert [line.get_xdata()[0] for line in first.lines if line.get_label() == "roofline"] == [500]
+    assert (first.get_xscale(), second.get_xscale()) == ("linear", "log")
+    assert first.get_xlim()[1] > 2200
 
 
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-
-
-def written(path, seconds, **changes):
-    times = {"median": sorted(seconds)[len(seconds) // 2], "low": 0, "high": 0, "calls": len(seconds)}
-    row = {"impl": "torch", "mode": "fwd", "time": {**times, "seconds": seconds}}
-    result = {"op": "ssd", "dtype": "fp32", "shape": {"length": 8}, "device": "a", "threads": 1, "rows": [row]}
-    path.write_text(json.dumps(result | changes))
-    return path
-
-
-def test_a_regression_is_slow_by_enough_and_not_by_chance(tmp_path, capsys):
-    before = written(tmp_path / "a.json", [1 + 0.001 * i for i in range(15)])
-    slower = written(tmp_path / "b.json", [1.2 + 0.001 * i for i in range(15)])
-    barely = written(tmp_path / "c.json", [1.02 + 0.001 * i for i in range(15)])
-    noisy = written(tmp_path / "d.json", [0.8, 0.9, 1.2, 1.3, 1.4])
-    assert len(regressions(compare(before, slower), 0.05, 0.01)) == 1
-    for after in (barely, noisy, before):
-        assert not regressions(compare(before, after), 0.05, 0.01)
-    assert not regressions(compare(slower, before), 0.05, 0.01)
-    cli.main(["compare", str(before), str(barely)])
-    with pytest.raises(SystemExit) as e:
-        cli.main(["compare", str(before), str(slower)])
-    assert e.value.code == 1
-    assert "REGRESSION" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        cli.main(["compare", str(before), str(barely), "--threshold", "0.01"])
-
-
-def test_a_drift_of_the_machine_is_no_regression_relative_to_what_did_not_change(tmp_path):
-    def rows(torch_seconds, peer_seconds):
-        sides = {"torch": torch_seconds, "fla": peer_seconds}
-        times = {k: {"median": v[7], "calls": len(v), "seconds": v} for k, v in sides.items()}
-        return [{"impl": impl, "mode": "fwd", "time": time} for impl, time in times.items()]
-
-    drift = [1 + 0.01 * i for i in range(15)]
-    before = written(tmp_path / "a.json", [1.0], rows=rows(drift, drift))
-    drifted = written(tmp_path / "b.json", [1.0], rows=rows([2 * t for t in drift], [2 * t for t in drift]))
-    slower = written(tmp_path / "c.json", [1.0], rows=rows([3 * t for t in drift], [2 * t for t in drift]))
-    assert len(regressions(compare(before, drifted), 0.05, 0.01)) == 2
-    assert not regressions(compare(before, drifted, "fla"), 0.05, 0.01)
-    (row,) = regressions(compare(before, slower, "fla"), 0.05, 0.01)
-    assert row.impl == "torch" and row.ratio == pytest.approx(1.5)
-    with pytest.raises(ValueError, match="has not as many calls of transformers in mode fwd"):
-        compare(before, slower, "transformers")
-
-
-def test_files_that_do_not_compare_are_refused(tmp_path):
-    before = written(tmp_path / "a.json", [1.0, 1.1])
-    for field, value in {"device": "b", "op": "x", "dtype": "bf16", "shape": {"length": 9}, "threads": 2}.items():
-        with pytest.raises(ValueError, match=f"do not compare: {field} is"):
-            compare(before, written(tmp_path / "b.json", [1.0, 1.1], **{field: value}))
-    with pytest.raises(ValueError, match="no implementation and mode in common"):
-        compare(before, written(tmp_path / "b.json", [1.0], rows=[{"impl": "fla", "mode": "fwd", "missing": "no"}]))
-    (tmp_path / "b.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a report of ssm-bench run"):
-        compare(before, tmp_path / "b.json")
-    with pytest.raises(SystemExit, match="ssm-bench: .*absent.json"):
-        cli.main(["compare", str(before), str(tmp_path / "absent.json")])
+def test_a_sweep_s_lines_have_spread_proportion_roofline_and_what_is_missing(monkeypatch):
+    pytest.importorskip("matplotlib")
+    axes = drawn(monkeypatch)
+    absent = {"impl": "fla", "mode": "fwd", "missing": "fla is not installed: pip install flash-linear-attention"}
+    cases = [[timed("ours", 2.0 * 3**i, floor=0.1 * 2**i, is_right=i < 2), absent] for i in range(3)]
+    report.lines(written(cases, over="length"))
+    (axis,) = axes
+    lines = {line.get_label(): line for line in axis.lines}
+    assert list(lines["ours"].get_ydata()) == [2, 6, 18]
+    assert list(lines["roofline"].get_ydata()) == [0.1, 0.2, 0.4]
+    assert list(lines["ours: wrong"].get_xdata()) == [4]
+    assert "fla: not installed" in lines
+    assert any(list(line.get_ydata()) == [2, 4, 8] for line in axis.lines)
+    (band,) = axis.collections
+    assert band.get_datalim(axis.transData).height == pytest.approx(1.1 * 18 - 0.9 * 2)
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
