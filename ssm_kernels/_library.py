@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-_library = torch.library.Library("ssm_kernels", "DEF")
+NAMESPACE = __package__.replace(".", "_")
+"""Of the ops: another copy of this package, imported under another name, has its own."""
+_library = torch.library.Library(NAMESPACE, "DEF")
 BODIES: dict[torch._ops.OpOverload, Callable] = {}
 """What each op runs, for tools that run it where the dispatcher takes the fake."""
 
 
 def define_op(schema: str, body: Callable, fake: Callable) -> Callable:
-    """Define `ssm_kernels::<schema>` with one body for every device and a fake for tracing; give the callable.
+    """Define `<NAMESPACE>::<schema>` with one body for every device and a fake for tracing; give the callable.
 
     Autocast is off inside the body: an op states its own precision, and its matrix products must not be
     recast behind its back. Gradients are the caller's: wrap the op in an `autograd.Function`.
@@ -27,8 +29,8 @@ def define_op(schema: str, body: Callable, fake: Callable) -> Callable:
 
     _library.define(schema)
     _library.impl(name, without_autocast, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ssm_kernels::{name}", fake, lib=_library)
-    op = getattr(torch.ops.ssm_kernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     BODIES[op] = body
     return op
 

@@ -1,0 +1,93 @@
+"""This package as a kernel of the Hub, for `kernels.get_kernel`: the layout that the `kernels` package loads.
+
+    python -m ssm_kernels.integrations.hub_kernel OUT
+    kernels.get_local_kernel(Path("OUT")).ssd(...)
+
+A folder for each backend of PyTorch holds the whole package, which is Python alone, and is loaded under a name of its
+own: its ops are registered under that name, so that several versions live in one process, beside an installed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+NAME = "ssm-kernels"
+VERSION = 1
+"""Of the interface: a later one that breaks callers has the next number. Callers name it in `get_kernel`."""
+BACKENDS = ("cpu", "cuda", "rocm")
+LEFT_OUT = ("integrations",)
+"""What needs the package under its own name."""
+
+CARD = """---
+library_name: kernels
+license: mit
+tags: [kernel, mamba, state-space-model]
+---
+
+# ssm-kernels
+
+Selective scan (Mamba-1), SSD (Mamba-2), causal conv1d, gated RMSNorm, decoding steps and scans over grids: Triton
+kernels on a GPU, PyTorch elsewhere, forward and backward.
+
+```python
+from kernels import get_kernel
+
+ssm = get_kernel("OWNER/ssm-kernels", version={version})
+y, final_states = ssm.ssd(x, dt, A, B, C, dt_softplus=True)
+```
+
+Operations: {ops}. Each has its contract in its docstring.
+"""
+
+
+def build(out: Path) -> None:
+    """Write the folder that is uploaded as a kernel repository.
+
+    Raises:
+        FileExistsError: `out` exists and is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: give a new folder")
+    source = Path(__file__).parent.parent
+    files = sorted(
+        path.relative_to(source)
+        for path in source.rglob("*.py")
+        if path.relative_to(source).parts[0] not in LEFT_OUT and "__pycache__" not in path.parts
+    )
+    digest = hashlib.sha256(b"".join(str(f).encode() + (source / f).read_bytes() for f in files)).hexdigest()[:10]
+    for backend in BACKENDS:
+        folder = out / "build" / f"torch-{backend}"
+        for file in files:
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, target)
+        metadata = {
+            "name": NAME,
+            "id": f"_{NAME.replace('-', '_')}_{backend}_{digest}",
+            "version": VERSION,
+            "license": "MIT",
+            "python-depends": [],
+            "backend": {"type": backend},
+        }
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    from .. import __all__ as ops
+
+    names = ", ".join(f"`{name}`" for name in ops if name[0].islower())
+    (out / "README.md").write_text(CARD.format(version=VERSION, ops=names), encoding="utf-8")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Write this package in the layout of the Hub's kernels.")
+    parser.add_argument("out", type=Path, help="a new folder; upload it with `hf upload` as a kernel repository")
+    out = parser.parse_args().out
+    build(out)
+    print(f"{out}: {', '.join(f'build/torch-{b}' for b in BACKENDS)}, README.md")
+
+
+if __name__ == "__main__":
+    main()
