@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs nightly clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -22,6 +22,14 @@ test: $(VENV)/.test lint  ## the whole test suite
 lint: $(VENV)/.test  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/.docs  ## the documentation, as pages in docs/_build/html
+	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
+
+nightly: $(VENV)/.test  ## what takes longer than `test`: ten minutes of random calls on each backend
+	$(BIN)/ssm-bench fuzz --minutes 10
+	TRITON_INTERPRET=1 $(BIN)/ssm-bench fuzz --minutes 10
+	$(BIN)/ssm-bench compile-report --quick
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV)

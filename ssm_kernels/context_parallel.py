@@ -59,10 +59,11 @@ from .ssd import SSDOutput, ssd
 class SequenceSplit:
     """How a sequence is split over the ranks of a group.
 
-    >>> split = SequenceSplit.even(length=8192)
-    >>> with context_parallel(split):
+    >>> split = SequenceSplit.even(length=8192)  # doctest: +SKIP
+    >>> with context_parallel(split):  # doctest: +SKIP
     ...     logits = lm(split.take(input_ids)).logits  # of this rank's part
-    >>> targets = split.take(next_tokens)  # shifted before they are split: a part's last target is on the next rank
+    >>> # shifted before they are split: a part's last target is on the next rank
+    >>> targets = split.take(next_tokens)  # doctest: +SKIP
 
     Raises:
         RuntimeError: `torch.distributed` has not been initialised.

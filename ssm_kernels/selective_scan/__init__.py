@@ -44,7 +44,7 @@ def selective_scan(
 
     Args:
         u: (B, L, D) input.
-        dt: (B, L, D) step, in units of the time scale 1 / |A|; see `dt_bias` and `dt_softplus`.
+        dt: (B, L, D) step, in units of the time scale `1 / |A|`; see `dt_bias` and `dt_softplus`.
         A: (D, N) decay rate, negative where the state should decay.
         B: (B, L, G, N) with G dividing D (channel d reads group d // (D / G)); (B, L, N) for one group;
             (D, N) for an input matrix that is constant in time.

@@ -46,7 +46,7 @@ def ssd(
 
     Args:
         x: (B, L, H, P) input.
-        dt: (B, L, H) step, in units of the time scale 1 / |A|.
+        dt: (B, L, H) step, in units of the time scale `1 / |A|`.
         A: (H,) decay rate, negative where the state should decay.
         B, C: (B, L, G, N) input and output matrices; G divides H, head h reads group h // (H / G).
         D: (H,) or (H, P) skip connection.
