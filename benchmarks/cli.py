@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 from . import compare, compile_report, fuzz, gpu_suite, verify
+from .bridge import Bridge
 from .cases import DTYPES, OPS, Case, published, shipped
 from .measure import environment, on
 from .report import write_json
@@ -192,6 +193,7 @@ class GPUSuite:
 COMMANDS = {
     "run": Run,
     "sweep": Sweep,
+    "bridge": Bridge,
     "compile-report": CompileReport,
     "roofline": Roofline,
     "gpu-suite": GPUSuite,

@@ -43,11 +43,11 @@ class Truth:
 
     def judge(self, got: Result) -> dict[str, float | bool]:
         """Largest errors of y and of the gradients, relative to the largest value of each; are they within bounds?"""
-        found: dict[str, float | bool] = {"error": _off(got.y, self.result.y)}
+        found: dict[str, float | bool] = {"error": off(got.y, self.result.y)}
         found["is_right"] = found["error"] <= self.allowed
         if got.gradients:
             pairs = zip(got.gradients, self.result.gradients, strict=True)
-            found["gradient_error"] = max(_off(a, b) for a, b in pairs if b is not None)
+            found["gradient_error"] = max(off(a, b) for a, b in pairs if b is not None)
             found["is_right"] &= found["gradient_error"] <= self.allowed_gradient
         return found
 
@@ -59,7 +59,7 @@ def truth(op: str, shape: Shape, dtype: torch.dtype, device: str = "cpu", *, gra
     result = Result(_y(exact(op, shape, dtype, by, device=device)))
     allowed = freely
     if by == "reference":
-        own = _off(_y(build(op, by, shape, dtype, device=device)), result.y)
+        own = off(_y(build(op, by, shape, dtype, device=device)), result.y)
         allowed = forgiven(own, dtype)
     if gradients:
         workload = exact(op, shape, dtype, "torch", device=device)
@@ -95,11 +95,14 @@ def _y(workload: Workload) -> Tensor:
     return ready(workload, "fwd")().y
 
 
-def _off(got: Tensor | None, want: Tensor) -> float:
-    """Largest difference relative to the largest value; infinite where it is not finite or has another shape."""
+def off(got: Tensor | None, want: Tensor, least: float = 0.0) -> float:
+    """Largest difference relative to the largest value, or to `least` where that is more.
+
+    Infinite where it is not finite or has another shape.
+    """
     if got is None or got.shape != want.shape or not got.isfinite().all():
         return math.inf
     if want.numel() == 0:
         return 0.0
-    scale = want.abs().max().item() or 1.0
+    scale = max(want.abs().max().item(), least) or 1.0
     return (got.double() - want).abs().max().item() / scale

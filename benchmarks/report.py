@@ -209,7 +209,8 @@ def lines(report: dict) -> bytes:
     plt = _pyplot()
     modes = list(dict.fromkeys(row["mode"] for row in report["cases"][0]["rows"]))
     impls = list(dict.fromkeys(row["impl"] for row in report["cases"][0]["rows"]))
-    figure, axes = plt.subplots(1, len(modes), figsize=(5.6 * len(modes), 4.2), squeeze=False)
+    size = (max(5.6, min(10.5, 5.2 * len(modes))), 4.2)
+    figure, axes = plt.subplots(1, len(modes), figsize=size, squeeze=False)
     for axis, mode in zip(axes[0], modes, strict=True):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -287,9 +288,20 @@ def _sweep(report: dict, plots: Sequence[bytes]) -> str:
     fixed = [f"{k} {v:,}" for k, v in report["cases"][0]["shape"].items() if k != report["over"]]
     text = f'<h2>Against {_e(report["over"])}</h2>\n<p class="quiet">{_e(", ".join(fixed))}</p>\n'
     text += "".join(_img(plot, f"time against {report['over']}, logarithmic") for plot in plots)
-    return text + _html_table(
-        [(f"{c['value']:,}", c, row) for c in report["cases"] for row in c["rows"]], report["over"]
-    )
+    absent = {row["impl"]: row["missing"] for _, row in _rows(report) if "missing" in row}
+    for _, row in _rows(report):
+        if "missing" not in row:
+            absent.pop(row["impl"], None)
+    rows = [(case, row) for case, row in _rows(report) if row["impl"] not in absent]
+    modes = [row["mode"] for row in report["cases"][0]["rows"]]
+    rows.sort(key=lambda pair: modes.index(pair[1]["mode"]))
+    text += _html_table([(f"{case['value']:,}", case, row) for case, row in rows], report["over"])
+    return text + "".join(f'<p class="quiet">{_e(impl)}: {_e(why)}</p>\n' for impl, why in absent.items())
+
+
+def _rows(report: dict) -> list[tuple[dict, dict]]:
+    """Each row with its case."""
+    return [(case, row) for case in report["cases"] for row in case["rows"]]
 
 
 def _html_table(rows: Sequence[tuple[str, dict, dict]], over: str = "") -> str:
@@ -300,8 +312,8 @@ def _html_table(rows: Sequence[tuple[str, dict, dict]], over: str = "") -> str:
     size = f"<th>{_e(over)}</th>" if over else ""
     body, before = "", None
     for value, case, row in rows:
-        is_first = before not in (None, group := (value, row["mode"]))
-        before = group
+        is_first = before not in (None, row["mode"])
+        before = row["mode"]
         kinds = ["first"] * is_first + ["wrong"] * (not row.get("is_right", True))
         kind = f' class="{" ".join(kinds)}"' if kinds else ""
         names = (f"<td>{value}</td>" if over else "") + "".join(
@@ -338,15 +350,28 @@ def _notes(report: dict) -> str:
     if any(row["impl"] == "ours" for row in rows):
         notes.append(f"ours: the {report['ours']} backend, which backend=auto takes here.")
     if any("error" in row for row in rows):
-        by = sorted({"the step-by-step reference" if c["truth"] == "reference" else "the torch backend"
-                     for c in report["cases"] if "truth" in c})  # fmt: skip
-        only = [case["name"] for case in report["cases"] if case.get("truth") == "torch"]
-        where = f" ({', '.join(only)}: the torch backend, the reference taking too long)" if len(by) > 1 else ""
-        notes.append(
-            f"Errors are the largest, as a share of the largest value, in float64 on the same inputs: of y against "
-            f"{by[-1]}{where}; of gradients against the torch backend. What is wrong is marked: its time says nothing."
-        )
+        notes.append(_held_against(report["cases"]))
     return f'<p class="quiet">{_e(" ".join(notes))}</p>\n'
+
+
+def _held_against(cases: Sequence[dict]) -> str:
+    wrong = "What is wrong is marked: its time says nothing."
+    if any(case.get("truth") == "transformers" for case in cases):
+        return (
+            "Errors are the largest differences of logits and gradients from transformers' own, in the same dtype, as "
+            f"a share of the largest value. {wrong}"
+        )
+    by_torch = [case["name"] for case in cases if case.get("truth") == "torch"]
+    if len(by_torch) == len(cases):
+        y = "the torch backend, the reference taking too long"
+    elif by_torch:
+        y = f"the step-by-step reference ({', '.join(by_torch)}: the torch backend, the reference taking too long)"
+    else:
+        y = "the step-by-step reference"
+    return (
+        "Errors are the largest, as a share of the largest value, against float64 on the same inputs: of y against "
+        f"{y}; of gradients against the torch backend. {wrong}"
+    )
 
 
 def _img(plot: bytes, alt: str) -> str:

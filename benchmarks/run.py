@@ -207,8 +207,7 @@ def _measure(
     rows = [row for case in result["cases"] for row in case["rows"]]
     if all("missing" in row for row in rows):
         raise ValueError("; ".join(dict.fromkeys(row["missing"] for row in rows)))
-    ours = resolve_backend("auto", torch.device(command.device), "ssd")  # all ops have kernels, or none can run here
-    result |= {"ours": ours, **environment(command.device)}
+    result |= {"ours": what_auto_takes(command.device), **environment(command.device)}
     if command.out is not None:
         report.write_all(result, command.out)
     if wrong := list(dict.fromkeys(f"{row['impl']} {row['mode']}" for row in rows if not row.get("is_right", True))):
@@ -259,20 +258,30 @@ def _measure_one(
                 row |= truth.judge(result)
             del result
         if "time" in command.metric:
-            for impl, times in _times({impl: make(impl) for impl in seconds}, seconds, mode, command).items():
-                wanted[impl]["time"] = asdict(times)
-                wanted[impl] |= _against_roofline(op, shape, command.dtype, mode, times.median, device, setting.options)
+            made = {impl: make(impl) for impl in seconds}
+            for impl, times in measured_times(made, seconds, mode, device, command.calls).items():
+                wanted[impl]["time"] = times
+                median = times["median"]
+                wanted[impl] |= _against_roofline(op, shape, command.dtype, mode, median, device, setting.options)
         if "memory" in command.metric:
             for impl in seconds:
                 wanted[impl]["peak_memory"] = peak_memory(op, impl, shape, mode, dtype, device, **setting.options)
     return case | {"rows": list(rows.values())}
 
 
-def _times(workloads: dict[str, Workload], first: dict[str, float], mode: Mode, command: Run | Sweep) -> dict:
-    """Of those that are fast, in turn; a slow one's only call was its first. On a GPU a first call compiles."""
-    slow = {impl: timing([t]) for impl, t in first.items() if t > SLOW and command.device == "cpu"}
+def measured_times(
+    workloads: dict[str, Workload], first: dict[str, float], mode: Mode, device: str, calls: int
+) -> dict[str, dict]:
+    """Times of those that are fast, in turn; a slow one's only call was its first. On a GPU a first call compiles."""
+    slow = {impl: timing([t]) for impl, t in first.items() if t > SLOW and device == "cpu"}
     fast = {impl: workload for impl, workload in workloads.items() if impl not in slow}
-    return (time_together(fast, mode, command.calls) if fast else {}) | slow
+    found = (time_together(fast, mode, calls) if fast else {}) | slow
+    return {impl: asdict(times) for impl, times in found.items()}
+
+
+def what_auto_takes(device: str) -> str:
+    """The backend that `ours` is there: all ops have kernels, or none can run."""
+    return resolve_backend("auto", torch.device(device), "ssd")
 
 
 def _against_roofline(
@@ -286,13 +295,13 @@ def _against_roofline(
     return {"floor": least.seconds, "bound": least.bound, "share": least.seconds / seconds}
 
 
-def command_line(command: Run | Sweep) -> str:
+def command_line(command: object) -> str:
     """What gives the figures again: what differs from the defaults, without where it was written."""
-    words = ["ssm-bench", type(command).__name__.lower(), command.op]
-    for field in dataclasses.fields(command):
+    words = ["ssm-bench", type(command).__name__.lower()]
+    for i, field in enumerate(dataclasses.fields(command)):
         value = getattr(command, field.name)
-        if field.name in ("op", "out") or value == field.default:
+        if field.name == "out" or value == field.default:
             continue
         values = value if isinstance(value, tuple) else (value,)
-        words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+        words += [f"--{field.name.replace('_', '-')}"] * (i > 0) + [*map(str, values)]  # the first is positional
     return shlex.join(words)
