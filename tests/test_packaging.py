@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,7 +18,8 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 FLOORS = ("ssm_kernels", "connectors", "model", "train", "benchmarks")
 
 
@@ -44,13 +47,24 @@ def modules() -> list[str]:
     return sorted(name for name in names if find_spec(HARNESSES.get(name, "vlmamba")))
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+def build(kind: str, source: Path, out: Path) -> Path:
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return next(out.glob("*.whl"))
+    return next(out.iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_source_archive_builds_the_same_wheel(wheel, tmp_path):
+    archive = build("sdist", ROOT, tmp_path / "sdist")
+    shutil.unpack_archive(archive, tmp_path)
+    again = build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        assert one.namelist() == other.namelist()
 
 
 def test_the_wheel_is_small_and_of_python_alone(wheel):
@@ -71,6 +85,60 @@ def test_every_module_imports_from_the_wheel(wheel, tmp_path):
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+CONSUMER = """
+from pathlib import Path
+from typing import assert_type
+
+import torch
+from torch import Tensor
+
+from ssm_kernels import SSDOutput, add_rms_norm, selective_scan, ssd, use_backend
+from ssm_kernels.modules import Mamba2, MixerState
+from vlmamba.connectors import ConnectorConfig, build_connector
+from vlmamba.model import VLM, GenerationConfig, LMConfig, MambaLM
+
+x = torch.ones(1)
+assert_type(ssd(x, x, x, x, x, dt_softplus=True, backend="reference"), SSDOutput)
+assert_type(selective_scan(x, x, x, x, x).final_states, Tensor)
+assert_type(add_rms_norm(x, x).residual, Tensor)
+assert_type(Mamba2(64).new_state(1), MixerState)
+with use_backend("torch"):
+    build_connector(ConnectorConfig("vss-l2", scan="cross"), vision_width=48, lm_width=64)
+assert_type(MambaLM.from_pretrained("name", dtype=torch.bfloat16, device_map="auto"), MambaLM)
+assert_type(VLM.from_pretrained(Path("folder")), VLM)
+assert_type(VLM.from_pretrained("name").generate(["?"], [None], GenerationConfig(max_new_tokens=8)), list[str])
+
+ssd(x, x, x, x)  # wrong: no C
+ssd(x, x, x, x, x, backend="cuda")  # wrong
+ssd(x, x, x, x, x).states  # wrong
+use_backend("fast")  # wrong
+ConnectorConfig("vss-l3")  # wrong
+LMConfig(layer="mamba3")  # wrong
+GenerationConfig(max_tokens=8)  # wrong
+VLM.from_pretrained("name", dtyp=torch.bfloat16)  # wrong
+"""
+
+
+def test_a_type_checker_sees_the_types_of_the_wheel(wheel, tmp_path):
+    """Right use passes and each wrong line is reported, with nothing of the checkout in sight."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "wheel")
+    assert {path.parent.name for path in (tmp_path / "wheel").rglob("py.typed")} == set(FLOORS)
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    settings = {"include": ["consumer.py"], "extraPaths": ["wheel"], "pythonVersion": "3.12"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pyright", "-p", str(tmp_path), "--pythonpath", sys.executable, "--outputjson"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    wrong = {i for i, line in enumerate(CONSUMER.splitlines()) if "# wrong" in line}
+    assert {d["range"]["start"]["line"] for d in found if d["severity"] == "error"} == wrong, found
+
+
+def test_the_changelog_begins_with_this_version():
+    first = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert first.split()[1] == PYPROJECT["project"]["version"]
 
 
 def test_the_kernels_need_torch_alone(tmp_path):
