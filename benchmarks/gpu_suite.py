@@ -25,10 +25,10 @@ from ssm_kernels._triton import capability, interpreting
 from ssm_kernels.testing import assert_agrees
 
 from . import cases, compile_report
-from .cases import DTYPES, Case, by_length, connector, layer, published, tiny
+from .cases import Case, by_length, connector, layer, published, tiny
 from .measure import Mode, environment, once, time_together
 from .peers import CALLS, PACKAGES
-from .roofline import cost, device_named, floor
+from .roofline import cost, reached
 from .workloads import Workload, of_case
 
 CALLS_TIMED = 30
@@ -227,7 +227,7 @@ def _timed_case(here: Run, case: Case, mode: Mode, implementations: Iterable[str
                 rows[name]["error"] = f"{type(e).__name__}: {e}"
             continue
         for name, timing in timings.items():
-            rows[name] |= asdict(timing) | _against_roofline(case, mode, timing.median, here.device)
+            rows[name] |= asdict(timing) | reached(case, mode, timing.median, here.device)
     return list(rows.values())
 
 
@@ -237,14 +237,6 @@ def _sets(case: Case, device: str) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return min(MAX_SETS, max(2, -(-2 * cache // cost(case, "fwd").bytes)))
-
-
-def _against_roofline(case: Case, mode: str, seconds: float, device: str) -> dict:
-    known = None if device == "cpu" else device_named(torch.cuda.get_device_name(device))
-    if known is None or case.dtype == "fp64":
-        return {"floor": None, "bound": None, "share": None}
-    least = floor(cost(case, mode), known, DTYPES[case.dtype])
-    return {"floor": least.seconds, "bound": least.bound, "share": least.seconds / seconds}
 
 
 PARTS: dict[str, tuple[Callable[[Run], list[dict]], float]] = {

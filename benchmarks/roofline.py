@@ -121,6 +121,18 @@ def device_named(name: str) -> Device | None:
     return next((device for key, device in DEVICES.items() if key in name), None)
 
 
+def reached(case: Case, of: Pass, seconds: float, device: str) -> dict[str, float | str | None]:
+    """The least time, what bounds it and the share of it that was reached; None where the device's rates are not known.
+
+    So for a CPU, and in float64.
+    """
+    known = None if device == "cpu" else device_named(torch.cuda.get_device_name(device))
+    if known is None or case.dtype == "fp64":
+        return {"floor": None, "bound": None, "share": None}
+    least = floor(cost(case, of), known, DTYPES[case.dtype])
+    return {"floor": least.seconds, "bound": least.bound, "share": least.seconds / seconds}
+
+
 def cost(case: Case, of: Pass) -> Cost:
     """What a call must move and compute, forward, backward (gradients of all inputs) or both."""
     if of == "fwd+bwd":

@@ -19,7 +19,7 @@ from ssm_kernels._backend import resolve_backend
 from . import errors, report
 from .cases import DTYPES, Shape
 from .measure import SLOW, Mode, environment, first_call, on, peak_memory, time_together, timing
-from .roofline import cost, device_named, floor
+from .roofline import reached
 from .workloads import BLOCKS, Workload, build, case_of, named_shape, sizes_of
 
 Op = Literal[
@@ -244,6 +244,7 @@ def _measure_one(
     if "error" in command.metric and not all("missing" in row for row in rows.values()):
         truth = errors.truth(op, shape, dtype, device, gradients=set(modes) != {"fwd"})
         case |= {"truth": truth.by, "allowed_error": truth.allowed, "allowed_gradient_error": truth.allowed_gradient}
+    case_run = case_of(op, shape, dtype, **setting.options)
     make = functools.cache(lambda impl: build(op, impl, shape, dtype, device=device, **setting.options))
     for mode in modes:
         wanted = {impl: rows[mode, impl] for impl in command.impl if "missing" not in rows[mode, impl]}
@@ -261,8 +262,8 @@ def _measure_one(
             made = {impl: make(impl) for impl in seconds}
             for impl, times in measured_times(made, seconds, mode, device, command.calls).items():
                 wanted[impl]["time"] = times
-                median = times["median"]
-                wanted[impl] |= _against_roofline(op, shape, command.dtype, mode, median, device, setting.options)
+                unknown = {"floor": None, "bound": None, "share": None}
+                wanted[impl] |= unknown if op in BLOCKS else reached(case_run, mode, times["median"], device)
         if "memory" in command.metric:
             for impl in seconds:
                 wanted[impl]["peak_memory"] = peak_memory(op, impl, shape, mode, dtype, device, **setting.options)
@@ -282,17 +283,6 @@ def measured_times(
 def what_auto_takes(device: str) -> str:
     """The backend that `ours` is there: all ops have kernels, or none can run."""
     return resolve_backend("auto", torch.device(device), "ssd")
-
-
-def _against_roofline(
-    op: str, shape: Shape, dtype: str, mode: str, seconds: float, device: str, options: dict[str, int]
-) -> dict:
-    """The least time, what bounds it and the share of it that was reached, where the device's figures are known."""
-    known = None if device == "cpu" else device_named(torch.cuda.get_device_name(device))
-    if op in BLOCKS or known is None or dtype == "fp64":
-        return {"floor": None, "bound": None, "share": None}
-    least = floor(cost(case_of(op, shape, DTYPES[dtype], **options), mode), known, DTYPES[dtype])
-    return {"floor": least.seconds, "bound": least.bound, "share": least.seconds / seconds}
 
 
 def command_line(command: object) -> str:

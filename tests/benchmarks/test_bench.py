@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from ssm_kernels import _backend
-from vlmamba.benchmarks import cli, measure, run
+from vlmamba.benchmarks import cli, measure, run, workloads
 from vlmamba.benchmarks.cases import Shape
 from vlmamba.benchmarks.errors import truth
 from vlmamba.benchmarks.measure import first_call, incoming, once, peak_memory, ready, time_together
@@ -311,6 +312,12 @@ def test_several_input_sets_are_used_in_turn():
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         cli.main(["run", "ssd", "--device", "cuda"])
+
+
+def test_the_command_s_names_are_those_that_there_are():
+    assert set(get_args(run.Op)) == set(OPS)
+    assert set(get_args(run.Impl)) == set(workloads.IMPLEMENTATIONS)
+    assert set(get_args(run.ShapeName)) == set(SHAPES)
 
 
 def test_unknown_names_are_refused():

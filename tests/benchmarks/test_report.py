@@ -17,7 +17,7 @@ from vlmamba.benchmarks import cli, errors, report, run
 from vlmamba.benchmarks.cases import Case
 from vlmamba.benchmarks.errors import forgiven, truth
 from vlmamba.benchmarks.measure import Result
-from vlmamba.benchmarks.roofline import DEVICES, cost, floor
+from vlmamba.benchmarks.roofline import DEVICES, cost, floor, reached
 from vlmamba.benchmarks.workloads import Workload, build, named_shape
 
 SMALL = ["--batch", "1", "--length", "20", "--channels", "8", "--calls", "3", "--metric", "time", "error"]
@@ -141,13 +141,40 @@ def test_a_half_type_is_not_forgiven_half_of_the_result():
 def test_the_roofline_is_given_where_the_device_is_known(monkeypatch):
     shape = named_shape("ssd", "2.7b")
     assert (shape.batch, shape.length, shape.channels, shape.heads, shape.d_state) == (8, 2048, 5120, 80, 128)
-    assert run._against_roofline("ssd", shape, "bf16", "fwd", 1.0, "cpu", {})["share"] is None
+    case = Case("ssd", shape, "bf16", chunk_size=32)
+    assert reached(case, "fwd", 1.0, "cpu")["share"] is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     for mode in ("fwd", "bwd", "fwd+bwd"):
-        least = floor(cost(Case("ssd", shape, "bf16", chunk_size=32), mode), DEVICES["H100"], torch.bfloat16)
-        reached = run._against_roofline("ssd", shape, "bf16", mode, 2 * least.seconds, "cuda", {"chunk_size": 32})
-        assert reached == {"floor": least.seconds, "bound": least.bound, "share": 0.5}
-    assert run._against_roofline("mamba2_block", shape, "bf16", "fwd", 1.0, "cuda", {})["share"] is None
+        least = floor(cost(case, mode), DEVICES["H100"], torch.bfloat16)
+        expected = {"floor": least.seconds, "bound": least.bound, "share": 0.5}
+        assert reached(case, mode, 2 * least.seconds, "cuda") == expected
+    assert reached(replace(case, dtype="fp64"), "fwd", 1.0, "cuda")["share"] is None
+
+
+def test_a_run_asks_for_the_roofline_of_what_it_times(tmp_path, monkeypatch):
+    asked = []
+    share = {"floor": 0.25, "bound": "memory", "share": 0.5}
+    monkeypatch.setattr(run, "reached", lambda case, mode, seconds, device: asked.append((case, mode)) or share)
+    command = [
+        "run",
+        "ssd",
+        "--impl",
+        "ours",
+        "--mode",
+        "bwd",
+        "--chunk-size",
+        "32",
+        "--metric",
+        "time",
+        "--length",
+        "20",
+    ]
+    cli.main([*command, "--out", str(tmp_path / "a.json")])
+    ((case, mode),) = asked
+    assert (case.op, case.shape.length, case.chunk_size, case.dtype, mode) == ("ssd", 20, 32, "fp32", "bwd")
+    assert json.loads((tmp_path / "a.json").read_text())["cases"][0]["rows"][0]["share"] == 0.5
+    cli.main(["run", "mamba2_block", "--impl", "ours", "--mode", "fwd", "--metric", "time", "--length", "20"])
+    assert len(asked) == 1
 
 
 def written(rows, *, over=None, truth="reference"):
