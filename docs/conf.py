@@ -36,7 +36,7 @@ html_theme = "furo"
 html_title = f"vl-mamba {release}"
 html_show_sourcelink = False
 
-PAGES = {"docs/cluster": "/cluster/README.md", "CONTRIBUTING.md": "/contributing.md"}
+PAGES = {"docs/cluster": "/cluster/README.md", "CONTRIBUTING.md": "/contributing.md", "CHANGELOG.md": "/changelog.md"}
 
 
 def setup(app):

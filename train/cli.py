@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -112,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="vlmamba",
-            description="VL-Mamba and ML-Mamba: train, evaluate, talk, look at checkpoints. Begin with: vlmamba demo",
+            description=f"VL-Mamba and ML-Mamba {version('vl-mamba')}: train, evaluate, talk, look at checkpoints. "
+            "Begin with: vlmamba demo",
             args=arguments,
         ).run()
     except Interrupted:
