@@ -14,6 +14,7 @@ import tyro
 from . import compare, compile_report, fuzz, gpu_suite, verify
 from .bridge import Bridge
 from .cases import DTYPES, OPS, Case, published, shipped
+from .inference import Decode, Prefill
 from .measure import environment, on
 from .report import write_json
 from .roofline import DEVICES, cost, floor
@@ -200,6 +201,8 @@ COMMANDS = {
     "compare": Compare,
     "verify": Verify,
     "fuzz": Fuzz,
+    "prefill": Prefill,
+    "decode": Decode,
 }
 
 
