@@ -284,7 +284,7 @@ class Ours(Contender):
         self.decoder = Decoder(self.lm, batch)
 
     def end(self) -> None:
-        del self.decoder
+        self.decoder = None
 
     def fill(self, context: int) -> None:
         for layer in self.decoder.state:
@@ -330,10 +330,10 @@ class Transformer(Contender):
         self.position = torch.zeros(1, 1, dtype=torch.int64, device=like.device)
         self.places = torch.arange(room, device=like.device)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=like.device)
-        self.steps, self.replay = 0, None
+        self.steps, self.replay, self.logits = 0, None, None
 
     def end(self) -> None:
-        del self.cache, self.replay
+        self.cache = self.replay = self.logits = None
 
     def fill(self, context: int) -> None:
         for layer in self.cache.layers:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import ctypes
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -152,7 +153,10 @@ class Cell:
         kept = self.batch * self.spec.state_bytes(self.room, self.type)
         at_once = min(self.chunk, self.tokens) if self.what == "prefill" else 1
         rows = 1 if self.spec.is_ours and self.what == "prefill" else self.batch  # ours runs packed
-        return parameters * self.type.itemsize + kept + self.spec.activation_bytes(at_once, rows, self.type)
+        masks = (
+            0 if self.spec.is_ours or at_once in (1, self.tokens) else at_once * self.room * (1 + self.type.itemsize)
+        )
+        return parameters * self.type.itemsize + kept + masks + self.spec.activation_bytes(at_once, rows, self.type)
 
 
 def measure(command: Prefill | Decode) -> None:
@@ -191,7 +195,7 @@ def _filled(command: Prefill | Decode) -> Prefill | Decode:
     least = contenders.grid_tokens(size) + 1 if isinstance(command, Prefill) else 1
     for name, values, low in (("batch", batch, 1), ("context", command.context, least)):
         if not values or min(values) < low:
-            why = f", an image of {least - 1} tokens and a text," if name == "context" and least > 1 else ""
+            why = f" (an image of {least - 1} tokens, and a text)" if name == "context" and least > 1 else ""
             raise ValueError(f"{name} must be at least {low}{why}; got {', '.join(map(str, values)) or 'none'}")
     if not command.models:
         raise ValueError(f"models must name at least one of {', '.join(MODELS)}; got none")
@@ -334,6 +338,7 @@ class Models:
     def get(self, cell: Cell) -> Contender:
         if cell.model in self.kept:
             return self.kept[cell.model]
+        gc.collect()  # the one before may be held by cycles alone
         contender = contenders.build(cell.spec, cell.type, cell.device, cell.max_tokens)
         if self.keep:
             self.kept[cell.model] = contender
@@ -427,9 +432,11 @@ def once(contender: Contender, cell: Cell) -> dict:
     if not _is_cpu(cell):
         torch.cuda.reset_peak_memory_stats(cell.device)
         before = torch.cuda.memory_allocated(cell.device)
-    run = _prompt(contender, cell) if cell.what == "prefill" else _steps(contender, cell)
-    found = run | {"state_bytes": contender.state_bytes(cell.tokens) // cell.batch}
-    contender.end()
+    try:
+        run = _prompt(contender, cell) if cell.what == "prefill" else _steps(contender, cell)
+        found = run | {"state_bytes": contender.state_bytes(cell.tokens) // cell.batch}
+    finally:
+        contender.end()
     if not _is_cpu(cell):
         found["peak_memory"] = torch.cuda.max_memory_allocated(cell.device) - before
     return found
