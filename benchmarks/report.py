@@ -244,7 +244,8 @@ def _line(axis, impl: str, timed: Sequence[tuple[int, dict]], *, is_proportional
     axis.plot(values, median, "o-", color=color, markersize=4, label=impl)
     axis.fill_between(values, low, high, color=color, alpha=0.25, linewidth=0)
     if is_proportional and len(values) > 1:
-        axis.plot(values, [median[0] * n / values[0] for n in values], ":", color=color, linewidth=1)
+        proportional = [median[0] * n / values[0] for n in values]
+        axis.plot(values, proportional, ":", color=color, linewidth=1, label=f"{impl}, in proportion to the first")
     wrong = [(value, row["time"]["median"]) for value, row in timed if not row.get("is_right", True)]
     if wrong:
         axis.plot(*zip(*wrong, strict=True), "X", color=WRONG, markersize=9, label=f"{impl}: wrong")
