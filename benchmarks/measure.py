@@ -207,6 +207,9 @@ def peak_memory(
     """Bytes by which one call raises what is allocated on a GPU, or a fresh process's resident memory (Linux).
 
     In mode `bwd`, beyond what the forward kept.
+
+    Raises:
+        RuntimeError: the call failed, as where memory does not suffice.
     """
     if device != "cpu":
         workload = build(op, impl, shape, dtype, device=device, **options)
@@ -218,7 +221,10 @@ def peak_memory(
         return torch.cuda.max_memory_allocated(device) - before
     request = {"op": op, "impl": impl, "shape": asdict(shape), "mode": mode, "dtype": str(dtype)[6:]}
     command = [sys.executable, "-m", "vlmamba.benchmarks.measure", json.dumps(request | {"options": options})]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise RuntimeError(f"the process that was to measure memory failed: {why}")
     return int(done.stdout.splitlines()[-1])
 
 

@@ -157,6 +157,21 @@ def test_a_run_measures_memory(tmp_path):
     assert not case["rows"][0].keys() & {"time", "error"} and not out.with_suffix(".png").exists()
 
 
+def test_where_memory_cannot_be_measured_the_rest_is_kept_and_it_is_said(tmp_path, capsys, monkeypatch):
+    with pytest.raises(RuntimeError, match="the process that was to measure memory failed: .*op must be one of"):
+        peak_memory("attention", "ours", SMALL, "fwd")
+
+    def failing(*args, **options):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(run, "peak_memory", failing)
+    out = tmp_path / "run.json"
+    cli.main(["run", "ssd", "--impl", "ours", "--length", "20", "--mode", "fwd", "--calls", "1", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["cases"][0]["rows"]
+    assert "peak_memory" not in row and row["time"]["calls"] == 1 and row["is_right"]
+    assert "default, ours fwd: no peak memory: killed" in capsys.readouterr().out
+
+
 def test_several_shapes_are_cases_of_one_report(tmp_path, capsys):
     out = tmp_path / "run.json"
     shapes = ["--shape", "130m", "2.7b", "130m", "--batch", "1", "--length", "8"]
