@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ssm_kernels.testing import ROUNDINGS
+from ssm_kernels.testing import ROUNDINGS, ROUNDINGS_OF_RESULT
 
 from .cases import ROUTES, Shape
 from .measure import Result, first_call, incoming, ready
@@ -24,8 +24,6 @@ SECONDS = 30.0
 BYTES = 4 * 2**30
 PROBE = 64
 """Steps by which the reference's time is estimated."""
-ROUNDINGS_OF_RESULT = 8
-"""Forgiven to an implementation whose matrix units take rounded intermediate results."""
 SUMMED = 4
 """Times as much is forgiven where the reference in the same dtype is not at hand to say what rounding costs."""
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from . import contenders, report
 from .cases import DTYPES
 from .contenders import CHUNK, SAME_SIZE, SPECS, Contender, Size, Spec
-from .measure import _status, environment, on, timing
+from .measure import environment, on, process_status, timing
 
 Model = Literal[
     "vl-mamba", "transformer-siglip", "ml-mamba", "ml-mamba-on-mamba1", "transformer-dinov2-siglip", "tinyllava",
@@ -527,9 +527,9 @@ def _peak_memory_here(cell: Cell, answer) -> None:
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-        before = _status("VmRSS")
+        before = process_status("VmRSS")
         (_prompt if cell.what == "prefill" else _steps)(contender, cell)
-        answer.send(max(0, _status("VmHWM") - before))
+        answer.send(max(0, process_status("VmHWM") - before))
 
 
 def _write(path: Path, result: dict) -> None:
@@ -588,7 +588,7 @@ def _cells(result: dict, row: dict) -> list[str]:
     size = "" if parameters is None else f"{parameters / 1e6:,.1f} M"
     if "time" not in row:
         return [size]
-    t, ms = row["time"], report._ms
+    t, ms = row["time"], report.milliseconds
     memory = [f"{row[key] / 2**20:,.1f}" for key in ("state_bytes", "peak_memory")]
     spread = f"{ms(t['low'])} to {ms(t['high'])}" if t["calls"] > 1 else "one call"
     if result["what"] == "prefill":
@@ -649,7 +649,7 @@ COLORS = {
 
 def plotted(result: dict) -> bytes:
     """Against context, on logarithmic axes, as PNG: time with quartiles, tokens a second, memory; a row a batch."""
-    plt = report._pyplot()
+    plt = report.pyplot_headless()
     rate = "prompt_tokens_s" if result["what"] == "prefill" else "tokens_s"
     first = "time to first token, s" if result["what"] == "prefill" else "s a step"
     panels = (first, "tokens/s", "state or KV cache, MiB a sequence", "peak above the weights, MiB")
@@ -682,14 +682,14 @@ def plotted(result: dict) -> bytes:
             axis.set_xlabel("context, tokens", fontsize=8)
             axis.set_title(f"batch {batch}: {panel}", fontsize=9, loc="left")
             axis.grid(alpha=0.25, which="major")
-            report._plain(axis)
+            report.plain_ticks(axis)
     axes[0][0].legend(fontsize=7, frameon=False)
-    return report._png(figure, f"{result['what']}, {result['size']} size, {result['dtype']}, {result['device']}")
+    return report.png(figure, f"{result['what']}, {result['size']} size, {result['dtype']}, {result['device']}")
 
 
 def page(result: dict, plot: bytes) -> str:
     """One HTML file that opens offline."""
-    e = report._e
+    e = report.escape
     title = f"{result['what']}, {result['size']} size, {result['dtype']}"
     heads = "".join(f"<th>{e(h)}</th>" for h in _heads(result["what"]))
     body = ""
@@ -727,7 +727,7 @@ def page(result: dict, plot: bytes) -> str:
         f'<link rel="icon" href="data:,"><style>{report.STYLE}</style></head><body>\n<h1>{e(title)}</h1>\n'
         f'<p class="quiet">{e(result["device"])}, commit {e(result["commit"])}, {e(result["date"])}</p>\n'
         f"<p><code>{e(result['command'])}</code></p>\n{crossing}"
-        f"{report._img(plot, 'against context, logarithmic') if plot else ''}{body}"
+        f"{report.img(plot, 'against context, logarithmic') if plot else ''}{body}"
         f'<p class="quiet">{e(notes)}</p>\n<h2>Steps against prompts of the same tokens</h2>\n<table><thead><tr>'
         f'<th class="name">model</th><th>largest difference, a share of the largest logit</th><th>allowed</th></tr>'
         f"</thead><tbody>{checks}</tbody></table>\n<h2>Environment</h2>\n<table>{known}</table>\n</body></html>\n"

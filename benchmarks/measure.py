@@ -236,12 +236,13 @@ def _peak_memory_here(
     workload = build(op, impl, shape, dtype, **options)
     call = ready(workload, mode)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = _status("VmRSS")
+    before = process_status("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)  # the kernel counts in batches, so that nothing may look like less
+    return max(0, process_status("VmHWM") - before)  # the kernel counts in batches, so that nothing may look like less
 
 
-def _status(field: str) -> int:
+def process_status(field: str) -> int:
+    """A size that Linux tells of this process, such as VmHWM, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -111,8 +111,8 @@ def _cells(row: dict, first: float | None) -> dict[str, str]:
     cells = dict.fromkeys(CELLS, "")
     if "time" in row:
         t = row["time"]
-        cells["time"] = _ms(t["median"])
-        cells["spread"] = f"{_ms(t['low'])} to {_ms(t['high'])}" if t["calls"] > 1 else "one call"
+        cells["time"] = milliseconds(t["median"])
+        cells["spread"] = f"{milliseconds(t['low'])} to {milliseconds(t['high'])}" if t["calls"] > 1 else "one call"
         cells["ratio"] = f"{t['median'] / first:.2f}" if first else ""
         cells["share"] = "unknown" if row["share"] is None else f"{row['share']:.0%}"
     if "peak_memory" in row:
@@ -123,7 +123,7 @@ def _cells(row: dict, first: float | None) -> dict[str, str]:
     return cells
 
 
-def _ms(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     ms = 1e3 * seconds
     return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}"
 
@@ -154,7 +154,7 @@ def to_csv(report: dict, path: Path) -> None:
 
 def bars(report: dict) -> bytes:
     """Medians with quartiles of every implementation as PNG, a panel for each case and mode; the roofline as a line."""
-    plt = _pyplot()
+    plt = pyplot_headless()
     cases = report["cases"]
     modes = list(dict.fromkeys(row["mode"] for row in cases[0]["rows"]))
     impls = list(dict.fromkeys(row["impl"] for row in cases[0]["rows"]))
@@ -165,7 +165,7 @@ def bars(report: dict) -> bytes:
             rows = [row for row in case["rows"] if row["mode"] == mode]
             title = f"{case['name']}, {mode}" if len(cases) > 1 else mode
             _bars(axis, rows, title)
-    return _png(figure, f"{report['op']}, {report['dtype']}, {report['device']}")
+    return png(figure, f"{report['op']}, {report['dtype']}, {report['device']}")
 
 
 def _bars(axis, rows: Sequence[dict], title: str) -> None:
@@ -189,7 +189,7 @@ def _bars(axis, rows: Sequence[dict], title: str) -> None:
         color = COLORS.get(row["impl"], "#444444") if is_right else WRONG
         spread = [[median - low], [high - median]]
         axis.barh(i, median, xerr=spread, color=color, height=0.62, capsize=3, ecolor="#222222")
-        label = f"{_ms(median / 1e3)} ms" + ("" if is_right else "  wrong")
+        label = f"{milliseconds(median / 1e3)} ms" + ("" if is_right else "  wrong")
         axis.annotate(label, (high, i), (5, 0), textcoords="offset points", va="center", fontsize=8)
     if floors:
         axis.axvline(floors[0], color="black", linestyle=":", label="roofline")
@@ -198,7 +198,7 @@ def _bars(axis, rows: Sequence[dict], title: str) -> None:
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlabel("ms, logarithmic" if is_log else "ms", fontsize=8)
     axis.set_title(title, fontsize=9, loc="left")
-    _plain(axis)
+    plain_ticks(axis)
 
 
 def lines(report: dict) -> bytes:
@@ -206,7 +206,7 @@ def lines(report: dict) -> bytes:
 
     Over lengths and batches a dotted line shows what would be in proportion to the first.
     """
-    plt = _pyplot()
+    plt = pyplot_headless()
     modes = list(dict.fromkeys(row["mode"] for row in report["cases"][0]["rows"]))
     impls = list(dict.fromkeys(row["impl"] for row in report["cases"][0]["rows"]))
     size = (max(5.6, min(10.5, 5.2 * len(modes))), 4.2)
@@ -232,9 +232,9 @@ def lines(report: dict) -> bytes:
         axis.set_title(mode, fontsize=9, loc="left")
         axis.grid(alpha=0.25, which="major")
         axis.legend(fontsize=8, frameon=False)
-        _plain(axis)
+        plain_ticks(axis)
     fixed = [f"{k} {v:,}" for k, v in report["cases"][0]["shape"].items() if k != report["over"]]
-    return _png(figure, f"{report['op']}, {report['dtype']}, {report['device']}\n{', '.join(fixed)}")
+    return png(figure, f"{report['op']}, {report['dtype']}, {report['device']}\n{', '.join(fixed)}")
 
 
 def _line(axis, impl: str, timed: Sequence[tuple[int, dict]], *, is_proportional: bool) -> None:
@@ -262,14 +262,14 @@ def to_html(report: dict, plots: Sequence[bytes], path: Path) -> None:
     packages = {name: version or "not installed" for name, version in report["packages"].items()}
     facts = {key: report[key] for key in FACTS if report[key] is not None} | packages
     environment = "".join(
-        f'<tr><td class="name">{_e(k)}</td><td class="name">{_e(v)}</td></tr>' for k, v in facts.items()
+        f'<tr><td class="name">{escape(k)}</td><td class="name">{escape(v)}</td></tr>' for k, v in facts.items()
     )
     sections = _sweep(report, plots) if report["over"] else _sections(report, plots)
     path.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_e(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>\n'
-        f'<h1>{_e(title)}</h1>\n<p class="quiet">{_e(report["device"])}, commit {_e(report["commit"])}, '
-        f"{_e(report['date'])}</p>\n<p><code>{_e(report['command'])}</code></p>\n"
+        f'<h1>{escape(title)}</h1>\n<p class="quiet">{escape(report["device"])}, commit {escape(report["commit"])}, '
+        f"{escape(report['date'])}</p>\n<p><code>{escape(report['command'])}</code></p>\n"
         f"{sections}{_notes(report)}<h2>Environment</h2>\n<table>{environment}</table>\n</body></html>\n",
         encoding="utf-8",
     )
@@ -279,16 +279,16 @@ def _sections(report: dict, plots: Sequence[bytes]) -> str:
     text = ""
     for i, case in enumerate(report["cases"]):
         name, sizes = _title(case).split(": ", 1)
-        text += f'<h2>{_e(name)}</h2>\n<p class="quiet">{_e(sizes)}</p>\n'
+        text += f'<h2>{escape(name)}</h2>\n<p class="quiet">{escape(sizes)}</p>\n'
         text += _html_table([("", case, row) for row in case["rows"]])
-        text += _img(plots[i], "median times with quartiles") if plots else ""
+        text += img(plots[i], "median times with quartiles") if plots else ""
     return text
 
 
 def _sweep(report: dict, plots: Sequence[bytes]) -> str:
     fixed = [f"{k} {v:,}" for k, v in report["cases"][0]["shape"].items() if k != report["over"]]
-    text = f'<h2>Against {_e(report["over"])}</h2>\n<p class="quiet">{_e(", ".join(fixed))}</p>\n'
-    text += "".join(_img(plot, f"time against {report['over']}, logarithmic") for plot in plots)
+    text = f'<h2>Against {escape(report["over"])}</h2>\n<p class="quiet">{escape(", ".join(fixed))}</p>\n'
+    text += "".join(img(plot, f"time against {report['over']}, logarithmic") for plot in plots)
     absent = {row["impl"]: row["missing"] for _, row in _rows(report) if "missing" in row}
     for _, row in _rows(report):
         if "missing" not in row:
@@ -297,7 +297,7 @@ def _sweep(report: dict, plots: Sequence[bytes]) -> str:
     modes = [row["mode"] for row in report["cases"][0]["rows"]]
     rows.sort(key=lambda pair: modes.index(pair[1]["mode"]))
     text += _html_table([(f"{case['value']:,}", case, row) for case, row in rows], report["over"])
-    return text + "".join(f'<p class="quiet">{_e(impl)}: {_e(why)}</p>\n' for impl, why in absent.items())
+    return text + "".join(f'<p class="quiet">{escape(impl)}: {escape(why)}</p>\n' for impl, why in absent.items())
 
 
 def _rows(report: dict) -> list[tuple[dict, dict]]:
@@ -309,8 +309,8 @@ def _html_table(rows: Sequence[tuple[str, dict, dict]], over: str = "") -> str:
     empty = ("", "unknown")
     cells = [_cells(row, 1.0) for _, _, row in rows]
     shown = {key: head for key, (head, _) in CELLS.items() if any(row[key] not in empty for row in cells)}
-    heads = "".join(f"<th>{_e(head)}</th>" for head in shown.values())
-    size = f"<th>{_e(over)}</th>" if over else ""
+    heads = "".join(f"<th>{escape(head)}</th>" for head in shown.values())
+    size = f"<th>{escape(over)}</th>" if over else ""
     body, before = "", None
     for value, case, row in rows:
         is_first = before not in (None, row["mode"])
@@ -318,16 +318,16 @@ def _html_table(rows: Sequence[tuple[str, dict, dict]], over: str = "") -> str:
         kinds = ["first"] * is_first + ["wrong"] * (not row.get("is_right", True))
         kind = f' class="{" ".join(kinds)}"' if kinds else ""
         names = (f"<td>{value}</td>" if over else "") + "".join(
-            f'<td class="name">{_e(row[key])}</td>' for key in ("impl", "mode")
+            f'<td class="name">{escape(row[key])}</td>' for key in ("impl", "mode")
         )
         if "missing" in row:
-            cells = f'<td class="missing" colspan="{max(1, len(shown))}">{_e(row["missing"])}</td>'
+            cells = f'<td class="missing" colspan="{max(1, len(shown))}">{escape(row["missing"])}</td>'
         else:
             found = _cells(row, _first(case, row["mode"]))
             found["share"] += f" ({row['bound']})" if row.get("bound") else ""
             wrong = "error" if row.get("error", 0) > case.get("allowed_error", 0) else "gradient_error"
             found[wrong] += " WRONG" if not row.get("is_right", True) else ""
-            cells = "".join(f"<td>{_e(found[key])}</td>" for key in shown)
+            cells = "".join(f"<td>{escape(found[key])}</td>" for key in shown)
         body += f"<tr{kind}>{names}{cells}</tr>\n"
     return (
         f'<table><thead><tr>{size}<th class="name">implementation</th><th class="name">mode</th>{heads}</tr></thead>\n'
@@ -352,7 +352,7 @@ def _notes(report: dict) -> str:
         notes.append(f"ours: the {report['ours']} backend, which backend=auto takes here.")
     if any("error" in row for row in rows):
         notes.append(_held_against(report["cases"]))
-    return f'<p class="quiet">{_e(" ".join(notes))}</p>\n'
+    return f'<p class="quiet">{escape(" ".join(notes))}</p>\n'
 
 
 def _held_against(cases: Sequence[dict]) -> str:
@@ -375,19 +375,26 @@ def _held_against(cases: Sequence[dict]) -> str:
     )
 
 
-def _img(plot: bytes, alt: str) -> str:
+def img(plot: bytes, alt: str) -> str:
+    """A plot as an HTML element that holds it."""
     width = int.from_bytes(plot[16:20], "big") * 96 // DPI  # from the PNG's header
-    return f'<img alt="{_e(alt)}" width="{width}" src="data:image/png;base64,{base64.b64encode(plot).decode()}">\n'
+    return f'<img alt="{escape(alt)}" width="{width}" src="data:image/png;base64,{base64.b64encode(plot).decode()}">\n'
 
 
-def _e(value: object) -> str:
+def escape(value: object) -> str:
+    """A value as HTML text."""
     return html.escape(str(value))
 
 
 DPI = 160
 
 
-def _pyplot():
+def pyplot_headless():
+    """Matplotlib's pyplot, drawing to memory.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError as e:
@@ -398,16 +405,18 @@ def _pyplot():
     return pyplot
 
 
-def _plain(axis) -> None:
+def plain_ticks(axis) -> None:
+    """Small labels, and no frame above and on the right."""
     axis.tick_params(labelsize=8)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
-def _png(figure, title: str) -> bytes:
+def png(figure, title: str) -> bytes:
+    """A figure under its title as PNG; it is closed."""
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, format="png")
-    _pyplot().close(figure)
+    pyplot_headless().close(figure)
     return buffer.getvalue()

@@ -17,6 +17,7 @@ extensions = [
 exclude_patterns = ["_build"]
 default_role = "code"  # docstrings write `name`
 myst_heading_anchors = 3
+myst_enable_extensions = ["html_image"]
 suppress_warnings = ["myst.header"]  # parts of the README begin below its first heading
 
 maximum_signature_line_length = 80
@@ -44,7 +45,7 @@ def setup(app):
 
 
 def _links_of_the_readme(app, path, docname, content):
-    """Files of the repository that are no pages here are named, not linked."""
+    """Files of the repository that are no pages here are named, not linked; pictures are found from here."""
 
     def link(match):
         text, target = match.groups()
@@ -52,4 +53,5 @@ def _links_of_the_readme(app, path, docname, content):
             return f"[{text}]({PAGES[target]})"
         return f"`{target}`" if text == target or target.endswith(text) else f"{text} (`{target}`)"
 
+    content[0] = content[0].replace('<img src="', '<img src="../')
     content[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)]+)\)", link, content[0])

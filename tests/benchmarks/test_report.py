@@ -224,8 +224,8 @@ def test_the_page_shows_shares_of_the_roofline_and_which_error_is_wrong(tmp_path
 
 def drawn(monkeypatch):
     """The axes of the figures that are made from here on."""
-    found, png = [], report._png
-    monkeypatch.setattr(report, "_png", lambda figure, title: found.extend(figure.axes) or png(figure, title))
+    found, png = [], report.png
+    monkeypatch.setattr(report, "png", lambda figure, title: found.extend(figure.axes) or png(figure, title))
     return found
 
 
