@@ -217,10 +217,10 @@ def _layer_bytes(config: LMConfig, width: int) -> float:
     d, inner, state = config.d_model, config.expand * config.d_model, config.d_state
     if config.layer == "mamba":
         rank = math.ceil(d / 16) if config.dt_rank is None else config.dt_rank
-        return 8 * d + width * (d + 3 * inner + rank + 2 * state) + 16 * inner + 4 * inner * state / 64
+        return 4 * d + width * (d + 3 * inner + rank + 2 * state) + 16 * inner + 4 * inner * state / 64
     heads = inner // config.headdim
     projection = 2 * inner + 2 * config.ngroups * state + heads
-    return 8 * d + width * (d + projection + inner) + 4 * heads + 4 * inner * state / 256
+    return 4 * d + width * (d + projection + inner) + 4 * heads + 4 * inner * state / 256
 
 
 def _encoder_flops(vision: VisionConfig) -> int:

@@ -153,10 +153,12 @@ def _forward_kernel(
             C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
             scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE)
             # As `_decay_between`, whose two factors would cost registers here.
-            mix = scores * _coarse_decay_between(coarse, Q) * (step * tl.exp2(-rest))[None, :]
-            out = tl.dot(C_q, state.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * tl.exp2(coarse)[:, None]
+            mix = scores * _coarse_decay_between(coarse, Q) * tl.exp2(rest)[:, None] * (step * tl.exp2(-rest))[None, :]
+            out = (
+                tl.dot(C_q, state.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
+                * tl.exp2(coarse + rest)[:, None]
+            )
             out += tl.dot(mix.to(DOT), x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
-            out *= tl.exp2(rest)[:, None]
             if HAS_D:
                 out += skip[None, :] * x_q.to(COMPUTE)
             at_y = ((batch * length + rows) * H + head) * P
