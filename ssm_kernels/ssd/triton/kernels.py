@@ -143,7 +143,7 @@ def _forward_kernel(
         rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
         in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
         step, _ = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
-        coarse, rest, _, to_end, whole = _decays(step, a, Q, COMPUTE)
+        coarse, rest, from_start, to_end, whole = _decays(step, a, Q, COMPUTE)
         if KEEP:
             at_kept = (kept + (first - begin) // Q * H) * (P * N)
             tl.store(states + at_kept + at_state, state.to(states.dtype.element_ty), in_state)
@@ -152,7 +152,7 @@ def _forward_kernel(
         if WRITE_Y:
             C_q = tl.load(C + rows[:, None] * C_step + n[None, :], in_B, other=0.0).to(DOT)
             scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE)
-            # As `_decay_between`, whose two factors would cost registers here.
+            # As `_decay_between`; in this order it takes the fewest registers.
             mix = scores * _coarse_decay_between(coarse, Q) * tl.exp2(rest)[:, None] * (step * tl.exp2(-rest))[None, :]
             out = (
                 tl.dot(C_q, state.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
