@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ssm_kernels.testing import ROUNDINGS, ROUNDINGS_OF_RESULT
+from ssm_kernels.testing import roundings
 
 from .cases import ROUTES, Shape
 from .measure import Result, first_call, incoming, ready
@@ -81,12 +81,8 @@ def is_affordable(op: str, shape: Shape, dtype: torch.dtype, device: str) -> boo
 
 
 def forgiven(own: float, dtype: torch.dtype, times: int = 1) -> float:
-    """What an error may be: twice the reference's own in that dtype, and roundings of the sums and of the result.
-
-    Sums are in float32 at least, so that a result in a half type is not forgiven 64 roundings of that type.
-    """
-    sums = torch.promote_types(dtype, torch.float32)
-    return 2 * own + times * ROUNDINGS * torch.finfo(sums).eps + ROUNDINGS_OF_RESULT * torch.finfo(dtype).eps
+    """What an error may be: twice the reference's own in that dtype, and roundings of the sums and of the result."""
+    return 2 * own + roundings(dtype, times)
 
 
 def _y(workload: Workload) -> Tensor:

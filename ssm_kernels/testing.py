@@ -17,10 +17,10 @@ ROUNDINGS_OF_RESULT = 8
 """And in the result's own dtype, to which operands of matrix products are rounded too."""
 
 
-def roundings(dtype: torch.dtype) -> float:
-    """The share of the largest element that is forgiven besides, of a result in this dtype."""
+def roundings(dtype: torch.dtype, times: int = 1) -> float:
+    """The share of the largest element that is forgiven besides, of a result in this dtype; of sums, so many times."""
     sums = torch.promote_types(dtype, torch.float32)
-    return ROUNDINGS * torch.finfo(sums).eps + ROUNDINGS_OF_RESULT * torch.finfo(dtype).eps
+    return times * ROUNDINGS * torch.finfo(sums).eps + ROUNDINGS_OF_RESULT * torch.finfo(dtype).eps
 
 
 def assert_agrees(

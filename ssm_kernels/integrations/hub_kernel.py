@@ -40,7 +40,7 @@ ssm = get_kernel("OWNER/ssm-kernels", version={version})
 y, final_states = ssm.ssd(x, dt, A, B, C, dt_softplus=True)
 ```
 
-Operations: {ops}. Each has its contract in its docstring.
+It has {ops}. Each has its contract in its docstring.
 """
 
 

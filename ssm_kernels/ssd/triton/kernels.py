@@ -154,10 +154,7 @@ def _forward_kernel(
             scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION, out_dtype=COMPUTE)
             # As `_decay_between`; in this order it takes the fewest registers.
             mix = scores * _coarse_decay_between(coarse, Q) * tl.exp2(rest)[:, None] * (step * tl.exp2(-rest))[None, :]
-            out = (
-                tl.dot(C_q, state.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
-                * tl.exp2(coarse + rest)[:, None]
-            )
+            out = tl.dot(C_q, state.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * from_start[:, None]
             out += tl.dot(mix.to(DOT), x_q.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
             if HAS_D:
                 out += skip[None, :] * x_q.to(COMPUTE)
