@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -164,3 +165,34 @@ def test_importing_does_not_import_triton():
     code = "import sys, ssm_kernels, vlmamba.train.cli; assert 'triton' not in sys.modules, 'triton'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+TORCH_FREE_HELP = """
+import sys
+from vlmamba.{package}.cli import main
+try:
+    main({arguments!r})
+except SystemExit as end:
+    assert not end.code, end.code
+assert "torch" not in sys.modules, "torch"
+"""
+
+
+@pytest.mark.parametrize("package", ["train"])
+def test_help_and_version_do_not_import_torch(package):
+    cli = importlib.import_module(f"vlmamba.{package}.cli")
+    for arguments in ([], ["--help"], ["--version"], *([command, "--help"] for command in cli.COMMANDS)):
+        code = TORCH_FREE_HELP.format(package=package, arguments=arguments)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (arguments, done.stderr)
+        assert done.stdout
+
+
+def test_every_public_name_of_the_models_is_where_it_is_looked_for():
+    import vlmamba.model
+
+    assert set(vlmamba.model._MODULE_OF) == set(vlmamba.model.__all__)
+    for name in vlmamba.model.__all__:
+        assert getattr(vlmamba.model, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        vlmamba.model.Nothing  # noqa: B018

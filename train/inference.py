@@ -9,24 +9,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import torch
-import tyro
 from tqdm import tqdm
 
-from ..model.generate import GenerationConfig
-from ..model.prompt import TEMPLATES, get_template
+from ..model.generation_config import GenerationConfig
+from ..model.prompt import get_template
+from .options import Chat, Convert, DtypeName, Generate, Inspect
 
 if TYPE_CHECKING:
     from ..model.chat import Conversation
     from ..model.lm import MambaLM
     from ..model.vlm import VLM
 
-Positional = tyro.conf.Positional
-DtypeName = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Sampling = Annotated[GenerationConfig, tyro.conf.arg(name="")]
 
 
 def load(name: str, dtype: DtypeName | None, device: str) -> MambaLM | VLM:
@@ -54,51 +51,32 @@ class Question:
     image: Path | None = None
 
 
-@dataclass
-class Generate:
-    """Answer a question about an image, or none; or those of a file, in batches. Language models go on from a text."""
+def run_generate(command: Generate) -> None:
+    """Answer one prompt, or those of a file."""
+    if (command.prompt is None) == (command.prompts is None):
+        raise ValueError("give either a prompt or --prompts FILE")
+    if command.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {command.batch_size}")
+    if command.prompts is not None:
+        _answer_all(command, read_prompts(command.prompts, command.image))
+        return
+    model = load(command.model, command.dtype, command.device)
+    for piece in stream(model, Question(command.prompt, command.image), command.sampling):
+        print(piece, end="", flush=True)
+    print()
 
-    model: Positional[str]
-    """Folder, or name on the Hugging Face Hub."""
-    prompt: Positional[str | None] = None
-    """The question, or the text to go on from."""
-    image: Path | None = None
-    """What it is about. With --prompts: of each prompt that has none of its own."""
-    prompts: Path | None = None
-    """File of prompts, one a line; or JSONL, records with "prompt" and perhaps "image", a path relative to the file.
-    Answers are printed as JSONL."""
-    batch_size: int = 8
-    """Prompts of a file that are answered together."""
-    sampling: Sampling = GenerationConfig()
-    dtype: DtypeName | None = None
-    """The file's own by default."""
-    device: str = "auto"
-    """auto is a GPU where there is one."""
 
-    def run(self) -> None:
-        if (self.prompt is None) == (self.prompts is None):
-            raise ValueError("give either a prompt or --prompts FILE")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
-        if self.prompts is not None:
-            self._answer_all(read_prompts(self.prompts, self.image))
-            return
-        model = load(self.model, self.dtype, self.device)
-        for piece in stream(model, Question(self.prompt, self.image), self.sampling):
-            print(piece, end="", flush=True)
-        print()
-
-    def _answer_all(self, questions: Sequence[Question]) -> None:
-        model = load(self.model, self.dtype, self.device)
-        with tqdm(total=len(questions), desc="generate", unit="prompt", file=sys.stderr, dynamic_ncols=True) as bar:
-            for begin in range(0, len(questions), self.batch_size):
-                some = questions[begin : begin + self.batch_size]
-                for question, answer in zip(some, answers(model, some, self.sampling), strict=True):
-                    record = {"prompt": question.prompt, "answer": answer}
-                    if question.image is not None:
-                        record["image"] = str(question.image)
-                    print(json.dumps(record, ensure_ascii=False), flush=True)
-                bar.update(len(some))
+def _answer_all(command: Generate, questions: Sequence[Question]) -> None:
+    model = load(command.model, command.dtype, command.device)
+    with tqdm(total=len(questions), desc="generate", unit="prompt", file=sys.stderr, dynamic_ncols=True) as bar:
+        for begin in range(0, len(questions), command.batch_size):
+            some = questions[begin : begin + command.batch_size]
+            for question, answer in zip(some, answers(model, some, command.sampling), strict=True):
+                record = {"prompt": question.prompt, "answer": answer}
+                if question.image is not None:
+                    record["image"] = str(question.image)
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+            bar.update(len(some))
 
 
 def answers(model: MambaLM | VLM, questions: Sequence[Question], config: GenerationConfig) -> list[str]:
@@ -171,85 +149,68 @@ HELP = """\
 Ctrl-C stops an answer."""
 
 
-@dataclass
-class Chat:
-    """Talk to a model. /image PATH shows it an image, /reset begins anew, /help lists the commands, /quit ends."""
+def run_chat(command: Chat) -> None:
+    """Talk until /quit or the end of the input."""
+    from ..model.chat import Conversation
 
-    model: Positional[str]
-    """Folder, or name on the Hugging Face Hub."""
-    image: Path | None = None
-    """Image to talk about from the beginning."""
-    history: bool = True
-    """Each question is about the conversation so far, where the model's template has turns; else it stands alone."""
-    template: Literal[tuple(TEMPLATES)] | None = None  # type: ignore[valid-type]
-    """Of the turns; the model's own by default. A language model without one goes on from each text by itself."""
-    verbose: bool = False
-    """Say after each answer how long it took, and how large the state is."""
-    sampling: Sampling = GenerationConfig()
-    dtype: DtypeName | None = None
-    """The file's own by default."""
-    device: str = "auto"
-    """auto is a GPU where there is one."""
+    model = load(command.model, command.dtype, command.device)
+    template = None if command.template is None else get_template(command.template)
+    conversation = Conversation(model, command.image, command.sampling, template, command.history)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history in input()
+    print("/help lists the commands", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D ends")
+            continue
+        if line == "/quit":
+            return
+        try:
+            _obey(command, conversation, line)
+        except KeyboardInterrupt:
+            print()
+        except (ValueError, OSError) as e:
+            print(e)
 
-    def run(self) -> None:
-        from ..model.chat import Conversation
 
-        model = load(self.model, self.dtype, self.device)
-        template = None if self.template is None else get_template(self.template)
-        conversation = Conversation(model, self.image, self.sampling, template, self.history)
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  line editing and history in input()
-        print("/help lists the commands", file=sys.stderr)
-        while True:
-            try:
-                line = input("> ").strip()
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
-                print("\n/quit or Ctrl-D ends")
-                continue
-            if line == "/quit":
-                return
-            try:
-                self._obey(conversation, line)
-            except KeyboardInterrupt:
-                print()
-            except (ValueError, OSError) as e:
-                print(e)
+def _obey(command: Chat, conversation: Conversation, line: str) -> None:
+    word, _, rest = line.partition(" ")
+    if word == "/help":
+        print(HELP)
+    elif word == "/reset":
+        conversation.reset()
+    elif word == "/image":
+        if not rest.strip():
+            raise ValueError("/image needs the path of an image")
+        conversation.reset(pasted_path(rest.strip()))
+    elif word.startswith("/"):
+        raise ValueError(f"no command {word}; there are /image, /reset, /help and /quit")
+    elif line:
+        _answer(command, conversation, line)
 
-    def _obey(self, conversation: Conversation, line: str) -> None:
-        command, _, rest = line.partition(" ")
-        if command == "/help":
-            print(HELP)
-        elif command == "/reset":
-            conversation.reset()
-        elif command == "/image":
-            if not rest.strip():
-                raise ValueError("/image needs the path of an image")
-            conversation.reset(pasted_path(rest.strip()))
-        elif command.startswith("/"):
-            raise ValueError(f"no command {command}; there are /image, /reset, /help and /quit")
-        elif line:
-            self._answer(conversation, line)
 
-    def _answer(self, conversation: Conversation, line: str) -> None:
-        with contextlib.closing(conversation.ask(line)) as pieces:
-            try:
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-            except KeyboardInterrupt:
-                print(" [stopped]", end="")
-        print()
-        if self.verbose:
-            from ..model.inspect import mebibytes
+def _answer(command: Chat, conversation: Conversation, line: str) -> None:
+    with contextlib.closing(conversation.ask(line)) as pieces:
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+    print()
+    if command.verbose:
+        from ..model.inspect import mebibytes
 
-            effort = conversation.effort
-            print(
-                f"[{effort.prompt_tokens} tokens read in {effort.prompt_seconds:.2f} s; {effort.tokens} written, "
-                f"{effort.tokens_per_second:.1f} a second; state {mebibytes(conversation.state_bytes)}]",
-                file=sys.stderr,
-            )
+        effort = conversation.effort
+        print(
+            f"[{effort.prompt_tokens} tokens read in {effort.prompt_seconds:.2f} s; {effort.tokens} written, "
+            f"{effort.tokens_per_second:.1f} a second; state {mebibytes(conversation.state_bytes)}]",
+            file=sys.stderr,
+        )
 
 
 def pasted_path(text: str) -> Path:
@@ -263,39 +224,17 @@ def pasted_path(text: str) -> Path:
     return path
 
 
-@dataclass
-class Inspect:
-    """Show what a checkpoint is: parameters, memory for weights and state, operations a token. Weights are not read."""
+def run_inspect(command: Inspect) -> None:
+    """Print what a checkpoint is."""
+    from ..model.inspect import inspect
 
-    model: Positional[str]
-    """Folder, or name on the Hugging Face Hub."""
-    dtype: DtypeName | None = None
-    """As if it were loaded so; the file's own by default."""
-    json: bool = False
-    """Print JSON; sizes are bytes, and operations are floating-point operations."""
-
-    def run(self) -> None:
-        from ..model.inspect import inspect
-
-        report = inspect(self.model, self.dtype and DTYPES[self.dtype])
-        print(json.dumps(report.to_json(), indent=2) if self.json else report)
+    report = inspect(command.model, command.dtype and DTYPES[command.dtype])
+    print(json.dumps(report.to_json(), indent=2) if command.json else report)
 
 
-@dataclass
-class Convert:
-    """Write a model in another layout: this library's; of language models, that of state-spaces (mamba_ssm) or
-    transformers; of vision-language models, that of Cobra's and ML-Mamba's releases."""
+def run_convert(command: Convert) -> None:
+    """Write a model in another layout."""
+    from ..model.convert import convert
 
-    src: Positional[str]
-    """Folder, or name on the Hugging Face Hub, in any layout that is known."""
-    dst: Positional[Path]
-    """Folder to write, new or empty."""
-    to: Literal["own", "state-spaces", "transformers", "released"]
-    dtype: DtypeName | None = None
-    """The file's own by default."""
-
-    def run(self) -> None:
-        from ..model.convert import convert
-
-        convert(self.src, self.dst, to=self.to, dtype=self.dtype and DTYPES[self.dtype])
-        print(f"wrote {self.dst}")
+    convert(command.src, command.dst, to=command.to, dtype=command.dtype and DTYPES[command.dtype])
+    print(f"wrote {command.dst}")

@@ -30,14 +30,11 @@ from .distributed import (
     sum_whole_gradients,
     world_size,
 )
+from .interrupted import Interrupted
 from .loader import Loader, Samples
 from .lora import add_lora, merge_lora
 from .optim import clip_gradients, freeze_all_but, learning_rate, make_optimizer
 from .track import Tracker
-
-
-class Interrupted(SystemExit):
-    """The stage was asked to stop, has saved, and can be started again. Exit status 130, as after Ctrl-C."""
 
 
 def train_stage(

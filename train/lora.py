@@ -7,8 +7,7 @@ mixers here call `in_proj`, `x_proj` and `out_proj` as modules, and read `dt_pro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,33 +15,10 @@ from torch import Tensor, nn
 
 from ssm_kernels.modules import Mamba, Mamba2
 
-Target = Literal["in_proj", "x_proj", "dt_proj", "out_proj"]
+from .config import LoraConfig, Target
+
 WITHIN = "language_model."
 """Beginning of the names of the modules that are changed."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Which projections of the language model get a change of low rank. The rest of it is frozen."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    """The change is multiplied by `alpha / rank`."""
-    dropout: float = 0.0
-    """Of the input of the change. In Mamba-2's `out_proj` it costs the memory that `use_mem_eff_path` saves. The change
-    of `dt_proj` is one of its weight, and has none."""
-    targets: tuple[Target, ...] = ("in_proj", "out_proj")
-    """Mamba-1 has `x_proj` and `dt_proj` too."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank of LoRA must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha of LoRA must be positive, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout of LoRA must lie in [0, 1), got {self.dropout}")
-        if not self.targets or not set(self.targets) <= set(get_args(Target)):
-            raise ValueError(f"targets of LoRA must be some of {', '.join(get_args(Target))}; got {self.targets}")
 
 
 class LoraLinear(nn.Module):

@@ -7,8 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from vlmamba.model import VLM, MambaLM, Tokenizer
 from vlmamba.model.config import LMConfig
 from vlmamba.model.prompt import Turn
-from vlmamba.train import cli, loop, training
+from vlmamba.train import cli, loop, options, training
 from vlmamba.train.config import StageConfig
 from vlmamba.train.data import Record, write_llava
 from vlmamba.train.recipes import tiny_config
@@ -144,11 +144,11 @@ def test_a_dry_run_finds_what_would_stop_a_run(model, data, monkeypatch):
 
 
 def test_every_setting_of_a_stage_can_be_changed():
-    changeable = {f.name for f in fields(training.Settings)}
-    assert changeable == {f.name for f in fields(StageConfig)} - {"name", "lora"}
-    settings = training.Settings(lr=0.5, betas=(0.8, 0.9), trainable=("connector.",), workers=2)
-    command = training.Train("x", "run", recipe="ml-mamba", stage="both", settings=settings)
-    for stage in command._stages(training.recipe_named("ml-mamba")):
+    stages = get_type_hints(StageConfig)
+    assert get_type_hints(options.Settings) == {n: t | None for n, t in stages.items() if n not in ("name", "lora")}
+    settings = options.Settings(lr=0.5, betas=(0.8, 0.9), trainable=("connector.",), workers=2)
+    command = options.Train("x", "run", recipe="ml-mamba", stage="both", settings=settings)
+    for stage in training._stages(command, training.recipe_named("ml-mamba")):
         assert (stage.lr, stage.betas, stage.trainable, stage.workers) == (0.5, (0.8, 0.9), ("connector.",), 2)
         assert stage.precision == "bf16"  # the recipe's
 
@@ -160,8 +160,8 @@ def test_the_recipes_own_data_are_found_or_told_where_to_get(tmp_path, monkeypat
     folder.mkdir(parents=True)
     (folder / "blip_laion_cc_sbu_558k.json").write_text("[]")
     (folder / "images.zip").write_bytes(b"")
-    command = training.Train("vl-mamba", "run", root=tmp_path / "elsewhere")
-    files = command._files(training.recipe_named("vl-mamba"), "align")
+    command = options.Train("vl-mamba", "run", root=tmp_path / "elsewhere")
+    files = training._files(command, training.recipe_named("vl-mamba"), "align")
     assert files == ((folder / "blip_laion_cc_sbu_558k.json", folder / "images.zip"),)
 
 

@@ -1,0 +1,57 @@
+"""One way to run a command, for `vlmamba` and `ssm-bench`: parse, check, run, and one line for what goes wrong."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+import tyro
+
+from .interrupted import Interrupted
+
+
+def run_commands(
+    prog: str, description: str, commands: Mapping[str, type], arguments: Sequence[str] | None = None
+) -> None:
+    """Run the command that the arguments name.
+
+    Without arguments the help is shown. A mistake in them ends with status 2; what goes wrong with a command's input
+    is one line on stderr and status 1; Ctrl-C is status 130.
+
+    Args:
+        prog: name of the program.
+        description: what its help says first.
+        commands: dataclasses by name; their fields are options, and `run` does the work.
+        arguments: those of the process by default.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if arguments[0] == "--version":
+        print(prog, version("vl-mamba"))
+        return
+    if not arguments[0].startswith("-") and arguments[0] not in commands:
+        near = difflib.get_close_matches(arguments[0], commands, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(commands)}"
+        print(f"{prog}: no command {arguments[0]!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            dict(commands), prog=prog, description=description, args=arguments
+        )
+        command.run()
+    except Interrupted:
+        print(f"\n{prog}: stopped and saved; the same command goes on from here", file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader closed the pipe (`| head`). What is still to be written has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as e:
+        sys.exit(f"{prog}: {e}")
