@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from ..model.files import write_whole
 from . import compare, compile_report, fuzz, gpu_suite, verify
 from .bridge import Bridge
 from .cases import DTYPES, OPS, Case, published, shipped
@@ -86,7 +87,7 @@ class CompileReport:
         print(text)
         write_json(self.out, {"rows": [asdict(row) for row in rows], **environment()})
         if self.out is not None:
-            self.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+            write_whole(self.out.with_suffix(".txt"), text + "\n")
         if any(row.problem for row in rows):
             sys.exit(1)
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ssm_kernels._triton import capability, interpreting
 from ssm_kernels.testing import assert_agrees
 
+from ..model.files import write_whole
 from . import cases, compile_report
 from .cases import Case, by_length, connector, layer, published, tiny
 from .measure import Mode, environment, once, time_together
@@ -99,9 +100,7 @@ def run(out: Path, device: str, minutes: float, again: bool) -> bool:
 
 def _write(path: Path, report: dict) -> None:
     # An interruption leaves no half of a file, which would pass for a part that was run.
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    write_whole(path, json.dumps(report, indent=2) + "\n")
 
 
 def _attempt(row: dict, do: Callable[[], object], device: str) -> dict:

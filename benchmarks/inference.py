@@ -17,7 +17,6 @@ import dataclasses
 import gc
 import json
 import multiprocessing
-import os
 import shlex
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from ..model.files import write_whole, writing_whole
 from . import contenders, report
 from .cases import DTYPES
 from .contenders import CHUNK, SAME_SIZE, SPECS, Contender, Size, Spec
@@ -536,11 +536,8 @@ def _peak_memory_here(cell: Cell, answer) -> None:
 
 
 def _write(path: Path, result: dict) -> None:
-    """The JSON file, whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 COLUMNS = {
@@ -553,7 +550,7 @@ COLUMNS = {
 def write_all(result: dict, path: Path) -> None:
     """JSON at the path and, beside it, CSV, PNG where matplotlib is, and HTML."""
     _write(path, result)
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+    with writing_whole(path.with_suffix(".csv")) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         every = {key: result[key] for key in ("what", "size", "dtype", "device", "commit")}
         names = ("model", "lm_parameters", "parameters", "batch", "context")
         columns = [*every, *names, *COLUMNS[result["what"]], "in_pieces", "is_right", "missing"]
@@ -572,10 +569,10 @@ def write_all(result: dict, path: Path) -> None:
     if any("time" in row for row in result["cells"]):
         try:
             plot = plotted(result)
-            path.with_suffix(".png").write_bytes(plot)
+            write_whole(path.with_suffix(".png"), plot)
         except ModuleNotFoundError as e:
             print(f"no plot: {e}")
-    path.with_suffix(".html").write_text(page(result, plot), encoding="utf-8")
+    write_whole(path.with_suffix(".html"), page(result, plot))
     print(f"wrote {path}")
 
 

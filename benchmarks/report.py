@@ -14,6 +14,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..model.files import write_whole, writing_whole
+
 COLUMNS = (
     "impl", "mode", "median", "low", "high", "calls", "peak_memory", "truth", "error", "allowed_error",
     "gradient_error", "allowed_gradient_error", "is_right", "floor", "bound", "share", "missing",
@@ -48,7 +50,7 @@ def write_json(path: Path | None, result: dict) -> None:
     """The result where a path was asked for, with the folders on the way to it."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(result, indent=2) + "\n")
         print(f"wrote {path}")
 
 
@@ -75,11 +77,11 @@ def write_all(report: dict, path: Path) -> None:
     if any("time" in row for case in report["cases"] for row in case["rows"]):
         try:
             if report["over"] is None:
-                path.with_suffix(".png").write_bytes(bars(report))
+                write_whole(path.with_suffix(".png"), bars(report))
                 plots = [bars(report | {"cases": [case]}) for case in report["cases"]]
             else:
                 plots = [lines(report)]
-                path.with_suffix(".png").write_bytes(plots[0])
+                write_whole(path.with_suffix(".png"), plots[0])
         except ModuleNotFoundError as e:
             print(f"no plot: {e}")
     to_html(report, plots, path.with_suffix(".html"))
@@ -142,7 +144,7 @@ def _title(case: dict) -> str:
 def to_csv(report: dict, path: Path) -> None:
     """A line for each row, with the case and the device in front."""
     every = {"op": report["op"], "dtype": report["dtype"], "device": report["device"], "commit": report["commit"]}
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with writing_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         sizes = dict.fromkeys(name for case in report["cases"] for name in case["shape"])
         columns = [*every, "case", *sizes, "chunk_size", *COLUMNS]
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -265,13 +267,13 @@ def to_html(report: dict, plots: Sequence[bytes], path: Path) -> None:
         f'<tr><td class="name">{escape(k)}</td><td class="name">{escape(v)}</td></tr>' for k, v in facts.items()
     )
     sections = _sweep(report, plots) if report["over"] else _sections(report, plots)
-    path.write_text(
+    write_whole(
+        path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>\n'
         f'<h1>{escape(title)}</h1>\n<p class="quiet">{escape(report["device"])}, commit {escape(report["commit"])}, '
         f"{escape(report['date'])}</p>\n<p><code>{escape(report['command'])}</code></p>\n"
         f"{sections}{_notes(report)}<h2>Environment</h2>\n<table>{environment}</table>\n</body></html>\n",
-        encoding="utf-8",
     )
 
 

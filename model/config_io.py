@@ -11,6 +11,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .files import write_whole
+
 T = TypeVar("T")
 
 
@@ -51,7 +53,7 @@ def from_json_dict(cls: type[T], data: Any, where: str = "") -> T:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write a config as indented JSON."""
-    Path(path).write_text(json.dumps(to_json_dict(config), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(to_json_dict(config), indent=2, allow_nan=False) + "\n")
 
 
 def load_config(cls: type[T], path: str | Path) -> T:

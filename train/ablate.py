@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..connectors import ConnectorConfig, Kind
 from ..model.batch import collate
+from ..model.files import write_whole
 from . import easy_vqa, plots
 from .data import Conversations, Record
 from .demo import demo_tokenizer, kept_answers, new_model, train_encoder
@@ -62,7 +63,7 @@ def run_ablation(
                 train_stage(model, stage, Conversations(records, model, True), collate, here / stage.name, device)
             answers = kept_answers(here / "answers.json", model, test)
             table.setdefault(name, []).append(easy_vqa.scores(test, answers)["overall"])
-    (folder / "ablation.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "ablation.json", json.dumps(table, indent=2) + "\n")
     plots.ablation_bars(table, folder / "ablation.png")
     print(ablation_table(table))
     return table

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.config_io import to_json_dict
+from ..model.files import write_whole
 from .config import StageConfig
 from .track import read_metrics
 
@@ -59,7 +60,7 @@ def write_card(folder: Path, base: str, recipe: str, stages: Sequence[TrainedSta
     for trained in stages:
         parts.append(_stage(trained))
     parts.append("## Made with\n\n" + _table({"": "version", **versions()}))
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def versions() -> dict[str, str]:

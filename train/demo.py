@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..connectors import ConnectorConfig
 from ..model.batch import collate
+from ..model.files import write_whole, writing_whole
 from ..model.hub import unshared
 from ..model.tokenizer import Tokenizer
 from ..model.vit import ViT
@@ -54,7 +53,7 @@ def run_demo(
         results[f"{family}, blind"] = easy_vqa.scores(test, blind)
         results[family] = easy_vqa.scores(test, answers[family])
 
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     curves = {
         stage: {f: [m["loss"] for m in read_metrics(folder / f / stage)] for f in FAMILIES}
         for stage in ("language", "align", "finetune")
@@ -74,8 +73,8 @@ def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.exists():
         texts = [t.text for r in [*train, *easy_vqa.captions(train)] for t in r.turns]
-        with whole_or_not(path) as unfinished:
-            Tokenizer.train(texts, vocab_size=400).save(unfinished)
+        with writing_whole(path) as partial:
+            Tokenizer.train(texts, vocab_size=400).save(partial)
     return Tokenizer.from_file(path)
 
 
@@ -132,17 +131,8 @@ def kept_answers(path: Path, model: VLM, test: Sequence[Record], with_images: bo
     """A model's answers, given once and kept in a file."""
     if not path.exists():
         answers = answer_all(model, test, with_images=with_images)
-        with whole_or_not(path) as unfinished:
-            unfinished.write_text(json.dumps(answers), encoding="utf-8")
+        write_whole(path, json.dumps(answers))
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def whole_or_not(path: Path) -> Iterator[Path]:
-    """Give a path to write to that becomes `path` when the block has ended well."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    yield unfinished
-    os.replace(unfinished, path)
 
 
 def results_table(results: dict[str, dict[str, float]]) -> str:

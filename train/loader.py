@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..model.files import continue_json_lines, json_lines
 from .config import StageConfig
 from .data import BrokenDataError
 from .sampler import samples_of_step
@@ -194,11 +195,8 @@ class Loader:
         """Drop what was reported of steps that will be taken again; how many reports are left."""
         if self.report is None or not self.report.exists():
             return 0
-        lines = self.report.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
-        kept = [line for line in whole if json.loads(line)["step"] < self.first_step]
-        self.report.write_text("".join(kept), encoding="utf-8")
-        return len(kept)
+        continue_json_lines(self.report, lambda line: line.get("step", -1) < self.first_step).close()
+        return sum(1 for _ in json_lines(self.report))
 
 
 class _Jobs:

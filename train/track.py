@@ -9,13 +9,14 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from ..model.files import continue_json_lines, json_lines
 from ..model.generate import GenerationConfig
 from .data import Record
 from .distributed import rank
@@ -179,8 +180,8 @@ class SampleAnswers:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The figures of every step of a stage."""
-    return [json.loads(line) for line in _whole_lines(folder / "metrics.jsonl")]
+    """The figures of every step of a stage; a damaged line is told and left out."""
+    return [line.value for line in json_lines(folder / "metrics.jsonl") if line.value is not None]
 
 
 def peak_memory() -> int:
@@ -209,15 +210,6 @@ def _board(folder: Path, **options: int) -> Any:
     return SummaryWriter(folder / "tensorboard", **options)
 
 
-def _continued(path: Path, first_step: int):
+def _continued(path: Path, first_step: int) -> TextIO:
     """A file of lines to go on with. Steps taken after the checkpoint will be taken, and written, again."""
-    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < first_step]
-    path.write_text("".join(kept), encoding="utf-8")
-    return open(path, "a", buffering=1, encoding="utf-8")
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Lines of a file, without a last one that a crash cut short."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return continue_json_lines(path, lambda line: line.get("step", -1) < first_step)

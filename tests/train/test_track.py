@@ -115,3 +115,17 @@ def test_sample_answers_come_every_so_many_steps_and_again_after_a_resume(tmp_pa
     assert {t["truth"] for t in told} == {"yes"}
     with pytest.raises(ValueError, match="every must be at least 1"):
         SampleAnswers(tmp_path, records, every=0)
+
+
+def test_a_resume_never_writes_again_what_is_kept_and_tells_a_damaged_line(tmp_path, caplog):
+    run(tmp_path, 0, 5)
+    path = tmp_path / "metrics.jsonl"
+    damaged = path.read_bytes().replace(b'{"step": 1', b'{"step\x00 1')
+    path.write_bytes(damaged)
+    inode = path.stat().st_ino
+    tracker = Tracker(tmp_path, "test", 3, 9)
+    assert path.stat().st_ino == inode
+    assert path.read_bytes() == b"".join(damaged.splitlines(keepends=True)[:3])  # as a kill here would leave it
+    tracker.close()
+    assert f"{path}, line 2 is damaged" in caplog.text
+    assert [m["step"] for m in read_metrics(tmp_path)] == [0, 2]
