@@ -181,7 +181,7 @@ def test_mamba_inner_fn(level, case):
     if case == "biases":
         options = {"B_proj_bias": randn(STATE, seed=10), "C_proj_bias": randn(STATE, seed=11)}
     if case == "norms":
-        weights = {"b_rms_weight": STATE, "c_rms_weight": STATE, "dt_rms_weight": rank}
+        weights = {"b_rms_weight": STATE, "c_rms_weight": STATE, "dt_rms_weight": DIM}
         options = {name: randn(n, seed=i) for i, (name, n) in enumerate(weights.items())}
 
     x = convolution(xz[:, :DIM], conv[:, 0], conv_bias)[0].transpose(1, 2)
@@ -192,14 +192,15 @@ def test_mamba_inner_fn(level, case):
     def normed(t, weight):
         return t if weight is None else t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
-    dt = normed(dt, options.get("dt_rms_weight"))
+    dt = normed(dt @ dt_proj.T, options.get("dt_rms_weight"))
     matrices = [normed(m, options.get(f"{n}_rms_weight"))[:, :, None] for m, n in zip(matrices, "bc", strict=True)]
     if case == "constant":
         matrices = [m.expand(BATCH, LENGTH, -1, -1) for m in (B, C)]
-    y = scan(x, dt @ dt_proj.T, A, *matrices, D, xz[:, DIM:].transpose(1, 2), dt_bias, True)[0]
+    y = scan(x, dt, A, *matrices, D, xz[:, DIM:].transpose(1, 2), dt_bias, True)[0]
     arguments = (xz, conv, conv_bias, x_proj, dt_proj, out, out_bias, A, B, C, D, dt_bias)
     got = compat.mamba_inner_fn(*arguments, checkpoint_lvl=level, **options)
     assert_same(got, y @ out.T + out_bias, *arguments, *options.values())
+    torch.testing.assert_close(compat.mamba_inner_ref(*arguments, **options), got)
 
 
 @pytest.mark.parametrize("heads", ["no", "tied", "free"])
@@ -416,7 +417,7 @@ SPLIT = (torch.ones(1, 4, 18), torch.ones(10, 4), None, torch.ones(2), -torch.on
         (
             ValueError,
             "conv_state_indices",
-            lambda: compat.causal_conv1d_update(X, STATE_3, WEIGHT, conv_state_indices=torch.tensor([0, -1])),
+            lambda: compat.causal_conv1d_update(X, STATE_3, WEIGHT, conv_state_indices=torch.tensor([0, 2])),
         ),
         (
             ValueError,
@@ -427,11 +428,24 @@ SPLIT = (torch.ones(1, 4, 18), torch.ones(10, 4), None, torch.ones(2), -torch.on
             ),
         ),
         (ValueError, "dt", lambda: compat.selective_state_update(STATE_3, X[..., 0], X[:1, :, 0], *(WEIGHT,) * 3)),
+        (ValueError, "dt_rms_weight", lambda: compat.mamba_inner_fn(*INNER, -torch.ones(2, 2), dt_rms_weight=X[0, 0])),
+        (TypeError, "state_dtype", lambda: compat.mamba_chunk_scan_combined(*SSD, 4, state_dtype=torch.int8)),
         (
             NotImplementedError,
-            "A must be real",
-            lambda: compat.selective_scan_fn(X, X, torch.ones(3, 2, dtype=torch.complex64), X, X),
+            "state_dtype",
+            lambda: compat.mamba_chunk_scan_combined(*SSD, 4, state_dtype=torch.float64),
         ),
+        (
+            NotImplementedError,
+            "state_dtype",
+            lambda: compat.mamba_split_conv1d_scan_combined(
+                *SPLIT, torch.ones(2, 3), 4, state_dtype=torch.float64
+            ),
+        ),
+        (ValueError, "group_size", lambda: compat.layernorm_fn(X, X[0, 0], None, group_size=2)),
+        (ValueError, "state_len", lambda: compat.causal_conv1d_varlen_states(X[0], ROW[0], 0)),
+        (TypeError, "cu_seqlens", lambda: compat.causal_conv1d_varlen_states(X[0], X[0, 0], 1)),
+        (ValueError, "block_len", lambda: compat.ssd_minimal_discrete(*(SSD[i] for i in (0, 1, 3, 4)), 3)),
         (ValueError, "u must", lambda: compat.selective_scan_fn(X[0], X, WEIGHT, X, X)),
         (ValueError, "checkpoint_lvl", lambda: compat.mamba_inner_fn(*INNER, -torch.ones(2, 2), checkpoint_lvl=2)),
         (ValueError, "xz", lambda: compat.mamba_inner_fn(torch.ones(4), *INNER[1:], -torch.ones(2, 2))),
@@ -492,10 +506,11 @@ SIGNATURES = {
     "b_c_dt_rms_eps",
     "selective_state_update": "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
     "mamba_chunk_scan_combined": "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus "
-    "dt_limit return_final_states return_varlen_states",
+    "dt_limit return_final_states return_varlen_states state_dtype",
     "mamba_split_conv1d_scan_combined": "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size initial_states "
     "seq_idx dt_limit return_final_states activation rmsnorm_weight rmsnorm_eps outproj_weight outproj_bias headdim "
-    "ngroups norm_before_gate",
+    "ngroups norm_before_gate state_dtype",
+    "layernorm_fn": "x weight bias z eps group_size norm_before_gate is_rms_norm",
     "rmsnorm_fn": "x weight bias z eps group_size norm_before_gate",
     "layer_norm_fn": "x weight bias residual x1 weight1 bias1 eps dropout_p rowscale prenorm residual_in_fp32 "
     "is_rms_norm return_dropout_mask",

@@ -1,0 +1,132 @@
+"""`mamba_ssm.ops.triton.layernorm_gated`: norms with a gate. x, z: (..., D); weight, bias: (D,)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..._checks import check_divides, check_tensor
+from ...norm import rms_norm
+
+
+def layernorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+) -> Tensor:
+    """Layer norm, or RMS norm with `is_rms_norm`, of each run of `group_size` channels, gated by `silu(z)`.
+
+    The gate multiplies the result, or x where not `norm_before_gate`. Computed in float32 at least.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    if is_rms_norm:
+        return rmsnorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate)
+    check_tensor("x", x, tuple(x.shape) if isinstance(x, Tensor) else ("...", "D"))
+    width = x.shape[-1]
+    for name, tensor, shape in (("weight", weight, (width,)), ("bias", bias, (width,)), ("z", z, tuple(x.shape))):
+        if tensor is not None or name == "weight":
+            check_tensor(name, tensor, shape, like=x)
+    group_size = width if group_size is None else group_size
+    check_divides("group_size", group_size, "D", width)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    gate = None if z is None else F.silu(z.to(compute))
+    wide = x.to(compute) if gate is None or norm_before_gate else x.to(compute) * gate
+    normal = F.layer_norm(wide.unflatten(-1, (-1, group_size)), (group_size,), eps=eps).flatten(-2)
+    y = normal * weight.to(compute)
+    y = y if bias is None else y + bias.to(compute)
+    return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)
+
+
+def rmsnorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """RMS norm with a gate: `layernorm_fn` with `is_rms_norm`."""
+    if bias is None:
+        return rms_norm(x, weight, z=z, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate)
+    check_tensor("bias", bias, (x.shape[-1],), like=x)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = rms_norm(wide, weight, z=None if norm_before_gate else z, eps=eps, group_size=group_size) + bias
+    if z is not None and norm_before_gate:
+        check_tensor("z", z, tuple(x.shape), like=x)
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def rms_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    upcast: bool = True,
+) -> Tensor:
+    """`rmsnorm_fn` as the equation reads; in float32 at least with `upcast`, else in the dtype of x."""
+    compute = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
+    wide, gate = x.to(compute), None if z is None else F.silu(z.to(compute))
+    wide = wide if gate is None or norm_before_gate else wide * gate
+    groups = wide.unflatten(-1, (-1, group_size or x.shape[-1]))
+    normal = groups / torch.sqrt(groups.square().mean(-1, keepdim=True) + eps)
+    y = normal.flatten(-2) * weight.to(compute)
+    y = y if bias is None else y + bias.to(compute)
+    return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a gate.
+
+    Args:
+        hidden_size: D.
+        eps, group_size, norm_before_gate: as in `layernorm_fn`.
+        device, dtype: of the parameters `weight` and `bias`.
+    """
+
+    is_rms_norm = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        bias = None if self.is_rms_norm else nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set weights to one and biases to zero."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., D)."""
+        options = (self.eps, self.group_size, self.norm_before_gate, self.is_rms_norm)
+        return layernorm_fn(x, self.weight, self.bias, z, *options)
+
+
+class RMSNorm(LayerNorm):
+    """RMS norm with a gate, without a bias. Arguments as of `LayerNorm`."""
+
+    is_rms_norm = True

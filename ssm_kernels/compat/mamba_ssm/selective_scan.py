@@ -1,0 +1,356 @@
+"""`mamba_ssm.ops.selective_scan_interface`: the scan of Mamba-1, and its mixer as one function.
+
+The names that Vim's fork of `mamba_ssm` 1.1 adds are here too: `mamba_inner_fn_no_out_proj` and `bimamba_inner_fn`.
+
+Letters: B batch, L length, D channels, N state, R rank of dt, G groups, K convolution width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._backend import as_now
+from ..._checks import check_tensor
+from ..._recompute import not_kept
+from ...causal_conv1d import causal_conv1d
+from ...norm import rms_norm
+from ...selective_scan import selective_scan
+from ._shared import time_before_channels, time_before_state
+from .causal_conv1d import causal_conv1d_ref
+from .layernorm_gated import rms_norm_ref
+
+logger = logging.getLogger("ssm_kernels")
+_said: set[str] = set()
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The scan of Mamba-1. u, delta, z: (B, D, L); A: (D, N); B, C: (D, N), (B, N, L) or (B, G, N, L).
+
+    A may be complex. Then y is twice the real part, a constant B or C is complex, one that changes in time holds
+    real and imaginary parts side by side, (B, N, 2 L) or (B, G, N, 2 L), and the scan runs step by step in PyTorch:
+    right, but slow, on every backend. That is said once.
+
+    Gives y (B, D, L); with `return_last_state`, (y, last state (B, D, N)).
+    """
+    if isinstance(A, Tensor) and A.is_complex():
+        _say_slow("selective_scan_fn")
+        return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    u, delta, z = (time_before_channels(n, t) for n, t in (("u", u), ("delta", delta), ("z", z)))
+    B, C = time_before_state(B), time_before_state(C)
+    y, state = selective_scan(u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
+    return (y.transpose(1, 2), state) if return_last_state else y.transpose(1, 2)
+
+
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan_fn` step by step (arXiv 2312.00752, algorithm 2), in float32 or complex64 at least."""
+    real = torch.promote_types(u.dtype, torch.float32)
+    dtype = torch.promote_types(real, torch.complex64) if A.is_complex() else real
+    batch, dim, length = u.shape
+    dt = delta.to(real) if delta_bias is None else delta.to(real) + delta_bias.to(real).unsqueeze(-1)
+    dt = F.softplus(dt) if delta_softplus else dt
+
+    def of_channels(matrix: Tensor) -> Tensor:
+        """To (B or 1, D, N, L or 1)."""
+        if matrix.dim() == 2:
+            return matrix.to(dtype)[None, :, :, None]
+        if A.is_complex():
+            matrix = torch.view_as_complex(matrix.to(real).unflatten(-1, (length, 2)).contiguous())
+        grouped = matrix.to(dtype) if matrix.dim() == 4 else matrix.to(dtype).unsqueeze(1)
+        return grouped.repeat_interleave(dim // grouped.shape[1], 1)
+
+    B, C, x = of_channels(B).expand(-1, -1, -1, length), of_channels(C).expand(-1, -1, -1, length), u.to(real)
+    state = torch.zeros(batch, *A.shape, dtype=dtype, device=u.device)
+    ys = []
+    for t in range(length):
+        step = dt[..., t, None]  # (B, D, 1)
+        state = torch.exp(step * A.to(dtype)) * state + step * x[..., t, None] * B[..., t]
+        y = (state * C[..., t]).sum(-1)
+        ys.append(2 * y.real if A.is_complex() else y)
+    y = torch.stack(ys, -1) if ys else torch.zeros_like(x)  # (B, D, L)
+    y = y if D is None else y + D.to(real).unsqueeze(-1) * x
+    y = (y if z is None else y * F.silu(z.to(real))).to(u.dtype)
+    return (y, state) if return_last_state else y
+
+
+def mamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
+    """The Mamba-1 mixer between its two projections, and the second. xz: (B, 2 D, L); gives (B, L, width).
+
+    Args:
+        conv1d_weight: (D, 1, K). x_proj_weight: (R + 2 N, D). delta_proj_weight: (D, R). out_proj_weight: (width, D).
+            Where A is complex, `x_proj_weight` is (R + 4 N, D).
+        B, C: as in `selective_scan_fn`; None computes them from x.
+        B_proj_bias, C_proj_bias: (N,), for a B and C that are computed.
+        b_rms_weight, c_rms_weight: (N,), RMS norm of a B and C that change in time.
+        dt_rms_weight: (D,), RMS norm of the step sizes, after `delta_proj_weight` and before `delta_bias`.
+        checkpoint_lvl: 1 computes the convolution and the step sizes again in the backward, 0 keeps them.
+    """
+    y = mamba_inner_fn_no_out_proj(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
+        C_proj_bias, delta_softplus, checkpoint_lvl, b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps,
+    )  # fmt: skip
+    return _project_out(y, out_proj_weight, out_proj_bias)
+
+
+def mamba_inner_fn_no_out_proj(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
+    """`mamba_inner_fn` without its last projection, of Vim's fork. Gives (B, D, L)."""
+    check_tensor("xz", xz, ("B", "2 D", "L"))
+    check_tensor("conv1d_weight", conv1d_weight, (xz.shape[1] // 2, 1, "K"), like=xz)
+    if checkpoint_lvl not in (0, 1):
+        raise ValueError(f"checkpoint_lvl must be 0 or 1, got {checkpoint_lvl!r}")
+    for name, matrix, bias, scale in (("B", B, B_proj_bias, b_rms_weight), ("C", C, C_proj_bias, c_rms_weight)):
+        if matrix is not None and bias is not None:
+            raise ValueError(f"{name}_proj_bias is for a {name} that is computed from x, but {name} was given")
+        if matrix is not None and matrix.dim() == 2 and scale is not None:
+            raise ValueError(f"{name.lower()}_rms_weight is for a {name} that changes in time, got (D, N)")
+    if dt_rms_weight is not None:
+        check_tensor("dt_rms_weight", dt_rms_weight, (xz.shape[1] // 2,), like=xz)
+    if A.is_complex():
+        _say_slow("mamba_inner_fn")
+        return _inner_ref(
+            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
+            C_proj_bias, delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps,
+        )  # fmt: skip
+    rank, n = delta_proj_weight.shape[1], A.shape[1]
+    x, z = xz.transpose(1, 2).chunk(2, dim=-1)  # (B, L, D)
+    weight = conv1d_weight.squeeze(1)
+
+    def convolve() -> Tensor:
+        return causal_conv1d(x, weight, conv1d_bias, "silu").y
+
+    def steps() -> Tensor:
+        # The backward may run outside of the autocast that the forward is in.
+        dt = F.linear(low_rank, delta_proj_weight.to(low_rank.dtype))
+        return dt if dt_rms_weight is None else rms_norm(dt, dt_rms_weight, eps=b_c_dt_rms_eps)
+
+    def in_time(given: Tensor | None, part: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+        """B or C as (D, N), (B, L, N) or (B, L, G, N)."""
+        if given is not None:
+            part = time_before_state(given)
+        part = part if bias is None else part + bias.to(part.dtype)
+        return part if scale is None else rms_norm(part, scale, eps=b_c_dt_rms_eps)
+
+    convolved = convolve()
+    again = (convolved, as_now(convolve))
+    with not_kept(again) if checkpoint_lvl else contextlib.nullcontext():
+        parts = F.linear(convolved, x_proj_weight)  # (B, L, R + 2 N)
+    low_rank = parts[..., :rank]
+    B = in_time(B, parts[..., rank : rank + n], B_proj_bias, b_rms_weight)
+    C = in_time(C, parts[..., -n:], C_proj_bias, c_rms_weight)
+    dt = steps()
+    with not_kept(again, (dt, as_now(steps))) if checkpoint_lvl else contextlib.nullcontext():
+        y = selective_scan(convolved, dt, A, B, C, D, z, delta_bias, bool(delta_softplus)).y
+    return y.transpose(1, 2)
+
+
+def bimamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    A_b: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """Vim's first bidirectional mixer: one convolution, scanned forwards with A and backwards with A_b, and added.
+
+    Arguments as in `mamba_inner_fn`; A_b: (D, N). Gives (B, L, width).
+    """
+    for name, matrix in (("B", B), ("C", C)):
+        if matrix is not None:
+            raise NotImplementedError(f"{name} must be None here: it is computed from x")
+    x, z = xz.transpose(1, 2).chunk(2, dim=-1)  # (B, L, D)
+    x = causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, "silu").y
+    rank, n = delta_proj_weight.shape[1], A.shape[1]
+    low_rank, B, C = F.linear(x, x_proj_weight).split([rank, n, n], dim=-1)
+    B = B if B_proj_bias is None else B + B_proj_bias.to(B.dtype)
+    C = C if C_proj_bias is None else C + C_proj_bias.to(C.dtype)
+    inputs = (x, F.linear(low_rank, delta_proj_weight.to(low_rank.dtype)), B, C, z)
+
+    def scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, A: Tensor) -> Tensor:
+        return selective_scan(x, dt, A, B, C, D, z, delta_bias, bool(delta_softplus)).y
+
+    y = scan(*inputs, A) + scan(*(t.flip(1) for t in inputs), A_b).flip(1)
+    return _project_out(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+
+
+def mamba_inner_ref(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
+    """`mamba_inner_fn` from `causal_conv1d_ref`, `selective_scan_ref` and linear layers; norms as there."""
+    y = _inner_ref(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
+        C_proj_bias, delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps,
+    )  # fmt: skip
+    return _project_out(y, out_proj_weight, out_proj_bias)
+
+
+def bimamba_inner_ref(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    A_b: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """`bimamba_inner_fn` from `causal_conv1d_ref`, `selective_scan_ref` and linear layers."""
+    x, dt, B, C, z = _projected(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    y = selective_scan_ref(x, dt, A, B, C, D, z, delta_bias, delta_softplus)
+    flipped = (t if t.dim() == 2 else t.flip(-1) for t in (x, dt, A_b, B, C))
+    back = selective_scan_ref(*flipped, D, z.flip(-1), delta_bias, delta_softplus)
+    return _project_out(y + back.flip(-1), out_proj_weight, out_proj_bias)
+
+
+def _inner_ref(
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias,
+    delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, eps,
+) -> Tensor:  # fmt: skip
+    """The mixer up to its last projection, (B, D, L)."""
+    x, dt, B, C, z = _projected(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+
+    def normed(t: Tensor, weight: Tensor | None) -> Tensor:
+        return t if weight is None else rms_norm_ref(t.transpose(-1, -2), weight, None, eps=eps).transpose(-1, -2)
+
+    if A.is_complex() and (b_rms_weight is not None or c_rms_weight is not None):
+        raise NotImplementedError("b_rms_weight and c_rms_weight must be None where A is complex")
+    B, C, dt = normed(B, b_rms_weight), normed(C, c_rms_weight), normed(dt, dt_rms_weight)
+    return selective_scan_ref(x, dt, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def _projected(
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+) -> tuple[Tensor, ...]:
+    """x, dt, B, C and z as `selective_scan_ref` takes them."""
+    x, z = xz.chunk(2, dim=1)  # (B, D, L)
+    x = causal_conv1d_ref(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
+    rank, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
+    parts = F.linear(x.transpose(1, 2), x_proj_weight)  # (B, L, R + 2 N)
+
+    def in_time(part: Tensor, bias: Tensor | None) -> Tensor:
+        part = part if bias is None else part + bias.to(part.dtype)
+        if not A.is_complex():
+            return part.transpose(1, 2)  # (B, N, L)
+        return part.unflatten(-1, (-1, 2)).transpose(1, 2).flatten(-2)  # (B, N, 2 L), parts side by side
+
+    B = in_time(parts[..., rank : rank + n], B_proj_bias) if B is None else B
+    C = in_time(parts[..., -n:], C_proj_bias) if C is None else C
+    dt = F.linear(parts[..., :rank], delta_proj_weight.to(parts.dtype)).transpose(1, 2)
+    return x, dt, B, C, z
+
+
+def _project_out(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, D, L) -> (B, L, width)."""
+    return F.linear(y.transpose(1, 2), weight, None if bias is None else bias.to(weight.dtype))
+
+
+def _say_slow(name: str) -> None:
+    if name not in _said:
+        _said.add(name)
+        logger.warning("%s with a complex A runs step by step in PyTorch: there is no fast backend for it", name)

@@ -1,0 +1,100 @@
+"""Negative indices and numbers are padding: zeros come out, and nothing that is kept is touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssm_kernels import use_backend
+from ssm_kernels.compat import mamba_ssm as compat
+from ssm_kernels.compat.mamba_ssm import _shared, causal_conv1d, state_update
+
+pytestmark = pytest.mark.triton
+
+DIM, STATE, WIDTH, POOL = 6, 3, 4, 5
+INDICES = [[1, -1, 3], [-1, -1, 0], [4, 2, -7], [-1, -1, -1], [2, 0, 1]]
+
+
+@pytest.fixture(params=["values read", "values not read"])
+def rows(request, monkeypatch):
+    """On a GPU no index is read on the host; here the check of indices is taken away instead."""
+    if request.param == "values not read":
+        for module in (causal_conv1d, state_update):
+            monkeypatch.setattr(module, "_rows", lambda name, indices, state, x: len(state))
+
+
+def pool_of_states(*shape):
+    return torch.randn(POOL, *shape, generator=torch.Generator().manual_seed(7))
+
+
+def assert_padded(update, pool, indices, *inputs):
+    """Valid rows are as without the padded ones; padded rows are zero; other states are as they were."""
+    before, y = pool.clone(), update(pool, *inputs, torch.tensor(indices))
+    valid = [i for i, row in enumerate(indices) if row >= 0]
+    alone = before.clone()
+    if valid:
+        want = update(alone, *(t[valid] for t in inputs), torch.tensor([indices[i] for i in valid]))
+        torch.testing.assert_close(y[valid], want)
+    torch.testing.assert_close(pool, alone)
+    touched = [row for row in indices if row >= 0]
+    others = [row for row in range(POOL) if row not in touched]
+    assert pool[others].equal(before[others])
+    padded = [i for i, row in enumerate(indices) if row < 0]
+    assert not y[padded].any()
+
+
+@pytest.mark.parametrize("indices", INDICES)
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_conv_state_indices(backend, rows, indices, ring, steps):
+    weight, bias = torch.randn(DIM, WIDTH), torch.randn(DIM)
+    x, seen = torch.randn(3, DIM, *([] if steps is None else [steps])), torch.tensor([3, 9, 4], dtype=torch.int32)
+    x[[i for i, row in enumerate(indices) if row < 0]] = torch.nan
+
+    def update(pool, x, seen, indices):
+        cache = seen if ring else None
+        return compat.causal_conv1d_update(x, pool, weight, bias, "silu", cache, indices)
+
+    with use_backend(backend):
+        assert_padded(update, pool_of_states(DIM, WIDTH), indices, x, seen)
+
+
+@pytest.mark.parametrize("indices", INDICES)
+@pytest.mark.parametrize("kind", ["channels", "heads", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_batch_indices(backend, rows, indices, kind, dtype):
+    each = (DIM,) if kind == "channels" else (2, 3)
+    x, z = torch.randn(3, *each), torch.randn(3, *each)
+    A, dt, bias = -torch.rand(*each, STATE), torch.randn(3, *each), torch.randn(each)
+    if kind == "tied":
+        A = -torch.rand(2)[:, None, None].expand(*each, STATE)
+        dt, bias = torch.randn(3, 2)[..., None].expand(3, 2, 3), torch.randn(2)[:, None].expand(2, 3)
+    B, C = torch.randn(3, 1, STATE), torch.randn(3, 1, STATE)
+    padded = [i for i, row in enumerate(indices) if row < 0]
+    dt = torch.where(torch.tensor([i in padded for i in range(3)]).view(3, *[1] * len(each)), torch.nan, dt)
+    if kind == "tied":
+        dt = dt[..., :1].expand(3, 2, 3)
+
+    def update(pool, x, dt, B, C, z, indices):
+        return compat.selective_state_update(pool, x, dt, A, B, C, torch.ones(each), z, bias, True, indices)
+
+    with use_backend(backend):
+        assert_padded(update, pool_of_states(*each, STATE).to(dtype), indices, x, dt, B, C, z)
+
+
+def test_no_value_is_read_on_the_host():
+    """Tensors of the meta device have none."""
+    indices, pool = (torch.empty(shape, device="meta") for shape in ((3,), (POOL, DIM, WIDTH)))
+    indices = indices.int()
+    chosen = _shared.StateRows.of(indices)
+    chosen.write(pool, pool[chosen.rows], pool[chosen.rows])
+    assert chosen.blank(pool[chosen.rows]).shape == (3, DIM, WIDTH)
+    x = torch.empty(9, DIM, device="meta")
+    assert compat.causal_conv1d_varlen_states(x, indices, WIDTH).shape == (2, DIM, WIDTH)
+
+
+def test_rows_of_an_empty_batch():
+    pool = pool_of_states(DIM, WIDTH)
+    chosen = _shared.StateRows.of(torch.empty(0, dtype=torch.int32))
+    chosen.write(pool, pool[chosen.rows], pool[chosen.rows])
+    assert pool.equal(pool_of_states(DIM, WIDTH))
