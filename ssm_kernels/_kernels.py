@@ -99,6 +99,37 @@ def _carry_kernel(
     tl.store(after + row * size + e, carry.to(after.dtype.element_ty), mask & (row >= 0))
 
 
+@triton.jit
+def _clear_gaps_kernel(
+    x, gaps, length, width, n_channels, x_row, x_step, x_group, x_channel, STEPS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Zero BLOCK channels of one gap, STEPS steps at a time. Grid: (gaps, programs of a gap, tiles of channels)."""
+    gap = gaps + 2 * tl.program_id(0)
+    first, end = tl.load(gap), tl.load(gap + 1)
+    channel = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
+    x += channel // width * x_group + channel % width * x_channel
+    zeros = tl.zeros((STEPS, BLOCK), x.dtype.element_ty)
+    for tile in range(tl.program_id(1), tl.cdiv(end - first, STEPS), tl.num_programs(1)):
+        position = first + tile * STEPS + tl.arange(0, STEPS)[:, None]
+        at = position // length * x_row + position % length * x_step
+        tl.store(x + at, zeros, (position < end) & (channel < n_channels))
+
+
+def clear_gaps(pieces: Pieces, *tensors: Tensor) -> None:
+    """Zero what belongs to no sequence in tensors (B, L, H) or (B, L, G, E) of any strides, which no piece writes."""
+    for x in tensors:
+        x = x.unsqueeze(3) if x.dim() == 3 else x
+        batch, length, groups, width = x.shape
+        if not (len(pieces.gaps) and x.numel()):
+            continue
+        steps, block = 16, min(128, triton.next_power_of_2(groups * width))
+        programs = min(32, triton.cdiv(batch * length, steps))
+        with on_device(x):
+            _clear_gaps_kernel[len(pieces.gaps), programs, triton.cdiv(groups * width, block)](
+                x, pieces.gaps, length, width, groups * width, *x.stride(), STEPS=steps, BLOCK=block, num_warps=4
+            )
+
+
 def carry(
     pieces: Pieces, arrivals: Tensor, rate: Tensor, time: Tensor, before: Tensor | None, after: Tensor, reverse: bool
 ) -> None:

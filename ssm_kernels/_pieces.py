@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ._sequences import Sequences, check_cu_seqlens, parse_sequences
+from ._sequences import Sequences, check_packing, parse_sequences
 
 
 class Pieces(NamedTuple):
-    """Pieces of at most `size` steps, in order of sequence and time. All tensors are int32."""
+    """Pieces of at most `size` steps, in order of sequence and time. All tensors but one are int32."""
 
     size: int
+    gaps: Tensor
+    """(G, 2) int64 runs of padding, which no piece holds: the first position of the flattened (B * L) tensor and the
+    one after the last. A run may be empty."""
     table: Tensor
     """(M, 4): batch row, first step, the step after the last, and the sequence, or -1 for a piece to spare."""
     first: Tensor
@@ -53,7 +56,7 @@ def cut(batch: int, length: int, size: int, cu_seqlens: Tensor | None, seq_idx: 
         return (_cut_rows if _is_captured(device) else _kept_cut_rows)(batch, length, size, device)
     if cu_seqlens is not None and seq_idx is None and cu_seqlens.device.type != "cpu":
         return _cut_on_device(batch, length, size, cu_seqlens)
-    return _cut_sequences(parse_sequences(batch, length, cu_seqlens, seq_idx), length, size, device)
+    return _cut_sequences(parse_sequences(batch, length, cu_seqlens, seq_idx), batch, length, size, device)
 
 
 def _is_captured(device: torch.device) -> bool:
@@ -64,20 +67,22 @@ def _cut_rows(batch: int, length: int, size: int, device: torch.device) -> Piece
     rows = torch.arange(batch, device=device)
     lengths = torch.full_like(rows, length)
     count = max_pieces(batch, length, batch, size, False)
-    return _cut(rows, torch.zeros_like(rows), lengths, [rows.int(), rows.int()], count, size)
+    no_gaps = rows.new_empty(0, 2)
+    return _cut(rows, torch.zeros_like(rows), lengths, [rows.int(), rows.int()], count, size, no_gaps)
 
 
 _kept_cut_rows = functools.lru_cache(maxsize=64)(_cut_rows)
 
 
 @functools.lru_cache(maxsize=64)
-def _cut_sequences(sequences: Sequences, length: int, size: int, device: torch.device) -> Pieces:
+def _cut_sequences(sequences: Sequences, batch: int, length: int, size: int, device: torch.device) -> Pieces:
     starts, lengths = (torch.tensor(t, dtype=torch.int64, device=device) for t in sequences[:2])
     # A sequence without steps may start where the last row ends.
-    row = (starts // max(length, 1)).clamp(max=max(sum(sequences.lengths) // max(length, 1) - 1, 0))
+    row = (starts // max(length, 1)).clamp(max=max(batch - 1, 0))
     rows = [_row_of(r, len(starts), device) for r in (sequences.first, sequences.last)]
-    spare = max_pieces(sum(sequences.lengths), 1, len(starts), size, True)
-    return _cut(row, starts - row * length, lengths, rows, spare, size)
+    count = max_pieces(batch, length, len(starts), size, True)
+    gaps = torch.tensor(sequences.gaps(batch * length), dtype=torch.int64, device=device).view(-1, 2)
+    return _cut(row, starts - row * length, lengths, rows, count, size, gaps)
 
 
 # Every layer of a model cuts the same bounds.
@@ -89,14 +94,15 @@ def _cut_on_device(batch: int, length: int, size: int, cu_seqlens: Tensor) -> Pi
     known = {} if _is_captured(cu_seqlens.device) else _cuts.setdefault(cu_seqlens, {})
     key = (cu_seqlens._version, batch, length, size)
     if key not in known:
-        check_cu_seqlens(cu_seqlens, batch)
+        check_packing(batch, length, cu_seqlens, None)
         bounds = cu_seqlens.long()
         begin, lengths = bounds[:-1], bounds.diff()
-        is_right = (bounds[0] == 0) & (bounds[-1] == length) & (lengths >= 0).all()
-        torch._assert_async(is_right, f"cu_seqlens must rise from 0 to L = {length} and never decrease")
+        is_right = (bounds[0] == 0) & (bounds[-1] <= length) & (lengths >= 0).all()
+        torch._assert_async(is_right, f"cu_seqlens must run from 0 to L = {length} at most and never decrease")
         everyone = torch.arange(len(begin), dtype=torch.int32, device=bounds.device)
         count = max_pieces(batch, length, len(begin), size, True)
-        known[key] = _cut(torch.zeros_like(begin), begin, lengths, [everyone, everyone], count, size)
+        gaps = torch.nn.functional.pad(bounds[-1:], (0, 1), value=length).unsqueeze(0)  # (1, 2)
+        known[key] = _cut(torch.zeros_like(begin), begin, lengths, [everyone, everyone], count, size, gaps)
     return known[key]
 
 
@@ -108,16 +114,19 @@ def _row_of(sequences: tuple[int, ...], n_sequences: int, device: torch.device) 
     return rows
 
 
-def _cut(row: Tensor, begin: Tensor, lengths: Tensor, rows: list[Tensor], count: int, size: int) -> Pieces:
+def _cut(
+    row: Tensor, begin: Tensor, lengths: Tensor, rows: list[Tensor], count: int, size: int, gaps: Tensor
+) -> Pieces:
     """row, begin, lengths (S,) of each sequence -> `count` pieces."""
     per_sequence = (lengths + (size - 1)) // size
     first = torch.nn.functional.pad(per_sequence.cumsum(0), (1, 0))
     piece = torch.arange(count, device=row.device)
     sequence = torch.searchsorted(first[1:], piece, right=True)
-    is_spare = piece >= first[-1]
-    sequence = torch.where(is_spare, 0, sequence)
+    is_spare = piece >= first[-1]  # its sequence is S, which gets an entry here
+    n_sequences = len(begin)
+    row, begin, lengths = (torch.nn.functional.pad(x, (0, 1)) for x in (row, begin, lengths))
     at = (piece - first[sequence]) * size
     end = begin[sequence] + torch.minimum(at + size, lengths[sequence])
     columns = (row[sequence], begin[sequence] + at, end, sequence)
     table = torch.stack([torch.where(is_spare, -1 if i == 3 else 0, c) for i, c in enumerate(columns)], 1)
-    return Pieces(size, table.int(), first.int(), begin.int(), *rows)
+    return Pieces(size, gaps, table.int(), first.int(), begin[:n_sequences].int(), *rows)

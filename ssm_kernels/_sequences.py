@@ -5,6 +5,9 @@ Two ways to say where sequences lie are accepted by every op:
 - `cu_seqlens` (S + 1,): the batch has one row, sequence s is `[cu_seqlens[s], cu_seqlens[s + 1])`;
 - `seq_idx` (B, L): a number for each position; a new sequence starts where the number changes along a row.
 
+Positions after the last of `cu_seqlens`, and those whose `seq_idx` is negative, are padding. They belong to no
+sequence: outputs are zero there, and neither states nor gradients depend on what the inputs hold there.
+
 Both become a `Sequences`, which lists every sequence as a run of rows of the flattened (B * L) tensor.
 """
 
@@ -22,7 +25,7 @@ _INTS = (torch.int32, torch.int64)
 
 
 class Sequences(NamedTuple):
-    """Runs of positions in a (B, L) tensor flattened to (B * L)."""
+    """Runs of positions in a (B, L) tensor flattened to (B * L), in order; what is between them is padding."""
 
     starts: tuple[int, ...]
     """First position of each sequence."""
@@ -32,6 +35,16 @@ class Sequences(NamedTuple):
     last: tuple[int, ...]
     """For each row of `final_states`, the sequence that it ends."""
 
+    def gaps(self, total: int) -> list[tuple[int, int]]:
+        """Runs of padding among `total` positions: the first position, and the one after the last."""
+        ends = [0, *(start + n for start, n in zip(self.starts, self.lengths, strict=True))]
+        return [(end, start) for end, start in zip(ends, [*self.starts, total], strict=True) if end < start]
+
+    def positions(self, device: torch.device) -> Tensor:
+        """(T,) int64: every position of every sequence, in order."""
+        runs = [torch.arange(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        return torch.cat(runs or [torch.arange(0)]).to(device)
+
 
 def parse_sequences(
     batch: int, length: int, cu_seqlens: Tensor | None = None, seq_idx: Tensor | None = None
@@ -39,62 +52,84 @@ def parse_sequences(
     """Check `cu_seqlens` or `seq_idx` and list the sequences; with neither, each batch row is one.
 
     With `cu_seqlens` there is a state per sequence. With `seq_idx` there is a state per batch row: the initial
-    state belongs to the row's first sequence and the final state to its last, as in `mamba_ssm`.
+    state belongs to the row's first sequence and the final state to its last, as in `mamba_ssm`. A row of nothing
+    but padding has one sequence without steps, whose final state is its initial state.
 
     Raises:
         TypeError: the tensor is not of an integer type.
         ValueError: both are given, or the shape or the values do not describe sequences of this tensor.
     """
-    if cu_seqlens is not None and seq_idx is not None:
-        raise ValueError("cu_seqlens and seq_idx exclude each other; got both")
+    check_packing(batch, length, cu_seqlens, seq_idx)
     if cu_seqlens is not None:
-        bounds = _checked_cu_seqlens(cu_seqlens, batch, length)
+        bounds = _read_cu_seqlens(cu_seqlens, length)
         everyone = tuple(range(len(bounds) - 1))
         return Sequences(tuple(bounds[:-1]), _differences(bounds), everyone, everyone)
     if seq_idx is None or length == 0:
         rows = tuple(range(batch))
         return Sequences(tuple(b * length for b in rows), (length,) * batch, rows, rows)
 
-    if seq_idx.dtype not in _INTS:
-        raise TypeError(f"seq_idx must be int32 or int64, got {seq_idx.dtype}")
-    if tuple(seq_idx.shape) != (batch, length):
-        raise ValueError(f"seq_idx must have shape (B, L) = ({batch}, {length}), got {tuple(seq_idx.shape)}")
     new = torch.ones(batch, length, dtype=torch.bool, device=seq_idx.device)
     new[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    starts = new.flatten().nonzero().flatten().tolist()
-    per_row = new.sum(1).tolist()
-    ends = list(itertools.accumulate(per_row))
-    return Sequences(
-        tuple(starts),
-        _differences([*starts, batch * length]),
-        tuple(end - n for end, n in zip(ends, per_row, strict=True)),
-        tuple(end - 1 for end in ends),
-    )
+    runs = new.flatten().nonzero().flatten()
+    is_padding = (seq_idx.flatten()[runs] < 0).tolist()
+    runs = [*runs.tolist(), batch * length]
+
+    starts, lengths, first, last = [], [], [], []
+    for (start, end), padding in zip(itertools.pairwise(runs), is_padding, strict=True):
+        if start % length == 0:  # a new row
+            first.append(len(starts))
+        if not padding:
+            starts.append(start)
+            lengths.append(end - start)
+        if end % length == 0:
+            if len(starts) == first[-1]:
+                starts.append(start // length * length)
+                lengths.append(0)
+            last.append(len(starts) - 1)
+    return Sequences(tuple(starts), tuple(lengths), tuple(first), tuple(last))
 
 
 def _differences(bounds: list[int]) -> tuple[int, ...]:
     return tuple(b - a for a, b in itertools.pairwise(bounds))
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int) -> None:
-    """Check what can be told of `cu_seqlens` without its values.
+def without_padding(x: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """x (B, L, ...) with zeros where it belongs to no sequence. Nothing is read from the device."""
+    if seq_idx is not None:
+        is_padding = seq_idx < 0
+    elif cu_seqlens is not None:
+        is_padding = (torch.arange(x.shape[1], device=cu_seqlens.device) >= cu_seqlens[-1]).unsqueeze(0)
+    else:
+        return x
+    return x.masked_fill(is_padding.to(x.device).reshape(*is_padding.shape, *[1] * (x.dim() - 2)), 0)
+
+
+def check_packing(batch: int, length: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> None:
+    """Check what can be told of `cu_seqlens` and `seq_idx` without their values.
 
     Raises:
         TypeError, ValueError: as `parse_sequences`.
     """
-    if cu_seqlens.dtype not in _INTS:
-        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-        raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
-    if batch != 1:
-        raise ValueError(f"cu_seqlens needs a batch of one packed row, got batch {batch}")
+    if cu_seqlens is not None and seq_idx is not None:
+        raise ValueError("cu_seqlens and seq_idx exclude each other; got both")
+    for name, value in (("cu_seqlens", cu_seqlens), ("seq_idx", seq_idx)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value is not None and value.dtype not in _INTS:
+            raise TypeError(f"{name} must be int32 or int64, got {value.dtype}")
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+            raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
+        if batch != 1:
+            raise ValueError(f"cu_seqlens needs a batch of one packed row, got batch {batch}")
+    if seq_idx is not None and tuple(seq_idx.shape) != (batch, length):
+        raise ValueError(f"seq_idx must have shape (B, L) = ({batch}, {length}), got {tuple(seq_idx.shape)}")
 
 
-def _checked_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
-    check_cu_seqlens(cu_seqlens, batch)
+def _read_cu_seqlens(cu_seqlens: Tensor, length: int) -> list[int]:
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length:
-        raise ValueError(f"cu_seqlens must run from 0 to L = {length}, got {bounds[0]} to {bounds[-1]}")
+    if bounds[0] != 0 or bounds[-1] > length:
+        raise ValueError(f"cu_seqlens must run from 0 to L = {length} at most, got {bounds[0]} to {bounds[-1]}")
     for i, (a, b) in enumerate(itertools.pairwise(bounds)):
         if b < a:
             raise ValueError(f"cu_seqlens must not decrease: entry {i} is {a}, entry {i + 1} is {b}")

@@ -413,8 +413,11 @@ def _read_bounds(cu_seqlens: Tensor, batch: int, length: int) -> tuple[int, ...]
     known = _known_bounds.setdefault(cu_seqlens, {})
     key = (cu_seqlens._version, batch, length)
     if key not in known:
-        starts = parse_sequences(batch, length, cu_seqlens).starts
-        known[key] = (*starts, length)
+        sequences = parse_sequences(batch, length, cu_seqlens)
+        if sequences.gaps(batch * length):
+            end = length - sum(stop - start for start, stop in sequences.gaps(batch * length))
+            raise ValueError(f"cu_seqlens must run from 0 to L = {length} over all ranks, got 0 to {end}")
+        known[key] = (*sequences.starts, length)
     return known[key]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_tensor
+from .._sequences import check_packing
 from . import chunked, reference, triton
 
 
@@ -44,9 +45,13 @@ def causal_conv1d(
         activation: None or `"silu"`.
         initial_states: (B, K - 1, D) inputs before the first step, in order of time; (S, K - 1, D) with `cu_seqlens`.
         cu_seqlens: (S + 1,) int32 or int64 bounds of packed sequences; needs batch 1. No window crosses a bound.
-        seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes. The initial state is that
-            of each row's first sequence, the final state that of its last.
+            Steps after the last bound are padding.
+        seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes, and steps with a negative
+            number are padding. The initial state is that of each row's first sequence, the final state that of its
+            last; a row of padding alone ends as it starts.
         backend: see `ssm_kernels.use_backend`.
+
+    Padding belongs to no sequence: y is zero there, and no state and no gradient depends on what the inputs hold there.
 
     Inputs may be float64, float32, bfloat16 or float16, and of any strides. Sums are float32 (float64 where `x`
     is), under autocast too. Gradients flow to every floating-point argument.
@@ -57,6 +62,7 @@ def causal_conv1d(
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
     check_tensor("x", x, ("B", "L", "D"))
+    check_packing(*x.shape[:2], cu_seqlens, seq_idx)
     _check_weights(x, weight, bias, activation)
     if initial_states is not None:
         rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1

@@ -1,8 +1,8 @@
 """The causal convolution in pure PyTorch at speed, on any device.
 
-All sequences are laid one after the other, each with its K - 1 earlier inputs before it. Then one shifted
-multiply-add a tap serves every sequence, no window of a wanted output leaves its sequence, and the last K - 1
-inputs of a sequence are its final state, however short it is. The backward computes the sums again.
+All sequences are laid one after the other, each with its K - 1 earlier inputs before it; padding is left out.
+Then one shifted multiply-add a tap serves every sequence, no window of a wanted output leaves its sequence, and the
+last K - 1 inputs of a sequence are its final state, however short it is. The backward computes the sums again.
 """
 
 from __future__ import annotations
@@ -54,10 +54,25 @@ class _Line:
 
     def __init__(self, x: Tensor, width: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None):
         sequences = parse_sequences(*x.shape[:2], cu_seqlens, seq_idx)
-        self.length = x.shape[0] * x.shape[1] + len(sequences.lengths) * (width - 1)
+        self.length = sum(sequences.lengths) + len(sequences.lengths) * (width - 1)
+        has_gaps = bool(sequences.gaps(x.shape[0] * x.shape[1]))
+        self.positions = sequences.positions(x.device) if has_gaps else None
         self.inputs, self.before, self.after = _positions(sequences.lengths, width, x.device)
         first, last = (torch.tensor(s, dtype=torch.int64, device=x.device) for s in (sequences.first, sequences.last))
         self.before, self.after = self.before[first], self.after[last]  # (rows, K - 1)
+
+    def take(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (T, D) without padding."""
+        rows = x.flatten(0, 1)
+        return rows if self.positions is None else rows.index_select(0, self.positions)
+
+    def put(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """(T, D) -> (B, L, D), zero in padding."""
+        if self.positions is None:
+            return rows.view(shape)
+        padded = rows.new_zeros(shape)
+        padded.view(-1, shape[2]).index_copy_(0, self.positions, rows)
+        return padded
 
 
 @functools.lru_cache(maxsize=64)
@@ -75,7 +90,7 @@ def _positions(lengths: tuple[int, ...], width: int, device: torch.device) -> tu
 def _lay_out(line: _Line, x: Tensor, initial_states: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The inputs and what stands before them, (M, D)."""
     out = x.new_zeros(line.length, x.shape[2], dtype=dtype)
-    out.index_copy_(0, line.inputs, x.flatten(0, 1).to(dtype))
+    out.index_copy_(0, line.inputs, line.take(x).to(dtype))
     if initial_states is not None:
         out[line.before] = initial_states.to(dtype)
     return out
@@ -97,8 +112,10 @@ def _forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx):
     line = _Line(x, width, cu_seqlens, seq_idx)
     inputs = _lay_out(line, x, initial_states, dtype)
     sums = _sums(inputs, weight.to(dtype), None if bias is None else bias.to(dtype))
-    y = sums.index_select(0, line.inputs - (width - 1)).view(x.shape)
-    return torch.nn.functional.silu(y, inplace=True) if silu else y, inputs[line.after]
+    y = sums.index_select(0, line.inputs - (width - 1))  # (T, D)
+    if silu:
+        torch.nn.functional.silu(y, inplace=True)
+    return line.put(y, x.shape), inputs[line.after]
 
 
 def _backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal):
@@ -109,7 +126,7 @@ def _backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, df
     taps = weight.to(dtype)
     at = line.inputs - (width - 1)
 
-    dy = dy.flatten(0, 1)
+    dy = line.take(dy)
     if silu:
         sums = _sums(inputs, taps, None if bias is None else bias.to(dtype)).index_select(0, at)
         dy = torch.ops.aten.silu_backward(dy, sums)
@@ -121,7 +138,7 @@ def _backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, df
     dweight = torch.stack([(dsums * inputs[k : k + n]).sum(0) for k in range(width)], dim=1)
     dinputs.index_put_((line.after,), dfinal.to(dtype), accumulate=True)
 
-    dx = dinputs.index_select(0, line.inputs).view(x.shape)
+    dx = line.put(dinputs.index_select(0, line.inputs), x.shape)
     dbias = dy.sum(0) if bias is None else dy.sum(0).to(bias.dtype)
     dinitial = dinputs[line.before]
     if initial_states is not None:

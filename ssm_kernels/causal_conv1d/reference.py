@@ -27,7 +27,7 @@ def conv(
     weight = weight.to(dtype)
 
     begins = {s: row for row, s in enumerate(sequences.first)}
-    ys, ends = [], []
+    ys, ends = [rows.new_zeros(dim)] * len(rows), []
     for s, (start, n_steps) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
         before = rows.new_zeros(width - 1, dim)
         if initial_states is not None and s in begins:
@@ -36,7 +36,7 @@ def conv(
         for t in range(n_steps):
             y = (inputs[t : t + width] * weight.T).sum(0)
             y = y if bias is None else y + bias.to(dtype)
-            ys.append(F.silu(y) if silu else y)
+            ys[start + t] = F.silu(y) if silu else y
         ends.append(inputs[n_steps:])
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else rows.new_zeros(batch, length, dim)
     states = [ends[s] for s in sequences.last]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_divides, check_no_nan, check_tensor
+from .._sequences import check_packing, without_padding
 from . import chunked, reference, triton
 
 
@@ -55,9 +56,13 @@ def selective_scan(
         dt_softplus: pass `dt` (after the bias) through softplus.
         initial_states: (B, D, N) state before the first step; (S, D, N) with `cu_seqlens`.
         cu_seqlens: (S + 1,) int32 or int64 bounds of packed sequences; needs batch 1. No state crosses a bound.
-        seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes. The initial state is that
-            of each row's first sequence, the final state that of its last.
+            Steps after the last bound are padding.
+        seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes, and steps with a negative
+            number are padding. The initial state is that of each row's first sequence, the final state that of its
+            last; a row of padding alone ends as it starts.
         backend: see `ssm_kernels.use_backend`.
+
+    Padding belongs to no sequence: y is zero there, and no state and no gradient depends on what the inputs hold there.
 
     Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
     (float64 where `u` is), under autocast too. Gradients flow to every floating-point argument. A must be finite.
@@ -67,7 +72,7 @@ def selective_scan(
         ValueError: a shape, device or value does not fit; the message names the argument.
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
-    _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens)
+    _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx)
     chosen = resolve_backend(backend, u.device, "selective_scan")
     if chosen == "triton":
         groups = max(m.shape[2] if m.dim() == 4 else 1 for m in (B, C))
@@ -77,6 +82,8 @@ def selective_scan(
         return SelectiveScanOutput(y.flatten(2), final_states)
     scan = {"torch": chunked.scan, "reference": reference.scan}[chosen]
 
+    # What is outside of the kernels must not see padding.
+    u, dt, z = (x if x is None else without_padding(x, cu_seqlens, seq_idx) for x in (u, dt, z))
     compute = torch.promote_types(u.dtype, torch.float32)
     dt = dt.to(compute)
     if dt_bias is not None:
@@ -139,7 +146,6 @@ def selective_scan_step(
         step(z, 1),
         dt_bias,
         state,
-        None,
     )
     if resolve_backend(backend, u.device, "selective_scan") == "triton":
         B, C = (m if constant or m.dim() == 3 else m.unsqueeze(1) for m, constant in ((B, constant_B), (C, constant_C)))
@@ -163,9 +169,10 @@ def selective_scan_step(
     return y.to(u.dtype)
 
 
-def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens) -> None:
+def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_idx=None) -> None:
     check_tensor("u", u, ("B", "L", "D"))
     batch, length, dim = u.shape
+    check_packing(batch, length, cu_seqlens, seq_idx)
     check_tensor("dt", dt, (batch, length, dim), like=u)
     check_tensor("A", A, (dim, "N"), like=u)
     n = A.shape[1]
@@ -189,7 +196,7 @@ def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens) -> None:
     if initial_states is not None:
         rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
         check_tensor("initial_states", initial_states, (rows, dim, n), like=u)
-    check_no_nan("dt", dt)
+    check_no_nan("dt", without_padding(dt, cu_seqlens, seq_idx))
 
 
 def _with_groups(m: Tensor, u: Tensor) -> Tensor:

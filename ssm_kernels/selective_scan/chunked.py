@@ -139,7 +139,7 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     states, _, last = _state_rows(sequences, initial_states, A, groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     inputs = [_flat(x, groups) for x in (u, dt, B, C)]
-    y = A.new_empty(u.shape)
+    y = A.new_zeros(u.shape) if sequences.gaps(batch * length) else A.new_empty(u.shape)
     kept = A.new_empty(_n_checkpoints(batch * length, len(states), dim, n), *states.shape[1:])
     n_kept = 0
 
@@ -185,7 +185,8 @@ def _backward(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
     dstates[last] = _to_inner(dfinal.to(A.dtype), groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     inputs = [_flat(x, groups) for x in (u, dt, B, C, dy)]
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
+    new = torch.zeros_like if sequences.gaps(batch * length) else torch.empty_like
+    grads = [new(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
     da = torch.zeros_like(a)
     n_kept = 0
 

@@ -26,14 +26,14 @@ def scan(
     B, C = (m.to(dtype).flatten(0, 1).repeat_interleave(dim // m.shape[2], dim=1) for m in (B, C))  # (B * L, D, N)
 
     begins = {s: row for row, s in enumerate(sequences.first)}
-    ys, ends = [], []
+    ys, ends = [A.new_zeros(dim)] * (batch * length), []
     for s, (start, n_steps) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
         h = torch.zeros_like(A)  # (D, N)
         if initial_states is not None and s in begins:
             h = initial_states[begins[s]].to(dtype)
         for t in range(start, start + n_steps):
             h = torch.exp(dt[t, :, None] * A) * h + (dt[t] * u[t])[:, None] * B[t]
-            ys.append((C[t] * h).sum(-1))
+            ys[t] = (C[t] * h).sum(-1)
         ends.append(h)
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else torch.zeros(batch, length, dim).to(A)
     final_states = torch.stack([ends[s] for s in sequences.last]) if sequences.last else A.new_zeros(0, *A.shape)

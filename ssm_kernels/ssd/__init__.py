@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_divides, check_no_nan, check_tensor
+from .._sequences import check_packing, without_padding
 from . import chunked, reference, triton
 
 
@@ -57,9 +58,13 @@ def ssd(
         initial_states: (B, H, P, N) state before the first step; (S, H, P, N) with `cu_seqlens`.
         chunk_size: steps that the fast backends treat as one matrix product; the result does not depend on it.
         cu_seqlens: (S + 1,) int32 or int64 bounds of packed sequences; needs batch 1. No state crosses a bound.
-        seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes. The initial state is that
-            of each row's first sequence, the final state that of its last.
+            Steps after the last bound are padding.
+        seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes, and steps with a negative
+            number are padding. The initial state is that of each row's first sequence, the final state that of its
+            last; a row of padding alone ends as it starts.
         backend: see `ssm_kernels.use_backend`.
+
+    Padding belongs to no sequence: y is zero there, and no state and no gradient depends on what the inputs hold there.
 
     Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
     (float64 where `x` is), under autocast too. Gradients flow to every floating-point argument. All but D, z and the
@@ -71,9 +76,11 @@ def ssd(
         ValueError: a shape, device or value does not fit; the message names the argument.
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens)
+    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens, seq_idx)
     check_chunk_size(chunk_size)
     chosen = resolve_backend(backend, x.device, "ssd")
+    # What is outside of the kernels must not see padding.
+    z = z if z is None else without_padding(z, cu_seqlens, seq_idx)
 
     if chosen == "triton":
         return SSDOutput(
@@ -82,6 +89,7 @@ def ssd(
             )
         )
     compute = torch.promote_types(x.dtype, torch.float32)
+    x, dt = (without_padding(m, cu_seqlens, seq_idx) for m in (x, dt))
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute)
     if chosen == "reference":
         y, final_states = reference.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx)
@@ -124,7 +132,7 @@ def ssd_step(
     check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
     shape = (x.shape[0], *x.shape[2:], B.shape[3])
     check_tensor("state", state, shape, like=x, dtypes=(torch.float32, torch.float64))
-    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, state, None)
+    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, state)
     if resolve_backend(backend, x.device, "ssd") == "triton":
         with torch.no_grad():
             return triton.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit))
@@ -159,9 +167,10 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, com
     return y.to(x.dtype)
 
 
-def _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens) -> None:
+def _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens=None, seq_idx=None) -> None:
     check_tensor("x", x, ("B", "L", "H", "P"))
     batch, length, heads, headdim = x.shape
+    check_packing(batch, length, cu_seqlens, seq_idx)
     check_tensor("dt", dt, (batch, length, heads), like=x)
     check_tensor("A", A, (heads,), like=x)
     check_tensor("B", B, (batch, length, "G", "N"), like=x)
@@ -177,7 +186,7 @@ def _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens) 
     if initial_states is not None:
         rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
         check_tensor("initial_states", initial_states, (rows, heads, headdim, B.shape[3]), like=x)
-    check_no_nan("dt", dt)
+    check_no_nan("dt", without_padding(dt, cu_seqlens, seq_idx))
 
 
 def check_dt_limit(dt_limit: tuple[float, float]) -> None:

@@ -206,6 +206,7 @@ class _Problem:
         batch, length, heads, headdim = x.shape
         groups, n = B.shape[2:]
         self.sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
+        self.has_gaps = bool(self.sequences.gaps(batch * length))
         self.chunk_size = chunk_size
         self.heads = (groups, heads // groups)
         self.headdim, self.n = headdim, n
@@ -252,7 +253,7 @@ def _n_checkpoints(x: Tensor, n_sequences: int, chunk_size: int) -> int:
 def _forward(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
     p = _Problem(x, A, B, cu_seqlens, seq_idx, chunk_size)
     inputs = p.flat(x, dt, B, C)
-    y = A.new_empty(x.shape)
+    y = A.new_zeros(x.shape) if p.has_gaps else A.new_empty(x.shape)
     state = p.states(initial_states, p.first)
     kept, n_kept = A.new_empty(_n_checkpoints(x, len(state), chunk_size), *state.shape[1:]), 0
     for members, places in p.tiles():
@@ -272,7 +273,8 @@ def _backward(x, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx, chunk_size)
     p = _Problem(x, A, B, cu_seqlens, seq_idx, chunk_size)
     inputs, dy = p.flat(x, dt, B, C), dy.reshape(-1, *p.heads, p.headdim)
     dstate = p.states(dfinal, p.last)
-    grads = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x, dt, B, C)]
+    new = torch.zeros_like if p.has_gaps else torch.empty_like
+    grads = [new(m, memory_format=torch.contiguous_format) for m in (x, dt, B, C)]
     grads_flat = p.flat(*grads)
     da = torch.zeros_like(p.a)
     n_kept = 0

@@ -27,7 +27,7 @@ def scan(
     B, C = (m.to(dtype).flatten(0, 1).repeat_interleave(heads // m.shape[2], dim=1) for m in (B, C))  # (B * L, H, N)
 
     begins = {s: row for row, s in enumerate(sequences.first)}
-    ys, ends = [], []
+    ys, ends = [A.new_zeros(heads, headdim)] * (batch * length), []
     for s, (start, n_steps) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
         state = A.new_zeros(heads, headdim, n)
         if initial_states is not None and s in begins:
@@ -35,7 +35,7 @@ def scan(
         for t in range(start, start + n_steps):
             decay = torch.exp(dt[t] * A)[:, None, None]
             state = decay * state + (dt[t, :, None] * x[t])[:, :, None] * B[t, :, None, :]
-            ys.append((state * C[t, :, None, :]).sum(-1))
+            ys[t] = (state * C[t, :, None, :]).sum(-1)
         ends.append(state)
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else A.new_zeros(batch, length, heads, headdim)
     states = [ends[s] for s in sequences.last]

@@ -32,13 +32,16 @@ def test_packed_sequences_are_covered_once(lengths, size):
     assert pieces.initial_row.tolist() == pieces.final_row.tolist() == list(range(len(lengths)))
 
 
-@given(lengths=st.lists(st.integers(0, 9), max_size=6), size=st.integers(1, 5))
-def test_bounds_on_a_device_give_the_same_table(lengths, size):
+@given(lengths=st.lists(st.integers(0, 9), max_size=6), size=st.integers(1, 5), padding=st.integers(0, 7))
+def test_bounds_on_a_device_give_the_same_table(lengths, size, padding):
     """The path of a GPU, which does not look at the values, on CPU tensors."""
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    there = _pieces._cut_on_device(1, sum(lengths), size, bounds)
-    here = cut(1, sum(lengths), size, bounds, None, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(there[1:], here[1:], strict=True))
+    length = sum(lengths) + padding
+    there = _pieces._cut_on_device(1, length, size, bounds)
+    here = cut(1, length, size, bounds, None, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(there[2:], here[2:], strict=True))
+    assert there.gaps.tolist() == [[sum(lengths), length]]
+    assert here.gaps.tolist() == ([[sum(lengths), length]] if padding else [])
 
 
 def test_bounds_on_a_device_are_cut_once_and_again_when_changed():
@@ -50,9 +53,9 @@ def test_bounds_on_a_device_are_cut_once_and_again_when_changed():
     assert _pieces._cut_on_device(1, 9, 4, bounds).table[1].tolist() == [0, 4, 5, 0]
 
 
-@pytest.mark.parametrize("bounds", [[0, 5, 3, 7], [1, 7], [0, 8]])
+@pytest.mark.parametrize("bounds", [[0, 5, 3, 7], [1, 7], [0, 8], [0, 8, 7]])
 def test_wrong_bounds_on_a_device_are_found_there(bounds):
-    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to L = 7"):
+    with pytest.raises(RuntimeError, match="cu_seqlens must run from 0 to L = 7 at most"):
         _pieces._cut_on_device(1, 7, 4, torch.tensor(bounds))
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import compute_type, load_piece, place, sigmoid
+from ..._kernels import clear_gaps, compute_type, load_piece, place, sigmoid
 from ..._pieces import Pieces, cut
 from ..._triton import at_most_registers, capability, on_device, pack_routes, processors
 from . import is_time_first, like
@@ -425,7 +425,7 @@ class _Plan(NamedTuple):
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        return self.pieces[1:]
+        return self.pieces[2:]
 
 
 def _plan(x, weight, bias, silu, cu_seqlens, seq_idx, routes, height, tile_bytes) -> _Plan:
@@ -474,6 +474,7 @@ def forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes, 
                 *x.stride(), *y.stride(), *weight.stride(), *_strides(initial_states),
                 HAS_INITIAL=initial_states is not None, **plan.tile, **plan.options,
             )  # fmt: skip
+    clear_gaps(plan.pieces, y)
     return y, final
 
 
@@ -503,6 +504,7 @@ def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes,
                 x, weight, bias, initial_states, dy, dfinal, dinitial, *plan.tables, *plan.sizes,
                 *x.stride(), *dy.stride(), *strides, HAS_DFINAL=dfinal is not None, **plan.options,
             )  # fmt: skip
+    clear_gaps(plan.pieces, dx)
     dbias = dbias.sum(0) if bias is None else dbias.sum(0).to(bias.dtype)
     return dx, dweight.sum(0).to(weight.dtype), dbias, dinitial
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import carry, compute_type, load_piece, place, sigmoid, softplus
+from ..._kernels import carry, clear_gaps, compute_type, load_piece, place, sigmoid, softplus
 from ..._pieces import cut
 from ..._triton import adjacent, at_most_registers, capability, on_device, pack_routes, processors
 from . import CHUNK, empty_like
@@ -579,6 +579,7 @@ def forward(
     if not is_cut and (packed or not length):  # sequences without a piece end as they start
         final_states.copy_(initial_states) if initial_states is not None else final_states.zero_()
     if not (n_pieces and A.numel()):
+        clear_gaps(pieces, y)
         return y, final_states, kept
 
     def launch(starts, times, keep, ends_only):
@@ -600,6 +601,7 @@ def forward(
             launch(starts, times, False, True)
             carry(pieces, starts, A.flatten(), times, initial_states, final_states, reverse=False)
         launch(starts, None, keep, False)
+    clear_gaps(pieces, y)
     return y, final_states, kept
 
 
@@ -664,6 +666,7 @@ def backward(
         torch.empty(0, dtype=u.dtype, device=device) if dtype is None else x.to(dtype)
         for x, dtype in zip((*sums, dinitial), dtypes, strict=True)
     )
+    clear_gaps(chunks, *(x for x in (du, ddt, dz, dB, dC) if x.dim() > 2))
     return du, ddt, dA, dB, dC, dD, dz, dbias, dinitial
 
 

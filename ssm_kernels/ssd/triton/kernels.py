@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import carry, compute_type, dot_type, load_piece, place, sigmoid, softplus
+from ..._kernels import carry, clear_gaps, compute_type, dot_type, load_piece, place, sigmoid, softplus
 from ..._pieces import Pieces, cut
 from ..._triton import adjacent, at_most_registers, capability, on_device, pack_routes, processors
 
@@ -515,7 +515,7 @@ class _Call:
 
     def end_states(self, starts: Tensor | None) -> Tensor:
         """Where states at the far end of sequences are written; a sequence without steps ends as it starts."""
-        if self.packing[0] is None and self.length:
+        if self.packing == (None, None) and self.length:
             return self.states(self.state_rows)
         if starts is None:
             return self.states(self.state_rows).zero_()
@@ -583,6 +583,7 @@ def forward(*args):
     else:
         starts, _ = call.starts(tiles, pieces, final)
         call.scan(tiles, pieces, starts=starts, y=y)
+    clear_gaps(pieces, y)
     return y, final
 
 
@@ -639,9 +640,11 @@ def backward(dy, dfinal, *args):
         return x.new_empty(0) if given is None else gradient.to(given.dtype)
 
     dD = dD.sum(0) if D is None or D.dim() == 2 else dD.sum((0, 2))
+    ddt, dB, dC = (m.sum(0) for m in (ddt, dB, dC))
+    clear_gaps(pieces, dx, ddt, dB, dC)
     return (
-        dx, ddt.sum(0).to(dt.dtype), dA.sum((0, 2)).to(A.dtype), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
-        optional(D, dD), optional(dt_bias, ddt.sum((0, 1, 2))), optional(call.initial, dinitial),
+        dx, ddt.to(dt.dtype), dA.sum((0, 2)).to(A.dtype), dB.to(B.dtype), dC.to(C.dtype),
+        optional(D, dD), optional(dt_bias, ddt.sum((0, 1))), optional(call.initial, dinitial),
     )  # fmt: skip
 
 
