@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 from ssm_kernels import BIDIRECTIONAL, CROSS, Route
 
+MAX_SIZE = 2**20
+"""A larger dimension is a damaged config, and refused before memory is asked for."""
 Kind = Literal["mlp", "vss-mlp", "vss-l2", "mamba2-mlp", "mamba2-basic", "mamba2-advanced"]
 
 
@@ -36,11 +38,16 @@ class ConnectorConfig:
             raise ValueError(f"connector kind must be one of {', '.join(get_args(Kind))}; got {self.kind!r}")
         if self.scan not in ("bidirectional", "cross"):
             raise ValueError(f"scan must be 'bidirectional' or 'cross', got {self.scan!r}")
-        for name in ("expand", "d_conv", "headdim", "ngroups", "n_layer", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_state is not None and self.d_state < 1:
-            raise ValueError(f"d_state must be at least 1 or None, got {self.d_state}")
+        for name in ("d_state", "expand", "d_conv", "headdim", "ngroups", "n_layer", "chunk_size"):
+            value = getattr(self, name)
+            if name == "d_state" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be int, got {value!r}")
+            most = 64 if name == "n_layer" else MAX_SIZE
+            if not 1 <= value <= most:
+                bound = "at least 1" if value < 1 else f"at most {most}"
+                raise ValueError(f"{name} must be {bound}, got {value}")
 
     @property
     def routes(self) -> tuple[Route, ...]:

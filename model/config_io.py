@@ -9,7 +9,9 @@ import math
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from .fields import check_value
 
 from .files import write_whole
 
@@ -41,7 +43,7 @@ def from_json_dict(cls: type[T], data: Any, where: str = "") -> T:
     where = where or cls.__name__
     if not isinstance(data, dict):
         raise ValueError(f"{where} must be an object with named values, got {data!r}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
@@ -73,15 +75,12 @@ def load_config(cls: type[T], path: str | Path) -> T:
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    origin, args = typing.get_origin(plain), typing.get_args(plain)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         return _decode(next(a for a in args if a is not type(None)), value, where)
-    if origin is typing.Literal:
-        if value not in args:
-            raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}; got {value!r}")
-        return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} must be a list, got {value!r}")
@@ -89,12 +88,9 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         if len(inner) != len(value):
             raise ValueError(f"{where} must have {len(inner)} entries, got {len(value)}")
         return tuple(_decode(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
-    if dataclasses.is_dataclass(hint):
-        return from_json_dict(hint, value, where)  # type: ignore[arg-type]
-    if hint is float and value in ("inf", "-inf"):
-        return float(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where} must be {hint.__name__}, got {value!r}")
-    return value
+    if dataclasses.is_dataclass(plain):
+        return from_json_dict(plain, value, where)  # type: ignore[arg-type]
+    if plain is float and isinstance(value, str) and value in ("inf", "-inf"):
+        value = float(value)
+    check_value(hint, value, where)
+    return float(value) if plain is float else value

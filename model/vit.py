@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config_io import save_config
+from .fields import Interval, Size, check_fields
 from .hub import HubModel, fetch_model
 from .image import ImageProcessor
 from .weights import DeviceMap, load_into
@@ -29,17 +30,17 @@ PROCESSOR = "processor.json"
 class ViTConfig:
     """A vision transformer; the presets below are the published ones."""
 
-    image_size: int = 224
+    image_size: Size = 224
     """Side of the images that the position table is made for."""
-    patch_size: int = 14
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_width: int = 3072
+    patch_size: Size = 14
+    width: Size = 768
+    depth: Annotated[int, Interval("[1, 4096]")] = 12
+    heads: Size = 12
+    mlp_width: Size = 3072
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, Interval("[0, inf)")] = 1e-6
     class_token: bool = False
-    register_tokens: int = 0
+    register_tokens: Annotated[int, Interval("[0, 1048576]")] = 0
     position_of_class: bool = False
     """Whether the position table has a first row for the class token."""
     pre_norm: bool = False
@@ -50,13 +51,7 @@ class ViTConfig:
     """Which block's output is the feature: -2 the second to last, as is; -1 the last, after the final norm."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.activation not in ("gelu", "gelu_tanh", "quick_gelu"):
-            raise ValueError(f"activation must be 'gelu', 'gelu_tanh' or 'quick_gelu', got {self.activation!r}")
-        if self.register_tokens < 0:
-            raise ValueError(f"register_tokens must be at least 0, got {self.register_tokens}")
+        check_fields(self)
         if self.position_of_class and not self.class_token:
             raise ValueError("position_of_class must be False where class_token is")
         if self.width % self.heads:

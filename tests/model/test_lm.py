@@ -128,9 +128,9 @@ def test_bad_input_is_named():
         lm(torch.tensor([[5, 200]]))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         lm()
-    with pytest.raises(ValueError, match="layer must be 'mamba' or 'mamba2', got 'rwkv'"):
+    with pytest.raises(ValueError, match="layer must be one of 'mamba', 'mamba2'; got 'rwkv'"):
         LMConfig(layer="rwkv")
     with pytest.raises(ValueError, match="dt_bc_norm_eps is of Mamba-1 layers alone, got 1e-06 for 'mamba2'"):
         LMConfig(layer="mamba2", dt_bc_norm_eps=1e-6)
-    with pytest.raises(ValueError, match="n_layer must be at least 1"):
+    with pytest.raises(ValueError, match="n_layer must lie in"):
         LMConfig(n_layer=0)

@@ -56,9 +56,9 @@ def test_bad_pixels_are_named(pixels, message):
         ({"heads": 5}, "heads must divide width"),
         ({"feature_layer": -9}, "feature_layer"),
         ({"depth": 0}, "depth"),
-        ({"activation": "relu"}, "activation must be .* got 'relu'"),
+        ({"activation": "relu"}, "activation must be one of .* got 'relu'"),
         ({"position_of_class": True}, "position_of_class must be False where class_token is"),
-        ({"register_tokens": -1}, "register_tokens must be at least 0, got -1"),
+        ({"register_tokens": -1}, "register_tokens must lie in .* got -1"),
     ],
 )
 def test_bad_settings_are_named(change, message):

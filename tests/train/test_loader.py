@@ -170,7 +170,7 @@ def test_workers_outlive_the_signals_that_stop_the_loop():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"workers": -1}, "workers of stage 'test' must not be negative"), ({"max_broken": 1.5}, "max_broken of stage")],
+    [({"workers": -1}, "workers of stage 'test' must lie in"), ({"max_broken": 1.5}, "max_broken of stage")],
 )
 def test_settings_are_checked(change, message):
     with pytest.raises(ValueError, match=message):

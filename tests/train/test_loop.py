@@ -259,9 +259,9 @@ def test_an_epoch_shows_every_sample_once():
         ({"lr": 0.0}, "lr of stage 'test' must be positive, got 0.0"),
         ({"max_loss": 0.0}, "max_loss of stage 'test' must be positive"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
-        ({"warmup_ratio": 2.0}, "warmup_ratio must lie in"),
+        ({"warmup_ratio": 2.0}, "warmup_ratio of stage .test. must lie in"),
         ({"trainable": ()}, "must name at least one part"),
-        ({"precision": "fp8"}, "precision must be"),
+        ({"precision": "fp8"}, "precision of stage .test. must be one of"),
     ],
 )
 def test_bad_settings_are_named(change, message):

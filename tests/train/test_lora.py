@@ -152,7 +152,7 @@ def test_what_cannot_be_is_named(model):
         ({"rank": 0}, "rank of LoRA"),
         ({"alpha": 0.0}, "alpha of LoRA"),
         ({"dropout": 1.0}, "dropout of LoRA"),
-        ({"targets": ("conv1d",)}, "targets of LoRA must be some of in_proj, x_proj, dt_proj, out_proj"),
+        ({"targets": ("conv1d",)}, "targets of LoRA\\[0\\] must be one of 'in_proj', 'x_proj', 'dt_proj', 'out_proj'"),
         ({"targets": ()}, "targets of LoRA"),
     ):
         with pytest.raises(ValueError, match=message):

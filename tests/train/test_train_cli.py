@@ -179,7 +179,7 @@ def test_the_recipes_own_data_are_found_or_told_where_to_get(tmp_path, monkeypat
         (("run/model", "data/train.json"), "would replace the model that is begun with"),
         (("model", "data/train.json", "--images", "a", "b"), "--images must be one for all data or one for each of 1"),
         (("model", "data/train.json", "--lora.alpha", "3"), "--lora.alpha needs --lora.rank"),
-        (("model", "data/train.json", "--lora.rank", "0"), "rank of LoRA must be at least 1"),
+        (("model", "data/train.json", "--lora.rank", "0"), "rank of LoRA must lie in [1, 1048576], got 0"),
         (("model", "data/train.json", "--lora.rank", "2", "--stage", "align"), "--lora is of the finetune stage"),
         (("model", "data/train.json", "--lr", "-1"), "lr of stage 'finetune' must be positive"),
         (("model", "data/train.json", "--samples", "0"), "--samples must be positive"),
