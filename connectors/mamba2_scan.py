@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_kernels import Route, cross_causal_conv1d, cross_ssd
-from ssm_kernels.modules import Mamba2, depthwise_conv
+from ssm_kernels.modules import Mamba2, conv_weight, depthwise_conv, without_weight_decay
 
 from .config import ConnectorConfig
 
@@ -107,13 +107,13 @@ class GridMamba2(Mamba2):
         for suffix in (SUFFIXES[r] for r in self.routes if SUFFIXES[r]):
             self.register_module(f"conv1d{suffix}", depthwise_conv(self.d_conv_channels, config.d_conv, True))
             for name in ("dt_bias", "A_log", "D"):
-                self.register_parameter(name + suffix, nn.Parameter(getattr(self, name).detach().clone()))
+                self.register_parameter(name + suffix, without_weight_decay(getattr(self, name).detach().clone()))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h, w, D)."""
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_channels, self.nheads], dim=-1)
-        convs = [getattr(self, "conv1d" + SUFFIXES[r]) for r in self.routes]
-        weight, bias = torch.stack([c.weight.squeeze(1) for c in convs]), torch.stack([c.bias for c in convs])
+        names = ["conv1d" + SUFFIXES[r] for r in self.routes]
+        weight, bias = map(torch.stack, zip(*(conv_weight(n, getattr(self, n)) for n in names), strict=True))
         # Apart, so that x has its heads side by side and the scan reads it where it is.
         sizes = [self.d_inner, self.d_conv_channels - self.d_inner]
         parts = zip(xBC.split(sizes, 3), weight.split(sizes, 1), bias.split(sizes, 1), strict=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_kernels import Route, cross_selective_scan
-from ssm_kernels.modules import initial_dt_bias
+from ssm_kernels.modules import initial_dt_bias, without_weight_decay
 
 
 class SS2D(nn.Module):
@@ -28,8 +28,8 @@ class SS2D(nn.Module):
         self.x_proj_weight = nn.Parameter(torch.empty(k, rank + 2 * d_state, inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(k, inner, rank).uniform_(-(rank**-0.5), rank**-0.5))
         self.dt_projs_bias = nn.Parameter(initial_dt_bias((k, inner), 1e-3, 0.1, 1e-4))
-        self.A_logs = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(k * inner, 1))
-        self.Ds = nn.Parameter(torch.ones(k * inner))
+        self.A_logs = without_weight_decay(torch.arange(1.0, d_state + 1).log().repeat(k * inner, 1))
+        self.Ds = without_weight_decay(torch.ones(k * inner))
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, width, bias=False)
         for weight in self.x_proj_weight:

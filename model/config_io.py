@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from .fields import check_value
-
 from .files import write_whole
 
 T = TypeVar("T")

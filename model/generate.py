@@ -61,7 +61,7 @@ def generate_tokens(
     n = len(cu_seqlens) - 1
     if config.max_new_tokens == 0 or not n:
         return
-    device = lm.lm_head.weight.device
+    device = lm.device
     mine = decoder is None
     if mine:
         decoder = _take_decoder(lm, n)
@@ -166,7 +166,7 @@ class Decoder:
         self.lm = weakref.proxy(lm)
         with torch.inference_mode(False):  # else the state could not be updated outside of that mode
             self.buffers = lm.new_state(batch)
-            self.device = lm.lm_head.weight.device
+            self.device = lm.device
             self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         # Not over several devices; nor under autocast, whose copies of the weights do not last until a replay.
@@ -276,7 +276,7 @@ def _give_back(lm: MambaLM, decoder: Decoder) -> None:
 
 def surroundings(lm: MambaLM) -> tuple:
     """What a graph has taken in for good, besides the memory that is the decoder's own."""
-    device = lm.lm_head.weight.device
+    device = lm.device
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     kernels = resolve_backend("auto", device, "ssd")
     weights = tuple((t.data_ptr(), t.dtype) for t in itertools.chain(lm.parameters(), lm.buffers()))
@@ -429,6 +429,6 @@ def packed_tokens(lm: MambaLM, tokens: Sequence[Sequence[int]]) -> tuple[Embed, 
     bounds = torch.tensor([0, *itertools.accumulate(len(t) for t in tokens)], dtype=torch.int32)
 
     def embed(begin: int, end: int) -> Tensor:
-        return lm.embed(ids[begin:end].to(lm.lm_head.weight.device)).unsqueeze(0)
+        return lm.embed(ids[begin:end].to(lm.device)).unsqueeze(0)
 
     return embed, bounds

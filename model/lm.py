@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_kernels import add_rms_norm
-from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm
+from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm, is_plain
 
 from .config import LMConfig
 from .formats import recognise
@@ -89,9 +89,16 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         hidden = self.backbone(inputs_embeds, state, cu_seqlens)
         if at is not None:
             hidden = hidden.index_select(1, at.to(hidden.device))
-        hidden = hidden.to(self.lm_head.weight.device)
+        hidden = hidden.to(self.device)
         logits = self.lm_head(hidden)
         return LMOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the logits."""
+        weight = self.lm_head.weight
+        # A layer that is quantised dynamically has a method there, and runs on a CPU alone.
+        return weight.device if isinstance(weight, Tensor) else torch.device("cpu")
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Tokens to vectors.
@@ -99,7 +106,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         Raises:
             ValueError: a token outside the vocabulary (checked on a CPU only; a GPU reports it by itself).
         """
-        rows = self.backbone.embedding.num_embeddings
+        rows = self.config.padded_vocab_size
         if input_ids.device.type == "cpu" and input_ids.numel():
             low, high = input_ids.aminmax()
             if low < 0 or high >= rows:
@@ -173,6 +180,10 @@ class _Backbone(nn.Module):
 def _add_norm(norm: RMSNorm, hidden: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> tuple[Tensor, Tensor]:
     # float64 models keep a float64 residual.
     dtype = torch.promote_types(hidden.dtype, torch.float32) if residual_in_fp32 else None
+    if not is_plain(norm, RMSNorm):  # an adapter, or hooks: what the fused op would pass by
+        total = hidden if residual is None else residual + hidden
+        total = total.to(dtype or (hidden if residual is None else residual).dtype)
+        return norm(total).to(hidden.dtype), total
     return add_rms_norm(hidden, norm.weight, residual, eps=norm.eps, residual_dtype=dtype)
 
 

@@ -324,7 +324,9 @@ def load_into(
     for key, same in names.items():
         old, new = own[same[0]], made[key]
         if isinstance(old, nn.Parameter):
+            marks = vars(old)  # such as `_no_weight_decay`
             new = nn.Parameter(new, requires_grad=old.requires_grad)
+            vars(new).update(marks)
         for name in same:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, new)

@@ -18,8 +18,7 @@ class LoraConfig:
     alpha: Annotated[float, Interval("(0, inf)")] = 32.0
     """The change is multiplied by `alpha / rank`."""
     dropout: Annotated[float, Interval("[0, 1)")] = 0.0
-    """Of the input of the change. In Mamba-2's `out_proj` it costs the memory that `use_mem_eff_path` saves. The change
-    of `dt_proj` is one of its weight, and has none."""
+    """Of the input of the change."""
     targets: tuple[Target, ...] = ("in_proj", "out_proj")
     """Mamba-1 has `x_proj` and `dt_proj` too."""
 

@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) for the language model: low-rank changes of its projections learn, and are merged in the end.
 
 `peft` refuses `out_proj` and `conv1d` of Mamba models, since fused kernels read their weights past the module. The
-mixers here call `in_proj`, `x_proj` and `out_proj` as modules, and read `dt_proj.weight`; `LoraLinear` serves both.
+mixers here call all their projections as modules.
 """
 
 from __future__ import annotations
@@ -37,14 +37,9 @@ class LoraLinear(nn.Module):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
         return self.base(x) + self.scale * F.linear(low, self.lora_B)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight with its change, for who reads it past `forward`."""
+    def merged_weight(self) -> Tensor:
+        """The weight with its change, (out, in)."""
         return self.base.weight + self.scale * (self.lora_B @ self.lora_A)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
@@ -63,9 +58,6 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
     for _, mixer in mixers:
         for target in config.targets:
             setattr(mixer, target, LoraLinear(getattr(mixer, target), config))
-        if config.dropout and "out_proj" in config.targets and isinstance(mixer, Mamba2):
-            # It would compute the projection again in the backward with another draw.
-            mixer.use_mem_eff_path = False
 
 
 @torch.no_grad()
@@ -74,10 +66,8 @@ def merge_lora(model: nn.Module) -> None:
     for mixer in model.modules():
         for name, layer in list(mixer.named_children()):
             if isinstance(layer, LoraLinear):
-                layer.base.weight.copy_(layer.weight)
+                layer.base.weight.copy_(layer.merged_weight())
                 setattr(mixer, name, layer.base)
-                if layer.dropout and name == "out_proj" and isinstance(mixer, Mamba2):
-                    mixer.use_mem_eff_path = True
 
 
 def lora_learns(name: str) -> bool:

@@ -134,3 +134,43 @@ def test_bad_input_is_named():
         LMConfig(layer="mamba2", dt_bc_norm_eps=1e-6)
     with pytest.raises(ValueError, match="n_layer must lie in"):
         LMConfig(n_layer=0)
+
+
+@pytest.mark.parametrize("layer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("residual_in_fp32", [True, False])
+def test_hooks_of_every_layer_run_and_change_nothing(layer, residual_in_fp32):
+    lm = MambaLM(LMConfig(32, 2, 101, layer, headdim=16, residual_in_fp32=residual_in_fp32)).eval()
+    want, seen = lm(IDS).logits, []
+    watched = [n for n, m in lm.named_modules() if n and not isinstance(m, torch.nn.Conv1d | torch.nn.ModuleList)]
+    for name in watched:
+        lm.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    torch.testing.assert_close(lm(IDS).logits, want)
+    assert sorted(seen) == sorted(watched)
+    lm.backbone.layers[1].norm.register_forward_hook(lambda m, i, o: 2 * o)
+    assert not torch.allclose(lm(IDS).logits, want)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch moves its quantisation to another package
+@pytest.mark.parametrize("layer", ["mamba", "mamba2"])
+def test_a_dynamically_quantised_model_decodes(layer):
+    torch.manual_seed(0)
+    lm = MambaLM(LMConfig(32, 2, 101, layer, headdim=16)).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(lm, {torch.nn.Linear}, dtype=torch.qint8)
+    assert quantised.device.type == "cpu" and not isinstance(quantised.lm_head, torch.nn.Linear)
+    with torch.no_grad():
+        want, got, state = lm(IDS).logits, quantised(IDS).logits, quantised.new_state(2)
+        steps = [quantised(IDS[:, t : t + 1], state=state).logits for t in range(IDS.shape[1])]
+    near = {"rtol": 0.1, "atol": 0.1 * want.abs().max().item()}
+    torch.testing.assert_close(got, want, **near)
+    torch.testing.assert_close(torch.cat(steps, 1), got, **near)
+
+
+@pytest.mark.parametrize("layer", ["mamba", "mamba2"])
+def test_marks_of_parameters_outlive_a_checkpoint(layer, tmp_path):
+    lm = MambaLM(LMConfig(32, 1, 101, layer, headdim=16))
+    lm.save_pretrained(tmp_path)
+    for model in (lm, MambaLM.from_pretrained(tmp_path, dtype=torch.bfloat16)):
+        marked = {n.split(".")[-1] for n, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+        assert marked == {"A_log", "D"} | ({"dt_bias"} if layer == "mamba2" else set())
+        kept = {n.split("mixer.")[-1] for n, p in model.named_parameters() if getattr(p, "_no_reinit", False)}
+        assert kept == ({"dt_proj.bias"} if layer == "mamba" else set())
