@@ -21,10 +21,10 @@ from .generate import (
     state_bytes,
     surroundings,
 )
-from .image import open_image
+from .image import ImageLike, open_image
 from .lm import LMState, MambaLM
 from .prompt import PromptTemplate, Turn
-from .vlm import VLM, Picture
+from .vlm import VLM
 
 
 class Effort(NamedTuple):
@@ -57,7 +57,7 @@ class Conversation:
     def __init__(
         self,
         model: VLM | MambaLM,
-        image: Picture | None = None,
+        image: ImageLike | None = None,
         config: GenerationConfig | None = None,
         template: PromptTemplate | None = None,
         history: bool = True,
@@ -84,7 +84,7 @@ class Conversation:
         self._decoder: Decoder | None = None
         self.reset(image)
 
-    def reset(self, image: Picture | None = None) -> None:
+    def reset(self, image: ImageLike | None = None) -> None:
         """Begin anew, about another image or none.
 
         Raises:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from .fields import check_value
 from .files import write_whole
+from .text_files import read_json
 
 T = TypeVar("T")
 
@@ -61,12 +62,9 @@ def load_config(cls: type[T], path: str | Path) -> T:
     """Read what `save_config` wrote.
 
     Raises:
-        ValueError: the file is not JSON, or does not describe a `cls`; the message names the file.
+        ValueError: the file is not UTF-8 or not JSON, or does not describe a `cls`; the message names the file.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from e
+    data = read_json(path)
     try:
         return from_json_dict(cls, data)
     except ValueError as e:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -11,13 +13,26 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .limits import MAX_ENCODER_SIDE, MAX_FILE_BYTES, MAX_IMAGE_SIDE
+from .resample import Placement, resize_window
+
+ImageLike = Image.Image | np.ndarray | str | Path
+"""A Pillow image, a uint8 array (H, W, 3), or the path of a file."""
+
+FORMATS = ("AVIF", "BMP", "DDS", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+"""Raster formats that are read, by Pillow's names. Some of Pillow's others start programs: EPS runs Ghostscript."""
+
+MAX_RESIZED_PIXELS = 1 << 24
+"""Pixels of a resized image or its canvas that are computed whole: four bytes each."""
+
 
 @dataclass(frozen=True)
 class ImageProcessor:
     """Resize to a square and normalise, to the pixel as the published models do it.
 
     Pixels become RGB by Pillow's own conversion: an alpha channel is dropped, 16-bit values above 255 become 255,
-    and an orientation tag is not applied. The code of CLIP, Cobra and ML-Mamba does the same.
+    and an orientation tag is not applied. The code of CLIP, Cobra and ML-Mamba does the same. Memory does not grow with
+    an image's aspect ratio: of a long thin image only the part that is kept is resized.
     """
 
     size: int = 224
@@ -31,42 +46,72 @@ class ImageProcessor:
     """Side to resize to before the middle `size` pixels are taken; None is `size`."""
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1, got {self.size}")
+        if not 1 <= self.size <= MAX_ENCODER_SIDE:
+            raise ValueError(f"size must lie in [1, {MAX_ENCODER_SIDE}], got {self.size}")
         if self.resize not in (known := ("naive", "crop", "crop-floor", "letterbox")):
             raise ValueError(f"resize must be one of {', '.join(map(repr, known))}; got {self.resize!r}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
-        if self.resize_to is not None and self.resize_to < self.size:
-            raise ValueError(f"resize_to must be at least size = {self.size}, got {self.resize_to}")
+        if self.resize_to is not None and not self.size <= self.resize_to <= MAX_ENCODER_SIDE:
+            raise ValueError(f"resize_to must lie in [size = {self.size}, {MAX_ENCODER_SIDE}], got {self.resize_to}")
 
-    def __call__(self, image: Image.Image | str | Path) -> Tensor:
-        """An image or its path -> (3, size, size) float32.
+    def __call__(self, image: ImageLike) -> Tensor:
+        """An image -> (3, size, size) float32.
 
         Raises:
-            FileNotFoundError, ValueError: as `open_image`.
+            FileNotFoundError, TypeError, ValueError: as `as_rgb`.
         """
-        pixels = torch.from_numpy(np.array(self.pixels(image))).permute(2, 0, 1).float() / 255
+        pixels = torch.from_numpy(np.array(self.pixels(image))).permute(2, 0, 1).float() / 255  # (3, size, size)
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (pixels - mean) / std
 
-    def pixels(self, image: Image.Image | str | Path) -> Image.Image:
-        """What the encoder sees: RGB, `size` pixels high and wide.
+    def pixels(self, image: ImageLike) -> Image.Image:
+        """RGB pixels that the encoder sees, `size` high and wide.
 
         Raises:
-            FileNotFoundError, ValueError: as `open_image`.
+            FileNotFoundError, TypeError, ValueError: as `as_rgb`.
         """
-        image = open_image(image) if isinstance(image, str | Path) else image.convert("RGB")
-        if self.resize == "letterbox":
-            image = _letterbox(image, tuple(int(m * 255) for m in self.mean))
+        image = as_rgb(image)
+        borders = _letterbox_borders(image.size) if self.resize == "letterbox" else (0, 0)
+        width, height = (s + 2 * border for s, border in zip(image.size, borders, strict=True))
         side = self.resize_to or self.size
-        target = (side, side) if self.resize == "naive" else _with_shorter_side(image.size, side)
-        if image.size != target:
-            image = image.resize(target, Image.Resampling.BICUBIC)
-        excess = [s - self.size for s in image.size]
+        target = (side, side) if self.resize == "naive" else _with_shorter_side((width, height), side)
+        excess = [s - self.size for s in target]
         # Python rounds a half to the even number, and so does torchvision, which is written in it.
         left, top = (e // 2 if self.resize == "crop-floor" else round(e / 2) for e in excess)
+        colour = tuple(int(m * 255) for m in self.mean)
+        if max(width * height, target[0] * target[1]) > max(MAX_RESIZED_PIXELS, 4 * image.width * image.height):
+            placement = Placement((width, height), borders, target, (left, top), self.size)
+            return Image.fromarray(resize_window(np.asarray(image), placement, colour))
+        if any(borders):
+            canvas = Image.new("RGB", (width, height), colour)
+            canvas.paste(image, borders)
+            image = canvas
+        if image.size != target:
+            image = image.resize(target, Image.Resampling.BICUBIC)
         return image.crop((left, top, left + self.size, top + self.size)) if any(excess) else image
+
+
+def as_rgb(image: ImageLike) -> Image.Image:
+    """An image in any of the forms that are taken, as RGB.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_image`; or an image without pixels, or an array of another shape.
+        TypeError: it is no image, or an array of another dtype.
+    """
+    if isinstance(image, str | Path):
+        return open_image(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise TypeError(f"an image as an array must be uint8, got {image.dtype}")
+        if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(f"an image as an array must have shape (H, W, 3), got {image.shape}")
+        return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"an image must be a Pillow image, a uint8 array of shape (H, W, 3) or a path, got {type(image).__name__}"
+        )
+    return _convert(image, str(getattr(image, "filename", "") or "the image"))
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -74,29 +119,81 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an image, or one that is damaged, cut short, or has more pixels than Pillow takes for safe.
+        ValueError: it cannot be opened; its content is in none of `FORMATS`; it is damaged or cut short; or it is
+            larger than `MAX_FILE_BYTES`, longer than `MAX_IMAGE_SIDE`, or has more pixels than Pillow takes for safe.
+            The path is named.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image at {path}")
-    return decode_image(path, str(path))
+    try:
+        if not path.is_file():
+            raise FileNotFoundError
+        file = open(path, "rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image at {path}") from None
+    except (OSError, ValueError) as e:  # a name that is too long, or has a null character
+        raise ValueError(f"{str(path)!r} cannot be opened: {e}") from e
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{path} is too large: {size:,} bytes, where {MAX_FILE_BYTES:,} are the most")
+        return decode_image(file, str(path))
 
 
-def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
+def decode_image(file: BinaryIO, name: str) -> Image.Image:
     """Read a whole image as RGB from an open file; `name` stands for it in errors.
 
     Raises:
         ValueError: as `open_image`.
     """
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as e:
-        raise ValueError(f"{name} is not an image that can be read") from e
-    except Image.DecompressionBombError as e:
-        raise ValueError(f"{name} is too large: {e}") from e
-    except (OSError, SyntaxError) as e:
-        raise ValueError(f"{name} is damaged or cut short: {e}") from e
+        image = Image.open(file, formats=_readable_formats())
+    except MemoryError:
+        raise
+    except Exception as e:
+        raise _undecodable(name, e) from e
+    with image:
+        return _convert(image, name)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's ending is that of one of `FORMATS`."""
+    return os.path.splitext(name)[1].lower() in _endings()
+
+
+def _convert(image: Image.Image, name: str) -> Image.Image:
+    if not image.width * image.height:
+        raise ValueError(f"{name} has no pixels: its size is {image.width} x {image.height}")
+    if max(image.size) > MAX_IMAGE_SIDE:
+        raise ValueError(
+            f"{name} is too large: {image.width} x {image.height} pixels, a side beyond {MAX_IMAGE_SIDE:,}"
+        )
+    try:
+        return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as e:
+        raise _undecodable(name, e) from e
+
+
+def _undecodable(name: str, error: Exception) -> ValueError:
+    """Decoders raise nearly every kind of exception for a file that is damaged."""
+    if isinstance(error, UnidentifiedImageError):
+        return ValueError(f"{name} is not an image that can be read: its content is none of {', '.join(FORMATS)}")
+    if isinstance(error, Image.DecompressionBombError):
+        return ValueError(f"{name} is too large: {error}")
+    return ValueError(f"{name} is damaged or cut short: {error or type(error).__name__}")
+
+
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def _endings() -> frozenset[str]:
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def _with_shorter_side(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -106,10 +203,10 @@ def _with_shorter_side(size: tuple[int, int], side: int) -> tuple[int, int]:
     return (side, longer) if size[0] == short else (longer, side)
 
 
-def _letterbox(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Equal borders on both sides: where they would differ by a pixel, what comes out is that pixel short of square."""
-    width, height = image.size
-    across, down = ((max(image.size) - s) // 2 for s in image.size)
-    padded = Image.new("RGB", (width + 2 * across, height + 2 * down), colour)
-    padded.paste(image, (across, down))
-    return padded
+def _letterbox_borders(size: tuple[int, int]) -> tuple[int, int]:
+    """Width of the borders left and right, and above and below.
+
+    They are equal on both sides: where they would differ by a pixel, what comes out is that pixel short of square.
+    """
+    across, down = ((max(size) - s) // 2 for s in size)
+    return across, down

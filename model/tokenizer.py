@@ -9,6 +9,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from .text_files import read_json
+
 END_OF_TEXT = "<|endoftext|>"
 CONFIG = "tokenizer_config.json"
 
@@ -83,7 +85,7 @@ def _end_of_text(config: Path) -> str:
     if not config.exists():
         return END_OF_TEXT
     try:
-        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        eos = read_json(config).get("eos_token")
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{config} is not a tokenizer's config: {e}") from e
     if isinstance(eos, dict):  # with how the token is treated

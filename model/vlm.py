@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from ssm_kernels.context_parallel import current_split
@@ -22,6 +21,7 @@ from .formats import vlm as released
 from .formats.vlm import joined
 from .generate import Answer, Embed, GenerationConfig, answer_packed, pieces_of_text
 from .hub import TOKENIZER, HubModel
+from .image import ImageLike, as_rgb
 from .lm import MambaLM, neox_tokenizer
 from .presets import get_preset
 from .prompt import IGNORE, Turn, get_template
@@ -29,8 +29,6 @@ from .score import BATCH_SIZE, Score, batches, score_packed
 from .tokenizer import Tokenizer
 from .vit import ViT
 from .weights import DeviceMap, Weights, check_placement, load_into
-
-Picture = Image.Image | str | Path
 
 
 class VLMOutput(NamedTuple):
@@ -142,16 +140,17 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         height, width = self.config.grid
         return height * width
 
-    def prepare(self, turns: Sequence[Turn], image: Picture | None = None) -> Sample:
+    def prepare(self, turns: Sequence[Turn], image: ImageLike | None = None) -> Sample:
         """A conversation, about an image or none, as tokens for training or as a prompt.
 
         Raises:
             ValueError: the model has no tokenizer, or the turns are malformed.
-            FileNotFoundError, ValueError: the image cannot be read.
+            FileNotFoundError, TypeError, ValueError: as `image.as_rgb`.
         """
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer: set model.tokenizer")
-        images = () if image is None else tuple(p(image) for p in self.processors)
+        rgb = None if image is None else as_rgb(image)
+        images = () if rgb is None else tuple(p(rgb) for p in self.processors)
         n_image_tokens = self.image_tokens if images else 0
         ids, labels = self.template.encode(self.tokenizer, turns, n_image_tokens)
         return Sample(ids, labels, images)
@@ -159,7 +158,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
     def generate(
         self,
         conversations: Sequence[Sequence[Turn] | str],
-        images: Sequence[Picture | None],
+        images: Sequence[ImageLike | None],
         config: GenerationConfig | None = None,
     ) -> list[str]:
         """Answer several conversations together. Each answer is the one it would get alone.
@@ -175,7 +174,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         return [a.text for a in answers]
 
     def stream(
-        self, conversation: Sequence[Turn] | str, image: Picture | None = None, config: GenerationConfig | None = None
+        self, conversation: Sequence[Turn] | str, image: ImageLike | None = None, config: GenerationConfig | None = None
     ) -> Iterator[str]:
         """Answer one conversation, giving the text piece by piece."""
         return pieces_of_text(self._answers([conversation], [image], config or GenerationConfig()))
@@ -183,7 +182,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
     def score(
         self,
         conversations: Sequence[Sequence[Turn] | str],
-        images: Sequence[Picture | None],
+        images: Sequence[ImageLike | None],
         answers: Sequence[Sequence[str]],
         batch_size: int = BATCH_SIZE,
     ) -> list[list[Score]]:

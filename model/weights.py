@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .text_files import read_json
+
 WEIGHTS = "model.safetensors"
 INDEX = ".index.json"
 SINGLE_FILES = (
@@ -157,7 +159,7 @@ def _find(folder: Path, pick: str | None) -> Path:
 
 def _open_shards(index: Path) -> Weights:
     try:
-        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shard_of = read_json(index)["weight_map"]
         shards = sorted(set(shard_of.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index} is not an index of shards: {type(e).__name__}: {e}") from e

@@ -16,9 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from ..model.batch import Sample
+from ..model.image import is_image
 from ..model.prompt import IGNORE, Turn, check_turns
 from ..model.vlm import VLM
-from .sources import FolderImages, Images, Member, TarImages, is_image, open_picture, open_source
+from .sources import FolderImages, Images, Member, TarImages, open_picture, open_source
 
 logger = logging.getLogger("vlmamba.train")
 CHUNK = 8 << 20

@@ -13,6 +13,7 @@ from ..connectors import ConnectorConfig
 from ..model.batch import collate
 from ..model.files import write_whole, writing_whole
 from ..model.hub import unshared
+from ..model.text_files import read_json
 from ..model.tokenizer import Tokenizer
 from ..model.vit import ViT
 from ..model.vlm import VLM
@@ -48,7 +49,7 @@ def run_demo(
     answers = {}
     for family in FAMILIES:
         model = train_family(family, recipe, folder / family, train, tokenizer, encoder, device)
-        blind = json.loads((folder / family / "blind.json").read_text(encoding="utf-8"))
+        blind = read_json(folder / family / "blind.json")
         answers[family] = kept_answers(folder / family / "answers.json", model, test)
         results[f"{family}, blind"] = easy_vqa.scores(test, blind)
         results[family] = easy_vqa.scores(test, answers[family])
@@ -132,7 +133,7 @@ def kept_answers(path: Path, model: VLM, test: Sequence[Record], with_images: bo
     if not path.exists():
         answers = answer_all(model, test, with_images=with_images)
         write_whole(path, json.dumps(answers))
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def results_table(results: dict[str, dict[str, float]]) -> str:

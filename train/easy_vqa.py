@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import random
 import shutil
 from collections import Counter, defaultdict
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..model.prompt import Turn
+from ..model.text_files import read_json
 from .data import Record, write_llava
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -24,7 +24,7 @@ def load(split: Literal["train", "test"]) -> list[Record]:
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    questions = json.loads((_folder() / split / "questions.json").read_text(encoding="utf-8"))
+    questions = read_json(_folder() / split / "questions.json")
     images = _folder() / split / "images"
     return [Record((Turn("user", q), Turn("assistant", a)), images / f"{i}.png") for q, a, i in questions]
 

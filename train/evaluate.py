@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from ..model.generate import GenerationConfig
-from ..model.vlm import VLM, Picture
+from ..model.image import ImageLike
+from ..model.vlm import VLM
 from .data import Record
 from .sources import Member, open_picture
 
@@ -36,5 +37,5 @@ def answer_all(
     return answers
 
 
-def _picture(record: Record) -> Picture | None:
+def _picture(record: Record) -> ImageLike | None:
     return open_picture(record.image) if isinstance(record.image, Member) else record.image

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..model.generation_config import GenerationConfig
 from ..model.prompt import get_template
+from ..model.text_files import parse_json, read_lines
 from .options import Chat, Convert, DtypeName, Generate, Inspect
 
 if TYPE_CHECKING:
@@ -118,15 +119,15 @@ def read_prompts(path: Path, image: Path | None = None) -> list[Question]:
     if not path.is_file():
         raise FileNotFoundError(f"no prompts at {path}")
     questions = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
             questions.append(Question(line, image))
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
+            record = parse_json(line)
+        except ValueError as e:
             raise ValueError(f"{path}:{i}: not JSON: {e}") from e
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise ValueError(f'{path}:{i}: expected a record with a text "prompt", got {line.strip()[:80]}')

@@ -7,7 +7,6 @@ processes share one without a lock.
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import struct
@@ -218,13 +217,3 @@ class ZipImages(_Indexed):
         if zlib.crc32(data) != checksum:
             raise ValueError(f"{self.name(number)} in {self.path} is damaged: its checksum is wrong")
         return data
-
-
-@functools.cache
-def _suffixes() -> frozenset[str]:
-    return frozenset(Image.registered_extensions())
-
-
-def is_image(name: str) -> bool:
-    """Whether a file's ending is that of an image."""
-    return os.path.splitext(name)[1].lower() in _suffixes()

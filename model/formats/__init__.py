@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from .. import text_files
 
 FORMATS = {
     "own": "config.json as this library writes it",
@@ -30,10 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}, so what model it holds is unknown")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from e
+    data = text_files.read_json(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold an object with named values, got {type(data).__name__}")
     return data

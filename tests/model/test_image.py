@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import resource
+import subprocess
+import sys
+import zlib
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image, ImageOps
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, PngImagePlugin
 
-from vlmamba.model import ImageProcessor, open_image
+from vlmamba.model import ImageProcessor
+from vlmamba.model import image as images
+from vlmamba.model.image import FORMATS, as_rgb, decode_image, is_image, open_image
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(60, 40), (40, 60), (61, 40), (40, 67), (33, 33), (28, 28), (28, 31), (35, 28), (200, 9), (1, 1), (1, 5)]
@@ -184,13 +193,193 @@ def test_an_image_of_too_many_pixels_is_named(tmp_path, picture, monkeypatch):
         open_image(tmp_path / "large.png")
 
 
+def test_a_content_of_another_format_starts_no_program(tmp_path, monkeypatch):
+    """EPS under any name would run Ghostscript."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.eps")
+    (tmp_path / "picture.png").write_bytes((tmp_path / "picture.eps").read_bytes())
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: pytest.fail("a program was started"))
+    for name in ("picture.eps", "picture.png"):
+        with pytest.raises(ValueError, match=f"{name} is not an image that can be read: its content is none of AVIF"):
+            open_image(tmp_path / name)
+    assert is_image("a.JPG") and is_image("a.avif") and not is_image("a.eps") and not is_image("a.heic")
+
+
+def write(picture: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+WRITABLE = [kind for kind in FORMATS if kind not in ("MPO",) and (Image.init() or kind in Image.SAVE)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", WRITABLE)
+def test_each_format_is_read_and_any_damage_to_it_is_a_named_value_error(kind):
+    """Flipped bits and cuts: what comes is an image, or one kind of error."""
+    whole = write(noise((9, 7)), kind)
+    assert decode_image(io.BytesIO(whole), "x").size == (9, 7)
+    rng, failed = np.random.default_rng(0), 0
+    for _ in range(150):
+        data = bytearray(whole[: rng.integers(1, len(whole) + 1)] if rng.random() < 0.3 else whole)
+        for place in rng.integers(0, min(len(data), 200), rng.integers(1, 4)):
+            data[place] ^= 1 << int(rng.integers(8))
+        try:
+            assert decode_image(io.BytesIO(bytes(data)), "the name").mode == "RGB"
+        except ValueError as e:
+            failed += 1
+            assert str(e).startswith("the name "), e
+    assert failed > 5
+
+
+class Exploding(io.BytesIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def read(self, *args):
+        raise self.error
+
+
+def test_whatever_a_decoder_raises_is_a_value_error_but_for_what_is_no_fault_of_the_file():
+    class Unheard(Exception):
+        pass
+
+    for error in (Unheard("odd"), RuntimeError("odd"), KeyError("odd"), RecursionError("odd"), OSError("odd")):
+        with pytest.raises(ValueError, match="x.png is damaged or cut short: .*odd"):
+            decode_image(Exploding(error), "x.png")
+    for error in (MemoryError(), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            decode_image(Exploding(error), "x.png")
+
+
+def test_a_text_chunk_of_a_png_that_is_too_large_is_named(tmp_path):
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("k", "x" * (2 << 20), zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "z.png", pnginfo=chunk)
+    with pytest.raises(ValueError, match=r"z.png is damaged or cut short: Decompressed data too large"):
+        open_image(tmp_path / "z.png")
+
+
+def test_an_image_that_pillow_has_not_yet_read_is_checked_as_a_file_is(tmp_path, picture):
+    picture.save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
+    with Image.open(tmp_path / "cut.png") as image, pytest.raises(ValueError, match="cut.png is damaged or cut short"):
+        ImageProcessor(8)(image)
+
+
+def test_names_that_no_file_can_have_are_a_value_error(tmp_path):
+    for name in ("a" * 5000, "nul\0.png"):
+        with pytest.raises((ValueError, FileNotFoundError), match="cannot be opened|no image at"):
+            open_image(name)
+    with pytest.raises(FileNotFoundError, match="no image at"):
+        open_image(tmp_path)  # a folder
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch, picture):
+    picture.save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 100)
+    with pytest.raises(ValueError, match=r"a.png is too large: [\d,]+ bytes, where 100 are the most"):
+        open_image(tmp_path / "a.png")
+
+
+def thin_png(width: int, height: int) -> bytes:
+    """Few bytes for many pixels of one bit."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x01\0\0\0\0"
+    rows = zlib.compress(bytes((1 + (width + 7) // 8) * height), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_an_image_with_too_long_a_side_is_named():
+    with pytest.raises(ValueError, match="x.png is too large: 1 x 131073 pixels, a side beyond 131,072"):
+        decode_image(io.BytesIO(thin_png(1, 131_073)), "x.png")
+    with pytest.raises(ValueError, match="the image has no pixels: its size is 0 x 5"):
+        ImageProcessor(8)(Image.new("RGB", (0, 5)))
+
+
+@given(
+    width=st.one_of(st.integers(1, 4), st.integers(1, 400)),
+    height=st.one_of(st.integers(1, 4), st.integers(1, 400)),
+    mode=st.sampled_from(["crop", "crop-floor", "letterbox"]),
+    size=st.sampled_from([(28, None), (14, 33), (64, None)]),
+)
+def test_a_window_is_to_the_pixel_that_of_the_whole_image_resized(width, height, mode, size):
+    processor = ImageProcessor(size[0], mode, (0.5, 0.25, 0.75), resize_to=size[1])
+    image = noise((width, height))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "MAX_RESIZED_PIXELS", 1 << 40)
+        want = processor.pixels(image)
+        patch.setattr(images, "MAX_RESIZED_PIXELS", 0)
+        assert processor.pixels(image) == want
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (2, 5001), (4999, 3), (8, 9000)])
+@pytest.mark.parametrize("mode", ["crop", "crop-floor", "letterbox"])
+def test_thin_images_have_the_pixels_of_the_whole_image_resized(size, mode, monkeypatch):
+    image, calls = noise(size), []
+    narrow = images.resize_window
+    monkeypatch.setattr(images, "resize_window", lambda *a: calls.append(1) or narrow(*a))
+    processor = ImageProcessor(20, mode)
+    monkeypatch.setattr(images, "MAX_RESIZED_PIXELS", 1 << 40)
+    want = processor.pixels(image)
+    monkeypatch.setattr(images, "MAX_RESIZED_PIXELS", 0)
+    assert not calls and processor.pixels(image) == want and calls
+
+
+THIN = """
+import resource, sys
+from vlmamba.model import ImageProcessor
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for mode in ("naive", "crop", "crop-floor", "letterbox"):
+    ImageProcessor(336, mode)(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1)])
+def test_memory_does_not_grow_with_the_aspect_ratio(tmp_path, size):
+    (tmp_path / "thin.png").write_bytes(thin_png(*size))
+
+    def bounded():  # without the bound on memory, nobody's machine is to suffer
+        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+
+    run = subprocess.run(
+        [sys.executable, "-c", THIN, tmp_path / "thin.png"], capture_output=True, text=True, preexec_fn=bounded
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 300  # MiB
+
+
+def test_arrays_are_images():
+    pixels = np.asarray(noise((9, 7)))
+    assert ImageProcessor(8).pixels(pixels) == ImageProcessor(8).pixels(noise((9, 7)))
+    assert as_rgb(pixels[::2, ::-1]).size == (9, 4)
+    for wrong, error, message in (
+        (pixels.astype(np.float32), TypeError, "an image as an array must be uint8, got float32"),
+        (pixels[..., 0], ValueError, r"must have shape \(H, W, 3\), got \(7, 9\)"),
+        (pixels.transpose(2, 0, 1), ValueError, r"must have shape \(H, W, 3\), got \(3, 7, 9\)"),
+        (pixels[:0], ValueError, "must have shape"),
+        (torch.zeros(3, 4, 4), TypeError, "must be a Pillow image, a uint8 array of shape .* or a path, got Tensor"),
+        (b"bytes", TypeError, "got bytes"),
+    ):
+        with pytest.raises(error, match=message):
+            ImageProcessor(8)(wrong)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "size"),
+        ({"size": 0}, r"size must lie in \[1, 4096\], got 0"),
+        ({"size": 10**6}, r"size must lie in \[1, 4096\], got 1000000"),
+        ({"resize_to": 10**6}, r"resize_to must lie in \[size = 224, 4096\], got 1000000"),
         ({"resize": "squash"}, "resize must be one of 'naive', 'crop', 'crop-floor', 'letterbox'; got 'squash'"),
         ({"std": (0.5, 0.0, 0.5)}, "std"),
-        ({"resize_to": 100}, "resize_to must be at least size = 224, got 100"),
+        ({"resize_to": 100}, r"resize_to must lie in \[size = 224, 4096\], got 100"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
