@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import LMConfig, VLMConfig
 from .config_io import save_config, to_json_dict
+from .files import remove_partials
 from .formats import language, recognise
 from .formats import vlm as released
 from .hub import CONFIG, TOKENIZER, fetch_model, replacing_folder
@@ -62,6 +63,8 @@ def convert(
         raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}; got {to!r}")
     check_placement(dtype, "cpu")
     dst = Path(dst).expanduser()
+    if dst.is_dir():
+        remove_partials(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not empty: give the name of a new folder")
     folder = fetch_model(src, **hub)

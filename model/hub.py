@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -25,10 +28,12 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 
 from .config_io import load_config, save_config
-from .weights import DeviceMap, Weights, check_placement, load_into, open_weights, save_weights
+from .files import PARTIAL, sync, write_whole
+from .weights import INDEX, WEIGHTS, DeviceMap, Weights, check_placement, load_into, open_weights, save_weights
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+CARD = "README.md"
 SMALL_FILES = (
     CONFIG,
     "params.json",
@@ -50,6 +55,14 @@ WEIGHT_FILES = (
     ("*latest-checkpoint.pt",),
 )
 """Names of weights. Of a repository that has several kinds, the first is downloaded."""
+
+READY = ".vlmamba-new-model"
+"""Folder with the files of a saved model that are complete and not yet all in their place."""
+REPLACEMENT = "replacement.json"
+"""In it: the names of all new files."""
+LAST = (WEIGHTS + INDEX, CONFIG)
+"""Files that take their place last, since they speak of the others."""
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 M = TypeVar("M", bound="HubModel")
 
@@ -82,6 +95,7 @@ def fetch(
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        finish_replacing(path)
         return path
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")):
@@ -169,8 +183,9 @@ def _first_line(error: Exception) -> str:
 class HubModel(nn.Module, PyTorchModelHubMixin):
     """A model with a `config` dataclass, saved and loaded by name.
 
-    `save_pretrained(folder)` and `push_to_hub(name)` are the Hub's own mixin's. A folder is replaced as a whole when it
-    is complete, so that an interrupted save leaves the one before.
+    `save_pretrained(folder)` and `push_to_hub(name)` are the Hub's own mixin's. In a folder that is saved to, the files
+    of a model are replaced when all of the new ones are complete, so that an interrupted save leaves the one before;
+    whatever else is there stays.
     """
 
     config_class: ClassVar[type]
@@ -228,11 +243,18 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         return load_config(cls.config_class, folder / CONFIG), open_weights(folder)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """As the mixin's, but all or nothing."""
+        """As the mixin's, but all or nothing. A card (`README.md`) that is there stays.
+
+        Raises:
+            OSError: `save_directory` cannot hold a model, or the disk is full; what was there is untouched.
+        """
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing_folder(save_directory) as staged:
-            return super().save_pretrained(staged, **kwargs)
+            told = super().save_pretrained(staged, **kwargs)
+            if (Path(save_directory) / CARD).exists():
+                (staged / CARD).unlink()
+        return told
 
     def save_extras(self, folder: Path) -> None:
         """Write what belongs to the model besides weights and config."""
@@ -258,29 +280,101 @@ def unshared(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def replacing_folder(target: str | Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `target` when the block ends well, and is gone when it does not.
+    """Give an empty folder, whose files replace those of the model in `target` when the block ends well.
+
+    What is no file of a model stays in `target`. The files are written within it, and put on the disk, before one
+    rename says that they are complete; then each takes its place by a rename. A process that is killed before leaves
+    the old model, one that is killed later the new one: what is left to rename is found and renamed by the next
+    reader or writer (`finish_replacing`).
+
+    Args:
+        target: a folder, a link to one, or a mount point; it is made where it is not there.
 
     Raises:
-        OSError: as the block raised it, with a note that `target` is untouched.
+        OSError: `target` cannot hold a model; or as the block raised it, with a note that `target` is untouched.
     """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    check_replaceable(target)
+    target = Path(os.path.realpath(target))
+    target.mkdir(parents=True, exist_ok=True)
+    finish_replacing(target)
+    staged = target / f".{secrets.token_hex(4)}{PARTIAL}"
+    staged.mkdir()
     try:
         yield staged
-        for file in staged.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
-        staged.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old)
-            os.replace(staged, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(staged, target)
+        new = [file for file in staged.rglob("*") if file.is_file()]
+        for file in new:
+            sync(file)
+        names = sorted((file.relative_to(staged).as_posix() for file in new), key=lambda n: (n in LAST, n))
+        write_whole(staged / REPLACEMENT, json.dumps(names))
+        sync(staged)
+        os.replace(staged, target / READY)
+        sync(target)
+        finish_replacing(target)
     except OSError as e:
-        raise OSError(e.errno, f"could not save {target}, which is as it was before: {e.strerror}") from e
+        if (target / READY).exists():
+            raise OSError(
+                e.errno, f"{target} holds the new model, of which not all files are in their place: {e.strerror}"
+            ) from e
+        raise OSError(e.errno, f"could not save {target}, which is as it was before: {e.strerror or e}") from e
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_replaceable(target: str | Path) -> None:
+    """Refuse a place where no model can be saved.
+
+    Raises:
+        NotADirectoryError: it is a file, or lies within one.
+        IsADirectoryError: it has a folder in the place of a model's file.
+        PermissionError: it may not be written.
+    """
+    target = Path(os.path.realpath(target))
+    there = next(p for p in (target, *target.parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{target} must be a folder, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"a model cannot be saved in {target}: {there} may not be written")
+    if there == target:
+        folders = [p.name for p in target.iterdir() if is_model_file(p.name) and p.is_dir()]
+        if folders:
+            raise IsADirectoryError(errno.EISDIR, f"{target} has a folder in the place of the file {folders[0]}")
+
+
+def finish_replacing(target: Path) -> None:
+    """Put the files of a complete new model in their place, where a save was interrupted after it had them all.
+
+    Raises:
+        PermissionError: this user may not.
+        ValueError: the folder names files that lie outside of it.
+    """
+    ready = target / READY
+    if not ready.is_dir():
+        return
+    try:
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            names = json.loads((ready / REPLACEMENT).read_text(encoding="utf-8"))
+            inside = target.resolve()
+            for name in names:
+                place = (target / name).parent
+                if not place.resolve().is_relative_to(inside) or not ready.resolve().is_relative_to(inside):
+                    raise ValueError(f"{ready / REPLACEMENT} names a file outside of {target}: {name!r}")
+                place.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(ready / name, target / name)
+            for file in target.iterdir():
+                if is_model_file(file.name) and file.name not in names:
+                    file.unlink()
+            sync(target)
+            (ready / REPLACEMENT).unlink()
+        shutil.rmtree(ready, ignore_errors=True)
+    except PermissionError as e:
+        raise PermissionError(
+            e.errno, f"a save of {target} was interrupted, and only who may write there can finish it: {e.strerror}"
+        ) from e
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of that name belongs to a model that this library saves."""
+    return name in (CONFIG, TOKENIZER, "tokenizer_config.json", WEIGHTS, WEIGHTS + INDEX) or bool(
+        _SHARD.fullmatch(name)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import write_whole
 from .text_files import read_json
 
 WEIGHTS = "model.safetensors"
@@ -267,17 +269,36 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write `model.safetensors`; or, where that would be larger than `MAX_SHARD_SIZE`, shards and their index.
 
     Tensors are read shard by shard, and must not share memory.
+
+    Raises:
+        OSError: a file could not be written.
     """
     shapes, dtypes = _shapes(weights), _dtypes(weights)
     # Of no size: only the names are needed to plan the shards.
     planned = {name: torch.empty(shapes[name], dtype=dtypes[name], device="meta") for name in weights}
     plan = split_torch_state_dict_into_shards(planned, max_shard_size=MAX_SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
-        save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        save_tensors({name: weights[name].contiguous() for name in names}, folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / (WEIGHTS + INDEX)).write_text(text, encoding="utf-8")
+        write_whole(folder / (WEIGHTS + INDEX), text)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as e:  # as the library tells of a full disk
+        told = re.search(r"os error (\d+)", str(e))
+        if told is None:
+            raise
+        number = int(told[1])
+        raise OSError(number, os.strerror(number), str(path)) from e
 
 
 def load_into(
