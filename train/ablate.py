@@ -11,6 +11,8 @@ from pathlib import Path
 from ..connectors import ConnectorConfig, Kind
 from ..model.batch import collate
 from ..model.files import write_whole
+from ..model.hub import unshared
+from ..model.weights import load_into
 from . import easy_vqa, plots
 from .data import Conversations, Record
 from .demo import demo_tokenizer, kept_answers, new_model, train_encoder
@@ -50,14 +52,16 @@ def run_ablation(
     questions = easy_vqa.conversations(train, TURNS)
     tokenizer = demo_tokenizer(folder, train)
     encoder = train_encoder(recipe, folder / "vision", train, test, device)
+    # The language model does not depend on the connector: all variants go on from one.
+    language = new_model(family, tokenizer, encoder, recipe.finetune.seed)
+    text = Conversations([Record(r.turns) for r in [*train, *described]], language)
+    train_stage(language, recipe.language, text, collate, folder / "language", device)
     table: dict[str, list[float]] = {}
     for name, connector in variants(family).items():
         for seed in seeds:
             here = folder / name.replace(", ", "-") / f"seed-{seed}"
             model = new_model(family, tokenizer, encoder, seed, connector)
-            text = Conversations([Record(r.turns) for r in [*train, *described]], model)
-            # The language model does not depend on the connector: all variants go on from one.
-            train_stage(model, recipe.language, text, collate, folder / "language", device)
+            load_into(model.language_model, unshared(language.language_model), "the trained language model")
             for stage, records in ((recipe.align, described), (recipe.finetune, questions)):
                 stage = replace(stage, seed=seed)
                 train_stage(model, stage, Conversations(records, model, True), collate, here / stage.name, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -14,20 +13,12 @@ from typing import Any
 from ..model.config_io import to_json_dict
 from ..model.files import write_whole
 from .config import StageConfig
+from .identity import Fingerprint
 from .track import read_metrics
 
 PACKAGES = ("vl-mamba", "torch", "triton", "numpy", "tokenizers", "safetensors")
 LAST = 50
 """Steps over which the last loss is averaged."""
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What tells a file of annotations apart."""
-
-    name: str
-    n_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -38,15 +29,6 @@ class TrainedStage:
     n_records: int
     data: tuple[Fingerprint, ...]
     folder: Path
-
-
-def fingerprint(path: Path) -> Fingerprint:
-    """Of a file of annotations; of a shard, with its images."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            sha256.update(block)
-    return Fingerprint(path.name, path.stat().st_size, sha256.hexdigest())
 
 
 def write_card(folder: Path, base: str, recipe: str, stages: Sequence[TrainedStage], template: str) -> None:
@@ -116,9 +98,12 @@ def _stage(trained: TrainedStage) -> str:
         "in the end": "",
         "records": f"{trained.n_records:,}",
         "steps": f"{len(metrics):,}",
-        f"loss, mean of the last {len(last)} steps": f"{sum(m['loss'] for m in last) / len(last):.4f}",
-        "norm of the gradient, likewise": f"{sum(m['grad_norm'] for m in last) / len(last):.4f}",
     }
+    if last:  # the file may have been lost
+        figures |= {
+            f"loss, mean of the last {len(last)} steps": f"{sum(m['loss'] for m in last) / len(last):.4f}",
+            "norm of the gradient, likewise": f"{sum(m['grad_norm'] for m in last) / len(last):.4f}",
+        }
     return "\n\n".join([f"## Stage {name}", "\n".join(data), _table({"setting": "", **settings}), _table(figures)])
 
 

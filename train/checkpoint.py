@@ -1,101 +1,130 @@
-"""Checkpoints of a stage by `torch.distributed.checkpoint`: what it has learned, the optimizer and the step.
+"""Checkpoints of a stage in safetensors and JSON: the trained parameters, the optimizer and the step.
 
-Each rank writes its share, and any number of ranks reads it. There is no random state in them: that of a step follows
-from the seed, the step and the rank.
+    step-00000200/
+        rank-0000-of-0002.safetensors   what that rank holds: rows of sharded tensors; rank 0 has the others whole
+        rank-0001-of-0002.safetensors
+        checkpoint.json                 step, identity of the run, checksums of the files, places of the tensors
+
+Each rank writes its file, and any number of ranks reads them. A checkpoint is written under another name, and gets its
+own when all of it is on the disk. There is no random state in it: that of a step follows from the seed, the step and
+the rank. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
+import re
 import shutil
-import warnings
-from concurrent.futures import Future
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Shard
 
-from .distributed import rank, world_size
+from ..model.files import PARTIAL, remove_partials, sync, write_whole
+from ..model.weights import save_tensors
+from .config import Changeable
+from .distributed import gather_over_ranks, local, on_first_rank, rank, world_size
+from .identity import differences
 
 logger = logging.getLogger("vlmamba.train")
-# PyTorch says so even where it is told.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
-COMPLETE = ".metadata"
-"""The file that PyTorch writes last, and under its name only when all ranks have written theirs."""
+CONTENTS = "checkpoint.json"
+FORMAT = 1
+BLOCK = 4 << 20
+"""Bytes read at once for a checksum."""
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
     """The folders `folder/step-N`, written while the training goes on.
 
-    Only the parameters that learn are kept: the others are those that the stage began with.
+    Only the trainable parameters are kept: the others are those that the stage began with.
 
     Args:
         parameters: by name; this rank's shares where they are sharded.
         optimizer: an AdamW over them.
-        keep_last: complete checkpoints that are kept.
+        keep_last: checkpoints that are kept.
+        run: identity of the run, which its checkpoints carry.
+        may_change: names in it that may differ from those of the checkpoint that is loaded.
     """
 
-    def __init__(self, folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, keep_last: int):
+    def __init__(
+        self,
+        folder: Path,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.AdamW,
+        keep_last: int,
+        run: Mapping[str, Any],
+        may_change: tuple[Changeable, ...] = (),
+    ):
         self.folder, self.parameters, self.optimizer, self.keep_last = folder, parameters, optimizer, keep_last
+        self.run, self.may_change = run, may_change
+        self.newest = 0
+        """Step of the last checkpoint that was loaded or saved."""
         # Of its own: the thread that writes must not take part in what the loop sends.
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self.writing: tuple[Path, Future] | None = None
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
 
     def load(self) -> int:
         """Restore the newest checkpoint that is whole, and give its step; 0 where there is none.
 
-        A checkpoint that is damaged is left out with a warning.
+        Every file is held against its checksum first. A damaged checkpoint is put aside: its folder is renamed to
+        `damaged-step-N`, and `damage.txt` in it tells the reason.
 
         Raises:
-            ValueError: a whole checkpoint belongs to another model; every name that does not fit is listed.
+            ValueError: the newest whole checkpoint is of another run, by what differs; or of an earlier version.
         """
-        for path in reversed(self._complete()):
-            try:
-                stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-                shapes = {n.removeprefix("model."): m.size for n, m in stored.items() if n.startswith("model.")}
-            except Exception as e:  # unpickling raises many kinds for a damaged file
-                _warn_of_damage(path, e)
-                continue
-            problems = [f"missing: {n}" for n in self.parameters if n not in shapes]
-            problems += [f"unexpected: {n}" for n in shapes if n not in self.parameters]
-            problems += [
-                f"shape of {n}: {tuple(shapes[n])} in the checkpoint, {tuple(p.shape)} in the model"
-                for n, p in self.parameters.items()
-                if n in shapes and shapes[n] != p.shape
-            ]
-            if problems:
-                raise ValueError(f"checkpoint {path} is of another model or stage:\n  " + "\n  ".join(problems))
-            own = self._tensors()
-            # Beside the model, so that half of a damaged checkpoint does not get into it.
-            read = {name: torch.empty_like(t) for name, t in own.items()} | {"step": torch.zeros((), dtype=torch.int64)}
-            try:
-                dcp.load(read, checkpoint_id=path, process_group=self.group)
-            except CheckpointException as e:
-                _warn_of_damage(path, _first_failure(e))
-                continue
-            for name, tensor in own.items():
-                tensor.copy_(read[name])
-            return int(read["step"])
-        return 0
+        on_first_rank(self._clean)
+        while True:
+            found = on_first_rank(self._find)
+            if found is None:
+                return 0
+            path, contents = found
+            damage = [d for told in gather_over_ranks(_damage(path, contents)) for d in told]
+            if not damage:
+                break
+            on_first_rank(lambda path=path, damage=damage: _put_aside(path, damage[0]))
+        self._check_run(path, contents)
+        self._check_fit(path, contents["tensors"])
+        with contextlib.ExitStack() as stack:
+            files = {f: stack.enter_context(safe_open(path / f, framework="pt")) for f in contents["files"]}
+            for name, tensor in self._tensors().items():
+                _read(files, name, contents["tensors"][name]["parts"], tensor)
+        self.newest = contents["step"]
+        return self.newest
 
     def save(self, step: int) -> None:
         """Copy everything, and begin to write it; the one before is waited for.
 
         Raises:
+            FloatingPointError: a parameter or a moment of the optimizer is not finite. Nothing is written.
             OSError: the one before could not be written.
         """
         self.wait()
-        path = self.folder / f"step-{step:08d}"
-        if rank() == 0 and path.exists():  # damaged, or not complete
-            _delete(path)
-        if self.group is not None:
-            dist.barrier(self.group)
-        state = self._tensors() | {"step": torch.tensor(step)}
-        self.writing = path, dcp.async_save(state, checkpoint_id=path, process_group=self.group)
+        tensors = self._tensors()
+        told = gather_over_ranks([name for name, t in tensors.items() if not local(t).isfinite().all()])
+        bad = list(dict.fromkeys(name for names in told for name in names))
+        if bad:
+            raise FloatingPointError(
+                f"{len(bad)} of {len(tensors)} tensors of weights and optimizer are not finite after step {step} "
+                f"({', '.join(bad[:3])}{', …' * (len(bad) > 3)}); no checkpoint of it is written"
+            )
+        mine = {n: t for n, t in tensors.items() if rank() == 0 or isinstance(t, DTensor)}
+        copies = {n: local(t).to("cpu", copy=True).contiguous() for n, t in mine.items()}
+        places = {n: (str(t.dtype), list(t.shape), _rows(t)[0]) for n, t in mine.items()}
+        self.newest = step
+        self.writing = self.thread.submit(self._write, step, copies, places)
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is complete, then delete all but the newest few.
@@ -105,24 +134,22 @@ class Checkpoints:
         """
         if self.writing is None:
             return
-        (path, written), self.writing = self.writing, None
-        try:
-            written.result()
-        except CheckpointException as e:
-            if rank() == 0:
-                _delete(path)
-            cause = _first_failure(e)
-            reason = getattr(cause, "strerror", None) or cause
-            raise OSError(
-                getattr(cause, "errno", None), f"could not save {path}; those before are as they were: {reason}"
-            ) from cause
+        written, self.writing = self.writing, None
+        written.result()
         if rank() == 0:
-            for old in self._complete()[: -self.keep_last]:
-                _delete(old)
+            complete = [path for path in _folders(self.folder) if (path / CONTENTS).exists()]
+            for old in complete[: -self.keep_last]:
+                # First under a name that is no checkpoint's: half of one must not be taken for one.
+                gone = old.with_name(f".{old.name}{PARTIAL}")
+                os.replace(old, gone)
+                shutil.rmtree(gone)
 
     def close(self) -> None:
         """Wait, and leave the other ranks."""
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            self.thread.shutdown()
         if self.group is not None:
             dist.destroy_process_group(self.group)
 
@@ -132,20 +159,190 @@ class Checkpoints:
             tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[p].items()}
         return tensors
 
-    def _complete(self) -> list[Path]:
-        return sorted(path.parent for path in self.folder.glob(f"step-*/{COMPLETE}"))
+    def _clean(self) -> None:
+        """Delete what a killed run left half written."""
+        if self.folder.is_dir():
+            remove_partials(self.folder)
+
+    def _find(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint and its contents; those whose contents cannot be read are put aside."""
+        for path in reversed(_folders(self.folder)):
+            if (path / ".metadata").exists() and not (path / CONTENTS).exists():
+                raise ValueError(
+                    f"{path} is a checkpoint of an earlier version, which this one does not read: give another output "
+                    f"folder, or delete {self.folder} to begin anew"
+                )
+            try:
+                return path, _contents(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+                _put_aside(path, f"{CONTENTS}: {getattr(e, 'strerror', None) or e}")
+        return None
+
+    def _check_run(self, path: Path, contents: Mapping[str, Any]) -> None:
+        found = differences(contents["run"], self.run)
+        found = {name: text for name, text in found.items() if name not in self.may_change}
+        if found:
+            changeable = [name for name in found if name in get_args(Changeable)]
+            hint = f". To go on from it with another {' and '.join(changeable)}: --may-change {' '.join(changeable)}"
+            raise ValueError(
+                f"checkpoint {path} is of another run:\n  "
+                + "\n  ".join(f"{name}: {text}" for name, text in found.items())
+                + f"\nGive another output folder, or delete {self.folder} to begin anew"
+                + (hint if len(changeable) == len(found) else "")
+            )
+
+    def _check_fit(self, path: Path, stored: Mapping[str, Any]) -> None:
+        own = {n.removeprefix("model."): t for n, t in self._tensors().items()}
+        stored = {n.removeprefix("model."): t for n, t in stored.items()}
+        problems = [f"missing: {n}" for n in own if n not in stored]
+        problems += [f"unexpected: {n}" for n in stored if n not in own]
+        problems += [
+            f"{what} of {n}: {theirs} in the checkpoint, {mine} in the model"
+            for n, t in own.items()
+            if n in stored
+            for what, theirs, mine in (
+                ("shape", tuple(stored[n]["shape"]), tuple(t.shape)),
+                ("dtype", stored[n]["dtype"], str(t.dtype)),
+            )
+            if theirs != mine
+        ]
+        if problems:
+            raise ValueError(f"checkpoint {path} is of another model or stage:\n  " + "\n  ".join(problems))
+
+    def _write(self, step: int, tensors: dict[str, Tensor], places: dict[str, tuple[str, list[int], int]]) -> None:
+        """Write this rank's file; the first rank then adds the contents, and gives the folder its name."""
+        path = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".{path.name}{PARTIAL}"
+        file = f"rank-{rank():04d}-of-{world_size():04d}.safetensors"
+        with self._together(path, partial):
+            if rank() == 0:
+                partial.mkdir(parents=True)
+        with self._together(path, partial):
+            save_tensors(tensors, partial / file)
+            sync(partial / file)
+        told = self._gather((file, (partial / file).stat().st_size, _crc32(partial / file), places))
+        with self._together(path, partial):
+            if rank() == 0:
+                stored: dict[str, Any] = {}
+                for name, _, _, theirs in told:
+                    for tensor, (dtype, shape, begin) in theirs.items():
+                        entry = stored.setdefault(tensor, {"dtype": dtype, "shape": shape, "parts": []})
+                        entry["parts"].append([name, begin])
+                files = {name: {"bytes": size, "crc32": crc} for name, size, crc, _ in told}
+                contents = {"format": FORMAT, "step": step, "run": self.run, "files": files, "tensors": stored}
+                text = json.dumps(contents)
+                write_whole(partial / CONTENTS, f"{text}\n{zlib.crc32(text.encode()):08x}\n")
+                sync(partial)
+                os.replace(partial, path)
+                sync(self.folder)
+
+    @contextlib.contextmanager
+    def _together(self, path: Path, partial: Path) -> Iterator[None]:
+        """A part of the writing, which fails on every rank where it fails on one."""
+        problem = None
+        try:
+            yield
+        except OSError as e:
+            problem = e.errno, e.strerror
+        problems = [p for p in self._gather(problem) if p is not None]
+        if problems:
+            if rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            number, reason = problems[0]
+            raise OSError(number, f"could not save {path}; those before are as they were: {reason}")
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.group is None:
+            return [value]
+        values = [None] * world_size()
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
-def _delete(path: Path) -> None:
-    (path / COMPLETE).unlink(missing_ok=True)  # first, so that what is left is not taken for a checkpoint
-    shutil.rmtree(path, ignore_errors=True)
+def _folders(folder: Path) -> list[Path]:
+    """What has a checkpoint's name, the oldest first."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _first_failure(error: CheckpointException) -> BaseException:
-    return next(iter(error.failures.values()))[0]
+def _contents(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OSError: it is damaged.
+    """
+    text, _, checksum = (path / CONTENTS).read_text(encoding="utf-8").partition("\n")
+    if checksum != f"{zlib.crc32(text.encode()):08x}\n":
+        raise ValueError("its checksum is wrong")
+    contents = json.loads(text)
+    if contents["format"] != FORMAT:
+        raise ValueError(f"its format is {contents['format']}, and {FORMAT} is read")
+    if contents["step"] != int(path.name.removeprefix("step-")):
+        raise ValueError(f"it is of step {contents['step']}")
+    for file in contents["files"]:
+        if Path(file).name != file:
+            raise ValueError(f"it names a file outside its folder: {file!r}")
+    return contents
 
 
-def _warn_of_damage(path: Path, error: BaseException) -> None:
-    if rank() == 0:
-        reason = str(error).split("\n")[0]
-        logger.warning("checkpoint %s is damaged (%s); trying the one before it", path, reason)
+def _damage(path: Path, contents: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files that this rank looks at; all ranks together look at every one."""
+    found = []
+    for file in list(contents["files"])[rank() :: world_size()]:
+        stored = contents["files"][file]
+        try:
+            size = (path / file).stat().st_size
+            if size != stored["bytes"]:
+                found.append(f"{file} has {size:,} bytes, and had {stored['bytes']:,}")
+            elif _crc32(path / file) != stored["crc32"]:
+                found.append(f"the checksum of {file} is wrong")
+        except OSError as e:
+            found.append(f"{file}: {e.strerror}")
+    return found
+
+
+def _put_aside(path: Path, reason: str) -> None:
+    aside, n = path.with_name(f"damaged-{path.name}"), 1
+    while aside.exists():
+        n += 1
+        aside = path.with_name(f"damaged-{path.name}-{n}")
+    os.replace(path, aside)
+    write_whole(aside / "damage.txt", reason + "\n")
+    logger.warning("checkpoint %s is damaged (%s), and is now %s; trying the one before it", path, reason, aside.name)
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _rows(tensor: Tensor) -> tuple[int, int]:
+    """First row and number of rows that this rank has of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 0, len(tensor) if tensor.dim() else 1
+    if tuple(tensor.placements) != (Shard(0),):
+        raise ValueError(f"a checkpoint holds tensors that are sharded by rows, got {tensor.placements}")
+    # DTensor shares rows out as torch.chunk does.
+    rows = -(-len(tensor) // world_size())
+    return min(rank() * rows, len(tensor)), len(local(tensor))
+
+
+def _read(files: Mapping[str, Any], name: str, parts: list[tuple[str, int]], tensor: Tensor) -> None:
+    """Fill this rank's rows of a tensor from the files that hold them."""
+    mine = local(tensor)
+    if tensor.dim() == 0:
+        mine.copy_(files[parts[0][0]].get_tensor(name))
+        return
+    begin, rows = _rows(tensor)
+    left = rows
+    for file, first in parts:
+        part = files[file].get_slice(name)
+        low, high = max(begin, first), min(begin + rows, first + part.get_shape()[0])
+        if low < high:
+            mine[low - begin : high - begin].copy_(part[low - first : high - first])
+            left -= high - low
+    if left:
+        raise ValueError(f"the checkpoint lacks {left} rows of {name}")

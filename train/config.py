@@ -8,6 +8,14 @@ from typing import Annotated, Literal, get_args
 from ..model.fields import Count, Interval, Seed, Size, check_fields
 
 Target = Literal["in_proj", "x_proj", "dt_proj", "out_proj"]
+Changeable = Literal["lr", "epochs", "weight_decay", "betas", "warmup_ratio", "grad_clip", "precision"]
+"""Settings that a resume may change where it is told so. Batch size and seed are none: they decide which samples have
+been seen."""
+FREE = (
+    "micro_batch_size", "gradient_checkpointing", "context_parallel", "workers", "save_every", "keep_last", "max_loss",
+    "max_broken",
+)  # fmt: skip
+"""Settings that may differ at a resume: the steps stay the same, to rounding."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class StageConfig:
     name: str
     trainable: tuple[str, ...]
     """Beginnings of the names of the parameters that learn; the others are frozen. An empty text is all of them."""
-    lr: Annotated[float, Interval("(0, inf)")]
+    lr: Annotated[float, Interval("(0, 1000000]")]
     epochs: Annotated[float, Interval("(0, 1000000]")] = 1.0
     batch_size: Size = 64
     """Samples a step."""

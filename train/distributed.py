@@ -8,8 +8,8 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from ..model.vlm import VLM
 from ..model.weights import dtype_of
 
 logger = logging.getLogger("vlmamba.train")
+T = TypeVar("T")
 # Of a block's output that is a view; nothing here is added to it in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
 
@@ -75,6 +76,31 @@ def sum_over_ranks(*values: float) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def gather_over_ranks(value: T) -> list[T]:
+    """The values of all ranks, which must all call this."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """Call a function on rank 0, and give its result to all ranks; what it raises is raised on all of them."""
+    if world_size() == 1:
+        return function()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = function()
+        except Exception as e:
+            told[1] = e
+    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def context_group(size: int) -> dist.ProcessGroup | None:

@@ -2,4 +2,5 @@
 
 
 class Interrupted(SystemExit):
-    """The stage was asked to stop, has saved, and can be started again. Exit status 130, as after Ctrl-C."""
+    """The stage was asked to stop, has saved, and can be started again. The exit status is that of a process which the
+    signal ended: 143 after SIGTERM, 130 after Ctrl-C."""

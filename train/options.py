@@ -13,7 +13,7 @@ import tyro
 
 from ..model.generation_config import GenerationConfig
 from ..model.prompt import TEMPLATES
-from .config import LoraConfig, Target
+from .config import Changeable, LoraConfig, Target
 
 Positional = tyro.conf.Positional
 PresetName = Literal["quick", "full"]
@@ -34,9 +34,12 @@ class Demo:
 
     def run(self) -> None:
         from .demo import run_demo
+        from .lock import only_run_in
         from .recipes import DEMOS
 
-        run_demo(DEMOS[self.preset], self.output or Path("runs") / f"demo-{self.preset}", self.device)
+        folder = self.output or Path("runs") / f"demo-{self.preset}"
+        with only_run_in(folder):
+            run_demo(DEMOS[self.preset], folder, self.device)
 
 
 @dataclass
@@ -151,6 +154,8 @@ class Train:
     """Project at Weights & Biases to send figures to."""
     device: str = "auto"
     """auto is a GPU where there is one."""
+    may_change: tuple[Changeable, ...] = ()
+    """Settings that may differ from those of the checkpoint that is resumed. Any other difference is refused."""
     lora: LoraSettings = LoraSettings()
     settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings()
 
@@ -178,11 +183,13 @@ class Ablate:
 
     def run(self) -> None:
         from .ablate import run_ablation
+        from .lock import only_run_in
         from .recipes import DEMOS
 
         recipe = DEMOS[self.preset].faster(self.shorten)
         folder = self.output or Path("runs") / f"ablate-{self.family}"
-        run_ablation(self.family, recipe, folder, range(self.seeds), self.questions, self.device)
+        with only_run_in(folder):
+            run_ablation(self.family, recipe, folder, range(self.seeds), self.questions, self.device)
 
 
 @dataclass

@@ -14,17 +14,20 @@ import torch
 
 from ..model.batch import collate
 from ..model.config import VLMConfig
-from ..model.hub import fetch_model
+from ..model.files import remove_partials
+from ..model.hub import check_replaceable, fetch_model
 from ..model.lm import neox_tokenizer
 from ..model.load import model_class
 from ..model.presets import PRESETS
 from ..model.prompt import get_template
 from ..model.vlm import VLM
 from ..model.weights import Weights, check_fit
-from .card import TrainedStage, fingerprint, write_card
+from .card import TrainedStage, write_card
 from .config import StageConfig
 from .data import Conversations, Records, read_llava
-from .distributed import processes, rank, world_size
+from .distributed import on_first_rank, processes, rank, world_size
+from .identity import Fingerprint, check_changeable, fingerprint
+from .lock import only_run_in
 from .loop import train_stage
 from .options import Train
 from .plan import RoughTokenizer, disk_problem, make_plan, measure
@@ -60,9 +63,14 @@ def _run(command: Train, device: torch.device) -> None:
     todo = [(stage, _files(command, recipe, stage.name)) for stage in _stages(command, recipe)]
     say(f"model {model}, recipe {name}")
     data = [(stage, read_llava(*zip(*files, strict=True), stage.max_broken)) for stage, files in todo]
+    for stage, records in data:
+        if not len(records):
+            raise ValueError(f"stage {stage.name} has nothing to train on: no records in {_listed(records.paths)}")
     if command.dry_run:
         _plan(command, model, recipe, data)
-    else:
+        return
+    on_first_rank(lambda: check_replaceable(command.output / "model"))
+    with only_run_in(command.output):
         _train(command, model, name, data, device)
 
 
@@ -72,6 +80,7 @@ def _check(command: Train) -> None:
             raise FileNotFoundError(f"no annotations at {path}")
     if command.recipe is not None:
         recipe_named(command.recipe)
+    check_changeable(command.may_change)
     if (command.output / "model").resolve() == Path(command.model).resolve():
         raise ValueError(f"--output {command.output} would replace the model that is begun with: give another folder")
     if command.images and len(command.images) not in (1, len(command.data)):
@@ -139,23 +148,33 @@ def _train(
     data: Sequence[tuple[StageConfig, Records]],
     device: torch.device,
 ) -> None:
+    if rank() == 0:
+        for folder in (command.output, command.output / "model"):
+            if folder.is_dir():
+                remove_partials(folder)
     load = VLM.from_preset if is_preset(name) else VLM.from_pretrained
     # The other ranks are given their shares by the first.
     model = load(name) if rank() == 0 else without_weights(name)
     done = []
     for stage, records in data:
+        files = tuple(on_first_rank(lambda records=records: [fingerprint(path) for path in records.paths]))
         with template_of(RECIPES[recipe_name], stage, model):
-            _train_stage(command, model, stage, records, device)
-        if rank() == 0:
-            files = tuple(fingerprint(path) for path in records.paths)
-            done.append(TrainedStage(stage, len(records), files, command.output / stage.name))
+            _train_stage(command, model, stage, records, files, device)
+        done.append(TrainedStage(stage, len(records), files, command.output / stage.name))
     if rank() == 0:
         model.cpu().eval().save_pretrained(command.output / "model")
         write_card(command.output / "model", name, recipe_name, done, model.config.template)
     say(f"saved {command.output / 'model'}")
 
 
-def _train_stage(command: Train, model: VLM, stage: StageConfig, records: Records, device: torch.device) -> None:
+def _train_stage(
+    command: Train,
+    model: VLM,
+    stage: StageConfig,
+    records: Records,
+    files: tuple[Fingerprint, ...],
+    device: torch.device,
+) -> None:
     folder, samples = command.output / stage.name, Conversations(records, model)
     make_tracker = functools.partial(Tracker, wandb=command.wandb)
     if command.peak_tflops is not None:
@@ -166,7 +185,11 @@ def _train_stage(command: Train, model: VLM, stage: StageConfig, records: Record
     if command.sample_every is not None:
         chosen = records[:: math.ceil(len(records) / command.samples)]
         asked = SampleAnswers(folder, chosen, command.sample_every, stage.precision)
-    train_stage(model, stage, samples, collate, folder, device, asked, make_tracker)
+    train_stage(model, stage, samples, collate, folder, device, asked, make_tracker, files, command.may_change)
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def model_config(name: str) -> VLMConfig:

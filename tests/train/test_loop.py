@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from vlmamba.model import hub
+from vlmamba.train import loop
 from vlmamba.train.checkpoint import Checkpoints
 from vlmamba.train.config import StageConfig
+from vlmamba.train.data import BrokenDataError
 from vlmamba.train.loop import Interrupted, train_stage
 from vlmamba.train.optim import clip_gradients, freeze_all_but, learning_rate, make_optimizer
 from vlmamba.train.sampler import samples_of_step
@@ -95,9 +98,11 @@ def test_learns_and_records(tmp_path):
     assert len(list(tmp_path.glob("step-*"))) == STAGE.keep_last
 
 
-def test_a_finished_stage_is_restored_and_not_trained_again(tmp_path):
+def test_a_finished_stage_is_restored_and_not_trained_again(tmp_path, capsys):
     first = train(tmp_path)
-    again = train(tmp_path, model=Regression())
+    capsys.readouterr()
+    again = train(tmp_path)
+    assert "test: finished already, 20 steps" in capsys.readouterr().out
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters(), strict=True))
     assert len(losses(tmp_path)) == 20
 
@@ -127,23 +132,11 @@ def test_killed_at_any_step_the_curve_is_the_same_to_the_bit(tmp_path):
 
 def test_sigterm_saves_and_ends_cleanly(tmp_path):
     train(tmp_path / "whole")
-    assert run_until(tmp_path / "stopped", 7, signal.SIGTERM) == 130
-    newest = max(tmp_path.glob("stopped/step-*/.metadata")).parent.name
+    assert run_until(tmp_path / "stopped", 7, signal.SIGTERM) == 143
+    newest = max(tmp_path.glob("stopped/step-*/checkpoint.json")).parent.name
     assert int(newest.removeprefix("step-")) == len(losses(tmp_path / "stopped")) < 20
     train(tmp_path / "stopped")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-
-
-class FailsAfter(Data):
-    def __init__(self, n):
-        super().__init__()
-        self.left = n
-
-    def __getitem__(self, i):
-        self.left -= 1
-        if self.left < 0:
-            raise RuntimeError("out of data")
-        return super().__getitem__(i)
 
 
 def test_a_second_sigterm_does_not_end_the_writing_of_a_checkpoint(tmp_path, monkeypatch):
@@ -160,7 +153,7 @@ def test_a_second_sigterm_does_not_end_the_writing_of_a_checkpoint(tmp_path, mon
         train_stage(
             Regression(), STAGE, Data(), collate, tmp_path, on_step=lambda *_: os.kill(os.getpid(), signal.SIGTERM)
         )
-    assert (tmp_path / "step-00000002" / ".metadata").exists()
+    assert (tmp_path / "step-00000002" / "checkpoint.json").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -256,7 +249,11 @@ def test_an_epoch_shows_every_sample_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 0.0}, "lr of stage 'test' must be positive, got 0.0"),
+        ({"lr": 0.0}, "lr of stage 'test' must lie in .0, 1000000., got 0.0"),
+        ({"lr": torch.inf}, "lr of stage 'test' must lie in .0, 1000000., got inf"),
+        ({"epochs": torch.nan}, "epochs of stage 'test' must lie in .*, got nan"),
+        ({"betas": (0.9, 1.0)}, "betas of stage .* must lie in"),
+        ({"weight_decay": torch.inf}, "weight_decay of stage .* must be a finite number"),
         ({"max_loss": 0.0}, "max_loss of stage 'test' must be positive"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"warmup_ratio": 2.0}, "warmup_ratio of stage .test. must lie in"),
@@ -282,3 +279,127 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
             (staged / "file").write_text(text)
     assert (target / "file").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def stopped_at(step, number):
+    """An `on_step` that sends this process a signal after a step."""
+    return lambda done, model: os.kill(os.getpid(), number) if done == step else None
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_the_last_step_stops_before_what_comes_next(tmp_path, number, status):
+    with pytest.raises(Interrupted) as stopped:
+        train_stage(Regression(), STAGE, Data(), collate, tmp_path, on_step=stopped_at(19, number))
+    assert stopped.value.code == status
+    assert (tmp_path / "step-00000020" / "checkpoint.json").exists()
+
+
+class FailsFrom(Data):
+    """Raises an error from some access on, as a file that has changed does."""
+
+    def __init__(self, left, error):
+        super().__init__()
+        self.left, self.error = left, error
+
+    def __getitem__(self, i):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("error", [ValueError("file has changed"), OSError("gone"), RuntimeError("a worker died")])
+def test_what_was_learned_is_saved_before_data_that_fail_end_the_run(tmp_path, error):
+    train(tmp_path / "whole")
+    seen_before = 40  # by the identity of the run
+    with pytest.raises(RuntimeError if isinstance(error, RuntimeError) else BrokenDataError, match=str(error)):
+        train(tmp_path / "failed", data=FailsFrom(seen_before + 7 * 8 + 3, error))
+    assert (tmp_path / "failed" / "step-00000007" / "checkpoint.json").exists()
+    train(tmp_path / "failed")
+    assert losses(tmp_path / "failed") == losses(tmp_path / "whole")
+
+
+def weights_that_are_not_finite(step, model):
+    if step == 12:
+        model.b.weight.data[0, 3] = torch.inf
+
+
+def test_no_checkpoint_holds_weights_that_are_not_finite_and_the_advice_can_be_followed(tmp_path):
+    with pytest.raises(FloatingPointError, match="after step 13 .model.b.weight.; no checkpoint .* --may-change lr"):
+        torch.manual_seed(0)
+        stage = replace(STAGE, save_every=1, max_loss=1e30)
+        train_stage(Regression(), stage, Data(), collate, tmp_path, on_step=weights_that_are_not_finite)
+    assert max(p.name for p in tmp_path.glob("step-*")) == "step-00000012"
+    lower = replace(stage, lr=0.001)
+    with pytest.raises(ValueError, match="lr: 0.01 in the checkpoint, 0.001 now(.|\n)*--may-change lr"):
+        train(tmp_path, lower)
+    torch.manual_seed(0)
+    train_stage(Regression(), lower, Data(), collate, tmp_path, may_change=["lr"])
+    assert [m["step"] for m in read_metrics(tmp_path)] == list(range(20))
+    assert max(m["lr"] for m in read_metrics(tmp_path)[12:]) <= 0.001
+    train(tmp_path, lower)  # the newest checkpoints are of the changed run
+
+
+def test_a_step_as_large_as_it_gets_ends_with_an_error_and_no_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError):
+        train(tmp_path, replace(STAGE, lr=1e6, warmup_ratio=0.0, save_every=1, max_loss=torch.inf))
+    for path in tmp_path.glob("step-*/*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(path).values())
+
+
+def test_weights_that_a_merge_makes_infinite_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "merge_lora", lambda model: model.a.bias.data.fill_(torch.inf))
+    with pytest.raises(FloatingPointError, match="leaves 1 of 4 weights that are not finite: a.bias"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed: 0 in the checkpoint, 1 now"),
+        ({"batch_size": 4}, "batch_size: 8 in the checkpoint, 4 now"),
+        ({"epochs": 2.0}, "epochs: 4 in the checkpoint, 2.0 now"),
+        ({"lr": 0.02}, "lr: 0.01 in the checkpoint, 0.02 now"),
+    ],
+)
+def test_another_run_is_refused_by_name_with_both_values(tmp_path, change, message):
+    train(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, replace(STAGE, **change))
+
+
+def test_another_base_and_other_data_are_refused_and_nothing_is_touched(tmp_path):
+    train(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    other = Data()
+    other.x[11] += 1
+    with pytest.raises(ValueError, match="prepared samples: 40 looked at in the checkpoint, 1 of them"):
+        train(tmp_path, data=other)
+    with pytest.raises(ValueError, match="number of samples: 40 in the checkpoint, 39 now"):
+        train(tmp_path, replace(STAGE, epochs=4.1), data=Data(39))
+    with pytest.raises(ValueError, match="weights: [0-9a-f]{64} in the checkpoint, [0-9a-f]{64} now"):
+        torch.manual_seed(1)
+        train_stage(Regression(), STAGE, Data(), collate, tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_what_leaves_the_steps_as_they_are_may_differ_at_a_resume(tmp_path):
+    train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        torch.manual_seed(0)
+        train_stage(Regression(), STAGE, Data(), collate, tmp_path / "cut", on_step=stopped_at(8, signal.SIGTERM))
+    train(tmp_path / "cut", replace(STAGE, workers=1, save_every=3, keep_last=1, max_loss=20.0, max_broken=0.1))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_more_epochs_go_on_where_it_is_said_and_fewer_are_refused(tmp_path):
+    train(tmp_path)
+    torch.manual_seed(0)
+    longer = replace(STAGE, epochs=5)
+    train_stage(Regression(), longer, Data(), collate, tmp_path, may_change=["epochs"])
+    assert len(losses(tmp_path)) == 25
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="is of step 25, beyond the 20 steps asked for"):
+        train_stage(Regression(), STAGE, Data(), collate, tmp_path, may_change=["epochs"])
+    with pytest.raises(ValueError, match="may_change must be some of lr, .*; got batch_size"):
+        train_stage(Regression(), STAGE, Data(), collate, tmp_path, may_change=["batch_size"])

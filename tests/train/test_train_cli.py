@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from vlmamba.model.prompt import Turn
 from vlmamba.train import cli, loop, options, training
 from vlmamba.train.config import StageConfig
 from vlmamba.train.data import Record, write_llava
+from vlmamba.train.lock import only_run_in
 from vlmamba.train.recipes import tiny_config
 from vlmamba.train.track import read_metrics
 
@@ -181,7 +183,7 @@ def test_the_recipes_own_data_are_found_or_told_where_to_get(tmp_path, monkeypat
         (("model", "data/train.json", "--lora.alpha", "3"), "--lora.alpha needs --lora.rank"),
         (("model", "data/train.json", "--lora.rank", "0"), "rank of LoRA must lie in [1, 1048576], got 0"),
         (("model", "data/train.json", "--lora.rank", "2", "--stage", "align"), "--lora is of the finetune stage"),
-        (("model", "data/train.json", "--lr", "-1"), "lr of stage 'finetune' must be positive"),
+        (("model", "data/train.json", "--lr", "-1"), "lr of stage 'finetune' must lie in"),
         (("model", "data/train.json", "--samples", "0"), "--samples must be positive"),
         (("language", "data/train.json"), "language is no vision-language model"),
     ],
@@ -221,6 +223,62 @@ def test_only_the_first_rank_prints(monkeypatch, capsys):
     training.say("hello")
     assert capsys.readouterr().out == ""
     assert loop.rank() == 0
+
+
+def test_a_used_output_is_resumed_by_the_same_command_alone(model, data, tmp_path, capsys):
+    arguments = (model, data / "train.json", "--images", data / "images", "--batch-size", "8")
+    train(*arguments)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
+    os.utime(data / "train.json", (1, 1))
+    capsys.readouterr()
+    train(*arguments, "--save-every", "3", "--workers", "1")
+    assert "finetune: finished already, 3 steps" in capsys.readouterr().out
+
+    other = json.loads((data / "train.json").read_text())
+    other[0]["conversations"][1]["value"] = "it is blue"
+    (data / "other.json").write_text(json.dumps(other))
+    told = fails(model, data / "other.json", *arguments[2:])
+    assert "data: train.json (sha256 " in told and "in the checkpoint, other.json (sha256 " in told
+    assert "seed: 0 in the checkpoint, 1 now" in fails(*arguments, "--seed", "1")
+    assert "lora: None in the checkpoint, " in fails(*arguments, "--lora.rank", "2")
+    told = fails(*arguments, "--lr", "0.5")
+    assert "lr: 0.001 in the checkpoint, 0.5 now" in told and told.endswith("--may-change lr")
+    torch.manual_seed(1)
+    VLM(tiny_config("vl-mamba", 290), VLM.from_pretrained(model).tokenizer).save_pretrained(tmp_path / "base")
+    assert "weights: " in fails(tmp_path / "base", *arguments[1:])
+    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
+    assert {p.name for p in before if before[p] != after[p]} <= {"README.md"}  # the settings in it
+
+
+def test_a_second_run_on_an_output_is_refused(model, data, tmp_path):
+    with only_run_in(tmp_path / "run"):
+        told = fails(model, data / "train.json", "--images", data / "images")
+    assert f"run is in use by another run (process {os.getpid()} on " in told
+    assert not (tmp_path / "run" / "finetune").exists()
+
+
+def test_what_is_else_in_the_folder_of_the_model_stays_and_litter_goes(model, data, tmp_path):
+    folder = tmp_path / "run" / "model"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "HEAD").write_text("ref")
+    (folder / ".abc.vlmamba-partial").mkdir()
+    train(model, data / "train.json", "--images", data / "images", "--batch-size", "8")
+    assert (folder / ".git" / "HEAD").read_text() == "ref" and not list(folder.glob(".*partial"))
+
+
+def test_nothing_to_train_on_and_no_end_are_told_before_any_work(model, data, tmp_path):
+    (data / "empty.json").write_text("[]")
+    for option in ((), ("--dry-run",)):
+        assert "stage finetune has nothing to train on: no records in data/empty.json" in fails(
+            model, "data/empty.json", *option
+        )
+        arguments = (model, data / "train.json", "--images", data / "images", *option)
+        assert "epochs of stage 'finetune' must lie in" in fails(*arguments, "--epochs", "inf")
+        assert "lr of stage 'finetune' must lie in" in fails(*arguments, "--lr", "inf")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").write_text("a file")
+    assert "run/model must be a folder" in fails(*arguments[:-1])
 
 
 @pytest.mark.slow
