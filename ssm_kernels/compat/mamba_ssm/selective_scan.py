@@ -306,6 +306,18 @@ def bimamba_inner_ref(
     return _project_out(y + back.flip(-1), out_proj_weight, out_proj_bias)
 
 
+class SelectiveScanFn:
+    """`SelectiveScanFn.apply(...)` for code that calls the autograd function of the original: `selective_scan_fn`."""
+
+    apply = staticmethod(selective_scan_fn)
+
+
+class MambaInnerFn:
+    """`MambaInnerFn.apply(...)` for code that calls the autograd function of the original: `mamba_inner_fn`."""
+
+    apply = staticmethod(mamba_inner_fn)
+
+
 def _inner_ref(
     xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias,
     delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, eps,

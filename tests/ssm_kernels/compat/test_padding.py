@@ -82,6 +82,81 @@ def test_state_batch_indices(backend, rows, indices, kind, dtype):
         assert_padded(update, pool_of_states(*each, STATE).to(dtype), indices, x, dt, B, C, z)
 
 
+HEADS, HEADDIM, GROUPS = 4, 3, 2
+
+
+def scan_inputs(length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x, z = randn(1, length, HEADS, HEADDIM), randn(1, length, HEADS, HEADDIM)
+    dt, A = randn(1, length, HEADS), -randn(HEADS).exp()
+    return {
+        "x": x,
+        "dt": dt,
+        "A": A,
+        "B": randn(1, length, GROUPS, STATE),
+        "C": randn(1, length, GROUPS, STATE),
+        "z": z,
+    }
+
+
+@pytest.mark.parametrize("tail", ["number", "bound", "both"])
+@pytest.mark.parametrize("final", [False, True])
+def test_a_pack_with_a_padded_tail(backend, tail, final):
+    """y is zero in the tail, and the states are those of the sequences without it, whatever the tail holds."""
+    length, padding = 9, 3
+    inputs = scan_inputs(length + padding)
+    bounds, whole = torch.tensor([0, 4, length]), {n: t if n == "A" else t[:, :length] for n, t in inputs.items()}
+    seq_idx = torch.tensor([[0] * 4 + [1] * 5])
+    for name in ("x", "B", "C", "z"):
+        inputs[name] = torch.where(torch.arange(length + padding).view(1, -1, 1, 1) < length, inputs[name], torch.nan)
+    leaves = {n: t.requires_grad_() for n, t in inputs.items()}
+    numbers = torch.cat([seq_idx, torch.full((1, padding), 1 if tail == "bound" else -1)], 1)
+    packed = tail != "number"  # otherwise there is a state of the row's last sequence, and no bounds
+
+    def scan(inputs, seq_idx):
+        return compat.mamba_chunk_scan_combined(
+            **inputs, chunk_size=4, D=torch.ones(HEADS), seq_idx=seq_idx, cu_seqlens=bounds if packed else None,
+            dt_softplus=True, return_final_states=final or not packed, return_varlen_states=packed,
+        )  # fmt: skip
+
+    with use_backend(backend):
+        y, *states = scan(leaves, numbers)
+        want, *want_states = scan(whole, seq_idx)
+        y.sum().backward()
+    assert not y[:, length:].any()
+    torch.testing.assert_close(y[:, :length], want)
+    for got, state in zip(states, want_states, strict=True):
+        torch.testing.assert_close(got, state)
+    for name, leaf in leaves.items():
+        assert leaf.grad.isfinite().all(), name
+        assert name == "A" or not leaf.grad[:, length:].any(), name
+
+
+def test_the_mixer_of_mamba2_with_a_padded_tail(backend):
+    inner, channels = HEADS * HEADDIM, HEADS * HEADDIM + 2 * GROUPS * STATE
+    zxbcdt = torch.randn(1, 8, inner + channels + HEADS)
+    zxbcdt[:, 6:] = torch.nan
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1, 1, -1, -1]])
+    weights = (torch.randn(channels, WIDTH), torch.randn(channels), torch.randn(HEADS), -torch.rand(HEADS))
+
+    def mixer(zxbcdt, seq_idx):
+        return compat.mamba_split_conv1d_scan_combined(
+            zxbcdt, *weights, torch.ones(HEADS), 4, seq_idx=seq_idx, headdim=HEADDIM, ngroups=GROUPS,
+            return_final_states=True,
+        )  # fmt: skip
+
+    with use_backend(backend):
+        y, state = mixer(zxbcdt.nan_to_num(3.0), seq_idx)
+        want, want_state = mixer(zxbcdt[:, :6], seq_idx[:, :6])
+    assert not y[:, 6:].any()
+    torch.testing.assert_close(y[:, :6], want)
+    torch.testing.assert_close(state, want_state)
+
+
 def test_no_value_is_read_on_the_host():
     """Tensors of the meta device have none."""
     indices, pool = (torch.empty(shape, device="meta") for shape in ((3,), (POOL, DIM, WIDTH)))

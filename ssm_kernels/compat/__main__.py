@@ -1,0 +1,92 @@
+"""Run a program that is not to be changed with the originals' names answered by this package.
+
+    python -m ssm_kernels.compat [--shadow] script.py args…
+    python -m ssm_kernels.compat [--shadow] -m module args…
+
+The program sees its own `sys.argv`, `sys.path[0]` and `__main__`; its exit status is that of the command, and a
+traceback begins in it. One line on stderr says what is answered. Processes that it forks have the names too; those that
+it starts anew have to be started in this way themselves (`torchrun -m ssm_kernels.compat script.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import os
+import runpy
+import sys
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType, TracebackType
+from typing import NoReturn
+
+from . import install
+
+HIDDEN = (__file__, runpy.__file__)
+"""Files whose frames are not the program's."""
+
+
+def main(argv: list[str]) -> None:
+    """Parse the command, install, and run the program."""
+    parser = argparse.ArgumentParser(prog="python -m ssm_kernels.compat", description=__doc__.split("\n")[0])
+    parser.add_argument("--shadow", action="store_true", help="answer originals that are installed as well")
+    parser.add_argument("-m", dest="is_module", action="store_true", help="the program is a module")
+    parser.add_argument("program", help="script, or module with -m")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the program")
+    given = parser.parse_args(argv)
+
+    print(install(shadow=given.shadow), file=sys.stderr)
+    sys.excepthook = show_traceback_of_program
+    main_module = ModuleType("__main__")
+    if given.is_module:
+        sys.path[0] = os.getcwd()
+        spec, code = code_of_module(given.program)
+        main_module.__file__, main_module.__package__ = spec.origin, spec.parent
+        main_module.__spec__, main_module.__loader__ = spec, spec.loader
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(given.program))
+        code = code_of_script(given.program)
+        main_module.__file__ = given.program
+    sys.argv = [main_module.__file__, *given.args]
+    sys.modules["__main__"] = main_module
+    exec(code, main_module.__dict__)
+
+
+def code_of_script(path: str) -> CodeType:
+    """Compile a file, in the encoding that it declares."""
+    try:
+        with io.open_code(os.path.abspath(path)) as file:
+            return compile(file.read(), path, "exec")
+    except OSError as error:
+        stop(f"cannot open {path}: {error.strerror}")
+
+
+def code_of_module(name: str) -> tuple[ModuleSpec, CodeType]:
+    """Find a module, or a package's `__main__`."""
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except ModuleNotFoundError as error:
+        stop(str(error))
+    code = spec.loader.get_code(spec.name) if spec is not None and hasattr(spec.loader, "get_code") else None
+    if code is None:
+        stop(f"no module named {name} that can be run")
+    return spec, code
+
+
+def stop(message: str) -> NoReturn:
+    """End with status 2, as Python itself does for a program that it cannot find."""
+    print(f"python -m ssm_kernels.compat: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def show_traceback_of_program(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Leave out the frames before the program's first."""
+    while trace is not None and trace.tb_frame.f_code.co_filename in (*HIDDEN, "<frozen runpy>"):
+        trace = trace.tb_next
+    sys.__excepthook__(kind, error.with_traceback(trace), trace)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

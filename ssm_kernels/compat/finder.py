@@ -1,0 +1,175 @@
+"""The import system's side of the drop-in: a finder on `sys.meta_path` and modules whose names are looked up lazily."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from .originals import Original, Refused
+
+PACKAGE = __package__
+
+
+class Finder(MetaPathFinder):
+    """Answers the modules of originals, and `importlib.metadata`'s question for their versions."""
+
+    def __init__(self, originals: dict[str, Original]):
+        self.originals = originals
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Spec of a module of an original.
+
+        Raises:
+            ModuleNotFoundError: an original's module that is not provided; the message says what is.
+        """
+        original = self._original_of(fullname)
+        if original is None:
+            return None
+        names = names_of(original, fullname)
+        if names is not None:
+            # Every module is a package, so that `from module import name` asks here for a name that is missing.
+            return ModuleSpec(fullname, ModuleLoader(original, names), origin=PACKAGE, is_package=True)
+        if "." not in fullname:
+            return None
+        raise ModuleNotFoundError(missing(original, fullname), name=f"{fullname} (of {PACKAGE})")
+
+    def find_distributions(
+        self, context: importlib.metadata.DistributionFinder.Context | None = None
+    ) -> Iterable[importlib.metadata.Distribution]:
+        """Metadata of the originals: name, version and who answers."""
+        wanted = None if context is None or context.name is None else normalized(context.name)
+        for name, original in self.originals.items():
+            if wanted in (None, normalized(name)):
+                yield Distribution(name, original)
+
+    def _original_of(self, fullname: str) -> Original | None:
+        top = fullname.split(".")[0]
+        for original in self.originals.values():
+            if top in original.import_names:
+                return original
+        return None
+
+
+class ModuleLoader(Loader):
+    """Makes a module whose names are looked up when they are asked for."""
+
+    def __init__(self, original: Original, names: dict[str, str | Refused]):
+        self.original, self.names = original, names
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """None: an ordinary module."""
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its version, its docstring and its lookup."""
+        fullname, original, names = module.__name__, self.original, self.names
+        module.__doc__ = f"{fullname}, answered by {PACKAGE}."
+        submodules = set(submodules_of(original, fullname))
+        provided = sorted(name for name, target in names.items() if not isinstance(target, Refused))
+
+        def look_up(name: str) -> Any:
+            target = names.get(name)
+            if name in submodules:
+                value = importlib.import_module(f"{fullname}.{name}")
+            elif target is None:
+                raise AttributeError(missing(original, f"{fullname}.{name}"), name=name, obj=module)
+            elif isinstance(target, Refused):
+                raise ImportError(missing(original, f"{fullname}.{name}"), name=fullname)
+            else:
+                value = resolve(target, f"{fullname}.{name}")
+            setattr(module, name, value)
+            return value
+
+        def listed() -> list[str]:
+            return sorted({*vars(module), *provided, *submodules})
+
+        vars(module).update(__all__=provided, __getattr__=look_up, __dir__=listed)
+        if "." not in fullname:
+            vars(module)["__version__"] = original.version
+
+
+class Distribution(importlib.metadata.Distribution):
+    """Metadata that says which release is answered, and by whom."""
+
+    def __init__(self, name: str, original: Original):
+        self._name, self._original = name, original
+
+    def read_text(self, filename: str) -> str | None:
+        """METADATA and top_level.txt; None for other files."""
+        if filename == "METADATA":
+            summary = f"Summary: answered by {PACKAGE}; the original is not installed"
+            return f"Metadata-Version: 2.1\nName: {self._name}\nVersion: {self._original.version}\n{summary}\n"
+        if filename == "top_level.txt":
+            return "\n".join(self._original.import_names) + "\n"
+        return None
+
+    def locate_file(self, path: Any) -> Any:
+        """No file is installed.
+
+        Raises:
+            FileNotFoundError: always.
+        """
+        raise FileNotFoundError(f"{self._name} is answered by {PACKAGE}: {path} is not installed")
+
+
+def names_of(original: Original, fullname: str) -> dict[str, str | Refused] | None:
+    """Names of a module, of which a package that only holds others has none; None for a module that is not answered."""
+    if fullname in original.modules:
+        return original.modules[fullname]
+    return {} if any(True for _ in submodules_of(original, fullname)) else None
+
+
+def submodules_of(original: Original, fullname: str) -> Iterator[str]:
+    """Names of the modules that are answered directly inside a package."""
+    prefix = fullname + "."
+    yield from dict.fromkeys(m.removeprefix(prefix).split(".")[0] for m in original.modules if m.startswith(prefix))
+
+
+def missing(original: Original, fullname: str) -> str:
+    """Why a module or a name is not there, and what is in its place."""
+    parent, _, name = fullname.rpartition(".")
+    target = (names_of(original, parent) or {}).get(name)
+    reason = target.reason if isinstance(target, Refused) else None
+    for refused, why in original.refused.items():
+        if fullname == refused or fullname.startswith(refused + "."):
+            reason = why
+    names = [n for n, t in (names_of(original, parent) or {}).items() if not isinstance(t, Refused)]
+    have = ", ".join(sorted({*names, *submodules_of(original, parent)}))
+    because = f": {reason}" if reason else ""
+    return f"{fullname} is not provided by {PACKAGE}{because}. {parent} has: {have}"
+
+
+def resolve(target: str, asked: str) -> Any:
+    """Import what a name stands for.
+
+    Raises:
+        ImportError: it is in a package that is not installed, or too old; the message names it.
+    """
+    module_name, _, name = target.partition(":")
+    try:
+        module = importlib.import_module(module_name, PACKAGE)
+        return getattr(module, name)
+    except (ImportError, AttributeError) as error:
+        where = module_name if not module_name.startswith(".") else PACKAGE + module_name
+        raise ImportError(f"{asked} is {where}.{name}, which cannot be imported: {error}", name=asked) from error
+
+
+def normalized(name: str) -> str:
+    """The name of a distribution as PEP 503 compares it."""
+    return name.replace("-", "_").replace(".", "_").lower()
+
+
+def forget(originals: dict[str, Original]) -> None:
+    """Take the originals' modules that were made here out of `sys.modules`."""
+    for name, module in list(sys.modules.items()):
+        loader = getattr(getattr(module, "__spec__", None), "loader", None)
+        if isinstance(loader, ModuleLoader) and loader.original in originals.values():
+            del sys.modules[name]

@@ -1,0 +1,153 @@
+"""What is answered in the originals' place: their modules, the names in each, and where each is here.
+
+A value is `module:name`, where a module that begins with a dot is one of this package, or a `Refused`. Nothing is
+imported before it is asked for. The language model lives in `vlmamba`, which `ssm_kernels` does not need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A name of the originals that cannot be had here."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Original:
+    """A distribution: its import names are answered all together or not at all.
+
+    Args:
+        version: the release whose names and signatures are answered; what `__version__` and `importlib.metadata` say.
+        modules: names in each module. A package's submodules are not among its names.
+        refused: modules that cannot be had, each with the reason. Those inside them are refused with them.
+    """
+
+    version: str
+    modules: dict[str, dict[str, str | Refused]]
+    refused: dict[str, str]
+
+    @property
+    def import_names(self) -> tuple[str, ...]:
+        """Top-level names, such as `mamba_ssm` and `selective_scan_cuda`."""
+        return tuple(dict.fromkeys(name.split(".")[0] for name in self.modules))
+
+
+def _here(module: str, *names: str, **renamed: str) -> dict[str, str | Refused]:
+    """Names of one module, under their own name or renamed."""
+    return {name: f"{module}:{name}" for name in names} | {new: f"{module}:{old}" for new, old in renamed.items()}
+
+
+_SCAN, _SSD, _CONV = ".mamba_ssm.selective_scan", ".mamba_ssm.ssd", ".mamba_ssm.causal_conv1d"
+_NORM, _GATED, _STEP = ".mamba_ssm.layer_norm", ".mamba_ssm.layernorm_gated", ".mamba_ssm.state_update"
+_MODULES, _EXTENSIONS, _MODEL = ".mamba_ssm.modules", ".extensions", "vlmamba.model.mamba_ssm"
+
+_ONE_DEVICE = "it is for tensor parallelism, which is not offered; use ssm_kernels.context_parallel for long sequences"
+_MAMBA_3 = "Mamba-3 is not offered"
+
+MAMBA_SSM = Original(
+    version="2.3.0",
+    modules={
+        "mamba_ssm": {
+            **_here(_SCAN, "selective_scan_fn", "mamba_inner_fn"),
+            **_here(_MODULES, "Mamba", "Mamba2"),
+            **_here(_MODEL, "MambaLMHeadModel"),
+            "Mamba3": Refused(_MAMBA_3),
+        },
+        "mamba_ssm.ops.selective_scan_interface": {
+            **_here(_SCAN, "selective_scan_fn", "selective_scan_ref", "mamba_inner_fn", "mamba_inner_ref"),
+            **_here(_SCAN, "SelectiveScanFn", "MambaInnerFn"),
+            # Vim's fork
+            **_here(_SCAN, "mamba_inner_fn_no_out_proj", "bimamba_inner_fn", "bimamba_inner_ref"),
+            **_here(_CONV, "causal_conv1d_fn"),
+        },
+        "mamba_ssm.ops.triton.selective_state_update": _here(
+            _STEP, "selective_state_update", "selective_state_update_ref"
+        ),
+        "mamba_ssm.ops.triton.ssd_combined": _here(
+            _SSD,
+            "mamba_chunk_scan_combined",
+            "mamba_chunk_scan",
+            "mamba_split_conv1d_scan_combined",
+            "ssd_chunk_scan_combined_ref",
+            "ssd_selective_scan",
+            "mamba_conv1d_scan_ref",
+            "mamba_split_conv1d_scan_ref",
+        ),
+        "mamba_ssm.ops.triton.layer_norm": _here(
+            _NORM, "layer_norm_fn", "rms_norm_fn", "layer_norm_linear_fn", "RMSNorm", "layer_norm_ref", "rms_norm_ref"
+        ),
+        # The module up to release 1.2, with fewer arguments.
+        "mamba_ssm.ops.triton.layernorm": _here(
+            _NORM, "layer_norm_linear_fn", "RMSNorm", layer_norm_fn="layer_norm_fn_v1", rms_norm_fn="rms_norm_fn_v1"
+        ),
+        "mamba_ssm.ops.triton.layernorm_gated": _here(
+            _GATED, "layernorm_fn", "rmsnorm_fn", "LayerNorm", "RMSNorm", "rms_norm_ref"
+        ),
+        "mamba_ssm.ops.triton.k_activations": _here(".mamba_ssm.activations", "swiglu"),
+        "mamba_ssm.modules.mamba_simple": {
+            **_here(_MODULES, "Mamba"),
+            **_here(_SCAN, "selective_scan_fn", "mamba_inner_fn"),
+            **_here(_CONV, "causal_conv1d_fn", "causal_conv1d_update"),
+            **_here(_STEP, "selective_state_update"),
+            **_here(_NORM, "RMSNorm", "layer_norm_fn", "rms_norm_fn"),
+        },
+        "mamba_ssm.modules.mamba2": _here(_MODULES, "Mamba2"),
+        "mamba_ssm.modules.ssd_minimal": _here(_SSD, "segsum", "ssd_minimal_discrete"),
+        "mamba_ssm.models.config_mamba": _here(_MODEL, "MambaConfig"),
+        "mamba_ssm.models.mixer_seq_simple": {
+            **_here(_MODEL, "MambaLMHeadModel", "MambaConfig"),
+            **_here(_MODULES, "Mamba", "Mamba2"),
+            **_here(_NORM, "RMSNorm", "layer_norm_fn", "rms_norm_fn"),
+        },
+        "selective_scan_cuda": _here(_EXTENSIONS, fwd="selective_scan_fwd", bwd="selective_scan_bwd"),
+    },
+    refused={
+        "mamba_ssm.distributed": _ONE_DEVICE,
+        "mamba_ssm.modules.mamba3": _MAMBA_3,
+        "mamba_ssm.modules.mamba3_simple": _MAMBA_3,
+        "mamba_ssm.ops.tilelang": _MAMBA_3,
+        "mamba_ssm.ops.cute": _MAMBA_3,
+        "mamba_ssm.ops.triton.mamba3": _MAMBA_3,
+        "mamba_ssm.modules.moe": "mixtures of experts are not offered",
+        **{
+            f"mamba_ssm.ops.triton.ssd_{part}": "the kernels here are not cut in these parts; use ssd_combined"
+            for part in ("bmm", "chunk_scan", "chunk_state", "state_passing")
+        },
+    },
+)
+
+CAUSAL_CONV1D = Original(
+    version="1.6.1",
+    modules={
+        "causal_conv1d": _here(_CONV, "causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"),
+        "causal_conv1d.causal_conv1d_interface": _here(
+            _CONV, "causal_conv1d_fn", "causal_conv1d_ref", "causal_conv1d_update", "causal_conv1d_update_ref"
+        ),
+        "causal_conv1d.causal_conv1d_varlen": _here(
+            _CONV, "causal_conv1d_varlen_states", "causal_conv1d_varlen_states_ref"
+        ),
+        "causal_conv1d.cpp_functions": _here(
+            _EXTENSIONS, "causal_conv1d_fwd_function", "causal_conv1d_bwd_function", "causal_conv1d_update_function"
+        ),
+        "causal_conv1d_cuda": _here(
+            _EXTENSIONS, "causal_conv1d_fwd", "causal_conv1d_bwd", causal_conv1d_update="causal_conv1d_step"
+        ),
+    },
+    refused={},
+)
+
+VMAMBA = Original(
+    version="0.0.2",
+    modules={
+        "selective_scan_cuda_core": _here(_EXTENSIONS, fwd="selective_scan_core_fwd", bwd="selective_scan_core_bwd"),
+        "selective_scan_cuda_oflex": _here(_EXTENSIONS, fwd="selective_scan_oflex_fwd", bwd="selective_scan_core_bwd"),
+    },
+    refused={},
+)
+
+ORIGINALS = {"mamba_ssm": MAMBA_SSM, "causal_conv1d": CAUSAL_CONV1D, "selective_scan": VMAMBA}
+"""By the name of the distribution."""

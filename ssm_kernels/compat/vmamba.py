@@ -1,0 +1,124 @@
+"""VMamba's scans over images by the names that its code has for them (`csm_triton.py`, `csms6s.py`).
+
+These lie in each project's own copy of the two files; point its imports here:
+
+    from .csm_triton import cross_scan_fn, cross_merge_fn
+    from ssm_kernels.compat.vmamba import cross_scan_fn, cross_merge_fn
+
+Letters: B batch, C channels, H height, W width, L = H W, N state, K = 4 routes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cross_scan import CROSS, cross_merge, cross_scan
+from .mamba_ssm import selective_scan_fn as _selective_scan_fn
+
+_ROUTES = {0: CROSS, 1: ("rows",) * 4, 2: ("rows", "rows", "rows_reversed", "rows_reversed")}
+
+
+def cross_scan_fn(
+    x: Tensor,
+    in_channel_first: bool = True,
+    out_channel_first: bool = True,
+    one_by_one: bool = False,
+    scans: int = 0,
+    force_torch: bool = False,
+) -> Tensor:
+    """Read a grid along four routes.
+
+    Args:
+        x: (B, C, H, W), or (B, H, W, C) where not `in_channel_first`; with `one_by_one`, a grid for each route:
+            (B, 4, C, H, W), or (B, H, W, 4, C).
+        out_channel_first: give (B, 4, C, L), rather than (B, L, 4, C).
+        scans: 0 rows, columns and both reversed; 1 rows four times; 2 rows and reversed rows, twice each.
+        force_torch: of the original's choice of backend: no effect. See `ssm_kernels.use_backend`.
+    """
+    routes = _routes(scans)
+    if one_by_one:
+        x = x.permute(0, 1, 3, 4, 2) if in_channel_first else x.permute(0, 3, 1, 2, 4)  # (B, 4, H, W, C)
+        each = zip(x.unbind(1), routes, strict=True)
+        y = torch.cat([cross_scan(grid, (route,)) for grid, route in each], 1)
+    else:
+        y = cross_scan(x.permute(0, 2, 3, 1) if in_channel_first else x, routes)
+    return y.transpose(2, 3) if out_channel_first else y.transpose(1, 2)  # from (B, 4, L, C)
+
+
+def cross_merge_fn(
+    y: Tensor,
+    in_channel_first: bool = True,
+    out_channel_first: bool = True,
+    one_by_one: bool = False,
+    scans: int = 0,
+    force_torch: bool = False,
+) -> Tensor:
+    """Put what was read along four routes back in its place, and add: the adjoint of `cross_scan_fn`.
+
+    Args:
+        y: (B, 4, C, H, W), or (B, H, W, 4, C) where not `out_channel_first`, as `cross_scan_fn` gave it.
+        in_channel_first: give (B, C, L), rather than (B, L, C); with `one_by_one`, a grid for each route, not added:
+            (B, 4, C, L), or (B, L, 4, C).
+        scans, force_torch: as in `cross_scan_fn`.
+    """
+    routes = _routes(scans)
+    y = y.permute(0, 1, 3, 4, 2) if out_channel_first else y.permute(0, 3, 1, 2, 4)  # (B, 4, H, W, C)
+    height, width = y.shape[2:4]
+    y = y.flatten(2, 3)  # (B, 4, L, C)
+    if one_by_one:
+        each = zip(y.unbind(1), routes, strict=True)
+        x = torch.stack([cross_merge(read.unsqueeze(1), height, width, (route,)) for read, route in each], 1)
+        x = x.flatten(2, 3)  # (B, 4, L, C)
+        return x.transpose(2, 3) if in_channel_first else x.transpose(1, 2)
+    x = cross_merge(y, height, width, routes).flatten(1, 2)  # (B, L, C)
+    return x.transpose(1, 2) if in_channel_first else x
+
+
+class CrossScan:
+    """`CrossScan.apply(x)` of `csms6s.py`: x (B, C, H, W) -> (B, 4, C, L)."""
+
+    @staticmethod
+    def apply(x: Tensor) -> Tensor:
+        """`cross_scan_fn` with its defaults."""
+        return cross_scan_fn(x)
+
+
+class CrossMerge:
+    """`CrossMerge.apply(ys)` of `csms6s.py`: ys (B, 4, C, H, W) -> (B, C, L)."""
+
+    @staticmethod
+    def apply(ys: Tensor) -> Tensor:
+        """`cross_merge_fn` with its defaults."""
+        return cross_merge_fn(ys)
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    oflex: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """The scan of all routes side by side, with gradients.
+
+    Args:
+        u, delta: (B, K C, L). A: (K C, N). B, C: (B, K, N, L). D, delta_bias: (K C,).
+        oflex: give float32 where u is narrower.
+        backend: of the original's extensions: no effect. See `ssm_kernels.use_backend`.
+
+    Gives (B, K C, L).
+    """
+    u = u.to(torch.promote_types(u.dtype, torch.float32)) if oflex else u
+    return _selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+
+
+def _routes(scans: int) -> tuple:
+    if scans not in _ROUTES:
+        raise ValueError(f"scans must be 0, 1 or 2, got {scans!r}")
+    return _ROUTES[scans]
