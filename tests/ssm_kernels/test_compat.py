@@ -480,16 +480,6 @@ SPLIT = (torch.ones(1, 4, 18), torch.ones(10, 4), None, torch.ones(2), -torch.on
         (ValueError, "rowscale", lambda: compat.layer_norm_fn(X, X[0, 0], None, x1=X, rowscale=X[..., 0])),
         (ValueError, "bias1", lambda: compat.layer_norm_fn(X, X[0, 0], None, bias1=X[0, 0])),
         (ValueError, "dropout_p", lambda: compat.layer_norm_fn(X, X[0, 0], None, dropout_p=1.0)),
-        (ValueError, "dt_init", lambda: compat.Mamba(8, dt_init="zero")),
-        (NotImplementedError, "expand", lambda: compat.Mamba(8, expand=1.5)),
-        (NotImplementedError, "inference_params", lambda: compat.Mamba(8)(torch.ones(1, 2, 8), object())),
-        (NotImplementedError, "d_ssm", lambda: compat.Mamba2(64, d_ssm=64)),
-        (NotImplementedError, "D_has_hdim", lambda: compat.Mamba2(64, D_has_hdim=True)),
-        (NotImplementedError, "rmsnorm", lambda: compat.Mamba2(64, rmsnorm=False)),
-        (NotImplementedError, "norm_before_gate", lambda: compat.Mamba2(64, norm_before_gate=True)),
-        (NotImplementedError, "process_group", lambda: compat.Mamba2(64, process_group=object())),
-        (NotImplementedError, "inference_params", lambda: compat.Mamba2(64)(torch.ones(1, 2, 64), None, None, None, 1)),
-        (ValueError, "cu_seqlens", lambda: compat.Mamba2(64)(torch.ones(1, 2, 64), cu_seqlens=torch.tensor([0, 2]))),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_by_name(error, name, call):
