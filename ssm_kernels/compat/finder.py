@@ -79,10 +79,8 @@ class ModuleLoader(Loader):
             target = names.get(name)
             if name in submodules:
                 value = importlib.import_module(f"{fullname}.{name}")
-            elif target is None:
+            elif target is None or isinstance(target, Refused):
                 raise AttributeError(missing(original, f"{fullname}.{name}"), name=name, obj=module)
-            elif isinstance(target, Refused):
-                raise ImportError(missing(original, f"{fullname}.{name}"), name=fullname)
             else:
                 value = resolve(target, f"{fullname}.{name}")
             setattr(module, name, value)

@@ -429,7 +429,7 @@ def test_what_is_found(installed):
     assert {"ops", "modules", "Mamba", "selective_scan_fn"} <= set(dir(mamba_ssm))
     assert mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined  # without an import of the module
     # What transformers asks for first, where it looks for a name in the root.
-    assert getattr(mamba_ssm, "mamba_chunk_scan_combined", None) is None
+    assert getattr(mamba_ssm, "mamba_chunk_scan_combined", None) is None and not hasattr(mamba_ssm, "Mamba3")
     assert importlib.util.find_spec("torch") is not None and importlib.metadata.version("torch")
 
 
@@ -592,3 +592,18 @@ def test_a_module_runs_as_it_would_alone(folder):
 def test_a_program_that_is_not_there(tmp_path, args, message):
     done = command(*args, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_documentation_has_the_whole_table():
+    page = (Path(__file__).parents[3] / "docs" / "drop-in.md").read_text()
+    answered, refused = page.split("## What is refused")
+    for original in ORIGINALS.values():
+        for module, names in original.modules.items():
+            row = next((line for line in answered.splitlines() if line.startswith(f"| `{module}`")), "")
+            assert row, module
+            if "functions that it imports" not in row:
+                assert {n for n, t in names.items() if not isinstance(t, Refused)} == {
+                    n for n in row.replace("`", " ").replace(",", " ").split() if n in names
+                }, module
+        for module in original.refused:
+            assert f"`{module}`" in refused
