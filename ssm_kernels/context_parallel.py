@@ -49,6 +49,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ._backend import Backend
 from ._checks import check_tensor
+from ._invariant import softplus
 from ._sequences import parse_sequences
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d
 from .selective_scan import SelectiveScanOutput, selective_scan
@@ -502,12 +503,12 @@ class _TotalStep(torch.autograd.Function):
         return ddt, dbias[0] if dbias else None, None, None, None
 
 
-def _total_step(dt, bias, softplus, limit, compute) -> Tensor:
+def _total_step(dt, bias, positive, limit, compute) -> Tensor:
     dt = dt.to(compute)
     if bias is not None:
         dt = dt + bias.to(compute)
-    if softplus:
-        dt = F.softplus(dt)
+    if positive:
+        dt = softplus(dt)
     return dt.clamp(*limit).sum(1)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_tensor
+from .._invariant import silu
 from .._sequences import check_packing
 from . import chunked, reference, triton
 
@@ -110,7 +110,7 @@ def causal_conv1d_step(
         if bias is not None:
             y = y + bias
         state.copy_(window[:, 1:])
-        return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+        return (silu(y) if activation == "silu" else y).to(x.dtype)
 
 
 def _check_weights(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

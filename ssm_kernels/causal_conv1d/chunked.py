@@ -13,6 +13,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from .._invariant import silu as _silu
+from .._invariant import silu_backward
 from .._library import define_op
 from .._sequences import parse_sequences
 
@@ -113,9 +115,7 @@ def _forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx):
     inputs = _lay_out(line, x, initial_states, dtype)
     sums = _sums(inputs, weight.to(dtype), None if bias is None else bias.to(dtype))
     y = sums.index_select(0, line.inputs - (width - 1))  # (T, D)
-    if silu:
-        torch.nn.functional.silu(y, inplace=True)
-    return line.put(y, x.shape), inputs[line.after]
+    return line.put(_silu(y) if silu else y, x.shape), inputs[line.after]
 
 
 def _backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal):
@@ -129,7 +129,7 @@ def _backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, df
     dy = line.take(dy)
     if silu:
         sums = _sums(inputs, taps, None if bias is None else bias.to(dtype)).index_select(0, at)
-        dy = torch.ops.aten.silu_backward(dy, sums)
+        dy = silu_backward(dy, sums)
     dsums = dy.new_zeros(max(line.length - width + 1, 0), x.shape[2]).index_copy_(0, at, dy)
     n = len(dsums)
     dinputs = torch.zeros_like(inputs)

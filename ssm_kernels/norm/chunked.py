@@ -7,8 +7,9 @@ number to the third power, wrong beyond |x| = 1e14.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .._invariant import silu
 
 
 def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
@@ -16,7 +17,7 @@ def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: in
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         y = x.to(dtype)
-        gate = None if z is None else F.silu(z.to(dtype))
+        gate = None if z is None else silu(z.to(dtype))
         if gate is not None and not norm_before_gate:
             y = y * gate
         if group_size == x.shape[-1]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_divides, check_no_nan, check_tensor
+from .._invariant import silu, softplus
 from .._sequences import check_packing, without_padding
 from . import chunked, reference, triton
 
@@ -89,7 +90,7 @@ def selective_scan(
     if dt_bias is not None:
         dt = dt + dt_bias.to(compute)
     if dt_softplus:
-        dt = F.softplus(dt)
+        dt = F.softplus(dt) if chosen == "reference" else softplus(dt)
     B, C = (_with_groups(m, u) for m in (B, C))
     groups = max(B.shape[2], C.shape[2])
     B, C = (_spread(m, groups) for m in (B, C))
@@ -98,7 +99,8 @@ def selective_scan(
     if D is not None:
         y = y + D.to(compute) * u
     if z is not None:
-        y = y * F.silu(z.to(compute))
+        z = z.to(compute)
+        y = y * (F.silu(z) if chosen == "reference" else silu(z))
     return SelectiveScanOutput(y.to(u.dtype), final_states)
 
 
@@ -157,7 +159,7 @@ def selective_scan_step(
         if dt_bias is not None:
             dt = dt + dt_bias.to(compute)
         if dt_softplus:
-            dt = F.softplus(dt)
+            dt = softplus(dt)
         B, C = (_per_channel(m, batch, dim, constant).to(compute) for m, constant in ((B, constant_B), (C, constant_C)))
         state.mul_(torch.exp(dt.unsqueeze(-1) * A.to(compute)))
         state.addcmul_((dt * u).unsqueeze(-1), B)
@@ -165,7 +167,7 @@ def selective_scan_step(
         if D is not None:
             y = y + D.to(compute) * u
         if z is not None:
-            y = y * F.silu(z.to(compute))
+            y = y * silu(z.to(compute))
     return y.to(u.dtype)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._invariant import matmul
 from .._library import define_op
 from .._sequences import Blocks, Sequences, make_tiles, parse_sequences
 
@@ -150,7 +151,7 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
             n_kept += count
             u_k, dt_k, B_k, C_k = _read(blocks, k, inputs, A.dtype)
             _, h = _run_block(buffers, dt_k, dt_k * u_k, a, B_k, carry[:count])
-            _write(blocks, k, [C_k.unsqueeze(3) @ h[1:]], [y])  # (K, n, G, 1, E)
+            _write(blocks, k, [matmul(C_k.unsqueeze(3), h[1:])], [y])  # (K, n, G, 1, E)
             carry[:count] = h[-1]
         states[members] = carry
     kept[n_kept:] = 0  # rows to spare
@@ -217,9 +218,9 @@ def _block_backward(buffers, start, u, dt, B, C, dy, a, carry):
     torch.mul(decays[0], steps[0], out=carry)
 
     # A row times a matrix: as a matrix times a column the same products are ten times slower on a CPU.
-    dC = (dy.unsqueeze(3) @ h[1:].transpose(3, 4)).squeeze(3)
-    dB = (du.unsqueeze(3) @ g.transpose(3, 4)).squeeze(3)
-    d_input = (B.unsqueeze(3) @ g).squeeze(3)  # of dt * u
+    dC = matmul(dy.unsqueeze(3), h[1:].transpose(3, 4)).squeeze(3)
+    dB = matmul(du.unsqueeze(3), g.transpose(3, 4)).squeeze(3)
+    d_input = matmul(B.unsqueeze(3), g).squeeze(3)  # of dt * u
     w = decay.mul_(h[:-1]).mul_(g)  # gradient of the exponent dt A
     ddt = d_input * u
     for i in range(a.shape[1]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .._checks import check_divides, check_no_nan, check_tensor
+from .._invariant import matmul, silu, softplus
 from .._sequences import check_packing, without_padding
 from . import chunked, reference, triton
 
@@ -90,12 +92,13 @@ def ssd(
         )
     compute = torch.promote_types(x.dtype, torch.float32)
     x, dt = (without_padding(m, cu_seqlens, seq_idx) for m in (x, dt))
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute)
+    activations = (F.softplus, F.silu) if chosen == "reference" else (softplus, silu)
+    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute, activations[0])
     if chosen == "reference":
         y, final_states = reference.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx)
     else:
         y, final_states = chunked.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx, chunk_size)
-    return SSDOutput(_skip_and_gate(y, x, D, z, compute), final_states)
+    return SSDOutput(_skip_and_gate(y, x, D, z, compute, activations[1]), final_states)
 
 
 def ssd_step(
@@ -138,7 +141,7 @@ def ssd_step(
             return triton.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit))
     compute = state.dtype
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute)
+        dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute, softplus)
         B, C = (m.to(compute).repeat_interleave(x.shape[2] // m.shape[2], dim=2) for m in (B, C))  # (B, T, H, N)
         decay = torch.exp(dt * A.to(compute))
         arriving = dt.unsqueeze(-1) * x
@@ -146,24 +149,28 @@ def ssd_step(
         for t in range(x.shape[1]):
             state.mul_(decay[:, t, :, None, None])
             state.addcmul_(arriving[:, t].unsqueeze(-1), B[:, t].unsqueeze(2))
-            y[:, t] = (state @ C[:, t].unsqueeze(-1)).squeeze(-1)
-        return _skip_and_gate(y, x, D, z, compute)
+            y[:, t] = matmul(state, C[:, t].unsqueeze(-1)).squeeze(-1)
+        return _skip_and_gate(y, x, D, z, compute, silu)
 
 
-def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple, compute: torch.dtype) -> Tensor:
+def _step_size(
+    dt: Tensor, bias: Tensor | None, positive: bool, limit: tuple, compute: torch.dtype, softplus: Callable
+) -> Tensor:
     dt = dt.to(compute)
     if bias is not None:
         dt = dt + bias.to(compute)
-    if softplus:
-        dt = F.softplus(dt)
-    return dt if tuple(limit) == (0.0, float("inf")) and softplus else dt.clamp(*limit)
+    if positive:
+        dt = softplus(dt)
+    return dt if tuple(limit) == (0.0, float("inf")) and positive else dt.clamp(*limit)
 
 
-def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, compute: torch.dtype) -> Tensor:
+def _skip_and_gate(
+    y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, compute: torch.dtype, silu: Callable
+) -> Tensor:
     if D is not None:
         y = y + (D if D.dim() == 2 else D.unsqueeze(-1)).to(compute) * x
     if z is not None:
-        y = y * F.silu(z.to(compute))
+        y = y * silu(z.to(compute))
     return y.to(x.dtype)
 
 

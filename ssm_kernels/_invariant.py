@@ -1,0 +1,78 @@
+"""Functions that round an element alike wherever it is in a tensor, so that results do not depend on the batch.
+
+On a CPU PyTorch's own `silu`, `sigmoid` and `softplus` run vector code over most of a tensor, and scalar code that
+rounds otherwise over its last elements and over strided ones; `exp`, `log1p` and arithmetic do not. A batched product
+of one matrix is handed to another routine of BLAS than one of several, and how BLAS rounds depends on where in memory
+an operand begins too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), without gradients."""
+    return x.neg().exp_().add_(1).reciprocal_()
+
+
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + exp(-x))."""
+    return _SiLU.apply(x)
+
+
+def silu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient of `silu` at x."""
+    s = sigmoid(x)
+    slope = (1 - s).mul_(x).add_(1).mul_(s)
+    return slope.mul_(dy)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), accurate for x of any size."""
+    return _Softplus.apply(x)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """(..., m, k) @ (..., k, n) with the same batch dimensions."""
+    if a.device.type != "cpu" or torch.compiler.is_compiling():
+        return a @ b
+    a, b = _aligned(a), _aligned(b)
+    batch = a.shape[:-2]
+    if batch.numel() != 1:
+        return a @ b
+    pair = (m.reshape(1, *m.shape[-2:]).expand(2, -1, -1) for m in (a, b))
+    return torch.bmm(*pair)[0].view(*batch, a.shape[-2], b.shape[-1])
+
+
+def _aligned(m: Tensor) -> Tensor:
+    """Matrices one after the other, from a multiple of 64 bytes on: PyTorch copies others or not as their number is."""
+    if type(m) is not Tensor:  # a fake tensor has no address
+        return m
+    is_dense = m.is_contiguous() or m.mT.is_contiguous()
+    return m if is_dense and m.data_ptr() % 64 == 0 else m.clone(memory_format=torch.contiguous_format)
+
+
+class _SiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x / x.neg().exp_().add_(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return silu_backward(dy, *ctx.saved_tensors)
+
+
+class _Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return dy * sigmoid(*ctx.saved_tensors)

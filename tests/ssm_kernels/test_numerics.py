@@ -1,0 +1,182 @@
+"""The promises that docs/numerics.md makes of the ops; its tables name the test of each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.cases import OPS, Case, Shape, variants
+from ssm_kernels._triton import interpreting
+
+pytestmark = pytest.mark.triton
+
+SHARED = {"A", "D", "dt_bias", "weight", "bias"}
+"""Inputs that all sequences share."""
+STEPPED = {"u", "x", "dt", "z", "B", "C"}
+"""Inputs with an entry for each step."""
+PACKABLE = ("selective_scan", "ssd", "causal_conv1d")
+FLOATS = ("fp32",) if interpreting() else ("fp32", "bf16", "fp64")
+SIZES = (
+    {"odd": Shape(3, 10, 4, d_state=4, heads=2, headdim=4, height=2)}
+    if interpreting()
+    else {
+        "odd": Shape(5, 37, 24, d_state=4, heads=6, headdim=4),
+        "long": Shape(3, 203, 72, d_state=16, heads=6, headdim=16, groups=2, height=7),
+        "wide": Shape(8, 26, 384, d_state=16, heads=6, headdim=64, height=13),
+    }
+)
+
+
+def cases(op, shape, dtype):
+    """The op with all its options that are not packing; in the interpreter, with those that matter most."""
+    case = Case(op, shape, dtype, chunk_size=64)
+    every = [c for c in variants(case) if not c.sequences and not c.seq_idx]
+    if op in ("selective_scan", "ssd"):
+        every.append(replace(case, z=True, dt_bias=True, initial_states=True))
+    return [every[-1]] if interpreting() else every
+
+
+def run(case, inputs, backend, weights=None):
+    """Outputs and gradients by name. The gradients are of a sum whose weights a sequence takes along."""
+    inputs = {k: v.detach().clone() if v.is_floating_point() else v for k, v in inputs.items()}
+    wanted = [] if case.is_step else [k for k, v in inputs.items() if v.is_floating_point()]
+    for name in wanted:
+        inputs[name].requires_grad_()
+    outputs = case.call(inputs, backend)
+    result = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    if wanted:
+        weights = weights or [torch.linspace(-1, 1, out[0].numel()).view(out.shape[1:]) for out in outputs]
+        total = sum((out.double() * w).sum() for out, w in zip(outputs, weights, strict=True))
+        result |= zip(wanted, torch.autograd.grad(total, [inputs[k] for k in wanted]), strict=True)
+    return result
+
+
+def is_shared(case, name):
+    return name in SHARED or (case.constant and name in ("B", "C"))
+
+
+def assert_same(got, want, *context):
+    """Equal to the bit. A NaN is equal to a NaN."""
+    same = (got == want) | (got.isnan() & want.isnan())
+    assert got.shape == want.shape and same.all(), (*context, f"{(~same).sum()} of {same.numel()} differ")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_runs_are_equal(op, backend):
+    """Forward and backward, with all sequences' shares of a gradient added up."""
+    for case in cases(op, SIZES["odd" if interpreting() else "long"], "fp32"):
+        once, twice = (run(case, case.inputs(), backend) for _ in range(2))
+        for name, value in once.items():
+            assert_same(twice[name], value, str(case), name)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("op", OPS)
+def test_a_sequence_is_the_same_alone_and_among_others(op, size, backend):
+    """At every place in the batch: outputs, states, and the gradients that belong to the sequence."""
+    for dtype in FLOATS:
+        for case in cases(op, SIZES[size], dtype):
+            inputs = case.inputs()
+            together = run(case, inputs, backend)
+            for i in range(case.shape.batch):
+                mine = {k: v if is_shared(case, k) else v[i : i + 1] for k, v in inputs.items()}
+                alone = run(replace(case, shape=replace(case.shape, batch=1)), mine, backend)
+                for name, value in alone.items():
+                    if not is_shared(case, name):
+                        assert_same(together[name][i : i + 1], value, str(case), name, i)
+
+
+LENGTHS = (3, 0, 7, 1) if interpreting() else (37, 0, 200, 5, 64, 1, 130)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("op", PACKABLE)
+def test_a_sequence_is_the_same_packed_and_alone(op, dtype, backend):
+    """In a pack of unequal lengths: outputs, states, and the gradients that belong to the sequence."""
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
+    shape = replace(SIZES["odd" if interpreting() else "long"], batch=1, length=sum(LENGTHS))
+    case = Case(op, shape, dtype, z=True, dt_bias=True, initial_states=True, sequences=len(LENGTHS))
+    inputs = case.inputs() | {"cu_seqlens": bounds}
+    weights = [torch.randn_like(out, dtype=torch.float64) for out in case.call(inputs, backend)]
+    together = run(case, inputs, backend, weights)
+    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if begin == end:
+            continue
+
+        def mine(name, value, begin=begin, end=end, i=i):
+            if name in STEPPED or name == "output 0":
+                return value[:, begin:end]
+            return value if is_shared(case, name) else value[i : i + 1]
+
+        length = int(end - begin)
+        lone = replace(case, sequences=0, shape=replace(shape, length=length))
+        parts = {k: mine(k, v) for k, v in inputs.items() if k != "cu_seqlens"}
+        alone = run(lone, parts, backend, [weights[0][:, begin:end], weights[1][i : i + 1]])
+        for name, value in alone.items():
+            if not is_shared(case, name):
+                assert_same(mine(name, together[name]), value, str(case), name, length)
+
+
+PREFILL_MULTIPLE = 64
+"""Steps at a multiple of which a sequence may be cut; as docs/numerics.md says."""
+
+
+@pytest.mark.skipif(interpreting(), reason="the kernels promise agreement to rounding here")
+@pytest.mark.parametrize("cut", [PREFILL_MULTIPLE, 3 * PREFILL_MULTIPLE])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("op", PACKABLE)
+def test_a_sequence_is_the_same_whole_and_in_prefill_chunks(op, dtype, cut, backend):
+    case = Case(op, replace(SIZES["long"], length=500), dtype, z=True, dt_bias=True, initial_states=True)
+    inputs = case.inputs()
+    y, final_states = case.call(inputs, backend)
+    states, parts = inputs["initial_states"], []
+    for begin in range(0, 500, cut):
+        part = {k: v[:, begin : begin + cut] if k in STEPPED else v for k, v in inputs.items()}
+        part_y, states = case.call(part | {"initial_states": states}, backend)
+        parts.append(part_y)
+    assert_same(torch.cat(parts, 1), y, str(case))
+    assert_same(states, final_states, str(case))
+
+
+def test_results_do_not_depend_on_the_chunk_size_given(backend):
+    """From 64 steps on the PyTorch backend takes chunks of 64; its checkpoints must be counted in the same."""
+    shape = Shape(1, 1100, heads=2, headdim=4, d_state=4)
+    small, large = (Case("ssd", shape, chunk_size=size) for size in (64, 1000))
+    if not interpreting():
+        want = run(small, small.inputs(), backend)
+        for name, value in run(large, large.inputs(), backend).items():
+            assert_same(value, want[name], name)
+
+
+DUMP = """
+import sys, torch
+from benchmarks.cases import OPS, Case, Shape
+from tests.ssm_kernels.test_numerics import run
+sums = {}
+for op in OPS:
+    case = Case(op, Shape(2, 1000, 256, d_state=16, heads=4, headdim=64, height=10), z=op in ("selective_scan", "ssd"))
+    generator = torch.Generator().manual_seed(0)
+    inputs = case.inputs()
+    torch.set_num_threads(int(sys.argv[1]))
+    for name, value in run(case, inputs, "torch").items():
+        sums[op, name] = value
+    torch.set_num_threads(1)
+torch.save(sums, sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(interpreting(), reason="of the PyTorch backend")
+def test_the_number_of_threads_changes_nothing(tmp_path):
+    """In processes of their own, since the suite runs with one thread."""
+    results = []
+    for threads in (1, 2):
+        out = tmp_path / f"{threads}.pt"
+        subprocess.run([sys.executable, "-W", "ignore", "-c", DUMP, str(threads), str(out)], check=True)
+        results.append(torch.load(out))
+    assert results[0].keys() == results[1].keys()
+    for (op, name), value in results[0].items():
+        assert_same(results[1][op, name], value, op, name)
