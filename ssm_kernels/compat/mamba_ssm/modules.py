@@ -185,12 +185,9 @@ class Mamba(_Caches, modules.Mamba):
 
 
 class Mamba2(_Caches, modules.Mamba2):
-    """`mamba_ssm.Mamba2`.
+    """`mamba_ssm.Mamba2`. Arguments that are not listed here are as in `ssm_kernels.modules.Mamba2`.
 
     Args:
-        d_model, d_state, d_conv, expand, headdim, ngroups, A_init_range, D_has_hdim, rmsnorm, norm_before_gate, dt_min,
-            dt_max, dt_init_floor, dt_limit, bias, conv_bias, chunk_size, use_mem_eff_path: as in
-            `ssm_kernels.modules.Mamba2`.
         conv_init: the convolution's weight is uniform between minus this and this.
         d_ssm: channels that are scanned; a gated MLP takes the rest of E.
         layer_idx: key of this layer's caches.
@@ -576,7 +573,7 @@ class GatedMLP(nn.Module):
 
     Args:
         in_features, out_features: widths; the second is the first by default.
-        hidden_features: 8 / 3 of the input's width by default; rounded up to `multiple_of`s.
+        hidden_features: 8 / 3 of the input's width by default; rounded up to a multiple of `multiple_of`.
     """
 
     def __init__(
