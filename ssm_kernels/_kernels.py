@@ -62,6 +62,16 @@ def softplus(x):
 
 
 @triton.jit
+def and_scalar(mask, flag):
+    """`mask & flag` of a tile and a scalar.
+
+    In the interpreter of Triton 3.9, the result of comparing scalars has the type of its operands once it is spread
+    over a tile, and a mask must be boolean. The compiler sees no difference.
+    """
+    return mask & (tl.broadcast_to(flag, mask.shape) != 0)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)) without the division, which takes more instructions than all the rest."""
     root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
@@ -87,7 +97,7 @@ def _carry_kernel(
     row = tl.load(before_row + sequence).to(tl.int64)
     carry = tl.zeros((BLOCK,), COMPUTE)
     if HAS_BEFORE:
-        carry = tl.load(before + row * size + e, mask & (row >= 0), other=0.0).to(COMPUTE)
+        carry = tl.load(before + row * size + e, and_scalar(mask, row >= 0), other=0.0).to(COMPUTE)
     begin, end = tl.load(first + sequence), tl.load(first + sequence + 1)
     for i in range(end - begin):
         piece = (end - 1 - i if REVERSE else begin + i).to(tl.int64)
@@ -96,7 +106,7 @@ def _carry_kernel(
         tl.store(arrivals + piece * size + e, carry.to(arrivals.dtype.element_ty), mask)
         carry = tl.exp(rates * passed) * carry + arrived
     row = tl.load(after_row + sequence).to(tl.int64)
-    tl.store(after + row * size + e, carry.to(after.dtype.element_ty), mask & (row >= 0))
+    tl.store(after + row * size + e, carry.to(after.dtype.element_ty), and_scalar(mask, row >= 0))
 
 
 @triton.jit

@@ -23,6 +23,28 @@ def backend() -> str:
     return "triton" if interpreting() else "torch"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def boolean_masks() -> Iterator[None]:
+    """In the interpreter, the masks of all loads and stores are boolean: from Triton 3.9 on no other is taken."""
+    if not interpreting():
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def checked(access, position):
+        def check(builder, *args, **kwargs):
+            dtype = args[position].data.dtype
+            assert dtype.kind == "b", f"a mask is {dtype}, not bool: combine tile and scalar with `and_scalar`"
+            return access(builder, *args, **kwargs)
+
+        return check
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, position in {"create_masked_load": 1, "create_masked_store": 2}.items():
+            patch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name), position))
+        yield
+
+
 @pytest.fixture
 def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every `torch.empty` gives NaN, so that what a kernel leaves out shows, between bands that it must not touch."""

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import clear_gaps, compute_type, load_piece, place, sigmoid
+from ..._kernels import and_scalar, clear_gaps, compute_type, load_piece, place, sigmoid
 from ..._pieces import Pieces, cut
 from ..._triton import at_most_registers, capability, on_device, pack_routes, processors
 from . import is_time_first, like
@@ -87,7 +87,7 @@ def _forward_kernel(
         final_at = tl.load(final_rows + sequence).to(tl.int64)
         for i in tl.static_range(WIDTH - 1):
             offset = (final_at * (WIDTH - 1) + i) * n_channels + channel
-            tl.store(final + offset, ends[i].to(final.dtype.element_ty), inside & (final_at >= 0))
+            tl.store(final + offset, ends[i].to(final.dtype.element_ty), and_scalar(inside, final_at >= 0))
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def _initial_kernel(
                 WIDTH, COMPUTE,
             )  # fmt: skip
         offset = (initial_at.to(tl.int64) * (WIDTH - 1) + i) * n_channels + channel
-        tl.store(dinitial + offset, total.to(dinitial.dtype.element_ty), inside & (initial_at >= 0))
+        tl.store(dinitial + offset, total.to(dinitial.dtype.element_ty), and_scalar(inside, initial_at >= 0))
 
 
 @triton.jit
@@ -294,7 +294,8 @@ def _load_window(
         value = tl.load(x + _offset(early, time, grid, ROUTED), here, other=0.0).to(COMPUTE)
         if HAS_INITIAL:
             at = initial_at.to(tl.int64) * initial_row + (early - begin + (WIDTH - 1)).to(tl.int64) * initial_time
-            value += tl.load(initial + at, inside & (early < begin) & (initial_at >= 0), other=0.0).to(COMPUTE)
+            before = and_scalar(inside & (early < begin), initial_at >= 0)
+            value += tl.load(initial + at, before, other=0.0).to(COMPUTE)
         values += (value,)
     return values
 
@@ -380,7 +381,7 @@ def _load_dfinal(
 ):  # fmt: skip
     """What reaches the input at `step` through row `final_at` of the final windows."""
     i = step - end + (WIDTH - 1)
-    here = inside & (i >= 0) & (step < end) & (final_at >= 0)
+    here = and_scalar(inside & (i >= 0) & (step < end), final_at >= 0)
     at = final_at.to(tl.int64) * dfinal_row + i.to(tl.int64) * dfinal_time
     return tl.load(dfinal + at, here, other=0.0).to(COMPUTE)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import compute_type, sigmoid
+from ..._kernels import and_scalar, compute_type, sigmoid
 from ..._triton import on_device, processors, rows_of
 
 # Elements of a tile: 8 a lane of 4 to 16 warps, 16 in the widest. From the compiler's register counts; not measured on
@@ -148,7 +148,7 @@ def _wide_backward_kernel(
                 else:
                     u *= gate
             products += g * u * w
-            before = tl.load(dweight + channels, within & (tile != tl.program_id(0)), other=0.0)
+            before = tl.load(dweight + channels, and_scalar(within, tile != tl.program_id(0)), other=0.0)
             tl.store(dweight + channels, before + tl.sum(g * u, axis=0, keep_dims=True), within)
         mean = tl.sum(products, axis=1, keep_dims=True) / SIZE  # (BLOCK_ROWS, 1)
         tl.debug_barrier()  # what one thread stored another may load, for the next rows

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import carry, clear_gaps, compute_type, load_piece, place, sigmoid, softplus
+from ..._kernels import and_scalar, carry, clear_gaps, compute_type, load_piece, place, sigmoid, softplus
 from ..._pieces import cut
 from ..._triton import adjacent, at_most_registers, capability, on_device, pack_routes, processors
 from . import CHUNK, empty_like
@@ -77,7 +77,9 @@ def _forward_kernel(
         h = _load_states(starts + piece * size + state, mask, lane, N, K, 1.0, COMPUTE)
     elif HAS_INITIAL:
         initial = tl.where(sequence >= 0, tl.load(initial_row + tl.maximum(sequence, 0)), -1).to(tl.int64)
-        h = _load_states(initial_states + initial * size + state, mask & (initial >= 0), lane, N, K, 1.0, COMPUTE)
+        h = _load_states(
+            initial_states + initial * size + state, and_scalar(mask, initial >= 0), lane, N, K, 1.0, COMPUTE
+        )
     else:
         h = _zeros(BLOCK_E, LANES, K, COMPUTE)
     if KEEP:
@@ -105,7 +107,7 @@ def _forward_kernel(
         ys = ()
         far = tl.cast(t0, tl.int64) if way is None else 0
         for i in tl.static_range(UNROLL):
-            inside = mask & (t0 + i < end)
+            inside = and_scalar(mask, t0 + i < end)
             near = _near(t0, i, end, way)
             delta = _load_delta(dt + far * dt_1 + near * dt_1, inside, bias, SOFTPLUS, COMPUTE)
             x = _load(u + far * u_1 + near * u_1, inside, COMPUTE)
@@ -129,14 +131,14 @@ def _forward_kernel(
         if not ENDS_ONLY:
             for i in tl.static_range(UNROLL):
                 y_at = y + far * y_1 + _near(t0, i, end, way) * y_1
-                tl.store(y_at, ys[i].to(y.dtype.element_ty), mask & (t0 + i < end))
+                tl.store(y_at, ys[i].to(y.dtype.element_ty), and_scalar(mask, t0 + i < end))
 
     if ENDS_ONLY:
         _store_states(starts + piece * size + state, h, mask, lane, N, K)
         tl.store(times + piece * (G * E) + channel, total, mask)
     else:
         final = tl.where(is_last, tl.load(final_row + tl.maximum(sequence, 0)), -1).to(tl.int64)
-        _store_states(final_states + final * size + state, h, mask & (final >= 0), lane, N, K)
+        _store_states(final_states + final * size + state, h, and_scalar(mask, final >= 0), lane, N, K)
 
 
 @_jit
@@ -172,7 +174,7 @@ def _adjoint_kernel(
         t0 = start + (blocks - 1 - block) * UNROLL
         far = tl.cast(t0, tl.int64) if way is None else 0
         for i in tl.static_range(UNROLL - 1, -1, -1):
-            inside = mask & (t0 + i < end)
+            inside = and_scalar(mask, t0 + i < end)
             near = _near(t0, i, end, way)
             delta = _load_delta(dt + far * dt_1 + near * dt_1, inside, bias, SOFTPLUS, COMPUTE)
             d = _load(dy + far * dy_1 + near * dy_1, inside, COMPUTE)
@@ -266,7 +268,7 @@ def _backward_kernel(
                 step_sizes, ds, dcs, dgates = (), (), (), ()
                 far = tl.cast(t0, tl.int64) if way is None else 0
                 for i in tl.static_range(SUB):
-                    inside = mask & (t0 + i < end)
+                    inside = and_scalar(mask, t0 + i < end)
                     near = _near(t0, i, end, way)
                     delta = _load_delta(dt_row + far * dt_1 + near * dt_1, inside, bias, SOFTPLUS, COMPUTE)
                     x = _load(u_row + far * u_1 + near * u_1, inside, COMPUTE)
@@ -298,7 +300,7 @@ def _backward_kernel(
                     tl.store(deltas + (slot * SUB + i + CHUNK) * BLOCK_E, ds[i])
                     if HAS_Z:
                         dz_at = dz_row + far * dz_1 + near * dz_1
-                        tl.store(dz_at, dgates[i].to(dz.dtype.element_ty), mask & (t0 + i < end))
+                        tl.store(dz_at, dgates[i].to(dz.dtype.element_ty), and_scalar(mask, t0 + i < end))
                     if not CONSTANT_C:
                         sums = dC + part + far * (G * N) + near * (G * N)
                         _add_sums(sums, dcs, i * K, lanes, t0 + i < end, tile > split, N, K)
@@ -317,13 +319,13 @@ def _backward_kernel(
                 for i in tl.static_range(SUB - 1):
                     near = _near(t0, i, end, way)
                     delta = tl.load(deltas + (slot * SUB + i) * BLOCK_E)
-                    x = _load(u_row + far * u_1 + near * u_1, mask & (t0 + i < end), COMPUTE)
+                    x = _load(u_row + far * u_1 + near * u_1, and_scalar(mask, t0 + i < end), COMPUTE)
                     if not CONSTANT_B:
                         b = _load_matrix(B_row + far * B_1 + near * B_1, lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
                     h = _advance(h, a, b, delta, delta * x, K)
                     hs = hs + h
                 for i in tl.static_range(SUB - 1, -1, -1):
-                    inside = mask & (t0 + i < end)
+                    inside = and_scalar(mask, t0 + i < end)
                     near = _near(t0, i, end, way)
                     delta = tl.load(deltas + (slot * SUB + i) * BLOCK_E)
                     d = tl.load(deltas + (slot * SUB + i + CHUNK) * BLOCK_E)
@@ -471,11 +473,11 @@ def _load_matrix(
     values = ()
     if WORD == 1:
         for k in tl.static_range(K):
-            values = values + (tl.load(pointer + k, inside & (lanes * K + k < N), other=0.0).to(COMPUTE),)
+            values = values + (tl.load(pointer + k, and_scalar(lanes * K + k < N, inside), other=0.0).to(COMPUTE),)
     else:
         words = pointer.to(tl.pointer_type(tl.int64), bitcast=True)
         for i in tl.static_range(K // WORD):
-            word = tl.load(words + i, inside & (lanes >= 0), other=0)
+            word = tl.load(words + i, and_scalar(lanes >= 0, inside), other=0)
             for j in tl.static_range(WORD):
                 values = values + (_unpack(word, j, WORD, pointer.dtype.element_ty).to(COMPUTE),)
     return values
@@ -539,8 +541,8 @@ def _add_sums(
 ):  # fmt: skip
     """Write K of the sums (1, LANES) to `pointer` (1, LANES), or with `add` add them to what is there."""
     for k in tl.static_range(K):
-        mask = inside & (lanes * K + k < N)
-        before = tl.load(pointer + k, mask & add, other=0.0)
+        mask = and_scalar(lanes * K + k < N, inside)
+        before = tl.load(pointer + k, and_scalar(mask, add), other=0.0)
         tl.store(pointer + k, before + sums[first + k], mask)
 
 

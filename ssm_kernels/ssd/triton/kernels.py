@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import carry, clear_gaps, compute_type, dot_type, load_piece, place, sigmoid, softplus
+from ..._kernels import and_scalar, carry, clear_gaps, compute_type, dot_type, load_piece, place, sigmoid, softplus
 from ..._pieces import Pieces, cut
 from ..._triton import adjacent, at_most_registers, capability, on_device, pack_routes, processors
 
@@ -130,7 +130,9 @@ def _forward_kernel(
     state = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
     if HAS_START:
         row = (piece if start_row is None else tl.load(start_row + sequence)).to(tl.int64)
-        state = tl.load(starts + (row * H + head) * (P * N) + at_state, in_state & (row >= 0), other=0.0).to(COMPUTE)
+        state = tl.load(starts + (row * H + head) * (P * N) + at_state, and_scalar(in_state, row >= 0), other=0.0).to(
+            COMPUTE
+        )
     if HAS_D:
         skip = tl.load(D + head * D_head + p * D_channel, in_p, other=0.0).to(COMPUTE)
     total = tl.zeros((), COMPUTE)
@@ -167,7 +169,11 @@ def _forward_kernel(
 
     if WRITE_END:
         row = (piece if end_row is None else tl.load(end_row + sequence)).to(tl.int64)
-        tl.store(ends + (row * H + head) * (P * N) + at_state, state.to(ends.dtype.element_ty), in_state & (row >= 0))
+        tl.store(
+            ends + (row * H + head) * (P * N) + at_state,
+            state.to(ends.dtype.element_ty),
+            and_scalar(in_state, row >= 0),
+        )
     if WRITE_TIME:
         if tile == 0:
             tl.store(time + piece.to(tl.int64) * H + head, total)
