@@ -270,8 +270,21 @@ class Terminal:
         given, self.seen = self.seen.split(text, 1)
         return given
 
-    def type(self, text: str) -> None:
+    def until_more(self, seconds: float = 60) -> None:
+        """Wait until the program writes something that `until` has not given yet."""
+        if not self.seen:
+            assert select.select([self.fd], [], [], seconds)[0], "nothing more came"
+
+    def type(self, text: str, until: str | None = None, seconds: float = 60) -> None:
+        """Type a text; with `until`, again and again until the program writes that."""
         os.write(self.fd, text.encode())
+        end = time.monotonic() + seconds
+        while until is not None and until not in self.seen:
+            assert time.monotonic() < end, f"{until!r} did not come; there is {self.seen!r}"
+            if select.select([self.fd], [], [], 1)[0]:
+                self.seen += os.read(self.fd, 4096).decode(errors="replace")
+            else:
+                os.write(self.fd, text.encode())
 
     def ended(self) -> int:
         """The exit status, when the program is at its end."""
@@ -290,7 +303,7 @@ def test_chat_in_a_terminal(folder):
         terminal.until("> ")
         terminal.type("what color?\n")
         terminal.until("what color?\r\n")
-        time.sleep(0.3)  # into the answer
+        terminal.until_more()  # into the answer
         terminal.type("\x03")
         terminal.until(" [stopped]")
         terminal.until("> ")
@@ -301,10 +314,7 @@ def test_chat_in_a_terminal(folder):
             terminal.type("\x1b[A\n")
             terminal.until("no image at")
             terminal.until("> ")
-        time.sleep(0.3)  # the prompt is there a little before the keyboard is watched
-        terminal.type("\x03")
-        terminal.until("/quit or Ctrl-D ends")
-        terminal.until("> ")
+        terminal.type("\x03", until="/quit or Ctrl-D ends")  # readline writes the prompt before it watches for signals
         terminal.type("/quit\n")
         assert terminal.ended() == 0
     except BaseException:

@@ -414,18 +414,20 @@ def test_no_weights_at_all(tmp_path):
 
 PEAK = """
 import gc, json, sys, torch
+from pathlib import Path
 from torch import nn
 from vlmamba.model.weights import load_into, open_weights
 
 def status(key):  # KiB
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 def peak(folder, how, dtype):
     with torch.device("meta"):
         model = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(12))
     weights = open_weights(folder)
     gc.collect()
-    open("/proc/self/clear_refs", "w").write("5")
+    Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     if how == "all at once":
         weights = {n: t.clone() for n, t in weights.items()}

@@ -142,7 +142,8 @@ def test_every_kind_of_image_becomes_rgb_as_in_transformers(tmp_path, picture, m
     if mode == "I;16":  # sixteen bits: what is above 255 becomes white
         image = Image.fromarray(np.array(picture)[:, :, 0].astype(np.uint16) * 3)
         image.save(tmp_path / "image.png")
-        assert Image.open(tmp_path / "image.png").mode == "I;16"
+        with Image.open(tmp_path / "image.png") as saved:
+            assert saved.mode == "I;16"
         assert open_image(tmp_path / "image.png") == image.convert("RGB")
         assert (np.array(image) > 255).any()
         assert np.array_equal(np.array(open_image(tmp_path / "image.png"))[..., 0], np.array(image).clip(0, 255))
@@ -168,7 +169,8 @@ def test_an_orientation_tag_is_not_applied(tmp_path, picture):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert Image.open(tmp_path / "turned.png").getexif()[0x0112] == 6
+    with Image.open(tmp_path / "turned.png") as saved:
+        assert saved.getexif()[0x0112] == 6
     assert torch.equal(ImageProcessor(28)(tmp_path / "turned.png"), ImageProcessor(28)(picture))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -120,11 +121,17 @@ def test_logits_and_gradients_are_equal(model_type, mask, training, monkeypatch)
         assert (grad - our_grads[name]).abs().max() <= 1e-4 * scale, name
 
 
+def cache_name(model) -> str:
+    """The argument and output that holds the states; `cache_params` is `cache` from transformers 5.24 on."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(n for n in ("cache", "cache_params", "past_key_values") if n in parameters)
+
+
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_caches_and_generated_tokens_are_equal(model_type, monkeypatch):
     model = tiny(model_type)
     names = ("causal_conv1d_fn", "causal_conv1d_update", scan_of(model_type), "selective_state_update")
-    cache = "cache_params" if model_type in ("mamba", "mamba2", "falcon_mamba") else "past_key_values"
+    cache = cache_name(model)
 
     @torch.no_grad()
     def compute():
@@ -147,10 +154,11 @@ def test_a_decoding_step_with_gradients_is_the_librarys(model_type, monkeypatch)
     """Its backward fails, since the cache is updated in place. Ours would leave the gradients out without a word."""
     model = tiny(model_type)
     with torch.no_grad():
-        cache = model(TOKENS[:, :6], use_cache=True).cache_params
+        name = cache_name(model)
+        cache = model(TOKENS[:, :6], use_cache=True)[name]
 
     def compute():
-        out = model(TOKENS[:, 6:7], cache_params=copy.deepcopy(cache), use_cache=True)
+        out = model(TOKENS[:, 6:7], use_cache=True, **{name: copy.deepcopy(cache)})
         with pytest.raises(RuntimeError, match="inplace"):
             out.logits.sum().backward()
         return out.logits.detach()
