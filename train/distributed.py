@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -125,6 +125,7 @@ def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf
 
     Raises:
         ValueError: the ranks have different models.
+        RuntimeError: this PyTorch does not average gradients over the ranks (see `check_gradient_average`).
     """
     own = {n: (tuple(p.shape), p.dtype) for n, p in model.named_parameters()}
     described = [own]
@@ -134,6 +135,7 @@ def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf
     if other:
         raise ValueError(f"the model of rank {rank()} is not that of rank 0: {', '.join(sorted(other))}")
     mesh = init_device_mesh(device.type, (world_size(),))
+    check_gradient_average(mesh)
     hollow = {
         id(p): nn.Parameter(torch.empty(p.shape, dtype=first[n][1], device="meta"), p.requires_grad)
         for n, p in model.named_parameters()
@@ -164,6 +166,28 @@ def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf
                 full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
             tensor.copy_(full)
     return sharded
+
+
+def check_gradient_average(mesh: DeviceMesh) -> None:
+    """Check that FSDP averages gradients over the ranks of a mesh, by one step of a layer with a weight for each rank.
+
+    With torch 2.8 and gloo, gradients come out as the sum over the ranks, and nothing says so.
+
+    Raises:
+        RuntimeError: they are no average; raised on every rank.
+    """
+    ranks = mesh.size()
+    layer = nn.Linear(1, ranks, bias=False, device=mesh.device_type)
+    fully_shard(layer, mesh=mesh)
+    inputs = torch.full((1, 1), mesh.get_local_rank() + 1.0, device=mesh.device_type)  # the gradient of each weight
+    layer(inputs).sum().backward()
+    found = layer.weight.grad.full_tensor().flatten()  # (ranks,)
+    average = (ranks + 1) / 2
+    if not torch.allclose(found, torch.full_like(found, average)):
+        raise RuntimeError(
+            f"gradients must be averaged over {ranks} ranks: their average is {average}, and torch {torch.__version__} "
+            f"on {mesh.device_type} gives {found.tolist()}; 2.9.0 is the first release that averages on a CPU"
+        )
 
 
 @torch.no_grad()

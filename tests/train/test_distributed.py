@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import socket
@@ -201,6 +202,20 @@ def check_shards(family):
     assert all((g is None) == n.startswith("vision.") for n, g in gradients.items())
     assert {g.dtype for g in gradients.values() if g is not None} == {torch.float32}
     assert sum_over_ranks(1.0, rank()) == [2.0, 1.0]
+
+
+def test_a_pytorch_that_sums_where_it_should_average_is_refused():
+    assert on_ranks(2, shard_where_averages_are_sums) == [0, 0]
+
+
+def shard_where_averages_are_sums():
+    """As in torch 2.8 with gloo."""
+    torch.distributed.ReduceOp.AVG = torch.distributed.ReduceOp.SUM
+    message = (
+        rf"averaged over 2 ranks: their average is 1.5, and torch {re.escape(torch.__version__)} on cpu gives \[3.0"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        shard(tiny(FAMILIES[0]), torch.device("cpu"), "fp32")
 
 
 def test_ranks_with_different_models_are_told():
