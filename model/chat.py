@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,8 @@ class Conversation:
         Args:
             model: with a tokenizer.
             image: what a VLM's conversation is about.
-            config: how answers are chosen; the greedy one by default.
+            config: how answers are chosen; the greedy one by default. `seed` is that of the first answer, and each
+                answer takes the next one.
             template: the VLM's own by default. A language model without one goes on from each text by itself.
             history: whether a turn is about the ones before, where the template has turns.
 
@@ -82,6 +84,8 @@ class Conversation:
         self.history = history and self.template is not None and self.template.has_turns
         self.effort = Effort(0, 0.0, 0, 0.0)
         self._decoder: Decoder | None = None
+        self._asked = 0
+        """Answers that were begun: each is drawn with the next seed, so that a question asked again is drawn anew."""
         self.reset(image)
 
     def reset(self, image: ImageLike | None = None) -> None:
@@ -111,8 +115,9 @@ class Conversation:
         begin = time.perf_counter()
         start = self._go_back(ids)
         embeds, bounds = self._embed(turns, ids, start)
-        self._here = None  # until this has gone well
-        steps = answer_packed(self.lm, embeds, bounds, [ids], self.model.tokenizer, self.config, self._decoder)
+        config = replace(self.config, seed=(self.config.seed + self._asked) % 2**63)
+        self._asked += 1
+        steps = answer_packed(self.lm, embeds, bounds, [ids], self.model.tokenizer, config, self._decoder)
         answer, given, written = None, "", begin
         try:
             with contextlib.closing(steps):
@@ -146,8 +151,9 @@ class Conversation:
         def behind(tokens: list[int]) -> bool:
             return len(tokens) < len(ids) and ids[: len(tokens)] == tokens
 
-        if self._here is not None and behind(self._here):
-            return len(self._here)
+        here, self._here = self._here, None  # until this turn has gone well
+        if here is not None and behind(here):
+            return len(here)
         if self._mark is not None and behind(self._mark[0]):
             for layer, saved in zip(self._decoder.state, self._mark[1], strict=True):
                 for t, s in zip(layer, saved, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import LMConfig, VLMConfig
 from .config_io import save_config, to_json_dict
-from .files import remove_partials
+from .files import at_home, remove_partials
 from .formats import language, recognise
 from .formats import vlm as released
 from .hub import CONFIG, TOKENIZER, fetch_model, replacing_folder
@@ -62,7 +62,7 @@ def convert(
     if to not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}; got {to!r}")
     check_placement(dtype, "cpu")
-    dst = Path(dst).expanduser()
+    dst = at_home(dst)
     if dst.is_dir():
         remove_partials(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):

@@ -120,3 +120,15 @@ def continue_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> T
     if path.exists() and end < path.stat().st_size:
         os.truncate(path, end)
     return open(path, "a", buffering=1, encoding="utf-8", newline="\n")
+
+
+def at_home(path: str | Path) -> Path:
+    """A path with `~` or `~user` at its beginning replaced by the home folder.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise ValueError(f"{path} begins with the home folder of a user who is not here") from e

@@ -384,10 +384,16 @@ def answer_packed(
     """Answer packed prompts, giving the answers after each step and once more when they are complete.
 
     The arguments are those of `generate_tokens`.
+
+    Raises:
+        ValueError: as `generate_tokens` and `check_tokens`.
     """
+    check_tokens(lm, seen)
     given = [Answer(tokenizer, config.stop) for _ in seen]
     done = [False] * len(given)
-    steps = generate_tokens(lm, embeds, cu_seqlens, seen, config, tokenizer.vocab_size, done=done, decoder=decoder)
+    # Rows that fill up the embedding are no tokens, and a tokenizer may have more or fewer tokens than the model.
+    vocab_size = min(tokenizer.vocab_size, lm.config.vocab_size)
+    steps = generate_tokens(lm, embeds, cu_seqlens, seen, config, vocab_size, done=done, decoder=decoder)
     with contextlib.closing(steps):
         for tokens, _ in steps:
             for i, (answer, token) in enumerate(zip(given, tokens, strict=True)):
@@ -400,6 +406,23 @@ def answer_packed(
     for answer in given:
         answer.finish()
     yield given
+
+
+def check_tokens(lm: MambaLM, sequences: Sequence[Sequence[int]]) -> None:
+    """Refuse tokens that the model has not: those of a tokenizer of another model.
+
+    Args:
+        sequences: tokens; what is below 0 stands for features of an image.
+
+    Raises:
+        ValueError: a token is not in the model's vocabulary, though the embedding may have a row to spare for it.
+    """
+    for i, tokens in enumerate(sequences):
+        if max(tokens, default=0) >= lm.config.vocab_size:
+            raise ValueError(
+                f"sequence {i} has token {max(tokens)}, but the model's vocabulary has {lm.config.vocab_size} tokens: "
+                "the tokenizer is that of another model"
+            )
 
 
 def pieces_of_text(steps: Iterator[list[Answer]]) -> Iterator[str]:

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 
 from .config_io import load_config, save_config
-from .files import PARTIAL, sync, write_whole
+from .files import PARTIAL, at_home, sync, write_whole
 from .weights import INDEX, WEIGHTS, DeviceMap, Weights, check_placement, load_into, open_weights, save_weights
 
 CONFIG = "config.json"
@@ -93,7 +93,7 @@ def fetch(
         PermissionError: the repository is gated.
         ConnectionError: the Hub cannot be reached, or fails.
     """
-    path = Path(name_or_path).expanduser()
+    path = at_home(name_or_path)
     if path.is_dir():
         finish_replacing(path)
         return path
@@ -159,7 +159,7 @@ def fetch_model(
         )
 
     folder = get(SMALL_FILES)
-    if Path(name_or_path).expanduser().is_dir():
+    if at_home(name_or_path).is_dir():
         return folder
     for kind in WEIGHT_FILES:
         with contextlib.suppress(FileNotFoundError):  # offline, where the cache has another kind

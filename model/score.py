@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssm_kernels.modules import MixerState
 
-from .generate import Embed, packed_tokens, pieces, prefill, run_piece
+from .generate import Embed, check_tokens, packed_tokens, pieces, prefill, run_piece
 
 if TYPE_CHECKING:
     from .lm import LMState, MambaLM
@@ -47,7 +47,8 @@ def score(
         batch_size: answers that are run together.
 
     Raises:
-        ValueError: there are not as many answers as prompts, or one of either is empty.
+        ValueError: there are not as many answers as prompts, or one of either is empty or has a token that is not the
+            model's.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"answers must have one entry a prompt ({len(prompts)}), got {len(answers)}")
@@ -55,6 +56,7 @@ def score(
         for i, tokens in enumerate(sequences):
             if not len(tokens):
                 raise ValueError(f"{name}[{i}] must have at least one token, got none")
+    check_tokens(lm, prompts)
     places: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
         places.setdefault(tuple(prompt), []).append(i)
@@ -101,7 +103,12 @@ def batches(answers: Sequence[int], batch_size: int) -> Iterator[slice]:
 def score_packed(
     lm: MambaLM, embeds: Tensor | Embed, cu_seqlens: Tensor, answers: Sequence[Sequence[Sequence[int]]], batch_size: int
 ) -> list[list[Score]]:
-    """Scores of each prompt's answers; the prompts as in `generate_tokens`."""
+    """Scores of each prompt's answers; the prompts as in `generate_tokens`.
+
+    Raises:
+        ValueError: as `check_tokens`, of the answers.
+    """
+    check_tokens(lm, [answer for several in answers for answer in several])
     state = lm.new_state(len(answers))
     last = prefill(lm, embeds, cu_seqlens, state, PIECE)  # (prompts, V)
     flat = [(row, answer) for row, several in enumerate(answers) for answer in several]

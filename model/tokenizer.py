@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,13 +69,21 @@ class Tokenizer:
         if self.eos != END_OF_TEXT:
             Path(path).with_name(CONFIG).write_text(json.dumps({"eos_token": self.eos}) + "\n", encoding="utf-8")
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        return self.inner.get_vocab_size()
+        """One more than the largest id: ids may have gaps, where tokens were added."""
+        return 1 + max(self.inner.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, nothing added. `<|endoftext|>` in the text is the one special token."""
-        return self.inner.encode(text, add_special_tokens=False).ids
+        """Tokens of a text, nothing added. `<|endoftext|>` in the text is the one special token.
+
+        Raises:
+            ValueError: the text has half of a surrogate pair, which is no character; or the tokenizer cannot encode it.
+        """
+        try:
+            return self.inner.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # the library raises bare Exception, and TypeError for halves of surrogate pairs
+            raise ValueError(f"the text cannot be tokenized: {text[:40]!a}: {e}") from e
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of tokens, special ones left out."""

@@ -19,7 +19,7 @@ from .config import VLMConfig
 from .formats import recognise
 from .formats import vlm as released
 from .formats.vlm import joined
-from .generate import Answer, Embed, GenerationConfig, answer_packed, pieces_of_text
+from .generate import Answer, Embed, GenerationConfig, answer_packed, check_tokens, pieces_of_text
 from .hub import TOKENIZER, HubModel
 from .image import ImageLike, as_rgb
 from .lm import MambaLM, neox_tokenizer
@@ -207,6 +207,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             if isinstance(texts, str):
                 raise ValueError(f"answers[{i}] must be a list of texts, got the text {texts!r}")
         samples = self._prompts(conversations, images)
+        check_tokens(self.language_model, [s.input_ids for s in samples])
         tokens = [[self.template.encode_answer(self.tokenizer, a) for a in texts] for texts in answers]
         scores: list[list[Score]] = []
         for chosen in batches([len(texts) for texts in tokens], batch_size):

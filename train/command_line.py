@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -37,6 +39,9 @@ def run_commands(
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(commands)}"
         print(f"{prog}: no command {arguments[0]!r}; {hint}", file=sys.stderr)
         sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show is escaped, and no error
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         command = tyro.extras.subcommand_cli_from_dict(
@@ -53,5 +58,27 @@ def run_commands(
         # The reader closed the pipe (`| head`). What is still to be written has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as e:
-        sys.exit(f"{prog}: {e}")
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, MemoryError) as e:
+        sys.exit(f"{prog}: {describe(e)}")
+
+
+def describe(error: BaseException) -> str:
+    """What went wrong, for a reader who does not see the traceback."""
+    if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"memory ran out {error}".strip()
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def printable(text: str) -> str:
+    """A text as it may be sent to a terminal: what the terminal would obey, and does not show, is escaped.
+
+    Line feeds and tabs stay. Escaped are the other control characters, halves of surrogate pairs, and the marks that
+    reverse the direction of the text around them.
+    """
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
+from ..model.files import at_home
 from ..model.generation_config import GenerationConfig
+from ..model.image import open_image
 from ..model.prompt import get_template
-from ..model.text_files import parse_json, read_lines
+from .command_line import describe, printable
 from .options import Chat, Convert, DtypeName, Generate, Inspect
+from .prompts import answer_prompts, check_text
 
 if TYPE_CHECKING:
     from ..model.chat import Conversation
@@ -44,102 +47,48 @@ def load(name: str, dtype: DtypeName | None, device: str) -> MambaLM | VLM:
     return model
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt, and the image that it is about."""
-
-    prompt: str
-    image: Path | None = None
-
-
 def run_generate(command: Generate) -> None:
-    """Answer one prompt, or those of a file."""
+    """Answer one prompt, or those of a file. SIGTERM ends it with status 143; what is answered stays."""
     if (command.prompt is None) == (command.prompts is None):
         raise ValueError("give either a prompt or --prompts FILE")
-    if command.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {command.batch_size}")
-    if command.prompts is not None:
-        _answer_all(command, read_prompts(command.prompts, command.image))
-        return
-    model = load(command.model, command.dtype, command.device)
-    for piece in stream(model, Question(command.prompt, command.image), command.sampling):
-        print(piece, end="", flush=True)
-    print()
+    if command.output is not None and command.prompts is None:
+        raise ValueError("--output is for the answers to --prompts")
+    with ending_on_sigterm():
+        if command.prompts is not None:
+            answer_prompts(command, lambda: load(command.model, command.dtype, command.device))
+            return
+        check_text(command.prompt)
+        if command.image is not None:
+            open_image(command.image)
+        model = load(command.model, command.dtype, command.device)
+        for piece in stream(model, command.prompt, command.image, command.sampling):
+            print(printable(piece), end="", flush=True)
+        print()
 
 
-def _answer_all(command: Generate, questions: Sequence[Question]) -> None:
-    model = load(command.model, command.dtype, command.device)
-    with tqdm(total=len(questions), desc="generate", unit="prompt", file=sys.stderr, dynamic_ncols=True) as bar:
-        for begin in range(0, len(questions), command.batch_size):
-            some = questions[begin : begin + command.batch_size]
-            for question, answer in zip(some, answers(model, some, command.sampling), strict=True):
-                record = {"prompt": question.prompt, "answer": answer}
-                if question.image is not None:
-                    record["image"] = str(question.image)
-                print(json.dumps(record, ensure_ascii=False), flush=True)
-            bar.update(len(some))
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an exception does, with exit status 143."""
+
+    def end(signum: int, frame: object) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def answers(model: MambaLM | VLM, questions: Sequence[Question], config: GenerationConfig) -> list[str]:
-    """Answer questions together."""
+def stream(model: MambaLM | VLM, prompt: str, image: Path | None, config: GenerationConfig) -> Iterator[str]:
+    """Answer one prompt piece by piece."""
     from ..model.vlm import VLM
 
     if isinstance(model, VLM):
-        return model.generate([q.prompt for q in questions], [q.image for q in questions], config)
-    for question in questions:
-        _check_no_image(question.image)
-    return model.generate([q.prompt for q in questions], config)
-
-
-def stream(model: MambaLM | VLM, question: Question, config: GenerationConfig):
-    """Answer one question piece by piece."""
-    from ..model.vlm import VLM
-
-    if isinstance(model, VLM):
-        return model.stream(question.prompt, question.image, config)
-    _check_no_image(question.image)
-    return model.stream(question.prompt, config)
-
-
-def _check_no_image(image: Path | None) -> None:
+        return model.stream(prompt, image, config)
     if image is not None:
         raise ValueError(f"the model is a language model, which sees no image, but was given {image}")
-
-
-def read_prompts(path: Path, image: Path | None = None) -> list[Question]:
-    """The questions of a file: one a line, or a record a line where it is JSONL. Empty lines are left out.
-
-    Args:
-        image: of each question that has none of its own.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a record is malformed, by its line; or there is no question.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompts at {path}")
-    questions = []
-    for i, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            questions.append(Question(line, image))
-            continue
-        try:
-            record = parse_json(line)
-        except ValueError as e:
-            raise ValueError(f"{path}:{i}: not JSON: {e}") from e
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise ValueError(f'{path}:{i}: expected a record with a text "prompt", got {line.strip()[:80]}')
-        own = record.get("image")
-        if own is not None:
-            if not isinstance(own, str) or not (path.parent / own).is_file():
-                raise ValueError(f'{path}:{i}: "image" must be the path of a file, got {own!r}')
-            own = path.parent / own
-        questions.append(Question(record["prompt"], own or image))
-    if not questions:
-        raise ValueError(f"{path} has no prompts")
-    return questions
+    return model.stream(prompt, config)
 
 
 HELP = """\
@@ -151,12 +100,14 @@ Ctrl-C stops an answer."""
 
 
 def run_chat(command: Chat) -> None:
-    """Talk until /quit or the end of the input."""
+    """Talk until /quit or the end of the input. What goes wrong in a turn ends the turn alone."""
     from ..model.chat import Conversation
 
     model = load(command.model, command.dtype, command.device)
     template = None if command.template is None else get_template(command.template)
     conversation = Conversation(model, command.image, command.sampling, template, command.history)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as a turn
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history in input()
     print("/help lists the commands", file=sys.stderr)
@@ -175,11 +126,14 @@ def run_chat(command: Chat) -> None:
             _obey(command, conversation, line)
         except KeyboardInterrupt:
             print()
-        except (ValueError, OSError) as e:
-            print(e)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, RuntimeError, MemoryError) as e:
+            print(printable(describe(e)))
 
 
 def _obey(command: Chat, conversation: Conversation, line: str) -> None:
+    check_text(line)
     word, _, rest = line.partition(" ")
     if word == "/help":
         print(HELP)
@@ -196,12 +150,18 @@ def _obey(command: Chat, conversation: Conversation, line: str) -> None:
 
 
 def _answer(command: Chat, conversation: Conversation, line: str) -> None:
+    begun = False
     with contextlib.closing(conversation.ask(line)) as pieces:
         try:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                begun = True
+                print(printable(piece), end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
+        except Exception:
+            if begun:
+                print()
+            raise
     print()
     if command.verbose:
         from ..model.inspect import mebibytes
@@ -215,13 +175,17 @@ def _answer(command: Chat, conversation: Conversation, line: str) -> None:
 
 
 def pasted_path(text: str) -> Path:
-    """A path as it is typed, or as a terminal pastes it: in quotes, or with backslashes before its spaces."""
-    path = Path(text).expanduser()
+    """A path as it is typed, or as a terminal pastes it: in quotes, or with backslashes before its spaces.
+
+    Raises:
+        ValueError: it begins with the home folder of a user who is not there.
+    """
+    path = at_home(text)
     if not path.exists():
         with contextlib.suppress(ValueError):  # of a quote that is not closed
             words = shlex.split(text)
             if len(words) == 1:
-                return Path(words[0]).expanduser()
+                return at_home(words[0])
     return path
 
 

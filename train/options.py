@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..model.fields import Size
 from ..model.generation_config import GenerationConfig
 from ..model.prompt import TEMPLATES
 from .config import Changeable, LoraConfig, Target
@@ -235,8 +236,10 @@ class Generate:
     """What it is about. With --prompts: of each prompt that has none of its own."""
     prompts: Path | None = None
     """File of prompts, one a line; or JSONL, records with "prompt" and perhaps "image", a path relative to the file.
-    Answers are printed as JSONL."""
-    batch_size: int = 8
+    Answers are printed as JSONL; a prompt that cannot be answered has an "error" in place of the "answer"."""
+    output: Path | None = None
+    """JSONL file that the answers to --prompts are appended to. Given again, the same command goes on with it."""
+    batch_size: Size = 8
     """Prompts of a file that are answered together."""
     sampling: Sampling = GenerationConfig()
     dtype: DtypeName | None = None

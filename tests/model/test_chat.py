@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,13 +71,71 @@ def tokens_run(lm):
 )
 def test_answers_are_those_of_the_conversation_run_again(vlm, config):
     conversation, turns = Conversation(vlm, RED, config), []
-    for question in QUESTIONS:
+    for i, question in enumerate(QUESTIONS):
         got = "".join(conversation.ask(question))
         turns.append(Turn("user", question))
-        (want,) = vlm.generate([turns], [RED], config)
+        (want,) = vlm.generate([turns], [RED], replace(config, seed=config.seed + i))
         assert got == want
         turns.append(Turn("assistant", got))
     assert conversation.turns == turns
+
+
+def test_a_question_asked_again_is_drawn_anew_and_a_conversation_with_its_seed_is_the_same_again(vlm):
+    config = GenerationConfig(10, temperature=5.0, seed=3)
+
+    def answers():
+        conversation = Conversation(vlm, RED, config, history=False)
+        drawn = ["".join(conversation.ask("what color?")) for _ in range(3)]
+        conversation.reset(RED)
+        return [*drawn, "".join(conversation.ask("what color?"))]
+
+    first = answers()
+    assert len(set(first)) == 4
+    assert answers() == first
+
+
+@pytest.mark.parametrize("place", ["encoder", "prompt", "answer"])
+def test_a_turn_in_which_memory_runs_out_leaves_the_conversation(vlm, place):
+    """Wherever it fails, the answers after it are those of a conversation without the turn, or with what was said."""
+    config = GenerationConfig(6)
+    conversation = Conversation(vlm, RED, config)
+    "".join(conversation.ask(QUESTIONS[0]))
+    if place == "encoder":
+        conversation.reset(BLUE)
+    turns = list(conversation.turns)
+    module = vlm.vision if place == "encoder" else vlm.language_model.backbone.layers[1]
+    calls = itertools.count()
+
+    def fail(module, args):
+        if next(calls) == (3 if place == "answer" else 0):
+            raise torch.OutOfMemoryError("out of memory")
+
+    hook = module.register_forward_pre_hook(fail)
+    said = []
+    with pytest.raises(torch.OutOfMemoryError):
+        said.extend(conversation.ask(QUESTIONS[1]))
+    hook.remove()
+    if place == "answer":
+        turns += [Turn("user", QUESTIONS[1]), Turn("assistant", "".join(said))]
+    assert conversation.turns == turns
+    got = "".join(conversation.ask(QUESTIONS[2]))
+    image = BLUE if place == "encoder" else RED
+    assert got == vlm.generate([[*turns, Turn("user", QUESTIONS[2])]], [image], config)[0]
+
+
+def test_an_image_that_fails_does_not_put_the_state_out_of_step(vlm, monkeypatch):
+    """The state goes back before the image is encoded: what it has seen is then not taken for what it had."""
+    conversation = Conversation(vlm, RED, GenerationConfig(6))
+    turns = []
+    for question in QUESTIONS[:2]:
+        turns += [Turn("user", question), Turn("assistant", "".join(conversation.ask(question)))]
+    embed = conversation._embed
+    monkeypatch.setattr(conversation, "_embed", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(conversation.ask(QUESTIONS[2]))
+    monkeypatch.setattr(conversation, "_embed", embed)
+    got = "".join(conversation.ask(QUESTIONS[3]))
+    assert got == vlm.generate([[*turns, Turn("user", QUESTIONS[3])]], [RED], GenerationConfig(6))[0]
 
 
 def test_only_what_is_new_is_run(vlm, monkeypatch):

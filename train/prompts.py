@@ -1,0 +1,266 @@
+"""`vlmamba generate --prompts`: the prompts of a file, and a file of their answers that the same command goes on with.
+
+A prompt that cannot be answered gets a record with its error in place of the answer, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+from ..model.config_io import to_json_dict
+from ..model.files import json_lines, write_whole
+from ..model.generation_config import GenerationConfig
+from ..model.hub import fetch_model
+from ..model.image import open_image
+from ..model.text_files import decode, parse_json, read_json
+from .card import fingerprint
+from .command_line import describe
+from .options import Generate
+
+if TYPE_CHECKING:
+    from ..model.lm import MambaLM
+    from ..model.vlm import VLM
+
+MAX_CHARACTERS = 2**20
+"""Characters of a prompt or a turn: some 250,000 tokens of English. The tokenizer needs a text whole, and a kilobyte of
+memory for each of its tokens."""
+SETTINGS = ".settings.json"
+"""Ending of the file beside the answers that says what they were made with."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and the image that it is about."""
+
+    text: str
+    image: Path | None = None
+    error: str | None = None
+    """Why it cannot be answered; None where it can."""
+
+
+def check_text(text: str) -> None:
+    """Refuse a text before it is tokenized.
+
+    Raises:
+        ValueError: it has more than `MAX_CHARACTERS`, or half of a surrogate pair, which is no character.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"the text must have at most {MAX_CHARACTERS:,} characters, got {len(text):,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"the text is not UTF-8: it has {text[e.start]!a} after {e.start} characters") from e
+
+
+def read_prompts(path: Path, image: Path | None = None) -> list[Prompt]:
+    """Read the prompts of a file: one a line, or a record a line where it is JSONL. Empty lines are left out.
+
+    Lines end at a line feed alone. Every image is opened, so that a broken one is known before a model is loaded.
+
+    Args:
+        path: the file.
+        image: of each prompt that has none of its own.
+
+    Returns:
+        The prompts; one that is malformed, or whose image cannot be read, has an error that names its line.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: there is no prompt, or the file is UTF-16.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts at {path}")
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is UTF-16; save it as UTF-8")
+    prompts = []
+    opened: dict[Path, str | None] = {}
+    for number, line in enumerate(data.split(b"\n"), 1):
+        line = line.removesuffix(b"\r")
+        if not line.strip():
+            continue
+        shown = line[:80].decode(errors="replace")
+        try:
+            prompt = _parse(decode(line), path, image)
+            shown = prompt.text[:80]
+            check_text(prompt.text)
+        except ValueError as e:
+            prompts.append(Prompt(shown, None, f"{path}:{number}: {e}"))
+            continue
+        if prompt.image is not None:
+            if prompt.image not in opened:
+                opened[prompt.image] = _why_unreadable(prompt.image)
+            if why := opened[prompt.image]:
+                prompt = replace(prompt, error=f"{path}:{number}: {why}")
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{path} has no prompts")
+    return prompts
+
+
+def _parse(line: str, path: Path, image: Path | None) -> Prompt:
+    if path.suffix != ".jsonl":
+        return Prompt(line, image)
+    record = parse_json(line)
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError(f'expected a record with a text "prompt", got {line.strip()[:80]}')
+    own = record.get("image")
+    if own is not None and not isinstance(own, str):
+        raise ValueError(f'"image" must be the path of a file, got {own!r}')
+    return Prompt(record["prompt"], image if own is None else path.parent / own)
+
+
+def _why_unreadable(image: Path) -> str | None:
+    try:
+        open_image(image)
+    except (ValueError, OSError) as e:
+        return str(e)
+    return None
+
+
+def answer_prompts(command: Generate, load: Callable[[], MambaLM | VLM]) -> None:
+    """Answer the prompts of a file in batches, each record as soon as its batch is answered.
+
+    Args:
+        command: `prompts` names the file. `output` names that of the answers, which is gone on with where it has
+            some; without one they are printed.
+        load: gives the model; it is called when the prompts are read.
+
+    Raises:
+        ValueError, OSError: as `read_prompts` and `load`; or `output` was made with other prompts or settings.
+        SystemExit: a prompt has an error in place of an answer; raised in the end, with status 1.
+    """
+    assert command.prompts is not None
+    prompts = read_prompts(command.prompts, command.image)
+    done, failed = (0, 0) if command.output is None else _cut_output(command.output, _settings(command), prompts)
+    if done == len(prompts):
+        print(f"all {done} prompts are answered in {command.output}", file=sys.stderr)
+    else:
+        model = load()
+        with (
+            _opened(command.output) as out,
+            tqdm(
+                total=len(prompts), initial=done, desc="generate", unit="prompt", file=sys.stderr, dynamic_ncols=True
+            ) as bar,
+        ):
+            for begin in range(done, len(prompts), command.batch_size):
+                batch = prompts[begin : begin + command.batch_size]
+                for record in _records(model, batch, command.sampling):
+                    failed += "error" in record
+                    print(json_line(record, out.encoding), file=out, flush=True)
+                bar.update(len(batch))
+    if failed:
+        sys.exit(f"vlmamba: {failed} of {len(prompts)} prompts have an error in place of an answer")
+
+
+def _opened(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
+    if output is None:
+        return contextlib.nullcontext(sys.stdout)
+    return open(output, "a", encoding="utf-8", newline="\n")
+
+
+def _records(model: MambaLM | VLM, prompts: Sequence[Prompt], config: GenerationConfig) -> Iterator[dict[str, str]]:
+    """The record of each prompt of a batch."""
+    answers = iter(_answers(model, [p for p in prompts if p.error is None], config))
+    for prompt in prompts:
+        record = {"prompt": prompt.text} | (next(answers) if prompt.error is None else {"error": prompt.error})
+        yield record | ({} if prompt.image is None else {"image": str(prompt.image)})
+
+
+def _answers(model: MambaLM | VLM, prompts: Sequence[Prompt], config: GenerationConfig) -> list[dict[str, str]]:
+    """Answers or errors. Where a batch fails, each of its prompts is asked by itself, to see which one it was."""
+    try:
+        return [{"answer": text} for text in answer_together(model, prompts, config)]
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        if len(prompts) == 1:
+            return [{"error": describe(e)}]
+    return [one for prompt in prompts for one in _answers(model, [prompt], config)]
+
+
+def answer_together(model: MambaLM | VLM, prompts: Sequence[Prompt], config: GenerationConfig) -> list[str]:
+    """Answer a batch of prompts.
+
+    Raises:
+        ValueError, FileNotFoundError: as `VLM.generate` and `MambaLM.generate`; or a language model is given an image.
+    """
+    from ..model.vlm import VLM
+
+    if isinstance(model, VLM):
+        return model.generate([p.text for p in prompts], [p.image for p in prompts], config)
+    for prompt in prompts:
+        if prompt.image is not None:
+            raise ValueError(f"the model is a language model, which sees no image, but was given {prompt.image}")
+    return model.generate([p.text for p in prompts], config)
+
+
+_UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def json_line(record: dict[str, Any], encoding: str) -> str:
+    """One line of JSON that no reader cuts, no terminal obeys and the encoding can write: what could is escaped."""
+    text = json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf"))
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _settings(command: Generate) -> dict[str, Any]:
+    """All that answers depend on, by the names of the options; files by their content."""
+    assert command.prompts is not None
+    return {
+        "model": command.model,
+        "content of the model": _digest(fetch_model(command.model)),
+        "content of --prompts": fingerprint(command.prompts).sha256,
+        "--image": None if command.image is None else str(command.image),
+        "--dtype": command.dtype,
+        **{f"--{name.replace('_', '-')}": value for name, value in to_json_dict(command.sampling).items()},
+    }
+
+
+def _digest(folder: Path) -> str:
+    """A hash of a model's settings, tokenizer and weights."""
+    sha256 = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors", ".bin", ".pt"):
+            sha256.update(f"{path.relative_to(folder)} {fingerprint(path).sha256}\n".encode())
+    return sha256.hexdigest()
+
+
+def _cut_output(output: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> tuple[int, int]:
+    """Cut a file of answers after the last that is whole: the number of its answers, and of errors among them.
+
+    Raises:
+        ValueError: it is not of this command, or was made with other settings, by name.
+    """
+    beside = output.with_name(output.name + SETTINGS)
+    if not beside.exists():
+        if output.exists() and output.stat().st_size:
+            raise ValueError(f"--output {output} was not written by this command: there is no {beside}")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(beside, json.dumps(settings, indent=2) + "\n")
+        return 0, 0
+    old = read_json(beside)
+    for name, value in settings.items():
+        if not isinstance(old, dict) or old.get(name) != value:
+            was = old.get(name) if isinstance(old, dict) else old
+            raise ValueError(
+                f"--output {output} was made with another {name}: {was!r}, and not {value!r}. Name another file"
+            )
+    done = failed = end = 0
+    for line, prompt in zip(json_lines(output), prompts, strict=False):
+        if line.value is None or line.value.get("prompt") != prompt.text:
+            break
+        done, failed, end = done + 1, failed + ("error" in line.value), line.end
+    if output.exists() and end < output.stat().st_size:
+        os.truncate(output, end)
+    return done, failed
