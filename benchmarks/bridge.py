@@ -9,102 +9,74 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 
 from ssm_kernels.integrations import transformers as integration
 
 from . import report
 from .cases import DTYPES
 from .errors import off
-from .measure import Mode, Result, environment, first_call, on
-from .run import Dtype, command_line, measured_times, what_auto_takes
+from .measure import Result, environment, first_call, on
+from .options import Bridge
+from .run import command_line, measured_times, what_auto_takes
 from .workloads import Workload
 
-ModelType = Literal["mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "nemotron_h", "granitemoehybrid"]
 VOCABULARY = 256
 HEADDIM = 64
 AGREEMENT = 1e-4
 """Of the largest value: by how much results may differ in float32, and 16 roundings of a coarser dtype."""
 
 
-@dataclass
-class Bridge:
-    """Time transformers' models with and without enable(): what a step of training gains from these ops.
+def run_bridge(command: Bridge) -> None:
+    """`ssm-bench bridge`."""
+    if command.width < HEADDIM or command.width % HEADDIM:
+        raise ValueError(f"width must be a multiple of {HEADDIM}, the width of a head; got {command.width}")
+    if importlib.util.find_spec("transformers") is None:
+        raise ModuleNotFoundError("transformers is not installed: pip install transformers")
+    with on(command.device):
+        cases = [_case(command, model_type) for model_type in dict.fromkeys(command.model_type)]
+    result = {"command": command_line(command), "op": "bridge", "dtype": command.dtype, "over": None, "cases": cases}
+    result |= {"ours": what_auto_takes(command.device), **environment(command.device)}
+    if command.out is not None:
+        report.write_all(result, command.out)
+    rows = [(case["name"], row) for case in cases for row in case["rows"]]
+    if wrong := list(dict.fromkeys(name for name, row in rows if not row.get("is_right", True))):
+        sys.exit(f"ssm-bench: {', '.join(wrong)}: not what transformers gives")
 
-    Same weights, in turn; differences of logits and gradients beside the times, from transformers' own. Exit status 1
-    if they do not agree.
-    """
 
-    model_type: tyro.conf.Positional[tuple[ModelType, ...]] = ("mamba", "mamba2")
-    mode: tuple[Mode, ...] = ("fwd", "fwd+bwd")
-    """bwd is the backward alone."""
-    length: int = 1024
-    batch: int = 1
-    width: int = 768
-    """Of the residual stream; the state-space layers' inner width is twice that."""
-    layers: int = 1
-    dtype: Dtype = "fp32"
-    device: str = "cpu"
-    calls: int = 5
-    """Timed calls a side; one that takes more than five seconds, as transformers' own Mamba does, is called once."""
-    out: Path | None = None
-    """JSON file to write; beside it go a table as .csv, a plot as .png, and all of it in one .html."""
+def _case(command: Bridge, model_type: str) -> dict:
+    """Rows of both sides, and by how much ours differs."""
+    torch.manual_seed(0)
+    dtype = DTYPES[command.dtype]
+    model = build_model(model_type, command.width, command.layers).to(command.device, dtype).train()
+    tokens = torch.randint(VOCABULARY, (command.batch, command.length)).to(command.device)
+    parameters = list(model.parameters())
 
-    def run(self) -> None:
-        for name in ("length", "batch", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
-        if self.width < HEADDIM or self.width % HEADDIM:
-            raise ValueError(f"width must be a multiple of {HEADDIM}, the width of a head; got {self.width}")
-        if importlib.util.find_spec("transformers") is None:
-            raise ModuleNotFoundError("transformers is not installed: pip install transformers")
-        with on(self.device):
-            cases = [self._case(model_type) for model_type in dict.fromkeys(self.model_type)]
-        result = {"command": command_line(self), "op": "bridge", "dtype": self.dtype, "over": None, "cases": cases}
-        result |= {"ours": what_auto_takes(self.device), **environment(self.device)}
-        if self.out is not None:
-            report.write_all(result, self.out)
-        rows = [(case["name"], row) for case in cases for row in case["rows"]]
-        if wrong := list(dict.fromkeys(name for name, row in rows if not row.get("is_right", True))):
-            sys.exit(f"ssm-bench: {', '.join(wrong)}: not what transformers gives")
+    def theirs() -> torch.Tensor:
+        return model(tokens, use_cache=False).logits
 
-    def _case(self, model_type: str) -> dict:
-        """Rows of both sides, and by how much ours differs."""
-        torch.manual_seed(0)
-        dtype = DTYPES[self.dtype]
-        model = build_model(model_type, self.width, self.layers).to(self.device, dtype).train()
-        tokens = torch.randint(VOCABULARY, (self.batch, self.length)).to(self.device)
-        parameters = list(model.parameters())
+    def ours() -> torch.Tensor:
+        with integration.enabled():
+            return theirs()
 
-        def theirs() -> torch.Tensor:
-            return model(tokens, use_cache=False).logits
-
-        def ours() -> torch.Tensor:
-            with integration.enabled():
-                return theirs()
-
-        sides = {"ours": Workload(ours, parameters), "transformers": Workload(theirs, parameters)}
-        allowed = max(AGREEMENT, 16 * torch.finfo(dtype).eps)
-        case: dict = {"name": model_type, "truth": "transformers"}
-        case["shape"] = {name: getattr(self, name) for name in ("batch", "length", "width", "layers")}
-        case |= {"allowed_error": allowed, "allowed_gradient_error": allowed, "rows": []}
-        for mode in self.mode:
-            results, seconds = {}, {}
-            for name, side in sides.items():
-                results[name], seconds[name] = first_call(side, mode)
-            rows = {name: {"impl": name, "mode": mode} for name in sides}
-            rows["ours"] |= differences(results["ours"], results["transformers"], allowed)
-            del results
-            for name, row in measured_times(sides, seconds, mode, self.device, self.calls).items():
-                rows[name] |= {"time": row, "floor": None, "bound": None, "share": None}
-            case["rows"] += rows.values()
-        print(report.table({"op": "bridge", "dtype": self.dtype}, case), flush=True)
-        return case
+    sides = {"ours": Workload(ours, parameters), "transformers": Workload(theirs, parameters)}
+    allowed = max(AGREEMENT, 16 * torch.finfo(dtype).eps)
+    case: dict = {"name": model_type, "truth": "transformers"}
+    case["shape"] = {name: getattr(command, name) for name in ("batch", "length", "width", "layers")}
+    case |= {"allowed_error": allowed, "allowed_gradient_error": allowed, "rows": []}
+    for mode in command.mode:
+        results, seconds = {}, {}
+        for name, side in sides.items():
+            results[name], seconds[name] = first_call(side, mode)
+        rows = {name: {"impl": name, "mode": mode} for name in sides}
+        rows["ours"] |= differences(results["ours"], results["transformers"], allowed)
+        del results
+        for name, row in measured_times(sides, seconds, mode, command.device, command.calls).items():
+            rows[name] |= {"time": row, "floor": None, "bound": None, "share": None}
+        case["rows"] += rows.values()
+    print(report.table({"op": "bridge", "dtype": command.dtype}, case), flush=True)
+    return case
 
 
 def differences(got: Result, want: Result, allowed: float) -> dict[str, float | bool]:

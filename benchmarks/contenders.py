@@ -38,8 +38,8 @@ from ..model.generate import Decoder, GenerationConfig, capture, has_graphs, pre
 from ..model.image import ImageProcessor
 from ..model.inspect import flops_a_token
 from ..model.vlm import VisionTower
+from .options import Size
 
-Size = Literal["published", "small"]
 CHUNK = GenerationConfig().prefill_chunk
 """Tokens of a prompt that are run at once."""
 

@@ -27,7 +27,8 @@ from ssm_kernels.testing import assert_agrees
 from ..model.files import write_whole
 from . import cases, compile_report
 from .cases import Case, by_length, connector, layer, published, tiny
-from .measure import Mode, environment, once, time_together
+from .measure import environment, once, time_together
+from .options import Mode
 from .peers import CALLS, PACKAGES
 from .roofline import cost, reached
 from .workloads import Workload, of_case

@@ -31,17 +31,10 @@ from tqdm import tqdm
 from ..model.files import write_whole, writing_whole
 from . import contenders, report
 from .cases import DTYPES
-from .contenders import CHUNK, SAME_SIZE, SPECS, Contender, Size, Spec
+from .contenders import CHUNK, SAME_SIZE, SPECS, Contender, Spec
 from .measure import environment, on, process_status, timing
+from .options import MODELS, Decode, Prefill, Size
 
-Model = Literal[
-    "vl-mamba", "transformer-siglip", "ml-mamba", "ml-mamba-on-mamba1", "transformer-dinov2-siglip", "tinyllava",
-    "mobilevlm-v2",
-]  # fmt: skip
-MODELS: tuple[Model, ...] = (
-    "vl-mamba", "transformer-siglip", "ml-mamba", "ml-mamba-on-mamba1", "transformer-dinov2-siglip", "tinyllava",
-    "mobilevlm-v2",
-)  # fmt: skip
 ROUNDS = 3
 WARM_UP = 5
 """Steps before those that are timed: on a GPU the graph is captured meanwhile."""
@@ -51,58 +44,6 @@ ALLOWED = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 16, torch.flo
 type rounds its activations in every layer, one in float32 also sums in another order."""
 FITS = 0.9
 """Share of the free memory that may be asked for."""
-
-
-@dataclass
-class Prefill:
-    """Time to first token, prompt tokens a second and memory of whole models, against the length of the prompt.
-
-    VL-Mamba and ML-Mamba beside Transformers of the same size with the same encoders, and beside TinyLLaVA and
-    MobileVLM v2, by their shapes, with random weights. The time is from the images to the choice of a token; the
-    encoder's share is shown apart. Before that each model's steps must give the logits of its own prompts: exit status
-    1 if one's do not. What does not fit, or would take longer than the budget, is a row that says so.
-    """
-
-    models: tuple[Model, ...] = MODELS
-    batch: tuple[int, ...] = (1,)
-    context: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
-    """Tokens of the prompt, an image's among them."""
-    size: Size | None = None
-    """By default published on a GPU, and small on a CPU."""
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """By default bf16 for the published size, fp32 for the small one."""
-    device: str = "cpu"
-    budget: float = 60.0
-    """Seconds a cell; one that is predicted to take longer is left out, and a long one measured once."""
-    out: Path | None = None
-    """JSON file to write, after every cell; beside it a table as .csv, a plot as .png, and all of it in one .html. What
-    is in it already is not measured again."""
-
-    def run(self) -> None:
-        measure(self)
-
-
-@dataclass
-class Decode:
-    """Tokens a second and memory of whole models that write on, against the context at which they begin, and batch.
-
-    Models and checks are those of `prefill`.
-    """
-
-    models: tuple[Model, ...] = MODELS
-    batch: tuple[int, ...] = ()
-    """Sequences at once; by default 1, 8 and 64, or 1 and 8 for the small size."""
-    context: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
-    size: Size | None = None
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    device: str = "cpu"
-    steps: int = 24
-    """Timed steps a cell, in three rounds."""
-    budget: float = 60.0
-    out: Path | None = None
-
-    def run(self) -> None:
-        measure(self)
 
 
 @dataclass(frozen=True)
@@ -199,8 +140,6 @@ def _filled(command: Prefill | Decode) -> Prefill | Decode:
             raise ValueError(f"{name} must be at least {low}{why}; got {', '.join(map(str, values)) or 'none'}")
     if not command.models:
         raise ValueError(f"models must name at least one of {', '.join(MODELS)}; got none")
-    if command.budget <= 0:
-        raise ValueError(f"budget must be positive, got {command.budget}")
     if isinstance(command, Decode) and command.steps < ROUNDS:
         raise ValueError(f"steps must be at least {ROUNDS}, one a round; got {command.steps}")
     sorted_ = {name: tuple(sorted(set(values))) for name, values in (("batch", batch), ("context", command.context))}

@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cases import Shape
+from .options import Mode
 from .peers import PACKAGES
 from .workloads import Workload, build
 
-Mode = Literal["fwd", "bwd", "fwd+bwd"]
 SLOW = 5.0
 """Seconds beyond which a call is measured once, not repeated."""
 

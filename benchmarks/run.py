@@ -8,143 +8,52 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 
 from ssm_kernels._backend import resolve_backend
 
 from . import errors, report
 from .cases import DTYPES, Shape
-from .measure import SLOW, Mode, environment, first_call, on, peak_memory, time_together, timing
+from .measure import SLOW, environment, first_call, on, peak_memory, time_together, timing
+from .options import Mode, Run, Sweep
 from .roofline import reached
 from .workloads import BLOCKS, Workload, build, case_of, named_shape, sizes_of
 
-Op = Literal[
-    "selective_scan", "ssd", "causal_conv1d", "rms_norm", "add_rms_norm", "cross_scan", "cross_merge",
-    "cross_causal_conv1d", "cross_selective_scan", "cross_ssd", "selective_scan_step", "ssd_step",
-    "causal_conv1d_step", "mamba_block", "mamba2_block",
-]  # fmt: skip
-Impl = Literal["ours", "triton", "torch", "reference", "mamba_ssm", "causal_conv1d", "fla", "transformers"]
-Metric = Literal["time", "memory", "error"]
-Dtype = Literal["fp32", "fp64", "bf16", "fp16"]
-ShapeName = Literal["default", "130m", "370m", "790m", "1.3b", "2.7b", "vision", "long"]
+
+def run_run(command: Run) -> None:
+    """`ssm-bench run`."""
+    settings = [
+        Setting(name, _sized(command, named_shape(command.op, name)), command.chunk_size)
+        for name in dict.fromkeys(command.shape)
+    ]
+    modes = command.mode or (("fwd",) if command.op.endswith("_step") else ("fwd", "fwd+bwd"))
+    with on(command.device):
+        _measure(command, settings, modes)
 
 
-@dataclass
-class Run:
-    """Measure implementations of an op side by side: time, error, and peak memory of the process.
-
-    Ops are those of ssm_kernels; a block is a whole mixer. The error of y is against the step-by-step reference in
-    float64, or, where that would take long, the torch backend in float64; that of gradients against the latter. Exit
-    status 1 if an implementation is wrong. A peer that is not installed has a line that says so.
-    """
-
-    op: tyro.conf.Positional[Op]
-    impl: tuple[Impl, ...] = ("ours", "transformers")
-    """ours is what `backend="auto"` takes: triton on a GPU and torch elsewhere. triton on a CPU runs in its
-    interpreter, with TRITON_INTERPRET=1. transformers is what that library runs where no kernels are installed."""
-    mode: tuple[Mode, ...] = ()
-    """bwd is the backward alone. By default fwd and fwd+bwd; a decoding step has fwd alone."""
-    metric: tuple[Metric, ...] = ("time", "memory", "error")
-    dtype: Dtype = "fp32"
-    device: str = "cpu"
-    """cuda, or one of several such as cuda:1."""
-    shape: tuple[ShapeName, ...] = ("default",)
-    """One or more, a table each: a published model's layer at batch 8 and length 2,048; vision: 2.7b on an image's 729
-    patches; long: 130m over 65,536 steps."""
-    batch: int | None = None
-    """Sizes; those not given are the shape's."""
-    length: int | None = None
-    channels: int | None = None
-    d_state: int | None = None
-    heads: int | None = None
-    headdim: int | None = None
-    groups: int | None = None
-    width: int | None = None
-    """Of the convolution."""
-    height: int | None = None
-    """Rows of the grid, of which `length` is the area."""
-    chunk_size: int | None = None
-    """Of our SSD; peers keep their own."""
-    calls: int = 15
-    """Timed calls an implementation; one that takes more than five seconds is called once."""
-    out: Path | None = None
-    """JSON file to write; beside it go a table as .csv, a plot as .png, and all of it in one .html."""
-
-    def run(self) -> None:
-        settings = [
-            Setting(name, _sized(self, named_shape(self.op, name)), self.chunk_size)
-            for name in dict.fromkeys(self.shape)
-        ]
-        modes = self.mode or (("fwd",) if self.op.endswith("_step") else ("fwd", "fwd+bwd"))
-        with on(self.device):
-            _measure(self, settings, modes)
-
-
-@dataclass
-class Sweep:
-    """Measure an op against its length (a scan's time grows in proportion), or another size, and plot it.
-
-    Errors and exit status as those of `run`, at every size.
-    """
-
-    op: tyro.conf.Positional[Op]
-    impl: tuple[Impl, ...] = ("ours",)
-    """As in `run`."""
-    mode: tuple[Mode, ...] = ()
-    """By default fwd+bwd; of a decoding step fwd."""
-    metric: tuple[Metric, ...] = ("time", "error")
-    dtype: Dtype = "fp32"
-    device: str = "cpu"
-    shape: ShapeName = "default"
-    """The sizes that are not swept, as in `run`, but one sequence where no batch is given."""
-    lengths: tuple[int, ...] = ()
-    """By default 1,024 to 65,536 by doubling, where no other size is swept."""
-    batches: tuple[int, ...] = ()
-    d_states: tuple[int, ...] = ()
-    chunk_sizes: tuple[int, ...] = ()
-    """Of our SSD; peers keep their own."""
-    batch: int = 1
-    length: int | None = None
-    channels: int | None = None
-    d_state: int | None = None
-    heads: int | None = None
-    headdim: int | None = None
-    groups: int | None = None
-    width: int | None = None
-    height: int | None = None
-    chunk_size: int | None = None
-    calls: int = 5
-    """Timed calls an implementation and size; one that takes more than five seconds is called once."""
-    patience: float = 30.0
-    """Seconds; an implementation whose call took longer is left out at larger sizes."""
-    out: Path = Path("sweep.json")
-    """JSON file to write; beside it go a table as .csv, a plot as .png, and all of it in one .html."""
-
-    def run(self) -> None:
-        swept = {
-            "length": self.lengths,
-            "batch": self.batches,
-            "d_state": self.d_states,
-            "chunk_size": self.chunk_sizes,
-        }
-        given = {name: sorted(values) for name, values in swept.items() if values}
-        if len(given) > 1:
-            raise ValueError(f"sweep goes over one size at a time; got {', '.join(given)}")
-        over, values = next(iter(given.items()), ("length", [2**i for i in range(10, 17)]))
-        _check_reads(self.op, over)
-        base = _sized(self, named_shape(self.op, self.shape))
-        settings = []
-        for value in values:
-            is_chunk = over == "chunk_size"
-            shape = base if is_chunk else replace(base, **{over: value})
-            settings.append(Setting(f"{over} {value:,}", shape, value if is_chunk else self.chunk_size, value))
-        modes = self.mode or (("fwd",) if self.op.endswith("_step") else ("fwd+bwd",))
-        with on(self.device):
-            _measure(self, settings, modes, over, self.patience)
+def run_sweep(command: Sweep) -> None:
+    """`ssm-bench sweep`."""
+    swept = {
+        "length": command.lengths,
+        "batch": command.batches,
+        "d_state": command.d_states,
+        "chunk_size": command.chunk_sizes,
+    }
+    given = {name: sorted(values) for name, values in swept.items() if values}
+    if len(given) > 1:
+        raise ValueError(f"sweep goes over one size at a time; got {', '.join(given)}")
+    over, values = next(iter(given.items()), ("length", [2**i for i in range(10, 17)]))
+    _check_reads(command.op, over)
+    base = _sized(command, named_shape(command.op, command.shape))
+    settings = []
+    for value in values:
+        is_chunk = over == "chunk_size"
+        shape = base if is_chunk else replace(base, **{over: value})
+        settings.append(Setting(f"{over} {value:,}", shape, value if is_chunk else command.chunk_size, value))
+    modes = command.mode or (("fwd",) if command.op.endswith("_step") else ("fwd+bwd",))
+    with on(command.device):
+        _measure(command, settings, modes, over, command.patience)
 
 
 @dataclass(frozen=True)
@@ -168,8 +77,6 @@ def _sized(command: Run | Sweep, shape: Shape) -> Shape:
     given = {name: size for name, size in given.items() if size is not None}
     for name in (*given, *(("chunk_size",) if command.chunk_size is not None else ())):
         _check_reads(command.op, name)
-    if wrong := {name: size for name, size in given.items() if size < 1}:
-        raise ValueError(f"sizes must be 1 or more; got {', '.join(f'{k} {v}' for k, v in wrong.items())}")
     return replace(shape, **given)
 
 

@@ -178,7 +178,7 @@ assert "torch" not in sys.modules, "torch"
 """
 
 
-@pytest.mark.parametrize("package", ["train"])
+@pytest.mark.parametrize("package", ["train", "benchmarks"])
 def test_help_and_version_do_not_import_torch(package):
     cli = importlib.import_module(f"vlmamba.{package}.cli")
     for arguments in ([], ["--help"], ["--version"], *([command, "--help"] for command in cli.COMMANDS)):

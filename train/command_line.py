@@ -13,6 +13,7 @@ from importlib.metadata import version
 
 import tyro
 
+from ..model.fields import check_fields
 from .interrupted import Interrupted
 
 
@@ -47,6 +48,7 @@ def run_commands(
         command = tyro.extras.subcommand_cli_from_dict(
             dict(commands), prog=prog, description=description, args=arguments
         )
+        check_fields(command, lambda name: f"--{name.replace('_', '-')}")
         command.run()
     except Interrupted:
         print(f"\n{prog}: stopped and saved; the same command goes on from here", file=sys.stderr)

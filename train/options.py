@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..model.fields import Size
+from ..model.fields import Count, Interval, Size
 from ..model.generation_config import GenerationConfig
 from ..model.prompt import TEMPLATES
 from .config import Changeable, LoraConfig, Target
@@ -145,11 +145,11 @@ class Train:
     """align trains the connector alone; finetune the connector and the language model; both one after the other."""
     dry_run: bool = False
     """Check everything, tell what the run will take, and train nothing."""
-    sample_every: int | None = None
+    sample_every: Count | None = None
     """Steps between answers to --samples fixed questions of the data, for OUTPUT/STAGE/answers.jsonl."""
-    samples: int = 4
+    samples: Count = 4
     """How many questions --sample-every asks."""
-    peak_tflops: float | None = None
+    peak_tflops: Annotated[float, Interval("(0, inf)")] | None = None
     """Of one device, at the precision trained in (`ssm-bench roofline` knows some); tells the share of it in use."""
     wandb: str | None = None
     """Project at Weights & Biases to send figures to."""
@@ -171,12 +171,12 @@ class Ablate:
     """Compare connectors and scans on easy-VQA, each with the same seeds; print and plot the table."""
 
     family: Literal["vl-mamba", "ml-mamba"] = "vl-mamba"
-    seeds: int = 3
+    seeds: Annotated[int, Interval("[1, 1000]")] = 3
     """How many seeds."""
     preset: PresetName = "quick"
-    shorten: float = 1.0
+    shorten: Annotated[float, Interval("(0, inf)")] = 1.0
     """Train so many times fewer epochs than the preset."""
-    questions: int = 2000
+    questions: Count = 2000
     """Test questions asked."""
     output: Path | None = None
     """Folder of the run; runs/ablate-FAMILY by default. Given again, it resumes."""
@@ -202,8 +202,8 @@ class Evaluate:
     data: Path | None = None
     """Conversations in LLaVA's format; easy-VQA's test questions by default."""
     images: Path | None = None
-    batch_size: int = 256
-    max_new_tokens: int = 32
+    batch_size: Size = 256
+    max_new_tokens: Annotated[int, Interval("[0, inf)")] = 32
     device: str = "auto"
     """auto is a GPU where there is one."""
 

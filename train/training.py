@@ -89,9 +89,6 @@ def _check(command: Train) -> None:
         )
     if command.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {command.device}: torch sees no GPU here")
-    for option in ("sample_every", "samples", "peak_tflops"):
-        if getattr(command, option) is not None and getattr(command, option) <= 0:
-            raise ValueError(f"--{option.replace('_', '-')} must be positive, got {getattr(command, option)}")
 
 
 def _stages(command: Train, recipe: Recipe) -> list[StageConfig]:

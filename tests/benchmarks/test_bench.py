@@ -288,7 +288,7 @@ def test_what_fails_when_called_has_a_line_that_says_so(tmp_path, monkeypatch):
         (["run", "cross_scan", "--length", "40"], "height must divide length.*; got height 32 and length 40"),
         (["run", "ssd", "--groups", "3"], "groups must divide heads; got 3 groups and 8 heads"),
         (["run", "mamba2_block", "--headdim", "100"], "headdim must divide channels; got headdim 100 and channels 512"),
-        (["run", "ssd", "--batch", "0"], "sizes must be 1 or more; got batch 0"),
+        (["run", "ssd", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["run", "ssd_step", "--mode", "fwd", "bwd"], "ssd_step has no backward: mode must be fwd; got fwd, bwd"),
         (["run", "ssd", "--impl", "mamba_ssm", "--length", "8"], "mamba_ssm is not installed"),
     ],

@@ -75,7 +75,7 @@ def test_a_gradient_that_is_next_to_nothing_is_held_against_the_largest():
     ("arguments", "message"),
     [
         (["--width", "100"], "width must be a multiple of 64, the width of a head; got 100"),
-        (["--layers", "0"], "layers must be 1 or more; got 0"),
+        (["--layers", "0"], "--layers must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_built_is_refused(arguments, message):

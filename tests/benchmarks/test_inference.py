@@ -231,9 +231,9 @@ def test_a_model_whose_steps_are_wrong_is_marked_and_so_is_the_exit_status(
 def test_bad_input_is_named():
     for arguments, message in (
         (["prefill", "--context", "64"], r"context must be at least 65 \(an image of 64 tokens, and a text\); got 64"),
-        (["decode", "--batch", "0"], "batch must be at least 1; got 0"),
+        (["decode", "--batch", "0"], r"--batch\[0\] must be at least 1, got 0"),
         (["decode", "--steps", "2"], "steps must be at least 3, one a round; got 2"),
-        (["decode", "--budget", "0"], "budget must be positive, got 0"),
+        (["decode", "--budget", "0"], "--budget must be positive, got 0"),
     ):
         with pytest.raises(SystemExit, match=message):
             cli.main(arguments)

@@ -185,7 +185,7 @@ def test_the_recipes_own_data_are_found_or_told_where_to_get(tmp_path, monkeypat
         (("model", "data/train.json", "--lora.rank", "0"), "rank of LoRA must lie in [1, 1048576], got 0"),
         (("model", "data/train.json", "--lora.rank", "2", "--stage", "align"), "--lora is of the finetune stage"),
         (("model", "data/train.json", "--lr", "-1"), "lr of stage 'finetune' must lie in"),
-        (("model", "data/train.json", "--samples", "0"), "--samples must be positive"),
+        (("model", "data/train.json", "--samples", "0"), "--samples must be at least 1, got 0"),
         (("language", "data/train.json"), "language is no vision-language model"),
     ],
 )
