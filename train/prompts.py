@@ -25,8 +25,8 @@ from ..model.generation_config import GenerationConfig
 from ..model.hub import fetch_model
 from ..model.image import open_image
 from ..model.text_files import decode, parse_json, read_json
-from .card import fingerprint
 from .command_line import describe
+from .identity import fingerprint
 from .options import Generate
 
 if TYPE_CHECKING:

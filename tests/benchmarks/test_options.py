@@ -21,7 +21,14 @@ def test_every_number_has_its_interval(commands):
             for number, interval in numbers(hint):
                 assert interval is not None, (name, field, number)
                 assert -1 not in interval, (name, field)
-    assert sum(len(list(numbers(h))) for c in commands.values() for h in typing.get_type_hints(c, True).values()) > 5
+    assert (
+        sum(
+            len(list(numbers(h)))
+            for c in commands.values()
+            for h in typing.get_type_hints(c, include_extras=True).values()
+        )
+        > 5
+    )
 
 
 def numbers(hint, interval=None):

@@ -306,8 +306,9 @@ def test_a_signal_leaves_what_is_answered(number, status, folder, five, tmp_path
 
 
 SLOW_AFTER_TWO = """
-import sys, time
+import signal, sys, time
 from vlmamba.train import cli, prompts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 together = prompts.answer_together
 def answer(model, batch, config):
     if batch[0].text != "a red":
