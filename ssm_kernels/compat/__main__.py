@@ -16,6 +16,7 @@ import io
 import os
 import runpy
 import sys
+from importlib.abc import InspectLoader
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType, TracebackType
 from typing import NoReturn
@@ -28,7 +29,9 @@ HIDDEN = (__file__, runpy.__file__)
 
 def main(argv: list[str]) -> None:
     """Parse the command, install, and run the program."""
-    parser = argparse.ArgumentParser(prog="python -m ssm_kernels.compat", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ssm_kernels.compat", description="Run a program under the originals' names."
+    )
     parser.add_argument("--shadow", action="store_true", help="answer originals that are installed as well")
     parser.add_argument("-m", dest="is_module", action="store_true", help="the program is a module")
     parser.add_argument("program", help="script, or module with -m")
@@ -69,9 +72,11 @@ def code_of_module(name: str) -> tuple[ModuleSpec, CodeType]:
             spec = importlib.util.find_spec(f"{name}.__main__")
     except ModuleNotFoundError as error:
         stop(str(error))
-    code = spec.loader.get_code(spec.name) if spec is not None and hasattr(spec.loader, "get_code") else None
-    if code is None:
+    if spec is None or not isinstance(spec.loader, InspectLoader):
         stop(f"no module named {name} that can be run")
+    code = spec.loader.get_code(spec.name)
+    if code is None:
+        stop(f"module {name} has no Python code")
     return spec, code
 
 

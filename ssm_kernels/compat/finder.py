@@ -13,7 +13,7 @@ from typing import Any
 
 from .originals import Original, Refused
 
-PACKAGE = __package__
+PACKAGE = __name__.rpartition(".")[0]
 
 
 class Finder(MetaPathFinder):

@@ -38,14 +38,14 @@ class Original:
 
 def _here(module: str, *names: str, **renamed: str) -> dict[str, str | Refused]:
     """Names of one module, under their own name or renamed."""
-    return {name: f"{module}:{name}" for name in names} | {new: f"{module}:{old}" for new, old in renamed.items()}
+    found: dict[str, str | Refused] = {name: f"{module}:{name}" for name in names}
+    return found | {new: f"{module}:{old}" for new, old in renamed.items()}
 
 
 _SCAN, _SSD, _CONV = ".mamba_ssm.selective_scan", ".mamba_ssm.ssd", ".mamba_ssm.causal_conv1d"
 _NORM, _GATED, _STEP = ".mamba_ssm.layer_norm", ".mamba_ssm.layernorm_gated", ".mamba_ssm.state_update"
 _MODULES, _EXTENSIONS, _MODEL = ".mamba_ssm.modules", ".extensions", "vlmamba.model.mamba_ssm"
 
-_ONE_DEVICE = "it is for tensor parallelism, which is not offered; use ssm_kernels.context_parallel for long sequences"
 _MAMBA_3 = "Mamba-3 is not offered"
 
 MAMBA_SSM = Original(
@@ -108,10 +108,15 @@ MAMBA_SSM = Original(
             **_here(_NORM, "RMSNorm", "layer_norm_fn", "rms_norm_fn"),
         },
         "mamba_ssm.utils.generation": _here(_MODULES, "InferenceParams"),
+        # Copies of Mamba-2 import these; to use one is refused.
+        "mamba_ssm.distributed.tensor_parallel": _here(
+            ".mamba_ssm.distributed", "ColumnParallelLinear", "RowParallelLinear"
+        ),
+        "mamba_ssm.distributed.distributed_utils": _here(".mamba_ssm.distributed", "all_reduce", "reduce_scatter"),
+        "mamba_ssm.utils.torch": _here(".mamba_ssm.autocast", "custom_fwd", "custom_bwd"),
         "selective_scan_cuda": _here(_EXTENSIONS, fwd="selective_scan_fwd", bwd="selective_scan_bwd"),
     },
     refused={
-        "mamba_ssm.distributed": _ONE_DEVICE,
         "mamba_ssm.modules.mamba3": _MAMBA_3,
         "mamba_ssm.modules.mamba3_simple": _MAMBA_3,
         "mamba_ssm.ops.tilelang": _MAMBA_3,
@@ -129,9 +134,11 @@ CAUSAL_CONV1D = Original(
     version="1.6.1",
     modules={
         "causal_conv1d": _here(_CONV, "causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"),
-        "causal_conv1d.causal_conv1d_interface": _here(
-            _CONV, "causal_conv1d_fn", "causal_conv1d_ref", "causal_conv1d_update", "causal_conv1d_update_ref"
-        ),
+        "causal_conv1d.causal_conv1d_interface": {
+            **_here(_CONV, "causal_conv1d_fn", "causal_conv1d_ref", "causal_conv1d_update", "causal_conv1d_update_ref"),
+            **_here(_EXTENSIONS, "causal_conv1d_fwd_function", "causal_conv1d_bwd_function"),
+            **_here(_EXTENSIONS, "causal_conv1d_update_function"),
+        },
         "causal_conv1d.causal_conv1d_varlen": _here(
             _CONV, "causal_conv1d_varlen_states", "causal_conv1d_varlen_states_ref"
         ),

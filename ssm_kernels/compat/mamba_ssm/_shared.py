@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def time_before_state(matrix: Tensor) -> Tensor:
     return matrix.movedim(-1, 1)
 
 
-def check_activation(name: str | None) -> str | None:
+def check_activation(name: str | None) -> Literal["silu"] | None:
     """Give the name that `ssm_kernels.causal_conv1d` knows the activation by.
 
     Raises:

@@ -303,6 +303,57 @@ got.append(swiglu(two))
 want.append(torch.nn.functional.silu(two[:, :4]) * two[:, 4:])
 """
 
+COPY_OF_MAMBA2 = """
+import torch
+from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from mamba_ssm.distributed.distributed_utils import all_reduce, reduce_scatter
+from mamba_ssm.ops.triton.layernorm_gated import RMSNorm as RMSNormGated
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_conv1d_scan_ref
+from mamba_ssm.utils.torch import custom_bwd, custom_fwd
+from causal_conv1d import causal_conv1d_fn
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    @custom_fwd
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @custom_bwd
+    def backward(ctx, dy):
+        return 2 * dy
+
+class Layer(torch.nn.Module):
+    def __init__(self, process_group=None):
+        super().__init__()
+        linear = torch.nn.Linear if process_group is None else ColumnParallelLinear
+        self.in_proj = linear(8, 6 + 2 * 4 + 2)
+        self.norm = RMSNormGated(6, norm_before_gate=False)
+        self.weight = torch.nn.Parameter(torch.randn(6 + 2 * 4, 4))
+
+    def forward(self, hidden):
+        xBC, dt = self.in_proj(Double.apply(hidden)).split([14, 2], dim=-1)
+        xBC = causal_conv1d_fn(xBC.transpose(1, 2), self.weight, None, activation="silu").transpose(1, 2)
+        x, B, C = xBC.split([6, 4, 4], dim=-1)
+        y = mamba_chunk_scan_combined(x.unflatten(-1, (2, 3)), dt, -torch.ones(2), B.unsqueeze(2), C.unsqueeze(2), 4,
+                                      D=torch.ones(2), dt_softplus=True)
+        return self.norm(y.flatten(2))
+
+layer, hidden = Layer().double(), torch.randn(2, 9, 8, requires_grad=True)
+got = layer(hidden)
+got.sum().backward()
+xBC, dt = layer.in_proj(2 * hidden).split([14, 2], dim=-1)
+want = layer.norm(mamba_conv1d_scan_ref(xBC, layer.weight, None, dt, -torch.ones(2), 4, torch.ones(2), dt_softplus=True,
+                                        headdim=3))
+for use in (Layer, RowParallelLinear, all_reduce, reduce_scatter):
+    try:
+        use(1)
+    except NotImplementedError as error:
+        assert "context_parallel" in str(error)
+    else:
+        raise AssertionError("not refused")
+"""
+
 PATTERNS = {
     "MambaVision": MAMBAVISION,
     "U-Mamba": U_MAMBA,
@@ -311,6 +362,7 @@ PATTERNS = {
     "Megatron": MEGATRON,
     "Vim": VIM,
     "VMamba": VMAMBA,
+    "a copy of Mamba-2": COPY_OF_MAMBA2,
     "a fork of the fused mixer": FORK_OF_THE_FUSED_MIXER,
     "the originals' tests": ORIGINAL_TESTS,
 }
@@ -437,8 +489,8 @@ def test_what_is_found(installed):
     ("code", "error", "message"),
     [
         ("from mamba_ssm.ops.triton.ssd_combined import foo", ImportError, "foo is not provided .* has: .*mamba_chunk"),
-        ("import mamba_ssm.distributed.tensor_parallel", ModuleNotFoundError, "tensor parallelism"),
-        ("from mamba_ssm.distributed import tensor_parallel", ModuleNotFoundError, "tensor parallelism"),
+        ("import mamba_ssm.distributed.pipeline", ModuleNotFoundError, "distributed.pipeline is not .*tensor_parallel"),
+        ("from mamba_ssm.modules import moe", ModuleNotFoundError, "mixtures of experts are not offered"),
         ("from mamba_ssm.modules import mamba3", ImportError, "Mamba-3 is not offered.* has: .*mamba_simple"),
         ("from mamba_ssm.modules.mamba3 import Mamba3", ModuleNotFoundError, "Mamba-3 is not offered"),
         ("from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd", ModuleNotFoundError, "use ssd_combined"),

@@ -1,0 +1,12 @@
+"""`mamba_ssm.utils.torch`: decorators of autograd functions that keep to the autocast of their forward."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+custom_fwd = functools.partial(torch.amp.custom_fwd, device_type=_DEVICE)
+custom_bwd = functools.partial(torch.amp.custom_bwd, device_type=_DEVICE)
