@@ -1,13 +1,15 @@
 # Two commands on a machine with Python, git and make: `make demo` and `make test`. Each builds .venv as it needs.
 PYTHON ?= python3
 PRESET ?= quick
+MINUTES ?= 10
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 # Pinned, so that a build is the same everywhere; on Linux the pinned torch may be a CPU build.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs nightly clean
+.PHONY: help demo test lint docs soak nightly clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -26,10 +28,14 @@ lint: $(VENV)/.test  ## ruff: rules and format
 docs: $(VENV)/.docs  ## the documentation, as pages in docs/_build/html
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
 
-nightly: $(VENV)/.test  ## what takes longer than `test`: ten minutes of random calls on each backend
+soak: $(VENV)/.test  ## break a small training for MINUTES=10 (SEED=0), and look for anything lost
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
+
+nightly: $(VENV)/.test  ## what takes longer than `test`: random calls on each backend, and the soak
 	$(BIN)/ssm-bench fuzz --minutes 10
 	TRITON_INTERPRET=1 $(BIN)/ssm-bench fuzz --minutes 10
 	$(BIN)/ssm-bench compile-report --quick
+	$(MAKE) soak
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV)

@@ -129,7 +129,7 @@ def _update(digest: Any, value: object) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(_bytes(value))
-    elif dataclasses.is_dataclass(value):
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         _update(digest, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     elif isinstance(value, Mapping):
         for key, inner in value.items():

@@ -6,13 +6,14 @@ checkpoint needs no state of its data: it begins with the very next sample.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -87,7 +88,7 @@ class Loader:
         ValueError: the batch cannot be shared equally, or there is nothing to train on.
         BrokenDataError: while iterating: more than `stage.max_broken` of the samples that this rank has seen are
             broken.
-        RuntimeError: while iterating: a worker died.
+        ChildProcessError: while iterating: a worker died.
     """
 
     def __init__(
@@ -119,10 +120,14 @@ class Loader:
         if folder is not None:
             self.report = Path(folder) / ("broken.jsonl" if rank == 0 else f"broken-{rank}.jsonl")
 
-    def __iter__(self) -> Iterator[StepData]:
+    def __iter__(self) -> Generator[StepData, None, None]:
         n_broken = self._kept_reports()
         n_micro_batches = -(-self.n_samples // self._micro_batch_size)
         prepared = iter(self._engine())
+        with _deaths_told_by_next(prepared):
+            yield from self._steps(prepared, n_micro_batches, n_broken)
+
+    def _steps(self, prepared: Iterator[_Prepared], n_micro_batches: int, n_broken: int) -> Iterator[StepData]:
         for step in range(self.first_step, self.n_steps):
             start = time.perf_counter()
             ready = [self._next(prepared) for _ in range(n_micro_batches)]
@@ -160,7 +165,7 @@ class Loader:
             # The last three: it died with a batch that it had announced and not yet handed over.
             if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
                 raise
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"a process that prepares data for stage {self.stage.name!r} died: {e}. Where memory ran out, fewer "
                 f"workers (now {self.stage.workers}) or a smaller micro_batch_size help"
             ) from e
@@ -232,6 +237,27 @@ class _Preparation:
                 else:  # the loader will raise
                     return _Prepared(None, broken)
             return _Prepared(self.collate(samples), broken)
+
+
+@contextlib.contextmanager
+def _deaths_told_by_next(prepared: Any) -> Iterator[None]:
+    """Within, the death of a worker is told when a batch is asked for. PyTorch's own handler of SIGCHLD raises wherever
+    the loop is, in the middle of an optimizer step too.
+
+    Args:
+        prepared: iterator of a DataLoader. Its workers are ended before the handler is back, which would see the dead.
+    """
+    try:
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        if hasattr(prepared, "_shutdown_workers"):
+            prepared._shutdown_workers()
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _as_it_is(prepared: _Prepared) -> _Prepared:

@@ -127,7 +127,7 @@ def train_stage(
             samples, stage, collate, first_step=first_step, n_steps=n_steps,
             rank=rank() // stage.context_parallel, world_size=world_size() // stage.context_parallel, folder=folder,
         )  # fmt: skip
-        steps = iter(loader)
+        steps = stack.enter_context(contextlib.closing(iter(loader)))
         for step in range(first_step, n_steps):
             step_data, problem = None, None
             try:
@@ -139,7 +139,7 @@ def train_stage(
             if n_problems:
                 if step > checkpoints.newest:
                     checkpoints.save(step)
-                raise problem or RuntimeError(f"stage {stage.name!r} stops at step {step}: another rank has no data")
+                raise problem or OSError(f"stage {stage.name!r} stops at step {step}: another rank has no data")
             assert step_data is not None
             begin = time.perf_counter()
             lr = learning_rate(stage, step, n_steps)

@@ -30,10 +30,8 @@ from vlmamba.train.config import StageConfig
 from vlmamba.train.distributed import FRESH_STORE, blocks, processes, rank, recomputed_blocks, shard, sum_over_ranks
 from vlmamba.train.loop import Interrupted, train_stage
 from vlmamba.train.recipes import FAMILIES, tiny_config
+from vlmamba.train.sampler import samples_of_step
 from vlmamba.train.track import read_metrics
-
-# PyTorch says so even where it is told.
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 STAGE = StageConfig(
     "test", ("connector", "language_model"), lr=1e-3, batch_size=4, micro_batch_size=3, save_every=1,
@@ -243,6 +241,29 @@ def test_bfloat16_on_two_ranks_is_that_of_one(tmp_path):
 def test_a_loss_that_is_not_a_number_stops_every_rank(tmp_path):
     assert on_ranks(2, train_to_nan, tmp_path) == [0, 0]
     assert not list(tmp_path.glob("step-*"))
+
+
+def test_data_that_fail_on_one_rank_end_all_after_a_checkpoint(tmp_path):
+    assert on_ranks(2, train_until_data_fail, tmp_path) == [0, 0]
+    assert (tmp_path / "step-00000002" / "checkpoint.json").exists()
+
+
+def train_until_data_fail(folder):
+    made = samples()
+    stage = replace(STAGE, save_every=100, epochs=2)
+    broken = samples_of_step(len(made), stage.batch_size, stage.seed, 2)[1::2]  # of rank 1
+
+    class Failing(list):
+        def __getitem__(self, i):
+            if i in broken and probed:
+                raise ValueError("file has changed")
+            return super().__getitem__(i)
+
+    probed = []
+    data = Failing(made)
+    expected = "file has changed" if rank() else "another rank has no data"
+    with pytest.raises(ValueError if rank() else OSError, match=expected):
+        train_stage(tiny("ml-mamba"), stage, data, collate, folder, on_step=lambda step, model: probed.append(step))
 
 
 class NanOnRank1(VLM):

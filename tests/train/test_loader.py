@@ -150,7 +150,7 @@ class Deadly(Numbers):
 
 def test_a_worker_that_dies_is_said_and_nothing_hangs():
     start = time.perf_counter()
-    with pytest.raises(RuntimeError, match="prepares data for stage 'test' died.*fewer workers .now 2."):
+    with pytest.raises(ChildProcessError, match="prepares data for stage 'test' died.*fewer workers .now 2."):
         steps(replace(STAGE, workers=2), Deadly())
     assert time.perf_counter() - start < 30
 

@@ -25,9 +25,6 @@ from vlmamba.train.optim import clip_gradients, freeze_all_but, learning_rate, m
 from vlmamba.train.sampler import samples_of_step
 from vlmamba.train.track import read_metrics
 
-# PyTorch says so even where it is told.
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
 STAGE = StageConfig("test", ("",), lr=0.01, epochs=4, batch_size=8, save_every=5, weight_decay=0.1)
 
 
@@ -403,3 +400,31 @@ def test_more_epochs_go_on_where_it_is_said_and_fewer_are_refused(tmp_path):
         train_stage(Regression(), STAGE, Data(), collate, tmp_path, may_change=["epochs"])
     with pytest.raises(ValueError, match="may_change must be some of lr, .*; got batch_size"):
         train_stage(Regression(), STAGE, Data(), collate, tmp_path, may_change=["batch_size"])
+
+
+class Deadly(Data):
+    """Kills the worker that asks for its thirtieth sample, while the loop is in a step."""
+
+    parent, left = os.getpid(), 30
+
+    def __getitem__(self, i):
+        if os.getpid() != self.parent:
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+def test_what_was_learned_is_saved_before_a_dead_worker_ends_the_run(tmp_path):
+    in_step = []
+    with pytest.raises(ChildProcessError, match="a process that prepares data for stage 'test' died"):
+        torch.manual_seed(0)
+        train_stage(
+            Regression(), replace(STAGE, workers=1, micro_batch_size=1), Deadly(), collate, tmp_path / "dead",
+            on_step=lambda step, model: in_step.append(time.sleep(0.3)),
+        )  # fmt: skip
+    assert (tmp_path / "dead" / f"step-{len(in_step):08}" / "checkpoint.json").exists()
+    assert len(in_step) >= 2
+    train(tmp_path / "dead", replace(STAGE, micro_batch_size=1))
+    train(tmp_path / "whole", replace(STAGE, micro_batch_size=1))
+    assert losses(tmp_path / "dead") == losses(tmp_path / "whole")
