@@ -42,17 +42,23 @@ def main(argv: list[str]) -> None:
     sys.excepthook = show_traceback_of_program
     main_module = ModuleType("__main__")
     if given.is_module:
-        sys.path[0] = os.getcwd()
+        _set_first_path(os.getcwd())
         spec, code = code_of_module(given.program)
         main_module.__file__, main_module.__package__ = spec.origin, spec.parent
         main_module.__spec__, main_module.__loader__ = spec, spec.loader
     else:
-        sys.path[0] = os.path.dirname(os.path.abspath(given.program))
+        _set_first_path(os.path.dirname(os.path.abspath(given.program)))
         code = code_of_script(given.program)
         main_module.__file__ = given.program
     sys.argv = [main_module.__file__, *given.args]
     sys.modules["__main__"] = main_module
     exec(code, main_module.__dict__)
+
+
+def _set_first_path(folder: str) -> None:
+    """Put the program's folder where Python would; with `-P` or `PYTHONSAFEPATH` it puts none there."""
+    if not getattr(sys.flags, "safe_path", False):  # since Python 3.11
+        sys.path[0] = folder
 
 
 def code_of_script(path: str) -> CodeType:

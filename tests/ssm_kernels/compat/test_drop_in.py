@@ -633,6 +633,16 @@ def test_a_module_runs_as_it_would_alone(folder):
     assert done.stdout == "package package.__main__ ['--help', 'x']\n"
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="-P is newer")
+def test_a_safe_path_stays_as_it_is(folder, tmp_path):
+    (tmp_path / "show.py").write_text("import sys\nprint(sys.path[0] == sys.argv[1])\n")
+    command = [sys.executable, "-P", "-c", "import sys; print(sys.path[0])"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, "-P", "-m", "ssm_kernels.compat", "show.py", first]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
