@@ -73,7 +73,7 @@ def from_state_spaces(data: Mapping[str, Any]) -> LMConfig:
     given.only("rms_norm", True)
     given.only("d_intermediate", 0)
     given.only("attn_layer_idx", [])
-    given.skip("attn_cfg", "fused_add_norm", *_GENERIC)
+    given.skip("attn_cfg", "fused_add_norm", *GENERIC)
     ssm = _Settings(given.take("ssm_cfg", {}), "ssm_cfg")
     layer = ssm.take("layer", "Mamba1")
     if layer not in ("Mamba1", "Mamba2"):
@@ -283,7 +283,7 @@ _READERS: dict[str, tuple[str, Callable[[Mapping[str, Any]], LMConfig]]] = {
     "mistral": ("params.json", from_mistral),
 }
 # What tools put beside the model's own settings.
-_GENERIC = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+GENERIC = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 _REQUIRED = object()
 
 

@@ -89,7 +89,7 @@ MAMBA_SSM = Original(
         ),
         "mamba_ssm.ops.triton.k_activations": _here(".mamba_ssm.activations", "swiglu"),
         "mamba_ssm.modules.mamba_simple": {
-            **_here(_MODULES, "Mamba", "Block"),
+            **_here(_MODULES, "Mamba", "Block"),  # the block up to release 1.2
             **_here(_SCAN, "selective_scan_fn", "mamba_inner_fn"),
             **_here(_CONV, "causal_conv1d_fn", "causal_conv1d_update"),
             **_here(_STEP, "selective_state_update"),
@@ -97,23 +97,30 @@ MAMBA_SSM = Original(
         },
         "mamba_ssm.modules.mamba2": _here(_MODULES, "Mamba2"),
         "mamba_ssm.modules.mamba2_simple": _here(_MODULES, "Mamba2Simple"),
-        "mamba_ssm.modules.block": _here(_MODULES, "Block"),
         "mamba_ssm.modules.mha": _here(_MODULES, "MHA"),
         "mamba_ssm.modules.mlp": _here(_MODULES, "GatedMLP"),
+        "mamba_ssm.modules.block": _here(_MODULES, "Block"),
         "mamba_ssm.modules.ssd_minimal": _here(_SSD, "segsum", "ssd_minimal_discrete"),
         "mamba_ssm.models.config_mamba": _here(_MODEL, "MambaConfig"),
         "mamba_ssm.models.mixer_seq_simple": {
-            **_here(_MODEL, "MambaLMHeadModel", "MambaConfig"),
-            **_here(_MODULES, "Mamba", "Mamba2", "Block", "MHA", "GatedMLP"),
+            **_here(_MODEL, "MambaLMHeadModel", "MixerModel", "MambaConfig", "create_block", "_init_weights"),
+            **_here(_MODEL, "GenerationMixin", "load_config_hf", "load_state_dict_hf"),
+            **_here(_MODULES, "Mamba", "Mamba2", "MHA", "GatedMLP", "Block"),
             **_here(_NORM, "RMSNorm", "layer_norm_fn", "rms_norm_fn"),
         },
-        "mamba_ssm.utils.generation": _here(_MODULES, "InferenceParams"),
         # Copies of Mamba-2 import these; to use one is refused.
         "mamba_ssm.distributed.tensor_parallel": _here(
             ".mamba_ssm.distributed", "ColumnParallelLinear", "RowParallelLinear"
         ),
         "mamba_ssm.distributed.distributed_utils": _here(".mamba_ssm.distributed", "all_reduce", "reduce_scatter"),
         "mamba_ssm.utils.torch": _here(".mamba_ssm.autocast", "custom_fwd", "custom_bwd"),
+        "mamba_ssm.utils.generation": {
+            **_here(_MODULES, "InferenceParams"),
+            **_here(_MODEL, "GenerationMixin", "DecodingCGCache", "decode", "sample", "update_graph_cache"),
+            **_here(_MODEL, "modify_logits_for_top_k_filtering", "modify_logits_for_top_p_filtering"),
+            **_here(_MODEL, "modify_logits_for_min_p_filtering", "modify_logit_for_repetition_penalty"),
+        },
+        "mamba_ssm.utils.hf": _here(_MODEL, "load_config_hf", "load_state_dict_hf"),
         "selective_scan_cuda": _here(_EXTENSIONS, fwd="selective_scan_fwd", bwd="selective_scan_bwd"),
     },
     refused={

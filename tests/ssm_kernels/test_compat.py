@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from ssm_kernels import use_backend
 from ssm_kernels.compat import mamba_ssm as compat
-from vlmamba.model.mamba_ssm import MambaConfig, MambaLMHeadModel
 
 BATCH, LENGTH, DIM, STATE, WIDTH = 2, 7, 6, 3, 4
 HEADS, HEADDIM, GROUPS = 4, 3, 2
@@ -574,46 +573,3 @@ def test_mamba2_takes_rows_side_by_side_and_packs():
     pieces = [torch.cat([mixer(x[:1, a:b]) for a, b in ((0, 3), (3, 7))], 1)]
     pieces.append(torch.cat([mixer(x[1:, a:b]) for a, b in ((0, 1), (1, 4), (4, 7))], 1))
     torch.testing.assert_close(packed, torch.cat(pieces))
-
-
-@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
-def test_a_language_model_has_the_published_parameters(layer):
-    d, n, vocab = 32, 8, 24
-    settings = {"layer": layer, "d_state": n} | ({"headdim": 16} if layer == "Mamba2" else {})
-    config = MambaConfig(d_model=d, n_layer=2, vocab_size=21, ssm_cfg=settings)
-    model = MambaLMHeadModel(config, dtype=torch.bfloat16)
-    mixer = compat.Mamba(d, n) if layer == "Mamba1" else compat.Mamba2(d, n, headdim=16)
-    shapes = {"backbone.embedding.weight": (vocab, d), "lm_head.weight": (vocab, d), "backbone.norm_f.weight": (d,)}
-    for i in range(2):
-        shapes[f"backbone.layers.{i}.norm.weight"] = (d,)
-        shapes |= {f"backbone.layers.{i}.mixer.{name}": tuple(p.shape) for name, p in mixer.named_parameters()}
-    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == shapes
-    assert model.lm_head.weight is model.backbone.embedding.weight
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, vocab)
-
-
-def test_a_language_model_is_read_from_a_folder(tmp_path):
-    model = MambaLMHeadModel(MambaConfig(d_model=32, n_layer=1, vocab_size=21)).eval()
-    model.save_pretrained(tmp_path)
-    again = MambaLMHeadModel.from_pretrained(tmp_path)
-    tokens = torch.tensor([[1, 2, 3]])
-    assert type(again) is MambaLMHeadModel and again(tokens).logits.equal(model(tokens).logits)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("rms_norm", {"rms_norm": False}),
-        ("d_intermediate", {"d_intermediate": 64}),
-        ("attn_layer_idx", {"attn_layer_idx": [0]}),
-        ("dt_scale", {"ssm_cfg": {"dt_scale": 2.0}}),
-        ("A_init_range", {"ssm_cfg": {"layer": "Mamba2", "A_init_range": [1, 2]}}),
-        ("d_stat", {"ssm_cfg": {"d_stat": 8}}),
-    ],
-)
-def test_a_language_model_refuses_what_it_cannot_honour(name, settings):
-    with pytest.raises(ValueError, match=name):
-        MambaLMHeadModel(MambaConfig(d_model=32, n_layer=1, **settings))
-    with pytest.raises(ValueError, match="initializer_cfg"):
-        MambaLMHeadModel(MambaConfig(), initializer_cfg={"initializer_range": 0.1})

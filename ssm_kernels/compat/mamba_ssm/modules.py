@@ -1,7 +1,7 @@
 """The modules of `mamba_ssm`: constructor arguments, parameters' names and shapes, caches for decoding.
 
-`A_log` and `D` are float32 whatever `dtype` is (the original's Mamba-2 casts `A_log`); `.to(dtype)` casts them, as it
-does there. What differs from the originals is said where it does; all else is as there.
+`A_log` and `D` are float32 at least, whatever `dtype` is (the original's Mamba-2 casts `A_log`); `.to(dtype)` casts
+them, as it does there. What differs from the originals is said where it does; all else is as there.
 
 Letters: B batch, L length, D model width, E inner width, N state, H heads, P head dimension, G groups, K convolution
 width, S sequences in a pack.
@@ -689,5 +689,5 @@ def _on(device: torch.device | str | None) -> contextlib.AbstractContextManager:
 def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
     if dtype is not None:
         for name, parameter in module.named_parameters():
-            if name not in _IN_FLOAT32:
-                parameter.data = parameter.data.to(dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            parameter.data = parameter.data.to(wide if name in _IN_FLOAT32 else dtype)

@@ -1,0 +1,361 @@
+"""`mamba_ssm.utils.generation`: decoding by caches, greedy or drawn, over batches of prompts of one length."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ssm_kernels.compat.mamba_ssm import InferenceParams
+
+from ..generate import capture, has_graphs, warm_up
+
+logger = logging.getLogger(__name__)
+
+
+class Streamer(Protocol):
+    """What `transformers.TextStreamer` has: takes tokens as they come."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass
+class DecoderOnlyOutput:
+    """What `decode` gives, by attribute, name or place, as the output classes of `transformers`."""
+
+    sequences: Tensor
+    """(B, L) tokens, the prompt's before those that follow."""
+    scores: tuple[Tensor, ...] | None = None
+    """Logits (B, V) before each new token; None where they are not asked for."""
+
+    def __getitem__(self, key: str | int) -> Any:
+        present = {name: value for name, value in vars(self).items() if value is not None}
+        return present[key] if isinstance(key, str) else tuple(present.values())[key]
+
+
+class GenerationMixin:
+    """`generate` for a model that takes `inference_params` and has `allocate_inference_cache`."""
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> dict[int, Any]:
+        raise NotImplementedError
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_length: int,
+        top_k: int = 1,
+        top_p: float = 0.0,
+        min_p: float = 0.0,
+        temperature: float = 1.0,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | DecoderOnlyOutput:
+        """Go on from prompts (B, L) until all have `max_length` tokens.
+
+        Args:
+            return_dict_in_generate: give a `DecoderOnlyOutput` rather than its `sequences`.
+            output_scores: give the logits of each new token too.
+            input_ids, max_length, top_k, top_p, min_p, temperature, kwargs: as in `decode`.
+        """
+        output = decode(
+            input_ids, self, max_length, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature, **kwargs
+        )
+        if not output_scores:
+            output.scores = None
+        return output if return_dict_in_generate else output.sequences
+
+
+@torch.inference_mode()
+def decode(
+    input_ids: Tensor,
+    model: nn.Module,
+    max_length: int,
+    top_k: int = 1,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    temperature: float = 1.0,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | None = None,
+    teacher_outputs: Tensor | None = None,
+    vocab_size: int | None = None,
+    cg: bool = False,
+    enable_timing: bool = False,
+    streamer: Streamer | None = None,
+) -> DecoderOnlyOutput:
+    """Go on from prompts of one length.
+
+    Args:
+        input_ids: (B, L) prompts.
+        model: called with `input_ids`, `position_ids`, `inference_params` and `num_last_tokens`; gives `logits`.
+        max_length: tokens of a sequence at the end, prompt included.
+        top_k, top_p, min_p, temperature: as in `sample`.
+        repetition_penalty: of tokens that a sequence has already; see `modify_logit_for_repetition_penalty`.
+        eos_token_id: ends the decoding once all sequences give it in the same step.
+        teacher_outputs: (B, L') tokens that are taken instead of drawn ones as far as they go.
+        vocab_size: only so many tokens, the first, may be chosen; all rows of the head by default.
+        cg: replay a CUDA graph for each token. On a CPU there are none; a line says so, once.
+        enable_timing: print how long it took.
+        streamer: given the prompts, and each step's tokens (B, 1) as they come.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+    _check(input_ids, max_length, repetition_penalty, teacher_outputs)
+    check_sampling(top_k, top_p, min_p, temperature)
+    batch, length = input_ids.shape
+    if cg:
+        cache = update_graph_cache(model, getattr(model, "_decoding_cache", None), batch, length, max_length)
+        model._decoding_cache, params = cache, cache.inference_params
+        params.reset(max_length, batch)
+    else:
+        params = InferenceParams(max_seqlen=max_length, max_batch_size=batch)
+    began = time.perf_counter()
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    sequences, scores = [input_ids], []
+    while params.seqlen_offset < max_length - 1:
+        last = sequences[-1]
+        if params.seqlen_offset == 0:
+            logits = model(last, position_ids=None, inference_params=params, num_last_tokens=1).logits
+        else:
+            positions = torch.full_like(last, params.seqlen_offset)
+            logits = (
+                cache.run(last, positions, params.seqlen_offset)
+                if cg
+                else model(last, position_ids=positions, inference_params=params, num_last_tokens=1).logits
+            )
+        params.seqlen_offset += last.shape[1]
+        logits = logits.squeeze(1)  # (B, V)
+        scores.append(logits[:, :vocab_size])
+        if teacher_outputs is not None and params.seqlen_offset < teacher_outputs.shape[1]:
+            tokens = teacher_outputs[:, params.seqlen_offset]
+        else:
+            if repetition_penalty != 1.0:  # before the cut, since a prompt may have any token
+                seen = torch.cat(sequences, dim=1)
+                logits = modify_logit_for_repetition_penalty(logits.clone(), seen, repetition_penalty)
+            tokens = sample(logits[:, :vocab_size], top_k, top_p, min_p, temperature)
+        sequences.append(tokens.unsqueeze(1))
+        if streamer is not None:
+            streamer.put(sequences[-1].cpu())
+        if eos_token_id is not None and (tokens == eos_token_id).all():
+            break
+    if streamer is not None:
+        streamer.end()
+    if enable_timing:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)
+        print(f"Prompt processing + decoding time: {1000 * (time.perf_counter() - began):.0f}ms")
+    return DecoderOnlyOutput(torch.cat(sequences, dim=1), tuple(scores))
+
+
+def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.0, temperature: float = 1.0) -> Tensor:
+    """Choose a token of each row of (B, V): (B,).
+
+    Args:
+        top_k: 1 takes the likeliest; else draw among so many likeliest, or among all with 0.
+        top_p: then among the likeliest that together are so probable; 0 and 1 keep all.
+        min_p: only tokens that are at least so probable as this times the likeliest, before the temperature
+            (arXiv 2407.01082). The original compares logits with this number, and disregards it with `top_k`.
+        temperature: divides the logits.
+
+    Draws come from PyTorch's global generator.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_sampling(top_k, top_p, min_p, temperature)
+    if top_k == 1:
+        return logits.argmax(dim=-1)
+    logits, tokens = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True), None
+    if top_k > 0:
+        logits, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+    modify_logits_for_min_p_filtering(logits, min_p)
+    logits /= temperature
+    modify_logits_for_top_p_filtering(logits, top_p)
+    drawn = torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+    return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1)
+
+
+def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
+    """Put all but the `top_k` likeliest of (B, V) to -inf, in place."""
+    logits.masked_fill_(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+
+
+def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
+    """Put all but the likeliest of (B, V) that together have a probability of `top_p` to -inf, in place."""
+    if not 0 < top_p < 1:
+        return
+    ordered, order = logits.sort(dim=-1)
+    unlikely = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    logits.masked_fill_(unlikely.scatter(-1, order, unlikely), -torch.inf)
+
+
+def modify_logits_for_min_p_filtering(logits: Tensor, min_p: float) -> None:
+    """Put tokens of (B, V) less probable than `min_p` times the likeliest to -inf, in place."""
+    if min_p > 0:
+        probabilities = logits.softmax(dim=-1)
+        logits.masked_fill_(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def modify_logit_for_repetition_penalty(
+    logits: Tensor, prev_output_tokens: Tensor, repetition_penalty: float = 1.0
+) -> Tensor:
+    """Make tokens that have occurred less likely, in place (arXiv 1909.05858).
+
+    Args:
+        logits: (B, V). Positive ones are divided, negative ones multiplied.
+        prev_output_tokens: (B, L).
+        repetition_penalty: 1 changes nothing.
+    """
+    if repetition_penalty == 1.0:
+        return logits
+    seen = logits.gather(1, prev_output_tokens)
+    seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
+    return logits.scatter_(1, prev_output_tokens, seen)
+
+
+def check_sampling(top_k: int, top_p: float, min_p: float, temperature: float) -> None:
+    """Raise a ValueError that names the argument of `sample` that is out of its range."""
+    if top_k < 0:
+        raise ValueError(f"top_k must not be negative, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p must lie in [0, 1], got {top_p}")
+    if not 0 <= min_p < 1:
+        raise ValueError(f"min_p must lie in [0, 1), got {min_p}")
+    if top_k != 1 and not 0 < temperature < torch.inf:
+        raise ValueError(f"temperature must be positive unless top_k is 1, got {temperature}")
+
+
+def _check(input_ids: Tensor, max_length: int, repetition_penalty: float, teacher_outputs: Tensor | None) -> None:
+    if input_ids.dim() != 2 or not input_ids.shape[1]:
+        raise ValueError(f"input_ids must have shape (B, L) with L at least 1, got {tuple(input_ids.shape)}")
+    if max_length <= input_ids.shape[1]:
+        raise ValueError(f"max_length must be more than the prompt's {input_ids.shape[1]} tokens, got {max_length}")
+    if repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
+    if teacher_outputs is not None and (teacher_outputs.dim() != 2 or len(teacher_outputs) != len(input_ids)):
+        raise ValueError(f"teacher_outputs must have shape ({len(input_ids)}, L), got {tuple(teacher_outputs.shape)}")
+
+
+@dataclass
+class DecodingCGCache:
+    """Caches that stay where they are in memory, and the CUDA graphs that work on them."""
+
+    max_batch_size: int = 0
+    max_seqlen: int = 0
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    callables: dict[tuple[int, int], Callable[[Tensor, Tensor, int], Tensor]] = field(default_factory=dict)
+    inference_params: InferenceParams | None = None
+    run: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    """Tokens (B, L'), their positions, and how many are behind them: logits (B, L', V)."""
+
+
+@torch.inference_mode()
+def update_graph_cache(
+    model: nn.Module,
+    cache: DecodingCGCache | None,
+    batch_size: int,
+    seqlen_og: int,
+    max_seqlen: int,
+    decoding_seqlens: tuple[int, ...] = (1,),
+    dtype: torch.dtype | None = None,
+    n_warmups: int = 2,
+) -> DecodingCGCache:
+    """Give caches for a batch, and a way to run a step on them: a CUDA graph, or on a CPU the model itself.
+
+    Args:
+        cache: of an earlier call, used again where it fits.
+        seqlen_og: tokens of the prompt.
+        max_seqlen: of a sequence at the end.
+        decoding_seqlens: tokens of a step, for each a graph.
+        dtype: of the caches; that of the model's first parameter by default.
+        n_warmups: steps before a graph is captured.
+
+    Where a graph cannot be had, a line says why, once. Not run on a GPU.
+    """
+    like = next(model.parameters())
+    dtype = like.dtype if dtype is None else dtype
+    if (
+        cache is None
+        or (cache.device, cache.dtype, cache.max_batch_size) != (like.device, dtype, batch_size)
+        or max_seqlen > cache.max_seqlen
+    ):
+        params = InferenceParams(
+            max_seqlen,
+            batch_size,
+            seqlen_og,
+            key_value_memory_dict=model.allocate_inference_cache(batch_size, max_seqlen, dtype),
+            lengths_per_sample=torch.full((batch_size,), seqlen_og, dtype=torch.int32, device=like.device),
+        )
+        cache = DecodingCGCache(batch_size, max_seqlen, like.device, dtype, inference_params=params)
+    for steps in decoding_seqlens:
+        if (batch_size, steps) not in cache.callables:
+            cache.callables[batch_size, steps] = _make_step(model, cache, batch_size, steps, n_warmups)
+
+    def run(input_ids: Tensor, position_ids: Tensor, seqlen: int) -> Tensor:
+        return cache.callables[tuple(input_ids.shape)](input_ids, position_ids, seqlen)
+
+    cache.run = run
+    cache.inference_params.seqlen_offset = 0
+    return cache
+
+
+def _make_step(
+    model: nn.Module, cache: DecodingCGCache, batch: int, steps: int, n_warmups: int
+) -> Callable[[Tensor, Tensor, int], Tensor]:
+    params = cache.inference_params
+
+    def eager(input_ids: Tensor, position_ids: Tensor, seqlen: int) -> Tensor:
+        params.lengths_per_sample.fill_(seqlen)
+        return model(
+            input_ids, position_ids=position_ids, inference_params=params, num_last_tokens=input_ids.shape[1]
+        ).logits
+
+    if not has_graphs(cache.device):
+        _say_once(f"cg=True changes nothing on {cache.device}, which has no CUDA graphs")
+        return eager
+    tokens, positions = (torch.zeros(batch, steps, dtype=torch.long, device=cache.device) for _ in range(2))
+    offset, params.seqlen_offset = params.seqlen_offset, cache.max_seqlen - steps
+
+    def step() -> Tensor:
+        return model(tokens, position_ids=positions, inference_params=params, num_last_tokens=steps).logits
+
+    params.lengths_per_sample.fill_(params.seqlen_offset)
+    try:
+        for _ in range(n_warmups):
+            warm_up(step, cache.device)
+        replay, logits = capture(step, cache.device)
+    except RuntimeError as e:
+        _say_once(f"decoding runs without a CUDA graph, since capture failed: {e}")
+        return eager
+    finally:
+        params.seqlen_offset = offset
+
+    def replayed(input_ids: Tensor, position_ids: Tensor, seqlen: int) -> Tensor:
+        params.lengths_per_sample.fill_(seqlen)
+        tokens.copy_(input_ids)
+        positions.copy_(position_ids)
+        replay()
+        return logits.clone()
+
+    return replayed
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
