@@ -50,6 +50,9 @@ def modules() -> list[str]:
 
 def build(kind: str, source: Path, out: Path) -> Path:
     command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(source)]
+    if kind == "wheel":  # not in source/build, where modules that are gone may lie
+        base = out.with_name(f"{out.name}-base")
+        command += ["--config-setting=--global-option=build", f"--config-setting=--global-option=--build-base={base}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.iterdir())
