@@ -14,8 +14,9 @@ from .formats import recognise
 from .hub import fetch_model
 from .lm import MambaLM
 from .load import model_class
+from .presets import PRESETS, is_preset
 from .vlm import VLM
-from .weights import check_fit, dtype_of
+from .weights import Weights, check_fit, dtype_of
 
 
 @dataclass(frozen=True)
@@ -116,20 +117,26 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
     """Look at a checkpoint in any known format. Of the weights only names, shapes and dtypes are read.
 
     Args:
-        name_or_path: a folder, or a repository on the Hub, which is downloaded.
-        dtype: as if it were loaded so; None keeps the file's.
+        name_or_path: a folder; a preset, of which nothing is downloaded; or a repository on the Hub.
+        dtype: as if it were loaded so; None keeps the file's, and is float32 for a preset.
         hub: `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` as `hub.fetch` takes them.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.
         ValueError: the format is not known, a file is damaged, or weights and config do not agree.
     """
-    folder = fetch_model(name_or_path, **hub)
-    kind = model_class(folder)
-    config, weights = kind.open_checkpoint(folder, **hub)
-    with torch.device("meta"):
-        model = kind(config)
-    own, tied = check_fit(model, weights, str(folder))
+    if is_preset(name_or_path):
+        kind, layout = VLM, "preset"
+        with torch.device("meta"):
+            model = VLM(PRESETS[str(name_or_path)].config)
+        weights = Weights.of(model.state_dict())
+    else:
+        folder = fetch_model(name_or_path, **hub)
+        kind, layout = model_class(folder), recognise(folder)
+        config, weights = kind.open_checkpoint(folder, **hub)
+        with torch.device("meta"):
+            model = kind(config)
+    own, tied = check_fit(model, weights, str(name_or_path))
     stored = weights.dtypes
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
@@ -152,7 +159,7 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         state += one.ssm.numel() * torch.promote_types(inputs, torch.float32).itemsize
     return Report(
         str(name_or_path),
-        recognise(folder),
+        layout,
         kind.__name__,
         parameters,
         dtypes,

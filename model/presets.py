@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..connectors import ConnectorConfig
@@ -79,6 +80,11 @@ PRESETS = {
     "ml-mamba-1.3b": _ml_mamba("1.3b"),
     "ml-mamba-780m": _ml_mamba("780m"),
 }
+
+
+def is_preset(name: str | Path) -> bool:
+    """Whether a model's name is that of a preset. A folder of that name comes first."""
+    return str(name) in PRESETS and not Path(name).is_dir()
 
 
 def get_preset(name: str) -> Preset:

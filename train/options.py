@@ -284,7 +284,7 @@ class Inspect:
     """Show what a checkpoint is: parameters, memory for weights and state, operations a token. Weights are not read."""
 
     model: Positional[str]
-    """Folder, or name on the Hugging Face Hub."""
+    """Folder, preset such as vl-mamba-2.8b (nothing is downloaded), or name on the Hugging Face Hub."""
     dtype: DtypeName | None = None
     """As if it were loaded so; the file's own by default."""
     json: bool = False

@@ -18,7 +18,7 @@ from ..model.files import remove_partials
 from ..model.hub import check_replaceable, fetch_model
 from ..model.lm import neox_tokenizer
 from ..model.load import model_class
-from ..model.presets import PRESETS
+from ..model.presets import PRESETS, is_preset
 from ..model.prompt import get_template
 from ..model.vlm import VLM
 from ..model.weights import Weights, check_fit
@@ -201,11 +201,6 @@ def model_config(name: str) -> VLMConfig:
     if "/" not in name and not Path(name).is_dir():
         raise ValueError(f"no folder, preset or recipe {name!r}{nearest(name, [*PRESETS, *RECIPES])}")
     return _open(name)[0]
-
-
-def is_preset(name: str) -> bool:
-    """Whether a model is a preset. A folder of that name comes first."""
-    return name in PRESETS and not Path(name).is_dir()
 
 
 def without_weights(name: str, **hub: Any) -> VLM:

@@ -15,10 +15,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..config import LMConfig
 from ..config_io import load_config
+from ..fields import Interval, check_value
 from ..weights import Weights, open_weights
 from . import read_json, recognise
 
@@ -302,6 +303,8 @@ class _Settings:
         kind = type(default)
         if kind in (int, bool) and type(value) is not kind:
             raise ValueError(f"{self.where}: {name} must be {kind.__name__}, got {value!r}")
+        if kind is int:  # all of them are sizes; LMConfig has limits of its own for each
+            check_value(Annotated[int, Interval("[1, 16777216]")], value, f"{self.where}: {name}")
         if kind is float and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise ValueError(f"{self.where}: {name} must be a number, got {value!r}")
         return value

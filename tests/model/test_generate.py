@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import weakref
 from pathlib import Path
@@ -22,6 +23,7 @@ from vlmamba.model.generate import (
     state_bytes,
     write_on,
 )
+from vlmamba.model.score import score
 
 TOKENIZER = Tokenizer.train(["once upon a time there was a state", "and it did not grow"] * 5, 300)
 CONFIGS = {
@@ -197,6 +199,44 @@ def test_text_in_text_out(lm):
     assert lm.generate([]) == []
     cut = lm.generate([prompts[0]], GenerationConfig(8, stop=(got[0][3:5],)))
     assert cut == [got[0][: got[0].index(got[0][3:5])]]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_tokenizer_larger_than_the_model(penalty):
+    """Texts whose tokens the model has are gone on with, in tokens that it has; others are refused by name."""
+    torch.manual_seed(0)
+    small = MambaLM(LMConfig(32, 1, 270), TOKENIZER).eval()
+    assert (small.config.padded_vocab_size, TOKENIZER.vocab_size > 272) == (272, True)
+    with torch.no_grad():  # the likeliest rows are those that fill up the embedding
+        small.lm_head.weight[270:] = small.lm_head.weight.sum(0)
+    config = GenerationConfig(20, repetition_penalty=penalty)
+    *_, (answer,) = write_on(small, ["xyz"], config)
+    assert len(answer.ids) == 20 and max(answer.ids) < 270
+    for token in (270, 271, TOKENIZER.vocab_size - 1):
+        text = TOKENIZER.decode([token])
+        assert max(TOKENIZER.encode(text)) == token
+        message = f"sequence 1 has token {token}, but the model's vocabulary has 270 tokens"
+        with pytest.raises(ValueError, match=message):
+            small.generate(["xyz", text], config)
+        with pytest.raises(ValueError, match=message):
+            score(small, [[1], [1]], [[2], [token]])
+        with pytest.raises(ValueError, match=message):
+            score(small, [[1], [token]], [[2], [3]])
+
+
+def test_the_ids_of_a_tokenizer_may_have_gaps(tmp_path):
+    data = json.loads(TOKENIZER.inner.to_str())
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 5000, "content": "<far>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    far = tokenizer.encode("<far>")[0]
+    assert tokenizer.vocab_size == max(far, TOKENIZER.vocab_size - 1) + 1
+
+
+@pytest.mark.parametrize("text", ["half of a pair \ud83d", "\udcff"])
+def test_a_text_that_cannot_be_tokenized_is_a_value_error(text, lm):
+    with pytest.raises(ValueError, match="the text cannot be tokenized"):
+        lm.generate([text])
 
 
 def test_what_is_wrong_is_named(lm):

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, ImageProcessor, LMConfig, MambaLM, VisionConfig, ViT, ViTConfig, VLMConfig
 from vlmamba.model.convert import convert
+from vlmamba.model.formats.language import PUBLISHED
 from vlmamba.model.generate import state_bytes
 from vlmamba.model.inspect import flops_a_token, inspect
 from vlmamba.model.load import load_model
+from vlmamba.model.presets import PRESETS
 
 LANGUAGES = {
     "mamba": LMConfig(32, 3, 101, "mamba", d_state=8),
@@ -124,3 +126,12 @@ def test_what_does_not_fit_is_named(tmp_path):
         inspect(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder at"):
         inspect(tmp_path / "nowhere")
+
+
+def test_a_preset_is_looked_at_without_a_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    report = inspect("vl-mamba-2.8b")
+    language = PUBLISHED[PRESETS["vl-mamba-2.8b"].language].parameters
+    assert sum(n for part, n in report.parameters.items() if part.startswith("language_model")) == language
+    assert (report.format, report.image_tokens, list(report.dtypes)) == ("preset", 729, ["float32"])
+    assert inspect("vl-mamba-2.8b", torch.bfloat16).weight_bytes < 0.51 * report.weight_bytes
