@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..model.device import device_named
 from .cases import Shape
 from .options import Mode
 from .peers import PACKAGES
@@ -53,9 +54,10 @@ def on(device: str) -> Iterator[None]:
     if device == "cpu":
         yield
         return
-    if not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for, but torch sees no GPU")
-    with torch.cuda.device(device):
+    found = device_named(device)
+    if found.type != "cuda":
+        raise ValueError(f"device must be cpu, cuda, or one of several such as cuda:1; got {device!r}")
+    with torch.cuda.device(found):
         yield
 
 

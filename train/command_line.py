@@ -61,7 +61,12 @@ def run_commands(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, MemoryError) as e:
-        sys.exit(f"{prog}: {describe(e)}")
+        sys.exit(f"{prog}: {printable(describe(e))}")
+    except RuntimeError as e:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(e, torch.OutOfMemoryError):
+            raise
+        sys.exit(f"{prog}: {printable(describe(e))}")
 
 
 def describe(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..model.device import device_named
 from ..model.files import at_home
 from ..model.generation_config import GenerationConfig
 from ..model.image import open_image
@@ -39,9 +40,7 @@ def load(name: str, dtype: DtypeName | None, device: str) -> MambaLM | VLM:
     """
     from ..model.load import load_model
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no GPU here")
-    model = load_model(name, dtype=dtype and DTYPES[dtype], device_map=device)
+    model = load_model(name, dtype=dtype and DTYPES[dtype], device_map=device_named(device))
     if model.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it cannot be asked in text")
     return model

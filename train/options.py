@@ -34,13 +34,15 @@ class Demo:
     device: str = "cpu"
 
     def run(self) -> None:
+        from ..model.device import device_named
         from .demo import run_demo
         from .lock import only_run_in
         from .recipes import DEMOS
 
         folder = self.output or Path("runs") / f"demo-{self.preset}"
+        device = str(device_named(self.device))
         with only_run_in(folder):
-            run_demo(DEMOS[self.preset], folder, self.device)
+            run_demo(DEMOS[self.preset], folder, device)
 
 
 @dataclass
@@ -183,14 +185,16 @@ class Ablate:
     device: str = "cpu"
 
     def run(self) -> None:
+        from ..model.device import device_named
         from .ablate import run_ablation
         from .lock import only_run_in
         from .recipes import DEMOS
 
         recipe = DEMOS[self.preset].faster(self.shorten)
         folder = self.output or Path("runs") / f"ablate-{self.family}"
+        device = str(device_named(self.device))
         with only_run_in(folder):
-            run_ablation(self.family, recipe, folder, range(self.seeds), self.questions, self.device)
+            run_ablation(self.family, recipe, folder, range(self.seeds), self.questions, device)
 
 
 @dataclass
@@ -208,13 +212,16 @@ class Evaluate:
     """auto is a GPU where there is one."""
 
     def run(self) -> None:
+        from ..model.device import device_named
         from ..model.vlm import VLM
         from . import easy_vqa
         from .data import read_llava
         from .evaluate import answer_all
 
         records = easy_vqa.load("test") if self.data is None else read_llava(self.data, self.images)
-        model = VLM.from_pretrained(self.model, device_map=self.device)
+        if not len(records):
+            raise ValueError(f"no records in {self.data}")
+        model = VLM.from_pretrained(self.model, device_map=device_named(self.device))
         answers = answer_all(model, records, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         if self.data is None:
             for name, share in easy_vqa.scores(records, answers).items():

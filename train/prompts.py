@@ -242,6 +242,8 @@ def _cut_output(output: Path, settings: dict[str, Any], prompts: Sequence[Prompt
     Raises:
         ValueError: it is not of this command, or was made with other settings, by name.
     """
+    if output.is_dir():
+        raise ValueError(f"--output must name a file, and {output} is a folder")
     beside = output.with_name(output.name + SETTINGS)
     if not beside.exists():
         if output.exists() and output.stat().st_size:

@@ -14,6 +14,7 @@ import torch
 
 from ..model.batch import collate
 from ..model.config import VLMConfig
+from ..model.device import device_named
 from ..model.files import remove_partials
 from ..model.hub import check_replaceable, fetch_model
 from ..model.lm import neox_tokenizer
@@ -46,9 +47,7 @@ def run_training(command: Train) -> None:
         ValueError, OSError: what is wrong with its options or its data, before anything is trained.
     """
     _check(command)
-    device = command.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_named(command.device)
     with processes(device) as place:
         _run(command, place)
 
@@ -87,8 +86,6 @@ def _check(command: Train) -> None:
         raise ValueError(
             f"--images must be one for all data or one for each of {len(command.data)} files, got {len(command.images)}"
         )
-    if command.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {command.device}: torch sees no GPU here")
 
 
 def _stages(command: Train, recipe: Recipe) -> list[StageConfig]:

@@ -331,6 +331,8 @@ cli.main(sys.argv[1:])
         ("generate {0}/lm a --temperature=-1", "temperature must not be negative"),
         ("generate {0}/lm a --temperature nan", "temperature must be a finite number, got nan"),
         ("generate {0}/lm a --output {0}/out", "--output is for the answers to --prompts"),
+        ("generate {0}/lm --prompts {0}/vlm/config.json --output {0}", "--output must name a file, and "),
+        ("generate {0}/lm a --image a\x1b", "no image at a\\x1b"),
         ("generate ~nosuchuser/x a", "~nosuchuser/x begins with the home folder of a user who is not here"),
         ("generate {0}/nowhere a", "no folder at"),
         ("generate {0}/lm a --device cuda", "torch sees no GPU"),
@@ -567,6 +569,19 @@ def test_chat_in_a_terminal(folder):
     except BaseException:
         os.kill(terminal.pid, signal.SIGKILL)
         raise
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError()], ids=type)
+def test_memory_that_runs_out_is_one_line(error, folder, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(MambaLM, "stream", fail)
+    with pytest.raises(SystemExit, match=r"^vlmamba: (OutOfMemoryError: CUDA out of memory\.|memory ran out)$"):
+        cli.main(["generate", str(folder / "lm"), "a"])
+    monkeypatch.setattr(MambaLM, "stream", lambda *a: [][1])
+    with pytest.raises(IndexError):  # a fault of the program keeps its traceback
+        cli.main(["generate", str(folder / "lm"), "a"])
 
 
 def test_output_that_nobody_reads_is_no_error(folder, monkeypatch):
