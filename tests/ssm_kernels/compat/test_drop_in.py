@@ -354,7 +354,80 @@ for use in (Layer, RowParallelLinear, all_reduce, reduce_scatter):
         raise AssertionError("not refused")
 """
 
+COBRA = """
+from functools import partial
+import torch
+from torch import nn
+from mamba_ssm.models.mixer_seq_simple import _init_weights
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.utils.generation import InferenceParams
+from mamba_ssm.utils.generation import sample, update_graph_cache, modify_logit_for_repetition_penalty
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, mamba_inner_fn
+try:
+    from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+except ImportError:
+    causal_conv1d_fn, causal_conv1d_update = None, None
+try:
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update, _selective_scan_update_kernel
+except ImportError:
+    selective_state_update = None
+from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
+
+class Block(nn.Module):
+    def __init__(self, dim, mixer_cls, norm_cls):
+        super().__init__()
+        self.mixer, self.norm = mixer_cls(dim), norm_cls(dim)
+
+    def forward(self, hidden_states, residual=None, inference_params=None):
+        fused = rms_norm_fn if isinstance(self.norm, RMSNorm) else layer_norm_fn
+        weights = (self.norm.weight, self.norm.bias)
+        hidden_states, residual = fused(hidden_states, *weights, residual=residual, prenorm=True,
+                                        residual_in_fp32=False, eps=self.norm.eps)
+        return self.mixer(hidden_states, inference_params=inference_params), residual
+
+class Model(nn.Module):
+    def __init__(self, mixer, layers=2, width=16, vocabulary=11):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(
+            Block(width, partial(mixer, layer_idx=i), partial(RMSNorm, eps=1e-5)) for i in range(layers))
+        self.norm_f = RMSNorm(width)
+        self.apply(partial(_init_weights, n_layer=layers))
+
+    def forward(self, tokens, inference_params=None):
+        hidden, residual = self.embedding(tokens), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, inference_params=inference_params)
+        hidden = rms_norm_fn(hidden, self.norm_f.weight, self.norm_f.bias, eps=self.norm_f.eps, residual=residual,
+                             prenorm=False, residual_in_fp32=False)
+        return hidden @ self.embedding.weight.T
+
+def decode(mixer):
+    model, tokens = Model(mixer).double().eval(), torch.randint(11, (2, 5))
+    params, got, sequence = InferenceParams(max_seqlen=9, max_batch_size=2), [], [tokens]
+    with torch.no_grad():
+        while params.seqlen_offset < 8:
+            got.append(model(sequence[-1], params)[:, -1])
+            params.seqlen_offset += sequence[-1].shape[1]
+            sequence.append(sample(got[-1], top_k=1).unsqueeze(1))
+        return torch.stack(got, 1), model(torch.cat(sequence[:-1], 1))[:, 4:]
+
+got, want = decode(Mamba)
+"""
+
+ML_MAMBA = COBRA.replace(
+    "got, want = decode(Mamba)",
+    """
+from mamba_ssm.modules.mamba2 import Mamba2
+from mamba_ssm.modules.mlp import GatedMLP
+from mamba_ssm.modules.mha import MHA
+got, want = decode(partial(Mamba2, d_state=8, headdim=8, chunk_size=4))
+""",
+)
+
 PATTERNS = {
+    "Cobra": COBRA,
+    "ML-Mamba": ML_MAMBA,
     "MambaVision": MAMBAVISION,
     "U-Mamba": U_MAMBA,
     "flash-linear-attention, Mamba": FLA_MAMBA,
