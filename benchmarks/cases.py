@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -379,6 +379,25 @@ def small(dtype: str) -> list[Case]:
     cases.append(Case("selective_scan", replace(shape, length=70, d_state=256), dtype))
     cases.append(Case("causal_conv1d", replace(shape, width=2), dtype))
     return cases
+
+
+def emulated(dtype: str, tiles: Literal["small", "published"] = "small") -> list[Case]:
+    """Each op and its options at sizes of a tile or two, for the emulator of compiled kernels.
+
+    `published` has the head and state sizes of the published models, so that the kernels take the tiles that ship.
+    """
+    shape = Shape(batch=1, length=40, channels=64, d_state=16, heads=2, headdim=16, height=5)
+    if tiles == "published":
+        shape = Shape(batch=1, length=70, channels=128, d_state=128, heads=2, headdim=64, height=7)
+    scan = replace(shape, d_state=16)
+    of_op = {"add_rms_norm": replace(shape, channels=2560), "rms_norm": replace(shape, channels=5120)}
+    found = []
+    for op in OPS:
+        if "selective_scan" in op:
+            found += variants(Case(op, scan, dtype))
+        else:
+            found += variants(Case(op, of_op.get(op, shape) if tiles == "published" else shape, dtype))
+    return found
 
 
 def correctness() -> list[Case]:

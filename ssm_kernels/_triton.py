@@ -24,13 +24,18 @@ class Target(NamedTuple):
 
 
 _pretended: Target | None = None
+_device_type = "meta"
+"""Of the tensors that stand for those of the pretended GPU."""
 
 
 @contextlib.contextmanager
-def pretend(target: Target) -> Iterator[None]:
-    """Take tensors on the meta device for tensors on such a GPU: to see what would be launched, without one."""
-    global _pretended
-    _pretended = target
+def pretend(target: Target, device_type: str = "meta") -> Iterator[None]:
+    """Take tensors on the meta device for tensors on such a GPU: to see what would be launched, without one.
+
+    With `device_type="cpu"` it is CPU tensors: for a Triton driver that emulates that GPU.
+    """
+    global _pretended, _device_type
+    _pretended, _device_type = target, device_type
     try:
         yield
     finally:
@@ -39,7 +44,7 @@ def pretend(target: Target) -> Iterator[None]:
 
 def can_launch(device: torch.device) -> bool:
     """Whether kernels run on tensors of this device."""
-    emulated = "meta" if _pretended else "cpu" if interpreting() else None
+    emulated = _device_type if _pretended else "cpu" if interpreting() else None
     return device.type in ("cuda", emulated)
 
 

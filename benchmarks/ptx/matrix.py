@@ -1,0 +1,128 @@
+"""Fragments of the tensor-core instructions: which element of a matrix a register of a lane holds.
+
+Products are summed exactly, in float64, and rounded once; a device truncates in its sums, in ways that it does not
+document.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .parser import Unsupported
+from .values import F2, F4, F8, U2, U4, U8, Array, from_bf16
+
+LANE = np.arange(32)
+GROUP, IN_GROUP = LANE // 4, LANE % 4
+"""Lanes are in 8 groups of 4: "Matrix Fragments for mma"."""
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    """M, N, K of `m16n8k16`."""
+    found = re.fullmatch(r"m(\d+)n(\d+)k(\d+)", text)
+    if found is None:
+        raise Unsupported(f"matrix shape {text}")
+    m, n, k = map(int, found.groups())
+    return m, n, k
+
+
+def _stacked(registers: Sequence[Array], warps: int) -> Array:
+    """Registers of all threads: (warps, 32, registers)."""
+    rows = [np.broadcast_to(r, (32 * warps,)) for r in registers]
+    return np.ascontiguousarray(np.stack(rows, 1)).reshape(warps, 32, len(registers))
+
+
+def elements(registers: Sequence[Array], kind: str, warps: int) -> NDArray[np.float64]:
+    """Values that registers hold: (warps, 32, registers, values of one)."""
+    raw = _stacked(registers, warps)
+    if kind in ("bf16", "f16"):
+        halves = raw.view(U2).reshape(*raw.shape, 2)
+        return (from_bf16(halves) if kind == "bf16" else halves.view(F2)).astype(F8)
+    if kind == "tf32":
+        return (raw & np.uint32(0xFFFFE000)).view(F4).astype(F8)[..., None]
+    return raw.view({"f32": F4, "f64": F8}[kind]).astype(F8)[..., None]
+
+
+def left_fragment(registers: Sequence[Array], kind: str, m: int, k: int, warps: int) -> NDArray[np.float64]:
+    """The A operand of mma and, of 16 rows a warp, of wgmma: (warps, M, K)."""
+    values = elements(registers, kind, warps)
+    out = np.zeros((warps, m, k))
+    width = values.shape[3]  # values of a register, side by side in a row
+    for r in range(len(registers)):
+        for i in range(width):
+            out[:, GROUP + 8 * (r % 2), width * IN_GROUP + i + 4 * width * (r // 2)] = values[:, :, r, i]
+    return out
+
+
+def right_fragment(registers: Sequence[Array], kind: str, k: int, n: int, warps: int) -> NDArray[np.float64]:
+    """The B operand of mma: (warps, K, N)."""
+    values = elements(registers, kind, warps)
+    out = np.zeros((warps, k, n))
+    width = values.shape[3]
+    for r in range(len(registers)):
+        for i in range(width):
+            out[:, width * IN_GROUP + i + 4 * width * r, GROUP] = values[:, :, r, i]
+    return out
+
+
+def sum_places(r: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns, by lane, of register r of accumulators of 32 or 64 bits, in mma and wgmma."""
+    tile, within = divmod(r, 4)
+    return GROUP + 8 * (within // 2), 8 * tile + 2 * IN_GROUP + within % 2
+
+
+def mma(
+    shape: str, kinds: Sequence[str], a: Sequence[Array], b: Sequence[Array], c: Sequence[Array], warps: int
+) -> list[Array]:
+    """Multiply and add one tile a warp ("Multiply-and-Accumulate Instruction: mma")."""
+    m, n, k = shape_of(shape)
+    d_kind, a_kind, b_kind, c_kind = kinds
+    if a_kind not in ("bf16", "f16", "tf32", "f64") or a_kind != b_kind or c_kind == "f16" or d_kind != c_kind:
+        raise Unsupported(f"mma of {a_kind} and {b_kind} to {d_kind}")
+    left = left_fragment(a, a_kind, m, k, warps)  # (warps, M, K)
+    right = right_fragment(b, b_kind, k, n, warps)  # (warps, K, N)
+    before = elements(c, c_kind, warps)[..., 0]
+    product = left @ right  # (warps, M, N)
+    kind, raw = (F8, U8) if d_kind == "f64" else (F4, U4)
+    out = []
+    for r in range(len(c)):
+        rows, columns = sum_places(r)
+        value = (product[:, rows, columns] + before[:, :, r]).astype(kind)
+        out.append(np.ascontiguousarray(value).reshape(-1).view(raw))
+    return out
+
+
+def shared_tile_offsets(descriptor: int, rows: int, k: int, size: int, k_is_adjacent: bool) -> NDArray[np.int64]:
+    """Offsets in shared memory of a wgmma operand's elements: (rows, K).
+
+    "Asynchronous Warpgroup Level Matrix Shared Memory Layout" and "Matrix Descriptor Format". `rows` are M of A or N
+    of B.
+    """
+    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    swizzle = {0: 0, 1: 3, 2: 2, 3: 1}[descriptor >> 62 & 3]  # bits: none, 128, 64, 32 bytes
+    width = 16 << swizzle  # bytes of a row of the swizzled atom
+    row, column = np.meshgrid(np.arange(rows), np.arange(k), indexing="ij")
+    if k_is_adjacent:
+        byte = column * size
+        if swizzle:
+            offset = row // 8 * stride + row % 8 * width + byte % width + byte // width * leading
+        else:
+            offset = row // 8 * stride + row % 8 * 16 + byte % 16 + byte // 16 * leading
+    else:
+        byte = row * size
+        if swizzle:
+            offset = byte // width * leading + byte % width + column // 8 * stride + column % 8 * width
+        else:
+            offset = byte // 16 * stride + byte % 16 + column // 8 * leading + column % 8 * 16
+    address = start + offset
+    return address ^ ((address >> 7 & ((1 << swizzle) - 1)) << 4)
+
+
+def from_shared(raw: Array, kind: str) -> NDArray[np.float64]:
+    """Values of the elements that were read from shared memory."""
+    if kind == "tf32":
+        return (raw.view(U4) & np.uint32(0xFFFFE000)).view(F4).astype(F8)
+    return (from_bf16(raw.view(U2)) if kind == "bf16" else raw.view(F2)).astype(F8)

@@ -1,0 +1,318 @@
+"""Global and shared memory of a launch, with checks of every access ("State Spaces", "Memory Consistency Model").
+
+What cannot go on is a `Fault`: an access outside the tensors of the launch, or one that is misaligned. What a device
+would do silently is a finding: races between programs or warps, asynchronous copies that nobody waited for, reads of
+shared memory that nobody wrote, missing proxy fences.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import ctypes
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .parser import Instruction
+from .values import Array, difference_in_last_place
+
+NOBODY, SEVERAL = -1, -2
+
+
+class Fault(Exception):
+    """An access or an instruction that a device would stop at, or after which nothing is defined."""
+
+
+class Findings(collections.Counter[str]):
+    """What the checks saw, in words, and how often."""
+
+    def add_at(self, what: str, at: Instruction) -> None:
+        source = f", {at.source}" if at.source else ""
+        self[f"{what} (PTX line {at.line}{source})"] += 1
+
+
+@dataclass
+class Allocation:
+    """Memory of a tensor's storage."""
+
+    name: str
+    base: int
+    bytes: NDArray[np.uint8]
+    views: list[tuple[int, int]] = field(default_factory=list)
+    """Address ranges that the launch's tensors span in it."""
+    writer: Array | None = None
+    """Program that wrote each pair of bytes last; made at the first access."""
+    reader: Array | None = None
+    """Program that read it, or SEVERAL."""
+
+    @property
+    def end(self) -> int:
+        return self.base + len(self.bytes)
+
+    def forget_programs(self) -> None:
+        self.writer = self.reader = None
+
+    def programs(self) -> tuple[Array, Array]:
+        if self.writer is None or self.reader is None:
+            n = (len(self.bytes) + 1) // 2
+            self.writer, self.reader = (np.full(n, NOBODY, np.int32) for _ in range(2))
+        return self.writer, self.reader
+
+
+def allocations_of(tensors: Iterable[tuple[str, Tensor]]) -> list[Allocation]:
+    """Storages of CPU tensors, each once, as memory that an emulated launch reads and writes."""
+    found: dict[int, Allocation] = {}
+    for name, tensor in tensors:
+        storage = tensor.untyped_storage()
+        if not storage.nbytes():
+            continue
+        base = storage.data_ptr()
+        if base not in found:
+            memory = (ctypes.c_uint8 * storage.nbytes()).from_address(base)
+            found[base] = Allocation(name, base, np.ctypeslib.as_array(memory))
+        else:
+            found[base].name += f"/{name}"
+        extent = 0
+        if tensor.numel():
+            extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        found[base].views.append((tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()))
+    return sorted(found.values(), key=lambda a: a.base)
+
+
+def gather(memory: NDArray[np.uint8], offsets: Array, size: int) -> NDArray[np.uint8]:
+    """Rows of `size` bytes at each offset: (offsets, size)."""
+    if (offsets % size).any():  # a storage may begin anywhere
+        return memory[offsets[:, None] + np.arange(size)]
+    units = memory[: len(memory) // size * size].view(f"V{size}")
+    return units[offsets // size].view(np.uint8).reshape(-1, size)
+
+
+def scatter(memory: NDArray[np.uint8], offsets: Array, data: NDArray[np.uint8]) -> None:
+    """Store rows of bytes at each offset."""
+    size = data.shape[1]
+    if (offsets % size).any():
+        memory[offsets[:, None] + np.arange(size)] = data
+    else:
+        units = memory[: len(memory) // size * size].view(f"V{size}")
+        units[offsets // size] = np.ascontiguousarray(data).view(f"V{size}").ravel()
+
+
+class GlobalMemory:
+    """The tensors of a launch."""
+
+    def __init__(self, allocations: Sequence[Allocation], findings: Findings, checks: bool):
+        self.allocations, self.findings, self.checks = list(allocations), findings, checks
+        self.bases = [a.base for a in self.allocations]
+        self.program = 0
+
+    def locate(self, address: int, size: int, at: Instruction) -> Allocation:
+        """The allocation that holds `size` bytes at an address.
+
+        Raises:
+            Fault: none does, or the bytes lie outside the tensors that were passed, or are misaligned.
+        """
+        i = bisect.bisect_right(self.bases, address) - 1
+        allocation = self.allocations[i] if i >= 0 else None
+        if allocation is None or address + size > allocation.end:
+            near = "no tensor lies there"
+            if allocation is not None and address < allocation.end + len(allocation.bytes):
+                near = f"{allocation.name} ends {address + size - allocation.end} bytes before"
+            raise Fault(f"{at}: {size} bytes at {address:#x} are outside the tensors; {near}; program {self.program}")
+        if not any(begin <= address and address + size <= end for begin, end in allocation.views):
+            raise Fault(f"{at}: {size} bytes at {address:#x} are outside the views of {allocation.name}; "
+                        f"program {self.program}")  # fmt: skip
+        if address % size:
+            raise Fault(f"{at}: {size} bytes at {address:#x} are misaligned")
+        return allocation
+
+    def split(self, addresses: Array, size: int, at: Instruction) -> list[tuple[Allocation, NDArray[np.intp]]]:
+        """Allocations that threads access, each with the places of its addresses."""
+        lowest, highest = int(addresses.min()), int(addresses.max())
+        allocation = self.locate(lowest, size, at)
+        one_view = any(begin <= lowest and highest + size <= end for begin, end in allocation.views)
+        if one_view and not (addresses % np.uint64(size)).any():
+            return [(allocation, np.arange(len(addresses)))]
+        places: dict[int, list[int]] = collections.defaultdict(list)
+        by_base = {a.base: a for a in self.allocations}
+        for i, address in enumerate(addresses.tolist()):
+            places[self.locate(address, size, at).base].append(i)
+        return [(by_base[base], np.array(found)) for base, found in places.items()]
+
+    def read(self, addresses: Array, size: int, at: Instruction) -> NDArray[np.uint8]:
+        """Bytes at each address: (addresses, size)."""
+        out = np.empty((len(addresses), size), np.uint8)
+        for allocation, places in self.split(addresses, size, at):
+            offsets = (addresses[places] - np.uint64(allocation.base)).astype(np.int64)
+            if self.checks:
+                self._note_read(allocation, offsets, size, at)
+            out[places] = gather(allocation.bytes, offsets, size)
+        return out
+
+    def write(self, addresses: Array, data: NDArray[np.uint8], at: Instruction) -> None:
+        """Store rows of bytes, one an address; of several at one address the last stays."""
+        size = data.shape[1]
+        for allocation, places in self.split(addresses, size, at):
+            offsets = (addresses[places] - np.uint64(allocation.base)).astype(np.int64)
+            if self.checks:
+                self._note_write(allocation, offsets, size, at)
+            scatter(allocation.bytes, offsets, data[places])
+            if self.checks:
+                stored = gather(allocation.bytes, offsets, size)
+                _check_agreement(stored, data[places], allocation.name, self.findings, at)
+
+    def atomic(self, operation: str, kind: np.dtype, address: int, operand: Any, at: Instruction) -> Any:
+        """Change one value, as one step; give the value before."""
+        allocation = self.locate(address, kind.itemsize, at)
+        offset = address - allocation.base
+        cell = allocation.bytes[offset : offset + kind.itemsize].view(kind)
+        before = cell[0]
+        cell[0] = ATOMICS[operation](before, operand)
+        return before
+
+    def _note_read(self, allocation: Allocation, offsets: Array, size: int, at: Instruction) -> None:
+        writer, reader = allocation.programs()
+        cells = _pairs(offsets, size)
+        if ((writer[cells] != NOBODY) & (writer[cells] != self.program)).any():
+            self.findings.add_at(f"{allocation.name}: written by one program and read by another", at)
+        before = reader[cells]
+        reader[cells] = np.where((before == NOBODY) | (before == self.program), self.program, SEVERAL)
+
+    def _note_write(self, allocation: Allocation, offsets: Array, size: int, at: Instruction) -> None:
+        writer, reader = allocation.programs()
+        cells = _pairs(offsets, size)
+        for who, what in ((writer, "written"), (reader, "read")):
+            if ((who[cells] != NOBODY) & (who[cells] != self.program)).any():
+                self.findings.add_at(f"{allocation.name}: {what} by one program and written by another", at)
+        writer[cells] = self.program
+
+
+ATOMICS = {
+    "add": lambda old, x: old + x, "min": min, "max": max, "exch": lambda old, x: x, "and": lambda old, x: old & x,
+    "or": lambda old, x: old | x, "xor": lambda old, x: old ^ x,
+}  # fmt: skip
+""""Parallel Synchronization and Communication Instructions: atom"."""
+
+
+def _pairs(offsets: Array, size: int) -> NDArray[np.int64]:
+    """Numbers of the pairs of bytes that accesses cover, by which programs are told apart."""
+    return ((offsets >> 1)[:, None] + np.arange(max(1, size // 2))).ravel()
+
+
+def _check_agreement(stored: Array, wanted: Array, where: str, findings: Findings, at: Instruction) -> None:
+    """Tell of threads of one store that write different values to one place: which one stays is not defined."""
+    if (stored == wanted).all():
+        return
+    kind = np.dtype(f"u{min(stored.shape[1], 8)}")
+    near = difference_in_last_place(*(np.ascontiguousarray(x).view(kind).ravel() for x in (stored, wanted)))
+    findings.add_at(f"{where}: threads of one store write different values to one place{near}", at)
+
+
+class SharedMemory:
+    """Shared memory of a block, and the order in which its warps may see each other's accesses.
+
+    Each warp counts the barriers that it passed; `clock[w, v]` is the count of v that w knows of. An access is in
+    order with a later one of another warp if that warp knows the count it was made at.
+
+    Args:
+        size: bytes.
+        cell: bytes of the smallest access of the kernel; accesses are told apart by cells of that size.
+    """
+
+    def __init__(self, size: int, warps: int, cell: int, findings: Findings, checks: bool):
+        self.size, self.cell, self.findings, self.checks = size, cell, findings, checks
+        self.bytes = np.zeros(-(-size // 16) * 16, np.uint8)
+        n = len(self.bytes) // cell
+        self.clock = np.ones((warps, warps), np.int64)
+        self.writer, self.write_clock = np.zeros(n, np.intp), np.zeros(n, np.int64)
+        self.read_clock = np.zeros((warps, n), np.int64)
+        self.is_written, self.in_flight, self.unfenced = (np.zeros(n, bool) for _ in range(3))
+        self.tensor_core_reads = np.zeros(n, np.int32)
+        """Products under way that read a cell."""
+
+    def start_program(self) -> None:
+        """Forget the block before: what it wrote is not there."""
+        self.synchronize(np.arange(len(self.clock)))
+        self.bytes[:] = 0xFF  # NaN in every floating-point type
+        for flags in (self.is_written, self.in_flight, self.unfenced):
+            flags[:] = False
+        self.tensor_core_reads[:] = 0
+
+    def synchronize(self, warps: Array) -> None:
+        """Let warps pass a barrier together."""
+        self.clock[warps] = self.clock[warps].max(0)
+        self.clock[warps, warps] += 1
+
+    def fence(self, warps: Array) -> None:
+        """Make what these warps wrote visible to the asynchronous proxy ("membar/fence: fence.proxy.async")."""
+        self.unfenced &= ~np.isin(self.writer, warps)
+
+    def cells(self, offsets: Array, size: int, at: Instruction) -> NDArray[np.int64]:
+        """Numbers of the cells of accesses: (accesses, cells of one).
+
+        Raises:
+            Fault: an access is outside of shared memory, or misaligned.
+        """
+        lowest, highest = int(offsets.min()), int(offsets.max()) + size
+        if lowest < 0 or highest > self.size:
+            raise Fault(f"{at}: bytes {lowest} to {highest} of shared memory, which has {self.size}")
+        if (offsets % size).any():
+            raise Fault(f"{at}: {size} bytes of shared memory are misaligned")
+        return offsets[:, None] // self.cell + np.arange(-(-size // self.cell))
+
+    def read(self, offsets: Array, size: int, warps: Array, at: Instruction) -> NDArray[np.uint8]:
+        """Bytes at each offset, read by a thread of the warp beside it: (offsets, size)."""
+        self.note_read(self.cells(offsets, size, at), warps, at)
+        return gather(self.bytes, offsets, size)
+
+    def write(self, offsets: Array, data: NDArray[np.uint8], warps: Array, at: Instruction) -> None:
+        """Store rows of bytes, each by a thread of the warp beside it."""
+        cells = self.cells(offsets, data.shape[1], at)
+        self.note_write(cells, warps, at)
+        self.unfenced[cells] = True
+        scatter(self.bytes, offsets, data)
+        if self.checks:
+            _check_agreement(gather(self.bytes, offsets, data.shape[1]), data, "shared memory", self.findings, at)
+
+    def note_read(self, cells: Array, warps: Array, at: Instruction) -> None:
+        if not self.checks:
+            return
+        cells, warps = cells.ravel(), np.repeat(warps, cells.shape[1])
+        self._check_writer(cells, warps, "read", at)
+        if not self.is_written[cells].all():
+            self.findings.add_at("shared memory is read that was never written", at)
+        self.read_clock[warps, cells] = self.clock[warps, warps]
+
+    def note_write(self, cells: Array, warps: Array, at: Instruction) -> None:
+        if not self.checks:
+            return
+        cells, warps = cells.ravel(), np.repeat(warps, cells.shape[1])
+        self._check_writer(cells, warps, "written", at)
+        if (self.read_clock[:, cells] > self.clock[warps].T).any():
+            self.findings.add_at(
+                "shared memory is read by one warp and written by another, with no barrier between", at
+            )
+        if self.tensor_core_reads[cells].any():
+            self.findings.add_at("shared memory is written while a wgmma that reads it is under way", at)
+        self.writer[cells], self.write_clock[cells] = warps, self.clock[warps, warps]
+        self.is_written[cells] = True
+
+    def _check_writer(self, cells: Array, warps: Array, how: str, at: Instruction) -> None:
+        writer = self.writer[cells]
+        if ((writer != warps) & (self.write_clock[cells] > self.clock[warps, writer])).any():
+            what = f"shared memory is written by one warp and {how} by another, with no barrier between"
+            self.findings.add_at(what, at)
+        if self.in_flight[cells].any():
+            self.findings.add_at(f"shared memory is {how} while an asynchronous copy to it is under way", at)
+
+    def deliver(self, offsets: Array, data: NDArray[np.uint8], warps: Array, at: Instruction) -> None:
+        """Let an asynchronous copy arrive: from now on its warp sees it, and others after a barrier."""
+        cells = self.cells(offsets, data.shape[1], at)
+        scatter(self.bytes, offsets, data)
+        self.in_flight[cells] = False
+        self.unfenced[cells] = True
+        self.writer[cells], self.write_clock[cells] = warps[:, None], self.clock[warps, warps][:, None]
