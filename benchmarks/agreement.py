@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ssm_kernels.testing import ROUNDINGS, roundings
+from ssm_kernels.testing import ROUNDINGS, coarsest_dtype, roundings
 
 from .cases import SIZES, Case, Shape
 
@@ -51,10 +51,14 @@ class Expected:
     moved: list[dict[str, Tensor]]
     """In the type that is computed in, each input off by a rounding of it, up or down."""
     compute: torch.dtype
+    operands: torch.dtype | None = None
+    """To which operands of matrix products are rounded, in compiled kernels."""
 
 
-def expected(op: Callable[..., object], tensors: Mapping[str, Tensor], gradients: bool) -> Expected:
-    """Run the reference, given as a function of tensors by name."""
+def expected(
+    op: Callable[..., object], tensors: Mapping[str, Tensor], gradients: bool, is_compiled: bool = False
+) -> Expected:
+    """Run the reference, given as a function of tensors by name; for what kernels give that a GPU's compiler made."""
     floats = [t.dtype for t in tensors.values() if t.is_floating_point()]
     compute = functools.reduce(torch.promote_types, floats, torch.float32)
     return Expected(
@@ -62,6 +66,7 @@ def expected(op: Callable[..., object], tensors: Mapping[str, Tensor], gradients
         results(op, tensors, gradients),
         [results(op, tensors, gradients, compute, seed) for seed in range(SAMPLES)],
         compute,
+        coarsest_dtype(tensors) if is_compiled else None,
     )
 
 
@@ -116,7 +121,7 @@ def disagreement(expected: Expected, actual: Mapping[str, Tensor]) -> str:
             return f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
         if got.dtype != peer.dtype:
             return f"{name}: dtype {got.dtype}, expected {peer.dtype}"
-        forgiven, kind = roundings(got.dtype), torch.finfo(got.dtype)
+        forgiven, kind = roundings(got.dtype, operands=expected.operands), torch.finfo(got.dtype)
         got, peer = got.double(), peer.double()
         is_finite = functools.reduce(torch.logical_and, [t.isfinite() for t in (want, peer, *moved)])
         scale, own, *samples = (_largest(t[is_finite]) for t in (want, peer - want, *(m - want for m in moved)))

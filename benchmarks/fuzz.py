@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ssm_kernels._triton import interpreting
+from ssm_kernels.testing import coarsest_dtype
 
 from .agreement import Expected, brief, disagreement, expected, results, shrink, smaller_cases
 from .cases import OPS, SIZES, VARIANTS, Case, Shape
@@ -170,6 +171,8 @@ def wrong(trial: Trial, backend: str, device: str) -> str:
         return f"raises {type(e).__name__}: {e}"
     outputs = {name: t for name, t in actual.items() if not name.startswith("gradient of ")}
     every = [*tensors.values(), *(kept[name] for kept in (right.exact, right.rounded) for name in outputs)]
+    if backend == "triton" and not interpreting():
+        right = replace(right, operands=coarsest_dtype(tensors))
     return disagreement(right, actual if all(t.isfinite().all() for t in every) else outputs)
 
 

@@ -11,16 +11,31 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ._triton import interpreting
+
 ROUNDINGS = 64
 """Roundings of the largest element that are forgiven in what sums are computed in: their order is another."""
 ROUNDINGS_OF_RESULT = 8
 """And in the result's own dtype, to which operands of matrix products are rounded too."""
 
 
-def roundings(dtype: torch.dtype, times: int = 1) -> float:
-    """The share of the largest element that is forgiven besides, of a result in this dtype; of sums, so many times."""
+def roundings(dtype: torch.dtype, times: int = 1, operands: torch.dtype | None = None) -> float:
+    """Share of the largest element that a result in this dtype may be off besides.
+
+    Args:
+        times: factor on the roundings of sums.
+        operands: dtype to which operands of matrix products are rounded, where it is coarser than the result's:
+            compiled kernels hand tensor cores what they multiply in the inputs' dtype, and sum in float32.
+    """
     sums = torch.promote_types(dtype, torch.float32)
-    return times * ROUNDINGS * torch.finfo(sums).eps + ROUNDINGS_OF_RESULT * torch.finfo(dtype).eps
+    coarsest = max(torch.finfo(d).eps for d in (dtype, operands or dtype))
+    return times * ROUNDINGS * torch.finfo(sums).eps + ROUNDINGS_OF_RESULT * coarsest
+
+
+def coarsest_dtype(tensors: Mapping[str, Tensor | None]) -> torch.dtype:
+    """The floating-point dtype among the tensors whose rounding is largest."""
+    dtypes = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def assert_agrees(
@@ -49,6 +64,8 @@ def assert_agrees(
     exact = _run(op, tensors, options, oracle, torch.float64, gradients)
     rounded = _run(op, tensors, options, oracle, None, gradients)
     actual = _run(op, tensors, options, backend, None, gradients)
+    is_compiled = backend == "triton" and not interpreting()
+    operands = coarsest_dtype(tensors) if is_compiled else None
     assert actual.keys() == exact.keys(), f"outputs differ: {sorted(actual)} against {sorted(exact)}"
     for name, want in exact.items():
         got, peer = actual[name], rounded[name]
@@ -58,7 +75,7 @@ def assert_agrees(
             continue
         assert got.isfinite().all() or not want.isfinite().all(), f"{name}: not finite"
         error, peer_error = ((t.double() - want).abs().max().item() for t in (got, peer))
-        allowed = 2 * peer_error + roundings(got.dtype) * max(want.abs().max().item(), 1e-3)
+        allowed = 2 * peer_error + roundings(got.dtype, operands=operands) * max(want.abs().max().item(), 1e-3)
         assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g} in {got.dtype}"
 
 
