@@ -18,7 +18,8 @@ demo: $(VENV)/.demo  ## train, evaluate and plot a tiny VL-Mamba and ML-Mamba (P
 	$(BIN)/vlmamba demo --preset $(PRESET)
 
 test: $(VENV)/.test lint  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ptx"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ptx
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m triton
 
 lint: $(VENV)/.test  ## ruff: rules and format
@@ -36,6 +37,8 @@ nightly: $(VENV)/.test  ## what takes longer than `test`: random calls on each b
 	TRITON_INTERPRET=1 $(BIN)/ssm-bench fuzz --minutes 10
 	$(BIN)/ssm-bench compile-report --quick
 	$(MAKE) soak
+	$(BIN)/ssm-bench emulate --target sm_80 sm_90 --dtype bf16 fp32
+	$(BIN)/ssm-bench emulate --target sm_90 --tiles published
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV)

@@ -17,7 +17,7 @@ from .roofline import DEVICES, cost, floor
 
 def run_roofline(command: Roofline) -> None:
     """`ssm-bench roofline`."""
-    _check_ops(command.op)
+    check_ops(command.op)
     rows = []
     print(f"{'':<86}{'MB':>9}{'GFLOP':>9}{'Gexp':>8}{'FLOP/B':>8}" + "".join(f"{d:>25}" for d in command.device))
     for case in published(command.dtype, command.size):
@@ -38,7 +38,7 @@ def run_roofline(command: Roofline) -> None:
 
 def run_compile_report(command: CompileReport) -> None:
     """`ssm-bench compile-report`."""
-    _check_ops(command.op)
+    check_ops(command.op)
     largest = published("bf16", ("2.7b",))
     everything = largest if command.quick else shipped()
     targets = command.target or (("sm_90",) if command.quick else ("sm_80", "sm_90", "sm_100", "gfx942"))
@@ -72,9 +72,12 @@ def run_compare(command: Compare) -> None:
 
 def run_verify(command: Verify) -> None:
     """`ssm-bench verify`."""
-    _check_ops((command.op,))
+    check_ops((command.op,))
+    if command.ptx is not None and command.device != "cpu":
+        raise ValueError(f"ptx emulates a GPU on CPU tensors: device must be cpu, got {command.device!r}")
     with on(command.device):
-        verdict = verify.verify(verify.load(command.kernel), command.op, command.dtype, command.device)
+        function = verify.load(command.kernel)
+        verdict = verify.verify(function, command.op, command.dtype, command.device, command.ptx)
     print(verdict)
     if not verdict.is_right:
         sys.exit(1)
@@ -82,7 +85,7 @@ def run_verify(command: Verify) -> None:
 
 def run_fuzz(command: Fuzz) -> None:
     """`ssm-bench fuzz`."""
-    _check_ops(command.op)
+    check_ops(command.op)
     seed = time.time_ns() % 10**9 if command.seed is None else command.seed
     print(f"seed {seed}")
     with on(command.device):
@@ -103,6 +106,6 @@ def run_gpu_suite(command: GPUSuite) -> None:
             sys.exit(1)
 
 
-def _check_ops(ops: tuple[str, ...]) -> None:
+def check_ops(ops: tuple[str, ...]) -> None:
     if unknown := [op for op in ops if op not in OPS]:
         raise ValueError(f"op must be among {', '.join(OPS)}; got {', '.join(unknown)}")

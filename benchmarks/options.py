@@ -29,6 +29,7 @@ Impl = Literal["ours", "triton", "torch", "reference", "mamba_ssm", "causal_conv
 Metric = Literal["time", "memory", "error"]
 Mode = Literal["fwd", "bwd", "fwd+bwd"]
 Dtype = Literal["fp32", "fp64", "bf16", "fp16"]
+EmulatedTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 ShapeName = Literal["default", "130m", "370m", "790m", "1.3b", "2.7b", "vision", "long"]
 ModelType = Literal["mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "nemotron_h", "granitemoehybrid"]
 Size = Literal["published", "small"]
@@ -242,13 +243,39 @@ class Verify:
     op: Positional[str]
     kernel: str
     """path.py:function."""
-    dtype: tuple[Literal["fp32", "fp64", "bf16", "fp16"], ...] = ("fp32", "bf16")
+    dtype: tuple[Dtype, ...] = ("fp32", "bf16")
     device: str = "cpu"
+    ptx: EmulatedTarget | None = None
+    """Compile its Triton kernels for this GPU, and emulate them on CPU tensors: with no GPU."""
 
     def run(self) -> None:
         from .commands import run_verify
 
         run_verify(self)
+
+
+@dataclass
+class Emulate:
+    """Run the kernels of the ops as compiled for a GPU, in an emulator on this CPU; exit status 1 if one is wrong.
+
+    Every access is checked: races between warps and between programs, missing waits and fences, accesses outside the
+    tensors. Compiling takes 1 to 70 s a kernel the first time; Triton keeps what it compiled.
+    """
+
+    op: Positional[tuple[str, ...]] = OPS
+    target: tuple[EmulatedTarget, ...] = ("sm_90",)
+    dtype: tuple[Dtype, ...] = ("bf16",)
+    tiles: Literal["small", "published"] = "small"
+    """published: head and state sizes of the published models."""
+    plain: bool = False
+    """The plain call of each op alone, without its options."""
+    out: Path | None = None
+    """JSON file to write."""
+
+    def run(self) -> None:
+        from .emulate import run_emulate
+
+        run_emulate(self)
 
 
 @dataclass
@@ -358,6 +385,7 @@ COMMANDS = {
     "gpu-suite": GPUSuite,
     "compare": Compare,
     "verify": Verify,
+    "emulate": Emulate,
     "fuzz": Fuzz,
     "prefill": Prefill,
     "decode": Decode,

@@ -1,15 +1,21 @@
 """Someone's own function held against the reference over the whole grid of options.
 
     ssm-bench verify --kernel mine.py:my_scan selective_scan
+    ssm-bench verify --kernel mine.py:my_scan selective_scan --ptx sm_90
 
 The function has the op's own signature (without `backend`): tensors and options by name, in the shapes, dtypes and
 strides of its docstring, and gives what the op gives, or y alone. A step updates its state in place. An argument that
 it does not name is not tested, and said not to be; so is a case at which it raises NotImplementedError.
 `chunk_size` may be left out, as no result depends on it.
+
+With `--ptx` its Triton kernels are compiled for that GPU and emulated on CPU tensors; what the emulator's checks see,
+such as a missing barrier, is a failure too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import inspect
 import typing
@@ -25,6 +31,7 @@ import ssm_kernels
 
 from .agreement import brief, disagreement, expected, results, shrink, smaller_cases
 from .cases import SIZES, Case, StepOutput, small
+from .ptx import Report, emulated
 
 LENGTHS = (1, 2, 3, 16, 64, 65, 129)
 """Besides those of `cases.small`, which are odd."""
@@ -111,6 +118,8 @@ class Candidate:
     has_backward: bool = False
     gives: int | None = None
     """How many of the op's results; None for all."""
+    target: str | None = None
+    """GPU whose compiled kernels are emulated; None runs the function as it is."""
 
     def call(self, case: Case, tensors: Mapping[str, Tensor]) -> object:
         arguments = _arguments(case, tensors)
@@ -139,14 +148,24 @@ class Candidate:
             return namedtuple("Given", names)(*given[: len(names)])
 
         tensors = case.inputs(device)
+        report = None
         try:
-            actual = results(lambda **t: part(self.call(case, t)), tensors, self.has_backward)
+            with self.running() as report:
+                actual = results(lambda **t: part(self.call(case, t)), tensors, self.has_backward)
         except NotImplementedError:
             raise
         except Exception as e:  # whatever it raises is what the report is for
             return f"raises {type(e).__name__}: {e}"
-        right = expected(lambda **t: part(case.function(backend="reference", **t)), tensors, self.has_backward)
+        if report is not None and report.findings:
+            return "; ".join(report.findings)
+        is_compiled = report is not None or device != "cpu"
+        reference = functools.partial(case.function, backend="reference")
+        right = expected(lambda **t: part(reference(**t)), tensors, self.has_backward, is_compiled)
         return disagreement(right, actual)
+
+    def running(self) -> contextlib.AbstractContextManager[Report | None]:
+        """Where the function runs: in the emulator, or as it is."""
+        return contextlib.nullcontext() if self.target is None else emulated(self.target)
 
     def fails(self, case: Case, device: str) -> bool:
         try:
@@ -156,10 +175,20 @@ class Candidate:
             return False
 
 
-def verify(function: Callable, op: str, dtypes: tuple[str, ...] = ("fp32", "bf16"), device: str = "cpu") -> Verdict:
-    """Hold a function against the reference, until it fails; the failing case is then made smaller."""
+def verify(
+    function: Callable,
+    op: str,
+    dtypes: tuple[str, ...] = ("fp32", "bf16"),
+    device: str = "cpu",
+    target: str | None = None,
+) -> Verdict:
+    """Compare a function with the reference, until it fails; the failing case is then made smaller.
+
+    Args:
+        target: compile its Triton kernels for this GPU (`sm_90`) and emulate them on CPU tensors.
+    """
     cases = grid(op, dtypes)
-    candidate = _probe(function, cases, device)
+    candidate = _probe(function, cases, device, target)
     names = _results(cases[0])
     missing = names[candidate.gives :] if candidate.gives else ()
     verdict = Verdict(op, candidate.has_backward, total=len(cases), not_compared=missing)
@@ -182,16 +211,18 @@ def verify(function: Callable, op: str, dtypes: tuple[str, ...] = ("fp32", "bf16
     return verdict
 
 
-def _probe(function: Callable, cases: list[Case], device: str) -> Candidate:
+def _probe(function: Callable, cases: list[Case], device: str, target: str | None) -> Candidate:
     """Whether its results carry gradients, and how many it gives, told by the first case that it takes."""
     parameters = inspect.signature(function).parameters.values()
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    candidate = Candidate(function, None if takes_any else frozenset(p.name for p in parameters))
+    takes = None if takes_any else frozenset(p.name for p in parameters)
+    candidate = Candidate(function, takes, target=target)
     for case in cases:
         if candidate.reason_not_to_test(case):
             continue
         try:
-            out = candidate.call(case, case.inputs(device))
+            with candidate.running():
+                out = candidate.call(case, case.inputs(device))
         except NotImplementedError:
             continue
         except Exception:  # it fails again where that is reported

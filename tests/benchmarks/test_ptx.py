@@ -1,0 +1,472 @@
+"""The PTX emulator: what it computes, and that its checks notice what they are for."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssm_kernels._triton import interpreting
+from vlmamba.benchmarks.cases import Case, Shape
+from vlmamba.benchmarks.ptx import Fault, Unsupported, emulated, machine, values
+from vlmamba.benchmarks.ptx.memory import Allocation, allocations_of
+from vlmamba.benchmarks.ptx.parser import parse
+from vlmamba.benchmarks.ptx.translate import translate
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+if interpreting():
+    pytest.skip("kernels are compiled, not interpreted", allow_module_level=True)
+pytestmark = pytest.mark.ptx
+
+HEADER = """.version 8.7
+.target sm_90a
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry k(.param .u64 .ptr .global .align 1 k_param_0, .param .u32 k_param_1) .reqntid {threads}
+{{
+  .reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<99>; .reg .b64 %rd<9>;
+  ld.param.b64 %rd1, [k_param_0];
+  ld.param.b32 %r1, [k_param_1];
+  mov.u32 %r2, %tid.x;
+  mul.wide.u32 %rd2, %r2, 4;
+  add.s64 %rd3, %rd1, %rd2;
+  shl.b32 %r3, %r2, 2;
+{body}
+  ret;
+}}
+"""
+
+
+def run_ptx(body: str, out: torch.Tensor, *, threads: int = 64, number: int = 0, grid: int = 1, shared: int = 1024):
+    """Run a handwritten kernel on one tensor: %rd3 is the address of this thread's element, %r3 its byte offset."""
+    kernel = parse(HEADER.format(threads=threads, body=body))
+    found, counts, apart = machine.run(
+        functools.partial(translate, kernel, threads), kernel, threads // 32, shared, 2,
+        allocations_of([("out", out)]), [out.data_ptr(), number], (grid, 1, 1), checks=True, seed=0,
+    )  # fmt: skip
+    return dict(found), counts, apart
+
+
+# ---- instructions ----------------------------------------------------------------------------------------------------
+
+BINARY = {
+    "add.s32": lambda a, b: a + b,
+    "sub.s32": lambda a, b: a - b,
+    "mul.lo.s32": lambda a, b: a * b,
+    "mul.hi.s32": lambda a, b: ((a.long() * b.long()) >> 32).int(),
+    "div.s32": lambda a, b: torch.div(a, b, rounding_mode="trunc").int(),
+    "rem.s32": lambda a, b: torch.fmod(a, b),
+    "min.s32": torch.minimum,
+    "max.u32": lambda a, b: torch.maximum(a.long() & 0xFFFFFFFF, b.long() & 0xFFFFFFFF).int(),
+    "shr.s32": lambda a, b: a >> b.clamp(0, 31),
+    "xor.b32": lambda a, b: a ^ b,
+}
+
+
+@pytest.mark.parametrize("opcode", BINARY)
+def test_integer_arithmetic_is_that_of_torch(opcode):
+    a = torch.randint(-(2**31), 2**31, (64,), dtype=torch.int64).int()
+    b = torch.randint(1, 40, (64,)).int() * (1 if opcode == "shr.s32" else torch.randint(0, 2, (64,)).int() * 2 - 1)
+    out = torch.stack([a, b]).clone()
+    run_ptx(
+        "ld.global.b32 %r4, [%rd3];\nld.global.b32 %r5, [%rd3+256];\n"
+        f"{opcode} %r6, %r4, %r5;\nst.global.b32 [%rd3], %r6;",
+        out,
+    )
+    assert torch.equal(out[0], BINARY[opcode](a, b))
+
+
+def test_bfloat16_is_rounded_as_torch_does():
+    x = torch.cat([torch.randn(2000) * 10.0 ** torch.randint(-30, 30, (2000,)), torch.tensor([torch.inf, -0.0, 3e38])])
+    assert np.array_equal(values.to_bf16(x.numpy()), x.bfloat16().view(torch.int16).numpy().view(np.uint16))
+    assert values.to_bf16(np.array([np.nan], np.float32))[0] == 0x7FFF
+
+
+def test_float_minimum_prefers_numbers_to_nan():
+    out = torch.tensor([[1.0, torch.nan], [torch.nan, 2.0]]).repeat_interleave(32, 1)
+    run_ptx(
+        "ld.global.b32 %r4, [%rd3];\nld.global.b32 %r5, [%rd3+256];\n"
+        "min.f32 %r6, %r4, %r5;\nmax.NaN.f32 %r7, %r4, %r5;\n"
+        "st.global.b32 [%rd3], %r6;\nst.global.b32 [%rd3+256], %r7;",
+        out,
+    )
+    assert out[0].tolist() == [1.0] * 32 + [2.0] * 32
+    assert out[1].isnan().all()
+
+
+def test_subnormals_are_flushed_only_where_asked_for():
+    out = torch.full((2, 64), 1e-40)
+    run_ptx(
+        "ld.global.b32 %r4, [%rd3];\nadd.ftz.f32 %r5, %r4, %r4;\nadd.f32 %r6, %r4, %r4;\n"
+        "st.global.b32 [%rd3], %r5;\nst.global.b32 [%rd3+256], %r6;",
+        out,
+    )
+    assert (out[0] == 0).all() and (out[1] > 0).all()
+
+
+SOURCES = {
+    "bfly": lambda lane: lane ^ 5,
+    "up": lambda lane: lane - 5 if lane >= 5 else lane,
+    "down": lambda lane: lane + 5 if lane + 5 < 32 else lane,
+    "idx": lambda lane: 5,
+}
+
+
+@pytest.mark.parametrize("mode", SOURCES)
+def test_shuffles_read_the_lane_that_they_name(mode):
+    out = torch.arange(64, dtype=torch.int32)
+    clamp = 0 if mode == "up" else 31
+    run_ptx(f"shfl.sync.{mode}.b32 %r4, %r2, 5, {clamp}, -1;\nst.global.b32 [%rd3], %r4;", out)
+    assert out.tolist() == [32 * (i // 32) + SOURCES[mode](i % 32) for i in range(64)]
+
+
+def test_registers_of_inline_assembly_are_its_own():
+    out = torch.zeros(64, dtype=torch.int32)
+    scope = "{{ .reg .b32 t; add.s32 t, {}, {}; mov.b32 {}, t; }}"
+    run_ptx(f"{scope.format('%r2', 1, '%r4')}\n{scope.format('%r4', 10, '%r5')}\nst.global.b32 [%rd3], %r5;", out)
+    assert out.tolist() == [i + 11 for i in range(64)]
+
+
+def test_a_predicate_chooses_the_threads_that_store():
+    out = torch.zeros(64, dtype=torch.int32)
+    run_ptx("setp.lt.u32 %p1, %r2, 10;\n@%p1 st.global.b32 [%rd3], 7;\n@!%p1 st.global.b32 [%rd3], 9;", out)
+    assert out.tolist() == [7] * 10 + [9] * 54
+
+
+def test_an_unknown_instruction_is_refused_by_name():
+    with pytest.raises(Unsupported, match=r"tcgen05\.mma.*PTX line"):
+        run_ptx("tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r4, %p1;", torch.zeros(64))
+
+
+# ---- threads and barriers --------------------------------------------------------------------------------------------
+
+LOOP = """  mov.u32 %r4, 0; mov.u32 %r5, 0;
+$L_again:
+  add.s32 %r5, %r5, %r4;
+  add.s32 %r4, %r4, 1;
+  setp.le.u32 %p1, %r4, %r2;
+  @%p1 bra $L_again;
+  st.global.b32 [%rd3], %r5;"""
+
+
+def test_threads_that_branch_apart_have_a_counter_each():
+    out = torch.zeros(64, dtype=torch.int32)
+    _, _, apart = run_ptx(LOOP, out)
+    assert apart and out.tolist() == [i * (i + 1) // 2 for i in range(64)]
+
+
+def test_threads_in_step_stay_in_step():
+    assert not run_ptx("st.global.b32 [%rd3], %r2;", torch.zeros(64, dtype=torch.int32))[2]
+
+
+EXCHANGE = """  st.shared.b32 [%r3], %r2;
+  {wait}
+  xor.b32 %r4, %r3, {distance};
+  ld.shared.b32 %r5, [%r4];
+  st.global.b32 [%rd3], %r5;"""
+
+
+def test_a_missing_barrier_between_warps_is_noticed():
+    out = torch.zeros(64, dtype=torch.int32)
+    found, *_ = run_ptx(EXCHANGE.format(wait="", distance=128), out)
+    assert any("with no barrier between" in what for what in found)
+    assert not run_ptx(EXCHANGE.format(wait="bar.sync 0;", distance=128), out)[0]
+    assert out.tolist() == [i ^ 32 for i in range(64)]
+
+
+def test_a_warp_needs_no_barrier_with_itself():
+    assert not run_ptx(EXCHANGE.format(wait="", distance=4), torch.zeros(64, dtype=torch.int32))[0]
+
+
+def test_a_barrier_of_some_warps_orders_them_alone():
+    """Warps 0 and 1 meet at barrier 1; warp 2 does not, and reads what warp 0 wrote."""
+    body = """  st.shared.b32 [%r3], %r2;
+  setp.ge.u32 %p1, %r2, 64;
+  @%p1 bra $L_after;
+  bar.sync 1, 64;
+$L_after:
+  {offset}
+  ld.shared.b32 %r5, [%r4];
+  st.global.b32 [%rd3], %r5;"""
+    both = "xor.b32 %r6, %r3, 128; setp.lt.u32 %p2, %r2, 64; selp.b32 %r4, %r6, %r3, %p2;"
+    out = torch.zeros(96, dtype=torch.int32)
+    assert not run_ptx(body.format(offset=both), out, threads=96)[0]
+    assert out.tolist() == [i ^ 32 for i in range(64)] + list(range(64, 96))
+    found, *_ = run_ptx(body.format(offset="and.b32 %r4, %r3, 127;"), out, threads=96)
+    assert any("with no barrier between" in what for what in found)
+
+
+def test_a_barrier_to_which_others_never_come_is_a_fault():
+    body = "setp.ge.u32 %p1, %r2, 32;\n@%p1 bra $L_end;\nbar.sync 1, 64;\n$L_end:\n"
+    with pytest.raises(Fault, match="never come"):
+        run_ptx(body, torch.zeros(64))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_access_outside_the_tensors_is_a_fault():
+    with pytest.raises(Fault, match="outside"):
+        run_ptx("st.global.b32 [%rd3+256], %r2;", torch.zeros(64))
+
+
+def test_an_access_outside_the_view_is_a_fault():
+    whole = torch.zeros(128)
+    with pytest.raises(Fault, match="outside the views of out"):
+        run_ptx("st.global.b32 [%rd3+4], %r2;", whole[:64])
+    assert not whole[64:].any()
+
+
+def test_a_misaligned_access_is_a_fault():
+    with pytest.raises(Fault, match="misaligned"):
+        run_ptx("ld.global.b64 %rd4, [%rd3];", torch.zeros(128))
+
+
+def test_programs_that_write_one_place_are_noticed():
+    found, *_ = run_ptx("st.global.b32 [%rd3], %r1;", torch.zeros(64), grid=2)
+    assert any("written by one program and written by another" in what for what in found)
+
+
+def test_atomics_of_programs_are_no_race():
+    out = torch.zeros(64, dtype=torch.int32)
+    assert not run_ptx("red.global.add.s32 [%rd3], 2;", out, grid=3)[0]
+    assert (out == 6).all()
+
+
+def test_shared_memory_that_nobody_wrote_is_noticed():
+    found, *_ = run_ptx("ld.shared.b32 %r4, [%r3];", torch.zeros(64))
+    assert any("never written" in what for what in found)
+
+
+COPY = """  cp.async.ca.shared.global [%r3], [%rd3], 4;
+  cp.async.commit_group;
+  {wait}
+  ld.shared.b32 %r4, [%r3];
+  add.s32 %r4, %r4, 1;
+  st.global.b32 [%rd3], %r4;"""
+
+
+def test_a_copy_arrives_when_it_is_waited_for():
+    out = torch.arange(64, dtype=torch.int32)
+    assert not run_ptx(COPY.format(wait="cp.async.wait_group 0;"), out)[0]
+    assert out.tolist() == list(range(1, 65))
+    found, *_ = run_ptx(COPY.format(wait="cp.async.wait_group 1;"), out)
+    assert any("asynchronous copy to it is under way" in what for what in found)
+
+
+def test_threads_that_disagree_on_a_place_are_noticed():
+    found, *_ = run_ptx("st.global.b32 [%rd1], %r2;", torch.zeros(64))
+    assert any("different values to one place" in what for what in found)
+
+
+def test_an_allocation_is_one_for_all_views_of_a_storage():
+    x = torch.zeros(10)
+    (found,) = allocations_of([("a", x[:5]), ("b", x[5:])])
+    assert isinstance(found, Allocation) and found.name == "a/b" and len(found.views) == 2
+
+
+# ---- kernels of others: products, and faults ------------------------------------------------------------------------
+
+
+@triton.jit
+def product(a_ptr, b_ptr, out_ptr, stride_k, stride_n, N: tl.constexpr):
+    i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    a = tl.load(a_ptr + N * i + j)
+    b = tl.load(b_ptr + stride_k * i + stride_n * j)
+    tl.store(out_ptr + N * i + j, tl.dot(a, b, input_precision="tf32"))
+
+
+@triton.jit
+def running_sum(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.cumsum(tl.load(x_ptr + i, i < n, other=0.0), 0), i < n)
+
+
+@triton.jit
+def running_sum_beyond(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.cumsum(tl.load(x_ptr + i), 0))
+
+
+@pytest.mark.parametrize(
+    "target, dtype", [("sm_80", "bf16"), ("sm_80", "fp16"), ("sm_80", "fp64"), ("sm_80", "fp32"), ("sm_90", "bf16"),
+                      ("sm_90", "fp16"), ("sm_90", "fp32")],
+)  # fmt: skip
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_those_of_torch(target, dtype, transposed):
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+    torch.manual_seed(0)
+    a, b = torch.randn(64, 64).to(kinds[dtype]), torch.randn(64, 64).to(kinds[dtype])
+    out = torch.empty(64, 64, dtype=torch.float64 if dtype == "fp64" else torch.float32)
+    with emulated(target) as report:
+        product[(1,)](
+            a,
+            b.mT.contiguous().mT if transposed else b,
+            out,
+            *(b.mT.contiguous().mT if transposed else b).stride(),
+            N=64,
+        )
+    report.assert_clean()
+    want = a.double() @ b.double()
+    # TF32 has 10 bits of mantissa.
+    allowed = {"fp32": 2e-3, "fp64": 1e-14}.get(dtype, 1e-5)
+    assert (out - want).abs().max() <= allowed * want.abs().max()
+    kind = "wgmma.mma_async" if target == "sm_90" else "mma"
+    assert report.launches[0].instructions.get(kind) or dtype == "fp64"
+
+
+def test_two_kernels_of_others_run_and_their_faults_are_found():
+    x = torch.randn(300)
+    out = torch.empty_like(x)
+    with emulated("sm_90") as report:
+        running_sum[(1,)](x, out, 300, BLOCK=512)
+    report.assert_clean()
+    torch.testing.assert_close(out, x.cumsum(0), rtol=1e-5, atol=1e-5)
+    with emulated("sm_90"), pytest.raises(Fault, match="outside"):
+        running_sum_beyond[(1,)](x, out, BLOCK=512)
+
+
+def test_the_example_of_the_page_passes(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "emulator.md").read_text()
+    (tmp_path / "test_mine.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+
+
+BROKEN = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def kernel(x_ptr, w_ptr, y_ptr, groups, D, eps: tl.constexpr, BLOCK: tl.constexpr, WRONG: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    x = tl.load(x_ptr + row * D + i, i < D, other=0.0).to(tl.float32)
+    x *= 1 / tl.sqrt(tl.sum(x * x, 0) / D + eps)
+    y = x * tl.load(w_ptr + row % groups * D + i, i < D, other=0.0).to(tl.float32)
+    tl.store(y_ptr + (0 if WRONG else row) * D + i, y, i < D)
+
+def right(x, weight, group_size, wrong=False):
+    y = torch.empty(x.shape, dtype=x.dtype)
+    rows, groups = x.numel() // group_size, x.shape[-1] // group_size
+    block = triton.next_power_of_2(group_size)
+    kernel[(rows,)](x.contiguous(), weight, y, groups, group_size, 1e-5, block, wrong)
+    return y
+
+def racing(x, weight, group_size):
+    return right(x, weight, group_size, wrong=True)
+"""
+
+
+def test_a_kernel_of_ones_own_is_verified_as_compiled(tmp_path):
+    from vlmamba.benchmarks.verify import load, verify
+
+    (tmp_path / "mine.py").write_text(BROKEN)
+    verdict = verify(load(f"{tmp_path}/mine.py:right"), "rms_norm", ("fp32",), target="sm_90")
+    assert verdict.is_right, str(verdict)
+    verdict = verify(load(f"{tmp_path}/mine.py:racing"), "rms_norm", ("fp32",), target="sm_90")
+    assert "written by one program and written by another" in verdict.why
+
+
+def test_the_command_tells_what_ran(capsys, tmp_path):
+    from vlmamba.benchmarks import cli
+
+    out = tmp_path / "emulated.json"
+    cli.main(["emulate", "rms_norm", "--plain", "--target", "sm_80", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "1 of 1 cases right" in printed and "right sm_80 rms_norm bf16" in printed
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["launches"] == 2 and row["instructions"]["bar"] > 0 and row["wrong"] == ""
+    with pytest.raises(SystemExit, match="op must be among"):
+        cli.main(["emulate", "softmax"])
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"target must be one of sm_80, .*; got 'gfx942'"), emulated("gfx942"):
+        pass
+    with emulated(), pytest.raises(RuntimeError, match="inside another"), emulated():
+        pass
+
+
+# ---- this package's kernels ------------------------------------------------------------------------------------------
+
+SMALL = Shape(batch=1, length=40, channels=64, d_state=16, heads=2, headdim=16, height=5)
+WARPGROUPS = Shape(batch=1, length=70, heads=1, headdim=64, d_state=64)
+QUICK = [
+    *(Case(op, SMALL, dtype) for op in ("causal_conv1d", "rms_norm", "add_rms_norm", "cross_scan", "cross_merge")
+      for dtype in ("bf16", "fp32")),
+    *(Case(op, SMALL, "bf16", dt_bias=op != "causal_conv1d_step")
+      for op in ("selective_scan_step", "ssd_step", "causal_conv1d_step")),
+    Case("rms_norm", SMALL, "fp16", z=True), Case("causal_conv1d", SMALL, "fp64", initial_states=True, sequences=3),
+    Case("cross_causal_conv1d", SMALL, "bf16"), Case("ssd", SMALL, "bf16"),
+    Case("ssd", SMALL, "bf16", initial_states=True, sequences=3, dt_bias=True),
+    Case("selective_scan", SMALL, "bf16", z=True, dt_bias=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_compiled_kernels_agree_with_the_reference(case, target):
+    from vlmamba.benchmarks.emulate import run_case
+
+    row = run_case(case, target)
+    assert row.is_right, str(row)
+
+
+def test_products_of_warpgroups_agree_with_the_reference():
+    from vlmamba.benchmarks.emulate import run_case
+
+    row = run_case(Case("ssd", WARPGROUPS, "bf16"), "sm_90")
+    assert row.is_right, str(row)
+    assert row.instructions["wgmma.mma_async"] > 0
+
+
+# ---- the checks themselves -------------------------------------------------------------------------------------------
+
+ORDER = re.compile(
+    r"bar\.sync\s+0;|cp\.async\.wait_group\s+\S+;|fence\.proxy\.async\S*;|wgmma\.wait_group\S*\s+\S+;|wgmma\.fence\S*;"
+)
+
+
+def noticed(case: Case, target: str, kernel: str) -> Sequence[bool]:
+    """Whether the removal of each barrier, wait and fence of a kernel, in turn, is noticed."""
+
+    def run(which: int | None) -> tuple[int, bool]:
+        places = 0
+
+        def edit(name: str, ptx: str) -> str:
+            nonlocal places
+            if name != kernel:
+                return ptx
+            found = list(ORDER.finditer(ptx))
+            places = len(found)
+            return ptx if which is None else ptx[: found[which].start()] + ptx[found[which].end() :]
+
+        try:
+            with emulated(target, edit=edit) as report, torch.no_grad():
+                case.call(case.inputs(), "triton")
+        except Fault:
+            return places, True
+        return places, bool(report.findings)
+
+    n, found = run(None)
+    assert n and not found
+    return [run(which)[1] for which in range(n)]
+
+
+@pytest.mark.parametrize(
+    "case, target", [(Case("ssd", SMALL, "bf16"), "sm_80"), (Case("ssd", WARPGROUPS, "bf16"), "sm_90")], ids=str
+)
+def test_each_barrier_wait_and_fence_is_missed(case, target):
+    found = noticed(case, target, "_forward_kernel")
+    print(f"{target}: {sum(found)} of {len(found)} removals noticed")
+    assert sum(found) >= 0.95 * len(found)
