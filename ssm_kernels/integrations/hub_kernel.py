@@ -1,7 +1,23 @@
 """This package as a kernel of the Hub, for `kernels.get_kernel`: the layout that the `kernels` package loads.
 
+.. code-block:: shell
+
     python -m ssm_kernels.integrations.hub_kernel OUT
+
+.. code-block:: python
+
     kernels.get_local_kernel(Path("OUT")).ssd(...)
+
+`transformers`' `KernelConfig` names the classes of `ssm_kernels.layers` in it:
+
+.. code-block:: python
+
+    names = "causal_conv1d_fn causal_conv1d_update selective_scan_fn selective_state_update mamba_inner_fn".split()
+    config = KernelConfig({name: f"/abs/OUT:{name}" for name in names}, use_local_kernel=True)
+    MambaForCausalLM.from_pretrained(model, use_kernels=True, kernel_config=config)
+
+Its versions 5.23 and 5.24 do so with `kernels` 0.18.2 or later and on a GPU alone; on a CPU, use
+`ssm_kernels.integrations.transformers`.
 
 A folder for each backend of PyTorch holds the whole package, which is Python alone, and is loaded under a name of its
 own: its ops are registered under that name, so that several versions live in one process, beside an installed one.
@@ -65,6 +81,8 @@ def build(out: Path) -> None:
             target = folder / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, target)
+        with (folder / "__init__.py").open("a", encoding="utf-8") as init:
+            init.write("\nfrom . import layers  # `kernels` looks them up as an attribute\n")
         metadata = {
             "name": NAME,
             "id": f"_{NAME.replace('-', '_')}_{backend}_{digest}",

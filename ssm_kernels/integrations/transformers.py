@@ -1,17 +1,29 @@
 """`transformers`' state-space models on the ops of this package, on a CPU as on a GPU.
 
-    from ssm_kernels.integrations import transformers as on_our_ops
+.. code-block:: python
 
-    on_our_ops.enable()  # for models that exist already too
-    on_our_ops.disable()
+    from ssm_kernels.integrations import transformers as on_these_ops
 
-    with on_our_ops.enabled():
+    on_these_ops.enable()  # for models that exist already too
+    on_these_ops.disable()
+
+    with on_these_ops.enabled():
         ...
 
-A modelling file of `transformers` 5.23 reaches its kernels through functions of the module, each of which stands for
-an op of `mamba_ssm` or `causal_conv1d`. `enable` puts this package's op in the place of each. In a graph that is being
-exported, for an activation other than silu, and for a decoding step that needs gradients, the library's own function
-runs as before.
+A modelling file of `transformers` 5.23 or 5.24 reaches its kernels through functions of the module, each of which
+stands for an op of `mamba_ssm` or `causal_conv1d`. `enable` puts this package's op in the place of each. In a graph
+that is being exported, for an activation other than silu, and for a decoding step that needs gradients, the library's
+own function runs as before.
+
+**Packed sequences.** No model of the library keeps packed sequences apart by `position_ids` alone: each of
+`MODEL_TYPES` runs its scan and its convolution across the bounds, with `enable` and without. With `seq_idx` and
+`position_ids` together, Bamba, Falcon-H1, Zamba2 and Nemotron-H keep them apart on these ops (without `mamba_ssm` the
+library refuses `seq_idx` there); in GraniteMoeHybrid the attention layers still mix them. `Mamba2ForCausalLM` drops
+`seq_idx` without a word, `Mamba2Model` honours it. Mamba, Falcon-Mamba and Jamba drop it too, and Zamba refuses it.
+
+**A prompt in pieces.** Given a cache and several tokens at once, Mamba, Falcon-Mamba, Jamba and Zamba begin their scan
+anew, since its function takes no initial state, and Bamba's logits are off too: so it is in the library itself, and
+`enable` gives the same. One token at a time is right everywhere.
 """
 
 from __future__ import annotations
@@ -55,7 +67,7 @@ def enable() -> None:
                 missing.append(f"{name}.{function}")
     if missing:
         version = importlib.import_module("transformers").__version__
-        raise RuntimeError(f"enable() is written for transformers 5.23; {version} has no {', '.join(missing)}")
+        raise RuntimeError(f"enable() is written for transformers 5.23 and 5.24; {version} has no {', '.join(missing)}")
     for module, function, replacement in found:
         original = getattr(module, function)
         _originals.append((module, function, original))
@@ -227,14 +239,23 @@ _MAMBA2 = _SHARED | {
     "mamba2_selective_state_update": _scan_step,
     "mamba2_chunk_scan": _mamba2_scan,
 }
+_ZAMBA = {name: replacement for name, replacement in _MAMBA.items() if name != "mamba_inner_fn"}
 MODEL_TYPES: dict[str, dict[str, Callable[[Callable], Callable]]] = {
     "mamba": _MAMBA,
     "falcon_mamba": _MAMBA,
     "jamba": _MAMBA,
+    "zamba": _ZAMBA,
     "mamba2": _MAMBA2,
     "bamba": _MAMBA2,
+    "falcon_h1": _MAMBA2,
     "zamba2": _MAMBA2,
     "nemotron_h": _MAMBA2,
     "granitemoehybrid": _MAMBA2,
 }
 """What is replaced: the functions of each model type's module, by name."""
+
+CONVOLUTION_ALONE: tuple[str, ...] = (
+    "bailing_hybrid", "glm5_next", "inkling", "inkling2", "inkling2_loop", "kimi_linear", "lara_mini", "lfm2",
+    "lfm2_moe", "lfm3", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp",
+)  # fmt: skip
+"""Model types that are left alone: of the ops here they have the convolution, but no scan."""

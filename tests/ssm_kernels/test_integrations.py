@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,21 @@ CONFIGS = {
         {
             **ATTENTION, "num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
             "mamba_d_state": 8,
+        },
+    ),
+    "zamba": (
+        "Zamba",
+        {
+            "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "hybrid", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 2,
+            "mamba_dt_rank": 4, "attention_head_dim": 32,
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1",
+        {
+            **ATTENTION, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64,
+            "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 4,
         },
     ),
     "mamba2": (
@@ -91,7 +108,11 @@ def both(compute, monkeypatch, *names):
 
 
 def scan_of(model_type):
-    return "selective_scan_fn" if model_type in ("mamba", "falcon_mamba", "jamba") else "mamba_chunk_scan_combined"
+    return (
+        "selective_scan_fn"
+        if model_type in ("mamba", "falcon_mamba", "jamba", "zamba")
+        else "mamba_chunk_scan_combined"
+    )
 
 
 def assert_close(theirs, ours):
@@ -183,6 +204,81 @@ def test_packed_sequences_are_kept_apart_or_refused():
             model(TOKENS[:1], cu_seqlens=torch.tensor([0, 4, 11]), use_cache=False)
         with pytest.raises(ValueError, match="seq_idx"):
             tiny("mamba").backbone.layers[0].mixer(torch.ones(1, 11, 32), seq_idx=seq_idx)
+
+
+CUT = 4
+POSITIONS = torch.cat([torch.arange(CUT), torch.arange(TOKENS.shape[1] - CUT)]).unsqueeze(0)
+SEQ_IDX = (torch.arange(TOKENS.shape[1]) >= CUT).int().unsqueeze(0)
+
+
+def error_of(got, want):
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@torch.no_grad()
+def error_in_pack(model, **packing):
+    """How far two sequences in one row are from each alone, as a share of the largest logit."""
+    alone = [model(part, use_cache=False).logits for part in (TOKENS[:1, :CUT], TOKENS[:1, CUT:])]
+    return error_of(model(TOKENS[:1], use_cache=False, **packing).logits, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_by_positions_alone_the_library_mixes_packed_sequences_and_so_it_stays(model_type):
+    model = tiny(model_type)
+    integration.disable()
+    theirs = error_in_pack(model, position_ids=POSITIONS)
+    with integration.enabled():
+        assert error_in_pack(model, position_ids=POSITIONS) == pytest.approx(theirs, rel=1e-3)
+    assert theirs > 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "falcon_h1", "zamba2", "nemotron_h"])
+def test_with_seq_idx_and_positions_packed_sequences_are_kept_apart(model_type):
+    model = tiny(model_type)
+    integration.disable()
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        error_in_pack(model, position_ids=POSITIONS, seq_idx=SEQ_IDX)
+    with integration.enabled():
+        assert error_in_pack(model, position_ids=POSITIONS, seq_idx=SEQ_IDX) < 1e-6
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "jamba", "mamba2", "granitemoehybrid"])
+def test_with_seq_idx_these_still_mix_packed_sequences(model_type):
+    """As the documentation says; once the library passes it on, that can be changed."""
+    with integration.enabled():
+        assert error_in_pack(tiny(model_type), position_ids=POSITIONS, seq_idx=SEQ_IDX) > 1e-3
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_a_prompt_in_pieces_is_as_wrong_as_the_librarys(model_type):
+    model = tiny(model_type)
+    cache = "cache_params" if model_type in ("mamba", "mamba2", "falcon_mamba") else "past_key_values"
+
+    @torch.no_grad()
+    def compute():
+        first = model(TOKENS[:, :5], use_cache=True)
+        return first.logits, model(TOKENS[:, 5:], use_cache=True, **{cache: first[cache]}).logits
+
+    integration.disable()
+    with torch.no_grad():
+        whole = model(TOKENS, use_cache=False).logits
+    theirs = torch.cat(compute(), 1)
+    with integration.enabled():
+        assert_close(theirs, torch.cat(compute(), 1))
+    if model_type == "zamba":  # too little, here, of what its scan forgets arrives at the logits
+        return
+    wrong = model_type in ("mamba", "falcon_mamba", "jamba", "bamba")
+    assert (error_of(theirs, whole) > 1e-4) == wrong
+
+
+def test_every_model_type_with_these_functions_is_covered_or_named():
+    found = set()
+    for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        if re.search(r"^def (causal_conv1d_|mamba2?_(selective|chunk|split|inner))", path.read_text(), re.M):
+            found.add(path.stem.removeprefix("modeling_"))
+    scans = set(integration.MODEL_TYPES)
+    assert scans <= found <= scans | set(integration.CONVOLUTION_ALONE)
+    assert set(CONFIGS) == scans
 
 
 def functions():
