@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import sys
 
 import pytest
 
@@ -77,6 +78,29 @@ def test_lines_are_cut_and_continued_in_place(tmp_path):
         file.write('{"step": 3, "text": "\u2028\x85"}\n')
     assert path.stat().st_ino == inode
     assert [(line.number, line.value["step"]) for line in json_lines(path)] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+
+
+def continue_and_watch(path):
+    """Exit with the number of times that the file was emptied."""
+    emptied = []
+
+    def watch(event, details):
+        if event == "open" and str(details[0]) == str(path) and details[2] & os.O_TRUNC:
+            emptied.append(details)
+
+    sys.addaudithook(watch)
+    continue_json_lines(path, lambda line: line["step"] < 3).close()
+    os._exit(len(emptied))
+
+
+def test_at_no_moment_is_a_file_that_grows_empty(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text(lines(*range(5)))
+    process = multiprocessing.get_context("fork").Process(target=continue_and_watch, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert path.read_text() == lines(0, 1, 2)
 
 
 def test_nothing_is_truncated_while_all_of_it_is_kept(tmp_path, monkeypatch):

@@ -197,10 +197,11 @@ def test_a_checkpoint_names_no_file_outside_of_its_folder(saved):
     folder, _ = saved
     path = folder / "step-00000006" / "checkpoint.json"
     contents = json.loads(path.read_text().split("\n")[0])
-    contents["files"] = {"../step-00000005/" + FILES[1]: contents["files"][FILES[1]]}
-    text = json.dumps(contents)
+    os.link(folder / "step-00000006" / FILES[1], folder / FILES[1])
+    text = json.dumps(contents).replace(FILES[1], f"../{FILES[1]}")
     path.write_text(f"{text}\n{zlib.crc32(text.encode()):08x}\n")
     assert Training(folder).checkpoints.load() == 5
+    assert "outside its folder" in (folder / "damaged-step-00000006" / "damage.txt").read_text()
 
 
 @pytest.mark.parametrize("what", ["model.0.weight", "optimizer.0.weight.exp_avg_sq"])
