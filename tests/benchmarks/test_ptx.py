@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ssm_kernels._triton import interpreting
+from ssm_kernels.testing import assert_agrees
 from vlmamba.benchmarks.cases import Case, Shape
 from vlmamba.benchmarks.ptx import Fault, Unsupported, emulated, machine, values
 from vlmamba.benchmarks.ptx.memory import Allocation, allocations_of
@@ -420,6 +421,26 @@ def test_compiled_kernels_agree_with_the_reference(case, target):
 
     row = run_case(case, target)
     assert row.is_right, str(row)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_a_norm_in_float64_keeps_its_digits(size):
+    """A Python float that a kernel takes as an argument becomes float32: epsilon would lose half of its digits."""
+    case = Case("rms_norm", SMALL, "fp64")
+    inputs = {name: t.detach() * size for name, t in case.inputs().items()}
+    with emulated("sm_80") as report:
+        assert_agrees(case.function, inputs, backend="triton")
+    report.assert_clean()
+
+
+def test_no_kernel_takes_a_float_argument():
+    from vlmamba.benchmarks import cases, compile_report
+
+    # `seq_idx` is read when a table of segments is built, which the meta device has no values for.
+    calls = [case for dtype in ("fp32", "fp64") for case in cases.small(dtype) if not case.seq_idx]
+    for request in compile_report.record(calls, "sm_90"):
+        floats = [name for name, kind in request.signature.items() if kind in ("fp32", "fp64")]
+        assert not floats, f"{request.name} in {request.case}: {floats}"
 
 
 def test_products_of_warpgroups_agree_with_the_reference():

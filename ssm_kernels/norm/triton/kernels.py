@@ -26,8 +26,8 @@ WIDE_BACKWARD = {"BLOCK": 1024, "BLOCK_ROWS": 2, "num_warps": 8}
 @triton.jit
 def _forward_kernel(
     x, residual, weight, z, y, total, rstd,
-    n_rows, x_stride, residual_stride, z_stride, eps,
-    SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    n_rows, x_stride, residual_stride, z_stride,
+    EPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_Z: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_ROWS rows of y and, with a residual, of the sum. Grid: (row tiles, groups)."""
@@ -49,6 +49,8 @@ def _forward_kernel(
             if not NORM_BEFORE_GATE:
                 v *= gate
         squares += v * v
+    # A constant, since a float argument would reach the kernel as float32, whatever it computes in.
+    eps = tl.full((), EPS, COMPUTE)
     scale = 1 / tl.sqrt(tl.sum(squares, axis=1, keep_dims=True) / SIZE + eps)  # (BLOCK_ROWS, 1)
     tl.store(rstd + rows * n_groups + group, scale, rows < n_rows)
     for i in tl.static_range(BLOCKS):
@@ -214,7 +216,7 @@ def forward(x, residual, weight, z, eps, group_size, norm_before_gate, total_dty
         with on_device(x):
             _forward_kernel[triton.cdiv(n_rows, options["BLOCK_ROWS"]), dim // group_size](
                 rows, residual, weight.contiguous(), gate, y, total, rstd,
-                n_rows, rows.stride(0), _stride(residual), _stride(gate), eps,
+                n_rows, rows.stride(0), _stride(residual), _stride(gate), EPS=float(eps),
                 HAS_RESIDUAL=residual is not None, HAS_Z=z is not None, NORM_BEFORE_GATE=norm_before_gate, **options,
             )  # fmt: skip
     return y, total, rstd
