@@ -57,17 +57,18 @@ class PromptTemplate:
             if is_answer:
                 tokens = self.encode_answer(tokenizer, turn.text)
             else:
-                tokens = tokenizer.encode(self.user(_cleaned(turn.text), i == 0))
+                tokens = tokenizer.encode(self.user(cleaned(turn.text), i == 0))
             ids += tokens
             labels += tokens if is_answer else [IGNORE] * len(tokens)
         return ids, labels
 
     def encode_answer(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """An answer as it follows its prompt, its end included."""
-        return tokenizer.encode(self.answer(_cleaned(text)))
+        return tokenizer.encode(self.answer(cleaned(text)))
 
 
-def _cleaned(text: str) -> str:
+def cleaned(text: str) -> str:
+    """A turn's text without `<image>`, whose place is always the beginning, and without space around it."""
     return text.replace("<image>", "").strip()
 
 
@@ -99,17 +100,38 @@ def _vicuna_user(message: str, first: bool) -> str:
     return f"{_VICUNA_SYSTEM if first else ''} USER: {message} ASSISTANT:"
 
 
+def _no_user(message: str, first: bool) -> str:
+    return ""
+
+
+def _qa_user(message: str, first: bool) -> str:
+    return f"{message}\n"
+
+
+def _answer(answer: str) -> str:
+    return f"{answer}{END_OF_TEXT}"
+
+
+def _answer_or_space(answer: str) -> str:
+    return f"{answer or ' '}{END_OF_TEXT}"
+
+
+def _vicuna_answer(answer: str) -> str:
+    return f" {answer}{END_OF_TEXT}"
+
+
+# Functions by name, so that templates can be pickled for processes that do not fork.
 TEMPLATES: dict[str, PromptTemplate] = {
     # Of ML-Mamba and Cobra.
-    "zephyr": PromptTemplate(_zephyr_user, lambda answer: f"{answer or ' '}{END_OF_TEXT}"),
+    "zephyr": PromptTemplate(_zephyr_user, _answer_or_space),
     # Of Cobra's models whose language model was not tuned to chat.
-    "in-out": PromptTemplate(_in_out_user, lambda answer: f"{answer or ' '}{END_OF_TEXT}"),
+    "in-out": PromptTemplate(_in_out_user, _answer_or_space),
     # Of LLaVA-1.5, whose recipe VL-Mamba follows.
-    "vicuna": PromptTemplate(_vicuna_user, lambda answer: f" {answer}{END_OF_TEXT}"),
+    "vicuna": PromptTemplate(_vicuna_user, _vicuna_answer),
     # Of the align stage: a caption and nothing else, the request for it left out.
-    "caption": PromptTemplate(lambda message, first: "", lambda answer: f"{answer}{END_OF_TEXT}", has_turns=False),
+    "caption": PromptTemplate(_no_user, _answer, has_turns=False),
     # Of the demo.
-    "qa": PromptTemplate(lambda message, first: f"{message}\n", lambda answer: f"{answer}{END_OF_TEXT}"),
+    "qa": PromptTemplate(_qa_user, _answer),
 }
 
 

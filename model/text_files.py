@@ -1,7 +1,7 @@
-"""Text and JSON files: UTF-8 with or without a byte order mark, lines that end at a line feed, errors with their line.
+"""Text and JSON files: UTF-8 with or without a byte order mark, and errors that name the file and its line.
 
-Data, prompts and configs are all read here. `str.splitlines` is not used on them: it cuts at characters such as U+2028,
-U+0085 and the form feed, which JSON leaves unescaped inside a string.
+Data, prompts and configs are all decoded here. Lines end at a line feed alone, so `str.splitlines` is not used on them:
+it cuts at characters such as U+2028, U+0085 and the form feed, which JSON leaves unescaped inside a string.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _FOREIGN = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -28,18 +28,6 @@ def read_text(path: str | Path) -> str:
         ValueError: it is not UTF-8; file and line are named.
     """
     return decode(Path(path).read_bytes(), str(path))
-
-
-def read_lines(path: str | Path) -> list[str]:
-    """Read the lines of a UTF-8 file without their ends, which are a line feed, or a carriage return and a line feed.
-
-    Raises:
-        OSError, ValueError: as `read_text`.
-    """
-    lines = read_text(path).split("\n")
-    if not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
 
 
 def read_json(path: str | Path) -> Any:
@@ -65,15 +53,42 @@ def parse_json(text: str | bytes) -> Any:
     """
     if isinstance(text, bytes):
         text = decode(text)
-    elif not text.isascii():
-        _check_characters(text)
     try:
         value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:  # an escape of a surrogate: alone, it cannot be encoded
-            _check_characters(json.dumps(value, ensure_ascii=False))
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
+    check_characters(text, value)
     return value
+
+
+def check_characters(text: str, value: Any) -> None:
+    """Hold what JSON text was decoded to against what UTF-8 can encode.
+
+    Raises:
+        ValueError: a string has half a surrogate pair, or a byte that the "surrogateescape" handler let through.
+    """
+    try:
+        text.encode()
+        if "\\ud" in text or "\\uD" in text:  # an escape of half a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    except UnicodeEncodeError as e:
+        code = ord(e.object[e.start])
+        if 0xDC80 <= code <= 0xDCFF:
+            raise ValueError(f"not UTF-8: byte 0x{code - 0xDC00:02x}") from e
+        raise ValueError(f"it has half a surrogate pair, U+{code:04X}, which is no character") from e
+
+
+def skip_byte_order_mark(file: BinaryIO, name: str | Path) -> None:
+    """Go past the byte order mark of a UTF-8 file that was just opened, if it has one.
+
+    Raises:
+        ValueError: it has that of another encoding.
+    """
+    start = file.read(4)
+    _check_encoding(start, f"{name}: ")
+    file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
 
 
 def decode(data: bytes, name: str = "") -> str:
@@ -86,10 +101,7 @@ def decode(data: bytes, name: str = "") -> str:
     Raises:
         ValueError: it is not UTF-8.
     """
-    where = f"{name}: " if name else ""
-    for mark, encoding in _FOREIGN.items():
-        if data.startswith(mark):
-            raise ValueError(f"{where}is {encoding}; save it as UTF-8")
+    _check_encoding(data, f"{name}: " if name else "")
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as e:
@@ -98,11 +110,7 @@ def decode(data: bytes, name: str = "") -> str:
         raise ValueError(f"{where}not UTF-8: byte 0x{data[e.start]:02x}, {e.reason}") from e
 
 
-def _check_characters(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        code = ord(text[e.start])
-        if 0xDC80 <= code <= 0xDCFF:  # a byte that the "surrogateescape" handler let through
-            raise ValueError(f"not UTF-8: byte 0x{code - 0xDC00:02x}") from e
-        raise ValueError(f"it has half a surrogate pair, U+{code:04X}, which is no character") from e
+def _check_encoding(data: bytes, where: str) -> None:
+    for mark, encoding in _FOREIGN.items():
+        if data.startswith(mark):
+            raise ValueError(f"{where}is {encoding}; save it as UTF-8")

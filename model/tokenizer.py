@@ -74,6 +74,11 @@ class Tokenizer:
         """One more than the largest id: ids may have gaps, where tokens were added."""
         return 1 + max(self.inner.get_vocab().values())
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """The most characters of text that one token stands for."""
+        return max(map(len, self.inner.get_vocab()))
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, nothing added. `<|endoftext|>` in the text is the one special token.
 

@@ -24,6 +24,8 @@ from .optim import freeze_all_but
 class RoughTokenizer:
     """Counts four characters of English as a token, where the real tokenizer is not at hand."""
 
+    longest_token = 4
+
     def encode(self, text: str) -> list[int]:
         return [0] * math.ceil(len(text) / 4)
 
@@ -44,8 +46,10 @@ def measure(samples: Any, n: int = 256) -> Size:
     """Look at so many samples, evenly spread. Their images are read, so that what is broken there shows.
 
     Raises:
-        ValueError, OSError: a sample is broken.
+        ValueError, OSError: a sample is broken, or there is none.
     """
+    if not len(samples):
+        raise ValueError("there are no records to train on")
     n = min(n, len(samples))
     seen: list[Sample] = [samples[i * len(samples) // n] for i in range(n)]
     targets = sum(collate([s]).n_targets for s in seen)

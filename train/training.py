@@ -63,6 +63,8 @@ def _run(command: Train, device: torch.device) -> None:
     say(f"model {model}, recipe {name}")
     data = [(stage, read_llava(*zip(*files, strict=True), stage.max_broken)) for stage, files in todo]
     for stage, records in data:
+        say(f"stage {stage.name}: {records}")
+    for stage, records in data:
         if not len(records):
             raise ValueError(f"stage {stage.name} has nothing to train on: no records in {_listed(records.paths)}")
     if command.dry_run:

@@ -10,26 +10,7 @@ from vlmamba.model import Tokenizer
 from vlmamba.model.config_io import load_config
 from vlmamba.model.formats import read_json as read_checkpoint_json
 from vlmamba.model.image import ImageProcessor
-from vlmamba.model.text_files import parse_json, read_json, read_lines, read_text
-from vlmamba.train.inference import read_prompts
-
-ODD = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1d \x1e"
-"""Characters at which `str.splitlines` cuts."""
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_lines_end_at_a_line_feed_alone(tmp_path, end, mark):
-    lines = [f"a{ODD}b", "", "ü", "a lone \r in the middle"]
-    for last in ("", end):
-        (tmp_path / "f.txt").write_bytes(mark + (end.join(lines) + last).encode())
-        assert read_lines(tmp_path / "f.txt") == lines
-    assert read_text(tmp_path / "f.txt") == end.join(lines) + end
-
-
-def test_an_empty_file_has_no_lines(tmp_path):
-    (tmp_path / "f.txt").write_bytes(b"")
-    assert read_lines(tmp_path / "f.txt") == []
+from vlmamba.model.text_files import parse_json, read_json, read_text
 
 
 @pytest.mark.parametrize(
@@ -44,7 +25,7 @@ def test_an_empty_file_has_no_lines(tmp_path):
 def test_another_encoding_is_named_with_its_line(tmp_path, data, message):
     path = tmp_path / "f.json"
     path.write_bytes(data)
-    for read in (read_text, read_lines, read_json, read_checkpoint_json, read_prompts):
+    for read in (read_text, read_json, read_checkpoint_json):
         with pytest.raises(ValueError, match=message):
             read(path)
     with pytest.raises(ValueError, match=message):
@@ -71,13 +52,13 @@ def test_every_fault_of_json_is_a_value_error(text, message):
 
 
 def test_whole_json_is_not_refused():
-    for value in ("🙂", "\\ud83d", 7**500, [ODD], "\ufeff"):
+    for value in ("🙂", "\\ud83d", 7**500, "\u2028\x85", "\ufeff"):
         for ascii_only in (True, False):
             assert parse_json(json.dumps(value, ensure_ascii=ascii_only)) == value
     assert parse_json(b"\xef\xbb\xbf[1]") == [1]
 
 
-def test_configs_and_prompts_with_a_byte_order_mark_are_read(tmp_path):
+def test_configs_with_a_byte_order_mark_are_read(tmp_path):
     mark = b"\xef\xbb\xbf"
     (tmp_path / "c.json").write_bytes(mark + b'{"size": 32}')
     assert load_config(ImageProcessor, tmp_path / "c.json") == ImageProcessor(32)
@@ -85,10 +66,6 @@ def test_configs_and_prompts_with_a_byte_order_mark_are_read(tmp_path):
     Tokenizer.train(["a"], 280).save(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_bytes(mark + b'{"eos_token": "<|endoftext|>"}')
     assert Tokenizer.from_file(tmp_path / "tokenizer.json").eos == "<|endoftext|>"
-    (tmp_path / "p.jsonl").write_bytes(mark + json.dumps({"prompt": ODD}, ensure_ascii=False).encode() + b"\r\n")
-    assert [q.prompt for q in read_prompts(tmp_path / "p.jsonl")] == [ODD]
-    (tmp_path / "p.txt").write_bytes(mark + f"a{ODD}b\r\nc".encode())
-    assert [q.prompt for q in read_prompts(tmp_path / "p.txt")] == [f"a{ODD}b", "c"]
 
 
 @pytest.mark.parametrize("deep", ["[" * 100_000, '{"eos_token": ' * 100_000])

@@ -19,12 +19,13 @@ from PIL import Image
 
 from vlmamba.model import VLM, GenerationConfig, Tokenizer, Turn, collate
 from vlmamba.model.image import open_image
-from vlmamba.model.prompt import IGNORE
+from vlmamba.model.prompt import IGNORE, get_template
 from vlmamba.train import cli, data, easy_vqa
 from vlmamba.train.ablate import ablation_table, variants
 from vlmamba.train.config import StageConfig
-from vlmamba.train.data import BrokenDataError, Conversations, Record, read_llava, write_llava
+from vlmamba.train.data import Conversations, Record, read_llava, write_llava
 from vlmamba.train.demo import results_table
+from vlmamba.train.errors import BrokenDataError, ChangedDataError
 from vlmamba.train.evaluate import answer_all
 from vlmamba.train.loop import train_stage
 from vlmamba.train.recipes import FAMILIES, tiny_config
@@ -83,6 +84,24 @@ MALFORMED = [
     ),
     ("d.jsonl", GOOD.replace('"red.png"', "7"), "line 1: `image` must be one name, got 7"),
     ("d.jsonl", GOOD[: GOOD.index(', {"from": "gpt')] + "]}", "the last turn must be an answer"),
+    ("d.jsonl", GOOD.replace('"red.png"', '""'), "line 1: `image` must be one name, got ''"),
+    ("d.jsonl", GOOD.replace('"red.png"', '{"bytes": "x"}'), "line 1: `image` must be one name, got {'bytes'"),
+    ("d.jsonl", GOOD.replace('"image"', '"images": ["blue.png"], "image"'), "name two: 'blue.png' and 'red.png'"),
+    ("d.jsonl", GOOD.replace('"gpt"', '["gpt"]'), "line 1: a turn must be"),
+    ("d.jsonl", "5", "line 1: a record must be an object"),
+    ("d.jsonl", '"text"', "line 1: a record must be an object"),
+    ("d.json", "[[], 1]".replace("1", GOOD), "record 0: a record must be an object"),
+    ("d.json", f"[1234, {GOOD}]", "record 0: a record must be an object"),
+    ("d.jsonl", GOOD.replace('"a"', r'"\ud83d"'), r"line 1: not valid JSON: it has half a surrogate pair, U\+D83D"),
+    ("d.json", f"[{GOOD.replace(chr(34) + 'a' + chr(34), chr(34) + chr(92) + 'ud83d' + chr(34))}]", "half a surrogate"),
+    ("d.jsonl", GOOD.replace("{", '{"id": ' + "9" * 5000 + ",", 1), "line 1: not valid JSON: .*digits"),
+    ("d.json", "[" + GOOD.replace("{", '{"id": ' + "9" * 5000 + ",", 1) + "]", "record 0: not valid JSON: .*digits"),
+    ("d.jsonl", GOOD.replace("{", '{"x": ' + "[" * 99999 + "]" * 99999 + ",", 1), "line 1: .*nested too deeply"),
+    (
+        "d.json",
+        "[" + GOOD.replace("{", '{"x": ' + "[" * 99999 + "]" * 99999 + ",", 1) + "]",
+        ": it is nested",
+    ),
 ]
 
 
@@ -91,7 +110,7 @@ def test_broken_records_are_named_or_left_out(images, name, text, message, caplo
     (images / name).write_text(text)
     with pytest.raises(BrokenDataError, match=message):
         read_llava(images / name)
-    n_records = max(1, len(text.splitlines()), text.count("conversations"))
+    n_records = max(1, len(text.split("\n")), text.count("conversations") + ("record 0: a record" in message))
     assert len(read_llava(images / name, max_broken=1.0)) == n_records - 1
     assert re.search(message.removeprefix("1 of 2 records are broken.*"), caplog.text)
 
@@ -173,8 +192,15 @@ def test_annotations_that_change_under_the_training_are_noticed(images):
     (images / "d.jsonl").write_text(GOOD)
     found = read_llava(images / "d.jsonl")
     (images / "d.jsonl").write_text(GOOD + " ")
-    with pytest.raises(ValueError, match="d.jsonl has changed since it was read"):
+    with pytest.raises(ChangedDataError, match="d.jsonl has changed since it was read"):
         found[0]
+    (images / "d.jsonl").unlink()
+    with pytest.raises(ChangedDataError, match="d.jsonl is not there any more"):
+        found[0]
+
+
+def new_model(family: str = "vl-mamba") -> VLM:
+    return VLM(tiny_config(family, TOKENIZER.vocab_size), TOKENIZER)
 
 
 def archive(folder: Path, kind: str) -> Path:
@@ -220,16 +246,25 @@ def test_a_damaged_archive_is_named(images, kind):
     path.write_bytes(b"nothing of the kind" * 100)
     with pytest.raises(ValueError, match=f"images.{kind} is damaged"):
         open_source(path)
-    path.write_bytes(whole)
-    source = open_source(path)
     at = whole.index(b"IDAT") + 6
     path.write_bytes(whole[:at] + bytes(b ^ 255 for b in whole[at : at + 20]) + whole[at + 20 :])
     reason = "is damaged: its checksum is wrong" if kind == "zip" else "is damaged or cut short"
     with pytest.raises(ValueError, match=rf"red.png in \S*images.{kind} {reason}"):
-        open_picture(source["red.png"])
-    path.write_bytes(whole[: whole.index(b"sub/blue.png") + 20])
-    with pytest.raises(ValueError, match=f"images.{kind} is cut short"):
-        open_picture(source["sub/blue.png"])
+        open_picture(open_source(path)["red.png"])
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_that_changes_under_the_training_is_noticed(images, kind):
+    path = archive(images, kind)
+    (images / "d.jsonl").write_text(GOOD)
+    conversations = Conversations(read_llava(images / "d.jsonl", path), new_model())
+    assert conversations[0].images
+    path.write_bytes(path.read_bytes() + b"\0" * 512)
+    with pytest.raises(ChangedDataError, match=f"images.{kind} has changed since it was read"):
+        conversations[0]
+    path.unlink()
+    with pytest.raises(ChangedDataError, match=f"images.{kind} is not there any more"):
+        conversations[0]
 
 
 def shard(folder: Path, name: str, entries: dict[str, bytes]) -> Path:
@@ -260,9 +295,11 @@ def test_webdataset_shards_are_records_and_images(images):
     shard(folder, "s-01.tar", {"1.png": red, "2.json": b"{", "3.json": text.encode()})
     with pytest.raises(BrokenDataError, match=r"2 of 5 .*s-01.tar, 1.png: an image without a .json.*2.json: not valid"):
         read_llava(folder)
-    shard(folder, "s-01.tar", {"1.png": red, "1.jpg": red, "1.json": text.encode()})
-    with pytest.raises(ValueError, match=r"several images for one record: 1.jpg"):
+    two = {"1.png": red, "1.jpg": red, "1.json": text.encode(), "2.json": text.encode(), "2.JSON": text.encode()}
+    shard(folder, "s-01.tar", {**two, "3.json": text.encode()})
+    with pytest.raises(BrokenDataError, match=r"1.json: it has several images: 1.png, 1.jpg; .*several records: 2.js"):
         read_llava(folder)
+    assert len(read_llava(folder / "s-01.tar", max_broken=0.7)) == 1
 
 
 def test_text_beyond_the_context_is_cut_away_and_an_answer_beyond_it_is_broken(images):
@@ -447,3 +484,132 @@ def test_conversations_ask_every_question_once_about_one_image_each():
     assert max(len(r.turns) for r in joined) == 8
     asked = sorted((r.image, q.text, a.text) for r in joined for q, a in zip(r.turns[::2], r.turns[1::2], strict=True))
     assert asked == sorted((r.image, *(t.text for t in r.turns)) for r in train)
+
+
+def ask(value="a", **extra):
+    return {**extra, "conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (ask("<image>\na"), "a question has <image>, but the record names no image"),
+        (ask("<image>\na", image=None), "a question has <image>"),
+        (ask("<image>\na", image=[]), "a question has <image>"),
+        (ask(img="red.png"), "it has `img`: 'red.png', but an image is read from `image` alone"),
+        (ask(image_path=["red.png"]), "it has `image_path`"),
+        (ask(file_name="red.png"), "it has `file_name`"),
+        (ask(picture={"bytes": "aGk="}), "it has `picture`"),
+        (ask(images=["red.png", "blue.png"]), "`images` must be one name, got 2: several"),
+        (ask(images=[{"path": "red.png"}]), "`images` must be one name, got {'path': 'red.png'}"),
+        (ask(image="red.heic"), "no image red.heic in"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_record_that_speaks_of_an_image_and_has_none_is_broken(images, item, message, suffix):
+    items = [ask(), item, ask(image="blue.png")]
+    text = json.dumps(items) if suffix == ".json" else "\n".join(map(json.dumps, items))
+    (images / f"d{suffix}").write_text(text)
+    found = read_llava(images / f"d{suffix}", max_broken=0.5)
+    assert [r.image for r in found] == [None, images / "blue.png"]
+    assert re.search(message, found.broken[0])
+    assert str(found) == "2 records, 1 of them with an image; 1 more are broken and left out"
+
+
+@pytest.mark.parametrize("extra", [{"image": ["red.png"]}, {"images": ["red.png"]}, {"images": "red.png"},
+                                   {"image": "red.png", "images": ["red.png"], "image_id": "7"}])  # fmt: skip
+def test_one_image_is_read_however_it_is_written(images, extra):
+    (images / "d.jsonl").write_text(json.dumps(ask("no mark of it", **extra)))
+    assert read_llava(images / "d.jsonl")[0].image == images / "red.png"
+
+
+def test_text_that_only_looks_like_an_image_is_no_image(images):
+    plain = ask(id="7.jpg", image_id=7, image_size=None, images=[], image="", source="web")
+    del plain["image"]
+    plain["conversations"][1]["value"] = "write <image> there"
+    (images / "d.jsonl").write_text(json.dumps(plain))
+    assert read_llava(images / "d.jsonl")[0].image is None
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(images):
+    mark, item = b"\xef\xbb\xbf", GOOD.replace('"a"', '"ü\u2028\x85"').encode()
+    (images / "d.json").write_bytes(mark + b"[" + item + b",\r\n" + item + b"]")
+    (images / "d.jsonl").write_bytes(mark + item + b"\r\n" + item + b"\r\n")
+    for name in ("d.json", "d.jsonl"):
+        assert [r.turns[0].text for r in read_llava(images / name)] == ["ü\u2028\x85"] * 2
+        (images / name).write_bytes((images / name).read_bytes().decode().encode("utf-16"))
+        with pytest.raises(ValueError, match=f"{name}: is UTF-16; save it as UTF-8"):
+            read_llava(images / name, max_broken=0.5)
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 20])
+def test_bytes_that_are_not_utf_8_are_the_fault_of_their_record(images, monkeypatch, chunk):
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    good, bad = GOOD.replace('"a"', '"é"').encode(), GOOD.replace('"a"', '"é"').encode("latin-1")
+    (images / "d.json").write_bytes(b"[" + b", ".join([good, bad, good]) + b"]")
+    (images / "d.jsonl").write_bytes(b"\n".join([good, bad, good]))
+    for name, place in (("d.json", "record 1"), ("d.jsonl", "line 2")):
+        found = read_llava(images / name, max_broken=0.5)
+        assert [r.turns[0].text for r in found] == ["é", "é"]
+        assert re.search(f"{place}: not valid JSON: not UTF-8: byte 0xe9", found.broken[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 20])
+@pytest.mark.parametrize(
+    "huge", ['"' + r"\"[{," * 200 + '"', "[" * 300 + '"]"' + "]" * 300, "9" * 700, '{"a": {"b": "' + "x" * 700 + '"}}']
+)
+def test_a_record_that_is_too_large_is_skipped_and_named(images, monkeypatch, chunk, huge):
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(data, "MAX_RECORD_BYTES", 600)
+    items = [GOOD, GOOD.replace("{", f'{{"x": {huge},', 1), GOOD, huge, GOOD.replace('"a"', '"é"')]
+    (images / "d.json").write_text(f"[{' , '.join(items)}]", encoding="utf-8")
+    (images / "d.jsonl").write_text("\n".join(items), encoding="utf-8")
+    for name, places in (("d.json", ("record 1", "record 3")), ("d.jsonl", ("line 2", "line 4"))):
+        found = read_llava(images / name, max_broken=0.5)
+        assert [r.turns[0].text for r in found] == ["a", "a", "é"]
+        for place, reason in zip(places, found.broken, strict=True):
+            assert f"{place}: it is larger than" in reason or (huge.startswith("9") and "must be an object" in reason)
+
+
+def test_a_long_text_is_cut_before_it_is_tokenised_with_the_same_tokens(images):
+    model = new_model()
+    word = "color? red blue "
+    turns = (Turn("user", word * 3), Turn("assistant", word * 200), Turn("user", word * 20), Turn("assistant", "red"))
+    lengths = []
+
+    class Counting(Tokenizer):
+        def encode(self, text):
+            lengths.append(len(text))
+            return super().encode(text)
+
+    for family, template in (("vl-mamba", model.template), ("caption", get_template("caption"))):
+        model.tokenizer, model.template = TOKENIZER, template
+        want = Conversations([Record(turns)], model, max_tokens=None)[0]
+        model.tokenizer = Counting(TOKENIZER.inner)
+        for n in (50, 200):
+            lengths.clear()
+            got = Conversations([Record(turns)], model, max_tokens=n)[0]
+            assert (got.input_ids, got.labels) == (want.input_ids[:n], want.labels[:n]), family
+            assert sum(lengths) <= n * TOKENIZER.longest_token + 100 < 3000
+
+
+def test_text_that_no_tokenizer_takes_is_a_broken_sample():
+    made = Conversations([Record((Turn("user", "\ud83d"), Turn("assistant", "a")))], new_model())
+    with pytest.raises(ValueError, match=r"record 0: the text cannot be tokenized: .*ud83d"):
+        made[0]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_records_of_an_archive_are_written_and_come_back(images, kind):
+    path = archive(images, kind)
+    (images / "d.jsonl").write_text(GOOD + "\n" + GOOD.replace("red.png", "sub/blue.png") + "\n" + json.dumps(ask()))
+    found = read_llava(images / "d.jsonl", path)
+    write_llava(found, images / "again.json", path)
+    again = read_llava(images / "again.json", path)
+    assert [r.image for r in again] == [r.image for r in found]
+    write_llava(again, images / "third.json", path)
+    assert [r.turns[0].text for r in read_llava(images / "third.json", path)] == ["<image>\na", "<image>\na", "a"]
+    with pytest.raises(ValueError, match=rf"red.png in \S*images.{kind} does not lie in"):
+        write_llava(found, images / "again.json", images)
+    with pytest.raises(ValueError, match="red.png does not lie in .*elsewhere"):
+        write_llava(records(images), images / "again.json", images / "elsewhere")
