@@ -7,12 +7,16 @@ checkpoint needs no state of its data: it begins with the very next sample.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
 import signal
-import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from ..model.files import continue_json_lines, json_lines
 from .config import StageConfig
-from .data import BrokenDataError
+from .errors import BrokenDataError, ChangedDataError, WorkerDiedError
 from .sampler import samples_of_step
 
 FEWEST_SEEN = 1000
@@ -32,7 +36,10 @@ FEWEST_SEEN = 1000
 
 
 class Samples(Protocol):
-    """What is trained on: numbered samples. One that raises a ValueError or an OSError is broken."""
+    """What is trained on: numbered samples. One that raises a ValueError or an OSError is broken.
+
+    A `ChangedDataError` and errors of other kinds are no fault of the sample, and end the iteration.
+    """
 
     def __len__(self) -> int: ...
 
@@ -65,6 +72,11 @@ class _Prepared(NamedTuple):
     batch: Any
     broken: list[tuple[int, str]]
     """Index and reason."""
+    error: Exception | None = None
+    """What ended the preparation. It is handed over as a value, so that an exception of the data loader itself can only
+    mean that a process died."""
+    trace: str = ""
+    """Where the error arose, as text."""
 
 
 class Loader:
@@ -88,7 +100,11 @@ class Loader:
         ValueError: the batch cannot be shared equally, or there is nothing to train on.
         BrokenDataError: while iterating: more than `stage.max_broken` of the samples that this rank has seen are
             broken.
-        ChildProcessError: while iterating: a worker died.
+        ChangedDataError: while iterating: a file of data is not the one that was read at the start.
+        WorkerDiedError: while iterating: a worker died.
+
+        These three are a `DataError`. They are raised between steps, never within one: the loop's model is that of the
+        last whole step, and can be saved.
     """
 
     def __init__(
@@ -123,7 +139,7 @@ class Loader:
     def __iter__(self) -> Generator[StepData, None, None]:
         n_broken = self._kept_reports()
         n_micro_batches = -(-self.n_samples // self._micro_batch_size)
-        prepared = iter(self._engine())
+        prepared = self._start()
         with _deaths_told_by_next(prepared):
             yield from self._steps(prepared, n_micro_batches, n_broken)
 
@@ -144,31 +160,45 @@ class Loader:
     def _micro_batch_size(self) -> int:
         return min(self.stage.micro_batch_size or self.n_samples, self.n_samples)
 
-    def _engine(self) -> DataLoader:
+    def _start(self) -> Iterator[_Prepared]:
         workers = self.stage.workers
-        return DataLoader(
+        engine = DataLoader(
             _Preparation(self.samples, self.collate, self.stage.seed),
             batch_size=None,
             sampler=_Jobs(self),
             num_workers=workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_outlive_signals,
-            # Forked workers share the annotations with the loop, at no cost.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            worker_init_fn=functools.partial(_outlive_signals, loop=os.getpid()),
             generator=torch.Generator(),  # it draws a seed for its workers, which must not come from the loop's
         )
+        before = set(multiprocessing.active_children())
+        prepared = iter(engine)
+        self._workers = [p for p in multiprocessing.active_children() if p not in before]
+        return prepared
 
     def _next(self, prepared: Iterator[_Prepared]) -> _Prepared:
         try:
-            return next(prepared)
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as e:
-            # The last three: it died with a batch that it had announced and not yet handed over.
-            if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
-                raise
-            raise ChildProcessError(
-                f"a process that prepares data for stage {self.stage.name!r} died: {e}. Where memory ran out, fewer "
-                f"workers (now {self.stage.workers}) or a smaller micro_batch_size help"
-            ) from e
+            got = next(prepared)
+        except (RuntimeError, OSError, EOFError) as e:
+            # The last two where it died with a batch that it had announced and not yet handed over.
+            multiprocessing.connection.wait([p.sentinel for p in self._workers], timeout=5)
+            for process in self._workers:
+                if process.exitcode is not None:
+                    raise WorkerDiedError(self._obituary(process.exitcode)) from e
+            raise
+        if got.error is not None:
+            raise got.error from (RuntimeError(f"in a worker:\n{got.trace}") if got.trace else None)
+        return got
+
+    def _obituary(self, exit_code: int) -> str:
+        how = f"with status {exit_code}" if exit_code >= 0 else f"by signal {signal.Signals(-exit_code).name}"
+        text = f"a process that prepares data for stage {self.stage.name!r} ended {how}"
+        if exit_code == -signal.SIGKILL:
+            text += (
+                f". The system kills one so where memory runs out: then fewer workers (now {self.stage.workers}) or a "
+                "smaller micro_batch_size help"
+            )
+        return text
 
     def jobs(self) -> Iterator[_Job]:
         """The micro batches of this rank, in their order."""
@@ -221,6 +251,14 @@ class _Preparation:
         self.samples, self.collate, self.seed = samples, collate, seed
 
     def __getitem__(self, job: _Job) -> _Prepared:
+        try:
+            return self._prepare(job)
+        except Exception as e:
+            if torch.utils.data.get_worker_info() is None:
+                return _Prepared(None, [], e)
+            return _Prepared(None, [], _picklable(e), traceback.format_exc())
+
+    def _prepare(self, job: _Job) -> _Prepared:
         seed = np.random.SeedSequence((self.seed, job.step, job.begin)).generate_state(1)[0]
         broken: list[tuple[int, str]] = []
         with torch.random.fork_rng(devices=[]):
@@ -231,12 +269,22 @@ class _Preparation:
                     try:
                         samples.append(self.samples[index])
                         break
+                    except ChangedDataError:
+                        raise
                     except (ValueError, OSError) as e:
                         broken.append((index, str(e)))
                         index = (index + 1) % len(self.samples)
                 else:  # the loader will raise
                     return _Prepared(None, broken)
             return _Prepared(self.collate(samples), broken)
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextlib.contextmanager
@@ -264,15 +312,16 @@ def _as_it_is(prepared: _Prepared) -> _Prepared:
     return prepared
 
 
-def _outlive_signals(worker: int) -> None:
+def _outlive_signals(worker: int, loop: int) -> None:
     """Ctrl-C and SIGTERM reach all processes of a group; the loop may still need data, and itself ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_loop_says, daemon=True).start()
+        threading.Thread(target=_end_when_the_loop_says, args=(loop,), daemon=True).start()
 
 
-def _end_when_the_loop_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_when_the_loop_says(loop: int) -> None:
+    # A worker's parent need not be the loop: it may be a server that forks.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != loop:
         pass
     os._exit(0)
