@@ -181,9 +181,10 @@ class Loader:
             got = next(prepared)
         except (RuntimeError, OSError, EOFError) as e:
             # The last two where it died with a batch that it had announced and not yet handed over.
-            multiprocessing.connection.wait([p.sentinel for p in self._workers], timeout=5)
+            ended = multiprocessing.connection.wait([p.sentinel for p in self._workers], timeout=5)
             for process in self._workers:
-                if process.exitcode is not None:
+                if process.sentinel in ended:
+                    process.join()  # its end shows a moment before its status
                     raise WorkerDiedError(self._obituary(process.exitcode)) from e
             raise
         if got.error is not None:
