@@ -259,6 +259,8 @@ class DecodingCGCache:
     inference_params: InferenceParams | None = None
     run: Callable[[Tensor, Tensor, int], Tensor] | None = None
     """Tokens (B, L'), their positions, and how many are behind them: logits (B, L', V)."""
+    weights: tuple[tuple[int, torch.dtype], ...] = ()
+    """Where the weights lay in memory; a graph reads them there, and a copied model has others."""
 
 
 @torch.inference_mode()
@@ -286,9 +288,11 @@ def update_graph_cache(
     """
     like = next(model.parameters())
     dtype = like.dtype if dtype is None else dtype
+    weights = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
     if (
         cache is None
         or (cache.device, cache.dtype, cache.max_batch_size) != (like.device, dtype, batch_size)
+        or cache.weights != weights
         or max_seqlen > cache.max_seqlen
     ):
         params = InferenceParams(
@@ -298,7 +302,7 @@ def update_graph_cache(
             key_value_memory_dict=model.allocate_inference_cache(batch_size, max_seqlen, dtype),
             lengths_per_sample=torch.full((batch_size,), seqlen_og, dtype=torch.int32, device=like.device),
         )
-        cache = DecodingCGCache(batch_size, max_seqlen, like.device, dtype, inference_params=params)
+        cache = DecodingCGCache(batch_size, max_seqlen, like.device, dtype, inference_params=params, weights=weights)
     for steps in decoding_seqlens:
         if (batch_size, steps) not in cache.callables:
             cache.callables[batch_size, steps] = _make_step(model, cache, batch_size, steps, n_warmups)

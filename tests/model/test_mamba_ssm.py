@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -342,6 +343,17 @@ def test_graphs_that_cannot_be_had_are_told_of_once(caplog):
     assert theirs.update_graph_cache(model, cache, 2, 5, 14) is cache
     assert theirs.update_graph_cache(model, cache, 1, 5, 14) is not cache
     assert theirs.update_graph_cache(model, cache, 2, 5, 15) is not cache
+
+
+def test_a_copied_model_does_not_run_the_steps_of_the_one_before():
+    model = make("hybrid")
+    model.generate(IDS, 20, cg=True)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.mul_(1.5)
+    assert copied.generate(IDS, 20, cg=True).equal(copied.generate(IDS, 20))
+    assert not copied.generate(IDS, 20).equal(model.generate(IDS, 20))
 
 
 def drawn(logits, n=3000, **options):
