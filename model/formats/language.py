@@ -23,6 +23,8 @@ from ..fields import Interval, check_value
 from ..weights import Weights, open_weights
 from . import read_json, recognise
 
+_ANY_LAYER = "vlmamba.model.mamba_ssm.MambaLMHeadModel"
+"""Class for models of `mamba_ssm` with layers that `MambaLM` does not have."""
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "backbone.embedding.weight"
 NEOX_VOCABULARY = 50277
@@ -71,9 +73,8 @@ def from_state_spaces(data: Mapping[str, Any]) -> LMConfig:
         ValueError: a setting that is not supported or not known, by name.
     """
     given = _Settings(data, "config.json")
-    given.only("rms_norm", True)
-    given.only("d_intermediate", 0)
-    given.only("attn_layer_idx", [])
+    for name, supported in (("rms_norm", True), ("d_intermediate", 0), ("attn_layer_idx", [])):
+        given.only(name, supported, _ANY_LAYER)
     given.skip("attn_cfg", "fused_add_norm", *GENERIC)
     ssm = _Settings(given.take("ssm_cfg", {}), "ssm_cfg")
     layer = ssm.take("layer", "Mamba1")
@@ -86,10 +87,10 @@ def from_state_spaces(data: Mapping[str, Any]) -> LMConfig:
         of_layer = {"d_state": ssm.take("d_state", 16), "dt_rank": _rank(ssm.take("dt_rank", "auto"), d_model)}
     else:
         ssm.skip("chunk_size", "A_init_range", "use_mem_eff_path", "process_group", "sequence_parallel")
-        ssm.only("rmsnorm", True)
-        ssm.only("norm_before_gate", False)
-        ssm.only("D_has_hdim", False)
-        ssm.only("d_ssm", None)
+        ssm.only("rmsnorm", True, _ANY_LAYER)
+        ssm.only("norm_before_gate", False, _ANY_LAYER)
+        ssm.only("D_has_hdim", False, _ANY_LAYER)
+        ssm.only("d_ssm", None, _ANY_LAYER)
         of_layer = {
             "d_state": ssm.take("d_state", 128),
             "headdim": ssm.take("headdim", 64),
@@ -309,10 +310,12 @@ class _Settings:
             raise ValueError(f"{self.where}: {name} must be a number, got {value!r}")
         return value
 
-    def only(self, name: str, supported: Any) -> None:
+    def only(self, name: str, supported: Any, elsewhere: str | None = None) -> None:
+        """Refuse any other value; `elsewhere` is a class that takes it."""
         value = self.left.pop(name, supported)
         if value != supported:
-            raise ValueError(f"{self.where}: {name} is {value!r}, but only {supported!r} is supported")
+            hint = f" here; load it with {elsewhere}" if elsewhere else ""
+            raise ValueError(f"{self.where}: {name} is {value!r}, but only {supported!r} is supported{hint}")
 
     def skip(self, *names: str) -> None:
         for name in names:

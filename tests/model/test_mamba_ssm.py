@@ -519,6 +519,14 @@ def test_models_of_this_library_move_both_ways(layer, tmp_path):
     torch.testing.assert_close(MambaLM.from_pretrained(tmp_path / "back")(IDS).logits, want)
 
 
+@pytest.mark.parametrize("name", ["hybrid", "mamba, layer norm", "mamba2, options"])
+def test_the_other_language_model_names_this_one_for_what_it_cannot_load(name, tmp_path):
+    make(name, ssm_cfg={k: v for k, v in MODELS[name]["ssm_cfg"].items() if k != "expand"}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load it with vlmamba.model.mamba_ssm.MambaLMHeadModel"):
+        MambaLM.from_pretrained(tmp_path)
+    assert MambaLMHeadModel.from_pretrained(tmp_path)(IDS).logits.shape == (2, 12, 56)
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     model = make("mamba")
     with torch.no_grad():

@@ -246,7 +246,7 @@ def test_dropout_of_adapters_is_drawn_once_for_forward_and_backward(kind, option
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(("kind", "options"), MIXERS)
+@pytest.mark.parametrize(("kind", "options"), [*MIXERS, (Mamba, {"d_state": 4, "dt_bc_norm_eps": 1e-6})])
 def test_adapters_and_hooks_in_bfloat16(kind, options, autocast):
     """With the bias of the step sizes in float32, as a model in half precision is loaded."""
     torch.manual_seed(0)
