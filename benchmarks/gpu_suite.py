@@ -25,6 +25,7 @@ from ssm_kernels._triton import capability, interpreting
 from ssm_kernels.testing import assert_agrees
 
 from ..model.files import write_whole
+from ..model.text_files import read_json
 from . import cases, compile_report
 from .cases import Case, by_length, connector, layer, published, tiny
 from .measure import environment, once, time_together
@@ -87,7 +88,7 @@ def run(out: Path, device: str, minutes: float, again: bool) -> bool:
             report = {"part": part, "rows": rows, "seconds": time.monotonic() - begin, "interpreted": here.is_tiny}
             report |= {"left_out": here.left_out, "without_kernels": sorted(here.without_kernels)}
             _write(path, report | environment(device))
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         where = report["device"] + " in Triton's interpreter, which says nothing of speed" * report["interpreted"]
         print(f"\n{part}: {report['seconds']:.0f} s on {where}, commit {report['commit']}, {path}")
         print(TABLES.get(part, _table)(report["rows"]))

@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from ..model.files import write_whole, writing_whole
+from ..model.text_files import read_json
 from . import contenders, report
 from .cases import DTYPES
 from .contenders import CHUNK, SAME_SIZE, SPECS, Contender, Spec
@@ -152,10 +153,10 @@ def _resumed(path: Path | None, settings: dict, surroundings: dict) -> dict:
     if path is None or not path.exists():
         return {"models": {}, "checks": {}, "cells": []}
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path)
         cells = [row for row in old["cells"] if "missing" not in row]
         kept = {"models": old["models"], "checks": old["checks"], "cells": cells}
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"out: {path} is no file of ssm-bench {settings['what']}, and is not overwritten: {e}") from e
     asked = settings | {key: surroundings[key] for key in ("device", "threads", "packages")}
     for key, value in asked.items():

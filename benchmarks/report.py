@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..model.files import write_whole, writing_whole
+from ..model.text_files import read_json
 
 COLUMNS = (
     "impl", "mode", "median", "low", "high", "calls", "peak_memory", "truth", "error", "allowed_error",
@@ -60,10 +61,7 @@ def read(path: Path) -> dict:
     Raises:
         ValueError: the file is none.
     """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from e
+    report = read_json(path)
     if not isinstance(report, dict) or not {"op", "cases", "device"} <= report.keys():
         raise ValueError(f"{path} is not a report of this version's ssm-bench run: it lacks op, cases or device")
     return report

@@ -67,6 +67,16 @@ def test_nonsense_is_refused_before_anything_runs(arguments, message, capsys):
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, bytes(range(256)), b"null", b"{", b"[1]"], ids=len)
+@pytest.mark.parametrize("command", ["compare {0} {0}", "decode --out {0} --context 8 --batch 1 --models ml-mamba"])
+def test_a_report_that_is_none_is_refused_by_its_name(command, content, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match="report.json"):
+        cli.main(command.format(path).split())
+    assert path.read_bytes() == content
+
+
 def test_an_unknown_command_is_told_the_nearest(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["fuz", "--minutes", "1"])
