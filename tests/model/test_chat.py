@@ -123,21 +123,6 @@ def test_a_turn_in_which_memory_runs_out_leaves_the_conversation(vlm, place):
     assert got == vlm.generate([[*turns, Turn("user", QUESTIONS[2])]], [image], config)[0]
 
 
-def test_an_image_that_fails_does_not_put_the_state_out_of_step(vlm, monkeypatch):
-    """The state goes back before the image is encoded: what it has seen is then not taken for what it had."""
-    conversation = Conversation(vlm, RED, GenerationConfig(6))
-    turns = []
-    for question in QUESTIONS[:2]:
-        turns += [Turn("user", question), Turn("assistant", "".join(conversation.ask(question)))]
-    embed = conversation._embed
-    monkeypatch.setattr(conversation, "_embed", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        list(conversation.ask(QUESTIONS[2]))
-    monkeypatch.setattr(conversation, "_embed", embed)
-    got = "".join(conversation.ask(QUESTIONS[3]))
-    assert got == vlm.generate([[*turns, Turn("user", QUESTIONS[3])]], [RED], GenerationConfig(6))[0]
-
-
 def test_only_what_is_new_is_run(vlm, monkeypatch):
     conversation = Conversation(vlm, RED, GenerationConfig(4))
     lengths = tokens_run(vlm.language_model)

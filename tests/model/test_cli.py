@@ -146,7 +146,7 @@ def test_a_malformed_record_has_an_error_that_names_its_line_and_the_rest_goes_o
 
 
 def test_lines_of_prompts_end_at_a_line_feed_alone(tmp_path):
-    texts = ["a\u2028b", "c\x0cd\x85e", "f"]
+    texts = ["a\u2028b", "c\x0cd\x85e\rf", "g"]
     (tmp_path / "p.txt").write_bytes("\ufeff{}\n{}\r\n{}".format(*texts).encode())
     assert [p.text for p in read_prompts(tmp_path / "p.txt")] == texts
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": t}, ensure_ascii=False) + "\n" for t in texts))
@@ -446,7 +446,8 @@ def test_memory_that_runs_out_ends_the_turn_and_not_the_conversation(folder, vlm
 def test_chat_reads_what_is_not_utf_8(folder):
     """The other lines of the same piece of input are not lost."""
     command = [sys.executable, "-m", "vlmamba.train.cli", "chat", str(folder / "lm"), "--max-new-tokens", "3"]
-    done = subprocess.run(command, input=b"/nothing\n\xff\xfe\n/help\n", capture_output=True, check=True)
+    done = subprocess.run(command, input=b"/nothing\n\xff\xfe\n/help\n", capture_output=True, check=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})  # fmt: skip
     nothing, wrong, *rest = done.stdout.decode().splitlines()
     assert "no command /nothing" in nothing and "the text is not UTF-8" in wrong and "/image PATH" in rest[0]
 
