@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs soak nightly clean
+.PHONY: help demo test lint docs soak nightly versions clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -39,6 +39,9 @@ nightly: $(VENV)/.test  ## what takes longer than `test`: random calls on each b
 	$(MAKE) soak
 	$(BIN)/ssm-bench emulate --target sm_80 sm_90 --dtype bf16 fp32
 	$(BIN)/ssm-bench emulate --target sm_90 --tiles published
+
+versions: $(VENV)/.test  ## parts of the suite on other versions of Python, torch, Triton, transformers: slow, downloads
+	$(BIN)/python tests/versions.py
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from packaging.version import Version
 
 from ssm_kernels._triton import interpreting
 
@@ -15,6 +18,33 @@ examples = 5 if interpreting() else 25
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=examples)
 hypothesis.settings.load_profile("default")
 torch.set_num_threads(1)  # the suite runs in several processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what runs in the interpreter where Triton's cannot read NumPy's arrays."""
+    if not interpreting():
+        return
+    # They make a Python number of an array of one dimension, which NumPy 2.4 refuses.
+    triton, numpy = (Version(importlib.metadata.version(name)) for name in ("triton", "numpy"))
+    if triton < Version("3.7") and numpy >= Version("2.4"):
+        skip = pytest.mark.skip(reason=f"the interpreter of Triton {triton} fails with NumPy {numpy}, from 2.4 on")
+        for item in items:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def skip_ignored_norm_groups() -> Callable[[Any], None]:
+    """Skip a test of a configuration whose norm groups `transformers` ignores: Mamba-2's before 5.23.
+
+    Python 3.10 has no later release than 5.20.2.
+    """
+    version = importlib.metadata.version("transformers")
+
+    def skip(config: Any) -> None:
+        if getattr(config, "n_groups", 1) > 1 and Version(version) < Version("5.23"):
+            pytest.skip(f"transformers {version} ignores the norm groups of Mamba-2; 5.23 is the first that does not")
+
+    return skip
 
 
 @pytest.fixture(scope="session")
