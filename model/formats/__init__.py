@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold an object with named values, got {type(data).__name__}")
     return data
+
+
+@contextlib.contextmanager
+def interpreting(path: Path) -> Iterator[None]:
+    """Make what goes wrong with the settings of somebody else's file an error that names it.
+
+    Such files have dozens of settings in several spellings; one of another type, or of a size that no model has, shows
+    where it is calculated with.
+
+    Raises:
+        ValueError: as the block raises it, or in place of a TypeError and the like.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as e:
+        raise ValueError(f"{path} has a setting that no model has: {type(e).__name__}: {e}") from e
 
 
 def recognise(folder: str | Path) -> str:

@@ -6,7 +6,9 @@ by hand here, from the names and shapes that it has in its published checkpoints
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -615,3 +617,32 @@ def test_saved_and_loaded_again(tmp_path):
     assert again.processor.mean == (0.5, 0.4, 0.3)
     for name, tensor in vit.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+@pytest.mark.parametrize("family", ["clip", "dinov2_reg"])
+@pytest.mark.parametrize("layout", ["transformers", "timm"])
+def test_a_damaged_setting_is_a_value_error(tmp_path, family, layout):
+    """Each setting in turn, with values of every type and size."""
+    if layout == "timm":
+        files = {"config.json": timm_config(family)}
+    else:
+        kind = {"clip": "clip_vision_model", "dinov2_reg": "dinov2_with_registers"}[family]
+        sizes = SIZES | {"intermediate_size": 48, "mlp_ratio": 2, "model_type": kind}
+        processor = {
+            "size": {"height": 42, "width": 42},
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "crop_size": 42,
+        }
+        files = {"config.json": sizes, "preprocessor_config.json": processor}
+    for name, whole in files.items():
+        for file, data in files.items():
+            write_json(tmp_path / file, data)
+        for key in [*whole, *(("pretrained_cfg", k) for k in whole.get("pretrained_cfg", ())),
+                    *(("model_args", k) for k in whole.get("model_args", ()))]:  # fmt: skip
+            for value in (math.nan, "x", [], {}, None, True, -1, 0, 10**9, 10**400, 1e300, [[[]]], {"height": 1}):
+                inner, last = key if isinstance(key, tuple) else (None, key)
+                part = {**whole[inner], last: value} if inner else value
+                write_json(tmp_path / name, {**whole, inner or last: part})
+                with contextlib.suppress(ValueError):
+                    read_vision_config(tmp_path)
