@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_kernels import add_rms_norm
+from ssm_kernels._checks import has_readable_values
 from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm, is_plain
 
 from .config import LMConfig
@@ -104,10 +105,11 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         """Tokens to vectors.
 
         Raises:
-            ValueError: a token outside the vocabulary (checked on a CPU only; a GPU reports it by itself).
+            ValueError: a token outside the vocabulary (checked on a CPU only, and in no traced graph; a GPU reports it
+                by itself).
         """
         rows = self.config.padded_vocab_size
-        if input_ids.device.type == "cpu" and input_ids.numel():
+        if has_readable_values(input_ids) and input_ids.numel():
             low, high = input_ids.aminmax()
             if low < 0 or high >= rows:
                 raise ValueError(f"input_ids must lie in [0, {rows}), got values from {low} to {high}")

@@ -1,6 +1,7 @@
 """State-space model kernels: selective scan (Mamba-1), SSD (Mamba-2) and what surrounds them."""
 
 from ._backend import Backend, use_backend
+from ._checks import NonFiniteError
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .context_parallel import (
     SequenceSplit,
@@ -29,6 +30,7 @@ __all__ = [
     "AddRMSNormOutput",
     "Backend",
     "CausalConv1dOutput",
+    "NonFiniteError",
     "Route",
     "SSDOutput",
     "SelectiveScanOutput",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,16 +47,26 @@ def check_divides(small_name: str, small: int, big_name: str, big: int) -> None:
         raise ValueError(f"{small_name} must divide {big_name}: got {small_name} = {small}, {big_name} = {big}")
 
 
-def check_no_nan(name: str, value: Tensor) -> None:
-    """Raise a ValueError with the first position if a CPU tensor holds a NaN.
+class NonFiniteError(ValueError):
+    """An argument holds NaN, which would spread to everything after it."""
 
-    On a GPU nothing is checked, since looking would make the host wait for the device; nor in a compiled graph.
+
+def has_readable_values(x: Tensor) -> bool:
+    """Whether checks may read values: of CPU tensors that are not traced.
+
+    On a GPU the host would wait for the device; in a compiled or exported graph, and in `FakeTensorMode`, there are
+    no values.
     """
-    if torch.compiler.is_compiling() or value.device.type != "cpu" or not value.numel():
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
+def check_no_nan(name: str, value: Tensor) -> None:
+    """Raise a `NonFiniteError` with the first position of a NaN, where values can be read."""
+    if not has_readable_values(value) or not value.numel():
         return
     if torch.isnan(value.detach().sum()):
         where = torch.isnan(value).nonzero()
         # The sum of infinities of both signs is NaN too.
         if len(where):
             first = tuple(where[0].tolist())
-            raise ValueError(f"{name} must not hold NaN: {len(where)} found, the first at index {first}")
+            raise NonFiniteError(f"{name} must not hold NaN: {len(where)} found, the first at index {first}")

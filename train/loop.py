@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from ssm_kernels import NonFiniteError
 from ssm_kernels.context_parallel import SequenceSplit, context_parallel
 
 from ..model.files import writing_whole
@@ -216,9 +217,7 @@ def _accumulate(
             try:
                 with _autocast(stage, device):
                     out = model(batch.to(device))
-            except ValueError as e:
-                if "must not hold NaN" not in str(e):
-                    raise
+            except NonFiniteError as e:
                 # On a CPU the scans look; elsewhere the loss will show it.
                 raise _not_a_number(stage, batch, folder, f"met what is not a number ({e})") from e
             loss = out.loss * (out.n_targets / n_targets)

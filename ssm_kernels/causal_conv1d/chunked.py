@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._invariant import silu as _silu
 from .._invariant import silu_backward
-from .._library import define_op
+from .._library import Gradient, define_op
 from .._sequences import parse_sequences
 
 
@@ -29,26 +29,7 @@ def conv(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """x (B, L, D); weight (D, K) -> y (B, L, D) and the last inputs of each sequence (rows, K - 1, D)."""
-    return _Conv.apply(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
-
-
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, silu, initial_states, cu_seqlens, seq_idx):
-        ctx.save_for_backward(x, weight, bias, initial_states, cu_seqlens, seq_idx)
-        ctx.silu = silu
-        return _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dfinal):
-        x, weight, bias, initial_states, cu_seqlens, seq_idx = ctx.saved_tensors
-        dx, dweight, dbias, dinitial = _backward_op(
-            x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, dy, dfinal
-        )
-        dbias = None if bias is None else dbias
-        dinitial = None if initial_states is None else dinitial
-        return dx, dweight, dbias, None, dinitial, None, None
+    return _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
 
 
 class _Line:
@@ -158,11 +139,28 @@ def _backward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, d
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial
 
 
+def _save(ctx, inputs, outputs):
+    x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx = inputs
+    ctx.save_for_backward(x, weight, bias, initial_states, cu_seqlens, seq_idx)
+
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, dy, dfinal):
+    x, weight, bias, initial_states, cu_seqlens, seq_idx = ctx.saved_tensors
+    dx, dweight, dbias, dinitial = _backward_op(
+        x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, dy, dfinal
+    )
+    dbias = None if bias is None else dbias
+    dinitial = None if initial_states is None else dinitial
+    return dx, dweight, dbias, None, dinitial, None, None
+
+
 _forward_op = define_op(
     "causal_conv1d_chunked(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states,"
     " Tensor? cu_seqlens, Tensor? seq_idx) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
+    Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
     "causal_conv1d_chunked_backward(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states,"

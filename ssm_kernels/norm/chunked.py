@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .._invariant import silu
+from .._library import autocast_off
 
 
 def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
     """x, z (..., D); weight (D,) -> (..., D)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device):
         y = x.to(dtype)
         gate = None if z is None else silu(z.to(dtype))
         if gate is not None and not norm_before_gate:

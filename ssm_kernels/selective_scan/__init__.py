@@ -11,6 +11,7 @@ from torch import Tensor
 from .._backend import Backend, resolve_backend
 from .._checks import check_divides, check_no_nan, check_tensor
 from .._invariant import silu, softplus
+from .._library import autocast_off
 from .._sequences import check_packing, without_padding
 from . import chunked, reference, triton
 
@@ -154,7 +155,7 @@ def selective_scan_step(
         with torch.no_grad():
             return triton.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
     compute = state.dtype
-    with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
+    with torch.no_grad(), autocast_off(u.device):
         dt = dt.to(compute)
         if dt_bias is not None:
             dt = dt + dt_bias.to(compute)
@@ -187,7 +188,7 @@ def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_i
         else:
             check_tensor(name, m, (dim, n), like=u)
     if B.dim() == C.dim() == 4:
-        small, big = sorted((B.shape[2], C.shape[2]))
+        small, big = min(B.shape[2], C.shape[2]), max(B.shape[2], C.shape[2])
         check_divides("the groups of one of B and C", small, "those of the other", big)
     if D is not None:
         check_tensor("D", D, (dim,), like=u)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._invariant import matmul
-from .._library import define_op
+from .._library import Gradient, define_op, unknown_size
 from .._sequences import Blocks, Sequences, make_tiles, parse_sequences
 
 # Elements of one step of the recurrence, and of one block of steps: the first keeps a step's operands in a
@@ -36,24 +36,8 @@ def scan(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """u, dt (B, L, D); A (D, N); B, C (B, L, G, N) -> y (B, L, D) and final states (rows, D, N)."""
-    return _Scan.apply(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx)
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
-        y, final_states, checkpoints = _forward_op(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx)
-        ctx.save_for_backward(u, dt, A, B, C, checkpoints, cu_seqlens, seq_idx)
-        ctx.state_dtype = None if initial_states is None else initial_states.dtype
-        return y, final_states
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dfinal):
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint does not give them again
-        *grads, dinitial = _backward_op(*saved[:6], dy, dfinal, *saved[6:])
-        dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
-        return *grads, dinitial, None, None
+    y, final_states, _ = _forward_op(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx)
+    return y, final_states
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------
@@ -66,8 +50,11 @@ def _block_steps(state_size: int) -> int:
 
 
 def _n_checkpoints(total_steps: int, n_sequences: int, dim: int, n: int) -> int:
-    """No fewer than the blocks of all sequences together."""
-    return total_steps // _block_steps(dim * n) + n_sequences
+    """More than the blocks of all sequences together, told from shapes alone as tracing needs.
+
+    One more, so that tracing with a dynamic length need not know whether there is only one.
+    """
+    return total_steps // _block_steps(dim * n) + n_sequences + 1
 
 
 def _tiles(sequences: Sequences, a: Tensor, n_buffers: int) -> Iterator[tuple[Tensor, Blocks, _Buffers]]:
@@ -236,8 +223,8 @@ def _forward_fake(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     batch, length, dim = u.shape
     groups, n = B.shape[2:]
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    n_sequences = rows if seq_idx is None else torch.library.get_ctx().new_dynamic_size()
-    kept = A.new_empty(_n_checkpoints(batch * length, n_sequences, dim, n), groups, n, dim // groups)
+    n_kept = _n_checkpoints(batch * length, rows, dim, n) if seq_idx is None else unknown_size(u)
+    kept = A.new_empty(n_kept, groups, n, dim // groups)
     return A.new_empty(u.shape), A.new_empty(rows, dim, n), kept
 
 
@@ -246,11 +233,26 @@ def _backward_fake(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
     return *grads, A.new_empty(dfinal.shape)
 
 
+def _save(ctx, inputs, outputs):
+    u, dt, A, B, C, initial_states, cu_seqlens, seq_idx = inputs
+    ctx.save_for_backward(u, dt, A, B, C, outputs[2], cu_seqlens, seq_idx)
+    ctx.state_dtype = None if initial_states is None else initial_states.dtype
+
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, dy, dfinal):
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint does not give them again
+    *grads, dinitial = _backward_op(*saved[:6], dy, dfinal, *saved[6:])
+    dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
+    return *grads, dinitial, None, None
+
+
 _forward_op = define_op(
     "selective_scan_chunked(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states,"
     " Tensor? cu_seqlens, Tensor? seq_idx) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
     "selective_scan_chunked_backward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept, Tensor dy,"

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._backend import Backend, resolve_backend
 from .._checks import check_divides, check_no_nan, check_tensor
 from .._invariant import matmul, silu, softplus
+from .._library import autocast_off
 from .._sequences import check_packing, without_padding
 from . import chunked, reference, triton
 
@@ -140,7 +141,7 @@ def ssd_step(
         with torch.no_grad():
             return triton.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit))
     compute = state.dtype
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), autocast_off(x.device):
         dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute, softplus)
         B, C = (m.to(compute).repeat_interleave(x.shape[2] // m.shape[2], dim=2) for m in (B, C))  # (B, T, H, N)
         decay = torch.exp(dt * A.to(compute))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._invariant import matmul
-from .._library import define_op
+from .._library import Gradient, define_op, unknown_size
 from .._sequences import Blocks, make_tiles, parse_sequences
 
 # Chunks of a sequence in a segment: more of them are fewer and larger operations on more scratch memory.
@@ -47,25 +47,8 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """x (B, L, H, P); dt (B, L, H); A (H,); B, C (B, L, G, N) -> y like x and final states (rows, H, P, N)."""
     steps = -(-min(chunk_size, LONGEST_CHUNK) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
-    return _Scan.apply(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, steps)
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
-        y, final_states, kept = _forward_op(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size)
-        ctx.save_for_backward(x, dt, A, B, C, kept, cu_seqlens, seq_idx)
-        ctx.chunk_size = chunk_size
-        ctx.state_dtype = None if initial_states is None else initial_states.dtype
-        return y, final_states
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dfinal):
-        saved = ctx.saved_tensors
-        *grads, dinitial = _backward_op(*saved[:6], dy, dfinal, *saved[6:], ctx.chunk_size)
-        dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
-        return *grads, dinitial, None, None, None
+    y, final_states, _ = _forward_op(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, steps)
+    return y, final_states
 
 
 # --- one segment ------------------------------------------------------------------------------------------------
@@ -255,8 +238,11 @@ class _Problem:
 
 
 def _n_checkpoints(x: Tensor, n_sequences: int, chunk_size: int) -> int:
-    """No fewer than are kept, told from shapes alone as tracing needs."""
-    return x.shape[0] * x.shape[1] // (chunk_size * SEGMENT) + n_sequences
+    """More than are kept, told from shapes alone as tracing needs.
+
+    One more, so that tracing with a dynamic length need not know whether there is only one.
+    """
+    return x.shape[0] * x.shape[1] // (chunk_size * SEGMENT) + n_sequences + 1
 
 
 def _forward(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
@@ -311,8 +297,8 @@ def _forward_fake(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_siz
     batch, _, heads, headdim = x.shape
     groups, n = B.shape[2:]
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    n_sequences = rows if seq_idx is None else torch.library.get_ctx().new_dynamic_size()
-    kept = A.new_empty(_n_checkpoints(x, n_sequences, chunk_size), groups, n, heads // groups * headdim)
+    n_kept = _n_checkpoints(x, rows, chunk_size) if seq_idx is None else unknown_size(x)
+    kept = A.new_empty(n_kept, groups, n, heads // groups * headdim)
     return A.new_empty(x.shape), A.new_empty(rows, heads, headdim, n), kept
 
 
@@ -321,11 +307,26 @@ def _backward_fake(x, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx, chunk_
     return *grads, A.new_empty(dfinal.shape)
 
 
+def _save(ctx, inputs, outputs):
+    x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, ctx.chunk_size = inputs
+    ctx.save_for_backward(x, dt, A, B, C, outputs[2], cu_seqlens, seq_idx)
+    ctx.state_dtype = None if initial_states is None else initial_states.dtype
+
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, dy, dfinal):
+    saved = ctx.saved_tensors
+    *grads, dinitial = _backward_op(*saved[:6], dy, dfinal, *saved[6:], ctx.chunk_size)
+    dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
+    return *grads, dinitial, None, None, None
+
+
 _forward_op = define_op(
     "ssd_chunked(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states, Tensor? cu_seqlens,"
     " Tensor? seq_idx, int chunk_size) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
     "ssd_chunked_backward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept, Tensor dy, Tensor dfinal,"

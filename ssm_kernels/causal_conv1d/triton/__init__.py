@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._library import define_op, from_kernels
+from ..._library import Gradient, define_op, from_kernels
 
 
 def conv(
@@ -25,7 +25,7 @@ def conv(
     own route, at the grid's own places. The codes are places in `cross_scan.CROSS`. Needs sequences that are rows.
     """
     bias = None if bias is None else bias.contiguous()
-    return _Conv.apply(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, list(routes), height)
+    return _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, list(routes), height)
 
 
 def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
@@ -46,25 +46,21 @@ def is_time_first(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(3) != 1
 
 
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes, height):
-        ctx.save_for_backward(x, weight, bias, initial_states, cu_seqlens, seq_idx)
-        ctx.silu, ctx.routes, ctx.height = silu, routes, height
-        ctx.set_materialize_grads(False)  # most callers have no use for the final windows
-        return _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes, height)
+def _save(ctx, inputs, outputs):
+    x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, ctx.routes, ctx.height = inputs
+    ctx.save_for_backward(x, weight, bias, initial_states, cu_seqlens, seq_idx)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dfinal):
-        x, weight, bias, initial_states, cu_seqlens, seq_idx = ctx.saved_tensors
-        dy = x.new_zeros(x.shape) if dy is None else dy
-        dx, dweight, dbias, dinitial = _backward_op(
-            x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, ctx.routes, ctx.height, dy, dfinal
-        )
-        dbias = None if bias is None else dbias
-        dinitial = None if initial_states is None else dinitial
-        return dx, dweight, dbias, None, dinitial, None, None, None, None
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, dy, dfinal):
+    x, weight, bias, initial_states, cu_seqlens, seq_idx = ctx.saved_tensors
+    dy = x.new_zeros(x.shape) if dy is None else dy
+    dx, dweight, dbias, dinitial = _backward_op(
+        x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, ctx.routes, ctx.height, dy, dfinal
+    )
+    dbias = None if bias is None else dbias
+    dinitial = None if initial_states is None else dinitial
+    return dx, dweight, dbias, None, dinitial, None, None, None, None
 
 
 def _forward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes, height):
@@ -82,7 +78,10 @@ _ARGUMENTS = (
     " int[] routes, int height"
 )
 _forward_op = define_op(
-    f"causal_conv1d_triton({_ARGUMENTS}) -> (Tensor, Tensor)", from_kernels(__name__, "forward"), _forward_fake
+    f"causal_conv1d_triton({_ARGUMENTS}) -> (Tensor, Tensor)",
+    from_kernels(__name__, "forward"),
+    _forward_fake,
+    Gradient(_save, _gradients, 2, with_zeros=False),  # most callers have no use for the final windows
 )
 _backward_op = define_op(
     f"causal_conv1d_triton_backward({_ARGUMENTS}, Tensor dy, Tensor? dfinal) -> (Tensor, Tensor, Tensor, Tensor)",

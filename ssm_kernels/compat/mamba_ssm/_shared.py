@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_tensor
+from ..._checks import check_tensor, has_readable_values
 
 INDICES = (torch.int32, torch.int64)
 UNLIMITED = (0.0, float("inf"))
@@ -48,7 +48,7 @@ def _rows(name: str, indices: Tensor | None, state: Tensor, x: Tensor) -> int:
     if indices is None:
         return x.shape[0]
     check_tensor(name, indices, (x.shape[0],), like=x, dtypes=INDICES)
-    if indices.device.type == "cpu" and (indices >= len(state)).any():
+    if has_readable_values(indices) and (indices >= len(state)).any():
         raise ValueError(f"{name} must be rows of the state, of which there are {len(state)}, got {indices.tolist()}")
     return len(state)
 

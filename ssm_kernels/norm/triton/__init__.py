@@ -5,51 +5,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._library import define_op, from_kernels
+from ..._library import Gradient, define_op, from_kernels
 
 
 def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
     """x, z (..., D); weight (D,) -> (..., D)."""
-    return _Norm.apply(x, None, weight, z, eps, group_size, norm_before_gate, x.dtype)[0]
+    return _forward_op(x, None, weight, z, eps, group_size, norm_before_gate, x.dtype)[0]
 
 
 def add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, residual_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """x, residual (..., D); weight (D,) -> the norm of their sum in the dtype of x, and the sum."""
-    return _Norm.apply(x, residual, weight, None, eps, x.shape[-1], False, residual_dtype)
+    y, total, _ = _forward_op(x, residual, weight, None, eps, x.shape[-1], False, residual_dtype)
+    return y, total
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype):
-        y, total, rstd = _forward_op(x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype)
-        ctx.save_for_backward(x if residual is None else total, weight, z, rstd)
-        ctx.group_size, ctx.norm_before_gate = group_size, norm_before_gate
-        ctx.has_residual = residual is not None
-        ctx.dtypes = x.dtype, residual.dtype if ctx.has_residual else x.dtype
-        return y, total
+def _save(ctx, inputs, outputs):
+    x, residual, weight, z, _, ctx.group_size, ctx.norm_before_gate, _ = inputs
+    _, total, rstd = outputs
+    ctx.save_for_backward(x if residual is None else total, weight, z, rstd)
+    ctx.has_residual = residual is not None
+    ctx.dtypes = x.dtype, residual.dtype if ctx.has_residual else x.dtype
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dtotal):
-        v, weight, z, rstd = ctx.saved_tensors  # once: torch.utils.checkpoint does not give them again
-        dx, dresidual, dweight, dz = _backward_op(
-            v,
-            weight,
-            z,
-            rstd,
-            dy,
-            dtotal if ctx.has_residual else None,
-            ctx.group_size,
-            ctx.norm_before_gate,
-            *ctx.dtypes,
-        )
-        if not ctx.has_residual:
-            dresidual = None
-        elif ctx.dtypes[0] == ctx.dtypes[1]:
-            dresidual = dx
-        return dx, dresidual, dweight, None if z is None else dz, None, None, None, None
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, dy, dtotal):
+    v, weight, z, rstd = ctx.saved_tensors  # once: torch.utils.checkpoint does not give them again
+    dtotal = dtotal if ctx.has_residual else None
+    dx, dresidual, dweight, dz = _backward_op(
+        v, weight, z, rstd, dy, dtotal, ctx.group_size, ctx.norm_before_gate, *ctx.dtypes
+    )
+    if not ctx.has_residual:
+        dresidual = None
+    elif ctx.dtypes[0] == ctx.dtypes[1]:
+        dresidual = dx
+    return dx, dresidual, dweight, None if z is None else dz, None, None, None, None
 
 
 def _forward_fake(x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype):
@@ -70,6 +61,7 @@ _forward_op = define_op(
     " bool norm_before_gate, ScalarType total_dtype) -> (Tensor, Tensor, Tensor)",
     from_kernels(__name__, "forward"),
     _forward_fake,
+    Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
     "norm_triton_backward(Tensor v, Tensor weight, Tensor? z, Tensor rstd, Tensor dy, Tensor? dtotal, int group_size,"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._library import define_op, from_kernels
+from ..._library import Gradient, define_op, from_kernels, unknown_size
 from ..._pieces import max_pieces
 
 CHUNK = 64
@@ -47,7 +47,8 @@ def scan(
     """
     floats = (u, dt, A, B, C, D, z, dt_bias, initial_states)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
-    return _Scan.apply(*floats, cu_seqlens, seq_idx, dt_softplus, list(routes), height, keep)
+    y, final_states, _ = _forward_op(*floats, cu_seqlens, seq_idx, dt_softplus, list(routes), height, keep)
+    return y, final_states
 
 
 def step(
@@ -66,23 +67,20 @@ def step(
     return _step_op(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, *options):
-        *options, keep = options
-        tensors = (u, dt, A, B, C, D, z, dt_bias, initial_states)
-        y, final_states, starts = _forward_op(*tensors, cu_seqlens, seq_idx, *options, keep)
-        ctx.save_for_backward(*tensors, cu_seqlens, seq_idx, starts)
-        ctx.options = options
-        return y, final_states
+def _save(ctx, inputs, outputs):
+    *tensors, softplus, routes, height, keep = inputs
+    if not keep:
+        raise RuntimeError("this graph was traced without gradients, and kept nothing that they need: trace it anew")
+    ctx.save_for_backward(*tensors, outputs[2])
+    ctx.options = softplus, routes, height
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dfinal):
-        *inputs, starts = ctx.saved_tensors
-        grads = _backward_op(*inputs, starts, dy, dfinal, *ctx.options)
-        grads = (None if x is None else g for x, g in zip(inputs, grads, strict=False))
-        return *grads, None, None, None, None, None, None
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, dy, dfinal):
+    *inputs, starts = ctx.saved_tensors
+    grads = _backward_op(*inputs, starts, dy, dfinal, *ctx.options)
+    grads = (None if x is None else g for x, g in zip(inputs, grads, strict=False))
+    return *grads, None, None, None, None, None, None
 
 
 def empty_like(x: Tensor, empty=None) -> Tensor:
@@ -98,9 +96,11 @@ def _forward_fake(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq
     batch, length = u.shape[:2]
     compute = torch.promote_types(u.dtype, torch.float32)
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    n_sequences = rows if seq_idx is None else torch.library.get_ctx().new_dynamic_size()
-    packed = cu_seqlens is not None or seq_idx is not None
-    kept = max_pieces(batch, length, n_sequences, CHUNK, packed) if keep else 0
+    kept = 0
+    if keep and seq_idx is not None:
+        kept = unknown_size(u)
+    elif keep:  # one to spare, so that tracing with a dynamic length need not know whether there is only one
+        kept = max_pieces(batch, length, rows, CHUNK, cu_seqlens is not None) + 1
     y = empty_like(u, u.new_empty)
     return y, u.new_empty(rows, *A.shape, dtype=compute), u.new_empty(kept, *A.shape, dtype=compute)
 
@@ -126,6 +126,7 @@ _forward_op = define_op(
     f"selective_scan_triton({_INPUTS}, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)",
     from_kernels(__name__, "forward"),
     _forward_fake,
+    Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
     f"selective_scan_triton_backward({_INPUTS}, Tensor starts, Tensor dy, Tensor dfinal, {_OPTIONS})"

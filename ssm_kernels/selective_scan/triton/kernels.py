@@ -573,9 +573,11 @@ def forward(
     final_states = torch.empty((rows, *A.shape), dtype=compute, device=u.device)
     pieces = cut(batch, length, _piece_size(batch, length, tiles, u.device), cu_seqlens, seq_idx, u.device)
     chunks = cut(batch, length, CHUNK, cu_seqlens, seq_idx, u.device) if keep else pieces
-    kept = torch.empty((len(chunks.table) if keep else 0, *A.shape), dtype=compute, device=u.device)
+    kept = torch.empty((len(chunks.table) + 1 if keep else 0, *A.shape), dtype=compute, device=u.device)
     if packed and keep:
         kept.zero_()  # rows to spare
+    else:
+        kept[-1:].zero_()
     n_pieces = len(pieces.table)
     is_cut = pieces.size < length
     if not is_cut and (packed or not length):  # sequences without a piece end as they start

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._library import define_op, from_kernels
+from ..._library import Gradient, define_op, from_kernels
 
 
 def scan(
@@ -35,7 +35,7 @@ def scan(
     low, high = dt_limit
     # The gate is not in the kernels: Mamba-2 has its own in the norm, and here it would cost them registers.
     wide = torch.promote_types(x.dtype, torch.float32)
-    y, final_states = _Scan.apply(
+    y, final_states = _forward_op(
         x, dt, A, B, C, D, dt_bias, dt_softplus, float(low), float(high), initial_states, chunk_size, cu_seqlens,
         seq_idx, list(routes), height, x.dtype if z is None else wide,
     )  # fmt: skip
@@ -47,22 +47,19 @@ def step(state: Tensor, *args) -> Tensor:
     return _step_op(state, *args)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        ctx.tensors = [isinstance(a, Tensor) for a in args]
-        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
-        ctx.rest = [a for a in args if not isinstance(a, Tensor)]
-        return _forward_op(*args)
+def _save(ctx, inputs, outputs):
+    ctx.tensors = [isinstance(a, Tensor) for a in inputs]
+    ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+    ctx.rest = [a for a in inputs if not isinstance(a, Tensor)]
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dfinal):
-        tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
-        args = [next(tensors if is_tensor else rest) for is_tensor in ctx.tensors]
-        *grads, dinitial = _backward_op(dy, dfinal, *args)
-        grads = [g if is_tensor else None for g, is_tensor in zip(grads, ctx.tensors, strict=False)]
-        return *grads, None, None, None, dinitial if ctx.tensors[10] else None, *[None] * 6
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, dy, dfinal):
+    tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
+    args = [next(tensors if is_tensor else rest) for is_tensor in ctx.tensors]
+    *grads, dinitial = _backward_op(dy, dfinal, *args)
+    grads = [g if is_tensor else None for g, is_tensor in zip(grads, ctx.tensors, strict=False)]
+    return *grads, None, None, None, dinitial if ctx.tensors[10] else None, *[None] * 6
 
 
 def _step_fake(state, x, *rest):
@@ -88,7 +85,10 @@ _ARGUMENTS = (
     " int[] routes, int height, ScalarType out_dtype"
 )
 _forward_op = define_op(
-    f"ssd_triton({_ARGUMENTS}) -> (Tensor, Tensor)", from_kernels(__name__, "forward"), _forward_fake
+    f"ssd_triton({_ARGUMENTS}) -> (Tensor, Tensor)",
+    from_kernels(__name__, "forward"),
+    _forward_fake,
+    Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
     f"ssd_triton_backward(Tensor dy, Tensor dfinal, {_ARGUMENTS})"
