@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
@@ -22,8 +23,18 @@ TRITON_OPS: frozenset[str] = frozenset(
     {"rms_norm", "add_rms_norm", "causal_conv1d", "cross_merge", "cross_scan", "selective_scan", "ssd"}
 )
 
-# A plain global: torch.compile can trace and guard it, which it cannot do with a context variable.
-_preferred: Backend = "auto"
+
+class _Choice(threading.local):
+    """The backend of this thread. `torch.compile` traces and guards it, which it cannot do with a context variable.
+
+    It is set in `__init__`, which runs in each thread: the guards do not follow a class attribute.
+    """
+
+    def __init__(self):
+        self.backend: Backend = "auto"
+
+
+_choice = _Choice()
 _already_said: set[str] = set()
 
 
@@ -31,22 +42,22 @@ _already_said: set[str] = set()
 def use_backend(backend: Backend) -> Iterator[None]:
     """Choose the backend of every op called inside the `with` block with `backend="auto"`.
 
-    An op that was given an explicit `backend` keeps it. The choice holds for the whole process, not for a thread.
+    An op that was given an explicit `backend` keeps it. The choice holds for the present thread alone. What the
+    mixers compute again in the backward runs as in the forward, whichever thread autograd runs it in.
 
     Raises:
         ValueError: `backend` is not one of the known names.
     """
-    global _preferred
-    before, _preferred = _preferred, _known(backend)
+    before, _choice.backend = _choice.backend, _known(backend)
     try:
         yield
     finally:
-        _preferred = before
+        _choice.backend = before
 
 
 def as_now(function: Callable) -> Callable:
     """The function as it would run now, for a backward that runs it outside of the present `use_backend`."""
-    backend = _preferred
+    backend = _choice.backend
 
     def run(*args):
         with use_backend(backend):
@@ -66,7 +77,7 @@ def resolve_backend(backend: Backend, device: torch.device, op: str) -> Literal[
         RuntimeError: `triton` was asked for by name and cannot run this op here; the message says why.
     """
     if _known(backend) == "auto":
-        backend = _preferred
+        backend = _choice.backend
     if backend in ("torch", "reference"):
         return backend
     obstacle = _why_not_triton(device, op)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -39,6 +41,28 @@ def check_tensor(
         raise TypeError(f"{name} must have a dtype among {allowed}; got {str(value.dtype).removeprefix('torch.')}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the input, got {value.device}")
+
+
+def check_integer(name: str, value: object, low: int) -> int:
+    """Give `value` as an int, whatever its type, if it is an integer of at least `low`. A truth value is none.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: an integer below `low`.
+    """
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        integer = value  # a symbolic size stays one
+    else:
+        try:
+            is_truth = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+            integer = None if is_truth else operator.index(value)
+        except TypeError:
+            integer = None
+        if integer is None:
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    if integer < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+    return integer
 
 
 def check_divides(small_name: str, small: int, big_name: str, big: int) -> None:

@@ -4,11 +4,15 @@ On a CPU PyTorch's own `silu`, `sigmoid` and `softplus` run vector code over mos
 rounds otherwise over its last elements and over strided ones; `exp`, `log1p` and arithmetic do not. A batched product
 of one matrix is handed to another routine of BLAS than one of several, and how BLAS rounds depends on where in memory
 an operand begins too.
+
+A compiled or exported graph has PyTorch's own: an exported one would hold the steps of a Function here, which have no
+gradient in place, and a wrong one where they overflow.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,6 +23,8 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x))."""
+    if torch.compiler.is_compiling():
+        return F.silu(x)
     return _SiLU.apply(x)
 
 
@@ -31,6 +37,8 @@ def silu_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), accurate for x of any size."""
+    if torch.compiler.is_compiling():
+        return -F.logsigmoid(-x)
     return _Softplus.apply(x)
 
 

@@ -129,6 +129,7 @@ class Mamba(nn.Module):
             x = causal_conv1d_step(state.conv, x[:, 0], weight, conv_bias, "silu")  # (B, E)
             low_rank, B, C = self._project(x)
             dt, dt_bias = self._steps(low_rank)
+            B, C = B.unsqueeze(1), C.unsqueeze(1)  # (B, 1, N)
             y = selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z[:, 0], dt_bias, dt_softplus=True)
             return self.out_proj(y.unsqueeze(1))
         conv, ssm = _before(state)

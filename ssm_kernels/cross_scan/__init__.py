@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .._backend import Backend, resolve_backend
-from .._checks import check_divides, check_no_nan, check_tensor
+from .._checks import check_divides, check_integer, check_no_nan, check_tensor
 from ..causal_conv1d import causal_conv1d, check_activation
 from ..causal_conv1d import triton as triton_conv
 from ..selective_scan import selective_scan
 from ..selective_scan import triton as triton_selective_scan
-from ..ssd import check_chunk_size, check_dt_limit, ssd
+from ..ssd import check_dt_limit, ssd
 from ..ssd import triton as triton_ssd
 from . import chunked, reference, triton
 
@@ -65,6 +65,7 @@ def cross_merge(
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     _check_routes(routes)
+    height, width = check_integer("height", height, 0), check_integer("width", width, 0)
     check_tensor("y", y, ("B", len(routes), height * width, "D"))
     chosen = resolve_backend(backend, y.device, "cross_merge")
     if chosen == "triton":
@@ -224,7 +225,7 @@ def cross_ssd(
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, (k, heads), like=x)
     check_dt_limit(dt_limit)
-    check_chunk_size(chunk_size)
+    chunk_size = check_integer("chunk_size", chunk_size, 1)
     check_no_nan("dt", dt)
     A, D, dt_bias = (m if m is None else m.flatten(0, 1) for m in (A, D, dt_bias))
     chosen = resolve_backend(backend, x.device, "ssd")

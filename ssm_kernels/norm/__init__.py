@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._backend import Backend, resolve_backend
-from .._checks import check_divides, check_tensor
+from .._checks import check_divides, check_integer, check_tensor
 from . import chunked, reference, triton
 
 
@@ -52,7 +52,7 @@ def rms_norm(
     _check(x, weight, eps)
     if z is not None:
         check_tensor("z", z, tuple(x.shape), like=x)
-    group_size = x.shape[-1] if group_size is None else group_size
+    group_size = x.shape[-1] if group_size is None else check_integer("group_size", group_size, 1)
     check_divides("group_size", group_size, "D", x.shape[-1])
     chosen = resolve_backend(backend, x.device, "rms_norm")
     norm = {"torch": chunked.norm, "reference": reference.norm, "triton": triton.norm}[chosen]

@@ -123,7 +123,10 @@ def selective_scan_step(
 
     Args:
         state: (B, D, N), float32 or float64; **updated in place**.
-        u, dt, z: (B, D). B, C: (B, G, N), (B, N) or (D, N). The rest as in `selective_scan`.
+        u, dt, z: (B, D).
+        B, C: (B, G, N), or (D, N) where constant in time: as in `selective_scan`, the number of dimensions tells, so
+            that one group is (B, 1, N).
+        A, D, dt_bias, dt_softplus: as in `selective_scan`.
         backend: see `ssm_kernels.use_backend`; `reference` is `torch` here. The step never makes the host wait for
             the device, so that it can be captured in a CUDA graph.
 
@@ -134,24 +137,15 @@ def selective_scan_step(
     batch, dim = u.shape
     check_tensor("A", A, (dim, "N"), like=u)
     check_tensor("state", state, (batch, dim, A.shape[1]), like=u, dtypes=(torch.float32, torch.float64))
-
-    def step(x: Tensor | None, vector_per_channel: int) -> Tensor | None:
-        return x if x is None or x.dim() <= vector_per_channel else x.unsqueeze(1)
-
-    constant_B, constant_C = (m.dim() == 2 and tuple(m.shape) == tuple(A.shape) and batch != dim for m in (B, C))
-    _check(
-        u.unsqueeze(1),
-        step(dt, 1),
-        A,
-        B if constant_B else step(B, 1),
-        C if constant_C else step(C, 1),
-        D,
-        step(z, 1),
-        dt_bias,
-        state,
-    )
+    check_tensor("dt", dt, (batch, dim), like=u)
+    for name, m in (("B", B), ("C", C)):
+        is_constant = isinstance(m, Tensor) and m.dim() == 2
+        check_tensor(name, m, A.shape if is_constant else (batch, "G", A.shape[1]), like=u)
+    if z is not None:
+        check_tensor("z", z, (batch, dim), like=u)
+    matrices = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
+    _check(u.unsqueeze(1), dt.unsqueeze(1), A, *matrices, D, None if z is None else z.unsqueeze(1), dt_bias, state)
     if resolve_backend(backend, u.device, "selective_scan") == "triton":
-        B, C = (m if constant or m.dim() == 3 else m.unsqueeze(1) for m, constant in ((B, constant_B), (C, constant_C)))
         with torch.no_grad():
             return triton.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
     compute = state.dtype
@@ -161,7 +155,7 @@ def selective_scan_step(
             dt = dt + dt_bias.to(compute)
         if dt_softplus:
             dt = softplus(dt)
-        B, C = (_per_channel(m, batch, dim, constant).to(compute) for m, constant in ((B, constant_B), (C, constant_C)))
+        B, C = (_per_channel(m, dim).to(compute) for m in (B, C))
         state.mul_(torch.exp(dt.unsqueeze(-1) * A.to(compute)))
         state.addcmul_((dt * u).unsqueeze(-1), B)
         y = (state * C).sum(-1)
@@ -215,9 +209,6 @@ def _spread(m: Tensor, groups: int) -> Tensor:
     return repeated.flatten(2, 3)
 
 
-def _per_channel(m: Tensor, batch: int, dim: int, constant: bool) -> Tensor:
-    """B or C of one step as (B or 1, D, N)."""
-    if constant:
-        return m.unsqueeze(0)
-    grouped = m.unsqueeze(1) if m.dim() == 2 else m
-    return grouped.repeat_interleave(dim // grouped.shape[1], dim=1)
+def _per_channel(m: Tensor, dim: int) -> Tensor:
+    """B or C of one step, (B, G, N) or (D, N), as (B or 1, D, N)."""
+    return m.unsqueeze(0) if m.dim() == 2 else m.repeat_interleave(dim // m.shape[1], dim=1)

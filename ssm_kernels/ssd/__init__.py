@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import Backend, resolve_backend
-from .._checks import check_divides, check_no_nan, check_tensor
+from .._checks import check_divides, check_integer, check_no_nan, check_tensor
 from .._invariant import matmul, silu, softplus
 from .._library import autocast_off
 from .._sequences import check_packing, without_padding
@@ -80,7 +80,7 @@ def ssd(
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens, seq_idx)
-    check_chunk_size(chunk_size)
+    chunk_size = check_integer("chunk_size", chunk_size, 1)
     chosen = resolve_backend(backend, x.device, "ssd")
     # What is outside of the kernels must not see padding.
     z = z if z is None else without_padding(z, cu_seqlens, seq_idx)
@@ -201,9 +201,3 @@ def check_dt_limit(dt_limit: tuple[float, float]) -> None:
     """Raise a ValueError unless these are bounds of a step size."""
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit!r}")
-
-
-def check_chunk_size(chunk_size: int) -> None:
-    """Raise a ValueError unless this is a number of steps."""
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")

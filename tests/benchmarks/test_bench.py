@@ -41,7 +41,7 @@ def test_every_implementation_computes_the_same_and_has_the_same_gradients(op):
 
 def test_ours_is_what_auto_takes(monkeypatch):
     seen = []
-    monkeypatch.setattr("ssm_kernels.ssd", lambda **inputs: seen.append(_backend._preferred) or inputs["x"])
+    monkeypatch.setattr("ssm_kernels.ssd", lambda **inputs: seen.append(_backend._choice.backend) or inputs["x"])
     for impl in ("ours", "reference"):
         build("ssd", impl, SMALL).run()
     assert seen == ["auto", "reference"]

@@ -215,7 +215,7 @@ WRONG = [
     ("cross_ssd", {"A": torch.zeros(16)}, r"A must have shape \(4, 4\)"),
     ("cross_ssd", {"B": torch.zeros(1, 2, 3, 4, 3, 3)}, "G, the fifth size of B, must divide H"),
     ("cross_ssd", {"dt_limit": (1.0, 0.5)}, "dt_limit must be"),
-    ("cross_ssd", {"chunk_size": 0}, "chunk_size must be a positive integer"),
+    ("cross_ssd", {"chunk_size": 0}, "chunk_size must be an integer of at least 1"),
     ("cross_ssd", {"dt": torch.full((1, 2, 3, 4, 4), torch.nan)}, "dt must not hold NaN"),
 ]
 

@@ -327,7 +327,7 @@ WRONG = [
     ({"C": torch.zeros(2, 7, 1, 9)}, ValueError, "C must have shape"),
     ({"D": torch.zeros(3)}, ValueError, "D must have shape"),
     ({"dt_limit": (1.0, 0.5)}, ValueError, "dt_limit must be"),
-    ({"chunk_size": 0}, ValueError, "chunk_size must be a positive integer"),
+    ({"chunk_size": 0}, ValueError, "chunk_size must be an integer of at least 1"),
     ({"initial_states": torch.zeros(1, 4, 3, 5)}, ValueError, "initial_states must have shape"),
 ]
 

@@ -1,0 +1,92 @@
+"""The choice of a backend: for one thread, and seen by `torch.compile`."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from ssm_kernels import cross_scan, use_backend
+from ssm_kernels._backend import resolve_backend
+from ssm_kernels.cross_scan import chunked, reference
+
+CPU = torch.device("cpu")
+
+
+def chosen() -> str:
+    return resolve_backend("auto", CPU, "an op without Triton kernels")
+
+
+def test_blocks_nest_and_end_with_an_error():
+    with use_backend("reference"):
+        with use_backend("torch"):
+            assert chosen() == "torch"
+        with pytest.raises(KeyError), use_backend("torch"):
+            raise KeyError
+        assert chosen() == "reference"
+    assert chosen() == "torch"
+    with pytest.raises(ValueError, match="backend must be one of auto"), use_backend("fast"):  # type: ignore[arg-type]
+        pass
+
+
+def test_crossing_blocks_of_two_threads_do_not_meet():
+    """One thread enters, the other enters, the first leaves, the second leaves: each sees its own all the time."""
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with use_backend("reference"):
+            first_is_in.set()
+            assert second_is_in.wait(60)
+            seen["first, inside both"] = chosen()
+        first_is_out.set()
+        seen["first, after"] = chosen()
+
+    def second():
+        assert first_is_in.wait(60)
+        seen["second, before"] = chosen()
+        with use_backend("torch"), use_backend("reference"), use_backend("torch"):
+            second_is_in.set()
+            assert first_is_out.wait(60)
+            seen["second, inside"] = chosen()
+        with use_backend("auto"):
+            seen["second, after"] = chosen()
+
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert seen == {
+        "first, inside both": "reference",
+        "first, after": "torch",
+        "second, before": "torch",
+        "second, inside": "torch",
+        "second, after": "torch",
+    }
+    assert chosen() == "torch"
+
+
+def test_compiled_code_follows_the_choice(monkeypatch):
+    """Inside the graph, around it, and in another thread."""
+    monkeypatch.setattr(chunked, "scan", lambda x, routes: x + 1)
+    monkeypatch.setattr(reference, "scan", lambda x, routes: x + 10)
+    x = torch.zeros(1, 1, 1, 1)
+
+    def both(x):
+        with use_backend("reference"):
+            inside = cross_scan(x)
+        return cross_scan(x) * 100 + inside
+
+    assert torch.compile(both, fullgraph=True, backend="eager")(x).item() == 110
+    compiled = torch.compile(lambda x: cross_scan(x) * 1, fullgraph=True, backend="eager")
+    assert compiled(x).item() == 1
+    with use_backend("reference"):
+        assert compiled(x).item() == 10
+        elsewhere = []
+        thread = threading.Thread(target=lambda: elsewhere.append(compiled(x).item()))
+        thread.start()
+        thread.join(60)
+        assert elsewhere == [1]
+    assert compiled(x).item() == 1
