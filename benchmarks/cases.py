@@ -168,7 +168,9 @@ class Case:
             return {"x": (*grid, d), "weight": (ROUTES, d, s.width), "bias": (ROUTES, d)}
         if self.op in ("selective_scan", "selective_scan_step"):
             channels, heads, state = (d,), (d,), (d, n)
-            matrix = (d, n) if self.constant else (*steps, n) if s.groups == 1 else (*steps, s.groups, n)
+            # A step tells matrices that are constant in time by their two dimensions.
+            groups = () if s.groups == 1 and not self.is_step else (s.groups,)
+            matrix = (d, n) if self.constant else (*steps, *groups, n)
             sizes = {"u": (*steps, d), "dt": (*steps, d), "A": state, "B": matrix, "C": matrix}
         elif self.op in ("ssd", "ssd_step"):
             channels, heads, state = (s.heads, s.headdim), (s.heads,), (s.heads, s.headdim, n)

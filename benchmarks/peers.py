@@ -163,7 +163,8 @@ def _transformers_scan_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[],
     from transformers.models.mamba.modeling_mamba import mamba_selective_state_update
 
     state = t["state"].clone()
-    arguments = [t[k] for k in ("u", "dt", "A", "B", "C", "D")]
+    B, C = (t[k].squeeze(1) for k in ("B", "C"))  # (B, 1, N) -> (B, N)
+    arguments = [t["u"], t["dt"], t["A"], B, C, t["D"]]
     options = {"dt_bias": t.get("dt_bias"), "dt_softplus": case.dt_softplus, "z": t.get("z")}
     return lambda: mamba_selective_state_update(state, *arguments, **options)
 

@@ -23,5 +23,8 @@ def merge(y: Tensor, height: int, width: int, routes: tuple[str, ...]) -> Tensor
         by_rows = route.startswith("rows")
         grid = path.unflatten(1, (height, width) if by_rows else (width, height))
         grid = grid if by_rows else grid.transpose(1, 2)
-        total = grid.to(torch.promote_types(y.dtype, torch.float32)) if total is None else total + grid
+        if total is None:  # a copy, where nothing is added: the result is no view of y
+            total = grid.to(torch.promote_types(y.dtype, torch.float32), copy=len(routes) == 1)
+        else:
+            total = total + grid
     return total.to(y.dtype)

@@ -18,7 +18,8 @@ class AddRMSNormOutput(NamedTuple):
     y: Tensor
     """The normalised sum, in the dtype of `x`."""
     residual: Tensor
-    """The sum itself, in `residual_dtype`."""
+    """The sum itself, in `residual_dtype`; `x` itself where there is nothing to add and it has that dtype already. The
+    backward may read it: autograd refuses to go back after it was changed in place."""
 
 
 def rms_norm(

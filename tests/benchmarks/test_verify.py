@@ -75,7 +75,7 @@ import torch.nn.functional as F
 def step(state, u, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
     dt = dt.float() if dt_bias is None else dt + dt_bias
     dt = F.softplus(dt) if dt_softplus else dt
-    B, C = (m.unsqueeze(0 if m.shape == A.shape else 1).float() for m in (B, C))
+    B, C = ((m if m.dim() == 2 else m.repeat_interleave(len(A) // m.shape[1], 1)).float() for m in (B, C))
     state.copy_(state * torch.exp(dt[..., None] * A) + (dt * u)[..., None] * B)
     y = (state * C).sum(-1)
     y = y if D is None else y + D * u

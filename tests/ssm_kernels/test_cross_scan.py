@@ -151,7 +151,7 @@ def test_ops_along_routes_are_the_ops_in_time(backend, name):
 @pytest.mark.parametrize("name", ALONG)
 def test_ops_along_routes_compile_to_one_graph(backend, name):
     op, options = ALONG[name]
-    t = make(name, 1, 3, 4, 4, torch.float32)
+    t = make(name, 1, 3, 4, 4, torch.float64)
     grads = []
     for compile in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
         inputs = {k: v.clone().requires_grad_() for k, v in t.items()}
