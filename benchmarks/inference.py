@@ -228,7 +228,7 @@ def _why_not(
     if cell.model not in rates or cell.model not in result["checks"]:
         try:
             check, seconds, work = _check(models.get(cell), cell, parameters)
-        except RuntimeError as e:
+        except (RuntimeError, MemoryError) as e:
             return _out_of_memory(e)
         result["checks"][cell.model] = check
         rates.setdefault(cell.model, (seconds, work))
@@ -350,7 +350,7 @@ def _together(
                     row["peak_memory"] = done[-1]["peak_memory"]
                 elif "peak_memory" not in row:
                     row["peak_memory"] = peak_memory(fitting)
-            except RuntimeError as e:
+            except (RuntimeError, MemoryError) as e:
                 row["missing"] = _out_of_memory(e)
                 continue
             row["in_pieces"] = fitting.what == "prefill" and fitting.chunk < cell.tokens
@@ -425,9 +425,13 @@ def _is_cpu(cell: Cell) -> bool:
     return cell.device == "cpu"
 
 
-def _out_of_memory(e: RuntimeError) -> str:
-    """What a row says of a failure for want of memory; any other is a fault, and raised."""
-    if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e) or str(e) == "out of memory":
+def _out_of_memory(e: RuntimeError | MemoryError) -> str:
+    """What a row says of a failure for want of memory; any other is a fault, and raised.
+
+    PyTorch's allocator on the CPU has no type of error for it: its RuntimeError is known by the text alone.
+    """
+    by_text = "DefaultCPUAllocator: can't allocate memory" in str(e)
+    if isinstance(e, torch.OutOfMemoryError | MemoryError) or by_text:
         return "out of memory"
     raise e
 
@@ -441,7 +445,8 @@ def peak_memory(cell: Cell) -> int:
     """Bytes by which a call raises a fresh process's resident memory above that with the weights (Linux).
 
     Raises:
-        RuntimeError: the process did not end as it should; the kernel stops one that takes too much.
+        MemoryError: the kernel stopped the process, as it does with one that takes too much.
+        RuntimeError: the process ended otherwise than it should.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOAD)  # so that a child need not import them
@@ -453,10 +458,9 @@ def peak_memory(cell: Cell) -> int:
         found = ours.recv()
     except EOFError:
         child.join()
-        killed = child.exitcode == -9
-        raise RuntimeError(
-            "out of memory" if killed else f"the process that measures memory ended with {child.exitcode}"
-        ) from None
+        if child.exitcode == -9:
+            raise MemoryError("the process that measures memory was stopped by the kernel") from None
+        raise RuntimeError(f"the process that measures memory ended with {child.exitcode}") from None
     child.join()
     return found
 

@@ -189,13 +189,32 @@ def test_what_would_take_too_long_or_too_much_memory_is_a_row_that_says_so(tmp_p
     assert row["missing"].startswith("does not fit: needs about") and row["missing"] in capsys.readouterr().out
 
 
-def test_out_of_memory_is_a_row(tmp_path, quick, monkeypatch):
+@pytest.mark.parametrize(
+    "full_memory",
+    [
+        lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        lambda: MemoryError("stopped by the kernel"),
+        lambda: _allocator_error(),
+    ],
+)
+def test_out_of_memory_is_a_row(tmp_path, quick, monkeypatch, full_memory):
     def full(*a):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        raise full_memory()
 
     monkeypatch.setattr(inference, "once", full)
     cli.main(["decode", "--models", "ml-mamba", "--context", "8", "--out", str(tmp_path / "a.json")])
     assert [r["missing"] for r in json.loads((tmp_path / "a.json").read_text())["cells"]] == ["out of memory"] * 2
+
+
+def _allocator_error() -> RuntimeError:
+    with pytest.raises(RuntimeError) as e:
+        torch.empty(10**15)
+    return e.value
+
+
+def test_another_failure_is_raised():
+    with pytest.raises(RuntimeError, match="out of memory of the past"):
+        inference._out_of_memory(RuntimeError("out of memory of the past"))
 
 
 def test_a_transformer_s_prompt_runs_in_pieces_where_the_whole_does_not_fit(monkeypatch):
