@@ -108,7 +108,7 @@ def _convert_vlm(folder: Path, dst: Path, to: Layout, dtype: torch.dtype | None,
     weights = _in_dtype(weights, dtype)
     with replacing_folder(dst) as staged:
         if to == "released":
-            released.write(config, weights, staged)
+            released.write(config, weights, staged, dst.resolve().name)
         else:
             save_config(config, staged / CONFIG)
             save_weights(weights, staged)

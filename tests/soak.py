@@ -229,7 +229,7 @@ def worker_killed(soak: Soak, output: Path, rng: random.Random) -> None:
         break
     ended = soak.wait(process, told)
     if ended.status:
-        check_refused(ended, "a process that prepares data for stage .* died")
+        check_refused(ended, "a process that prepares data for stage .* (died|ended)")
     soak.finish(output)
 
 

@@ -80,7 +80,7 @@ def read(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
     return config, joined({"language_model.": language, "connector.": connector.renamed(names), "": encoders})
 
 
-def write(config: VLMConfig, weights: Weights, folder: Path) -> None:
+def write(config: VLMConfig, weights: Weights, folder: Path, model_id: str) -> None:
     """Write a model as its authors' code reads it; the encoders' weights are left out.
 
     Raises:
@@ -110,7 +110,7 @@ def write(config: VLMConfig, weights: Weights, folder: Path) -> None:
     prefix = "" if is_ml_mamba else "llm."
     llm.setdefault(prefix + LM_HEAD, llm[prefix + EMBEDDING])
     settings = {
-        "model_id": folder.name,
+        "model_id": model_id,
         "arch_specifier": "no-align+gelu-mlp" if kind == "mlp" else "no-align+fused-gelu-mlp",
         "vision_backbone_id": vision_id,
         "llm_backbone_id": _language_id(config),

@@ -211,6 +211,7 @@ def test_there_and_back(tmp_path, make):
     config, weights = read(tmp_path / "a")
     assert convert(tmp_path / "a", tmp_path / "own", "own") == config
     convert(tmp_path / "own", tmp_path / "b", "released")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["model"]["model_id"] == "b"
     again, back = read(tmp_path / "b")
     assert again == config and sorted(back) == sorted(weights)
     assert all(torch.equal(back[name], weights[name]) for name in weights)

@@ -14,6 +14,7 @@ import torch
 
 from vlmamba.model import MambaLM, Tokenizer, hub, weights
 from vlmamba.model.config import LMConfig
+from vlmamba.model.convert import convert
 from vlmamba.model.files import PARTIAL
 from vlmamba.model.hub import READY, replacing_folder
 
@@ -160,3 +161,14 @@ def test_a_folder_from_elsewhere_cannot_write_outside_of_itself(used, tmp_path, 
 def test_no_litter_is_left(used):
     language_model(1).save_pretrained(used)
     assert not [p for p in used.rglob("*") if p.name.endswith(PARTIAL) or p.name == READY]
+
+
+def test_a_killed_conversion_is_begun_anew_and_a_used_folder_is_refused(used, tmp_path):
+    left = tmp_path / "converted" / f".abc{PARTIAL}"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("half")
+    convert(used, tmp_path / "converted", "own")
+    assert same(MambaLM.from_pretrained(tmp_path / "converted"), MambaLM.from_pretrained(used))
+    assert not left.exists()
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        convert(used, tmp_path / "converted", "own")
