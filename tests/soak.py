@@ -416,7 +416,7 @@ def main() -> None:
             print(failures[-1], flush=True)
         else:
             results[kind][1] += 1
-            shutil.rmtree(output)
+            shutil.rmtree(output, ignore_errors=True)  # a run that is refused makes none
             shutil.rmtree(output.with_name(output.name + "-shards"), ignore_errors=True)
     width = max(len(kind.__doc__) for kind in kinds)
     print(f"{'fault':<{width}}  tried  survived")
