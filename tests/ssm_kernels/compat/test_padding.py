@@ -159,13 +159,18 @@ def test_the_mixer_of_mamba2_with_a_padded_tail(backend):
 
 def test_no_value_is_read_on_the_host():
     """Tensors of the meta device have none."""
-    indices, pool = (torch.empty(shape, device="meta") for shape in ((3,), (POOL, DIM, WIDTH)))
-    indices = indices.int()
-    chosen = _shared.StateRows.of(indices)
-    chosen.write(pool, pool[chosen.rows], pool[chosen.rows])
-    assert chosen.blank(pool[chosen.rows]).shape == (3, DIM, WIDTH)
-    x = torch.empty(9, DIM, device="meta")
-    assert compat.causal_conv1d_varlen_states(x, indices, WIDTH).shape == (2, DIM, WIDTH)
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    indices, x, B = empty(3, dtype=torch.int32), empty(3, DIM), empty(3, STATE)
+    pool, weight = empty(POOL, DIM, WIDTH), empty(DIM, WIDTH)
+    y = compat.causal_conv1d_update(x, pool, weight, cache_seqlens=indices, conv_state_indices=indices)
+    assert y.shape == (3, DIM)
+    pool, A = empty(POOL, DIM, STATE), empty(DIM, STATE)
+    y = compat.selective_state_update(pool, x, x, A, B, B, state_batch_indices=indices)
+    assert y.shape == (3, DIM)
+    assert compat.causal_conv1d_varlen_states(empty(9, DIM), indices, WIDTH).shape == (2, DIM, WIDTH)
 
 
 def test_rows_of_an_empty_batch():
