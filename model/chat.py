@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -108,7 +108,7 @@ class Conversation:
         """Memory of the state: all that is kept of the conversation but its text, however long it is."""
         return state_bytes(self.lm.new_state(1) if self._decoder is None else self._decoder.state)
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Say something, and give the answer piece by piece. Closed early, the answer is what was given so far."""
         turns = [*self.turns, Turn("user", text)]
         ids = self._tokens(turns)

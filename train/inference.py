@@ -56,6 +56,7 @@ def run_generate(command: Generate) -> None:
         if command.prompts is not None:
             answer_prompts(command, lambda: load(command.model, command.dtype, command.device))
             return
+        assert command.prompt is not None
         check_text(command.prompt)
         if command.image is not None:
             open_image(command.image)
