@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ STEPPED = {"u", "x", "dt", "z", "B", "C"}
 PACKABLE = ("selective_scan", "ssd", "causal_conv1d")
 FLOATS = ("fp32",) if interpreting() else ("fp32", "bf16", "fp64")
 SIZES = (
-    {"odd": Shape(3, 10, 4, d_state=4, heads=2, headdim=4, height=2)}
+    {"odd": Shape(2, 4, 4, d_state=4, heads=2, headdim=4, height=2)}
     if interpreting()
     else {
         "odd": Shape(5, 37, 24, d_state=4, heads=6, headdim=4),
@@ -60,8 +62,14 @@ def is_shared(case, name):
 
 
 def assert_same(got, want, *context):
-    """Equal to the bit. A NaN is equal to a NaN."""
+    """Equal to the bit. A NaN is equal to a NaN.
+
+    Triton's interpreter takes NumPy's products, which round as their operands lie in memory: there SSD is held to 1e-6
+    of the largest element.
+    """
     same = (got == want) | (got.isnan() & want.isnan())
+    if interpreting() and "ssd" in str(context):
+        same |= (got - want).abs() <= 1e-6 * want.abs().max()
     assert got.shape == want.shape and same.all(), (*context, f"{(~same).sum()} of {same.numel()} differ")
 
 
@@ -180,3 +188,101 @@ def test_the_number_of_threads_changes_nothing(tmp_path):
     assert results[0].keys() == results[1].keys()
     for (op, name), value in results[0].items():
         assert_same(results[1][op, name], value, op, name)
+
+
+TINY = Shape(2, 4, 4, d_state=4, heads=2, headdim=4, height=2)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_offsets_beyond_32_bits(op, backend):
+    """Each input in turn with more than 2**31 elements between batch rows; what is between them is never touched."""
+    case = Case(op, TINY, "bf16", z=op in ("selective_scan", "ssd"))
+    inputs = {k: v.detach() for k, v in case.inputs().items()}
+    own = {"state": inputs["state"].clone()} if case.is_step else {}
+    want = case.run(inputs | own, backend)
+    for name, value in inputs.items():
+        if is_shared(case, name):
+            continue
+        strides = (2**31 + 64, *value.stride()[1:])
+        far = torch.empty(2**31 + 64 + value[0].numel(), dtype=value.dtype).as_strided(value.shape, strides)
+        far.copy_(value)
+        states = {"state": inputs["state"].clone()} if case.is_step else {}
+        got = case.run(inputs | states | {name: far}, backend)
+        assert_same(*(out if isinstance(out, torch.Tensor) else out[0] for out in (got, want)), name)
+        if case.is_step:
+            assert_same(far if name == "state" else states["state"], own["state"], name)
+
+
+@pytest.mark.skipif(interpreting(), reason="the interpreter rounds bfloat16 in its own way")
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("cross")])
+def test_bfloat16_is_computed_in_float32(op, backend):
+    """Rounded once, at the end: what float32 copies of the inputs give, rounded to the output's dtype."""
+    for case in cases(op, TINY, "bf16"):
+        inputs = {k: v.detach() for k, v in case.inputs().items()}
+        low = case.call(inputs, backend)
+        high = case.call({k: v.float() for k, v in inputs.items()}, backend)
+        for i, (a, b) in enumerate(zip(low, high, strict=True)):
+            is_state = i > 0 and op != "causal_conv1d"
+            assert a.dtype == (inputs["state"].dtype if case.is_step and i else torch.float32 if is_state else a.dtype)
+            assert_same(a, b.to(a.dtype), str(case), i)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("_step")])
+def test_autocast_changes_nothing(op, backend):
+    case = cases(op, TINY, "fp32")[-1]
+    want = run(case, case.inputs(), backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(case, case.inputs(), backend)
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype
+        assert_same(got[name], value, name)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["x", "B", "C", "z"])
+@pytest.mark.parametrize("op", PACKABLE)
+def test_what_is_not_finite_stays_in_its_sequence(op, name, value, backend):
+    """In a batch and in a pack; and never before its step, but in SSD before its step within the chunk."""
+    case = Case(op, replace(TINY, length=40), z=True, chunk_size=16)
+    name = "u" if op == "selective_scan" and name == "x" else name
+    inputs = {k: v.detach().clone() for k, v in case.inputs().items()}
+    if name not in inputs:
+        pytest.skip(f"{op} has no {name}")
+    clean = case.call(inputs, backend)
+    step = 20
+    inputs[name][1, step] = value
+    got = case.call(inputs, backend)
+    assert not got[0][1, step].isfinite().all()
+    first = 16 if op == "ssd" and name in ("x", "B") else step
+    for a, b in zip(got, clean, strict=True):
+        assert_same(a[0], b[0], op, name)
+    assert_same(got[0][1, :first], clean[0][1, :first], op, name)
+
+    rows = {k: v if is_shared(case, k) else v.flatten(0, 1).unsqueeze(0) for k, v in inputs.items()}
+    packed = case.call(rows | {"cu_seqlens": torch.tensor([0, 40, 80])}, backend)
+    assert packed[0][0, :40].isfinite().all() and packed[1][0].isfinite().all()
+    assert not packed[0][0, 40 + step].isfinite().all()
+
+
+def test_nan_in_dt_is_refused(backend):
+    for op in ("selective_scan", "ssd", "cross_selective_scan", "cross_ssd", "selective_scan_step", "ssd_step"):
+        case = Case(op, TINY)
+        inputs = {k: v.detach().clone() for k, v in case.inputs().items()}
+        inputs["dt"].view(-1)[3] = torch.nan
+        with pytest.raises(ValueError, match="dt must not hold NaN"):
+            case.call(inputs, backend)
+
+
+@pytest.mark.skipif(interpreting(), reason="reads files")
+def test_every_test_that_the_page_names_exists_and_every_promise_is_on_the_page():
+    root = Path(__file__).parents[2]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "numerics.md").read_text(encoding="utf-8")))
+    written = {
+        test
+        for path in (root / "tests").rglob("test_*.py")
+        for test in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+    }
+    files = (Path(__file__), root / "tests" / "model" / "test_numerics.py")
+    promises = {t for f in files for t in re.findall(r"^def (test_\w+)", f.read_text(encoding="utf-8"), re.M)}
+    assert named <= written, named - written
+    assert promises <= named, promises - named
