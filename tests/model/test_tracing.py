@@ -1,0 +1,66 @@
+"""Language models and connectors without values: on the meta device, under FakeTensorMode, compiled and exported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim
+
+from vlmamba.connectors import ConnectorConfig, build_connector
+from vlmamba.model import LMConfig, MambaLM
+
+LAYERS = {
+    "mamba": LMConfig(d_model=16, n_layer=2, vocab_size=9, d_state=4),
+    "mamba2": LMConfig(d_model=16, n_layer=2, vocab_size=9, layer="mamba2", d_state=4, headdim=8, chunk_size=16),
+}
+
+
+@pytest.fixture(params=list(LAYERS))
+def lm(request) -> MambaLM:
+    torch.manual_seed(0)
+    return MambaLM(LAYERS[request.param])
+
+
+def test_without_values(lm):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert lm(torch.zeros(2, 5, dtype=torch.long)).logits.shape == (2, 5, 16)
+    meta = lm.to("meta")(torch.zeros(2, 5, dtype=torch.long, device="meta"))
+    assert meta.logits.shape == (2, 5, 16) and meta.logits.device.type == "meta"
+
+
+def test_compiles_to_one_graph_with_dynamic_sizes(lm):
+    compiled = torch.compile(lm, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((2, 5), (3, 40)):
+        ids = torch.arange(size[0] * size[1]).view(size) % 9
+        torch.testing.assert_close(compiled(ids).logits, lm(ids).logits)
+
+
+def test_exports_with_dynamic_batch_and_length(lm):
+    ids = torch.arange(60).view(2, 30) % 9
+    dims = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=4096)}
+    exported = torch.export.export(lm, (ids,), dynamic_shapes={"input_ids": dims}).module()
+    for size in ((2, 30), (1, 7), (3, 70)):
+        ids = torch.arange(size[0] * size[1]).view(size) % 9
+        torch.testing.assert_close(exported(ids).logits, lm(ids).logits)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(ids).logits, lm(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vss-l2", "mamba2-advanced"])
+def test_connectors(kind):
+    torch.manual_seed(0)
+    config = ConnectorConfig(kind, d_state=4, headdim=8) if kind.startswith("mamba2") else ConnectorConfig(kind)
+    connector = build_connector(config, 12, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert connector(torch.zeros(2, 3, 4, 12)).shape == (2, 12, 16)
+    compiled = torch.compile(connector, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((2, 3, 4), (1, 5, 2)):
+        x = torch.randn(*size, 12)
+        torch.testing.assert_close(compiled(x), connector(x))
+    x = torch.randn(2, 3, 4, 12)
+    exported = torch.export.export(connector, (x,), dynamic_shapes=({0: Dim("batch", min=1, max=64)},)).module()
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 4, 12)
+        torch.testing.assert_close(exported(x), connector(x))
+    assert connector.to("meta")(torch.zeros(2, 3, 4, 12, device="meta")).shape == (2, 12, 16)
