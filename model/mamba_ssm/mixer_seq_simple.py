@@ -96,6 +96,11 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         self.lm_head = nn.Linear(config.d_model, rows, bias=False, device=device, dtype=dtype)
         self.tie_weights()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this object alone: decoding caches, and what compiling it made."""
+        own = ("_decoding_cache", "_compiled_call_impl")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's, where the config says so."""
         if self.config.tie_embeddings:

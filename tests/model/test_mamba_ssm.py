@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import math
+import pickle
 from dataclasses import fields
 
 import pytest
@@ -354,6 +355,12 @@ def test_a_copied_model_does_not_run_the_steps_of_the_one_before():
             p.mul_(1.5)
     assert copied.generate(IDS, 20, cg=True).equal(copied.generate(IDS, 20))
     assert not copied.generate(IDS, 20).equal(model.generate(IDS, 20))
+
+
+def test_a_model_that_decoded_on_caches_is_pickled():
+    model = make("mamba")
+    tokens = model.generate(IDS, 20, cg=True)
+    assert pickle.loads(pickle.dumps(model)).generate(IDS, 20, cg=True).equal(tokens)
 
 
 def drawn(logits, n=3000, **options):
