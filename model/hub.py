@@ -295,6 +295,7 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
     """
     check_replaceable(target)
     target = Path(os.path.realpath(target))
+    is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     finish_replacing(target)
     staged = target / f".{secrets.token_hex(4)}{PARTIAL}"
@@ -318,6 +319,9 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
         raise OSError(e.errno, f"could not save {target}, which is as it was before: {e.strerror or e}") from e
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds a model
+                target.rmdir()
 
 
 def check_replaceable(target: str | Path) -> None:
