@@ -1,4 +1,4 @@
-"""The README's examples run, and its commands exist."""
+"""Examples of the README run; commands and links of the README and of the pages lead somewhere."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from vlmamba.model import PRESETS, VISION_ENCODERS
 from vlmamba.model.formats.language import PUBLISHED
 from vlmamba.train import cli
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("#")[0] for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
-]
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # those of the pages are doctests
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("  #")[0].strip()
+        for text in [README, *PAGES.values()]
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    )
+)
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
@@ -45,7 +52,7 @@ def test_commands_are_understood(command, monkeypatch):
 
 def test_every_published_name_is_in_the_table():
     named = set()
-    for span in re.findall(r"`([^`\n]+)`", README):
+    for span in re.findall(r"`([^`\n]+)`", PAGES["models.md"]):
         start, _, rest = span.partition("{")
         middle, _, end = rest.partition("}")
         named |= {start + choice + end for choice in middle.split(",")}
@@ -53,8 +60,25 @@ def test_every_published_name_is_in_the_table():
 
 
 def test_make_targets_exist():
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     targets = [c.split()[1] for c in COMMANDS if c.startswith("make ")]
     assert targets
     for target in targets:
         assert f"\n{target}:" in makefile
+
+
+def test_links_to_files_and_headings_lead_somewhere():
+    for name, text in {"README.md": README, **{f"docs/{n}": t for n, t in PAGES.items()}}.items():
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+            path, _, heading = link.partition("#")
+            target = (ROOT / name).parent / path if path else ROOT / name
+            assert target.exists(), f"{name}: {link}"
+            if heading and target.suffix == ".md":
+                titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                anchors = {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles}
+                assert heading in anchors, f"{name}: {link}"
+
+
+def test_the_readme_stays_a_first_page():
+    assert len(README.splitlines()) <= 150
+    assert not any("{include} ../README" in text for text in PAGES.values())

@@ -3,25 +3,7 @@
     lmms-eval --model vlmamba --model_args pretrained=huangwenjun1994/ML-Mamba,dtype=bfloat16 --batch_size 8 \
         --tasks gqa,scienceqa_img,textvqa_val,pope,mme
 
-The benchmarks of the papers' tables by the harness's names, with what to mind when a figure stands beside the papers':
-
-- VQAv2: `vqav2_val`, metric `exact_match` (soft accuracy). ML-Mamba and Cobra report the validation set, VL-Mamba and
-  LLaVA the test-dev server, for which `vqav2_test` writes a file: these are not comparable.
-- GQA: `gqa`, `exact_match` on testdev-balanced, as in the papers.
-- SQA-I: `scienceqa_img`, `exact_match` of the choice's letter; the part of ScienceQA's test set that has images.
-- TextVQA: `textvqa_val`, `exact_match` (soft accuracy). The prompt has no OCR tokens; `ocr: true` in the task puts them
-  after the question. Cobra is measured with the OCR tokens first, and so is ML-Mamba, by the same harness: 58.2 for
-  Cobra, against 43.0 with them after the question and 47.9 without. Say with a figure which it is.
-- POPE: `pope`, or `pope_adv`, `pope_pop` and `pope_random`; `pope_accuracy`, `pope_f1_score`. An answer counts only if
-  it is yes or no and nothing else. LLaVA reports the mean F1 of the three parts; ML-Mamba's 88.3 is the accuracy of the
-  likelier first token of Yes and No.
-- MME: `mme`, `mme_perception_score` (at most 2,000; the one that papers quote) and `mme_cognition_score`.
-- MMBench: `mmbench_en_dev`, `gpt_eval_score`. GPT matches answers to choices, so that a key is needed
-  (`OPENAI_API_KEY`); `mmbench_en_dev_static` matches without.
-- MM-Vet: `mmvet`, `gpt_eval_score`. GPT is the judge and needs a key. The harness's prompt asks to think step by step.
-
-Multiple choice by likelihood, as in `seedbench_ppl`, works too, but not with `--use_cache`, of which the harness cannot
-make such answers again.
+`docs/evaluation.md` says what each benchmark's figure means, and which of the papers' are comparable.
 """
 
 from __future__ import annotations
