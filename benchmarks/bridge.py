@@ -114,6 +114,14 @@ def build_model(model_type: str, width: int, layers: int) -> torch.nn.Module:
                 "num_experts_per_tok": 1, "mamba_d_state": 16,
             },
         ),
+        "zamba": (
+            "Zamba",
+            {
+                **attention, "layers_block_type": only, "n_mamba_heads": 2, "mamba_d_state": 16,
+                "mamba_dt_rank": max(1, width // 16), "attention_head_dim": 2 * HEADDIM,
+            },
+        ),
+        "falcon_h1": ("FalconH1", {**attention, **mamba2, "mamba_d_ssm": 2 * width}),
         "bamba": ("Bamba", {**attention, **mamba2, "attn_layer_indices": []}),
         "zamba2": (
             "Zamba2",

@@ -31,7 +31,10 @@ Mode = Literal["fwd", "bwd", "fwd+bwd"]
 Dtype = Literal["fp32", "fp64", "bf16", "fp16"]
 EmulatedTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 ShapeName = Literal["default", "130m", "370m", "790m", "1.3b", "2.7b", "vision", "long"]
-ModelType = Literal["mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "nemotron_h", "granitemoehybrid"]
+ModelType = Literal[
+    "mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "bamba", "zamba2", "nemotron_h", "granitemoehybrid",
+    "falcon_h1",
+]  # fmt: skip
 Size = Literal["published", "small"]
 Model = Literal[
     "vl-mamba", "transformer-siglip", "ml-mamba", "ml-mamba-on-mamba1", "transformer-dinov2-siglip", "tinyllava",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssm_kernels import _backend
-from vlmamba.benchmarks import cli, measure, run, workloads
+from vlmamba.benchmarks import cli, measure, options, run, workloads
 from vlmamba.benchmarks.cases import Shape
 from vlmamba.benchmarks.errors import truth
 from vlmamba.benchmarks.measure import first_call, incoming, once, peak_memory, ready, time_together
@@ -330,9 +330,9 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 def test_the_command_s_names_are_those_that_there_are():
-    assert set(get_args(run.Op)) == set(OPS)
-    assert set(get_args(run.Impl)) == set(workloads.IMPLEMENTATIONS)
-    assert set(get_args(run.ShapeName)) == set(SHAPES)
+    assert set(get_args(options.Op)) == set(OPS)
+    assert set(get_args(options.Impl)) == set(workloads.IMPLEMENTATIONS)
+    assert set(get_args(options.ShapeName)) == set(SHAPES)
 
 
 def test_unknown_names_are_refused():

@@ -12,6 +12,7 @@ from ssm_kernels.compat import mamba_ssm as compat
 from ssm_kernels.integrations import transformers as integration
 from vlmamba.benchmarks import bridge, cli
 from vlmamba.benchmarks.measure import Result
+from vlmamba.benchmarks.options import ModelType
 
 pytest.importorskip("transformers", minversion="5.23")
 
@@ -19,7 +20,7 @@ SMALL = ["--width", "64", "--length", "12", "--calls", "2"]
 
 
 def test_every_model_type_that_enable_knows_is_measured_and_agrees(tmp_path, capsys):
-    assert set(get_args(bridge.ModelType)) == set(integration.MODEL_TYPES)
+    assert set(get_args(ModelType)) == set(integration.MODEL_TYPES)
     out = tmp_path / "bridge.json"
     types = list(integration.MODEL_TYPES)
     cli.main(["bridge", *types, *SMALL, "--layers", "2", "--mode", "fwd+bwd", "--out", str(out)])

@@ -187,7 +187,7 @@ def test_vss_names_are_vmambas():
     [
         ({"kind": "ldp"}, "connector kind must be one of mlp, vss-mlp, .*; got 'ldp'"),
         ({"scan": "spiral"}, "scan must be 'bidirectional' or 'cross', got 'spiral'"),
-        ({"d_state": 0}, "d_state must be at least 1 or None"),
+        ({"d_state": 0}, "d_state must be at least 1, got 0"),
         ({"expand": 0}, "expand must be at least 1"),
     ],
 )
