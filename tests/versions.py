@@ -1,8 +1,9 @@
 """Parts of the suite on other versions of Python, PyTorch, Triton and transformers: `make versions`.
 
 Each row has an environment of its own, which is made, used and removed. Results go to benchmarks/results/versions.json
-and to the table in docs/install.md as each row ends, so that a run that was stopped goes on with the next row. Nothing
-here runs in CI: an environment with PyTorch's CUDA build takes 3 GB to load and 6 GB of disk.
+and to the table in docs/install.md as each row ends, so that a run that was stopped goes on with the next row. An
+environment holds the packages that the parts import, not the whole `test` extra. Nothing here runs in CI: one with
+PyTorch's CUDA build takes 3 GB to load and 6 GB of disk, and a row about 10 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ PARTS: dict[str, list[str]] = {
     "models": ["tests/model/test_lm.py", "tests/model/test_vlm.py", "tests/ssm_kernels/test_integrations.py"],
     "training": ["tests/train/test_loop.py", "tests/train/test_distributed.py"],
 }
-"""Arguments of pytest. `interpreter` runs with TRITON_INTERPRET=1."""
+"""Arguments of pytest. `ops` runs without Triton, `interpreter` a sixth of the same tests with TRITON_INTERPRET=1."""
 
 
 def interpreter(version: str) -> str | None:
@@ -78,7 +79,8 @@ def install(row: Row, environment: Path) -> str | None:
     pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-cache-dir"]
     named = {"torch": row.torch, "transformers": row.transformers, "numpy": row.numpy}
     pins = [f"{name}=={version}" for name, version in named.items() if version]
-    steps = [[python, "-m", "venv", str(environment)], [*pip, *pins], [*pip, "--editable", ".[test]", *pins]]
+    packages = ["--editable", ".[demo]", "transformers", "pytest", "hypothesis"]  # what PARTS import
+    steps = [[python, "-m", "venv", str(environment)], [*pip, *pins], [*pip, *packages, *pins]]
     if row.triton:  # without its place in torch's metadata, which pins one version
         steps.append([*pip, "--no-deps", f"triton=={row.triton}"])
     for step in steps:
