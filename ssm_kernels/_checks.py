@@ -50,7 +50,8 @@ def check_integer(name: str, value: object, low: int) -> int:
         TypeError: not an integer.
         ValueError: an integer below `low`.
     """
-    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+    # A tuple: torch.compile of torch 2.9 does not trace a union of types.
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         integer = value  # a symbolic size stays one
     else:
         try:

@@ -69,6 +69,22 @@ def test_nothing_is_left_to_do_without_saying_where(path):
         assert not re.search(r"\b(TODO|FIXME|XXX)\b", line), f"{path}:{i}"
 
 
+def unions_in_isinstance(text: str) -> list[int]:
+    """The lines where `isinstance` is asked for a union, `A | B`."""
+    calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    return [n.lineno for n in calls if n.func.id == "isinstance" and isinstance(n.args[1], ast.BinOp)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ssm_kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_ops_ask_for_tuples_of_types(path):
+    """`torch.compile` of torch 2.9 refuses `isinstance(x, A | B)`, and the ops compile to one graph."""
+    assert not unions_in_isinstance(path.read_text()), "write `isinstance(x, (A, B))`"
+
+
+def test_the_check_sees_a_union():
+    assert unions_in_isinstance("a = 1\nisinstance(a, (int, str))\nisinstance(a, int | str)\n") == [3]
+
+
 def test_every_op_has_the_same_rooms():
     beside = {"compat", "integrations"}
     folders = [p.parent for p in (ROOT / "ssm_kernels").glob("*/__init__.py")]

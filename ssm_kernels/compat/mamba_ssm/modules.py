@@ -629,7 +629,7 @@ class Block(nn.Module):
         self.norm, self.mixer, self.mlp = norm_cls(dim), mixer_cls(dim), None
         if mlp_cls is not nn.Identity:
             self.norm2, self.mlp = norm_cls(dim), mlp_cls(dim)
-        if fused_add_norm and not isinstance(self.norm, nn.LayerNorm | RMSNorm):
+        if fused_add_norm and not isinstance(self.norm, (nn.LayerNorm, RMSNorm)):
             raise ValueError(f"fused_add_norm needs a LayerNorm or RMSNorm, got {type(self.norm).__name__}")
 
     def forward(
