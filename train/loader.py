@@ -7,6 +7,7 @@ checkpoint needs no state of its data: it begins with the very next sample.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..model.files import continue_json_lines, json_lines
@@ -252,10 +254,14 @@ class _Preparation:
         self.samples, self.collate, self.seed = samples, collate, seed
 
     def __getitem__(self, job: _Job) -> _Prepared:
+        is_worker = torch.utils.data.get_worker_info() is not None
         try:
-            return self._prepare(job)
+            prepared = self._prepare(job)
+            if is_worker:
+                _share(prepared.batch)
+            return prepared
         except Exception as e:
-            if torch.utils.data.get_worker_info() is None:
+            if not is_worker:
                 return _Prepared(None, [], e)
             return _Prepared(None, [], _picklable(e), traceback.format_exc())
 
@@ -278,6 +284,26 @@ class _Preparation:
                 else:  # the loader will raise
                     return _Prepared(None, broken)
             return _Prepared(self.collate(samples), broken)
+
+
+def _share(value: Any) -> None:
+    """Move the tensors of a batch to shared memory, as handing it over would do in a thread whose errors are lost: the
+    loop would wait for ever.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if isinstance(value, Tensor):
+        try:
+            value.share_memory_()
+        except RuntimeError as e:
+            raise OSError(f"no shared memory for a batch: {e}. With workers=0 none is needed") from e
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _share(getattr(value, field.name))
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _share(inner)
 
 
 def _picklable(error: Exception) -> Exception:

@@ -13,7 +13,7 @@ from ssm_kernels.testing import assert_agrees
 
 pytestmark = pytest.mark.triton
 
-FEWER = settings(max_examples=6 if interpreting() else 25)  # each program is slow in the interpreter
+FEWER = settings(max_examples=3 if interpreting() else 25)  # each program is slow in the interpreter
 needs_interpreter = pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
 
 

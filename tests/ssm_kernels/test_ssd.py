@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_kernels import CROSS, selective_scan, ssd, ssd_step
@@ -15,6 +15,8 @@ from ssm_kernels.testing import assert_agrees
 pytestmark = pytest.mark.triton
 
 IN_TIME = ("x", "dt", "B", "C", "z")
+
+FEWER = settings(max_examples=2 if interpreting() else 25)  # each program is slow in the interpreter
 
 
 def make(batch=2, length=7, heads=4, headdim=3, n=5, groups=1, dtype=torch.float64, rows=None, seed=0, **without):
@@ -59,6 +61,7 @@ def test_agrees_with_the_reference(
     assert_agrees(ssd, tensors, options, backend=backend)
 
 
+@FEWER
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
     chunk_size=st.sampled_from([1, 4, 16]),
@@ -71,6 +74,7 @@ def test_packed_sequences_agree_with_the_reference(backend, lengths, chunk_size,
     assert_agrees(ssd, tensors | {"cu_seqlens": bounds}, options, backend=backend)
 
 
+@FEWER
 @given(changes=st.lists(st.booleans(), min_size=20, max_size=20), seed=st.integers(0, 99))
 def test_seq_idx_agrees_with_the_reference(backend, changes, seed):
     seq_idx = torch.tensor(changes).view(2, 10).cumsum(1)

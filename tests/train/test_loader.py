@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -304,3 +305,27 @@ def test_workers_outlive_the_signals_that_stop_the_loop():
 def test_settings_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         replace(STAGE, **change)
+
+
+class NoRoom(Numbers):
+    """Samples whose worker cannot make shared memory."""
+
+    def __getitem__(self, index):
+        if torch.utils.data.get_worker_info() is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
+        return super().__getitem__(index)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit holds for shared memory on Linux")
+def test_a_worker_without_shared_memory_is_an_error_and_no_endless_wait():
+    def too_long(number, frame):
+        raise TimeoutError("the loop waits for a batch that is lost")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    try:
+        with pytest.raises(OSError, match="no shared memory for a batch: .*With workers=0 none is needed"):
+            steps(replace(STAGE, workers=1), NoRoom())
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
