@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ssm_kernels._triton import Target, interpreting, pretend
 
+from ..compile_report import ARCHITECTURES
 from . import machine
 from .memory import Findings, allocations_of
 from .parser import Kernel, parse
 from .translate import smallest_shared_access, translate
 
-SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""That a block may have, by compute capability (CUDA C++ programming guide, "Technical Specifications")."""
+TARGETS = {name: architecture for name, architecture in ARCHITECTURES.items() if architecture.backend == "cuda"}
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,9 @@ def emulated(
         Unsupported: an instruction that the emulator does not have.
     """
     global _session
-    try:
-        capability = int(target.removeprefix("sm_"))
-        shared = SHARED_BYTES[capability]
-    except (ValueError, KeyError):
-        known = ", ".join(f"sm_{n}" for n in SHARED_BYTES)
-        raise ValueError(f"target must be one of {known}; got {target!r}") from None
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
+    capability, shared = int(TARGETS[target].arch), TARGETS[target].shared_block
     if interpreting():
         raise ValueError("kernels are compiled here, not interpreted: unset TRITON_INTERPRET")
     if _session is not None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ import torch
 from ssm_kernels._triton import interpreting
 from ssm_kernels.testing import assert_agrees
 from vlmamba.benchmarks.cases import Case, Shape
+from vlmamba.benchmarks.options import EmulatedTarget
 from vlmamba.benchmarks.ptx import Fault, Unsupported, emulated, machine, values
+from vlmamba.benchmarks.ptx.driver import TARGETS
 from vlmamba.benchmarks.ptx.memory import Allocation, allocations_of
 from vlmamba.benchmarks.ptx.parser import parse
 from vlmamba.benchmarks.ptx.translate import translate
@@ -389,6 +392,10 @@ def test_the_command_tells_what_ran(capsys, tmp_path):
     assert row["launches"] == 2 and row["instructions"]["bar"] > 0 and row["wrong"] == ""
     with pytest.raises(SystemExit, match="op must be among"):
         cli.main(["emulate", "softmax"])
+
+
+def test_the_commands_name_the_targets_that_there_are():
+    assert set(get_args(EmulatedTarget)) == set(TARGETS)
 
 
 def test_what_cannot_be_is_refused():
