@@ -6,7 +6,6 @@ y, final_states = case.call(case.inputs("cuda"), backend="triton")
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
@@ -16,7 +15,6 @@ from torch import Tensor
 
 import ssm_kernels
 from ssm_kernels import use_backend
-from ssm_kernels._backend import TRITON_OPS
 
 SIZES = {
     "selective_scan": "batch length channels d_state groups",
@@ -35,7 +33,7 @@ SIZES = {
 }
 """The ops, and which sizes each reads."""
 OPS = tuple(SIZES)
-ROUTES = len(ssm_kernels.CROSS)
+DIRECTIONS = len(ssm_kernels.CROSS)
 """Along which the ops on a grid go, by default."""
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -108,13 +106,6 @@ class Case:
         return self.op.endswith("_step")
 
     @property
-    def has_kernels(self) -> bool:
-        """Whether the op has Triton kernels in this version; one that takes no `backend` has one implementation."""
-        if "backend" not in inspect.signature(getattr(ssm_kernels, self.op)).parameters:
-            return False
-        return self.op in TRITON_OPS or self.folder in TRITON_OPS
-
-    @property
     def folder(self) -> str:
         """Of `ssm_kernels`, that holds the op's kernels."""
         folders = {"rms_norm": "norm", "add_rms_norm": "norm", "cross_scan": "cross_scan", "cross_merge": "cross_scan"}
@@ -163,9 +154,9 @@ class Case:
         if self.op == "cross_scan":
             return {"x": (*grid, d)}
         if self.op == "cross_merge":
-            return {"y": (s.batch, ROUTES, s.length, d)}
+            return {"y": (s.batch, DIRECTIONS, s.length, d)}
         if self.op == "cross_causal_conv1d":
-            return {"x": (*grid, d), "weight": (ROUTES, d, s.width), "bias": (ROUTES, d)}
+            return {"x": (*grid, d), "weight": (DIRECTIONS, d, s.width), "bias": (DIRECTIONS, d)}
         if self.op in ("selective_scan", "selective_scan_step"):
             channels, heads, state = (d,), (d,), (d, n)
             # A step tells matrices that are constant in time by their two dimensions.
@@ -177,12 +168,12 @@ class Case:
             matrix = (*steps, s.groups, n)
             sizes = {"x": (*steps, *channels), "dt": (*steps, s.heads), "A": heads, "B": matrix, "C": matrix}
         elif self.op == "cross_selective_scan":
-            channels, heads, state = (ROUTES, d), (ROUTES, d), (ROUTES, d, n)
-            matrix = (*grid, ROUTES, n)
+            channels, heads, state = (DIRECTIONS, d), (DIRECTIONS, d), (DIRECTIONS, d, n)
+            matrix = (*grid, DIRECTIONS, n)
             sizes = {"u": (*grid, d), "dt": (*grid, *channels), "A": state, "B": matrix, "C": matrix}
         elif self.op == "cross_ssd":
-            channels, heads, state = (ROUTES, s.heads, s.headdim), (ROUTES, s.heads), ()
-            matrix = (*grid, ROUTES, s.groups, n)
+            channels, heads, state = (DIRECTIONS, s.heads, s.headdim), (DIRECTIONS, s.heads), ()
+            matrix = (*grid, DIRECTIONS, s.groups, n)
             sizes = {"x": (*grid, *channels), "dt": (*grid, *heads), "A": heads, "B": matrix, "C": matrix}
         else:
             raise ValueError(f"op must be one of {', '.join(OPS)}; got {self.op!r}")

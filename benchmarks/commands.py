@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from ..model.files import write_whole
 from . import compare, compile_report, fuzz, gpu_suite, verify
-from .cases import DTYPES, Case, published, shipped
+from .cases import DTYPES, published, shipped
 from .measure import environment, on
 from .options import OPS, Compare, CompileReport, Fuzz, GPUSuite, Roofline, Verify
 from .report import write_json
@@ -48,8 +48,6 @@ def run_compile_report(command: CompileReport) -> None:
     requests = []
     for target, cases in wanted.items():
         requests += compile_report.record([case for case in cases if case.op in command.op], target)
-    if without := [op for op in command.op if not Case(op).has_kernels]:
-        print(f"no Triton kernels: {', '.join(without)}")
     rows = compile_report.compile_all(requests, command.jobs)
     text = compile_report.table(rows)
     print(text)

@@ -29,8 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from ssm_kernels._library import BODIES
-from ssm_kernels._triton import Target, interpreting, pretend
+from ssm_kernels.testing import BODIES, Target, fake_target, is_interpreted
 
 from .cases import Case
 
@@ -41,7 +40,7 @@ class Architecture:
 
     backend: str
     arch: int | str
-    processors: int
+    num_sms: int
     """Of the card that is named; launches spread their programs over so many."""
     shared_block: int
     """Bytes of shared memory (LDS)."""
@@ -116,14 +115,13 @@ def record(cases: Iterable[Case], target: str) -> list[Request]:
     Raises:
         ValueError: Triton's interpreter is on, so that there is nothing to compile.
     """
-    if interpreting():
+    if is_interpreted():
         raise ValueError("the kernels are compiled here, not interpreted: unset TRITON_INTERPRET")
     architecture = ARCHITECTURES[target]
     found: dict[str, Request] = {}
     for case in cases:
-        if case.has_kernels:
-            with _launches(architecture, functools.partial(_keep, found, target, str(case))):
-                _call(case)
+        with _launches(architecture, functools.partial(_keep, found, target, str(case))):
+            _call(case)
     return list(found.values())
 
 
@@ -172,7 +170,7 @@ def _launches(architecture: Architecture, hook: Callable[..., bool]) -> Iterator
     driver.set_active(_Driver(target))
     knobs.runtime.jit_cache_hook = hook
     try:
-        with pretend(Target((architecture.backend, architecture.arch), architecture.processors)), _RunBodies():
+        with fake_target(Target((architecture.backend, architecture.arch), architecture.num_sms)), _RunBodies():
             yield
     finally:
         vars(driver).update(active)

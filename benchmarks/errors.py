@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssm_kernels.testing import roundings
 
-from .cases import ROUTES, Shape
+from .cases import DIRECTIONS, Shape
 from .measure import Result, first_call, incoming, ready
 from .workloads import Workload, build, exact
 
@@ -71,8 +71,8 @@ def is_affordable(op: str, shape: Shape, dtype: torch.dtype, device: str) -> boo
     if op.endswith("_step"):
         return True
     if "selective_scan" in op or op == "mamba_block":  # whose reference spreads B and C over channels
-        routes = ROUTES if op.startswith("cross_") else 1
-        if 2 * 8 * routes * shape.batch * shape.length * shape.channels * shape.d_state > BYTES:
+        directions = DIRECTIONS if op.startswith("cross_") else 1
+        if 2 * 8 * directions * shape.batch * shape.length * shape.channels * shape.d_state > BYTES:
             return False
     probe = exact(op, replace(shape, length=min(shape.length, PROBE), height=1), dtype, "reference", device=device)
     _, first = first_call(probe, "fwd")

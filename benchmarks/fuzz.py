@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from ssm_kernels._triton import interpreting
-from ssm_kernels.testing import coarsest_dtype
+from ssm_kernels.testing import coarsest_dtype, is_interpreted
 
 from .agreement import Expected, brief, disagreement, expected, results, shrink, smaller_cases
 from .cases import OPS, SIZES, VARIANTS, Case, Shape
@@ -86,8 +85,8 @@ def draw(seed: int, ops: tuple[str, ...] = OPS) -> Trial:
     """The trial of a seed."""
     r = random.Random(seed)
     op = r.choice(ops)
-    most = 12 if interpreting() else 80
-    wide = 6 if interpreting() else 24
+    most = 12 if is_interpreted() else 80
+    wide = 6 if is_interpreted() else 24
     groups = r.choice((1, 1, 1, 2, 3))
     length = r.choice((1, 2, 3, r.randint(1, most), r.randint(1, most), r.randint(1, most)))
     shape = Shape(
@@ -153,8 +152,7 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
 
 def paths(case: Case, device: str) -> tuple[str, ...]:
     """Backends that can run here. The reference in the case's own dtype runs too, as what tells the tolerance."""
-    with_triton = case.has_kernels and (interpreting() if device == "cpu" else True)
-    return ("torch", "triton") if with_triton else ("torch",)
+    return ("torch", "triton") if is_interpreted() or device != "cpu" else ("torch",)
 
 
 def wrong(trial: Trial, backend: str, device: str) -> str:
@@ -171,7 +169,7 @@ def wrong(trial: Trial, backend: str, device: str) -> str:
         return f"raises {type(e).__name__}: {e}"
     outputs = {name: t for name, t in actual.items() if not name.startswith("gradient of ")}
     every = [*tensors.values(), *(kept[name] for kept in (right.exact, right.rounded) for name in outputs)]
-    if backend == "triton" and not interpreting():
+    if backend == "triton" and not is_interpreted():
         right = replace(right, operands=coarsest_dtype(tensors))
     return disagreement(right, actual if all(t.isfinite().all() for t in every) else outputs)
 

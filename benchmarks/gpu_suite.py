@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssm_kernels._triton import capability, interpreting
-from ssm_kernels.testing import assert_agrees
+from ssm_kernels.testing import assert_agrees, capability, is_interpreted
 
 from ..model.files import write_whole
 from ..model.text_files import read_json
@@ -48,7 +47,6 @@ class Run:
     deadline: float = float("inf")
     left_out: list[str] = field(default_factory=list)
     """Cases that there was no time for."""
-    without_kernels: set[str] = field(default_factory=set)
     """Ops that were asked for and have no Triton kernels."""
 
     @property
@@ -56,10 +54,8 @@ class Run:
         return self.device == "cpu"
 
     def within_time(self, wanted: Iterable[Case]) -> Iterator[Case]:
-        """The cases whose op has kernels, until time is up."""
-        wanted = list(wanted)
-        self.without_kernels |= {case.op for case in wanted if not case.has_kernels}
-        for case in tqdm([case for case in wanted if case.has_kernels], unit="case", disable=None, leave=False):
+        """The cases, until time is up."""
+        for case in tqdm(list(wanted), unit="case", disable=None, leave=False):
             if time.monotonic() > self.deadline:
                 self.left_out.append(str(case))
             else:
@@ -72,9 +68,9 @@ def run(out: Path, device: str, minutes: float, again: bool) -> bool:
     Raises:
         ValueError: there is no such device, or the interpreter is on where there should be none, or the other way.
     """
-    if device == "cpu" and not interpreting():
+    if device == "cpu" and not is_interpreted():
         raise ValueError("gpu-suite needs a GPU; on a CPU it runs tiny sizes, with TRITON_INTERPRET=1")
-    if device != "cpu" and interpreting():
+    if device != "cpu" and is_interpreted():
         raise ValueError(f"TRITON_INTERPRET=1 would interpret the kernels on a CPU, not run them on {device}: unset it")
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
@@ -86,7 +82,7 @@ def run(out: Path, device: str, minutes: float, again: bool) -> bool:
             begin = time.monotonic()
             rows = do(here)
             report = {"part": part, "rows": rows, "seconds": time.monotonic() - begin, "interpreted": here.is_tiny}
-            report |= {"left_out": here.left_out, "without_kernels": sorted(here.without_kernels)}
+            report |= {"left_out": here.left_out}
             _write(path, report | environment(device))
         report = read_json(path)
         where = report["device"] + " in Triton's interpreter, which says nothing of speed" * report["interpreted"]
@@ -94,8 +90,6 @@ def run(out: Path, device: str, minutes: float, again: bool) -> bool:
         print(TABLES.get(part, _table)(report["rows"]))
         if report["left_out"]:
             print(f"no time for {len(report['left_out'])} more")
-        if report["without_kernels"]:
-            print(f"no Triton kernels: {', '.join(report['without_kernels'])}")
         is_right = is_right and not (part == "correctness" and any(row["error"] for row in report["rows"]))
     return is_right
 

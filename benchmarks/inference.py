@@ -110,9 +110,9 @@ def measure(command: Prefill | Decode) -> None:
             "what": what, "size": command.size, "dtype": command.dtype,
             **({"steps": command.steps} if what == "decode" else {}),
         }  # fmt: skip
-        surroundings = environment(command.device)
-        result = _resumed(command.out, settings, surroundings)
-        result |= settings | surroundings | {"command": _command_line(command)}
+        graph_key = environment(command.device)
+        result = _resumed(command.out, settings, graph_key)
+        result |= settings | graph_key | {"command": _command_line(command)}
         try:
             _measure(command, result)
             ended = True
@@ -148,7 +148,7 @@ def _filled(command: Prefill | Decode) -> Prefill | Decode:
     return dataclasses.replace(command, size=size, dtype=dtype, models=models, **sorted_)
 
 
-def _resumed(path: Path | None, settings: dict, surroundings: dict) -> dict:
+def _resumed(path: Path | None, settings: dict, graph_key: dict) -> dict:
     """What an earlier run of the same command left, without the cells that it could not measure."""
     if path is None or not path.exists():
         return {"models": {}, "checks": {}, "cells": []}
@@ -158,7 +158,7 @@ def _resumed(path: Path | None, settings: dict, surroundings: dict) -> dict:
         kept = {"models": old["models"], "checks": old["checks"], "cells": cells}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"out: {path} is no file of ssm-bench {settings['what']}, and is not overwritten: {e}") from e
-    asked = settings | {key: surroundings[key] for key in ("device", "threads", "packages")}
+    asked = settings | {key: graph_key[key] for key in ("device", "threads", "packages")}
     for key, value in asked.items():
         if old.get(key) != value:
             raise ValueError(f"out: {path} was measured with {key} {old.get(key)}, not {value}; name another file")

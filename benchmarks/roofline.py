@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, ROUTES, Case
+from .cases import DIRECTIONS, DTYPES, Case
 
 Pass = Literal["fwd", "bwd", "fwd+bwd"]
 
@@ -187,7 +187,7 @@ def _gradients_in(case: Case) -> int:
     main = math.prod(next(iter(sizes.values()))) * width
     stream = main // width * max(width, 4)  # the residual's
     return {
-        "cross_scan": ROUTES * main, "cross_merge": main // ROUTES, "cross_causal_conv1d": ROUTES * main,
+        "cross_scan": DIRECTIONS * main, "cross_merge": main // DIRECTIONS, "cross_causal_conv1d": DIRECTIONS * main,
         "add_rms_norm": main + stream,
     }.get(case.op, main)  # fmt: skip
 
@@ -295,16 +295,16 @@ def _norm(case: Case, of: Pass) -> tuple[int, int, int]:
 
 
 def _permute(case: Case, of: Pass) -> tuple[int, int, int]:
-    """The merge, or the scan's backward, adds the routes."""
+    """The merge, or the scan's backward, adds the directions."""
     s = case.shape
-    adds = ROUTES - 1 if (case.op == "cross_merge") == (of == "fwd") else 0
+    adds = DIRECTIONS - 1 if (case.op == "cross_merge") == (of == "fwd") else 0
     return 0, adds * s.batch * s.length * s.channels, 0
 
 
 def _along_routes(case: Case, of: Pass) -> tuple[int, int, int]:
-    """Every route computes what the op on a sequence does; results, or gradients of a shared input, are added."""
+    """Every direction computes what the op on a sequence does; results, or gradients of a shared input, are added."""
     s = case.shape
-    wide = replace(s, channels=ROUTES * s.channels, heads=ROUTES * s.heads, groups=ROUTES * s.groups)
+    wide = replace(s, channels=DIRECTIONS * s.channels, heads=DIRECTIONS * s.heads, groups=DIRECTIONS * s.groups)
     op, count = {
         "cross_causal_conv1d": ("causal_conv1d", _conv),
         "cross_selective_scan": ("selective_scan", _selective_scan),
@@ -312,4 +312,4 @@ def _along_routes(case: Case, of: Pass) -> tuple[int, int, int]:
     }[case.op]
     matrix, other, exponentials = count(replace(case, op=op, shape=wide), of)
     adds = {"cross_causal_conv1d": of == "bwd", "cross_selective_scan": True, "cross_ssd": False}[case.op]
-    return matrix, other + adds * (ROUTES - 1) * s.batch * s.length * s.channels, exponentials
+    return matrix, other + adds * (DIRECTIONS - 1) * s.batch * s.length * s.channels, exponentials

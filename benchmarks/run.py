@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from ssm_kernels._backend import resolve_backend
+from ssm_kernels import resolve_backend
 
 from . import errors, report
 from .cases import DTYPES, Shape

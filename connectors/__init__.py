@@ -30,5 +30,5 @@ def build_connector(config: ConnectorConfig, vision_width: int, lm_width: int) -
         return ThreeLayerMLP(vision_width, lm_width)
     if config.kind in ("vss-mlp", "vss-l2"):
         connector = VSSMLPConnector if config.kind == "vss-mlp" else VSSL2Connector
-        return connector(vision_width, lm_width, config.routes, config.d_state or 16, config.expand)
+        return connector(vision_width, lm_width, config.directions, config.d_state or 16, config.expand)
     return Mamba2ScanConnector(vision_width, lm_width, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ssm_kernels import BIDIRECTIONAL, CROSS, Route
+from ssm_kernels import BIDIRECTIONAL, CROSS, ScanDirection
 
 MAX_SIZE = 2**20
 """A larger dimension is a damaged config, and refused before memory is asked for."""
@@ -50,5 +50,5 @@ class ConnectorConfig:
                 raise ValueError(f"{name} must be {bound}, got {value}")
 
     @property
-    def routes(self) -> tuple[Route, ...]:
+    def directions(self) -> tuple[ScanDirection, ...]:
         return BIDIRECTIONAL if self.scan == "bidirectional" else CROSS

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels import Route, cross_causal_conv1d, cross_ssd
+from ssm_kernels import ScanDirection, cross_causal_conv1d, cross_ssd
 from ssm_kernels.modules import Mamba2, conv_weight, depthwise_conv, without_weight_decay
 
 from .config import ConnectorConfig
 
-# Endings of the parameters that a route has to itself. The checkpoint has the first two: rows forth and back.
+# Endings of the parameters that a direction has to itself. The checkpoint has the first two: rows forth and back.
 # The two of the columns are ours.
-SUFFIXES: dict[Route, str] = {"rows": "", "rows_reversed": "_b", "columns": "_c", "columns_reversed": "_cb"}
+SUFFIXES: dict[ScanDirection, str] = {"rows": "", "rows_reversed": "_b", "columns": "_c", "columns_reversed": "_cb"}
 
 
 class Mamba2ScanConnector(nn.Module):
@@ -92,9 +92,9 @@ class _SwiGLU(nn.Module):
 
 
 class GridMamba2(Mamba2):
-    """A Mamba-2 mixer over a grid. Projections and gated norm are shared by the routes; the rest each has its own.
+    """A Mamba-2 mixer over a grid. Projections and gated norm are shared by the directions; the rest each has its own.
 
-    What is projected is convolved and scanned along each route, gated and normalised; the routes' results are averaged
+    What is projected is convolved and scanned along each direction, gated and normalised; the directions' results are averaged
     at each place and projected back.
     """
 
@@ -103,8 +103,8 @@ class GridMamba2(Mamba2):
             width, config.d_state or 128, config.d_conv, config.expand, config.headdim, config.ngroups,
             chunk_size=config.chunk_size,
         )  # fmt: skip
-        self.routes = config.routes
-        for suffix in (SUFFIXES[r] for r in self.routes if SUFFIXES[r]):
+        self.directions = config.directions
+        for suffix in (SUFFIXES[r] for r in self.directions if SUFFIXES[r]):
             self.register_module(f"conv1d{suffix}", depthwise_conv(self.d_conv_channels, config.d_conv, True))
             for name in ("dt_bias", "A_log", "D"):
                 self.register_parameter(name + suffix, without_weight_decay(getattr(self, name).detach().clone()))
@@ -112,16 +112,16 @@ class GridMamba2(Mamba2):
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h, w, D)."""
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_channels, self.nheads], dim=-1)
-        names = ["conv1d" + SUFFIXES[r] for r in self.routes]
+        names = ["conv1d" + SUFFIXES[r] for r in self.directions]
         weight, bias = map(torch.stack, zip(*(conv_weight(n, getattr(self, n)) for n in names), strict=True))
         # Apart, so that x has its heads side by side and the scan reads it where it is.
         sizes = [self.d_inner, self.d_conv_channels - self.d_inner]
         parts = zip(xBC.split(sizes, 3), weight.split(sizes, 1), bias.split(sizes, 1), strict=True)
-        x, BC = (cross_causal_conv1d(*part, "silu", self.routes) for part in parts)  # (B, h, w, K, ...)
+        x, BC = (cross_causal_conv1d(*part, "silu", self.directions) for part in parts)  # (B, h, w, K, ...)
         B, C = BC.unflatten(-1, (2, self.ngroups, self.d_state)).unbind(-3)
         y = cross_ssd(
             x.unflatten(-1, (self.nheads, self.headdim)),
-            dt.unsqueeze(3).expand(-1, -1, -1, len(self.routes), -1),
+            dt.unsqueeze(3).expand(-1, -1, -1, len(self.directions), -1),
             -torch.exp(self._of_each_route("A_log").float()),
             B,
             C,
@@ -129,11 +129,11 @@ class GridMamba2(Mamba2):
             self._of_each_route("dt_bias"),
             True,
             self.dt_limit,
-            self.routes,
+            self.directions,
             chunk_size=self.chunk_size,
         ).flatten(-2)
         y = self.norm(y, z.unsqueeze(3).expand_as(y))
         return self.out_proj(y.mean(3))
 
     def _of_each_route(self, name: str) -> Tensor:
-        return torch.stack([getattr(self, name + SUFFIXES[r]) for r in self.routes])
+        return torch.stack([getattr(self, name + SUFFIXES[r]) for r in self.directions])

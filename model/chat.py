@@ -17,10 +17,10 @@ from .generate import (
     Decoder,
     Embed,
     GenerationConfig,
-    answer_packed,
+    generate_packed,
+    graph_key,
     packed_tokens,
     state_bytes,
-    surroundings,
 )
 from .image import ImageLike, open_image
 from .lm import LMState, MambaLM
@@ -28,7 +28,7 @@ from .prompt import PromptTemplate, Turn
 from .vlm import VLM
 
 
-class Effort(NamedTuple):
+class TurnStats(NamedTuple):
     """What an answer took."""
 
     prompt_tokens: int
@@ -82,7 +82,7 @@ class Conversation:
         self.lm = model.language_model if isinstance(model, VLM) else model
         self.template = template or (model.template if isinstance(model, VLM) else None)
         self.history = history and self.template is not None and self.template.has_turns
-        self.effort = Effort(0, 0.0, 0, 0.0)
+        self.effort = TurnStats(0, 0.0, 0, 0.0)
         self._decoder: Decoder | None = None
         self._asked = 0
         """Answers that were begun: each is drawn with the next seed, so that a question asked again is drawn anew."""
@@ -117,7 +117,7 @@ class Conversation:
         embeds, bounds = self._embed(turns, ids, start)
         config = replace(self.config, seed=(self.config.seed + self._asked) % 2**63)
         self._asked += 1
-        steps = answer_packed(self.lm, embeds, bounds, [ids], self.model.tokenizer, config, self._decoder)
+        steps = generate_packed(self.lm, embeds, bounds, [ids], self.model.tokenizer, config, self._decoder)
         answer, given, written = None, "", begin
         try:
             with contextlib.closing(steps):
@@ -127,7 +127,7 @@ class Conversation:
                         # The prompt is run, and the answer is not.
                         self._mark = ids, [MixerState(*(t.clone() for t in layer)) for layer in self._decoder.state]
                         written = now
-                    self.effort = Effort(len(ids) - start, written - begin, len(answer.ids), now - written)
+                    self.effort = TurnStats(len(ids) - start, written - begin, len(answer.ids), now - written)
                     piece, given = answer.text[len(given) :], answer.text
                     if piece:
                         yield piece
@@ -145,7 +145,7 @@ class Conversation:
 
     def _go_back(self, ids: list[int]) -> int:
         """Bring the state to the latest known place of this prompt; give how many of its tokens are behind."""
-        if self._decoder is None or self._decoder.captured_with != surroundings(self.lm):
+        if self._decoder is None or self._decoder.captured_with != graph_key(self.lm):
             self._decoder, self._here, self._mark = Decoder(self.lm, 1), None, None
 
         def behind(tokens: list[int]) -> bool:

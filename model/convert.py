@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import LMConfig, VLMConfig
 from .config_io import save_config, to_json_dict
 from .files import at_home, remove_partials
-from .formats import language, recognise
+from .formats import detect_format, language
 from .formats import vlm as released
 from .hub import CONFIG, TOKENIZER, fetch_model, replacing_folder
 from .lm import neox_tokenizer
@@ -114,7 +114,7 @@ def _convert_vlm(folder: Path, dst: Path, to: Layout, dtype: torch.dtype | None,
             save_weights(weights, staged)
         if (folder / TOKENIZER).exists():
             shutil.copyfile(folder / TOKENIZER, staged / TOKENIZER)
-        elif recognise(folder) != "own" and (tokenizer := neox_tokenizer(**hub)) is not None:
+        elif detect_format(folder) != "own" and (tokenizer := neox_tokenizer(**hub)) is not None:
             tokenizer.save(staged / TOKENIZER)
     return config
 

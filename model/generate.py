@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ssm_kernels._backend import resolve_backend
+from ssm_kernels import resolve_backend
 from ssm_kernels.modules import MixerState
 
 from .generation_config import GenerationConfig
@@ -77,7 +77,7 @@ def generate_tokens(
             if step + 1 == config.max_new_tokens:
                 return
             if done is not None and any(done):
-                kept = _worth_keeping([done[i] for i in rows.tolist()])
+                kept = rows_to_keep([done[i] for i in rows.tolist()])
                 if len(kept) < len(rows):
                     kept = torch.tensor(kept, device=device)
                     rows, tokens = rows[kept], tokens[kept]
@@ -89,7 +89,7 @@ def generate_tokens(
             _give_back(lm, decoder)
 
 
-def _worth_keeping(done: list[bool]) -> list[int]:
+def rows_to_keep(done: list[bool]) -> list[int]:
     """The rows to go on with: those that are not done, filled up with others to all, a half, a quarter, ... of them.
 
     Few sizes occur then, so that few graphs are captured.
@@ -175,7 +175,7 @@ class Decoder:
             and all(layer.ssm.device == self.device for layer in self.buffers)
             and not torch.is_autocast_enabled("cuda")
         )
-        self.captured_with = surroundings(lm)
+        self.captured_with = graph_key(lm)
         self.use(batch)
 
     def use(self, batch: int) -> None:
@@ -262,7 +262,7 @@ _decoders: weakref.WeakKeyDictionary[MambaLM, Decoder] = weakref.WeakKeyDictiona
 
 def _take_decoder(lm: MambaLM, batch: int) -> Decoder:
     decoder = _decoders.pop(lm, None)
-    if decoder is None or len(decoder.tokens) < batch or decoder.captured_with != surroundings(lm):
+    if decoder is None or len(decoder.tokens) < batch or decoder.captured_with != graph_key(lm):
         decoder = Decoder(lm, batch)
     decoder.use(batch)
     decoder.reset()
@@ -274,7 +274,7 @@ def _give_back(lm: MambaLM, decoder: Decoder) -> None:
         _decoders[lm] = decoder
 
 
-def surroundings(lm: MambaLM) -> tuple:
+def graph_key(lm: MambaLM) -> tuple:
     """What a graph has taken in for good, besides the memory that is the decoder's own."""
     device = lm.device
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
@@ -372,7 +372,7 @@ class Answer:
         return max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
-def answer_packed(
+def generate_packed(
     lm: MambaLM,
     embeds: Tensor | Embed,
     cu_seqlens: Tensor,
@@ -434,8 +434,8 @@ def pieces_of_text(steps: Iterator[list[Answer]]) -> Iterator[str]:
             yield piece
 
 
-def write_on(lm: MambaLM, prompts: Sequence[str], config: GenerationConfig | None) -> Iterator[list[Answer]]:
-    """`answer_packed` for texts. An empty one becomes the end-of-text token, after which a document begins.
+def generate_texts(lm: MambaLM, prompts: Sequence[str], config: GenerationConfig | None) -> Iterator[list[Answer]]:
+    """`generate_packed` for texts. An empty one becomes the end-of-text token, after which a document begins.
 
     Raises:
         ValueError: the model has no tokenizer.
@@ -443,7 +443,7 @@ def write_on(lm: MambaLM, prompts: Sequence[str], config: GenerationConfig | Non
     if lm.tokenizer is None:
         raise ValueError("the model has no tokenizer: set model.tokenizer")
     seen = [lm.tokenizer.encode(p) or [lm.tokenizer.eos_id] for p in prompts]
-    return answer_packed(lm, *packed_tokens(lm, seen), seen, lm.tokenizer, config or GenerationConfig())
+    return generate_packed(lm, *packed_tokens(lm, seen), seen, lm.tokenizer, config or GenerationConfig())
 
 
 def packed_tokens(lm: MambaLM, tokens: Sequence[Sequence[int]]) -> tuple[Embed, Tensor]:

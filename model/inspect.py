@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .config import LMConfig
-from .formats import recognise
+from .formats import detect_format
 from .hub import fetch_model
 from .lm import MambaLM
 from .load import model_class
@@ -132,7 +132,7 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         weights = Weights.of(model.state_dict())
     else:
         folder = fetch_model(name_or_path, **hub)
-        kind, layout = model_class(folder), recognise(folder)
+        kind, layout = model_class(folder), detect_format(folder)
         config, weights = kind.open_checkpoint(folder, **hub)
         with torch.device("meta"):
             model = kind(config)

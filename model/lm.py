@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssm_kernels import add_rms_norm
-from ssm_kernels._checks import has_readable_values
+from ssm_kernels import add_rms_norm, has_readable_values
 from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm, is_plain
 
 from .config import LMConfig
-from .formats import recognise
+from .formats import detect_format
 from .formats.language import NEOX_VOCABULARY, read
-from .generate import GenerationConfig, pieces_of_text, write_on
+from .generate import GenerationConfig, generate_texts, pieces_of_text
 from .hub import TOKENIZER, HubModel, fetch
 from .tokenizer import Tokenizer
 from .weights import Weights
@@ -130,9 +129,9 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
     def load_extras(self, folder: Path, **hub: Any) -> None:
         if (folder / TOKENIZER).exists():
             self.tokenizer = Tokenizer.from_file(folder / TOKENIZER)
-        elif recognise(folder) == "state-spaces" and self.config.vocab_size == NEOX_VOCABULARY:
+        elif detect_format(folder) == "state-spaces" and self.config.vocab_size == NEOX_VOCABULARY:
             self.tokenizer = neox_tokenizer(**hub)
-        elif recognise(folder) != "own":
+        elif detect_format(folder) != "own":
             logger.warning("no tokenizer: %s has no %s", folder, TOKENIZER)
 
     def generate(self, prompts: Sequence[str], config: GenerationConfig | None = None) -> list[str]:
@@ -143,12 +142,12 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be a list of texts, got the text {prompts!r}")
-        *_, answers = write_on(self, prompts, config)
+        *_, answers = generate_texts(self, prompts, config)
         return [a.text for a in answers]
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
         """Go on from one text, giving what comes piece by piece."""
-        return pieces_of_text(write_on(self, [prompt], config))
+        return pieces_of_text(generate_texts(self, [prompt], config))
 
 
 def neox_tokenizer(**hub: Any) -> Tokenizer | None:

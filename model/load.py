@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .formats import read_json, recognise
+from .formats import detect_format, read_json
 from .hub import CONFIG, fetch_model
 from .lm import MambaLM
 from .vit import ViT
@@ -19,9 +19,9 @@ def model_class(folder: Path) -> type[MambaLM | VLM | ViT]:
     """The class that loads a checkpoint, told by its small files.
 
     Raises:
-        FileNotFoundError, ValueError: as `formats.recognise`.
+        FileNotFoundError, ValueError: as `formats.detect_format`.
     """
-    layout = recognise(folder)
+    layout = detect_format(folder)
     if layout in ("ml-mamba", "cobra"):
         return VLM
     if layout == "timm":

@@ -16,10 +16,10 @@ from ssm_kernels.context_parallel import current_split
 from ..connectors import build_connector
 from .batch import Batch, Sample, collate, image_places
 from .config import VLMConfig
-from .formats import recognise
+from .formats import detect_format
 from .formats import vlm as released
 from .formats.vlm import joined
-from .generate import Answer, Embed, GenerationConfig, answer_packed, check_tokens, pieces_of_text
+from .generate import Answer, Embed, GenerationConfig, check_tokens, generate_packed, pieces_of_text
 from .hub import TOKENIZER, HubModel
 from .image import ImageLike, as_rgb
 from .lm import MambaLM, neox_tokenizer
@@ -74,7 +74,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         self.always_encodes = False
         """Encode a blank image where a batch has none. Ranks that share their weights must all run the same parts."""
         self.template = get_template(config.template)
-        self.processors = [v.processor for v in config.vision]
+        self.num_sms = [v.processor for v in config.vision]
         self.vision = VisionTower(config)
         self.connector = build_connector(config.connector, self.vision.width, config.language.d_model)
         self.language_model = MambaLM(config.language)
@@ -150,7 +150,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer: set model.tokenizer")
         rgb = None if image is None else as_rgb(image)
-        images = () if rgb is None else tuple(p(rgb) for p in self.processors)
+        images = () if rgb is None else tuple(p(rgb) for p in self.num_sms)
         n_image_tokens = self.image_tokens if images else 0
         ids, labels = self.template.encode(self.tokenizer, turns, n_image_tokens)
         return Sample(ids, labels, images)
@@ -220,7 +220,9 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         if not samples:
             return iter([[]])
         embed, bounds = self.packed(samples)
-        return answer_packed(self.language_model, embed, bounds, [s.input_ids for s in samples], self.tokenizer, config)
+        return generate_packed(
+            self.language_model, embed, bounds, [s.input_ids for s in samples], self.tokenizer, config
+        )
 
     def _prompts(self, conversations, images) -> list[Sample]:
         if len(conversations) != len(images):
@@ -241,7 +243,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
 
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
-        if recognise(folder) in ("ml-mamba", "cobra"):
+        if detect_format(folder) in ("ml-mamba", "cobra"):
             return released.read(folder, **hub)
         return super().open_checkpoint(folder, **hub)
 
@@ -296,5 +298,5 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
     def load_extras(self, folder: Path, **hub: Any) -> None:
         if (folder / TOKENIZER).exists():
             self.tokenizer = Tokenizer.from_file(folder / TOKENIZER)
-        elif recognise(folder) in ("ml-mamba", "cobra"):
+        elif detect_format(folder) in ("ml-mamba", "cobra"):
             self.tokenizer = neox_tokenizer(**hub)

@@ -1,7 +1,7 @@
 """State-space model kernels: selective scan (Mamba-1), SSD (Mamba-2) and what surrounds them."""
 
-from ._backend import Backend, use_backend
-from ._checks import NonFiniteError
+from ._core.dispatch import Backend, resolve_backend, use_backend
+from ._core.validation import NonFiniteError, has_readable_values
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .context_parallel import (
     SequenceSplit,
@@ -13,7 +13,7 @@ from .context_parallel import (
 from .cross_scan import (
     BIDIRECTIONAL,
     CROSS,
-    Route,
+    ScanDirection,
     cross_causal_conv1d,
     cross_merge,
     cross_scan,
@@ -31,7 +31,7 @@ __all__ = [
     "Backend",
     "CausalConv1dOutput",
     "NonFiniteError",
-    "Route",
+    "ScanDirection",
     "SSDOutput",
     "SelectiveScanOutput",
     "SequenceSplit",
@@ -44,6 +44,8 @@ __all__ = [
     "cross_scan",
     "cross_selective_scan",
     "cross_ssd",
+    "has_readable_values",
+    "resolve_backend",
     "rms_norm",
     "selective_scan",
     "selective_scan_step",

@@ -47,10 +47,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ._backend import Backend
-from ._checks import check_tensor
-from ._invariant import softplus
-from ._sequences import parse_sequences
+from ._core.dispatch import Backend
+from ._core.invariant import softplus
+from ._core.validation import check_tensor
+from ._core.varlen import parse_sequences
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d
 from .selective_scan import SelectiveScanOutput, selective_scan
 from .ssd import SSDOutput, ssd
@@ -289,11 +289,11 @@ def split_causal_conv1d(
         TypeError, ValueError, RuntimeError: as `causal_conv1d`; or the length is not that of this rank.
     """
     check_tensor("weight", weight, ("D", "K"))
-    x, initial_states, cu_seqlens = with_window_before(split, x, weight.shape[1], initial_states, cu_seqlens)
+    x, initial_states, cu_seqlens = conv_halo(split, x, weight.shape[1], initial_states, cu_seqlens)
     return causal_conv1d(x, weight, bias, activation, initial_states, cu_seqlens=cu_seqlens, backend=backend)
 
 
-def with_window_before(
+def conv_halo(
     split: SequenceSplit | None, x: Tensor, width: int, initial_states: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`x`, initial states and bounds with which `causal_conv1d` convolves this rank's part without the others.
@@ -324,7 +324,7 @@ def with_window_before(
     return x, initial_states, part.cu_seqlens
 
 
-def after_the_whole(
+def gather_final_states(
     split: SequenceSplit | None, final_states: Tensor, length: int, cu_seqlens: Tensor | None
 ) -> Tensor:
     """The final states of the whole, equal on every rank, from those after each rank's part. Without gradients.

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from ._backend import as_now
-from ._recompute import not_kept
+from ._core.dispatch import bind_backend
+from ._core.recompute import recompute_in_backward
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .context_parallel import (
     SequenceSplit,
-    after_the_whole,
+    conv_halo,
     current_split,
+    gather_final_states,
     split_selective_scan,
     split_ssd,
-    with_window_before,
 )
 from .norm import rms_norm
 from .selective_scan import selective_scan_step
@@ -134,13 +134,13 @@ class Mamba(nn.Module):
             return self.out_proj(y.unsqueeze(1))
         conv, ssm = _before(state)
         split = current_split()
-        before, conv, bounds = with_window_before(split, x, weight.shape[1], conv, cu_seqlens)
+        before, conv, bounds = conv_halo(split, x, weight.shape[1], conv, cu_seqlens)
 
         def convolve() -> CausalConv1dOutput:
             return causal_conv1d(before, weight, conv_bias, "silu", conv, cu_seqlens=bounds)
 
         x, conv_end = convolve()
-        convolved = (x, as_now(lambda: convolve().y))
+        convolved = (x, bind_backend(lambda: convolve().y))
         with self._maybe_not_kept(convolved):
             low_rank, B, C = self._project(x)
         dt, dt_bias = self._steps(low_rank)
@@ -173,7 +173,7 @@ class Mamba(nn.Module):
             return self.dt_proj(low_rank), None
 
     def _maybe_not_kept(self, *activations) -> contextlib.AbstractContextManager:
-        return not_kept(*activations) if self.use_mem_eff_path else contextlib.nullcontext()
+        return recompute_in_backward(*activations) if self.use_mem_eff_path else contextlib.nullcontext()
 
 
 class Mamba2(nn.Module):
@@ -276,13 +276,17 @@ class Mamba2(nn.Module):
             return self.out_proj(self.gated(y, z, mlp))
         conv, ssm = _before(state)
         split = current_split()
-        before, conv, bounds = with_window_before(split, xBC, weight.shape[1], conv, cu_seqlens)
+        before, conv, bounds = conv_halo(split, xBC, weight.shape[1], conv, cu_seqlens)
 
         def convolve() -> CausalConv1dOutput:
             return causal_conv1d(before, weight, conv_bias, "silu", conv, cu_seqlens=bounds)
 
         xBC, conv_end = convolve()
-        with not_kept((xBC, as_now(lambda: convolve().y))) if self.use_mem_eff_path else contextlib.nullcontext():
+        with (
+            recompute_in_backward((xBC, bind_backend(lambda: convolve().y)))
+            if self.use_mem_eff_path
+            else contextlib.nullcontext()
+        ):
             x, B, C = self.scan_inputs(xBC)
             y, ssm_end = split_ssd(
                 split, x, dt, A, B, C, self.skip_weight, z_of_scan, self.dt_bias, True, self.dt_limit, ssm,
@@ -293,10 +297,10 @@ class Mamba2(nn.Module):
         can_repeat = is_plain(self.norm, RMSNorm) if self.rmsnorm else self.d_mlp > 0
         if not (can_repeat and self.use_mem_eff_path and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return self.out_proj(self.gated(y, z, mlp))
-        gate = as_now(lambda *inputs: self.gated(*inputs))
+        gate = bind_backend(lambda *inputs: self.gated(*inputs))
         gated = checkpoint(gate, y, z, mlp, use_reentrant=False, preserve_rng_state=False)
         # The projection is outside of the checkpoint: adapters there may draw, and hooks count.
-        with not_kept((gated, lambda: gate(y, z, mlp))):
+        with recompute_in_backward((gated, lambda: gate(y, z, mlp))):
             return self.out_proj(gated)
 
     def split_projected(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -410,4 +414,4 @@ def _update(
 ) -> None:
     if state is not None:
         for part, end in zip(state, (conv_end, ssm_end), strict=True):
-            part.copy_(after_the_whole(split, end.detach(), length, cu_seqlens))
+            part.copy_(gather_final_states(split, end.detach(), length, cu_seqlens))

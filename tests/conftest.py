@@ -11,10 +11,10 @@ import pytest
 import torch
 from packaging.version import Version
 
-from ssm_kernels._triton import interpreting
+from ssm_kernels.testing import is_interpreted
 
 # The interpreter takes seconds for what the other backends do in milliseconds.
-examples = 5 if interpreting() else 25
+examples = 5 if is_interpreted() else 25
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=examples)
 hypothesis.settings.load_profile("default")
 torch.set_num_threads(1)  # the suite runs in several processes
@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # the suite runs in several processes
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what runs in the interpreter where Triton's cannot read NumPy's arrays."""
-    if not interpreting():
+    if not is_interpreted():
         return
     # They make a Python number of an array of one dimension, which NumPy 2.4 refuses.
     triton, numpy = (Version(importlib.metadata.version(name)) for name in ("triton", "numpy"))
@@ -50,13 +50,13 @@ def skip_ignored_norm_groups() -> Callable[[Any], None]:
 @pytest.fixture(scope="session")
 def backend() -> str:
     """The implementation that the tests of the ops hold against the reference."""
-    return "triton" if interpreting() else "torch"
+    return "triton" if is_interpreted() else "torch"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def boolean_masks() -> Iterator[None]:
     """In the interpreter, the masks of all loads and stores are boolean: from Triton 3.9 on no other is taken."""
-    if not interpreting():
+    if not is_interpreted():
         yield
         return
     from triton.runtime.interpreter import InterpreterBuilder

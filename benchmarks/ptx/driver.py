@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_kernels._triton import Target, interpreting, pretend
+from ssm_kernels.testing import Target, fake_target, is_interpreted
 
 from ..compile_report import ARCHITECTURES
 from . import machine
@@ -111,7 +111,7 @@ def emulated(
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
     capability, shared = int(TARGETS[target].arch), TARGETS[target].shared_block
-    if interpreting():
+    if is_interpreted():
         raise ValueError("kernels are compiled here, not interpreted: unset TRITON_INTERPRET")
     if _session is not None:
         raise RuntimeError("an emulated block cannot be inside another")
@@ -122,7 +122,7 @@ def emulated(
     driver.set_active(emulating)
     _session = _Session(Report(), checks, seed, edit)
     try:
-        with pretend(Target(("cuda", capability), num_sms), "cpu"):
+        with fake_target(Target(("cuda", capability), num_sms), "cpu"):
             yield _session.report
     finally:
         _session = None

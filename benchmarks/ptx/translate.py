@@ -432,15 +432,15 @@ class _Translator:
             if a_operand.startswith("{")
             else f"np.asarray({self._read(a_operand, U8)})"
         )
-        # After the signs: whether A, if in memory, and B have M or N adjacent.
+        # After the signs: whether A, if in memory, and B have M or N with_contiguous_last_dim.
         transposed = [bool(n) for n in numbers[2:]]
-        adjacent = tuple(not t for t in ([False] * (2 - len(transposed)) + transposed))
+        with_contiguous_last_dim = tuple(not t for t in ([False] * (2 - len(transposed)) + transposed))
         predicate = (
             self._read(added, BOOL) if not NUMBER.fullmatch(added) else self._constant(bool(int(added, 0)), BOOL)
         )
         self._emit(
             f"v = block.wgmma({i.parts[4]!r}, {i.parts[-3:]!r}, {self._tuple(registers, U4)}, {a}, "
-            f"{self._read(b_operand, U8)}, {predicate}, {tuple(numbers[:2])}, {adjacent}, {self.at})"
+            f"{self._read(b_operand, U8)}, {predicate}, {tuple(numbers[:2])}, {with_contiguous_last_dim}, {self.at})"
         )
         for n, register in enumerate(registers):
             self._write(register, f"v[{n}]", U4, guard)

@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def interpreting(path: Path) -> Iterator[None]:
+def parsing(path: Path) -> Iterator[None]:
     """Make what goes wrong with the settings of somebody else's file an error that names it.
 
     Such files have dozens of settings in several spellings; one of another type, or of a size that no model has, shows
@@ -55,7 +55,7 @@ def interpreting(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} has a setting that no model has: {type(e).__name__}: {e}") from e
 
 
-def recognise(folder: str | Path) -> str:
+def detect_format(folder: str | Path) -> str:
     """The format of a checkpoint, one of `FORMATS`, told by its small files alone.
 
     Raises:

@@ -21,7 +21,7 @@ from ..config import LMConfig
 from ..config_io import load_config
 from ..fields import Interval, check_value
 from ..weights import Weights, open_weights
-from . import read_json, recognise
+from . import detect_format, read_json
 
 _ANY_LAYER = "vlmamba.model.mamba_ssm.MambaLMHeadModel"
 """Class for models of `mamba_ssm` with layers that `MambaLM` does not have."""
@@ -38,7 +38,7 @@ def read(folder: Path) -> tuple[LMConfig, Weights]:
         FileNotFoundError: the folder has no config or no weights.
         ValueError: it is no language model, or one that is not supported; or a file is damaged.
     """
-    layout = recognise(folder)
+    layout = detect_format(folder)
     if layout == "own":
         if "d_model" not in read_json(folder / "config.json"):
             raise ValueError(f"{folder} holds another model of this library, not a language model")
@@ -368,7 +368,7 @@ class Published:
     """A checkpoint on the Hub."""
 
     format: str
-    """As `formats.recognise` names it."""
+    """As `formats.detect_format` names it."""
     parameters: int
     config: LMConfig
 

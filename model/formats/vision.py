@@ -21,7 +21,7 @@ from ..config_io import load_config
 from ..image import ImageProcessor
 from ..vit import CLIP_L_336, DINOV2_L_REG_384, PROCESSOR, SIGLIP_SO400M_384, ViTConfig, resample_positions
 from ..weights import LazyTensor, Weights, open_weights
-from . import interpreting, read_json, recognise
+from . import detect_format, parsing, read_json
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -79,9 +79,9 @@ def read_vision_config(folder: str | Path) -> VisionConfig:
         ValueError: it is not of a CLIP, SigLIP or DINOv2 encoder, or asks for what `ViT` or `ImageProcessor` lack.
     """
     folder = Path(folder)
-    kind = recognise(folder)
+    kind = detect_format(folder)
     if kind in ("transformers", "timm"):
-        with interpreting(folder):
+        with parsing(folder):
             return _read_transformers(folder) if kind == "transformers" else _read_timm(folder)
     if kind == "own":
         encoder = load_config(ViTConfig, folder / "config.json")

@@ -29,7 +29,7 @@ from ...connectors import ConnectorConfig
 from ..config import LMConfig, VisionConfig, VLMConfig
 from ..hub import fetch_model
 from ..weights import Weights, open_weights
-from . import RELEASED, checkpoint_folder, read_json, recognise
+from . import RELEASED, checkpoint_folder, detect_format, read_json
 from .language import EMBEDDING, LM_HEAD, NEOX_VOCABULARY, PUBLISHED, dump
 from .vision import VISION_ENCODERS, open_encoder
 
@@ -58,7 +58,7 @@ def read(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
         ValueError: the config names what is not known, or the weights are of no known form.
     """
     folder = checkpoint_folder(folder)
-    is_ml_mamba = recognise(folder) == "ml-mamba"
+    is_ml_mamba = detect_format(folder) == "ml-mamba"
     settings = _settings(folder)
     weights = open_weights(_checkpoint(folder)).renamed(lambda name: name.removeprefix("model."))
     language = weights.renamed(_language_name)

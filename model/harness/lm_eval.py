@@ -20,7 +20,7 @@ from itertools import chain, groupby
 
 from tqdm import tqdm
 
-from ..generate import answer_packed, packed_tokens
+from ..generate import generate_packed, packed_tokens
 from ..lm import MambaLM
 from ..score import batches, score
 from . import generation_batches, load, parse_batch_size
@@ -122,7 +122,7 @@ class HarnessLM(TemplateLM):
             for config, indices in generation_batches(args, self.max_gen_toks, self.batch_size):
                 prompts = [self.tok_encode(args[i][0]) or [self.prefix_token_id] for i in indices]
                 embed, bounds = packed_tokens(self.model, prompts)
-                *_, answers = answer_packed(self.model, embed, bounds, prompts, self.tokenizer, config)
+                *_, answers = generate_packed(self.model, embed, bounds, prompts, self.tokenizer, config)
                 for i, answer in zip(indices, answers, strict=True):
                     results[i] = answer.text
                     self.cache_hook.add_partial("generate_until", args[i], answer.text)

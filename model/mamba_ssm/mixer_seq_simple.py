@@ -18,7 +18,7 @@ from ssm_kernels.compat.mamba_ssm.layer_norm import RMSNorm
 from ssm_kernels.compat.mamba_ssm.modules import add_norm
 
 from ..files import writing_whole
-from ..formats import read_json, recognise
+from ..formats import detect_format, read_json
 from ..formats.language import EMBEDDING, GENERIC, LM_HEAD, read, to_state_spaces
 from ..hub import CONFIG, fetch_model
 from ..weights import Weights, check_fit, open_weights
@@ -324,7 +324,7 @@ def _init_weights(
 
 def _open(folder: Path) -> tuple[MambaConfig, Weights]:
     """Config and weights of a checkpoint, the weights by the names of the model and unread."""
-    if recognise(folder) != "state-spaces":
+    if detect_format(folder) != "state-spaces":
         other, weights = read(folder)
         return MambaConfig(**to_state_spaces(other)), weights
     data = {name: value for name, value in read_json(folder / CONFIG).items() if name not in GENERIC}

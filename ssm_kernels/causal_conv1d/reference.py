@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._sequences import parse_sequences
+from .._core.varlen import parse_sequences
 
 
 def conv(

@@ -5,7 +5,7 @@ These lie in each project's own copy of the two files; point its imports here:
     from .csm_triton import cross_scan_fn, cross_merge_fn
     from ssm_kernels.compat.vmamba import cross_scan_fn, cross_merge_fn
 
-Letters: B batch, C channels, H height, W width, L = H W, N state, K = 4 routes.
+Letters: B batch, C channels, H height, W width, L = H W, N state, K = 4 directions.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ def cross_scan_fn(
     scans: int = 0,
     force_torch: bool = False,
 ) -> Tensor:
-    """Read a grid along four routes.
+    """Read a grid along four directions.
 
     Args:
-        x: (B, C, H, W), or (B, H, W, C) where not `in_channel_first`; with `one_by_one`, a grid for each route:
+        x: (B, C, H, W), or (B, H, W, C) where not `in_channel_first`; with `one_by_one`, a grid for each direction:
             (B, 4, C, H, W), or (B, H, W, 4, C).
         out_channel_first: give (B, 4, C, L), rather than (B, L, 4, C).
         scans: 0 rows, columns and both reversed; 1 rows four times; 2 rows and reversed rows, twice each.
         force_torch: of the original's choice of backend: no effect. See `ssm_kernels.use_backend`.
     """
-    routes = _routes(scans)
+    directions = _routes(scans)
     if one_by_one:
         x = x.permute(0, 1, 3, 4, 2) if in_channel_first else x.permute(0, 3, 1, 2, 4)  # (B, 4, H, W, C)
-        each = zip(x.unbind(1), routes, strict=True)
-        y = torch.cat([cross_scan(grid, (route,)) for grid, route in each], 1)
+        each = zip(x.unbind(1), directions, strict=True)
+        y = torch.cat([cross_scan(grid, (direction,)) for grid, direction in each], 1)
     else:
-        y = cross_scan(x.permute(0, 2, 3, 1) if in_channel_first else x, routes)
+        y = cross_scan(x.permute(0, 2, 3, 1) if in_channel_first else x, directions)
     return y.transpose(2, 3) if out_channel_first else y.transpose(1, 2)  # from (B, 4, L, C)
 
 
@@ -54,24 +54,24 @@ def cross_merge_fn(
     scans: int = 0,
     force_torch: bool = False,
 ) -> Tensor:
-    """Put what was read along four routes back in its place, and add: the adjoint of `cross_scan_fn`.
+    """Put what was read along four directions back in its place, and add: the adjoint of `cross_scan_fn`.
 
     Args:
         y: (B, 4, C, H, W), or (B, H, W, 4, C) where not `out_channel_first`, as `cross_scan_fn` gave it.
-        in_channel_first: give (B, C, L), rather than (B, L, C); with `one_by_one`, a grid for each route, not added:
+        in_channel_first: give (B, C, L), rather than (B, L, C); with `one_by_one`, a grid for each direction, not added:
             (B, 4, C, L), or (B, L, 4, C).
         scans, force_torch: as in `cross_scan_fn`.
     """
-    routes = _routes(scans)
+    directions = _routes(scans)
     y = y.permute(0, 1, 3, 4, 2) if out_channel_first else y.permute(0, 3, 1, 2, 4)  # (B, 4, H, W, C)
     height, width = y.shape[2:4]
     y = y.flatten(2, 3)  # (B, 4, L, C)
     if one_by_one:
-        each = zip(y.unbind(1), routes, strict=True)
-        x = torch.stack([cross_merge(read.unsqueeze(1), height, width, (route,)) for read, route in each], 1)
+        each = zip(y.unbind(1), directions, strict=True)
+        x = torch.stack([cross_merge(read.unsqueeze(1), height, width, (direction,)) for read, direction in each], 1)
         x = x.flatten(2, 3)  # (B, 4, L, C)
         return x.transpose(2, 3) if in_channel_first else x.transpose(1, 2)
-    x = cross_merge(y, height, width, routes).flatten(1, 2)  # (B, L, C)
+    x = cross_merge(y, height, width, directions).flatten(1, 2)  # (B, L, C)
     return x.transpose(1, 2) if in_channel_first else x
 
 
@@ -105,7 +105,7 @@ def selective_scan_fn(
     oflex: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """The scan of all routes side by side, with gradients.
+    """The scan of all directions side by side, with gradients.
 
     Args:
         u, delta: (B, K C, L). A: (K C, N). B, C: (B, K, N, L). D, delta_bias: (K C,).

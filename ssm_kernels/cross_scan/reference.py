@@ -1,4 +1,4 @@
-"""The routes as they are defined: a table of positions each. The ground truth of the other backends."""
+"""The directions as they are defined: a table of positions each. The ground truth of the other backends."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 
 
-def positions(route: str, height: int, width: int) -> list[int]:
-    """The position in the row-major grid that the k-th step of the route reads."""
-    if route.startswith("rows"):
+def positions(direction: str, height: int, width: int) -> list[int]:
+    """The position in the row-major grid that the k-th step of the direction reads."""
+    if direction.startswith("rows"):
         steps = [h * width + w for h in range(height) for w in range(width)]
     else:
         steps = [h * width + w for w in range(width) for h in range(height)]
-    return steps[::-1] if route.endswith("reversed") else steps
+    return steps[::-1] if direction.endswith("reversed") else steps
 
 
-def scan(x: Tensor, routes: tuple[str, ...]) -> Tensor:
+def scan(x: Tensor, directions: tuple[str, ...]) -> Tensor:
     """x (B, height, width, D) -> (B, K, L, D)."""
     grid = x.flatten(1, 2)
-    return torch.stack([grid[:, positions(r, *x.shape[1:3])] for r in routes], dim=1)
+    return torch.stack([grid[:, positions(r, *x.shape[1:3])] for r in directions], dim=1)
 
 
-def merge(y: Tensor, height: int, width: int, routes: tuple[str, ...]) -> Tensor:
+def merge(y: Tensor, height: int, width: int, directions: tuple[str, ...]) -> Tensor:
     """y (B, K, L, D) -> (B, height, width, D)."""
     grid = y.new_zeros(y.shape[0], *y.shape[2:], dtype=torch.promote_types(y.dtype, torch.float32))
-    for k, route in enumerate(routes):
-        where = torch.tensor(positions(route, height, width), dtype=torch.int64, device=y.device)
+    for k, direction in enumerate(directions):
+        where = torch.tensor(positions(direction, height, width), dtype=torch.int64, device=y.device)
         grid = grid.index_add(1, where, y[:, k].to(grid.dtype))
     return grid.unflatten(1, (height, width)).to(y.dtype)

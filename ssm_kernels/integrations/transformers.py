@@ -21,7 +21,7 @@ own function runs as before.
 library refuses `seq_idx` there); in GraniteMoeHybrid the attention layers still mix them. `Mamba2ForCausalLM` drops
 `seq_idx` without a word, `Mamba2Model` honours it. Mamba, Falcon-Mamba and Jamba drop it too, and Zamba refuses it.
 
-**A prompt in pieces.** Given a cache and several tokens at once, Mamba, Falcon-Mamba, Jamba and Zamba begin their scan
+**A prompt in segments.** Given a cache and several tokens at once, Mamba, Falcon-Mamba, Jamba and Zamba begin their scan
 anew, since its function takes no initial state, and Bamba's logits are off too: so it is in the library itself, and
 `enable` gives the same. One token at a time is right everywhere.
 """

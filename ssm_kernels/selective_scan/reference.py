@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._sequences import parse_sequences
+from .._core.varlen import parse_sequences
 
 
 def scan(

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 import ssm_kernels
-from ssm_kernels._triton import interpreting
+from ssm_kernels.testing import is_interpreted
 from vlmamba.benchmarks import cli, compile_report
 from vlmamba.benchmarks.cases import Case, Shape, shipped
 from vlmamba.benchmarks.compile_report import Request, compile_one, record
 
-pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are compiled, not interpreted")
+pytestmark = pytest.mark.skipif(is_interpreted(), reason="kernels are compiled, not interpreted")
 
 NORM = Case("rms_norm", Shape(2, 64, 1024), "bf16", z=True)
 KERNELS = """

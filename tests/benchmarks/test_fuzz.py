@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from ssm_kernels.causal_conv1d import chunked
+from ssm_kernels.causal_conv1d import pytorch
 from vlmamba.benchmarks import cli, fuzz
 from vlmamba.benchmarks.agreement import disagreement, expected, results
 from vlmamba.benchmarks.cases import OPS, Case, Shape
@@ -61,12 +61,12 @@ def test_what_is_right_passes(tmp_path, capsys):
 
 
 def test_a_fault_is_found_repeated_by_its_seed_and_made_small(monkeypatch, capsys):
-    right = chunked.conv
+    right = pytorch.conv
 
     def wrong(x, weight, bias, *rest):  # only for a packed sequence does the bias get lost
         return right(x, weight, None if rest[2] is not None else bias, *rest)
 
-    monkeypatch.setattr(chunked, "conv", wrong)
+    monkeypatch.setattr(pytorch, "conv", wrong)
     command = ["fuzz", "--seed", "0", "--trials", "40", "--minutes", "5", "--op", "causal_conv1d"]
     with pytest.raises(SystemExit) as e:
         cli.main(command)
@@ -81,7 +81,7 @@ def test_a_fault_is_found_repeated_by_its_seed_and_made_small(monkeypatch, capsy
     assert capsys.readouterr().out.split("FAILED torch: ")[1].splitlines()[:4] == block.splitlines()[:4]
     made = eval(block.splitlines()[4], {"Trial": Trial, "Case": Case, "Shape": Shape})
     assert fuzz.wrong(made, "torch", "cpu")
-    monkeypatch.setattr(chunked, "conv", right)
+    monkeypatch.setattr(pytorch, "conv", right)
     assert not fuzz.wrong(made, "torch", "cpu")
 
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssm_kernels._triton import interpreting
-from ssm_kernels.testing import assert_agrees
+from ssm_kernels.testing import assert_agrees, is_interpreted
 from vlmamba.benchmarks.cases import Case, Shape
 from vlmamba.benchmarks.options import EmulatedTarget
 from vlmamba.benchmarks.ptx import Fault, Unsupported, emulated, machine, values
@@ -27,7 +26,7 @@ from vlmamba.benchmarks.ptx.translate import translate
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-if interpreting():
+if is_interpreted():
     pytest.skip("kernels are compiled, not interpreted", allow_module_level=True)
 pytestmark = pytest.mark.ptx
 

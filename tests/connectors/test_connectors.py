@@ -49,10 +49,10 @@ def test_a_scan_carries_every_patch_to_every_other(kind, scan):
 
 @pytest.mark.parametrize("scan", ["bidirectional", "cross"])
 def test_ss2d_is_the_sum_over_routes(scan):
-    """Each route read by a loop over positions, scanned alone, and added where it was read."""
+    """Each direction read by a loop over positions, scanned alone, and added where it was read."""
     torch.manual_seed(0)
-    routes = ConnectorConfig(scan=scan).routes
-    module = SS2D(8, routes, d_state=3).double()
+    directions = ConnectorConfig(scan=scan).directions
+    module = SS2D(8, directions, d_state=3).double()
     x = torch.randn(2, 3, 4, 8, dtype=torch.float64)
 
     inner, z = (x @ module.in_proj.weight.T).split(16, dim=-1)
@@ -65,8 +65,8 @@ def test_ss2d_is_the_sum_over_routes(scan):
     }
     order |= {f"{k}_reversed": v[::-1] for k, v in order.items()}
     total = torch.zeros_like(inner)
-    for k, route in enumerate(routes):
-        path = torch.stack([inner[:, h, w] for h, w in order[route]], 1)
+    for k, direction in enumerate(directions):
+        path = torch.stack([inner[:, h, w] for h, w in order[direction]], 1)
         dt, B, C = (path @ module.x_proj_weight[k].T).split([module.rank, 3, 3], dim=-1)
         y, _ = selective_scan(
             path,
@@ -79,7 +79,7 @@ def test_ss2d_is_the_sum_over_routes(scan):
             dt_softplus=True,
             backend="reference",
         )
-        for t, (h, w) in enumerate(order[route]):
+        for t, (h, w) in enumerate(order[direction]):
             total[:, h, w] += y[:, t]
     want = (module.out_norm(total) * F.silu(z)) @ module.out_proj.weight.T
     torch.testing.assert_close(module(x), want, rtol=1e-6, atol=1e-6)  # A is taken in float32
@@ -166,7 +166,7 @@ def test_ml_mambas_names_and_shapes():
 
 def test_vss_names_are_vmambas():
     with torch.device("meta"):
-        module = SS2D(64, ConnectorConfig(scan="cross").routes)
+        module = SS2D(64, ConnectorConfig(scan="cross").directions)
     assert {n: tuple(p.shape) for n, p in module.named_parameters()} == {
         "in_proj.weight": (256, 64),
         "conv2d.weight": (128, 1, 3, 3),

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from ssm_kernels._triton import interpreting
+from ssm_kernels.testing import is_interpreted
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
 from vlmamba.model import generate as generation
 from vlmamba.model.generate import Decoder, generate_tokens, packed_tokens
@@ -15,7 +15,7 @@ from vlmamba.model.score import score
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU", allow_module_level=True)
-if interpreting():
+if is_interpreted():
     pytest.skip("TRITON_INTERPRET=1 interprets the kernels on a CPU", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 

@@ -17,7 +17,7 @@ import transformers
 
 from vlmamba.model import LMConfig, MambaLM, Tokenizer
 from vlmamba.model.convert import convert
-from vlmamba.model.formats import recognise
+from vlmamba.model.formats import detect_format
 from vlmamba.model.formats.language import (
     PUBLISHED,
     from_mistral,
@@ -214,7 +214,7 @@ def write_by_hand(folder, theirs, layout, *, head=True, shared=False):
 def test_the_original_format_agrees(original, stored, tmp_path):
     theirs, _ = original
     write_by_hand(tmp_path / "original", theirs, "state-spaces", **stored)
-    assert recognise(tmp_path / "original") == "state-spaces"
+    assert detect_format(tmp_path / "original") == "state-spaces"
     ours = MambaLM.from_pretrained(tmp_path / "original")
     assert (ours.config.vocab_size, ours.config.padded_vocab_size) == (61, 64)
     assert ours.lm_head.weight is ours.backbone.embedding.weight
@@ -230,7 +230,7 @@ def test_codestral_in_its_own_layout_agrees(tmp_path, skip_ignored_norm_groups):
     skip_ignored_norm_groups(config)
     theirs = new_original(config)
     write_by_hand(tmp_path / "codestral", theirs, "mistral")
-    assert recognise(tmp_path / "codestral") == "mistral"
+    assert detect_format(tmp_path / "codestral") == "mistral"
     ours = MambaLM.from_pretrained(tmp_path / "codestral")
     torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-5, atol=2e-5)
 
@@ -263,7 +263,7 @@ def test_there_and_back_is_the_same(original, tmp_path):
     """And `transformers` loads what comes back, with the same logits."""
     theirs, folder = original
     config = convert(folder, tmp_path / "own", to="own")
-    assert recognise(tmp_path / "own") == "own"
+    assert detect_format(tmp_path / "own") == "own"
     assert convert(tmp_path / "own", tmp_path / "back", to="transformers") == config
     assert_same_tensors(tensors(folder), tensors(tmp_path / "back"))
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
@@ -522,7 +522,7 @@ def test_the_format_is_told_by_small_files(tmp_path):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(data if isinstance(data, str) else json.dumps(data))
-        return recognise(folder)
+        return detect_format(folder)
 
     prismatic = {"model": {"type": "x", "llm_backbone_id": "mamba2-2.7b"}}
     assert seen({"config.json": {"architecture": "vit_so400m", "num_features": 3}}) == "timm"

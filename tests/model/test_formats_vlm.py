@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, ImageProcessor, LMConfig, MambaLM, Tokenizer, VisionConfig, ViT, ViTConfig, VLMConfig
 from vlmamba.model.convert import convert
-from vlmamba.model.formats import recognise, vision
+from vlmamba.model.formats import detect_format, vision
 from vlmamba.model.formats.vlm import read
 from vlmamba.model.inspect import inspect
 from vlmamba.model.load import load_model
@@ -143,7 +143,7 @@ def mlp(weights, prefix, x):
 def test_cobra_is_its_parts(tmp_path, small_encoders):
     model = cobra(tmp_path / "cobra")
     vlm = VLM.from_pretrained(tmp_path / "cobra")
-    assert recognise(tmp_path / "cobra") == "cobra"
+    assert detect_format(tmp_path / "cobra") == "cobra"
     assert vlm.config.template == "zephyr" and vlm.tokenizer is TOKENIZER
     want = LMConfig(32, 2, 50277, "mamba", d_state=4, dt_rank=2)
     assert vlm.config.language == want and vlm.config.connector == ConnectorConfig("mamba2-mlp")
@@ -186,7 +186,7 @@ def test_ml_mamba_has_every_weight_in_its_place(tmp_path, small_encoders):
 
 def test_ml_mamba_without_a_config_is_known_by_its_file(tmp_path):
     ml_mamba(tmp_path / "ml", config=False)
-    assert recognise(tmp_path / "ml") == "ml-mamba"
+    assert detect_format(tmp_path / "ml") == "ml-mamba"
     assert isinstance(load_model(tmp_path / "ml"), VLM)
 
 

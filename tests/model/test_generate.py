@@ -12,16 +12,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssm_kernels._triton import Target, pretend
+from ssm_kernels.testing import Target, fake_target
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer, generate
 from vlmamba.model.generate import (
     Decoder,
+    generate_texts,
     generate_tokens,
     packed_tokens,
     pieces,
     prefill,
     state_bytes,
-    write_on,
 )
 from vlmamba.model.score import score
 
@@ -210,7 +210,7 @@ def test_a_tokenizer_larger_than_the_model(penalty):
     with torch.no_grad():  # the likeliest rows are those that fill up the embedding
         small.lm_head.weight[270:] = small.lm_head.weight.sum(0)
     config = GenerationConfig(20, repetition_penalty=penalty)
-    *_, (answer,) = write_on(small, ["xyz"], config)
+    *_, (answer,) = generate_texts(small, ["xyz"], config)
     assert len(answer.ids) == 20 and max(answer.ids) < 270
     for token in (270, 271, TOKENIZER.vocab_size - 1):
         text = TOKENIZER.decode([token])
@@ -281,7 +281,7 @@ class NothingIsRead(TorchDispatchMode):
 
 def test_a_step_reads_nothing_from_the_device(lm):
     """On the meta device there is nothing to read; taken for a GPU, it goes the way of one, kernels included."""
-    with pretend(Target(("cuda", 90), 132)):
+    with fake_target(Target(("cuda", 90), 132)):
         lm = lm.to("meta")
         decoder = Decoder(lm, 3)
         with NothingIsRead() as ran:
@@ -350,7 +350,7 @@ def test_one_graph_for_each_number_of_sequences(lm, captured, monkeypatch):
 def test_two_at_once_do_not_share_memory(lm, captured):
     config, prompts = GenerationConfig(12), ["once upon", "and it did not"]
     want = [lm.generate([p], config)[0] for p in prompts]
-    steps = [write_on(lm, [p], config) for p in prompts]
+    steps = [generate_texts(lm, [p], config) for p in prompts]
     *_, (one, two) = zip(*steps, strict=False)
     assert [one[0].text, two[0].text] == want
     assert captured == [1, 1]

@@ -183,7 +183,7 @@ def test_saved_and_loaded_it_is_the_same(vlm, tmp_path):
         assert torch.equal(p, q), name
     assert again.generate(QUESTIONS, PICTURES) == vlm.generate(QUESTIONS, PICTURES)
     half = VLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
-    exact = ("A_log", "Ds", "D", "dt_bias", "dt_projs_bias")  # each with the suffix of its route
+    exact = ("A_log", "Ds", "D", "dt_bias", "dt_projs_bias")  # each with the suffix of its direction
     for name, p in half.named_parameters():
         kept = name.rsplit(".", 1)[-1].startswith(exact) or name.endswith("dt_proj.bias")
         assert p.dtype == (torch.float32 if kept else torch.bfloat16), name

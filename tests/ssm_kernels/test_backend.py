@@ -7,9 +7,8 @@ import threading
 import pytest
 import torch
 
-from ssm_kernels import cross_scan, use_backend
-from ssm_kernels._backend import resolve_backend
-from ssm_kernels.cross_scan import chunked, reference
+from ssm_kernels import cross_scan, resolve_backend, use_backend
+from ssm_kernels.cross_scan import pytorch, reference
 
 CPU = torch.device("cpu")
 
@@ -70,8 +69,8 @@ def test_crossing_blocks_of_two_threads_do_not_meet():
 
 def test_compiled_code_follows_the_choice(monkeypatch):
     """Inside the graph, around it, and in another thread."""
-    monkeypatch.setattr(chunked, "scan", lambda x, routes: x + 1)
-    monkeypatch.setattr(reference, "scan", lambda x, routes: x + 10)
+    monkeypatch.setattr(pytorch, "scan", lambda x, directions: x + 1)
+    monkeypatch.setattr(reference, "scan", lambda x, directions: x + 10)
     x = torch.zeros(1, 1, 1, 1)
 
     def both(x):

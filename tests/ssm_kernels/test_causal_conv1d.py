@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_kernels import causal_conv1d, causal_conv1d_step
-from ssm_kernels._triton import interpreting
-from ssm_kernels.testing import assert_agrees
+from ssm_kernels.testing import assert_agrees, is_interpreted
 
 pytestmark = pytest.mark.triton
 
-FEWER = settings(max_examples=3 if interpreting() else 25)  # each program is slow in the interpreter
-needs_interpreter = pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+FEWER = settings(max_examples=3 if is_interpreted() else 25)  # each program is slow in the interpreter
+needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
 
 
 def make(batch=2, length=7, dim=3, width=4, dtype=torch.float64, rows=None, seed=0, **without):
@@ -58,7 +57,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(("length", "dim", "width"), [(70, 130, 4), (300, 5, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_sequences_of_any_layout_agree(backend, layout, length, dim, width, dtype):
-    """More pieces than programs, runs that meet, channels that fill no tile."""
+    """More segments than programs, runs that meet, channels that fill no tile."""
     tensors = make(2, length, dim, width, dtype)
     tensors["x"] = LAYOUTS[layout](tensors["x"])
     tensors["weight"] = tensors["weight"].T.contiguous().T
@@ -188,9 +187,9 @@ def test_compiles_to_one_graph(backend):
 def test_chunked_ops_pass_opcheck():
     t = {k: v.float() for k, v in make().items()}
     args = (t["x"], t["weight"], t["bias"], True, t["initial_states"], None, None)
-    torch.library.opcheck(torch.ops.ssm_kernels.causal_conv1d_chunked.default, args)
-    y, final = torch.ops.ssm_kernels.causal_conv1d_chunked(*args)
-    torch.library.opcheck(torch.ops.ssm_kernels.causal_conv1d_chunked_backward.default, (*args, y, final))
+    torch.library.opcheck(torch.ops.ssm_kernels.causal_conv1d_torch.default, args)
+    y, final = torch.ops.ssm_kernels.causal_conv1d_torch(*args)
+    torch.library.opcheck(torch.ops.ssm_kernels.causal_conv1d_torch_backward.default, (*args, y, final))
 
 
 def kernel_arguments(layout="dense", **without):

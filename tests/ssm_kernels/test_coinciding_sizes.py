@@ -129,15 +129,15 @@ def test_rms_norm(n, group_size):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_ops_along_routes_agree_with_the_reference(n, backend):
-    """Batch, height, width, routes, channels and the rest."""
-    routes = {"routes": ("rows", "columns_reversed", "columns")[:n]}
+    """Batch, height, width, directions, channels and the rest."""
+    directions = {"directions": ("rows", "columns_reversed", "columns")[:n]}
     grid, places = draw(n, n, n, n) - 0.5, draw(n, n, n, n, n)
     assert_agrees(
-        cross_causal_conv1d, {"x": grid, "weight": draw(n, n, n), "bias": draw(n, n)}, routes, backend=backend
+        cross_causal_conv1d, {"x": grid, "weight": draw(n, n, n), "bias": draw(n, n)}, directions, backend=backend
     )
     scan = {"u": grid, "dt": places, "A": -draw(n, n, n), "B": places - 0.5, "C": places, "D": draw(n, n)}
-    assert_agrees(cross_selective_scan, scan, routes, backend=backend)
+    assert_agrees(cross_selective_scan, scan, directions, backend=backend)
     heads = draw(n, n, n, n, n, n) - 0.5
     scan = {"x": heads, "dt": places, "A": -draw(n, n), "B": heads, "C": heads + 0.25}
     for D in (draw(n, n), draw(n, n, n)):
-        assert_agrees(cross_ssd, scan | {"D": D}, routes, backend=backend)
+        assert_agrees(cross_ssd, scan | {"D": D}, directions, backend=backend)

@@ -570,6 +570,6 @@ def test_mamba2_takes_rows_side_by_side_and_packs():
     mixer, x = compat.Mamba2(16, 4, headdim=8, chunk_size=4), torch.randn(2, 7, 16)
     torch.testing.assert_close(mixer(x.flatten(0, 1), seqlen=7), mixer(x).flatten(0, 1))
     packed = mixer(x, seq_idx=SEQ_IDX)
-    pieces = [torch.cat([mixer(x[:1, a:b]) for a, b in ((0, 3), (3, 7))], 1)]
-    pieces.append(torch.cat([mixer(x[1:, a:b]) for a, b in ((0, 1), (1, 4), (4, 7))], 1))
-    torch.testing.assert_close(packed, torch.cat(pieces))
+    segments = [torch.cat([mixer(x[:1, a:b]) for a, b in ((0, 3), (3, 7))], 1)]
+    segments.append(torch.cat([mixer(x[1:, a:b]) for a, b in ((0, 1), (1, 4), (4, 7))], 1))
+    torch.testing.assert_close(packed, torch.cat(segments))

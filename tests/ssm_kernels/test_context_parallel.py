@@ -31,7 +31,7 @@ from ssm_kernels import (
     split_ssd,
     ssd,
 )
-from ssm_kernels.context_parallel import _lay_out, after_the_whole
+from ssm_kernels.context_parallel import _lay_out, gather_final_states
 from ssm_kernels.modules import Mamba, Mamba2
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, Batch, ImageProcessor, LMConfig, MambaLM, VisionConfig, ViTConfig, VLMConfig
@@ -167,7 +167,7 @@ def compare_op(
     parts = {name: split.take(t.detach()).clone().requires_grad_() for name, t in timed.items()}
     y_part, ends_part = parted(split, **parts, **alike, **options, cu_seqlens=cu)
     same("y", y_part, split.take(y))
-    same("final states", after_the_whole(split, ends_part, lengths[split.rank], cu), ends)
+    same("final states", gather_final_states(split, ends_part, lengths[split.rank], cu), ends)
     layout = _lay_out(split, split.rank, bounds or (0, 12), len(y), cu is not None)
     mine = torch.tensor([layout.owner(max(0, b - 1)) == split.rank for b in layout.bounds[1:]])
     mine = mine.view(-1, *[1] * (ends.dim() - 1))

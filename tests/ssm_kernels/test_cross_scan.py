@@ -19,19 +19,18 @@ from ssm_kernels import (
     selective_scan,
     ssd,
 )
-from ssm_kernels._triton import interpreting
 from ssm_kernels.cross_scan.reference import positions
-from ssm_kernels.testing import assert_agrees
+from ssm_kernels.testing import assert_agrees, is_interpreted
 
 pytestmark = pytest.mark.triton
 
-needs_interpreter = pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
-FEWER = settings(max_examples=3 if interpreting() else 15)  # each program is slow in the interpreter
+needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
+FEWER = settings(max_examples=3 if is_interpreted() else 15)  # each program is slow in the interpreter
 GRIDS = {
     "batch": st.integers(0, 2),
     "height": st.integers(1, 5),
     "width": st.integers(1, 5),
-    "routes": st.lists(st.sampled_from(CROSS), min_size=1, max_size=5),
+    "directions": st.lists(st.sampled_from(CROSS), min_size=1, max_size=5),
 }
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
@@ -41,11 +40,11 @@ def randn(*shape, dtype=torch.float64, seed=0):
 
 
 @given(**GRIDS, dtype=DTYPES)
-def test_agrees_with_the_reference(backend, batch, height, width, routes, dtype):
+def test_agrees_with_the_reference(backend, batch, height, width, directions, dtype):
     x = randn(batch, height, width, 3, dtype=dtype)
-    assert_agrees(cross_scan, {"x": x}, {"routes": routes}, backend=backend)
-    y = randn(batch, len(routes), height * width, 3, dtype=dtype)
-    assert_agrees(cross_merge, {"y": y}, {"height": height, "width": width, "routes": routes}, backend=backend)
+    assert_agrees(cross_scan, {"x": x}, {"directions": directions}, backend=backend)
+    y = randn(batch, len(directions), height * width, 3, dtype=dtype)
+    assert_agrees(cross_merge, {"y": y}, {"height": height, "width": width, "directions": directions}, backend=backend)
 
 
 @pytest.mark.parametrize("dim", [1, 260])
@@ -58,11 +57,11 @@ def test_large_grids_of_any_strides_agree(backend, dim):
 
 
 @given(**GRIDS)
-def test_merge_is_the_adjoint_of_scan(backend, batch, height, width, routes):
+def test_merge_is_the_adjoint_of_scan(backend, batch, height, width, directions):
     x = randn(batch, height, width, 3)
-    y = randn(batch, len(routes), height * width, 3)
-    one = (cross_scan(x, routes, backend=backend) * y).sum()
-    two = (x * cross_merge(y, height, width, routes, backend=backend)).sum()
+    y = randn(batch, len(directions), height * width, 3)
+    one = (cross_scan(x, directions, backend=backend) * y).sum()
+    two = (x * cross_merge(y, height, width, directions, backend=backend)).sum()
     torch.testing.assert_close(one, two)
 
 
@@ -84,7 +83,7 @@ ALONG = {
 
 
 def make(name, batch, height, width, k, dtype=torch.float64, seed=0, heads=4, groups=2, optional=True):
-    """The tensor arguments of an op along routes."""
+    """The tensor arguments of an op along directions."""
     grid = (batch, height, width)
     if name == "cross_causal_conv1d":
         t = {"x": randn(*grid, 6, dtype=dtype, seed=seed), "weight": randn(k, 6, 4, dtype=dtype, seed=seed + 1)}
@@ -103,14 +102,16 @@ def make(name, batch, height, width, k, dtype=torch.float64, seed=0, heads=4, gr
 @pytest.mark.parametrize("name", ALONG)
 @FEWER
 @given(**GRIDS, dtype=DTYPES, optional=st.booleans(), seed=st.integers(0, 99))
-def test_ops_along_routes_agree_with_the_reference(backend, name, batch, height, width, routes, dtype, optional, seed):
+def test_ops_along_routes_agree_with_the_reference(
+    backend, name, batch, height, width, directions, dtype, optional, seed
+):
     op, options = ALONG[name]
-    tensors = make(name, batch, height, width, len(routes), dtype, seed, optional=optional)
-    assert_agrees(op, tensors, options | {"routes": routes}, backend=backend)
+    tensors = make(name, batch, height, width, len(directions), dtype, seed, optional=optional)
+    assert_agrees(op, tensors, options | {"directions": directions}, backend=backend)
 
 
 @pytest.mark.parametrize("name", ALONG)
-def test_ops_along_routes_agree_over_several_pieces(backend, name):
+def test_ops_along_routes_agree_over_several_segments(backend, name):
     op, options = ALONG[name]
     tensors = make(name, 1, *((12, 25) if name == "cross_causal_conv1d" else (7, 10)), 4, torch.float32)
     first = next(iter(tensors))
@@ -120,29 +121,29 @@ def test_ops_along_routes_agree_over_several_pieces(backend, name):
 
 @pytest.mark.parametrize("name", ALONG)
 def test_ops_along_routes_are_the_ops_in_time(backend, name):
-    """Each route by a table of positions, through the op that knows no grid."""
+    """Each direction by a table of positions, through the op that knows no grid."""
     op, options = ALONG[name]
     t = make(name, 2, 3, 4, 4)
     got = op(**t, **options, backend=backend)
 
-    def along(route, m, k=None):
+    def along(direction, m, k=None):
         m = m if k is None else m[:, :, :, k]
-        return m.flatten(1, 2)[:, positions(route, 3, 4)]
+        return m.flatten(1, 2)[:, positions(direction, 3, 4)]
 
     parts = []
-    for k, route in enumerate(CROSS):
+    for k, direction in enumerate(CROSS):
         if name == "cross_causal_conv1d":
-            y, _ = causal_conv1d(along(route, t["x"]), t["weight"][k], t["bias"][k], "silu")
+            y, _ = causal_conv1d(along(direction, t["x"]), t["weight"][k], t["bias"][k], "silu")
         elif name == "cross_selective_scan":
-            dt, B, C = (along(route, t[n], k) for n in ("dt", "B", "C"))
+            dt, B, C = (along(direction, t[n], k) for n in ("dt", "B", "C"))
             y, _ = selective_scan(
-                along(route, t["u"]), dt, t["A"][k], B, C, t["D"][k], dt_bias=t["dt_bias"][k], dt_softplus=True
+                along(direction, t["u"]), dt, t["A"][k], B, C, t["D"][k], dt_bias=t["dt_bias"][k], dt_softplus=True
             )
         else:
-            x, dt, B, C = (along(route, t[n], k) for n in ("x", "dt", "B", "C"))
+            x, dt, B, C = (along(direction, t[n], k) for n in ("x", "dt", "B", "C"))
             bias = {"dt_bias": t["dt_bias"][k], "dt_softplus": True, "dt_limit": (0.2, 2.0)}
             y, _ = ssd(x, dt, t["A"][k], B, C, t["D"][k], **bias)
-        place = torch.tensor(positions(route, 3, 4))
+        place = torch.tensor(positions(direction, 3, 4))
         parts.append(torch.empty_like(y).index_copy(1, place, y).unflatten(1, (3, 4)))
     want = sum(parts) if name == "cross_selective_scan" else torch.stack(parts, 3)
     torch.testing.assert_close(got, want)
@@ -196,9 +197,9 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, dim
 
 def test_bad_arguments_are_named(backend):
     x = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ValueError, match="routes must be a sequence of names among"):
+    with pytest.raises(ValueError, match="directions must be a sequence of names among"):
         cross_scan(x, ["diagonal"])
-    with pytest.raises(ValueError, match="routes must be"):
+    with pytest.raises(ValueError, match="directions must be"):
         cross_scan(x, "rows")
     with pytest.raises(ValueError, match=r"y must have shape \(B, 4, 9, D\)"):
         cross_merge(torch.zeros(1, 4, 6, 4), 3, 3)

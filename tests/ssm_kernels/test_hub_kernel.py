@@ -12,8 +12,8 @@ import torch
 
 import ssm_kernels
 from ssm_kernels import layers
-from ssm_kernels._triton import interpreting
 from ssm_kernels.integrations import hub_kernel
+from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
 
@@ -63,7 +63,7 @@ def test_each_op_gives_what_it_gives_here_with_gradients(loaded, backend, op):
 def test_it_is_another_copy_with_ops_of_its_own(loaded):
     assert loaded.ssd is not ssm_kernels.ssd
     assert loaded.__name__ != "ssm_kernels"
-    assert "ssd_chunked" in dir(getattr(torch.ops, loaded.__name__))
+    assert "ssd_torch" in dir(getattr(torch.ops, loaded.__name__))
 
 
 def test_every_backend_has_the_whole_package_under_another_name(repository):
@@ -113,7 +113,7 @@ for model_type in model_types:
 """
 
 
-@pytest.mark.skipif(interpreting(), reason="runs the PyTorch backend, in a process of its own")
+@pytest.mark.skipif(is_interpreted(), reason="runs the PyTorch backend, in a process of its own")
 def test_models_of_transformers_run_on_the_layers_that_a_kernel_config_names(repository):
     pytest.importorskip("transformers", minversion="5.23")
     command = [sys.executable, "-W", "ignore", "-c", USED, str(repository), "mamba", "zamba", "mamba2", "falcon_h1"]

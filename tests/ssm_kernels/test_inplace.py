@@ -26,12 +26,12 @@ from ssm_kernels import (
     ssd_step,
     use_backend,
 )
-from ssm_kernels._triton import interpreting
 from ssm_kernels.compat import mamba_ssm as compat
+from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
 # The interpreter takes seconds for a call; whether an output is a view does not depend on how it is changed.
-DTYPES = [torch.float32] if interpreting() else [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32] if is_interpreted() else [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True, params=["under test", "reference"])
@@ -50,7 +50,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "masked_fill_": lambda x: x.masked_fill_(x > 0.5, 0.25),
     "relu": lambda x: F.relu(x, inplace=True),
 }
-if interpreting():
+if is_interpreted():
     CHANGES = {"*=": CHANGES["*="]}
 
 
@@ -61,7 +61,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Callable, list[Tensor]]]:
     def rand(*shape: int) -> Tensor:
         return torch.rand(shape, generator=g, dtype=torch.float64).to(dtype)
 
-    time_first = rand(2, 4, 5).transpose(1, 2)  # (B, L, D), with adjacent steps
+    time_first = rand(2, 4, 5).transpose(1, 2)  # (B, L, D), with with_contiguous_last_dim steps
     heads = rand(2, 5, 2, 4), rand(2, 5, 2), -rand(2), rand(2, 5, 1, 3), rand(2, 5, 1, 3), rand(2)
     grid = rand(2, 3, 2, 4)
     return {
@@ -82,9 +82,9 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Callable, list[Tensor]]]:
             lambda x, w, z: rms_norm(x, w, z=z, group_size=4, norm_before_gate=True), [rand(2, 8), rand(8), rand(2, 8)],
         ),
         "cross_scan": (cross_scan, [grid]),
-        "cross_scan, one route": (lambda x: cross_scan(x, ("rows",)), [grid]),
+        "cross_scan, one direction": (lambda x: cross_scan(x, ("rows",)), [grid]),
         "cross_merge": (lambda y: cross_merge(y, 3, 2), [rand(2, 4, 6, 4)]),
-        "cross_merge, one route": (lambda y: cross_merge(y, 3, 2, ("rows",)), [rand(2, 1, 6, 4)]),
+        "cross_merge, one direction": (lambda y: cross_merge(y, 3, 2, ("rows",)), [rand(2, 1, 6, 4)]),
         "cross_causal_conv1d": (cross_causal_conv1d, [grid, rand(4, 4, 3)]),
         "cross_selective_scan": (
             cross_selective_scan,

@@ -250,7 +250,7 @@ def test_with_seq_idx_these_still_mix_packed_sequences(model_type):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_a_prompt_in_pieces_is_as_wrong_as_the_librarys(model_type):
+def test_a_prompt_in_segments_is_as_wrong_as_the_librarys(model_type):
     model = tiny(model_type)
     cache = "cache_params" if model_type in ("mamba", "mamba2", "falcon_mamba") else "past_key_values"
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_kernels import add_rms_norm, rms_norm
-from ssm_kernels._triton import interpreting
-from ssm_kernels.testing import assert_agrees
+from ssm_kernels.testing import assert_agrees, is_interpreted
 
 pytestmark = pytest.mark.triton
 
@@ -79,7 +78,7 @@ def test_input_residual_and_stream_of_different_dtypes_agree(backend, x, residua
     assert_agrees(add_rms_norm, tensors, {"residual_dtype": stream}, backend=backend)
 
 
-@pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+@pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
 def test_registered_ops_pass_opcheck():
     from ssm_kernels.norm import triton
 
@@ -91,7 +90,7 @@ def test_registered_ops_pass_opcheck():
     torch.library.opcheck(triton._backward_op, arguments)
 
 
-@pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+@pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
 @pytest.mark.parametrize(("rows", "dim"), [(9, 24), (300, 130), (1, 1025), (2, 8195)])
 def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, rows, dim):
     from ssm_kernels.norm.triton import kernels

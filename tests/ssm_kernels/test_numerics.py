@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.cases import OPS, Case, Shape, variants
-from ssm_kernels._triton import interpreting
+from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
 
@@ -21,10 +21,10 @@ SHARED = {"A", "D", "dt_bias", "weight", "bias"}
 STEPPED = {"u", "x", "dt", "z", "B", "C"}
 """Inputs with an entry for each step."""
 PACKABLE = ("selective_scan", "ssd", "causal_conv1d")
-FLOATS = ("fp32",) if interpreting() else ("fp32", "bf16", "fp64")
+FLOATS = ("fp32",) if is_interpreted() else ("fp32", "bf16", "fp64")
 SIZES = (
     {"odd": Shape(2, 4, 4, d_state=4, heads=2, headdim=4, height=2)}
-    if interpreting()
+    if is_interpreted()
     else {
         "odd": Shape(5, 37, 24, d_state=4, heads=6, headdim=4),
         "long": Shape(3, 203, 72, d_state=16, heads=6, headdim=16, groups=2, height=7),
@@ -39,7 +39,7 @@ def cases(op, shape, dtype):
     every = [c for c in variants(case) if not c.sequences and not c.seq_idx]
     if op in ("selective_scan", "ssd"):
         every.append(replace(case, z=True, dt_bias=True, initial_states=True))
-    return [every[-1]] if interpreting() else every
+    return [every[-1]] if is_interpreted() else every
 
 
 def run(case, inputs, backend, weights=None):
@@ -68,7 +68,7 @@ def assert_same(got, want, *context):
     of the largest element.
     """
     same = (got == want) | (got.isnan() & want.isnan())
-    if interpreting() and "ssd" in str(context):
+    if is_interpreted() and "ssd" in str(context):
         same |= (got - want).abs() <= 1e-6 * want.abs().max()
     assert got.shape == want.shape and same.all(), (*context, f"{(~same).sum()} of {same.numel()} differ")
 
@@ -76,7 +76,7 @@ def assert_same(got, want, *context):
 @pytest.mark.parametrize("op", OPS)
 def test_two_runs_are_equal(op, backend):
     """Forward and backward, with all sequences' shares of a gradient added up."""
-    for case in cases(op, SIZES["odd" if interpreting() else "long"], "fp32"):
+    for case in cases(op, SIZES["odd" if is_interpreted() else "long"], "fp32"):
         once, twice = (run(case, case.inputs(), backend) for _ in range(2))
         for name, value in once.items():
             assert_same(twice[name], value, str(case), name)
@@ -98,7 +98,7 @@ def test_a_sequence_is_the_same_alone_and_among_others(op, size, backend):
                         assert_same(together[name][i : i + 1], value, str(case), name, i)
 
 
-LENGTHS = (3, 0, 7, 1) if interpreting() else (37, 0, 200, 5, 64, 1, 130)
+LENGTHS = (3, 0, 7, 1) if is_interpreted() else (37, 0, 200, 5, 64, 1, 130)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -106,7 +106,7 @@ LENGTHS = (3, 0, 7, 1) if interpreting() else (37, 0, 200, 5, 64, 1, 130)
 def test_a_sequence_is_the_same_packed_and_alone(op, dtype, backend):
     """In a pack of unequal lengths: outputs, states, and the gradients that belong to the sequence."""
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
-    shape = replace(SIZES["odd" if interpreting() else "long"], batch=1, length=sum(LENGTHS))
+    shape = replace(SIZES["odd" if is_interpreted() else "long"], batch=1, length=sum(LENGTHS))
     case = Case(op, shape, dtype, z=True, dt_bias=True, initial_states=True, sequences=len(LENGTHS))
     inputs = case.inputs() | {"cu_seqlens": bounds}
     weights = [torch.randn_like(out, dtype=torch.float64) for out in case.call(inputs, backend)]
@@ -133,7 +133,7 @@ PREFILL_MULTIPLE = 64
 """Steps at a multiple of which a sequence may be cut; as docs/numerics.md says."""
 
 
-@pytest.mark.skipif(interpreting(), reason="the kernels promise agreement to rounding here")
+@pytest.mark.skipif(is_interpreted(), reason="the kernels promise agreement to rounding here")
 @pytest.mark.parametrize("cut", [PREFILL_MULTIPLE, 3 * PREFILL_MULTIPLE])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("op", PACKABLE)
@@ -154,7 +154,7 @@ def test_results_do_not_depend_on_the_chunk_size_given(backend):
     """From 64 steps on the PyTorch backend takes chunks of 64; its checkpoints must be counted in the same."""
     shape = Shape(1, 1100, heads=2, headdim=4, d_state=4)
     small, large = (Case("ssd", shape, chunk_size=size) for size in (64, 1000))
-    if not interpreting():
+    if not is_interpreted():
         want = run(small, small.inputs(), backend)
         for name, value in run(large, large.inputs(), backend).items():
             assert_same(value, want[name], name)
@@ -177,7 +177,7 @@ torch.save(sums, sys.argv[2])
 """
 
 
-@pytest.mark.skipif(interpreting(), reason="of the PyTorch backend")
+@pytest.mark.skipif(is_interpreted(), reason="of the PyTorch backend")
 def test_the_number_of_threads_changes_nothing(tmp_path):
     """In processes of their own, since the suite runs with one thread."""
     results = []
@@ -213,7 +213,7 @@ def test_offsets_beyond_32_bits(op, backend):
             assert_same(far if name == "state" else states["state"], own["state"], name)
 
 
-@pytest.mark.skipif(interpreting(), reason="the interpreter rounds bfloat16 in its own way")
+@pytest.mark.skipif(is_interpreted(), reason="the interpreter rounds bfloat16 in its own way")
 @pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("cross")])
 def test_bfloat16_is_computed_in_float32(op, backend):
     """Rounded once, at the end: what float32 copies of the inputs give, rounded to the output's dtype."""
@@ -273,7 +273,7 @@ def test_nan_in_dt_is_refused(backend):
             case.call(inputs, backend)
 
 
-@pytest.mark.skipif(interpreting(), reason="reads files")
+@pytest.mark.skipif(is_interpreted(), reason="reads files")
 def test_every_test_that_the_page_names_exists_and_every_promise_is_on_the_page():
     root = Path(__file__).parents[2]
     named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "numerics.md").read_text(encoding="utf-8")))

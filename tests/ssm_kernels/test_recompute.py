@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ssm_kernels import use_backend
-from ssm_kernels._recompute import not_kept
+from ssm_kernels._core.recompute import recompute_in_backward
 from ssm_kernels.modules import Mamba, Mamba2
 
 MIXERS = [(Mamba, {}), (Mamba2, {"headdim": 16, "d_state": 16})]
@@ -142,7 +142,7 @@ def test_what_is_computed_again_runs_on_the_backend_of_the_forward(kind, options
 def test_a_tensor_changed_in_place_is_noticed():
     x, other = torch.randn(3, requires_grad=True), torch.randn(3)
     out = x.exp()
-    with not_kept((out, lambda: x.exp())):
+    with recompute_in_backward((out, lambda: x.exp())):
         y = (out * other).sum()
     other.add_(1)
     with pytest.raises(RuntimeError, match="changed in place"):
@@ -154,7 +154,7 @@ def test_what_is_not_kept_is_gone_and_computed_once():
     calls = []
     y = x * 2
     kept = StorageWeakRef(y.untyped_storage())
-    with not_kept((y, lambda: calls.append(1) or x * 2)):
+    with recompute_in_backward((y, lambda: calls.append(1) or x * 2)):
         z = y.sin() + y[:2].cos().sum()
     del y
     gc.collect()

@@ -8,25 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_kernels import selective_scan, selective_scan_step, use_backend
-from ssm_kernels._triton import interpreting
 from ssm_kernels.cross_scan import CROSS
 from ssm_kernels.cross_scan.reference import positions
-from ssm_kernels.testing import assert_agrees
+from ssm_kernels.testing import assert_agrees, is_interpreted
 
 pytestmark = pytest.mark.triton
-needs_interpreter = pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
 
 # The interpreter takes a tenth of a second for a program's step.
-FEW = {"max_examples": 3} if interpreting() else {}
-LONG = 10 if interpreting() else 70
-GROUPS, STATES = ([1, 2], [1, 2, 5]) if interpreting() else ([1, 2, 4], [1, 2, 5, 16])
+FEW = {"max_examples": 3} if is_interpreted() else {}
+LONG = 10 if is_interpreted() else 70
+GROUPS, STATES = ([1, 2], [1, 2, 5]) if is_interpreted() else ([1, 2, 4], [1, 2, 5, 16])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_chunks():
     """Chunks of 8 steps in the interpreter, so that short sequences have several."""
     with pytest.MonkeyPatch.context() as patch:
-        if interpreting():
+        if is_interpreted():
             from ssm_kernels.selective_scan import triton
             from ssm_kernels.selective_scan.triton import kernels
 
@@ -120,7 +119,7 @@ def test_strided_inputs(backend):
     assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend)
 
 
-@pytest.mark.skipif(interpreting(), reason="tiles of the kernels are tested below, at less cost")
+@pytest.mark.skipif(is_interpreted(), reason="tiles of the kernels are tested below, at less cost")
 def test_wide_channels_are_cut_in_tiles(backend):
     """More channels than one tile of the fast path holds, several sequences, several blocks."""
     tensors = make(3, 40, 256, 128, dtype=torch.float32)
@@ -143,8 +142,8 @@ def test_two_halves_equal_the_whole(backend):
 def test_permuting_packed_sequences_permutes_the_outputs():
     lengths, order = [5, 17, 1, 9], [2, 0, 3, 1]
     tensors = make(1, sum(lengths), rows=4)
-    pieces = torch.arange(sum(lengths)).split(lengths)
-    permuted = torch.cat([pieces[i] for i in order])
+    segments = torch.arange(sum(lengths)).split(lengths)
+    permuted = torch.cat([segments[i] for i in order])
     moved = {k: v[:, permuted] if k in ("u", "dt", "B", "C", "z") else v for k, v in tensors.items()}
     moved["initial_states"] = tensors["initial_states"][order]
     one = selective_scan(**tensors, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
@@ -236,10 +235,10 @@ def test_compiles_to_one_graph():
 def test_registered_torch_ops_pass_opcheck():
     t = {k: v.float() for k, v in make(2, 9).items()}
     args = (t["u"], t["dt"], t["A"], t["B"], t["C"], t["initial_states"], None, None)
-    torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_chunked.default, args)
-    y, final, kept = torch.ops.ssm_kernels.selective_scan_chunked(*args)
+    torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_torch.default, args)
+    y, final, kept = torch.ops.ssm_kernels.selective_scan_torch(*args)
     args = (*args[:5], kept, torch.ones_like(y), torch.ones_like(final), None, None)
-    torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_chunked_backward.default, args)
+    torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_torch_backward.default, args)
 
 
 @needs_interpreter
@@ -282,8 +281,8 @@ def test_more_channels_than_a_tile(backend):
 
 
 @pytest.mark.parametrize("packing", ["dense", "cu_seqlens", "seq_idx"])
-def test_sequences_cut_in_several_pieces(backend, packing):
-    """Pieces of one chunk, and sequences of several pieces, one and none."""
+def test_sequences_cut_in_several_segments(backend, packing):
+    """SegmentTable of one chunk, and sequences of several segments, one and none."""
     bounds = torch.tensor([0, 0, 17, 18, 18, 24])
     tensors = make(1, 24, 2, 2, rows=5 if packing == "cu_seqlens" else 1)
     if packing == "cu_seqlens":
@@ -294,13 +293,13 @@ def test_sequences_cut_in_several_pieces(backend, packing):
 
 
 @needs_interpreter
-def test_pieces_of_several_chunks_equal_whole_sequences(monkeypatch):
+def test_segments_of_several_chunks_equal_whole_sequences(monkeypatch):
     from ssm_kernels.selective_scan.triton import kernels
 
     tensors = {k: v.requires_grad_() for k, v in make(1, 20, 2, 2).items()}
 
     def run(size):
-        monkeypatch.setattr(kernels, "_piece_size", lambda *_: size)
+        monkeypatch.setattr(kernels, "_segment_size", lambda *_: size)
         y, state = selective_scan(**tensors, dt_softplus=True)
         return y, state, *torch.autograd.grad(y.square().sum() + state.sum(), list(tensors.values()))
 
@@ -327,7 +326,7 @@ def test_channels_first_stays_so(backend):
 
 @needs_interpreter
 def test_routes_read_and_write_a_grid():
-    """Four groups along four routes, on one u that all of them share: the same as to gather, scan and put back."""
+    """Four groups along four directions, on one u that all of them share: the same as to gather, scan and put back."""
     from ssm_kernels.selective_scan import triton
 
     height, width, channels, n = 3, 4, 2, 3
@@ -350,7 +349,7 @@ def test_routes_read_and_write_a_grid():
 
     u = shared.expand(-1, -1, 4, -1)
     y, state = triton.scan(
-        u, dt_softplus=True, cu_seqlens=None, seq_idx=None, routes=range(4), height=height, **wide, **rest
+        u, dt_softplus=True, cu_seqlens=None, seq_idx=None, directions=range(4), height=height, **wide, **rest
     )
     y2, state2 = selective_scan(
         **{k: gathered(x).flatten(2) for k, x in {"u": u, "dt": wide["dt"], "z": wide["z"]}.items()},
@@ -441,7 +440,7 @@ def test_bad_bounds_are_named(bounds, message):
         selective_scan(**make(1, 7, initial_states=False), cu_seqlens=torch.tensor(bounds))
 
 
-@pytest.mark.skipif(interpreting(), reason="Triton runs in its interpreter here")
+@pytest.mark.skipif(is_interpreted(), reason="Triton runs in its interpreter here")
 def test_triton_needs_a_gpu():
     with pytest.raises(RuntimeError, match="backend='triton' was asked for, but"):
         selective_scan(**make(), backend="triton")

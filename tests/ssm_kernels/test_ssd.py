@@ -8,15 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_kernels import CROSS, selective_scan, ssd, ssd_step
-from ssm_kernels._pieces import cut
-from ssm_kernels._triton import interpreting
-from ssm_kernels.testing import assert_agrees
+from ssm_kernels._triton.segment_table import build_segment_table
+from ssm_kernels.testing import assert_agrees, is_interpreted
 
 pytestmark = pytest.mark.triton
 
 IN_TIME = ("x", "dt", "B", "C", "z")
 
-FEWER = settings(max_examples=2 if interpreting() else 25)  # each program is slow in the interpreter
+FEWER = settings(max_examples=2 if is_interpreted() else 25)  # each program is slow in the interpreter
 
 
 def make(batch=2, length=7, heads=4, headdim=3, n=5, groups=1, dtype=torch.float64, rows=None, seed=0, **without):
@@ -108,8 +107,8 @@ def test_two_halves_equal_the_whole(backend):
 def test_permuting_packed_sequences_permutes_the_outputs(backend):
     lengths, order = [5, 17, 1, 9], [2, 0, 3, 1]
     tensors = make(1, sum(lengths), rows=4)
-    pieces = torch.arange(sum(lengths)).split(lengths)
-    permuted = torch.cat([pieces[i] for i in order])
+    segments = torch.arange(sum(lengths)).split(lengths)
+    permuted = torch.cat([segments[i] for i in order])
     moved = {k: v[:, permuted] if k in IN_TIME else v for k, v in tensors.items()}
     moved["initial_states"] = tensors["initial_states"][order]
     one = ssd(**tensors, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), chunk_size=4, backend=backend)
@@ -138,24 +137,24 @@ def test_large_steps_stay_finite(backend):
     assert_agrees(ssd, tensors, backend=backend)
 
 
-INTERPRETED = pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here")
+INTERPRETED = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
 
 
 @INTERPRETED
 @pytest.mark.parametrize("packed", [False, True])
-def test_pieces_of_sequences_join(monkeypatch, packed):
-    """Cut for a device that one program a head would not fill, and the backward's scratch too small for all pieces."""
+def test_segments_of_sequences_join(monkeypatch, packed):
+    """Cut for a device that one program a head would not fill, and the backward's scratch too small for all segments."""
     from ssm_kernels.ssd.triton import kernels
 
-    pieces = []
-    monkeypatch.setattr(kernels, "processors", lambda device: 64)
+    segments = []
+    monkeypatch.setattr(kernels, "num_sms", lambda device: 64)
     monkeypatch.setattr(kernels, "KEPT_BYTES", 0)
-    monkeypatch.setattr(kernels, "cut", lambda *a: pieces.append(cut(*a)) or pieces[-1])
+    monkeypatch.setattr(kernels, "cut", lambda *a: segments.append(build_segment_table(*a)) or segments[-1])
     tensors = make(1, 150, heads=2, rows=4 if packed else 1, dtype=torch.float32)
     if packed:
         tensors["cu_seqlens"] = torch.tensor([0, 70, 70, 71, 150])
     assert_agrees(ssd, tensors, {"dt_softplus": True, "chunk_size": 16}, backend="triton")
-    assert max(p.first.diff().max() for p in pieces) > 1
+    assert max(p.first_segment.diff().max() for p in segments) > 1
 
 
 @INTERPRETED
@@ -169,7 +168,7 @@ def test_sizes_that_fill_no_tile_agree(headdim, n):
 
 @INTERPRETED
 def test_routes_over_a_grid_agree():
-    """Each run of groups along its own route: the same as permuting before and after."""
+    """Each run of groups along its own direction: the same as permuting before and after."""
     from ssm_kernels.cross_scan.reference import positions
     from ssm_kernels.ssd import triton
 
@@ -300,10 +299,10 @@ def test_triton_ops_pass_opcheck():
 def test_registered_ops_pass_opcheck():
     t = {k: v.float() for k, v in make(2, 9).items()}
     args = (t["x"], t["dt"], t["A"], t["B"], t["C"], t["initial_states"], None, None, 4)
-    torch.library.opcheck(torch.ops.ssm_kernels.ssd_chunked.default, args)
-    y, final, kept = torch.ops.ssm_kernels.ssd_chunked(*args)
+    torch.library.opcheck(torch.ops.ssm_kernels.ssd_torch.default, args)
+    y, final, kept = torch.ops.ssm_kernels.ssd_torch(*args)
     args = (*args[:5], kept, torch.ones_like(y), torch.ones_like(final), None, None, 4)
-    torch.library.opcheck(torch.ops.ssm_kernels.ssd_chunked_backward.default, args)
+    torch.library.opcheck(torch.ops.ssm_kernels.ssd_torch_backward.default, args)
 
 
 def test_autocast_changes_nothing(backend):

@@ -26,12 +26,12 @@ from ssm_kernels import (
     ssd_step,
     use_backend,
 )
-from ssm_kernels._triton import interpreting
 from ssm_kernels.modules import Mamba, Mamba2
+from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
 # Batches and lengths below and above a chunk; in the interpreter, which takes a second for some steps, below it.
-SIZES = ((2, 5), (1, 2)) if interpreting() else ((2, 40), (1, 7), (3, 150), (1, 2))
+SIZES = ((2, 5), (1, 2)) if is_interpreted() else ((2, 40), (1, 7), (3, 150), (1, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def calls(batch: int = 2, length: int = 5) -> dict[str, tuple[Callable, dict[str
     for step in (now, now_heads):
         step["state"] = step.pop("initial_states")
     grid = rand(batch, 3, 2, 4)
-    routes = rand(batch, 4, 6, 4)
+    directions = rand(batch, 4, 6, 4)
 
     def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         rows = {k: v[:1] if v.shape[:2] == (batch, length) else v for k, v in tensors.items()}
@@ -89,7 +89,7 @@ def calls(batch: int = 2, length: int = 5) -> dict[str, tuple[Callable, dict[str
         "rms_norm": (rms_norm, {"x": rand(batch, 8), "weight": rand(8), "z": rand(batch, 8)}),
         "add_rms_norm": (add_rms_norm, {"x": rand(batch, 8), "weight": rand(8), "residual": rand(batch, 8)}),
         "cross_scan": (cross_scan, {"x": grid}),
-        "cross_merge": (lambda y: cross_merge(y, 3, 2), {"y": routes}),
+        "cross_merge": (lambda y: cross_merge(y, 3, 2), {"y": directions}),
         "cross_causal_conv1d": (cross_causal_conv1d, {"x": grid, "weight": rand(4, 4, 3), "bias": rand(4, 4)}),
         "cross_selective_scan": (
             lambda **t: cross_selective_scan(**t, dt_softplus=True),
@@ -159,7 +159,7 @@ def test_under_fake_tensor_mode(name, grad):
 def test_compiled_with_dynamic_sizes(name):
     op, _ = calls()[name]
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
-    for sizes in ((2, 5), (3, 7 if interpreting() else 70)):
+    for sizes in ((2, 5), (3, 7 if is_interpreted() else 70)):
         tensors = calls(*sizes)[name][1]
         eager, traced = (with_gradients(tensors, True) for _ in range(2))
         want, got = op(**eager), compiled(**traced)

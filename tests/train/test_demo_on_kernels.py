@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssm_kernels import use_backend
-from ssm_kernels._triton import interpreting
+from ssm_kernels.testing import is_interpreted
 from vlmamba.model import VLM, Tokenizer
 from vlmamba.model.batch import collate
 from vlmamba.train import easy_vqa
@@ -15,7 +15,7 @@ from vlmamba.train.recipes import FAMILIES, tiny_config
 
 pytestmark = [
     pytest.mark.triton,
-    pytest.mark.skipif(not interpreting(), reason="the kernels need Triton's interpreter here"),
+    pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here"),
 ]
 
 

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import and_scalar, clear_gaps, compute_type, load_piece, place, sigmoid
-from ..._pieces import Pieces, cut
-from ..._triton import at_most_registers, capability, on_device, pack_routes, processors
+from ..._triton.device import capability, maxnreg_option, num_sms, on_device, pack_directions
+from ..._triton.primitives import and_scalar, compute_type, grid_offset, load_segment, sigmoid, zero_padding
+from ..._triton.segment_table import SegmentTable, build_segment_table
 from . import is_time_first, like
 
 # Elements of a tile, by the bytes of one: 16 bytes a lane of 4 warps forward, 8 backward, where more is kept.
@@ -29,25 +29,25 @@ FORWARD_BYTES, BACKWARD_BYTES = 2048, 1024
 
 @triton.jit
 def _forward_kernel(
-    x, weight, bias, initial, y, final, table, first_piece, begins, initial_rows, final_rows,
-    n_pieces, length, height, codes, dim, n_channels,
+    x, weight, bias, initial, y, final, table, first_segment, begins, initial_rows, final_rows,
+    n_segments, length, height, codes, dim, n_channels,
     x_row, x_time, x_group, x_channel, y_row, y_time, y_group, y_channel, weight_channel, weight_tap,
     initial_row, initial_time, initial_channel,
     WIDTH: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK_E: tl.constexpr, TIME_FIRST: tl.constexpr,
     ALIGNED: tl.constexpr, ROUTED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
     HAS_INITIAL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """RUNS runs of y, or the final window of a sequence. Grid: (pieces and then sequences, channel tiles)."""
+    """RUNS runs of y, or the final window of a sequence. Grid: (segments and then sequences, channel tiles)."""
     group, e, inside, channel = _channels(dim, BLOCK_E, TIME_FIRST)
     grid = (codes >> (2 * group) & 3, length, height)
     x += group * x_group + e * x_channel
     if HAS_INITIAL:
         initial += channel * initial_channel
-    if tl.program_id(0) < n_pieces:
-        row, first, last, sequence = load_piece(table, tl.program_id(0))
+    if tl.program_id(0) < n_segments:
+        row, first, last, sequence = load_segment(table, tl.program_id(0))
         if ALIGNED:
             first, last = first // RUN * RUN, last // RUN * RUN  # tells the compiler
-        sequence = tl.maximum(sequence, 0)  # a piece to spare has no steps
+        sequence = tl.maximum(sequence, 0)  # a segment to spare has no steps
         x_here = x + row * x_row
         step = first + _lanes(RUNS, TIME_FIRST) * RUN
         window = _load_window(
@@ -78,8 +78,8 @@ def _forward_kernel(
         y_here = y + row * y_row + group * y_group + e * y_channel
         _store_run(y_here, y_time, out, step, last, inside, grid, RUN, TIME_FIRST, ROUTED)
     else:
-        sequence = tl.program_id(0) - n_pieces
-        row, begin, end = _load_sequence(table, first_piece, begins, sequence)
+        sequence = tl.program_id(0) - n_segments
+        row, begin, end = _load_sequence(table, first_segment, begins, sequence)
         ends = _load_window(
             x + row * x_row, x_time, initial, initial_row, initial_time, end + _lanes(1, TIME_FIRST), begin, end,
             tl.load(initial_rows + sequence), inside, grid, WIDTH, ROUTED, HAS_INITIAL, COMPUTE,
@@ -92,15 +92,15 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, weight, bias, initial, dy, dfinal, dx, dweight, dbias, table, first_piece, begins, initial_rows, final_rows,
-    n_pieces, length, height, codes, dim, n_channels,
+    x, weight, bias, initial, dy, dfinal, dx, dweight, dbias, table, first_segment, begins, initial_rows, final_rows,
+    n_segments, length, height, codes, dim, n_channels,
     x_row, x_time, x_group, x_channel, dy_row, dy_time, dy_group, dy_channel, dx_row, dx_time, dx_group, dx_channel,
     weight_channel, weight_tap, initial_row, initial_time, initial_channel, dfinal_row, dfinal_time, dfinal_channel,
     WIDTH: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK_E: tl.constexpr, TIME_FIRST: tl.constexpr,
     ALIGNED: tl.constexpr, ROUTED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """RUNS runs of dx in each of several pieces, and one row of partial sums of dweight and dbias.
+    """RUNS runs of dx in each of several segments, and one row of partial sums of dweight and dbias.
 
     Grid: (programs, channel tiles). The gradient of an output reaches WIDTH - 1 steps back, so each lane computes that
     of as many steps after its run too.
@@ -131,12 +131,12 @@ def _backward_kernel(
     dtaps, dstart = (), nothing
     for _tap in tl.static_range(WIDTH):
         dtaps += (nothing,)
-    for piece in range(tl.program_id(0), n_pieces, tl.num_programs(0)):
-        row, first, last, sequence = load_piece(table, tl.cast(piece, tl.int64))
+    for segment in range(tl.program_id(0), n_segments, tl.num_programs(0)):
+        row, first, last, sequence = load_segment(table, tl.cast(segment, tl.int64))
         if ALIGNED:
             first, last = first // RUN * RUN, last // RUN * RUN  # tells the compiler
         sequence = tl.maximum(sequence, 0)
-        row, begin, end = _load_sequence(table, first_piece, begins, sequence)
+        row, begin, end = _load_sequence(table, first_segment, begins, sequence)
         step = first + lanes * RUN
         final_at = tl.load(final_rows + sequence)
         x_here, dy_here = x + row * x_row, dy + row * dy_row
@@ -177,7 +177,7 @@ def _backward_kernel(
 
 @triton.jit
 def _initial_kernel(
-    x, weight, bias, initial, dy, dfinal, dinitial, table, first_piece, begins, initial_rows, final_rows,
+    x, weight, bias, initial, dy, dfinal, dinitial, table, first_segment, begins, initial_rows, final_rows,
     length, height, codes, dim, n_channels,
     x_row, x_time, x_group, x_channel, dy_row, dy_time, dy_group, dy_channel,
     weight_channel, weight_tap, initial_row, initial_time, initial_channel, dfinal_row, dfinal_time, dfinal_channel,
@@ -188,7 +188,7 @@ def _initial_kernel(
     group, e, inside, channel = _channels(dim, BLOCK_E, False)
     grid = (codes >> (2 * group) & 3, length, height)
     sequence = tl.program_id(0)
-    row, begin, end = _load_sequence(table, first_piece, begins, sequence)
+    row, begin, end = _load_sequence(table, first_segment, begins, sequence)
     x += row * x_row + group * x_group + e * x_channel
     dy += row * dy_row + group * dy_group + e * dy_channel
     initial += channel * initial_channel
@@ -253,19 +253,22 @@ def _parameters(
 
 
 @triton.jit
-def _load_sequence(table, first_piece, begins, sequence):
+def _load_sequence(table, first_segment, begins, sequence):
     """Batch row, first step and the step after the last."""
-    piece, next_piece = tl.load(first_piece + sequence).to(tl.int64), tl.load(first_piece + sequence + 1).to(tl.int64)
+    segment, next_segment = (
+        tl.load(first_segment + sequence).to(tl.int64),
+        tl.load(first_segment + sequence + 1).to(tl.int64),
+    )
     begin = tl.load(begins + sequence)
-    row = tl.load(table + piece * 4, next_piece > piece, other=0).to(tl.int64)
-    return row, begin, tl.load(table + next_piece * 4 - 2, next_piece > piece, other=begin)
+    row = tl.load(table + segment * 4, next_segment > segment, other=0).to(tl.int64)
+    return row, begin, tl.load(table + next_segment * 4 - 2, next_segment > segment, other=begin)
 
 
 @triton.jit
 def _offset(step, time, grid, ROUTED: tl.constexpr):
     """Where a step lies behind its batch row."""
     if ROUTED:
-        step = place(step, *grid)
+        step = grid_offset(step, *grid)
     return step.to(tl.int64) * time
 
 
@@ -417,7 +420,7 @@ def _step_kernel(
 class _Plan(NamedTuple):
     """What the launches of an op share."""
 
-    pieces: Pieces
+    segments: SegmentTable
     tiles: int
     """How many tiles cover the channels of all groups."""
     sizes: tuple[int, ...]
@@ -426,10 +429,10 @@ class _Plan(NamedTuple):
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        return self.pieces[2:]
+        return self.segments[2:]
 
 
-def _plan(x, weight, bias, silu, cu_seqlens, seq_idx, routes, height, tile_bytes) -> _Plan:
+def _plan(x, weight, bias, silu, cu_seqlens, seq_idx, directions, height, tile_bytes) -> _Plan:
     batch, length, groups, dim = x.shape
     n_channels, width = weight.shape
     time_first = is_time_first(x)
@@ -449,45 +452,45 @@ def _plan(x, weight, bias, silu, cu_seqlens, seq_idx, routes, height, tile_bytes
     options = {
         "WIDTH": width,
         "BLOCK_E": block,
-        "ROUTED": len(routes) > 0,
+        "ROUTED": len(directions) > 0,
         "HAS_BIAS": bias is not None,
         "SILU": silu,
         "COMPUTE": compute_type(x.dtype),
         "num_warps": 4,
     }
-    pieces = cut(batch, length, run * runs, cu_seqlens, seq_idx, x.device)
-    sizes = (length, height, pack_routes(routes), dim, n_channels)
-    return _Plan(pieces, groups * triton.cdiv(dim, block), sizes, tile, options)
+    segments = build_segment_table(batch, length, run * runs, cu_seqlens, seq_idx, x.device)
+    sizes = (length, height, pack_directions(directions), dim, n_channels)
+    return _Plan(segments, groups * triton.cdiv(dim, block), sizes, tile, options)
 
 
-def forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes, height):
+def forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, directions, height):
     """As `causal_conv1d_triton`: y and the final windows."""
-    plan = _plan(x, weight, bias, silu, cu_seqlens, seq_idx, routes, height, FORWARD_BYTES)
+    plan = _plan(x, weight, bias, silu, cu_seqlens, seq_idx, directions, height, FORWARD_BYTES)
     n_channels, width = weight.shape
     y = like(x, lambda shape: torch.empty(shape, dtype=x.dtype, device=x.device))
     rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     final = torch.empty((rows, width - 1, n_channels), dtype=x.dtype, device=x.device)
-    n_pieces, n_sequences = len(plan.pieces.table), len(plan.pieces.begin) if width > 1 else 0
-    if n_channels and n_pieces + n_sequences:
+    n_segments, n_sequences = len(plan.segments.entries), len(plan.segments.sequence_starts) if width > 1 else 0
+    if n_channels and n_segments + n_sequences:
         with on_device(x):
-            _forward_kernel[n_pieces + n_sequences, plan.tiles](
-                x, weight, bias, initial_states, y, final, *plan.tables, n_pieces, *plan.sizes,
+            _forward_kernel[n_segments + n_sequences, plan.tiles](
+                x, weight, bias, initial_states, y, final, *plan.tables, n_segments, *plan.sizes,
                 *x.stride(), *y.stride(), *weight.stride(), *_strides(initial_states),
                 HAS_INITIAL=initial_states is not None, **plan.tile, **plan.options,
             )  # fmt: skip
-    clear_gaps(plan.pieces, y)
+    zero_padding(plan.segments, y)
     return y, final
 
 
-def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes, height, dy, dfinal):
+def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, directions, height, dy, dfinal):
     """As `causal_conv1d_triton_backward`: gradients of x, weight, bias and initial windows, empty if not there."""
-    plan = _plan(x, weight, bias, silu, cu_seqlens, seq_idx, routes, height, BACKWARD_BYTES)
+    plan = _plan(x, weight, bias, silu, cu_seqlens, seq_idx, directions, height, BACKWARD_BYTES)
     n_channels, width = weight.shape
     compute = torch.promote_types(x.dtype, torch.float32)
     dx = like(x, lambda shape: torch.empty(shape, dtype=x.dtype, device=x.device))
     # Eight a processor hide each other's waiting; more would only be more partial sums.
-    n_pieces, n_sequences = len(plan.pieces.table), len(plan.pieces.begin) if width > 1 else 0
-    programs = min(n_pieces, max(1, 8 * processors(x.device) // max(1, plan.tiles)))
+    n_segments, n_sequences = len(plan.segments.entries), len(plan.segments.sequence_starts) if width > 1 else 0
+    programs = min(n_segments, max(1, 8 * num_sms(x.device) // max(1, plan.tiles)))
     dweight = torch.empty((programs, n_channels, width), dtype=compute, device=x.device)
     dbias = torch.empty((programs, 0 if bias is None else n_channels), dtype=compute, device=x.device)
     shape, dtype = ((0,), x.dtype) if initial_states is None else (initial_states.shape, initial_states.dtype)
@@ -496,7 +499,7 @@ def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes,
     with on_device(x):
         if programs and n_channels:
             _backward_kernel[programs, plan.tiles](
-                x, weight, bias, initial_states, dy, dfinal, dx, dweight, dbias, *plan.tables, n_pieces, *plan.sizes,
+                x, weight, bias, initial_states, dy, dfinal, dx, dweight, dbias, *plan.tables, n_segments, *plan.sizes,
                 *x.stride(), *dy.stride(), *dx.stride(), *strides, HAS_INITIAL=initial_states is not None,
                 HAS_DFINAL=dfinal is not None, **plan.tile, **plan.options, **_registers(x.device),
             )  # fmt: skip
@@ -505,7 +508,7 @@ def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, routes,
                 x, weight, bias, initial_states, dy, dfinal, dinitial, *plan.tables, *plan.sizes,
                 *x.stride(), *dy.stride(), *strides, HAS_DFINAL=dfinal is not None, **plan.options,
             )  # fmt: skip
-    clear_gaps(plan.pieces, dx)
+    zero_padding(plan.segments, dx)
     dbias = dbias.sum(0) if bias is None else dbias.sum(0).to(bias.dtype)
     return dx, dweight.sum(0).to(weight.dtype), dbias, dinitial
 
@@ -527,7 +530,7 @@ def step(state, x, weight, bias, silu):
 def _registers(device: torch.device) -> dict[str, int]:
     """For the backward on consumer Blackwell, whose compiler spills to have three blocks on a processor unless told."""
     vendor, version = capability(device)
-    return at_most_registers(168, device) if vendor == "cuda" and version >= 120 else {}
+    return maxnreg_option(168, device) if vendor == "cuda" and version >= 120 else {}
 
 
 def _strides(windows: Tensor | None) -> tuple[int, ...]:

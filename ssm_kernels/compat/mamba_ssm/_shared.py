@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_tensor, has_readable_values
+from ..._core.validation import check_tensor, has_readable_values
 
 INDICES = (torch.int32, torch.int64)
 UNLIMITED = (0.0, float("inf"))

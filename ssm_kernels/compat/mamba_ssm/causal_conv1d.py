@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._checks import check_tensor
+from ..._core.validation import check_tensor
 from ...causal_conv1d import causal_conv1d
 from ._shared import INDICES, StateRows, _rows, check_activation, time_before_channels
 

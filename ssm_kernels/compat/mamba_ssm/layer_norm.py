@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._checks import check_tensor
+from ..._core.validation import check_tensor
 from ...norm import add_rms_norm, rms_norm
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._checks import check_divides, check_tensor
+from ..._core.validation import check_divides, check_tensor
 from ...norm import rms_norm
 
 

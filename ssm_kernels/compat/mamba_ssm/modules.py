@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import modules
-from ..._checks import check_tensor
+from ..._core.validation import check_tensor
 from ...causal_conv1d import causal_conv1d
 from ...modules import MixerState, conv_weight, is_plain
 from ...ssd import ssd_step

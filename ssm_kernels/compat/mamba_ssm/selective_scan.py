@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._backend import as_now
-from ..._checks import check_tensor
-from ..._recompute import not_kept
+from ..._core.dispatch import bind_backend
+from ..._core.recompute import recompute_in_backward
+from ..._core.validation import check_tensor
 from ...causal_conv1d import causal_conv1d
 from ...norm import rms_norm
 from ...selective_scan import selective_scan
@@ -197,14 +197,14 @@ def mamba_inner_fn_no_out_proj(
         return part if scale is None else rms_norm(part, scale, eps=b_c_dt_rms_eps)
 
     convolved = convolve()
-    again = (convolved, as_now(convolve))
-    with not_kept(again) if checkpoint_lvl else contextlib.nullcontext():
+    again = (convolved, bind_backend(convolve))
+    with recompute_in_backward(again) if checkpoint_lvl else contextlib.nullcontext():
         parts = F.linear(convolved, x_proj_weight)  # (B, L, R + 2 N)
     low_rank = parts[..., :rank]
     B = in_time(B, parts[..., rank : rank + n], B_proj_bias, b_rms_weight)
     C = in_time(C, parts[..., -n:], C_proj_bias, c_rms_weight)
     dt = steps()
-    with not_kept(again, (dt, as_now(steps))) if checkpoint_lvl else contextlib.nullcontext():
+    with recompute_in_backward(again, (dt, bind_backend(steps))) if checkpoint_lvl else contextlib.nullcontext():
         y = selective_scan(convolved, dt, A, B, C, D, z, delta_bias, bool(delta_softplus)).y
     return y.transpose(1, 2)
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._backend import as_now
-from ..._checks import check_divides, check_tensor
-from ..._recompute import not_kept
+from ..._core.dispatch import bind_backend
+from ..._core.recompute import recompute_in_backward
+from ..._core.validation import check_divides, check_tensor
 from ...causal_conv1d import causal_conv1d
 from ...ssd import ssd
 from ._shared import UNLIMITED, check_activation
@@ -127,7 +127,7 @@ def mamba_split_conv1d_scan_combined(
         return causal_conv1d(before, conv1d_weight, conv1d_bias, check_activation(activation), seq_idx=seq_idx).y
 
     xBC = convolve()
-    with not_kept((xBC, as_now(convolve))):
+    with recompute_in_backward((xBC, bind_backend(convolve))):
         x, B, C = xBC.split([inner, ngroups * n, ngroups * n], dim=-1)
         y, final = ssd(
             x.unflatten(-1, (heads, headdim)), dt, A, B.unflatten(-1, (ngroups, n)), C.unflatten(-1, (ngroups, n)),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._checks import check_tensor
+from ..._core.validation import check_tensor
 from ...selective_scan import selective_scan_step
 from ...ssd import ssd_step
 from ._shared import StateRows, _rows

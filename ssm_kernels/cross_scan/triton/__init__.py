@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._library import Gradient, define_op, from_kernels
+from ..._core.library import Gradient, define_op, from_kernels
 
 
 def scan(x: Tensor, codes: list[int]) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._kernels import compute_type, place
-from ..._triton import on_device, pack_routes
+from ..._triton.device import on_device, pack_directions
+from ..._triton.primitives import compute_type, grid_offset
 
 # Elements of a tile: 8 a lane of 4 warps. Not measured on a GPU.
 TILE = 1024
@@ -16,26 +16,26 @@ TILE = 1024
 @triton.jit
 def _scan_kernel(
     x, y, height, width, dim, x_row, x_height, x_width, x_channel,
-    CODES: tl.constexpr, ROUTES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    CODES: tl.constexpr, DIRECTIONS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile (BLOCK_L, BLOCK_D) of one image, written to each route. Grid: (tiles of all images, channel tiles)."""
+    """A tile (BLOCK_L, BLOCK_D) of one image, written to each direction. Grid: (tiles of all images, channel tiles)."""
     row, at, channel, inside = _tile(height, width, dim, BLOCK_L, BLOCK_D)
     offset = row * x_row + (at // width).to(tl.int64) * x_height + (at % width).to(tl.int64) * x_width
     value = tl.load(x + offset + channel * x_channel, inside)
-    for k in tl.static_range(ROUTES):
+    for k in tl.static_range(DIRECTIONS):
         step = _step(at, (CODES >> (2 * k)) & 3, height, width)
-        tl.store(y + ((row * ROUTES + k) * (height * width) + step) * dim + channel, value, inside)
+        tl.store(y + ((row * DIRECTIONS + k) * (height * width) + step) * dim + channel, value, inside)
 
 
 @triton.jit
 def _merge_kernel(
     y, x, height, width, dim, y_row, y_route, y_time, y_channel,
-    CODES: tl.constexpr, ROUTES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
+    CODES: tl.constexpr, DIRECTIONS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A tile (BLOCK_L, BLOCK_D) of one image, the sum over routes. Grid: (tiles of all images, channel tiles)."""
+    """A tile (BLOCK_L, BLOCK_D) of one image, the sum over directions. Grid: (tiles of all images, channel tiles)."""
     row, at, channel, inside = _tile(height, width, dim, BLOCK_L, BLOCK_D)
     total = tl.zeros((BLOCK_L, BLOCK_D), COMPUTE)
-    for k in tl.static_range(ROUTES):
+    for k in tl.static_range(DIRECTIONS):
         step = _step(at, (CODES >> (2 * k)) & 3, height, width)
         offset = row * y_row + k * y_route + step * y_time
         total += tl.load(y + offset + channel * y_channel, inside, other=0.0).to(COMPUTE)
@@ -53,9 +53,9 @@ def _tile(height, width, dim, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _step(at, route, height, width):
-    """The step of a route that is at a place: `place` of the grid turned on its side undoes that of the grid."""
-    return place(at, route, height * width, width).to(tl.int64)
+def _step(at, direction, height, width):
+    """The step of a direction that is at a place: `place` of the grid turned on its side undoes that of the grid."""
+    return grid_offset(at, direction, height * width, width).to(tl.int64)
 
 
 def scan(x, codes):
@@ -83,5 +83,5 @@ def merge(y, height, width, codes):
 def _plan(batch, length, dim, codes):
     block_d = min(triton.next_power_of_2(dim), 256)
     block_l = TILE // block_d
-    options = {"CODES": pack_routes(codes), "ROUTES": len(codes), "BLOCK_L": block_l, "BLOCK_D": block_d}
+    options = {"CODES": pack_directions(codes), "DIRECTIONS": len(codes), "BLOCK_L": block_l, "BLOCK_D": block_d}
     return (batch * triton.cdiv(length, block_l), triton.cdiv(dim, block_d)), options | {"num_warps": 4}

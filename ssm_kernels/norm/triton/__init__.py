@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._library import Gradient, define_op, from_kernels
+from ..._core.library import Gradient, define_op, from_kernels
 
 
 def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import and_scalar, compute_type, sigmoid
-from ..._triton import on_device, processors, rows_of
+from ..._triton.device import num_sms, on_device, rows_of
+from ..._triton.primitives import and_scalar, compute_type, sigmoid
 
 # Elements of a tile: 8 a lane of 4 to 16 warps, 16 in the widest. From the compiler's register counts; not measured on
 # a GPU.
@@ -235,7 +235,7 @@ def backward(x, weight, z, rstd, dy, dtotal, group_size, norm_before_gate, x_dty
     dz = torch.empty(0 if z is None else z.shape, dtype=x.dtype if z is None else z.dtype, device=x.device)
     tiles = triton.cdiv(n_rows, options["BLOCK_ROWS"])
     # Four a processor hide each other's waiting; more would only be more partial sums.
-    programs = min(tiles, 4 * processors(x.device))
+    programs = min(tiles, 4 * num_sms(x.device))
     dweight = torch.empty(programs, dim, dtype=rstd.dtype, device=x.device)
     gate, dtotal = (None if m is None else rows_of(m) for m in (z, dtotal))
     kernel = _backward_kernel if options["BLOCK"] >= group_size else _wide_backward_kernel

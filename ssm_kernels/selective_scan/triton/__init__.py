@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._library import Gradient, define_op, from_kernels, unknown_size
-from ..._pieces import max_pieces
+from ..._core.library import Gradient, define_op, from_kernels, unknown_size
+from ..._triton.segment_table import max_segments
 
 CHUNK = 64
 """Steps between two states that are kept for the backward: it computes those between again, chunk by chunk."""
@@ -27,7 +27,7 @@ def scan(
     initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
-    routes: Sequence[int] = (),
+    directions: Sequence[int] = (),
     height: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Scan E channels in each of G groups.
@@ -38,7 +38,7 @@ def scan(
         B, C: (B, L, G, N), of any strides, or (G * E, N) where constant in time.
         D, dt_bias: (G * E,).
         initial_states: (rows, G * E, N).
-        routes: the way of each group through a row-major grid of L places, as in `_kernels.place`: step t of the scan
+        directions: the way of each group through a row-major grid of L places, as in `grid_offset`: step t of the scan
             reads and writes all tensors at that place. Empty where a step is a place. Not for packed sequences.
         height: of the grid.
 
@@ -47,7 +47,7 @@ def scan(
     """
     floats = (u, dt, A, B, C, D, z, dt_bias, initial_states)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
-    y, final_states, _ = _forward_op(*floats, cu_seqlens, seq_idx, dt_softplus, list(routes), height, keep)
+    y, final_states, _ = _forward_op(*floats, cu_seqlens, seq_idx, dt_softplus, list(directions), height, keep)
     return y, final_states
 
 
@@ -68,11 +68,11 @@ def step(
 
 
 def _save(ctx, inputs, outputs):
-    *tensors, softplus, routes, height, keep = inputs
+    *tensors, softplus, directions, height, keep = inputs
     if not keep:
         raise RuntimeError("this graph was traced without gradients, and kept nothing that they need: trace it anew")
     ctx.save_for_backward(*tensors, outputs[2])
-    ctx.options = softplus, routes, height
+    ctx.options = softplus, directions, height
 
 
 @torch.autograd.function.once_differentiable
@@ -92,7 +92,9 @@ def empty_like(x: Tensor, empty=None) -> Tensor:
     return empty(batch, length, groups, channels)
 
 
-def _forward_fake(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, softplus, routes, height, keep):
+def _forward_fake(
+    u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, softplus, directions, height, keep
+):
     batch, length = u.shape[:2]
     compute = torch.promote_types(u.dtype, torch.float32)
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
@@ -100,7 +102,7 @@ def _forward_fake(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq
     if keep and seq_idx is not None:
         kept = unknown_size(u)
     elif keep:  # one to spare, so that tracing with a dynamic length need not know whether there is only one
-        kept = max_pieces(batch, length, rows, CHUNK, cu_seqlens is not None) + 1
+        kept = max_segments(batch, length, rows, CHUNK, cu_seqlens is not None) + 1
     y = empty_like(u, u.new_empty)
     return y, u.new_empty(rows, *A.shape, dtype=compute), u.new_empty(kept, *A.shape, dtype=compute)
 
@@ -121,7 +123,7 @@ _INPUTS = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states,"
     " Tensor? cu_seqlens, Tensor? seq_idx"
 )
-_OPTIONS = "bool dt_softplus, int[] routes, int height"
+_OPTIONS = "bool dt_softplus, int[] directions, int height"
 _forward_op = define_op(
     f"selective_scan_triton({_INPUTS}, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)",
     from_kernels(__name__, "forward"),

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import and_scalar, carry, clear_gaps, compute_type, load_piece, place, sigmoid, softplus
-from ..._pieces import cut
-from ..._triton import adjacent, at_most_registers, capability, on_device, pack_routes, processors
+from ..._triton.device import capability, maxnreg_option, num_sms, on_device, pack_directions, with_contiguous_last_dim
+from ..._triton.primitives import and_scalar, compute_type, grid_offset, load_segment, sigmoid, softplus, zero_padding
+from ..._triton.segment_table import build_segment_table
+from ..._triton.state_passing import state_passing
 from . import CHUNK, empty_like
 
 # Programs of the backward for each processor, of one warp each: twice as many as registers allow at once.
@@ -47,18 +48,18 @@ def _forward_kernel(
     HAS_INITIAL: tl.constexpr, KEEP: tl.constexpr, ENDS_ONLY: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Walk BLOCK_E channels through one piece. Grid: pieces * G * tiles of the channels of a group.
+    """Walk BLOCK_E channels through one segment. Grid: segments * G * tiles of the channels of a group.
 
-    Writes y, the final state where the piece is the last of its sequence, and with KEEP the state at the start of each
-    chunk. With ENDS_ONLY instead what the piece adds to a state, into `starts`, and the sum of its steps, into `times`;
-    of the last piece of a sequence nobody asks for them, and zeros stand for them.
+    Writes y, the final state where the segment is the last of its sequence, and with KEEP the state at the start of each
+    chunk. With ENDS_ONLY instead what the segment adds to a state, into `starts`, and the sum of its steps, into `times`;
+    of the last segment of a sequence nobody asks for them, and zeros stand for them.
     """
-    piece, group, e, lane = _place_program(G, E, BLOCK_E, LANES)
+    segment, group, e, lane = _place_program(G, E, BLOCK_E, LANES)
     lanes = tl.arange(0, LANES)[None, :]
     mask = e < E
     channel = group * E + e
-    row, start, end, sequence = load_piece(table, piece)
-    is_last = (sequence >= 0) & (piece + 1 == tl.load(first + tl.maximum(sequence, 0) + 1))
+    row, start, end, sequence = load_segment(table, segment)
+    is_last = (sequence >= 0) & (segment + 1 == tl.load(first + tl.maximum(sequence, 0) + 1))
     if ENDS_ONLY:
         end = tl.where(is_last, start, end)
     way = (codes >> (2 * group) & 3, length, height) if ROUTED else None
@@ -74,7 +75,7 @@ def _forward_kernel(
     state = channel * N  # in one row of states
     size = tl.cast(G, tl.int64) * E * N
     if HAS_STARTS:
-        h = _load_states(starts + piece * size + state, mask, lane, N, K, 1.0, COMPUTE)
+        h = _load_states(starts + segment * size + state, mask, lane, N, K, 1.0, COMPUTE)
     elif HAS_INITIAL:
         initial = tl.where(sequence >= 0, tl.load(initial_row + tl.maximum(sequence, 0)), -1).to(tl.int64)
         h = _load_states(
@@ -134,8 +135,8 @@ def _forward_kernel(
                 tl.store(y_at, ys[i].to(y.dtype.element_ty), and_scalar(mask, t0 + i < end))
 
     if ENDS_ONLY:
-        _store_states(starts + piece * size + state, h, mask, lane, N, K)
-        tl.store(times + piece * (G * E) + channel, total, mask)
+        _store_states(starts + segment * size + state, h, mask, lane, N, K)
+        tl.store(times + segment * (G * E) + channel, total, mask)
     else:
         final = tl.where(is_last, tl.load(final_row + tl.maximum(sequence, 0)), -1).to(tl.int64)
         _store_states(final_states + final * size + state, h, and_scalar(mask, final >= 0), lane, N, K)
@@ -154,7 +155,7 @@ def _adjoint_kernel(
     lanes = tl.arange(0, LANES)[None, :]
     mask = e < E
     channel = group * E + e
-    row, start, end, _ = load_piece(table, chunk)
+    row, start, end, _ = load_segment(table, chunk)
     way = (codes >> (2 * group) & 3, length, height) if ROUTED else None
     a = _load_states(A + channel * N, mask, lane, N, K, LOG2E, COMPUTE)
     if CONSTANT_C:
@@ -245,7 +246,7 @@ def _backward_kernel(
         dbias_sum = tl.zeros((BLOCK_E, LANES), COMPUTE)
 
         for chunk in range(at_run * run, tl.minimum(at_run * run + run, chunks)):
-            row, start, end, _ = load_piece(table, tl.cast(chunk, tl.int32))
+            row, start, end, _ = load_segment(table, tl.cast(chunk, tl.int32))
             here = tl.cast(chunk, tl.int64) * size + channel * N
             u_row = u + row * u_0 + group * u_2 + e * u_3
             dt_row = dt + row * dt_0 + group * dt_2 + e * dt_3
@@ -426,14 +427,14 @@ def _place_program(G, E, BLOCK_E: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _near(t0, i: tl.constexpr, end, way):
-    """Where step t0 + i lies, or the last step if that is before; `way`: None, or a route, the grid's size and height.
+    """Where step t0 + i lies, or the last step if that is before; `way`: None, or a direction, the grid's size and height.
 
-    Counted from t0 where there is no route: a small number, so that a block of steps needs one 64-bit product, `far`.
+    Counted from t0 where there is no direction: a small number, so that a block of steps needs one 64-bit product, `far`.
     """
     if way is None:
         near = tl.minimum(i, end - 1 - t0)
     else:
-        near = place(tl.minimum(t0 + i, end - 1), way[0], way[1], way[2]).to(tl.int64)
+        near = grid_offset(tl.minimum(t0 + i, end - 1), way[0], way[1], way[2]).to(tl.int64)
     return near
 
 
@@ -556,7 +557,7 @@ def _over_lanes(x, LANES: tl.constexpr):
 
 
 def forward(
-    u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, dt_softplus, routes, height, keep
+    u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, dt_softplus, directions, height, keep
 ):  # fmt: skip
     """As `selective_scan_triton`: y, the final states, and the state at the start of each chunk, if kept."""
     batch, length, groups, _ = u.shape
@@ -564,67 +565,69 @@ def forward(
     compute = torch.promote_types(u.dtype, torch.float32)
     packed = cu_seqlens is not None or seq_idx is not None
     A, D, dt_bias, initial_states = (_contiguous(x) for x in (A, D, dt_bias, initial_states))
-    B, C = (_contiguous(m) if m.dim() == 2 else adjacent(m) for m in (B, C))
+    B, C = (_contiguous(m) if m.dim() == 2 else with_contiguous_last_dim(m) for m in (B, C))
     u, dt, z, B, C = (_close(x) for x in (u, dt, z, B, C))
-    options = _options(_tile(A.shape[1], u.device), u, dt_softplus, A, B, C, D, z, dt_bias, routes)
+    options = _options(_tile(A.shape[1], u.device), u, dt_softplus, A, B, C, D, z, dt_bias, directions)
     tiles = groups * triton.cdiv(u.shape[3], options["BLOCK_E"])
 
     y = empty_like(u)
     final_states = torch.empty((rows, *A.shape), dtype=compute, device=u.device)
-    pieces = cut(batch, length, _piece_size(batch, length, tiles, u.device), cu_seqlens, seq_idx, u.device)
-    chunks = cut(batch, length, CHUNK, cu_seqlens, seq_idx, u.device) if keep else pieces
-    kept = torch.empty((len(chunks.table) + 1 if keep else 0, *A.shape), dtype=compute, device=u.device)
+    segments = build_segment_table(
+        batch, length, _segment_size(batch, length, tiles, u.device), cu_seqlens, seq_idx, u.device
+    )
+    chunks = build_segment_table(batch, length, CHUNK, cu_seqlens, seq_idx, u.device) if keep else segments
+    kept = torch.empty((len(chunks.entries) + 1 if keep else 0, *A.shape), dtype=compute, device=u.device)
     if packed and keep:
         kept.zero_()  # rows to spare
     else:
         kept[-1:].zero_()
-    n_pieces = len(pieces.table)
-    is_cut = pieces.size < length
-    if not is_cut and (packed or not length):  # sequences without a piece end as they start
+    n_segments = len(segments.entries)
+    is_cut = segments.size < length
+    if not is_cut and (packed or not length):  # sequences without a segment end as they start
         final_states.copy_(initial_states) if initial_states is not None else final_states.zero_()
-    if not (n_pieces and A.numel()):
-        clear_gaps(pieces, y)
+    if not (n_segments and A.numel()):
+        zero_padding(segments, y)
         return y, final_states, kept
 
     def launch(starts, times, keep, ends_only):
-        _forward_kernel[(n_pieces * tiles,)](
+        _forward_kernel[(n_segments * tiles,)](
             u, dt, A, B, C, D, z, dt_bias, starts, initial_states, y, final_states, kept, times,
-            pieces.table, pieces.first, chunks.first, pieces.begin, pieces.initial_row, pieces.final_row,
-            length, height, pack_routes(routes), groups, u.shape[3],
+            segments.entries, segments.first_segment, chunks.first_segment, segments.sequence_starts, segments.initial_state_rows, segments.final_state_rows,
+            length, height, pack_directions(directions), groups, u.shape[3],
             *u.stride(), *dt.stride(), *_strides(z, 4), *y.stride(), *_strides(B, 3), *_strides(C, 3),
             HAS_STARTS=starts is not None and not ends_only, HAS_INITIAL=initial_states is not None and not ends_only,
-            KEEP=keep, ENDS_ONLY=ends_only, CHUNK=CHUNK, UNROLL=_unroll(routes, u.device), **options,
-            **at_most_registers(REGISTERS, u.device),
+            KEEP=keep, ENDS_ONLY=ends_only, CHUNK=CHUNK, UNROLL=_unroll(directions, u.device), **options,
+            **maxnreg_option(REGISTERS, u.device),
         )  # fmt: skip
 
     with on_device(u):
         starts = None
         if is_cut:
-            starts = torch.empty((n_pieces, *A.shape), dtype=compute, device=u.device)
-            times = torch.empty((n_pieces, len(A)), dtype=compute, device=u.device)
+            starts = torch.empty((n_segments, *A.shape), dtype=compute, device=u.device)
+            times = torch.empty((n_segments, len(A)), dtype=compute, device=u.device)
             launch(starts, times, False, True)
-            carry(pieces, starts, A.flatten(), times, initial_states, final_states, reverse=False)
+            state_passing(segments, starts, A.flatten(), times, initial_states, final_states, reverse=False)
         launch(starts, None, keep, False)
-    clear_gaps(pieces, y)
+    zero_padding(segments, y)
     return y, final_states, kept
 
 
 def backward(
-    u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, kept, dy, dfinal, dt_softplus, routes, height
+    u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, kept, dy, dfinal, dt_softplus, directions, height
 ):  # fmt: skip
     """As `selective_scan_triton_backward`: gradients of the tensors up to `initial_states`; empty for None."""
     batch, length, groups, channels = u.shape
     dtypes = [None if x is None else x.dtype for x in (A, B, C, D, dt_bias, initial_states)]
     A, D, dt_bias, dfinal = (_contiguous(x) for x in (A, D, dt_bias, dfinal))
-    B, C = (_contiguous(m) if m.dim() == 2 else adjacent(m) for m in (B, C))
+    B, C = (_contiguous(m) if m.dim() == 2 else with_contiguous_last_dim(m) for m in (B, C))
     u, dt, z, dy, B, C = (_close(x) for x in (u, dt, z, dy, B, C))
-    constants = (u, dt_softplus, A, B, C, D, z, dt_bias, routes)
+    constants = (u, dt_softplus, A, B, C, D, z, dt_bias, directions)
     options = _options(_tile(A.shape[1], u.device), *constants)
     compute, device = kept.dtype, u.device
     dim, n = A.shape
-    chunks = cut(batch, length, CHUNK, cu_seqlens, seq_idx, device)
-    n_chunks = len(chunks.table) if A.numel() else 0
-    sizes = (length, height, pack_routes(routes), groups, channels)
+    chunks = build_segment_table(batch, length, CHUNK, cu_seqlens, seq_idx, device)
+    n_chunks = len(chunks.entries) if A.numel() else 0
+    sizes = (length, height, pack_directions(directions), groups, channels)
 
     def empty(*size):
         return torch.empty(size, dtype=compute, device=device)
@@ -637,15 +640,15 @@ def backward(
     with on_device(u):
         if n_chunks:
             _adjoint_kernel[(n_chunks * tiles,)](
-                dt, A, C, z, dt_bias, dy, arrivals, times, chunks.table, *sizes,
-                *dt.stride(), *_strides(z, 4), *dy.stride(), *_strides(C, 3), UNROLL=_unroll(routes, device), **shared,
-                **at_most_registers(REGISTERS, device),
+                dt, A, C, z, dt_bias, dy, arrivals, times, chunks.entries, *sizes,
+                *dt.stride(), *_strides(z, 4), *dy.stride(), *_strides(C, 3), UNROLL=_unroll(directions, device), **shared,
+                **maxnreg_option(REGISTERS, device),
             )  # fmt: skip
-        carry(chunks, arrivals, A.flatten(), times, dfinal, dinitial, reverse=True)
+        state_passing(chunks, arrivals, A.flatten(), times, dfinal, dinitial, reverse=True)
 
     options = _options(_backward_tile(n), *constants)
     tiles = triton.cdiv(channels, options["BLOCK_E"])
-    programs = PROGRAMS * processors(device)
+    programs = PROGRAMS * num_sms(device)
     run = max(1, triton.cdiv(n_chunks * groups, programs))
     runs = triton.cdiv(n_chunks, run)
     splits = max(1, min(tiles, programs // max(1, runs * groups)))
@@ -655,12 +658,12 @@ def backward(
     if n_chunks:
         programs = runs * groups * splits
         block, lanes = options["BLOCK_E"], options["LANES"]
-        sub = _sub(routes, device)
+        sub = _sub(directions, device)
         scratch = kept.new_empty(programs, block * (lanes * options["K"] * (CHUNK // sub) + 2 * CHUNK))
         with on_device(u):
             _backward_kernel[(programs,)](
                 u, dt, A, B, C, D, z, dt_bias, kept, arrivals, dy, du, ddt, dA, dB, dC, dD, dz, dbias, scratch,
-                chunks.table, batch, *sizes, n_chunks, run, splits, 1, block,
+                chunks.entries, batch, *sizes, n_chunks, run, splits, 1, block,
                 *u.stride(), *dt.stride(), *_strides(z, 4), *dy.stride(), *du.stride(), *ddt.stride(),
                 *_strides(None if z is None else dz, 4), *_strides(B, 3), *_strides(C, 3),
                 CHUNK=CHUNK, SUB=sub, **options,
@@ -670,7 +673,7 @@ def backward(
         torch.empty(0, dtype=u.dtype, device=device) if dtype is None else x.to(dtype)
         for x, dtype in zip((*sums, dinitial), dtypes, strict=True)
     )
-    clear_gaps(chunks, *(x for x in (du, ddt, dz, dB, dC) if x.dim() > 2))
+    zero_padding(chunks, *(x for x in (du, ddt, dz, dB, dC) if x.dim() > 2))
     return du, ddt, dA, dB, dC, dD, dz, dbias, dinitial
 
 
@@ -679,7 +682,7 @@ def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus):
     batch, dim = u.shape
     n = A.shape[1]
     A, D, dt_bias = (_contiguous(x) for x in (A, D, dt_bias))
-    B, C = adjacent(B), adjacent(C)
+    B, C = with_contiguous_last_dim(B), with_contiguous_last_dim(C)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     block_n = triton.next_power_of_2(n)
     block_e = max(1, 512 // block_n)  # four elements a thread, one load of 16 bytes of the state
@@ -699,17 +702,17 @@ def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus):
     return y
 
 
-def _piece_size(batch: int, length: int, tiles: int, device: torch.device) -> int:
+def _segment_size(batch: int, length: int, tiles: int, device: torch.device) -> int:
     """Whole sequences where they give every processor two programs; else for four, at up to twice the work."""
     whole = triton.cdiv(max(length, 1), CHUNK) * CHUNK
     programs = batch * tiles
-    if programs == 0 or programs >= 2 * processors(device):
+    if programs == 0 or programs >= 2 * num_sms(device):
         return whole
-    parts = triton.cdiv(4 * processors(device), programs)
+    parts = triton.cdiv(4 * num_sms(device), programs)
     return triton.cdiv(triton.cdiv(whole, parts), CHUNK) * CHUNK
 
 
-def _options(tile, u, dt_softplus, A, B, C, D, z, dt_bias, routes) -> dict[str, object]:
+def _options(tile, u, dt_softplus, A, B, C, D, z, dt_bias, directions) -> dict[str, object]:
     """What the kernels that walk time are compiled for."""
     return tile | {
         "N": A.shape[1],
@@ -721,28 +724,28 @@ def _options(tile, u, dt_softplus, A, B, C, D, z, dt_bias, routes) -> dict[str, 
         "HAS_Z": z is not None,
         "HAS_BIAS": dt_bias is not None,
         "SOFTPLUS": dt_softplus,
-        "ROUTED": bool(routes),
+        "ROUTED": bool(directions),
         "COMPUTE": compute_type(u.dtype),
     }
 
 
-def _unroll(routes, device: torch.device) -> int:
+def _unroll(directions, device: torch.device) -> int:
     """Steps that are computed together, so that loads need not wait for stores; it divides CHUNK.
 
-    Fewer on a route, where each step's place takes registers, and where NVIDIA's compiler would spill: before Hopper,
+    Fewer on a direction, where each step's place takes registers, and where NVIDIA's compiler would spill: before Hopper,
     and on consumer Blackwell.
     """
     vendor, version = capability(device)
-    return 1 if routes else 2 if vendor == "cuda" and not 90 <= version < 120 else 4
+    return 1 if directions else 2 if vendor == "cuda" and not 90 <= version < 120 else 4
 
 
-def _sub(routes, device: torch.device) -> int:
+def _sub(directions, device: torch.device) -> int:
     """Steps of the backward whose states are computed again together; it divides CHUNK.
 
-    Four would take the compiler five times as long, and on Ampere spill; so would two on consumer Blackwell's routes.
+    Four would take the compiler five times as long, and on Ampere spill; so would two on consumer Blackwell's directions.
     """
     vendor, version = capability(device)
-    return 1 if routes and vendor == "cuda" and version >= 120 else 2
+    return 1 if directions and vendor == "cuda" and version >= 120 else 2
 
 
 def _tile(n: int, device: torch.device) -> dict[str, int]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._library import Gradient, define_op, from_kernels
+from ..._core.library import Gradient, define_op, from_kernels
 
 
 def scan(
@@ -24,20 +24,20 @@ def scan(
     chunk_size: int,
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
-    routes: tuple[int, ...] = (),
+    directions: tuple[int, ...] = (),
     height: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """As `ssd`: x (B, L, H, P) -> y in the dtype of x and final states (rows, H, P, N).
 
-    With `routes`, L is a grid of so many rows, row by row, and the G groups are cut in as many equal runs as there
-    are routes: each is scanned along its own. The codes are places in `cross_scan.CROSS`.
+    With `directions`, L is a grid of so many rows, row by row, and the G groups are cut in as many equal runs as there
+    are directions: each is scanned along its own. The codes are places in `cross_scan.CROSS`.
     """
     low, high = dt_limit
     # The gate is not in the kernels: Mamba-2 has its own in the norm, and here it would cost them registers.
     wide = torch.promote_types(x.dtype, torch.float32)
     y, final_states = _forward_op(
         x, dt, A, B, C, D, dt_bias, dt_softplus, float(low), float(high), initial_states, chunk_size, cu_seqlens,
-        seq_idx, list(routes), height, x.dtype if z is None else wide,
+        seq_idx, list(directions), height, x.dtype if z is None else wide,
     )  # fmt: skip
     return y if z is None else (y * F.silu(z.to(wide))).to(x.dtype), final_states
 
@@ -82,7 +82,7 @@ def _backward_fake(dy, dfinal, x, dt, A, B, C, D, dt_bias, softplus, low, high, 
 _ARGUMENTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus,"
     " float dt_low, float dt_high, Tensor? initial_states, int chunk_size, Tensor? cu_seqlens, Tensor? seq_idx,"
-    " int[] routes, int height, ScalarType out_dtype"
+    " int[] directions, int height, ScalarType out_dtype"
 )
 _forward_op = define_op(
     f"ssd_triton({_ARGUMENTS}) -> (Tensor, Tensor)",

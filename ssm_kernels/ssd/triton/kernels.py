@@ -1,12 +1,12 @@
-"""SSD in Triton: a program carries the state of one head through the chunks of one piece of a sequence.
+"""SSD in Triton: a program carries the state of one head through the chunks of one segment of a sequence.
 
-A chunk of Q steps is a few matrix products, as in `chunked`: its own inputs give `(C B^T o M) x`, the state S before
+A chunk of Q steps is a few matrix products, as in `pytorch.py`: its own inputs give `(C B^T o M) x`, the state S before
 it gives `exp(a) C S`. S, (N, P), stays in registers from chunk to chunk and is never written. Where heads and
-sequences are too few to fill the device, sequences are cut in pieces: a first pass gives what each piece adds to the
-state, `carry` turns that into the state before each piece, and the pieces are scanned from there.
+sequences are too few to fill the device, sequences are cut in segments: a first pass gives what each segment adds to the
+state, `state_passing` turns that into the state before each segment, and the segments are scanned from there.
 
-The backward cuts sequences in short pieces always. A program takes a piece and some heads of a group, one after the
-other: it carries S through the piece and keeps it before each chunk, then walks the chunks in reverse, the gradient
+The backward cuts sequences in short segments always. A program takes a segment and some heads of a group, one after the
+other: it carries S through the segment and keeps it before each chunk, then walks the chunks in reverse, the gradient
 of S in its registers. The gradients of B and C, sums over heads, are added up in a buffer of the program's own.
 
 Heads whose P channels do not fit are cut in tiles, which are heads of their own but for sums over P. Inside, time
@@ -22,9 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._kernels import and_scalar, carry, clear_gaps, compute_type, dot_type, load_piece, place, sigmoid, softplus
-from ..._pieces import Pieces, cut
-from ..._triton import adjacent, at_most_registers, capability, on_device, pack_routes, processors
+from ..._triton.device import capability, maxnreg_option, num_sms, on_device, pack_directions, with_contiguous_last_dim
+from ..._triton.primitives import (
+    and_scalar,
+    compute_type,
+    dot_type,
+    grid_offset,
+    load_segment,
+    sigmoid,
+    softplus,
+    zero_padding,
+)
+from ..._triton.segment_table import SegmentTable, build_segment_table
+from ..._triton.state_passing import state_passing
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)  # both by way of `tl.full`: a float alone is taken as float32
@@ -37,7 +47,7 @@ LN2 = tl.constexpr(0.6931471805599453)  # both by way of `tl.full`: a float alon
 def _step_sizes(
     dt, at, valid, bias, LOW, HIGH, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    """dt of a chunk, (Q,), 0 beyond the piece, and its slope against what was loaded."""
+    """dt of a chunk, (Q,), 0 beyond the segment, and its slope against what was loaded."""
     raw = tl.load(dt + at, valid, other=0.0).to(COMPUTE) + bias
     step, slope = raw, tl.full(raw.shape, 1.0, COMPUTE)
     if SOFTPLUS:
@@ -54,11 +64,15 @@ def _decays(dt, a, Q: tl.constexpr, COMPUTE: tl.constexpr):
     """Running sums of dt a in two parts (Q,), and what decays remain from the start, to the end, and over the chunk.
 
     The first part has the terms as multiples of UNIT, whose sums are exact, and the second what remains of them, so
-    that a difference is as exact as its own terms; see `chunked`.
+    that a difference is as exact as its own terms; see `pytorch.py`.
     """
-    MOST: tl.constexpr = 1100.0 if COMPUTE == tl.float64 else 150.0  # exp2 of it overflows, of its negative is 0
-    UNIT: tl.constexpr = Q * (2.0**-42 if COMPUTE == tl.float64 else 2.0**-16)  # so that Q MOST fits in the digits
-    most = tl.full((), MOST, COMPUTE)
+    MAX_LOG_DECAY: tl.constexpr = (
+        1100.0 if COMPUTE == tl.float64 else 150.0
+    )  # exp2 of it overflows, of its negative is 0
+    UNIT: tl.constexpr = Q * (
+        2.0**-42 if COMPUTE == tl.float64 else 2.0**-16
+    )  # so that Q MAX_LOG_DECAY fits in the digits
+    most = tl.full((), MAX_LOG_DECAY, COMPUTE)
     log = tl.minimum(tl.maximum(dt * a, -most), most)
     multiples = tl.floor(log * (1 / UNIT)) * UNIT
     coarse, rest = tl.cumsum(multiples, axis=0), tl.cumsum(log - multiples, axis=0)
@@ -82,10 +96,10 @@ def _decay_between(coarse, rest, Q: tl.constexpr):
 
 
 @triton.jit
-def _rows(first, end, route, length, height, Q: tl.constexpr, HAS_ROUTES: tl.constexpr):
-    """Where the chunk's steps lie in their batch row, (Q,) int64, and which of them are the piece's."""
+def _rows(first, end, direction, length, height, Q: tl.constexpr, HAS_ROUTES: tl.constexpr):
+    """Where the chunk's steps lie in their batch row, (Q,) int64, and which of them are the segment's."""
     t = first + tl.arange(0, Q)
-    rows = place(t, route, length, height) if HAS_ROUTES else t
+    rows = grid_offset(t, direction, length, height) if HAS_ROUTES else t
     return rows.to(tl.int64), t < end
 
 
@@ -95,31 +109,31 @@ def _rows(first, end, route, length, height, Q: tl.constexpr, HAS_ROUTES: tl.con
 @triton.jit
 def _forward_kernel(
     x, dt, A, B, C, D, dt_bias, starts, y, ends, time, states, table, start_row, end_row,
-    first_piece, length, height, routes,
+    first_segment, length, height, directions,
     x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
     D_head, D_channel,
-    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, DIRECTIONS: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, WRITE_Y: tl.constexpr,
     WRITE_END: tl.constexpr, WRITE_TIME: tl.constexpr, KEEP: tl.constexpr, HAS_START: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One piece and BLOCK_P channels of one head: y, the state at the end, that before each chunk, or what is wanted.
+    """One segment and BLOCK_P channels of one head: y, the state at the end, that before each chunk, or what is wanted.
 
-    Grid: pieces x heads x tiles of P. `start_row` and `end_row` (S,) give the row of `starts` and `ends` that
-    belongs to a sequence; where they are None, rows are numbered as pieces. `states` has CHUNKS rows a piece.
+    Grid: segments x heads x tiles of P. `start_row` and `end_row` (S,) give the row of `starts` and `ends` that
+    belongs to a sequence; where they are None, rows are numbered as segments. `states` has CHUNKS rows a segment.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
-    piece, head, tile = program // (H * TILES), program // TILES % H, program % TILES
-    kept = (piece * CHUNKS).to(tl.int64) * H + head  # of the piece's first chunk, among those kept
-    piece += first_piece
-    batch, begin, end, sequence = load_piece(table, piece)
+    segment, head, tile = program // (H * TILES), program // TILES % H, program % TILES
+    kept = (segment * CHUNKS).to(tl.int64) * H + head  # of the segment's first chunk, among those kept
+    segment += first_segment
+    batch, begin, end, sequence = load_segment(table, segment)
     if sequence < 0:
         return
     group = head // (H // G)
-    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
+    direction = (directions >> 2 * (group // (G // DIRECTIONS))) & 3 if DIRECTIONS else 0
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     in_p, in_n = p < P, n < N
     a = tl.load(A + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
@@ -129,7 +143,7 @@ def _forward_kernel(
 
     state = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
     if HAS_START:
-        row = (piece if start_row is None else tl.load(start_row + sequence)).to(tl.int64)
+        row = (segment if start_row is None else tl.load(start_row + sequence)).to(tl.int64)
         state = tl.load(starts + (row * H + head) * (P * N) + at_state, and_scalar(in_state, row >= 0), other=0.0).to(
             COMPUTE
         )
@@ -142,7 +156,7 @@ def _forward_kernel(
     C += batch * C_batch + group.to(tl.int64) * C_group
 
     for first in range(begin, end, Q):
-        rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
+        rows, valid = _rows(first, end, direction, length, height, Q, DIRECTIONS > 0)
         in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
         step, _ = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
         coarse, rest, from_start, to_end, whole = _decays(step, a, Q, COMPUTE)
@@ -168,7 +182,7 @@ def _forward_kernel(
         total += tl.sum(step, axis=0)
 
     if WRITE_END:
-        row = (piece if end_row is None else tl.load(end_row + sequence)).to(tl.int64)
+        row = (segment if end_row is None else tl.load(end_row + sequence)).to(tl.int64)
         tl.store(
             ends + (row * H + head) * (P * N) + at_state,
             state.to(ends.dtype.element_ty),
@@ -176,7 +190,7 @@ def _forward_kernel(
         )
     if WRITE_TIME:
         if tile == 0:
-            tl.store(time + piece.to(tl.int64) * H + head, total)
+            tl.store(time + segment.to(tl.int64) * H + head, total)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -185,28 +199,28 @@ def _forward_kernel(
 @triton.jit
 def _state_gradient_kernel(
     dt, A, C, dt_bias, dy, dends, dstarts, dstates, table,
-    first_piece, length, height, routes,
+    first_segment, length, height, directions,
     dt_batch, dt_step, dt_head, C_batch, C_step, C_group, dy_batch, dy_step, dy_head,
-    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, DIRECTIONS: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HAS_END: tl.constexpr, KEEP: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state of one piece, in reverse, and BLOCK_P channels of one head. Grid: as forward.
+    """The gradient of the state of one segment, in reverse, and BLOCK_P channels of one head. Grid: as forward.
 
-    From `dends`, or zero, to `dstarts`, the gradient of the state before the piece; or with KEEP to `dstates`, that
-    of the state after each chunk, CHUNKS rows a piece.
+    From `dends`, or zero, to `dstarts`, the gradient of the state before the segment; or with KEEP to `dstates`, that
+    of the state after each chunk, CHUNKS rows a segment.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
-    piece, head, tile = program // (H * TILES), program // TILES % H, program % TILES
-    kept = (piece * CHUNKS).to(tl.int64) * H + head  # of the piece's first chunk, among those kept
-    piece += first_piece
-    batch, begin, end, sequence = load_piece(table, piece)
+    segment, head, tile = program // (H * TILES), program // TILES % H, program % TILES
+    kept = (segment * CHUNKS).to(tl.int64) * H + head  # of the segment's first chunk, among those kept
+    segment += first_segment
+    batch, begin, end, sequence = load_segment(table, segment)
     if sequence < 0:
         return
     group = head // (H // G)
-    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
+    direction = (directions >> 2 * (group // (G // DIRECTIONS))) & 3 if DIRECTIONS else 0
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     in_p, in_n = p < P, n < N
     in_state = in_n[:, None] & in_p[None, :]
@@ -217,17 +231,17 @@ def _state_gradient_kernel(
     C += batch * C_batch + group.to(tl.int64) * C_group
     dy += batch * dy_batch + head.to(tl.int64) * dy_head
 
-    at_piece = (piece.to(tl.int64) * H + head) * (P * N)
+    at_segment = (segment.to(tl.int64) * H + head) * (P * N)
     dstate = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
     if HAS_END:
-        dstate = tl.load(dends + at_piece + at_state, in_state, other=0.0).to(COMPUTE)
+        dstate = tl.load(dends + at_segment + at_state, in_state, other=0.0).to(COMPUTE)
     n_chunks = (end - begin + Q - 1) // Q
     for back in range(n_chunks):
         chunk = n_chunks - 1 - back
         if KEEP:
             at_kept = (kept + chunk * H) * (P * N)
             tl.store(dstates + at_kept + at_state, dstate.to(dstates.dtype.element_ty), in_state)
-        rows, valid = _rows(begin + chunk * Q, end, route, length, height, Q, ROUTES > 0)
+        rows, valid = _rows(begin + chunk * Q, end, direction, length, height, Q, DIRECTIONS > 0)
         in_x = valid[:, None] & in_p[None, :]
         step, _ = _step_sizes(dt, rows * dt_step, valid, bias, LOW, HIGH, SOFTPLUS, LIMITED, COMPUTE)
         _, _, from_start, _, whole = _decays(step, a, Q, COMPUTE)
@@ -238,16 +252,16 @@ def _state_gradient_kernel(
         arrived = tl.dot(tl.trans(C_q), decayed, input_precision=PRECISION, out_dtype=COMPUTE)
         dstate = dstate * whole + arrived
     if not KEEP:
-        tl.store(dstarts + at_piece + at_state, dstate, in_state)
+        tl.store(dstarts + at_segment + at_state, dstate, in_state)
 
 
 @triton.jit
 def _input_gradient_kernel(
     x, dt, A, B, C, D, dt_bias, dy, states, dstates, dx, ddt, dA, dD, table,
-    first_piece, length, height, routes,
+    first_segment, length, height, directions,
     x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
     dy_batch, dy_step, dy_head, D_head, D_channel, n_rows,
-    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, DIRECTIONS: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
@@ -255,21 +269,21 @@ def _input_gradient_kernel(
     """All gradients but those of B and C, of one chunk and BLOCK_P channels of one head.
 
     Reads the state before the chunk and the gradient of the one after it. dx is whole; ddt is one partial a tile
-    of P; dA and dD are one partial a chunk (and tile). Grid: pieces x CHUNKS x heads x tiles of P.
+    of P; dA and dD are one partial a chunk (and tile). Grid: segments x CHUNKS x heads x tiles of P.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
     kept, head, tile = program // (H * TILES), program // TILES % H, program % TILES
-    piece = first_piece + kept // CHUNKS
-    batch, begin, end, sequence = load_piece(table, piece)
+    segment = first_segment + kept // CHUNKS
+    batch, begin, end, sequence = load_segment(table, segment)
     first = begin + kept % CHUNKS * Q
     if first >= end:
         return
     group = head // (H // G)
-    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
+    direction = (directions >> 2 * (group // (G // DIRECTIONS))) & 3 if DIRECTIONS else 0
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     in_p, in_n = p < P, n < N
-    rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
+    rows, valid = _rows(first, end, direction, length, height, Q, DIRECTIONS > 0)
     in_x, in_B = valid[:, None] & in_p[None, :], valid[:, None] & in_n[None, :]
     a = tl.load(A + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
     bias = tl.load(dt_bias + head).to(COMPUTE) if HAS_BIAS else 0.0
@@ -318,7 +332,7 @@ def _input_gradient_kernel(
     at_dt = ((tile.to(tl.int64) * n_rows + batch * length) + rows) * H + head
     tl.store(ddt + at_dt, dstep, valid)
     dx_q = (from_next + own) * step[:, None]
-    at_head = (piece.to(tl.int64) * CHUNKS + kept % CHUNKS) * H + head
+    at_head = (segment.to(tl.int64) * CHUNKS + kept % CHUNKS) * H + head
     if HAS_D:
         dx_q += skip[None, :] * dy_q
         tl.store(dD + at_head * P + p, tl.sum(dy_q * x_q, axis=0), in_p)
@@ -330,29 +344,29 @@ def _input_gradient_kernel(
 @triton.jit
 def _shared_gradient_kernel(
     x, dt, A, B, C, dt_bias, dy, states, dstates, dB, dC, table,
-    first_piece, length, height, routes,
+    first_segment, length, height, directions,
     x_batch, x_step, x_head, dt_batch, dt_step, dt_head, B_batch, B_step, B_group, C_batch, C_step, C_group,
     dy_batch, dy_step, dy_head, n_rows,
-    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, ROUTES: tl.constexpr, Q: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, DIRECTIONS: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B and C of one chunk, (Q, N) each, summed over some heads of a group: one partial a split.
 
-    Grid: pieces x CHUNKS x groups x SPLITS.
+    Grid: segments x CHUNKS x groups x SPLITS.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     HEADS: tl.constexpr = H // G
     program = tl.program_id(0)
     kept, group, split = program // (G * SPLITS), program // SPLITS % G, program % SPLITS
-    batch, begin, end, sequence = load_piece(table, first_piece + kept // CHUNKS)
+    batch, begin, end, sequence = load_segment(table, first_segment + kept // CHUNKS)
     first = begin + kept % CHUNKS * Q
     if first >= end:
         return
-    route = (routes >> 2 * (group // (G // ROUTES))) & 3 if ROUTES else 0
+    direction = (directions >> 2 * (group // (G // DIRECTIONS))) & 3 if DIRECTIONS else 0
     n = tl.arange(0, BLOCK_N)
-    rows, valid = _rows(first, end, route, length, height, Q, ROUTES > 0)
+    rows, valid = _rows(first, end, direction, length, height, Q, DIRECTIONS > 0)
     in_B = valid[:, None] & (n < N)[None, :]
     x += batch * x_batch
     dt += batch * dt_batch
@@ -449,7 +463,7 @@ def step(state, x, dt, A, B, C, D, z, dt_bias, softplus, low, high):
     """As `ssd_triton_step`: y (B, T, H, P), and the state moved on."""
     batch, tokens, heads, headdim = x.shape
     groups, n = B.shape[2:]
-    x, B, C, z = (m if m is None else adjacent(m) for m in (x, B, C, z))
+    x, B, C, z = (m if m is None else with_contiguous_last_dim(m) for m in (x, B, C, z))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_n = triton.next_power_of_2(n)
     block_p = max(1, min(triton.next_power_of_2(headdim), 2048 // block_n))
@@ -487,10 +501,10 @@ class _Call:
     """One call's tensors and sizes, as the kernels want them."""
 
     def __init__(
-        self, x, dt, A, B, C, D, dt_bias, softplus, low, high, initial_states, chunk_size, cu_seqlens, seq_idx, routes,
+        self, x, dt, A, B, C, D, dt_bias, softplus, low, high, initial_states, chunk_size, cu_seqlens, seq_idx, directions,
         height, out_dtype,
     ):  # fmt: skip
-        self.x, self.B, self.C = (adjacent(m) for m in (x, B, C))
+        self.x, self.B, self.C = (with_contiguous_last_dim(m) for m in (x, B, C))
         self.A, self.dt_bias, self.initial = (m if m is None else m.contiguous() for m in (A, dt_bias, initial_states))
         self.dt, self.D = dt, D
         self.batch, self.length, self.heads, self.headdim = x.shape
@@ -499,19 +513,19 @@ class _Call:
         self.state_rows = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
         self.chunk_size, self.out_dtype = chunk_size, out_dtype
         self.capability = capability(x.device)
-        self.runtime = (self.length, height, pack_routes(routes))
+        self.runtime = (self.length, height, pack_directions(directions))
         self.compute = torch.promote_types(x.dtype, torch.float32)
         dot = dot_type(x.dtype, B.dtype, C.dtype)
         self.constants = {
-            "H": self.heads, "P": self.headdim, "N": self.n, "G": self.groups, "ROUTES": len(routes),
+            "H": self.heads, "P": self.headdim, "N": self.n, "G": self.groups, "DIRECTIONS": len(directions),
             "HAS_BIAS": dt_bias is not None, "SOFTPLUS": softplus, "LOW": low, "HIGH": high,
             "LIMITED": _is_limited(softplus, low, high), "DOT": dot,
             "PRECISION": "ieee",  # of float32; three rounds of tf32 would not fit in registers
             "COMPUTE": compute_type(x.dtype),
         }  # fmt: skip
 
-    def cut(self, size: int) -> Pieces:
-        return cut(self.batch, self.length, size, *self.packing, self.x.device)
+    def build_segment_table(self, size: int) -> SegmentTable:
+        return build_segment_table(self.batch, self.length, size, *self.packing, self.x.device)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.compute, device=self.x.device)
@@ -528,49 +542,49 @@ class _Call:
         return starts.to(self.compute, copy=True)
 
     def scan(
-        self, tiles: _Tiles, pieces: Pieces, *, starts=None, start_row=None, y=None, ends=None, end_row=None, time=None,
+        self, tiles: _Tiles, segments: SegmentTable, *, starts=None, start_row=None, y=None, ends=None, end_row=None, time=None,
         states=None, part: range | None = None,
     ) -> None:  # fmt: skip
-        """The forward kernel over all pieces, or a part of them, writing what is given."""
+        """The forward kernel over all segments, or a part of them, writing what is given."""
         x, dt, B, C, D = self.x, self.dt, self.B, self.C, self.D
-        part = part or range(len(pieces.table))
+        part = part or range(len(segments.entries))
         programs = len(part) * self.heads * triton.cdiv(self.headdim, tiles.p)
         if programs:
             with on_device(x):
                 _forward_kernel[(programs,)](
-                    x, dt, self.A, B, C, D, self.dt_bias, starts, y, ends, time, states, pieces.table,
+                    x, dt, self.A, B, C, D, self.dt_bias, starts, y, ends, time, states, segments.entries,
                     start_row, end_row, part.start, *self.runtime,
                     *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], *_skip_strides(D),
-                    CHUNKS=PIECE_CHUNKS, WRITE_Y=y is not None, WRITE_END=ends is not None,
+                    CHUNKS=SEGMENT_CHUNKS, WRITE_Y=y is not None, WRITE_END=ends is not None,
                     WRITE_TIME=time is not None, KEEP=states is not None, HAS_START=starts is not None,
                     HAS_D=D is not None, num_stages=2, **tiles.options(), **self.constants,
-                    **(at_most_registers(STATE_REGISTERS, x.device) if y is None else {}),
+                    **(maxnreg_option(STATE_REGISTERS, x.device) if y is None else {}),
                 )  # fmt: skip
 
     def scan_back(
-        self, tiles: _Tiles, pieces: Pieces, dy: Tensor, *, dends=None, dstarts=None, dstates=None,
+        self, tiles: _Tiles, segments: SegmentTable, dy: Tensor, *, dends=None, dstarts=None, dstates=None,
         part: range | None = None,
     ) -> None:  # fmt: skip
-        """The gradient of the state over all pieces, or a part of them: before each piece, or after each chunk."""
+        """The gradient of the state over all segments, or a part of them: before each segment, or after each chunk."""
         dt, C = self.dt, self.C
-        part = part or range(len(pieces.table))
+        part = part or range(len(segments.entries))
         programs = len(part) * self.heads * triton.cdiv(self.headdim, tiles.p)
         if programs:
             with on_device(dy):
                 _state_gradient_kernel[(programs,)](
-                    dt, self.A, C, self.dt_bias, dy, dends, dstarts, dstates, pieces.table, part.start,
+                    dt, self.A, C, self.dt_bias, dy, dends, dstarts, dstates, segments.entries, part.start,
                     *self.runtime, *dt.stride(), *C.stride()[:3], *dy.stride()[:3],
-                    CHUNKS=PIECE_CHUNKS, HAS_END=dends is not None, KEEP=dstates is not None, num_stages=2,
+                    CHUNKS=SEGMENT_CHUNKS, HAS_END=dends is not None, KEEP=dstates is not None, num_stages=2,
                     **tiles.options(), **self.constants,
-                    **at_most_registers(STATE_REGISTERS, dy.device),
+                    **maxnreg_option(STATE_REGISTERS, dy.device),
                 )  # fmt: skip
 
-    def starts(self, tiles: _Tiles, pieces: Pieces, final: Tensor) -> tuple[Tensor, Tensor]:
-        """The state before each piece, each piece's time, and into `final` the state after each sequence."""
-        states = self.states(len(pieces.table))
-        time = self.empty(len(pieces.table), self.heads)
-        self.scan(tiles, pieces, ends=states, time=time)
-        carry(pieces, states, self.A, time, self.initial, final, reverse=False)
+    def starts(self, tiles: _Tiles, segments: SegmentTable, final: Tensor) -> tuple[Tensor, Tensor]:
+        """The state before each segment, each segment's time, and into `final` the state after each sequence."""
+        states = self.states(len(segments.entries))
+        time = self.empty(len(segments.entries), self.heads)
+        self.scan(tiles, segments, ends=states, time=time)
+        state_passing(segments, states, self.A, time, self.initial, final, reverse=False)
         return states, time
 
 
@@ -580,16 +594,22 @@ def forward(*args):
     tiles = _tiles(call, backward=False)
     y = call.empty(*call.x.shape, dtype=call.out_dtype)
     final = call.end_states(call.initial)
-    size = _piece_size(call, tiles)
-    pieces = call.cut(size)
+    size = _segment_size(call, tiles)
+    segments = call.build_segment_table(size)
     if size >= call.length:
         call.scan(
-            tiles, pieces, starts=call.initial, start_row=pieces.initial_row, y=y, ends=final, end_row=pieces.final_row
+            tiles,
+            segments,
+            starts=call.initial,
+            start_row=segments.initial_state_rows,
+            y=y,
+            ends=final,
+            end_row=segments.final_state_rows,
         )
     else:
-        starts, _ = call.starts(tiles, pieces, final)
-        call.scan(tiles, pieces, starts=starts, y=y)
-    clear_gaps(pieces, y)
+        starts, _ = call.starts(tiles, segments, final)
+        call.scan(tiles, segments, starts=starts, y=y)
+    zero_padding(segments, y)
     return y, final
 
 
@@ -597,48 +617,48 @@ def backward(dy, dfinal, *args):
     """As `ssd_triton_backward`: gradients of x, dt, A, B, C, D, dt_bias, initial_states; empty where not given."""
     call = _Call(*args)
     x, dt, A, B, C, D, dt_bias = args[:7]
-    dy, dfinal = adjacent(dy), dfinal.contiguous()
+    dy, dfinal = with_contiguous_last_dim(dy), dfinal.contiguous()
     forward_tiles, tiles = _tiles(call, backward=False), _tiles(call, backward=True)
-    pieces = call.cut(tiles.chunk * PIECE_CHUNKS)
-    n_pieces, n_tiles, rows = len(pieces.table), triton.cdiv(call.headdim, tiles.p), call.batch * call.length
+    segments = call.build_segment_table(tiles.chunk * SEGMENT_CHUNKS)
+    n_segments, n_tiles, rows = len(segments.entries), triton.cdiv(call.headdim, tiles.p), call.batch * call.length
 
-    # The states before each piece, and the gradients of those after it.
-    starts, time = call.starts(forward_tiles, pieces, call.end_states(call.initial))
-    dends, dinitial = call.states(n_pieces), call.end_states(dfinal)
+    # The states before each segment, and the gradients of those after it.
+    starts, time = call.starts(forward_tiles, segments, call.end_states(call.initial))
+    dends, dinitial = call.states(n_segments), call.end_states(dfinal)
     strides = (
         *call.x.stride()[:3], *dt.stride(), *call.B.stride()[:3], *call.C.stride()[:3],
         *dy.stride()[:3],
     )  # fmt: skip
-    call.scan_back(forward_tiles, pieces, dy, dstarts=dends)
-    carry(pieces, dends, call.A, time, dfinal, dinitial, reverse=True)
+    call.scan_back(forward_tiles, segments, dy, dstarts=dends)
+    state_passing(segments, dends, call.A, time, dfinal, dinitial, reverse=True)
 
     dx, ddt = call.empty(*x.shape, dtype=x.dtype), call.empty(n_tiles, *dt.shape)
-    n_chunks = n_pieces * PIECE_CHUNKS
+    n_chunks = n_segments * SEGMENT_CHUNKS
     # Zero, for the chunks to spare.
     dA = x.new_zeros(n_chunks, call.heads, n_tiles, dtype=call.compute)
     dD = x.new_zeros(n_chunks, call.heads, 0 if D is None else call.headdim, dtype=call.compute)
-    # What is kept of each chunk is as large as the inputs several times over: not of all pieces at once.
+    # What is kept of each chunk is as large as the inputs several times over: not of all segments at once.
     kept_type = KEPT.get(call.constants["DOT"], call.compute)
     chunk_bytes = call.heads * call.headdim * call.n * torch.finfo(kept_type).bits // 8
-    at_once = max(1, min(n_pieces, KEPT_BYTES // (2 * PIECE_CHUNKS * chunk_bytes)))
-    states, dstates = (call.empty(at_once * PIECE_CHUNKS, *starts.shape[1:], dtype=kept_type) for _ in range(2))
+    at_once = max(1, min(n_segments, KEPT_BYTES // (2 * SEGMENT_CHUNKS * chunk_bytes)))
+    states, dstates = (call.empty(at_once * SEGMENT_CHUNKS, *starts.shape[1:], dtype=kept_type) for _ in range(2))
     # Programs enough to fill the device, and no more: each has sums of its own.
-    programs = at_once * PIECE_CHUNKS * call.groups
-    splits = max(1, min(call.heads // call.groups, triton.cdiv(2 * processors(x.device), programs)))
+    programs = at_once * SEGMENT_CHUNKS * call.groups
+    splits = max(1, min(call.heads // call.groups, triton.cdiv(2 * num_sms(x.device), programs)))
     dB, dC = (call.empty(splits, *m.shape) for m in (B, C))
-    shared = {"CHUNKS": PIECE_CHUNKS, "num_stages": 1, **tiles.options(), **call.constants}
-    for first in range(0, n_pieces, at_once):
-        part = range(first, min(first + at_once, n_pieces))
-        call.scan(forward_tiles, pieces, starts=starts, states=states, part=part)
-        call.scan_back(forward_tiles, pieces, dy, dends=dends, dstates=dstates, part=part)
+    shared = {"CHUNKS": SEGMENT_CHUNKS, "num_stages": 1, **tiles.options(), **call.constants}
+    for first in range(0, n_segments, at_once):
+        part = range(first, min(first + at_once, n_segments))
+        call.scan(forward_tiles, segments, starts=starts, states=states, part=part)
+        call.scan_back(forward_tiles, segments, dy, dends=dends, dstates=dstates, part=part)
         with on_device(x):
-            _input_gradient_kernel[(len(part) * PIECE_CHUNKS * call.heads * n_tiles,)](
+            _input_gradient_kernel[(len(part) * SEGMENT_CHUNKS * call.heads * n_tiles,)](
                 call.x, dt, call.A, call.B, call.C, D, call.dt_bias, dy, states, dstates,
-                dx, ddt, dA, dD, pieces.table, first, *call.runtime, *strides, *_skip_strides(D), rows,
+                dx, ddt, dA, dD, segments.entries, first, *call.runtime, *strides, *_skip_strides(D), rows,
                 HAS_D=D is not None, **shared,
             )  # fmt: skip
-            _shared_gradient_kernel[(len(part) * PIECE_CHUNKS * call.groups * splits,)](
-                call.x, dt, call.A, call.B, call.C, call.dt_bias, dy, states, dstates, dB, dC, pieces.table,
+            _shared_gradient_kernel[(len(part) * SEGMENT_CHUNKS * call.groups * splits,)](
+                call.x, dt, call.A, call.B, call.C, call.dt_bias, dy, states, dstates, dB, dC, segments.entries,
                 first, *call.runtime, *strides, rows, SPLITS=splits, **shared,
             )  # fmt: skip
 
@@ -647,21 +667,21 @@ def backward(dy, dfinal, *args):
 
     dD = dD.sum(0) if D is None or D.dim() == 2 else dD.sum((0, 2))
     ddt, dB, dC = (m.sum(0) for m in (ddt, dB, dC))
-    clear_gaps(pieces, dx, ddt, dB, dC)
+    zero_padding(segments, dx, ddt, dB, dC)
     return (
         dx, ddt.to(dt.dtype), dA.sum((0, 2)).to(A.dtype), dB.to(B.dtype), dC.to(C.dtype),
         optional(D, dD), optional(dt_bias, ddt.sum((0, 1))), optional(call.initial, dinitial),
     )  # fmt: skip
 
 
-PIECE_CHUNKS = 4
-"""Chunks of a piece of the backward: more are fewer states in memory, and fewer programs."""
+SEGMENT_CHUNKS = 4
+"""Chunks of a segment of the backward: more are fewer states in memory, and fewer programs."""
 KEPT_BYTES = 1 << 28
-"""At most so much scratch memory in the backward, if one piece does not need more."""
+"""At most so much scratch memory in the backward, if one segment does not need more."""
 STATE_REGISTERS = 128
 """A thread of the kernels that only carry states, on NVIDIA."""
 KEPT = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
-"""What states are kept in within a piece of the backward: what they are rounded to in products anyway."""
+"""What states are kept in within a segment of the backward: what they are rounded to in products anyway."""
 
 
 def _tiles(call: _Call, backward: bool) -> _Tiles:
@@ -682,15 +702,15 @@ def _tiles(call: _Call, backward: bool) -> _Tiles:
     return _Tiles(max(16, min(chunk, triton.next_power_of_2(call.chunk_size))), p, n, warps)
 
 
-def _piece_size(call: _Call, tiles: _Tiles) -> int:
-    """Steps of a piece of the forward: whole sequences where these fill the device."""
+def _segment_size(call: _Call, tiles: _Tiles) -> int:
+    """Steps of a segment of the forward: whole sequences where these fill the device."""
     sequences = call.batch if call.packing == (None, None) else 1  # packed sequences may be one long one
     programs = sequences * call.heads * triton.cdiv(call.headdim, tiles.p)
-    wanted = 2 * processors(call.x.device) // max(1, programs)
-    if wanted <= 1 or call.length <= tiles.chunk * PIECE_CHUNKS:
+    wanted = 2 * num_sms(call.x.device) // max(1, programs)
+    if wanted <= 1 or call.length <= tiles.chunk * SEGMENT_CHUNKS:
         return max(1, call.length)
-    per_piece = max(PIECE_CHUNKS, triton.cdiv(triton.cdiv(call.length, tiles.chunk), wanted))
-    return per_piece * tiles.chunk
+    per_segment = max(SEGMENT_CHUNKS, triton.cdiv(triton.cdiv(call.length, tiles.chunk), wanted))
+    return per_segment * tiles.chunk
 
 
 def _is_limited(softplus: bool, low: float, high: float) -> bool:

@@ -1,4 +1,4 @@
-"""VMamba's scans over images: each route written out, in every layout, with gradients."""
+"""VMamba's scans over images: each direction written out, in every layout, with gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH, CHANNELS, HEIGHT, WIDTH = 2, 3, 4, 5
 LAYOUTS = list(itertools.product([True, False], [True, False]))
 
 
-def routes(scans: int) -> list:
+def directions(scans: int) -> list:
     rows = [h * WIDTH + w for h in range(HEIGHT) for w in range(WIDTH)]
     columns = [h * WIDTH + w for w in range(WIDTH) for h in range(HEIGHT)]
     return {
@@ -40,7 +40,7 @@ def assert_same(got, want, *inputs):
 def test_scan_and_merge(backend, scans, in_first, out_first, one_by_one):
     x = torch.randn(BATCH, 4, CHANNELS, HEIGHT, WIDTH, requires_grad=True)
     grids = x if one_by_one else x[:, :1].expand(-1, 4, -1, -1, -1)
-    read = [grids[:, k].flatten(2)[..., route] for k, route in enumerate(routes(scans))]
+    read = [grids[:, k].flatten(2)[..., direction] for k, direction in enumerate(directions(scans))]
     want = torch.stack(read, 1)  # (B, 4, C, L)
     given = x if one_by_one else x[:, 0]
     given = given if in_first else given.movedim((-2, -1), (1, 2))
@@ -51,7 +51,7 @@ def test_scan_and_merge(backend, scans, in_first, out_first, one_by_one):
 
     y = torch.randn(BATCH, 4, CHANNELS, HEIGHT * WIDTH, requires_grad=True)
     empty = torch.zeros(BATCH, CHANNELS, HEIGHT * WIDTH)
-    places = [empty.index_copy(2, torch.tensor(route), y[:, k]) for k, route in enumerate(routes(scans))]
+    places = [empty.index_copy(2, torch.tensor(direction), y[:, k]) for k, direction in enumerate(directions(scans))]
     want = torch.stack(places, 1) if one_by_one else sum(places)
     given = y.unflatten(-1, (HEIGHT, WIDTH))
     with use_backend(backend):
@@ -63,7 +63,7 @@ def test_the_functions_of_the_first_release(backend):
     x = torch.randn(BATCH, CHANNELS, HEIGHT, WIDTH)
     with use_backend(backend):
         ys = vmamba.CrossScan.apply(x)
-        assert ys.equal(torch.stack([x.flatten(2)[..., route] for route in routes(0)], 1))
+        assert ys.equal(torch.stack([x.flatten(2)[..., direction] for direction in directions(0)], 1))
         merged = vmamba.CrossMerge.apply(ys.unflatten(-1, (HEIGHT, WIDTH)))
     torch.testing.assert_close(merged, 4 * x.flatten(2))
 

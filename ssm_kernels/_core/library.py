@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-NAMESPACE = __package__.replace(".", "_")
+NAMESPACE = __package__.rpartition(".")[0].replace(".", "_")
 """Of the ops: another copy of this package, imported under another name, has its own."""
 _library = torch.library.Library(NAMESPACE, "DEF")
 BODIES: dict[torch._ops.OpOverload, Callable] = {}

@@ -13,10 +13,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from .._invariant import silu as _silu
-from .._invariant import silu_backward
-from .._library import Gradient, define_op
-from .._sequences import parse_sequences
+from .._core.invariant import silu as _silu
+from .._core.invariant import silu_backward
+from .._core.library import Gradient, define_op
+from .._core.varlen import parse_sequences
 
 
 def conv(
@@ -156,14 +156,14 @@ def _gradients(ctx, dy, dfinal):
 
 
 _forward_op = define_op(
-    "causal_conv1d_chunked(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states,"
+    "causal_conv1d_torch(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states,"
     " Tensor? cu_seqlens, Tensor? seq_idx) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
-    "causal_conv1d_chunked_backward(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states,"
+    "causal_conv1d_torch_backward(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states,"
     " Tensor? cu_seqlens, Tensor? seq_idx, Tensor dy, Tensor dfinal) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

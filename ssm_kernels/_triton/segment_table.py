@@ -1,7 +1,7 @@
-"""Sequences cut in pieces, for the Triton kernels: tables on the device, made without waiting for it.
+"""Sequences cut in segments, for the Triton kernels: tables on the device, made without waiting for it.
 
-A program of a kernel works on one piece: some steps of one sequence. So no kernel knows of batches, `cu_seqlens` or
-`seq_idx`; they all become the same table. How many pieces there are must be known before the table is, so with
+A program of a kernel works on one segment: some steps of one sequence. So no kernel knows of batches, `cu_seqlens` or
+`seq_idx`; they all become the same table. How many segments there are must be known before the table is, so with
 `cu_seqlens` it holds as many as there could be, and those to spare belong to no sequence.
 """
 
@@ -14,35 +14,39 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ._sequences import Sequences, check_packing, parse_sequences
+from .._core.varlen import Sequences, check_packing, parse_sequences
 
 
-class Pieces(NamedTuple):
-    """Pieces of at most `size` steps, in order of sequence and time. All tensors but one are int32."""
+class SegmentTable(NamedTuple):
+    """SegmentTable of at most `size` steps, in order of sequence and time. All tensors but one are int32."""
 
     size: int
     gaps: Tensor
-    """(G, 2) int64 runs of padding, which no piece holds: the first position of the flattened (B * L) tensor and the
+    """(G, 2) int64 runs of padding, which no segment holds: the first position of the flattened (B * L) tensor and the
     one after the last. A run may be empty."""
-    table: Tensor
-    """(M, 4): batch row, first step, the step after the last, and the sequence, or -1 for a piece to spare."""
-    first: Tensor
-    """(S + 1,) the first piece of each sequence, and how many pieces there are."""
-    begin: Tensor
+    entries: Tensor
+    """(M, 4): batch row, first step, the step after the last, and the sequence, or -1 for an unused entry."""
+    first_segment: Tensor
+    """(S + 1,) the first segment of each sequence, and how many segments there are."""
+    sequence_starts: Tensor
     """(S,) the first step of each sequence in its batch row."""
-    initial_row: Tensor
+    initial_state_rows: Tensor
     """(S,) the row of `initial_states` that a sequence starts from, or -1."""
-    final_row: Tensor
+    final_state_rows: Tensor
     """(S,) the row of `final_states` that a sequence ends in, or -1."""
 
 
-def max_pieces(batch: int, length: int, n_sequences: int | torch.SymInt, size: int, packed: bool) -> int | torch.SymInt:
-    """How many pieces `cut` gives, told from shapes alone as tracing needs."""
+def max_segments(
+    batch: int, length: int, n_sequences: int | torch.SymInt, size: int, packed: bool
+) -> int | torch.SymInt:
+    """How many segments `build_segment_table` gives, told from shapes alone as tracing needs."""
     return batch * length // size + n_sequences if packed else batch * -(-length // size)
 
 
-def cut(batch: int, length: int, size: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None, device) -> Pieces:
-    """Cut the sequences of a (B, L) tensor in pieces of `size` steps, the last of each being shorter.
+def build_segment_table(
+    batch: int, length: int, size: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None, device
+) -> SegmentTable:
+    """Cut the sequences of a (B, L) tensor in segments of `size` steps, the last of each being shorter.
 
     Bounds on the CPU are read there. On a GPU they are not looked at, since the host would have to wait; only
     `seq_idx` makes it wait, since how many sequences it describes is in its values.
@@ -53,45 +57,45 @@ def cut(batch: int, length: int, size: int, cu_seqlens: Tensor | None, seq_idx: 
     """
     if cu_seqlens is None and seq_idx is None:
         # A table that is made while a graph is captured is not there until the graph is replayed: not for others.
-        return (_cut_rows if _is_captured(device) else _kept_cut_rows)(batch, length, size, device)
+        return (_table_of_rows if _is_captured(device) else _cached_table_of_rows)(batch, length, size, device)
     if cu_seqlens is not None and seq_idx is None and cu_seqlens.device.type != "cpu":
-        return _cut_on_device(batch, length, size, cu_seqlens)
-    return _cut_sequences(parse_sequences(batch, length, cu_seqlens, seq_idx), batch, length, size, device)
+        return _build_on_device(batch, length, size, cu_seqlens)
+    return _table_of_sequences(parse_sequences(batch, length, cu_seqlens, seq_idx), batch, length, size, device)
 
 
 def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _cut_rows(batch: int, length: int, size: int, device: torch.device) -> Pieces:
+def _table_of_rows(batch: int, length: int, size: int, device: torch.device) -> SegmentTable:
     rows = torch.arange(batch, device=device)
     lengths = torch.full_like(rows, length)
-    count = max_pieces(batch, length, batch, size, False)
+    count = max_segments(batch, length, batch, size, False)
     no_gaps = rows.new_empty(0, 2)
-    return _cut(rows, torch.zeros_like(rows), lengths, [rows.int(), rows.int()], count, size, no_gaps)
+    return _build(rows, torch.zeros_like(rows), lengths, [rows.int(), rows.int()], count, size, no_gaps)
 
 
-_kept_cut_rows = functools.lru_cache(maxsize=64)(_cut_rows)
+_cached_table_of_rows = functools.lru_cache(maxsize=64)(_table_of_rows)
 
 
 @functools.lru_cache(maxsize=64)
-def _cut_sequences(sequences: Sequences, batch: int, length: int, size: int, device: torch.device) -> Pieces:
+def _table_of_sequences(sequences: Sequences, batch: int, length: int, size: int, device: torch.device) -> SegmentTable:
     starts, lengths = (torch.tensor(t, dtype=torch.int64, device=device) for t in sequences[:2])
     # A sequence without steps may start where the last row ends.
     row = (starts // max(length, 1)).clamp(max=max(batch - 1, 0))
     rows = [_row_of(r, len(starts), device) for r in (sequences.first, sequences.last)]
-    count = max_pieces(batch, length, len(starts), size, True)
+    count = max_segments(batch, length, len(starts), size, True)
     gaps = torch.tensor(sequences.gaps(batch * length), dtype=torch.int64, device=device).view(-1, 2)
-    return _cut(row, starts - row * length, lengths, rows, count, size, gaps)
+    return _build(row, starts - row * length, lengths, rows, count, size, gaps)
 
 
 # Every layer of a model cuts the same bounds.
-_cuts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_tables_by_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _cut_on_device(batch: int, length: int, size: int, cu_seqlens: Tensor) -> Pieces:
+def _build_on_device(batch: int, length: int, size: int, cu_seqlens: Tensor) -> SegmentTable:
     # What a graph that is being captured computes must be in the graph: its bounds may change before it is replayed.
-    known = {} if _is_captured(cu_seqlens.device) else _cuts.setdefault(cu_seqlens, {})
+    known = {} if _is_captured(cu_seqlens.device) else _tables_by_bounds.setdefault(cu_seqlens, {})
     key = (cu_seqlens._version, batch, length, size)
     if key not in known:
         check_packing(batch, length, cu_seqlens, None)
@@ -100,9 +104,9 @@ def _cut_on_device(batch: int, length: int, size: int, cu_seqlens: Tensor) -> Pi
         is_right = (bounds[0] == 0) & (bounds[-1] <= length) & (lengths >= 0).all()
         torch._assert_async(is_right, f"cu_seqlens must run from 0 to L = {length} at most and never decrease")
         everyone = torch.arange(len(begin), dtype=torch.int32, device=bounds.device)
-        count = max_pieces(batch, length, len(begin), size, True)
+        count = max_segments(batch, length, len(begin), size, True)
         gaps = torch.nn.functional.pad(bounds[-1:], (0, 1), value=length).unsqueeze(0)  # (1, 2)
-        known[key] = _cut(torch.zeros_like(begin), begin, lengths, [everyone, everyone], count, size, gaps)
+        known[key] = _build(torch.zeros_like(begin), begin, lengths, [everyone, everyone], count, size, gaps)
     return known[key]
 
 
@@ -114,19 +118,19 @@ def _row_of(sequences: tuple[int, ...], n_sequences: int, device: torch.device) 
     return rows
 
 
-def _cut(
+def _build(
     row: Tensor, begin: Tensor, lengths: Tensor, rows: list[Tensor], count: int, size: int, gaps: Tensor
-) -> Pieces:
-    """row, begin, lengths (S,) of each sequence -> `count` pieces."""
+) -> SegmentTable:
+    """row, begin, lengths (S,) of each sequence -> `count` segments."""
     per_sequence = (lengths + (size - 1)) // size
     first = torch.nn.functional.pad(per_sequence.cumsum(0), (1, 0))
-    piece = torch.arange(count, device=row.device)
-    sequence = torch.searchsorted(first[1:], piece, right=True)
-    is_spare = piece >= first[-1]  # its sequence is S, which gets an entry here
+    segment = torch.arange(count, device=row.device)
+    sequence = torch.searchsorted(first[1:], segment, right=True)
+    is_spare = segment >= first[-1]  # its sequence is S, which gets an entry here
     n_sequences = len(begin)
     row, begin, lengths = (torch.nn.functional.pad(x, (0, 1)) for x in (row, begin, lengths))
-    at = (piece - first[sequence]) * size
+    at = (segment - first[sequence]) * size
     end = begin[sequence] + torch.minimum(at + size, lengths[sequence])
     columns = (row[sequence], begin[sequence] + at, end, sequence)
     table = torch.stack([torch.where(is_spare, -1 if i == 3 else 0, c) for i, c in enumerate(columns)], 1)
-    return Pieces(size, gaps, table.int(), first.int(), begin[:n_sequences].int(), *rows)
+    return SegmentTable(size, gaps, table.int(), first.int(), begin[:n_sequences].int(), *rows)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._invariant import matmul
-from .._library import Gradient, define_op, unknown_size
-from .._sequences import Blocks, make_tiles, parse_sequences
+from .._core.invariant import matmul
+from .._core.library import Gradient, define_op, unknown_size
+from .._core.varlen import Blocks, make_tiles, parse_sequences
 
 # Chunks of a sequence in a segment: more of them are fewer and larger operations on more scratch memory.
 SEGMENT = 8
@@ -31,7 +31,7 @@ LONGEST_CHUNK = 64
 # Elements of the states of a segment, which bounds how many sequences are scanned together.
 SEGMENT_ELEMENTS = 1 << 20
 # The exponential of so much overflows, and of its negative is 0.
-MOST = {torch.float32: 104.0, torch.float64: 746.0}
+MAX_LOG_DECAY = {torch.float32: 104.0, torch.float64: 746.0}
 
 
 def scan(
@@ -144,7 +144,7 @@ def _running_sum(log: Tensor) -> tuple[Tensor, Tensor]:
     part has the terms as multiples of a power of two so large that their sums are exact, and the second what remains
     of them. No term need be larger than what makes 0, or infinity, of the exponential.
     """
-    largest = MOST[log.dtype]
+    largest = MAX_LOG_DECAY[log.dtype]
     log = log.clamp(-largest, largest)
     digits = 1 - math.log2(torch.finfo(log.dtype).eps)
     unit = 2.0 ** (math.ceil(math.log2(largest * log.shape[1])) - digits)
@@ -322,14 +322,14 @@ def _gradients(ctx, dy, dfinal):
 
 
 _forward_op = define_op(
-    "ssd_chunked(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states, Tensor? cu_seqlens,"
+    "ssd_torch(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states, Tensor? cu_seqlens,"
     " Tensor? seq_idx, int chunk_size) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
-    "ssd_chunked_backward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept, Tensor dy, Tensor dfinal,"
+    "ssd_torch_backward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept, Tensor dy, Tensor dfinal,"
     " Tensor? cu_seqlens, Tensor? seq_idx, int chunk_size)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,

@@ -11,17 +11,12 @@ from typing import Literal, get_args
 
 import torch
 
-from ._triton import can_launch
+from .._triton.device import can_launch
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 """`auto` chooses; `triton`, `torch` (fast pure PyTorch) and `reference` (step by step) are obeyed or refused."""
 
 logger = logging.getLogger("ssm_kernels")
-
-# Ops that have Triton kernels. An op is added here in the change that adds its kernels.
-TRITON_OPS: frozenset[str] = frozenset(
-    {"rms_norm", "add_rms_norm", "causal_conv1d", "cross_merge", "cross_scan", "selective_scan", "ssd"}
-)
 
 
 class _Choice(threading.local):
@@ -55,7 +50,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _choice.backend = before
 
 
-def as_now(function: Callable) -> Callable:
+def bind_backend(function: Callable) -> Callable:
     """The function as it would run now, for a backward that runs it outside of the present `use_backend`."""
     backend = _choice.backend
 
@@ -100,8 +95,6 @@ def _known(backend: str) -> Backend:
 
 
 def _why_not_triton(device: torch.device, op: str) -> str | None:
-    if op not in TRITON_OPS:
-        return f"{op} has no Triton kernel yet"
     if not can_launch(device):
         return f"{op} was given tensors on {device}, and Triton needs a GPU"
     if importlib.util.find_spec("triton") is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ._triton import interpreting
+from .._triton.device import is_interpreted
 
 ROUNDINGS = 64
 """Roundings of the largest element that are forgiven in what sums are computed in: their order is another."""
@@ -64,7 +64,7 @@ def assert_agrees(
     exact = _run(op, tensors, options, oracle, torch.float64, gradients)
     rounded = _run(op, tensors, options, oracle, None, gradients)
     actual = _run(op, tensors, options, backend, None, gradients)
-    is_compiled = backend == "triton" and not interpreting()
+    is_compiled = backend == "triton" and not is_interpreted()
     operands = coarsest_dtype(tensors) if is_compiled else None
     assert actual.keys() == exact.keys(), f"outputs differ: {sorted(actual)} against {sorted(exact)}"
     for name, want in exact.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def interpreting() -> bool:
+def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: `TRITON_INTERPRET=1`, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -20,45 +20,45 @@ class Target(NamedTuple):
     """What launches ask of a device."""
 
     architecture: tuple[str, int | str]
-    processors: int
+    num_sms: int
 
 
-_pretended: Target | None = None
+_fake_target: Target | None = None
 _device_type = "meta"
 """Of the tensors that stand for those of the pretended GPU."""
 
 
 @contextlib.contextmanager
-def pretend(target: Target, device_type: str = "meta") -> Iterator[None]:
+def fake_target(target: Target, device_type: str = "meta") -> Iterator[None]:
     """Take tensors on the meta device for tensors on such a GPU: to see what would be launched, without one.
 
     With `device_type="cpu"` it is CPU tensors: for a Triton driver that emulates that GPU.
     """
-    global _pretended, _device_type
-    _pretended, _device_type = target, device_type
+    global _fake_target, _device_type
+    _fake_target, _device_type = target, device_type
     try:
         yield
     finally:
-        _pretended = None
+        _fake_target = None
 
 
 def can_launch(device: torch.device) -> bool:
     """Whether kernels run on tensors of this device."""
-    emulated = _device_type if _pretended else "cpu" if interpreting() else None
+    emulated = _device_type if _fake_target else "cpu" if is_interpreted() else None
     return device.type in ("cuda", emulated)
 
 
-def processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """How many programs run at once, at least; two in the interpreter, so that sums over programs are tested."""
-    if _pretended:
-        return _pretended.processors
+    if _fake_target:
+        return _fake_target.num_sms
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def capability(device: torch.device) -> tuple[str, int | str]:
     """The architecture kernels are configured for: ("cuda", 90) or ("hip", "gfx942"); Hopper in the interpreter."""
-    if _pretended:
-        return _pretended.architecture
+    if _fake_target:
+        return _fake_target.architecture
     if device.type == "cpu":
         return "cuda", 90
     properties = torch.cuda.get_device_properties(device)
@@ -67,7 +67,7 @@ def capability(device: torch.device) -> tuple[str, int | str]:
     return "cuda", properties.major * 10 + properties.minor
 
 
-def at_most_registers(count: int, device: torch.device) -> dict[str, int]:
+def maxnreg_option(count: int, device: torch.device) -> dict[str, int]:
     """A launch option for NVIDIA: so many registers a thread. Told nothing, its compiler may spill to use fewer."""
     return {"maxnreg": count} if capability(device)[0] == "cuda" else {}
 
@@ -78,21 +78,21 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(..., D) -> (rows, D) with adjacent channels: a view where strides allow."""
+    """(..., D) -> (rows, D) with with_contiguous_last_dim channels: a view where strides allow."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def adjacent(x: Tensor) -> Tensor:
+def with_contiguous_last_dim(x: Tensor) -> Tensor:
     """The tensor itself where its last dimension lies side by side, else a copy."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-MAX_ROUTES = 15
+MAX_DIRECTIONS = 15
 
 
-def pack_routes(routes: Sequence[int]) -> int:
-    """Route codes in two bits each, the first lowest, as an integer that a kernel takes."""
-    if len(routes) > MAX_ROUTES:
-        raise ValueError(f"routes must be at most {MAX_ROUTES}, got {len(routes)}")
-    return sum(code << 2 * k for k, code in enumerate(routes))
+def pack_directions(directions: Sequence[int]) -> int:
+    """ScanDirection codes in two bits each, the first lowest, as an integer that a kernel takes."""
+    if len(directions) > MAX_DIRECTIONS:
+        raise ValueError(f"directions must be at most {MAX_DIRECTIONS}, got {len(directions)}")
+    return sum(code << 2 * k for k, code in enumerate(directions))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def not_kept(*activations: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
+def recompute_in_backward(*activations: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
     """Inside, autograd keeps none of these tensors nor their views; the backward has each computed again, once.
 
     `torch.utils.checkpoint` would run what is inside again too. Where its hooks, or others, are at work already, and
@@ -20,13 +20,13 @@ def not_kept(*activations: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_hooks():
         yield
         return
-    forgotten = {_storage(out): _Forgotten(again) for out, again in activations}
+    forgotten = {_storage(out): RecomputedTensor(again) for out, again in activations}
 
-    def pack(t: Tensor) -> _Whole | _Part:
+    def pack(t: Tensor) -> SavedTensor | _Part:
         source = forgotten.get(_storage(t))
-        return _Whole(t, t._version) if source is None else source.part(t)
+        return SavedTensor(t, t._version) if source is None else source.part(t)
 
-    def unpack(kept: _Whole | _Part) -> Tensor:
+    def unpack(kept: SavedTensor | _Part) -> Tensor:
         return kept.restore()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -42,7 +42,7 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
-class _Whole(NamedTuple):
+class SavedTensor(NamedTuple):
     """A tensor that is kept. Where there are hooks, autograd does not look whether it has been changed since."""
 
     tensor: Tensor
@@ -59,7 +59,7 @@ class _Whole(NamedTuple):
 class _Part(NamedTuple):
     """A view of a tensor that is not there."""
 
-    source: _Forgotten
+    source: RecomputedTensor
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -68,7 +68,7 @@ class _Part(NamedTuple):
         return self.source.view(self)
 
 
-class _Forgotten:
+class RecomputedTensor:
     """A tensor that is computed again for the first of its parts, and let go with the last."""
 
     def __init__(self, again: Callable[[], Tensor]):

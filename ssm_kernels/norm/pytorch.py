@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._invariant import silu
-from .._library import autocast_off
+from .._core.invariant import silu
+from .._core.library import autocast_off
 
 
 def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._invariant import matmul
-from .._library import Gradient, define_op, unknown_size
-from .._sequences import Blocks, Sequences, make_tiles, parse_sequences
+from .._core.invariant import matmul
+from .._core.library import Gradient, define_op, unknown_size
+from .._core.varlen import Blocks, Sequences, make_tiles, parse_sequences
 
 # Elements of one step of the recurrence, and of one block of steps: the first keeps a step's operands in a
 # core's cache, the second a block's buffers in the shared one. Both were chosen by timing on a CPU.
@@ -248,14 +248,14 @@ def _gradients(ctx, dy, dfinal):
 
 
 _forward_op = define_op(
-    "selective_scan_chunked(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states,"
+    "selective_scan_torch(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states,"
     " Tensor? cu_seqlens, Tensor? seq_idx) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
-    "selective_scan_chunked_backward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept, Tensor dy,"
+    "selective_scan_torch_backward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept, Tensor dy,"
     " Tensor dfinal, Tensor? cu_seqlens, Tensor? seq_idx)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,

@@ -1,0 +1,1 @@
+"""Dispatch, validation, op registration and packed sequences, shared by the ops."""

@@ -1,0 +1,1 @@
+"""Triton infrastructure shared by the kernels of several ops."""

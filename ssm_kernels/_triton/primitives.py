@@ -1,0 +1,107 @@
+"""What the Triton kernels of several ops share. Imports Triton; imported by the `kernels` modules alone."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import is_interpreted, on_device
+from .segment_table import SegmentTable
+
+
+def compute_type(dtype: torch.dtype) -> tl.dtype:
+    """What sums and states are computed in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dot_type(*dtypes: torch.dtype) -> tl.dtype:
+    """What the operands of matrix products are rounded to: the widest of the inputs.
+
+    In the interpreter float32 at least, since it computes products of bfloat16 wrongly.
+    """
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    if is_interpreted():
+        widest = torch.promote_types(widest, torch.float32)
+    return {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }[widest]
+
+
+@triton.jit
+def load_segment(table, segment):
+    """Batch row (int64), first step, the step after the last, and the sequence (-1: a segment to spare)."""
+    entry = table + segment.to(tl.int64) * 4
+    return tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+
+
+@triton.jit
+def grid_offset(step, direction, length, height):
+    """Where in a row-major grid of `length` places a step of a direction is.
+
+    direction: 0 rows, 1 columns, 2 rows reversed, 3 columns reversed, as in `cross_scan.CROSS`.
+    """
+    forth = tl.where((direction & 2) != 0, length - 1 - step, step)
+    return tl.where((direction & 1) != 0, forth % height * (length // height) + forth // height, forth)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), accurate in the smallest results too, where 1 + exp(x) rounds: what was lost is added again."""
+    e = tl.exp(-tl.abs(x))
+    w = 1 + e
+    return tl.maximum(x, 0) + (tl.log(w) + (e - (w - 1)))
+
+
+@triton.jit
+def and_scalar(mask, flag):
+    """`mask & flag` of a tile and a scalar.
+
+    In the interpreter of Triton 3.9, the result of comparing scalars has the type of its operands once it is spread
+    over a tile, and a mask must be boolean. The compiler sees no difference.
+    """
+    return mask & (tl.broadcast_to(flag, mask.shape) != 0)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without the division, which takes more instructions than all the rest."""
+    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
+def _zero_padding_kernel(
+    x, gaps, length, width, n_channels, x_row, x_step, x_group, x_channel, STEPS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Zero BLOCK channels of one gap, STEPS steps at a time. Grid: (gaps, programs of a gap, tiles of channels)."""
+    gap = gaps + 2 * tl.program_id(0)
+    first, end = tl.load(gap), tl.load(gap + 1)
+    channel = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
+    x += channel // width * x_group + channel % width * x_channel
+    zeros = tl.zeros((STEPS, BLOCK), x.dtype.element_ty)
+    for tile in range(tl.program_id(1), tl.cdiv(end - first, STEPS), tl.num_programs(1)):
+        position = first + tile * STEPS + tl.arange(0, STEPS)[:, None]
+        at = position // length * x_row + position % length * x_step
+        tl.store(x + at, zeros, (position < end) & (channel < n_channels))
+
+
+def zero_padding(segments: SegmentTable, *tensors: Tensor) -> None:
+    """Zero what belongs to no sequence in tensors (B, L, H) or (B, L, G, E) of any strides, which no segment writes."""
+    for x in tensors:
+        x = x.unsqueeze(3) if x.dim() == 3 else x
+        batch, length, groups, width = x.shape
+        if not (len(segments.gaps) and x.numel()):
+            continue
+        steps, block = 16, min(128, triton.next_power_of_2(groups * width))
+        programs = min(32, triton.cdiv(batch * length, steps))
+        with on_device(x):
+            _zero_padding_kernel[len(segments.gaps), programs, triton.cdiv(groups * width, block)](
+                x, segments.gaps, length, width, groups * width, *x.stride(), STEPS=steps, BLOCK=block, num_warps=4
+            )

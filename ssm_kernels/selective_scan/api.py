@@ -1,0 +1,214 @@
+"""Selective scan, the recurrence of Mamba-1 (arXiv 2312.00752, equation 2 and algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._core.dispatch import Backend, resolve_backend
+from .._core.invariant import silu, softplus
+from .._core.library import autocast_off
+from .._core.validation import check_divides, check_no_nan, check_tensor
+from .._core.varlen import check_packing, without_padding
+from . import pytorch, reference, triton
+
+
+class SelectiveScanOutput(NamedTuple):
+    """What `selective_scan` gives."""
+
+    y: Tensor
+    """(B, L, D) in the dtype of `u`."""
+    final_states: Tensor
+    """(B, D, N), or (S, D, N) with `cu_seqlens`; float32, or float64 where `u` is."""
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_states: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> SelectiveScanOutput:
+    """Scan `h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t`, `y_t = C_t . h_t + D u_t`, gated by `silu(z_t)`.
+
+    Letters: B batch, L length, D channels, N state, G groups, S sequences in a pack.
+
+    Args:
+        u: (B, L, D) input.
+        dt: (B, L, D) step, in units of the time scale `1 / |A|`; see `dt_bias` and `dt_softplus`.
+        A: (D, N) decay rate, negative where the state should decay.
+        B: (B, L, G, N) with G dividing D (channel d reads group d // (D / G)); (B, L, N) for one group;
+            (D, N) for an input matrix that is constant in time.
+        C: output matrix, of the same three shapes as `B`, chosen independently.
+        D: (D,) skip connection.
+        z: (B, L, D) gate: the result is multiplied by `silu(z)`.
+        dt_bias: (D,) added to `dt`.
+        dt_softplus: pass `dt` (after the bias) through softplus.
+        initial_states: (B, D, N) state before the first step; (S, D, N) with `cu_seqlens`.
+        cu_seqlens: (S + 1,) int32 or int64 bounds of packed sequences; needs batch 1. No state crosses a bound.
+            Steps after the last bound are padding.
+        seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes, and steps with a negative
+            number are padding. The initial state is that of each row's first sequence, the final state that of its
+            last; a row of padding alone ends as it starts.
+        backend: see `ssm_kernels.use_backend`.
+
+    Padding belongs to no sequence: y is zero there, and no state and no gradient depends on what the inputs hold there.
+
+    Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
+    (float64 where `u` is), under autocast too. Gradients flow to every floating-point argument. A must be finite.
+
+    Raises:
+        TypeError: an argument is not a tensor or has a dtype that is not supported.
+        ValueError: a shape, device or value does not fit; the message names the argument.
+        RuntimeError: `backend` was chosen by name and cannot run here.
+    """
+    _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx)
+    chosen = resolve_backend(backend, u.device, "selective_scan")
+    if chosen == "triton":
+        groups = max(m.shape[2] if m.dim() == 4 else 1 for m in (B, C))
+        B, C = (m if m.dim() == 2 else _spread(_with_groups(m, u), groups) for m in (B, C))
+        u, dt, z = (x if x is None else x.unflatten(2, (groups, -1)) for x in (u, dt, z))
+        y, final_states = triton.scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, cu_seqlens, seq_idx)
+        return SelectiveScanOutput(y.flatten(2), final_states)
+    scan = {"torch": pytorch.scan, "reference": reference.scan}[chosen]
+
+    # What is outside of the kernels must not see padding.
+    u, dt, z = (x if x is None else without_padding(x, cu_seqlens, seq_idx) for x in (u, dt, z))
+    compute = torch.promote_types(u.dtype, torch.float32)
+    dt = dt.to(compute)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(compute)
+    if dt_softplus:
+        dt = F.softplus(dt) if chosen == "reference" else softplus(dt)
+    B, C = (_with_groups(m, u) for m in (B, C))
+    groups = max(B.shape[2], C.shape[2])
+    B, C = (_spread(m, groups) for m in (B, C))
+
+    y, final_states = scan(u, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx)
+    if D is not None:
+        y = y + D.to(compute) * u
+    if z is not None:
+        z = z.to(compute)
+        y = y * (F.silu(z) if chosen == "reference" else silu(z))
+    return SelectiveScanOutput(y.to(u.dtype), final_states)
+
+
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Advance the scan by one step, for decoding. Gives y (B, D) in the dtype of `u`; no gradients.
+
+    Args:
+        state: (B, D, N), float32 or float64; **updated in place**.
+        u, dt, z: (B, D).
+        B, C: (B, G, N), or (D, N) where constant in time: as in `selective_scan`, the number of dimensions tells, so
+            that one group is (B, 1, N).
+        A, D, dt_bias, dt_softplus: as in `selective_scan`.
+        backend: see `ssm_kernels.use_backend`; `reference` is `torch` here. The step never makes the host wait for
+            the device, so that it can be captured in a CUDA graph.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `selective_scan`.
+    """
+    check_tensor("u", u, ("B", "D"))
+    batch, dim = u.shape
+    check_tensor("A", A, (dim, "N"), like=u)
+    check_tensor("state", state, (batch, dim, A.shape[1]), like=u, dtypes=(torch.float32, torch.float64))
+    check_tensor("dt", dt, (batch, dim), like=u)
+    for name, m in (("B", B), ("C", C)):
+        is_constant = isinstance(m, Tensor) and m.dim() == 2
+        check_tensor(name, m, A.shape if is_constant else (batch, "G", A.shape[1]), like=u)
+    if z is not None:
+        check_tensor("z", z, (batch, dim), like=u)
+    matrices = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
+    _check(u.unsqueeze(1), dt.unsqueeze(1), A, *matrices, D, None if z is None else z.unsqueeze(1), dt_bias, state)
+    if resolve_backend(backend, u.device, "selective_scan") == "triton":
+        with torch.no_grad():
+            return triton.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    compute = state.dtype
+    with torch.no_grad(), autocast_off(u.device):
+        dt = dt.to(compute)
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(compute)
+        if dt_softplus:
+            dt = softplus(dt)
+        B, C = (_per_channel(m, dim).to(compute) for m in (B, C))
+        state.mul_(torch.exp(dt.unsqueeze(-1) * A.to(compute)))
+        state.addcmul_((dt * u).unsqueeze(-1), B)
+        y = (state * C).sum(-1)
+        if D is not None:
+            y = y + D.to(compute) * u
+        if z is not None:
+            y = y * silu(z.to(compute))
+    return y.to(u.dtype)
+
+
+def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_idx=None) -> None:
+    check_tensor("u", u, ("B", "L", "D"))
+    batch, length, dim = u.shape
+    check_packing(batch, length, cu_seqlens, seq_idx)
+    check_tensor("dt", dt, (batch, length, dim), like=u)
+    check_tensor("A", A, (dim, "N"), like=u)
+    n = A.shape[1]
+    for name, m in (("B", B), ("C", C)):
+        if isinstance(m, Tensor) and m.dim() == 4:
+            check_tensor(name, m, (batch, length, "G", n), like=u)
+            check_divides(f"G of {name}", m.shape[2], "D", dim)
+        elif isinstance(m, Tensor) and m.dim() == 3:
+            check_tensor(name, m, (batch, length, n), like=u)
+        else:
+            check_tensor(name, m, (dim, n), like=u)
+    if B.dim() == C.dim() == 4:
+        small, big = min(B.shape[2], C.shape[2]), max(B.shape[2], C.shape[2])
+        check_divides("the groups of one of B and C", small, "those of the other", big)
+    if D is not None:
+        check_tensor("D", D, (dim,), like=u)
+    if z is not None:
+        check_tensor("z", z, (batch, length, dim), like=u)
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, (dim,), like=u)
+    if initial_states is not None:
+        rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        check_tensor("initial_states", initial_states, (rows, dim, n), like=u)
+    check_no_nan("dt", without_padding(dt, cu_seqlens, seq_idx))
+
+
+def _with_groups(m: Tensor, u: Tensor) -> Tensor:
+    """B or C as (B, L, G, N): one group, or a group a channel where it is constant in time."""
+    if m.dim() == 2:
+        return m.expand(*u.shape[:2], *m.shape)
+    return m.unsqueeze(2) if m.dim() == 3 else m
+
+
+def _spread(m: Tensor, groups: int) -> Tensor:
+    """(B, L, g, N) -> (B, L, G, N), each repeated for its neighbours: a view for one group or all of them."""
+    repeated = m.unsqueeze(3).expand(-1, -1, -1, groups // m.shape[2], -1)
+    return repeated.flatten(2, 3)
+
+
+def _per_channel(m: Tensor, dim: int) -> Tensor:
+    """B or C of one step, (B, G, N) or (D, N), as (B or 1, D, N)."""
+    return m.unsqueeze(0) if m.dim() == 2 else m.repeat_interleave(dim // m.shape[1], dim=1)

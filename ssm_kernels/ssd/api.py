@@ -1,0 +1,203 @@
+"""State-space duality, the recurrence of Mamba-2 (arXiv 2405.21060, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._core.dispatch import Backend, resolve_backend
+from .._core.invariant import matmul, silu, softplus
+from .._core.library import autocast_off
+from .._core.validation import check_divides, check_integer, check_no_nan, check_tensor
+from .._core.varlen import check_packing, without_padding
+from . import pytorch, reference, triton
+
+
+class SSDOutput(NamedTuple):
+    """What `ssd` gives."""
+
+    y: Tensor
+    """(B, L, H, P) in the dtype of `x`."""
+    final_states: Tensor
+    """(B, H, P, N), or (S, H, P, N) with `cu_seqlens`; float32, or float64 where `x` is."""
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial_states: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> SSDOutput:
+    """Scan `S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T`, `y_t = S_t C_t + D x_t`, gated by `silu(z_t)`.
+
+    Letters: B batch, L length, H heads, P head dimension, N state, G groups, S sequences in a pack.
+
+    Args:
+        x: (B, L, H, P) input.
+        dt: (B, L, H) step, in units of the time scale `1 / |A|`.
+        A: (H,) decay rate, negative where the state should decay.
+        B, C: (B, L, G, N) input and output matrices; G divides H, head h reads group h // (H / G).
+        D: (H,) or (H, P) skip connection.
+        z: (B, L, H, P) gate: the result is multiplied by `silu(z)`.
+        dt_bias: (H,) added to `dt`.
+        dt_softplus: pass `dt` (after the bias) through softplus.
+        dt_limit: bounds that `dt` is clamped to, after the softplus.
+        initial_states: (B, H, P, N) state before the first step; (S, H, P, N) with `cu_seqlens`.
+        chunk_size: steps that the fast backends treat as one matrix product; the result does not depend on it.
+        cu_seqlens: (S + 1,) int32 or int64 bounds of packed sequences; needs batch 1. No state crosses a bound.
+            Steps after the last bound are padding.
+        seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes, and steps with a negative
+            number are padding. The initial state is that of each row's first sequence, the final state that of its
+            last; a row of padding alone ends as it starts.
+        backend: see `ssm_kernels.use_backend`.
+
+    Padding belongs to no sequence: y is zero there, and no state and no gradient depends on what the inputs hold there.
+
+    Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
+    (float64 where `x` is), under autocast too. Gradients flow to every floating-point argument. All but D, z and the
+    initial states must be finite: the steps of a chunk meet in matrix products, where an infinity makes NaN of the
+    steps before it too.
+
+    Raises:
+        TypeError: an argument is not a tensor or has a dtype that is not supported.
+        ValueError: a shape, device or value does not fit; the message names the argument.
+        RuntimeError: `backend` was chosen by name and cannot run here.
+    """
+    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens, seq_idx)
+    chunk_size = check_integer("chunk_size", chunk_size, 1)
+    chosen = resolve_backend(backend, x.device, "ssd")
+    # What is outside of the kernels must not see padding.
+    z = z if z is None else without_padding(z, cu_seqlens, seq_idx)
+
+    if chosen == "triton":
+        return SSDOutput(
+            *triton.scan(
+                x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states, chunk_size, cu_seqlens, seq_idx
+            )
+        )
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x, dt = (without_padding(m, cu_seqlens, seq_idx) for m in (x, dt))
+    activations = (F.softplus, F.silu) if chosen == "reference" else (softplus, silu)
+    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute, activations[0])
+    if chosen == "reference":
+        y, final_states = reference.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx)
+    else:
+        y, final_states = pytorch.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx, chunk_size)
+    return SSDOutput(_skip_and_gate(y, x, D, z, compute, activations[1]), final_states)
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Advance the scan by one token, or by a few, for decoding. Gives y like `x`; no gradients.
+
+    Args:
+        state: (B, H, P, N), float32 or float64; **updated in place**.
+        x, z: (B, H, P). dt: (B, H). B, C: (B, G, N). The rest as in `ssd`.
+            For T tokens: x, z (B, T, H, P); dt (B, T, H); B, C (B, T, G, N).
+        backend: as in `ssd`; `reference` and `torch` are the same here.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ssd`.
+    """
+    if isinstance(x, Tensor) and x.dim() == 3:
+        one = [m if m is None else m.unsqueeze(1) for m in (x, dt, B, C, z)]
+        x, dt, B, C, z = one
+        return ssd_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, backend=backend).squeeze(1)
+    check_tensor("x", x, ("B", "T", "H", "P"))
+    check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
+    shape = (x.shape[0], *x.shape[2:], B.shape[3])
+    check_tensor("state", state, shape, like=x, dtypes=(torch.float32, torch.float64))
+    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, state)
+    if resolve_backend(backend, x.device, "ssd") == "triton":
+        with torch.no_grad():
+            return triton.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit))
+    compute = state.dtype
+    with torch.no_grad(), autocast_off(x.device):
+        dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute, softplus)
+        B, C = (m.to(compute).repeat_interleave(x.shape[2] // m.shape[2], dim=2) for m in (B, C))  # (B, T, H, N)
+        decay = torch.exp(dt * A.to(compute))
+        arriving = dt.unsqueeze(-1) * x
+        y = torch.empty(x.shape, dtype=compute, device=x.device)
+        for t in range(x.shape[1]):
+            state.mul_(decay[:, t, :, None, None])
+            state.addcmul_(arriving[:, t].unsqueeze(-1), B[:, t].unsqueeze(2))
+            y[:, t] = matmul(state, C[:, t].unsqueeze(-1)).squeeze(-1)
+        return _skip_and_gate(y, x, D, z, compute, silu)
+
+
+def _step_size(
+    dt: Tensor, bias: Tensor | None, positive: bool, limit: tuple, compute: torch.dtype, softplus: Callable
+) -> Tensor:
+    dt = dt.to(compute)
+    if bias is not None:
+        dt = dt + bias.to(compute)
+    if positive:
+        dt = softplus(dt)
+    return dt if tuple(limit) == (0.0, float("inf")) and positive else dt.clamp(*limit)
+
+
+def _skip_and_gate(
+    y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, compute: torch.dtype, silu: Callable
+) -> Tensor:
+    if D is not None:
+        y = y + (D if D.dim() == 2 else D.unsqueeze(-1)).to(compute) * x
+    if z is not None:
+        y = y * silu(z.to(compute))
+    return y.to(x.dtype)
+
+
+def _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens=None, seq_idx=None) -> None:
+    check_tensor("x", x, ("B", "L", "H", "P"))
+    batch, length, heads, headdim = x.shape
+    check_packing(batch, length, cu_seqlens, seq_idx)
+    check_tensor("dt", dt, (batch, length, heads), like=x)
+    check_tensor("A", A, (heads,), like=x)
+    check_tensor("B", B, (batch, length, "G", "N"), like=x)
+    check_divides("G, the third size of B,", B.shape[2], "H", heads)
+    check_tensor("C", C, tuple(B.shape), like=x)
+    if D is not None:
+        check_tensor("D", D, (heads, headdim) if D.dim() == 2 else (heads,), like=x)
+    if z is not None:
+        check_tensor("z", z, tuple(x.shape), like=x)
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, (heads,), like=x)
+    check_dt_limit(dt_limit)
+    if initial_states is not None:
+        rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        check_tensor("initial_states", initial_states, (rows, heads, headdim, B.shape[3]), like=x)
+    check_no_nan("dt", without_padding(dt, cu_seqlens, seq_idx))
+
+
+def check_dt_limit(dt_limit: tuple[float, float]) -> None:
+    """Raise a ValueError unless these are bounds of a step size."""
+    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit!r}")
