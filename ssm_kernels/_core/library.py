@@ -104,3 +104,17 @@ def from_kernels(package: str, name: str) -> Callable:
         return getattr(importlib.import_module(f"{package}.kernels"), name)(*args)
 
     return body
+
+
+def lazy_function(module: str, name: str) -> Callable:
+    """A function that imports its module, and Triton with it, when it first runs.
+
+    Args:
+        module: full name of the module that holds the function.
+        name: name of the function in it.
+    """
+
+    def body(*args):
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return body
