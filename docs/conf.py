@@ -37,7 +37,13 @@ html_theme = "furo"
 html_title = f"vl-mamba {release}"
 html_show_sourcelink = False
 
-PAGES = {"docs/cluster": "/cluster/README.md", "CONTRIBUTING.md": "/contributing.md", "CHANGELOG.md": "/changelog.md"}
+PAGES = {
+    "docs/cluster": "/cluster/README.md",
+    "CONTRIBUTING.md": "/contributing.md",
+    "docs/extending.md": "/extending.md",
+    "docs/glossary.md": "/glossary.md",
+    "CHANGELOG.md": "/changelog.md",
+}
 
 
 def setup(app):
