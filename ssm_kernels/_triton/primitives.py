@@ -1,4 +1,4 @@
-"""What the Triton kernels of several ops share. Imports Triton; imported by the `kernels` modules alone."""
+"""Jit functions and kernels shared by the ops. Imports Triton; only modules that hold kernels import it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .segment_table import SegmentTable
 
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:
-    """What sums and states are computed in."""
+    """The type of sums and states: float64 for float64, float32 for all others."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def dot_type(*dtypes: torch.dtype) -> tl.dtype:
-    """What the operands of matrix products are rounded to: the widest of the inputs.
+    """The type of the operands of matrix products: the widest of the inputs.
 
-    In the interpreter float32 at least, since it computes products of bfloat16 wrongly.
+    At least float32 in the interpreter, which computes products of bfloat16 wrongly.
     """
     widest = dtypes[0]
     for dtype in dtypes[1:]:
@@ -34,46 +34,90 @@ def dot_type(*dtypes: torch.dtype) -> tl.dtype:
     }[widest]
 
 
-@triton.jit
-def load_segment(table, segment):
-    """Batch row (int64), first step, the step after the last, and the sequence (-1: a segment to spare)."""
-    entry = table + segment.to(tl.int64) * 4
-    return tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+"""log2(e): `exp(x) = exp2(x * LOG2E)`. The hardware has exp2 alone."""
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+"""ln(2) = 1 / LOG2E."""
 
 
 @triton.jit
-def grid_offset(step, direction, length, height):
-    """Where in a row-major grid of `length` places a step of a direction is.
+def sigmoid(x):
+    """1 / (1 + exp(-x)) as a squared reciprocal root: a division takes more instructions than all the rest."""
+    root = tl.rsqrt(1 + tl.exp2(x * -LOG2E))
+    return root * root
 
-    direction: 0 rows, 1 columns, 2 rows reversed, 3 columns reversed, as in `cross_scan.CROSS`.
-    """
-    forth = tl.where((direction & 2) != 0, length - 1 - step, step)
-    return tl.where((direction & 1) != 0, forth % height * (length // height) + forth // height, forth)
+
+@triton.jit
+def silu(x):
+    """x * sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+@triton.jit
+def d_silu(x):
+    """Derivative of `silu` at x."""
+    s = sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+@triton.jit
+def silu_backward(dy, x):
+    """dy times the derivative of `silu` at x; dy meets the sigmoid first, in that order of rounding."""
+    s = sigmoid(x)
+    return dy * s * (1 + x * (1 - s))
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), accurate in the smallest results too, where 1 + exp(x) rounds: what was lost is added again."""
+    """log(1 + exp(x)), accurate for small results too: what rounding takes from 1 + exp(x) is added back."""
     e = tl.exp(-tl.abs(x))
     w = 1 + e
     return tl.maximum(x, 0) + (tl.log(w) + (e - (w - 1)))
 
 
 @triton.jit
+def d_softplus(x):
+    """Derivative of `softplus` at x."""
+    return sigmoid(x)
+
+
+@triton.jit
 def and_scalar(mask, flag):
     """`mask & flag` of a tile and a scalar.
 
-    In the interpreter of Triton 3.9, the result of comparing scalars has the type of its operands once it is spread
-    over a tile, and a mask must be boolean. The compiler sees no difference.
+    In the interpreter of Triton 3.9 a comparison of scalars takes the type of its operands when it is broadcast to a
+    tile, and a mask must be boolean. The compiled code is the same.
     """
     return mask & (tl.broadcast_to(flag, mask.shape) != 0)
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)) without the division, which takes more instructions than all the rest."""
-    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
-    return root * root
+def load_segment(segments_ptr, segment):
+    """Read entry `segment` of `SegmentTable.entries`.
+
+    Returns:
+        The batch row (int64), the first step, the step after the last, and the sequence (-1 for an unused entry, which
+        has no steps).
+    """
+    entry_ptr = segments_ptr + segment.to(tl.int64) * 4
+    return tl.load(entry_ptr).to(tl.int64), tl.load(entry_ptr + 1), tl.load(entry_ptr + 2), tl.load(entry_ptr + 3)
+
+
+@triton.jit
+def unpack_direction(directions, k):
+    """The code of scan direction k in what `device.pack_directions` packed."""
+    return (directions >> (2 * k)) & 3
+
+
+@triton.jit
+def grid_offset(step, direction, length, height):
+    """The row-major position, in a grid of `length` positions, of a step along a scan direction.
+
+    direction: 0 rows, 1 columns, 2 rows reversed, 3 columns reversed, as in `cross_scan.CROSS`.
+    """
+    forward_step = tl.where((direction & 2) != 0, length - 1 - step, step)
+    by_columns = forward_step % height * (length // height) + forward_step // height
+    return tl.where((direction & 1) != 0, by_columns, forward_step)
 
 
 @triton.jit

@@ -18,22 +18,26 @@ from .._core.varlen import Sequences, check_packing, parse_sequences
 
 
 class SegmentTable(NamedTuple):
-    """SegmentTable of at most `size` steps, in order of sequence and time. All tensors but one are int32."""
+    """Segments of at most `size` steps, in order of sequence and time. M segments, S sequences, G gaps.
+
+    All tensors but `gaps` are int32.
+    """
 
     size: int
+    """Steps of a segment; the last of a sequence may have fewer."""
     gaps: Tensor
-    """(G, 2) int64 runs of padding, which no segment holds: the first position of the flattened (B * L) tensor and the
-    one after the last. A run may be empty."""
+    """(G, 2) int64 runs of padding, which no segment holds: first position in the flattened (B * L) tensor, and the
+    position after the last. A run may be empty."""
     entries: Tensor
-    """(M, 4): batch row, first step, the step after the last, and the sequence, or -1 for an unused entry."""
+    """(M, 4) batch row, first step, step after the last, and sequence, or -1 for an unused entry."""
     first_segment: Tensor
-    """(S + 1,) the first segment of each sequence, and how many segments there are."""
+    """(S + 1,) first segment of each sequence; the last element is the number of segments."""
     sequence_starts: Tensor
-    """(S,) the first step of each sequence in its batch row."""
+    """(S,) first step of each sequence in its batch row."""
     initial_state_rows: Tensor
-    """(S,) the row of `initial_states` that a sequence starts from, or -1."""
+    """(S,) row of `initial_states` that a sequence starts from, or -1."""
     final_state_rows: Tensor
-    """(S,) the row of `final_states` that a sequence ends in, or -1."""
+    """(S,) row of `final_states` that a sequence ends in, or -1."""
 
 
 def max_segments(

@@ -18,7 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.device import capability, maxnreg_option, num_sms, on_device, pack_directions
-from ..._triton.primitives import and_scalar, compute_type, grid_offset, load_segment, sigmoid, zero_padding
+from ..._triton.primitives import (
+    and_scalar,
+    compute_type,
+    grid_offset,
+    load_segment,
+    silu,
+    silu_backward,
+    unpack_direction,
+    zero_padding,
+)
 from ..._triton.segment_table import SegmentTable, build_segment_table
 from . import is_time_first, like
 
@@ -39,7 +48,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """RUNS runs of y, or the final window of a sequence. Grid: (segments and then sequences, channel tiles)."""
     group, e, inside, channel = _channels(dim, BLOCK_E, TIME_FIRST)
-    grid = (codes >> (2 * group) & 3, length, height)
+    grid = (unpack_direction(codes, group), length, height)
     x += group * x_group + e * x_channel
     if HAS_INITIAL:
         initial += channel * initial_channel
@@ -73,7 +82,7 @@ def _forward_kernel(
             for k in tl.static_range(WIDTH):
                 total += taps[k] * window[i + k]
             if SILU:
-                total *= sigmoid(total)
+                total = silu(total)
             out += (total,)
         y_here = y + row * y_row + group * y_group + e * y_channel
         _store_run(y_here, y_time, out, step, last, inside, grid, RUN, TIME_FIRST, ROUTED)
@@ -106,7 +115,7 @@ def _backward_kernel(
     of as many steps after its run too.
     """
     group, e, inside, channel = _channels(dim, BLOCK_E, TIME_FIRST)
-    grid = (codes >> (2 * group) & 3, length, height)
+    grid = (unpack_direction(codes, group), length, height)
     x += group * x_group + e * x_channel
     dy += group * dy_group + e * dy_channel
     dx += group * dx_group + e * dx_channel
@@ -186,7 +195,7 @@ def _initial_kernel(
 ):  # fmt: skip
     """The gradient of one sequence's initial window. Tiles are (1, BLOCK_E). Grid: (sequences, channel tiles)."""
     group, e, inside, channel = _channels(dim, BLOCK_E, False)
-    grid = (codes >> (2 * group) & 3, length, height)
+    grid = (unpack_direction(codes, group), length, height)
     sequence = tl.program_id(0)
     row, begin, end = _load_sequence(table, first_segment, begins, sequence)
     x += row * x_row + group * x_group + e * x_channel
@@ -373,8 +382,7 @@ def _through_silu(dy, window, taps, start, WIDTH: tl.constexpr):
         total = start
         for k in tl.static_range(WIDTH):
             total += taps[k] * window[i + k]
-        slope = sigmoid(total)
-        dtotal += (dy[i] * slope * (1 + total * (1 - slope)),)
+        dtotal += (silu_backward(dy[i], total),)
     return dtotal
 
 
@@ -413,7 +421,7 @@ def _step_kernel(
     if WIDTH > 1:
         tl.store(state + (WIDTH - 2) * state_time, now, inside)
     if SILU:
-        total *= sigmoid(total)
+        total = silu(total)
     tl.store(y + row * dim + channel, total.to(y.dtype.element_ty), inside)
 
 

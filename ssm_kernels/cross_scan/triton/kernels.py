@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..._triton.device import on_device, pack_directions
-from ..._triton.primitives import compute_type, grid_offset
+from ..._triton.primitives import compute_type, grid_offset, unpack_direction
 
 # Elements of a tile: 8 a lane of 4 warps. Not measured on a GPU.
 TILE = 1024
@@ -23,7 +23,7 @@ def _scan_kernel(
     offset = row * x_row + (at // width).to(tl.int64) * x_height + (at % width).to(tl.int64) * x_width
     value = tl.load(x + offset + channel * x_channel, inside)
     for k in tl.static_range(DIRECTIONS):
-        step = _step(at, (CODES >> (2 * k)) & 3, height, width)
+        step = _step(at, unpack_direction(CODES, k), height, width)
         tl.store(y + ((row * DIRECTIONS + k) * (height * width) + step) * dim + channel, value, inside)
 
 
@@ -36,7 +36,7 @@ def _merge_kernel(
     row, at, channel, inside = _tile(height, width, dim, BLOCK_L, BLOCK_D)
     total = tl.zeros((BLOCK_L, BLOCK_D), COMPUTE)
     for k in tl.static_range(DIRECTIONS):
-        step = _step(at, (CODES >> (2 * k)) & 3, height, width)
+        step = _step(at, unpack_direction(CODES, k), height, width)
         offset = row * y_row + k * y_route + step * y_time
         total += tl.load(y + offset + channel * y_channel, inside, other=0.0).to(COMPUTE)
     tl.store(x + (row * (height * width) + at) * dim + channel, total.to(x.dtype.element_ty), inside)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.device import num_sms, on_device, rows_of
-from ..._triton.primitives import and_scalar, compute_type, sigmoid
+from ..._triton.primitives import and_scalar, compute_type, d_silu, silu
 
 # Elements of a tile: 8 a lane of 4 to 16 warps, 16 in the widest. From the compiler's register counts; not measured on
 # a GPU.
@@ -189,8 +189,7 @@ def _channels(group, i, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 def _load_gate_and_slope(z, mask, COMPUTE: tl.constexpr):
     """SiLU, and its derivative."""
     before = tl.load(z, mask, other=0.0).to(COMPUTE)
-    s = sigmoid(before)
-    return before * s, s * (1 + before * (1 - s))
+    return silu(before), d_silu(before)
 
 
 def _options(size: int, wide: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
