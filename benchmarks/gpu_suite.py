@@ -12,6 +12,7 @@ import importlib
 import itertools
 import json
 import os
+import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -168,14 +169,16 @@ def tuning(here: Run) -> list[dict]:
     """Seconds with each value of the constants that an op's kernels offer for tuning, as a dict `TUNABLE` of tuples."""
     rows = []
     for case in here.within_time(tiny() if here.is_tiny else published("bf16", ("2.7b",))):
-        kernels = importlib.import_module(f"ssm_kernels.{case.folder}.triton.kernels")
-        for constant, values in getattr(kernels, "TUNABLE", {}).items():
-            shipped = getattr(kernels, constant)
-            for value in values:
-                setattr(kernels, constant, value)
-                for row in _timed(here, [case], lambda case: ("triton",)):
-                    rows.append(row | {"constant": constant, "value": value, "shipped": value == shipped})
-            setattr(kernels, constant, shipped)
+        package = importlib.import_module(f"ssm_kernels.{case.folder}.triton")
+        for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            kernels = importlib.import_module(file.name)
+            for constant, values in getattr(kernels, "TUNABLE", {}).items():
+                shipped = getattr(kernels, constant)
+                for value in values:
+                    setattr(kernels, constant, value)
+                    for row in _timed(here, [case], lambda case: ("triton",)):
+                        rows.append(row | {"constant": constant, "value": value, "shipped": value == shipped})
+                setattr(kernels, constant, shipped)
     return rows
 
 

@@ -147,7 +147,7 @@ def selective_scan_step(
     _check(u.unsqueeze(1), dt.unsqueeze(1), A, *matrices, D, None if z is None else z.unsqueeze(1), dt_bias, state)
     if resolve_backend(backend, u.device, "selective_scan") == "triton":
         with torch.no_grad():
-            return triton.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
+            return triton.scan_step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
     compute = state.dtype
     with torch.no_grad(), autocast_off(u.device):
         dt = dt.to(compute)

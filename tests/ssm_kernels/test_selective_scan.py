@@ -27,10 +27,10 @@ def short_chunks():
     with pytest.MonkeyPatch.context() as patch:
         if is_interpreted():
             from ssm_kernels.selective_scan import triton
-            from ssm_kernels.selective_scan.triton import kernels
+            from ssm_kernels.selective_scan.triton import backward, forward
 
-            patch.setattr(triton, "CHUNK", 8)
-            patch.setattr(kernels, "CHUNK", 8)
+            for module in (triton, forward, backward):
+                patch.setattr(module, "CHECKPOINT_INTERVAL", 8)
         yield
 
 
@@ -294,12 +294,12 @@ def test_sequences_cut_in_several_segments(backend, packing):
 
 @needs_interpreter
 def test_segments_of_several_chunks_equal_whole_sequences(monkeypatch):
-    from ssm_kernels.selective_scan.triton import kernels
+    from ssm_kernels.selective_scan.triton import forward
 
     tensors = {k: v.requires_grad_() for k, v in make(1, 20, 2, 2).items()}
 
     def run(size):
-        monkeypatch.setattr(kernels, "_segment_size", lambda *_: size)
+        monkeypatch.setattr(forward, "_segment_size", lambda *_: size)
         y, state = selective_scan(**tensors, dt_softplus=True)
         return y, state, *torch.autograd.grad(y.square().sum() + state.sum(), list(tensors.values()))
 
@@ -309,9 +309,9 @@ def test_segments_of_several_chunks_equal_whole_sequences(monkeypatch):
 
 @needs_interpreter
 def test_every_program_takes_several_chunks_and_tiles(backend, monkeypatch):
-    from ssm_kernels.selective_scan.triton import kernels
+    from ssm_kernels.selective_scan.triton import backward
 
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(backward, "PROGRAMS", 1)
     assert_agrees(selective_scan, make(1, 20, 66, 2), {"dt_softplus": True}, backend=backend)
 
 
@@ -367,7 +367,8 @@ def test_routes_read_and_write_a_grid():
 @needs_interpreter
 @pytest.mark.parametrize("channels_first", [False, True])
 def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, channels_first):
-    from ssm_kernels.selective_scan.triton import kernels
+    from ssm_kernels.selective_scan.triton.backward import backward
+    from ssm_kernels.selective_scan.triton.forward import forward
 
     t = {k: v.float() for k, v in make(1, 11, 6, 3, 2).items()}
     t |= {k: t[k].unflatten(2, (2, 3)) for k in ("u", "dt", "z")}
@@ -376,8 +377,8 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, cha
     required = [t[k] for k in ("u", "dt", "A", "B", "C")]
     for optional in ([t[k] for k in ("D", "z", "dt_bias", "initial_states")], [None] * 4):
         args = (*required, *optional, None, None)
-        y, final_states, kept = kernels.forward(*args, True, [], 1, True)
-        kernels.backward(*args, kept, torch.ones_like(t["u"]), torch.ones_like(final_states), True, [], 1)
+        y, final_states, kept = forward(*args, True, [], 1, True)
+        backward(*args, kept, torch.ones_like(t["u"]), torch.ones_like(final_states), True, [], 1)
 
 
 @needs_interpreter

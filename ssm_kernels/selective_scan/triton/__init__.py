@@ -1,4 +1,7 @@
-"""The selective scan in Triton, fused with its step size, skip connection and gate; `kernels` holds the kernels."""
+"""Triton ops of the selective scan, fused with its step size, skip connection and gate.
+
+`forward`, `backward` and `step` hold the kernels with their launches; they are imported when an op first runs.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._core.library import Gradient, define_op, from_kernels, unknown_size
+from ..._core.library import Gradient, define_op, lazy_function, unknown_size
 from ..._triton.segment_table import max_segments
 
-CHUNK = 64
-"""Steps between two states that are kept for the backward: it computes those between again, chunk by chunk."""
+CHECKPOINT_INTERVAL = 64
+"""Steps between two states that the forward saves for the backward, which recomputes those between."""
 
 
 def scan(
@@ -51,7 +54,7 @@ def scan(
     return y, final_states
 
 
-def step(
+def scan_step(
     state: Tensor,
     u: Tensor,
     dt: Tensor,
@@ -102,7 +105,7 @@ def _forward_fake(
     if keep and seq_idx is not None:
         kept = unknown_size(u)
     elif keep:  # one to spare, so that tracing with a dynamic length need not know whether there is only one
-        kept = max_segments(batch, length, rows, CHUNK, cu_seqlens is not None) + 1
+        kept = max_segments(batch, length, rows, CHECKPOINT_INTERVAL, cu_seqlens is not None) + 1
     y = empty_like(u, u.new_empty)
     return y, u.new_empty(rows, *A.shape, dtype=compute), u.new_empty(kept, *A.shape, dtype=compute)
 
@@ -126,19 +129,19 @@ _INPUTS = (
 _OPTIONS = "bool dt_softplus, int[] directions, int height"
 _forward_op = define_op(
     f"selective_scan_triton({_INPUTS}, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)",
-    from_kernels(__name__, "forward"),
+    lazy_function(f"{__name__}.forward", "forward"),
     _forward_fake,
     Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
     f"selective_scan_triton_backward({_INPUTS}, Tensor starts, Tensor dy, Tensor dfinal, {_OPTIONS})"
     f" -> ({', '.join(['Tensor'] * 9)})",
-    from_kernels(__name__, "backward"),
+    lazy_function(f"{__name__}.backward", "backward"),
     _backward_fake,
 )
 _step_op = define_op(
     "selective_scan_triton_step(Tensor(a!) state, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
     " Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor",
-    from_kernels(__name__, "step"),
+    lazy_function(f"{__name__}.step", "step"),
     _step_fake,
 )
