@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels.context_parallel import current_split
+from ssm_kernels.context_parallel import current_sharding
 
 from ..connectors import build_connector
 from .batch import Batch, Sample, collate, image_places
@@ -91,8 +91,8 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         targets = batch.next_tokens()
         if (targets == IGNORE).all():
             raise ValueError("the batch has no token to learn: every label is IGNORE")
-        split = current_split()
-        begin, end = (0, batch.n_tokens) if split is None else split.span
+        sharding = current_sharding()
+        begin, end = (0, batch.n_tokens) if sharding is None else sharding.span
         at = (targets[begin:end] != IGNORE).nonzero().flatten()
         embeds = self._embedder(batch)(begin, end)
         out = self.language_model(inputs_embeds=embeds, cu_seqlens=batch.cu_seqlens, at=at)

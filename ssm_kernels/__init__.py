@@ -3,13 +3,7 @@
 from ._core.dispatch import Backend, resolve_backend, use_backend
 from ._core.validation import NonFiniteError, has_readable_values
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
-from .context_parallel import (
-    SequenceSplit,
-    context_parallel,
-    split_causal_conv1d,
-    split_selective_scan,
-    split_ssd,
-)
+from .context_parallel import SequenceSharding, context_parallel
 from .cross_scan import (
     BIDIRECTIONAL,
     CROSS,
@@ -34,7 +28,7 @@ __all__ = [
     "ScanDirection",
     "SSDOutput",
     "SelectiveScanOutput",
-    "SequenceSplit",
+    "SequenceSharding",
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_step",
@@ -49,9 +43,6 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_scan_step",
-    "split_causal_conv1d",
-    "split_selective_scan",
-    "split_ssd",
     "ssd",
     "ssd_step",
     "use_backend",

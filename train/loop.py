@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ssm_kernels import NonFiniteError
-from ssm_kernels.context_parallel import SequenceSplit, context_parallel
+from ssm_kernels.context_parallel import SequenceSharding, context_parallel
 
 from ..model.files import writing_whole
 from ..model.vlm import VLM
@@ -212,8 +212,8 @@ def _accumulate(
     """
     losses = []
     for batch in batches:
-        split = None if neighbours is None else SequenceSplit.even(batch.n_tokens, neighbours)
-        with contextlib.nullcontext() if split is None else context_parallel(split):
+        sharding = None if neighbours is None else SequenceSharding.even(batch.n_tokens, neighbours)
+        with contextlib.nullcontext() if sharding is None else context_parallel(sharding):
             try:
                 with _autocast(stage, device):
                     out = model(batch.to(device))

@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward rather than kept."""
+"""Activations that the backward recomputes, rather than autograd saving them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def recompute_in_backward(*activations: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
-    """Inside, autograd keeps none of these tensors nor their views; the backward has each computed again, once.
+def recompute_in_backward(*activations: tuple[Tensor, Callable[[], Tensor]], enabled: bool = True) -> Iterator[None]:
+    """Make autograd save neither these tensors nor their views; the backward recomputes each, once.
 
-    `torch.utils.checkpoint` would run what is inside again too. Where its hooks, or others, are at work already, and
-    in a compiled graph, nothing is changed: what is kept is then their choice.
+    `torch.utils.checkpoint` would recompute everything inside too. Where its hooks, or others, are active already, and
+    in a compiled graph, nothing is changed: they choose what is saved.
+
+    Args:
+        activations: tensors, each with the function that computes it again.
+        enabled: False changes nothing.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_hooks():
+    if not enabled or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_hooks():
         yield
         return
-    forgotten = {_storage(out): RecomputedTensor(again) for out, again in activations}
+    discarded = {_storage(out): RecomputedTensor(recompute) for out, recompute in activations}
 
-    def pack(t: Tensor) -> SavedTensor | _Part:
-        source = forgotten.get(_storage(t))
-        return SavedTensor(t, t._version) if source is None else source.part(t)
+    def pack(t: Tensor) -> SavedTensor | RecomputedView:
+        source = discarded.get(_storage(t))
+        return SavedTensor(t, t._version) if source is None else source.save_view(t)
 
-    def unpack(kept: SavedTensor | _Part) -> Tensor:
-        return kept.restore()
+    def unpack(saved: SavedTensor | RecomputedView) -> Tensor:
+        return saved.restore()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
@@ -38,12 +42,12 @@ def _has_hooks() -> bool:
 
 
 def _storage(t: Tensor) -> int:
-    # Of a fake or meta tensor, the address of the data would not tell one storage from another.
+    # The data pointer would not do: fake and meta tensors have none.
     return t.untyped_storage()._cdata
 
 
 class SavedTensor(NamedTuple):
-    """A tensor that is kept. Where there are hooks, autograd does not look whether it has been changed since."""
+    """A tensor that is saved. With hooks, autograd does not check whether it has been changed since."""
 
     tensor: Tensor
     version: int
@@ -56,8 +60,8 @@ class SavedTensor(NamedTuple):
         return self.tensor
 
 
-class _Part(NamedTuple):
-    """A view of a tensor that is not there."""
+class RecomputedView(NamedTuple):
+    """A view of a tensor that is recomputed."""
 
     source: RecomputedTensor
     size: torch.Size
@@ -65,26 +69,27 @@ class _Part(NamedTuple):
     offset: int
 
     def restore(self) -> Tensor:
-        return self.source.view(self)
+        return self.source.restore_view(self)
 
 
 class RecomputedTensor:
-    """A tensor that is computed again for the first of its parts, and let go with the last."""
+    """A tensor that is recomputed for the first of its views in a backward, and released after the last."""
 
-    def __init__(self, again: Callable[[], Tensor]):
-        self.again, self.tensor = again, None
-        self.parts = self.restored = 0
+    def __init__(self, recompute: Callable[[], Tensor]):
+        self.recompute = recompute
+        self.tensor: Tensor | None = None
+        self.n_views = self.n_restored = 0
 
-    def part(self, t: Tensor) -> _Part:
-        self.parts += 1
-        return _Part(self, t.size(), t.stride(), t.storage_offset())
+    def save_view(self, t: Tensor) -> RecomputedView:
+        self.n_views += 1
+        return RecomputedView(self, t.size(), t.stride(), t.storage_offset())
 
-    def view(self, part: _Part) -> Tensor:
+    def restore_view(self, view: RecomputedView) -> Tensor:
         if self.tensor is None:
             with torch.no_grad():
-                self.tensor = self.again()
-        view = self.tensor.as_strided(part.size, part.stride, part.offset)
-        self.restored += 1
-        if self.restored % self.parts == 0:
+                self.tensor = self.recompute()
+        restored = self.tensor.as_strided(view.size, view.stride, view.offset)
+        self.n_restored += 1
+        if self.n_restored % self.n_views == 0:  # a retained graph runs its backward again
             self.tensor = None
-        return view
+        return restored

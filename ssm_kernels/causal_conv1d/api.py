@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.invariant import silu
+from .._core.sharding import shardable
 from .._core.validation import check_tensor
 from .._core.varlen import check_packing
 from . import pytorch, reference, triton
@@ -23,6 +24,7 @@ class CausalConv1dOutput(NamedTuple):
     """(B, K - 1, D), or (S, K - 1, D) with `cu_seqlens`: the last inputs, in the dtype of `x`."""
 
 
+@shardable
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
+from .._core.sharding import local
 from .._core.validation import check_divides, check_integer, check_no_nan, check_tensor
 from ..causal_conv1d import triton as triton_conv
 from ..causal_conv1d.api import causal_conv1d, check_activation
@@ -115,7 +116,7 @@ def cross_causal_conv1d(
         )
         return y.unflatten(1, (height, width))
     paths = cross_scan(x, directions, backend=chosen).transpose(1, 2).flatten(2)  # (B, L, K * E)
-    y, _ = causal_conv1d(paths, weight.flatten(0, 1), bias, activation, backend=chosen)
+    y, _ = local(causal_conv1d)(paths, weight.flatten(0, 1), bias, activation, backend=chosen)
     return _to_places(y.unflatten(2, (k, dim)), height, width, directions, chosen)
 
 
@@ -174,7 +175,7 @@ def cross_selective_scan(
         return y.unflatten(1, (height, width))
     paths = cross_scan(u, directions, backend=chosen).transpose(1, 2).flatten(2)  # (B, L, K * E)
     dt, B, C = (_to_directions(m, directions, chosen) for m in (dt, B, C))
-    y, _ = selective_scan(paths, dt.flatten(2), A, B, C, D, None, dt_bias, dt_softplus, backend=chosen)
+    y, _ = local(selective_scan)(paths, dt.flatten(2), A, B, C, D, None, dt_bias, dt_softplus, backend=chosen)
     return cross_merge(y.unflatten(2, (k, dim)).transpose(1, 2), height, width, directions, backend=chosen)
 
 
@@ -237,7 +238,7 @@ def cross_ssd(
         )  # fmt: skip
         return y.unflatten(2, (k, heads)).unflatten(1, (height, width))
     x, dt, B, C = (_to_directions(m, directions, chosen).flatten(2, 3) for m in (x, dt, B, C))
-    y, _ = ssd(x, dt, A, B, C, D, None, dt_bias, dt_softplus, dt_limit, chunk_size=chunk_size, backend=chosen)
+    y, _ = local(ssd)(x, dt, A, B, C, D, None, dt_bias, dt_softplus, dt_limit, chunk_size=chunk_size, backend=chosen)
     return _to_places(y.unflatten(2, (k, heads)), height, width, directions, chosen)
 
 

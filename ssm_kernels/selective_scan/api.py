@@ -11,6 +11,7 @@ from torch import Tensor
 from .._core.dispatch import Backend, resolve_backend
 from .._core.invariant import silu, softplus
 from .._core.library import autocast_off
+from .._core.sharding import shardable
 from .._core.validation import check_divides, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
 from . import pytorch, reference, triton
@@ -25,6 +26,7 @@ class SelectiveScanOutput(NamedTuple):
     """(B, D, N), or (S, D, N) with `cu_seqlens`; float32, or float64 where `u` is."""
 
 
+@shardable
 def selective_scan(
     u: Tensor,
     dt: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._core.dispatch import Backend, resolve_backend
 from .._core.invariant import matmul, silu, softplus
 from .._core.library import autocast_off
+from .._core.sharding import shardable
 from .._core.validation import check_divides, check_integer, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
 from . import pytorch, reference, triton
@@ -26,6 +27,7 @@ class SSDOutput(NamedTuple):
     """(B, H, P, N), or (S, H, P, N) with `cu_seqlens`; float32, or float64 where `x` is."""
 
 
+@shardable
 def ssd(
     x: Tensor,
     dt: Tensor,

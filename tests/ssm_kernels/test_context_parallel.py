@@ -1,4 +1,4 @@
-"""A sequence split over ranks gives what one rank gives: outputs, final states, every gradient.
+"""A sequence sharding over ranks gives what one rank gives: outputs, final states, every gradient.
 
 Three processes are started once, and run every case of `CASES`; each computes the whole by itself too, and compares.
 """
@@ -22,16 +22,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ssm_kernels import (
-    SequenceSplit,
+    SequenceSharding,
     causal_conv1d,
     context_parallel,
+    cross_causal_conv1d,
     selective_scan,
-    split_causal_conv1d,
-    split_selective_scan,
-    split_ssd,
     ssd,
 )
-from ssm_kernels.context_parallel import _lay_out, gather_final_states
+from ssm_kernels.context_parallel import gather_final_states
+from ssm_kernels.context_parallel.sharding import RankShard
 from ssm_kernels.modules import Mamba, Mamba2
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, Batch, ImageProcessor, LMConfig, MambaLM, VisionConfig, ViTConfig, VLMConfig
@@ -64,11 +63,11 @@ GROUPS: dict[int, dist.ProcessGroup | None] = {}
 """By how many ranks they have."""
 
 
-def split_over(lengths: tuple[int, ...]) -> SequenceSplit | None:
+def shard_over(lengths: tuple[int, ...]) -> SequenceSharding | None:
     """None on a rank outside of the group."""
     if dist.get_rank() >= len(lengths):
         return None
-    return SequenceSplit(lengths, GROUPS[len(lengths)])
+    return SequenceSharding(lengths, GROUPS[len(lengths)])
 
 
 def gradient(t: Tensor) -> Tensor:
@@ -115,15 +114,15 @@ def conv_inputs(rows: int, batch: int, initial: bool) -> tuple[dict[str, Tensor]
 
 
 OPS = {
-    "selective_scan": (selective_scan, split_selective_scan, scan_inputs, {"dt_softplus": True}),
-    "ssd": (ssd, split_ssd, ssd_inputs, {"dt_softplus": True, "dt_limit": (0.1, 2.0), "chunk_size": 4}),
-    "causal_conv1d": (causal_conv1d, split_causal_conv1d, conv_inputs, {"activation": "silu"}),
+    "selective_scan": (selective_scan, scan_inputs, {"dt_softplus": True}),
+    "ssd": (ssd, ssd_inputs, {"dt_softplus": True, "dt_limit": (0.1, 2.0), "chunk_size": 4}),
+    "causal_conv1d": (causal_conv1d, conv_inputs, {"activation": "silu"}),
 }
 
 
 @case(*((op, *rest) for op in OPS for rest in GRID))
 def ops(op: str, lengths: tuple[int, ...], bounds: tuple[int, ...] | None, initial: bool) -> None:
-    inputs = OPS[op][2]
+    inputs = OPS[op][1]
     batch, rows = (2, 2) if bounds is None else (1, len(bounds) - 1)
     compare_op(op, lengths, bounds, *inputs(rows, batch, initial))
 
@@ -152,33 +151,43 @@ def compare_op(
     timed: dict[str, Tensor],
     alike: dict[str, Tensor],
 ) -> None:
-    split = split_over(lengths)
-    if split is None:
+    sharding = shard_over(lengths)
+    if sharding is None:
         return
-    whole, parted, _, options = OPS[op]
+    run, _, options = OPS[op]
     cu = None if bounds is None else torch.tensor(bounds)
     for t in (*timed.values(), *alike.values()):
         t.requires_grad_()
 
-    y, ends = whole(**timed, **alike, **options, cu_seqlens=cu)
+    y, ends = run(**timed, **alike, **options, cu_seqlens=cu)
     loss = (y * weighted(y)).sum() + (ends * weighted(ends)).sum()
     want = dict(zip([*timed, *alike], torch.autograd.grad(loss, [*timed.values(), *alike.values()]), strict=True))
 
-    parts = {name: split.take(t.detach()).clone().requires_grad_() for name, t in timed.items()}
-    y_part, ends_part = parted(split, **parts, **alike, **options, cu_seqlens=cu)
-    same("y", y_part, split.take(y))
-    same("final states", gather_final_states(split, ends_part, lengths[split.rank], cu), ends)
-    layout = _lay_out(split, split.rank, bounds or (0, 12), len(y), cu is not None)
-    mine = torch.tensor([layout.owner(max(0, b - 1)) == split.rank for b in layout.bounds[1:]])
+    parts = {name: sharding.shard(t.detach()).clone().requires_grad_() for name, t in timed.items()}
+    with context_parallel(sharding):
+        y_part, ends_part = run(**parts, **alike, **options, cu_seqlens=cu)
+    same("y", y_part, sharding.shard(y))
+    same("final states", gather_final_states(sharding, ends_part, lengths[sharding.rank], cu), ends)
+    shard = RankShard.of(sharding, "y", y_part, cu)
+    mine = torch.tensor([shard.owner(max(0, b - 1)) == sharding.rank for b in shard.bounds[1:]])
     mine = mine.view(-1, *[1] * (ends.dim() - 1))
-    loss = (y_part * split.take(weighted(y))).sum() + (ends_part * weighted(ends) * mine).sum()
+    loss = (y_part * sharding.shard(weighted(y))).sum() + (ends_part * weighted(ends) * mine).sum()
     loss.backward()
     for name, t in parts.items():
-        same(f"gradient of {name}", gradient(t), split.take(want[name]))
+        same(f"gradient of {name}", gradient(t), sharding.shard(want[name]))
     for name, t in alike.items():
         total = gradient(t)
-        dist.all_reduce(total, group=split.group)
+        dist.all_reduce(total, group=sharding.group)
         same(f"gradient of {name}", total, want[name])
+
+
+@case()
+def scans_over_grids_are_not_sharded() -> None:
+    sharding = shard_over((4, 5, 3))
+    x, weight = random(1, 2, 3, 4), random(4, 4, 3)
+    want = cross_causal_conv1d(x, weight)
+    with context_parallel(sharding):
+        same("y", cross_causal_conv1d(x, weight), want)
 
 
 # --- mixers and models ------------------------------------------------------------------------------------------
@@ -186,9 +195,9 @@ def compare_op(
 MIXERS = {"mamba": partial(Mamba, 8, 3), "mamba2": partial(Mamba2, 8, 3, headdim=4, chunk_size=4)}
 
 
-def compare_gradients(split: SequenceSplit, module: torch.nn.Module, want: dict[str, Tensor]) -> None:
+def compare_gradients(sharding: SequenceSharding, module: torch.nn.Module, want: dict[str, Tensor]) -> None:
     for name, p in module.named_parameters():
-        dist.all_reduce(p.grad, group=split.group)
+        dist.all_reduce(p.grad, group=sharding.group)
         same(f"gradient of {name}", p.grad, want[name])
 
 
@@ -202,8 +211,8 @@ def compare_gradients(split: SequenceSplit, module: torch.nn.Module, want: dict[
     )
 )
 def mixers(family: str, lengths: tuple[int, ...], bounds: tuple[int, ...] | None, lean: bool, again: bool) -> None:
-    split = split_over(lengths)
-    if split is None:
+    sharding = shard_over(lengths)
+    if sharding is None:
         return
     mixer = MIXERS[family]().double()
     mixer.use_mem_eff_path = lean
@@ -211,22 +220,22 @@ def mixers(family: str, lengths: tuple[int, ...], bounds: tuple[int, ...] | None
     x = random(2 if bounds is None else 1, 12, 8).requires_grad_()
     y = mixer(x, cu_seqlens=cu)
     dx, *grads = torch.autograd.grad((y * weighted(y)).sum(), [x, *mixer.parameters()])
-    part = split.take(x.detach()).clone().requires_grad_()
-    with context_parallel(split):
+    part = sharding.shard(x.detach()).clone().requires_grad_()
+    with context_parallel(sharding):
         y_part = checkpoint(mixer, part, None, cu, use_reentrant=False) if again else mixer(part, cu_seqlens=cu)
-        loss = (y_part * split.take(weighted(y))).sum()
+        loss = (y_part * sharding.shard(weighted(y))).sum()
         if again:
             loss.backward()
     if not again:  # what a mixer computes again by itself needs no other rank
         loss.backward()
-    same("y", y_part, split.take(y))
-    same("gradient of x", part.grad, split.take(dx))
-    compare_gradients(split, mixer, dict(zip(dict(mixer.named_parameters()), grads, strict=True)))
+    same("y", y_part, sharding.shard(y))
+    same("gradient of x", part.grad, sharding.shard(dx))
+    compare_gradients(sharding, mixer, dict(zip(dict(mixer.named_parameters()), grads, strict=True)))
 
 
 @case(*((family, bounds, grad) for family in MIXERS for bounds in [None, (0, 4, 10, 12)] for grad in (False, True)))
 def states(family: str, bounds: tuple[int, ...] | None, grad: bool) -> None:
-    split = split_over((5, 1, 6))
+    sharding = shard_over((5, 1, 6))
     mixer = MIXERS[family]().double()
     cu = None if bounds is None else torch.tensor(bounds)
     x = random(2 if bounds is None else 1, 12, 8)
@@ -236,8 +245,8 @@ def states(family: str, bounds: tuple[int, ...] | None, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         for _ in range(2):
             y = mixer(x, state, cu)
-            with context_parallel(split):
-                same("y", mixer(split.take(x), parted, cu), split.take(y))
+            with context_parallel(sharding):
+                same("y", mixer(sharding.shard(x), parted, cu), sharding.shard(y))
             for whole, other in zip(state, parted, strict=True):
                 same("state", other, whole)
 
@@ -250,8 +259,8 @@ CONFIGS = {
 
 @case(*((family, packed) for family in CONFIGS for packed in (False, True)))
 def language_models(family: str, packed: bool) -> None:
-    split = SequenceSplit.even(13)
-    assert split.lengths == (5, 4, 4)
+    sharding = SequenceSharding.even(13)
+    assert sharding.lengths == (5, 4, 4)
     lm = MambaLM(CONFIGS[family]).double()
     ids = torch.randint(24, (13,))
     cu = torch.tensor([0, 6, 7, 13] if packed else [0, 13])
@@ -262,12 +271,12 @@ def language_models(family: str, packed: bool) -> None:
     n_targets = int((targets != IGNORE).sum())
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE)
     want = dict(zip(dict(lm.named_parameters()), torch.autograd.grad(loss, list(lm.parameters())), strict=True))
-    with context_parallel(split):
-        part = lm(split.take(ids, 0)[None], cu_seqlens=packed_bounds).logits[0]
-    same("logits", part, split.take(logits, 0))
-    mine = F.cross_entropy(part, split.take(targets, 0), ignore_index=IGNORE, reduction="sum") / n_targets
+    with context_parallel(sharding):
+        part = lm(sharding.shard(ids, 0)[None], cu_seqlens=packed_bounds).logits[0]
+    same("logits", part, sharding.shard(logits, 0))
+    mine = F.cross_entropy(part, sharding.shard(targets, 0), ignore_index=IGNORE, reduction="sum") / n_targets
     mine.backward()
-    compare_gradients(split, lm, want)
+    compare_gradients(sharding, lm, want)
 
 
 VISION = VisionConfig(ViTConfig(16, 8, 8, 2, 2, 16), ImageProcessor(16))
@@ -276,7 +285,7 @@ VISION = VisionConfig(ViTConfig(16, 8, 8, 2, 2, 16), ImageProcessor(16))
 @case(*((family, frozen) for family in CONFIGS for frozen in (False, True)))
 def vision_language_models(family: str, frozen: bool) -> None:
     """One sample's image lies across two ranks; nothing is learned from the last rank's part."""
-    split = split_over((4, 5, 3))
+    sharding = shard_over((4, 5, 3))
     vlm = VLM(VLMConfig(CONFIGS[family], (VISION,), ConnectorConfig("mlp"))).double()
     vlm.language_model.requires_grad_(not frozen)
     ids = torch.randint(24, (12,))
@@ -286,14 +295,14 @@ def vision_language_models(family: str, frozen: bool) -> None:
     learned = {n: p for n, p in vlm.named_parameters() if p.requires_grad}
     whole = vlm(batch)
     grads = torch.autograd.grad(whole.loss, list(learned.values()), allow_unused=True)
-    with context_parallel(split):
+    with context_parallel(sharding):
         out = vlm(batch)
         loss = out.loss * (out.n_targets / batch.n_targets)
         loss.backward()
     counts, total = torch.tensor(out.n_targets), loss.detach().clone()
     dist.all_reduce(counts)
     dist.all_reduce(total)
-    assert int(counts) == whole.n_targets and (split.rank < 2 or out.n_targets == 0)
+    assert int(counts) == whole.n_targets and (sharding.rank < 2 or out.n_targets == 0)
     same("loss", total, whole.loss)
     for (name, p), want in zip(learned.items(), grads, strict=True):
         got = gradient(p)
@@ -307,40 +316,40 @@ def vision_language_models(family: str, frozen: bool) -> None:
 @case(("mamba", 0), ("mamba", 2), ("mamba2", 0), ("mamba2", 2))
 def gradients_on_one_rank_alone(family: str, learning: int) -> None:
     """The mixer is frozen, and one rank's part alone needs a gradient, which comes from the others' losses too."""
-    split = split_over((4, 5, 3))
+    sharding = shard_over((4, 5, 3))
     mixer = MIXERS[family]().double().requires_grad_(False)
     x = random(1, 12, 8).requires_grad_()
     (dx,) = torch.autograd.grad((mixer(x) * weighted(x)).sum(), x)
-    part = split.take(x.detach()).clone().requires_grad_(split.rank == learning)
+    part = sharding.shard(x.detach()).clone().requires_grad_(sharding.rank == learning)
     for again in (False, True):
         part.grad = None
-        with context_parallel(split):
+        with context_parallel(sharding):
             y = checkpoint(mixer, part, use_reentrant=False) if again else mixer(part)
-            (y * split.take(weighted(x))).sum().backward()
-        if split.rank == learning:
-            same("gradient of x", part.grad, split.take(dx))
+            (y * sharding.shard(weighted(x))).sum().backward()
+        if sharding.rank == learning:
+            same("gradient of x", part.grad, sharding.shard(dx))
 
 
 @case(("mamba",), ("mamba2",))
 def a_rank_that_has_no_loss(family: str) -> None:
-    split = split_over((4, 5, 3))
+    sharding = shard_over((4, 5, 3))
     mixer = MIXERS[family]().double()
     x = random(1, 12, 8).requires_grad_()
     weights = weighted(x)
     weights[:, :9] = 0
     (dx,) = torch.autograd.grad((mixer(x) * weights).sum(), x)
-    part = split.take(x.detach()).clone().requires_grad_()
-    with context_parallel(split):
-        (mixer(part) * split.take(weights)).sum().backward()
-    same("gradient of x", part.grad, split.take(dx))
+    part = sharding.shard(x.detach()).clone().requires_grad_()
+    with context_parallel(sharding):
+        (mixer(part) * sharding.shard(weights)).sum().backward()
+    same("gradient of x", part.grad, sharding.shard(dx))
 
 
 @case(("mamba",), ("mamba2",))
 def computing_again_outside_of_the_context_is_an_error(family: str) -> None:
-    split = split_over((4, 5, 3))
+    sharding = shard_over((4, 5, 3))
     mixer = MIXERS[family]()
-    with context_parallel(split):
-        y = checkpoint(mixer, torch.randn(1, split.lengths[split.rank], 8), use_reentrant=False)
+    with context_parallel(sharding):
+        y = checkpoint(mixer, torch.randn(1, sharding.lengths[sharding.rank], 8), use_reentrant=False)
     with pytest.raises(RuntimeError, match="(?i)checkpoint|saved"):
         y.sum().backward()
 
@@ -376,7 +385,7 @@ class Counter:
 @case(*((family, dtype, n) for family in MIXERS for dtype in ("float32", "bfloat16", "float64") for n in (12, 48)))
 def volume(family: str, dtype: str, length: int) -> None:
     """The formulas of `ssm_kernels.context_parallel`, whatever the length."""
-    split, batch = SequenceSplit.even(length), 2
+    sharding, batch = SequenceSharding.even(length), 2
     dtype = getattr(torch, dtype)
     mixer = MIXERS[family]().to(dtype)
     n, k = mixer.d_state, mixer.conv1d.weight.shape[2]
@@ -386,8 +395,8 @@ def volume(family: str, dtype: str, length: int) -> None:
         state, channels = mixer.nheads * (mixer.headdim * n + 1), mixer.d_conv_channels
     size = 8 if dtype == torch.float64 else 4
     formula = (WORLD - 1) * batch * (state * size + (k - 1) * channels * dtype.itemsize)
-    with context_parallel(split), Counter() as counter:
-        y = mixer(split.take(torch.randn(batch, length, 8, dtype=dtype)))
+    with context_parallel(sharding), Counter() as counter:
+        y = mixer(sharding.shard(torch.randn(batch, length, 8, dtype=dtype)))
         assert counter.sent == formula and counter.calls == ["all_gather"] * 2
         y.sum().backward()
     assert counter.sent == 2 * formula and counter.calls[2:] == ["all_to_all"] * 2
@@ -395,23 +404,27 @@ def volume(family: str, dtype: str, length: int) -> None:
 
 @case()
 def errors() -> None:
-    split = split_over((4, 5, 3))
-    n = split.lengths[split.rank]
+    sharding = shard_over((4, 5, 3))
+    n = sharding.lengths[sharding.rank]
     with pytest.raises(ValueError, match=r"lengths must be 3 integers from 0 up.*\(4, 5\)"):
-        SequenceSplit((4, 5))
+        SequenceSharding((4, 5))
     with pytest.raises(ValueError, match="lengths must be 3 integers"):
-        SequenceSplit((4, -5, 3))
-    with pytest.raises(ValueError, match=f"x must have this rank's {n} steps"):
-        split_causal_conv1d(split, torch.randn(1, 9, 4), torch.randn(4, 4))
-    with pytest.raises(ValueError, match=f"u must have this rank's {n} steps"):
-        split_selective_scan(split, *[torch.randn(1, 9, 4)] * 2, -torch.ones(4, 3), *[torch.randn(1, 9, 3)] * 2)
-    with pytest.raises(ValueError, match="cu_seqlens must run from 0 to L = 12"):
-        split_causal_conv1d(split, torch.randn(1, n, 4), torch.randn(4, 4), cu_seqlens=torch.tensor([0, n]))
-    with pytest.raises(ValueError, match="initial_states"):
-        split_causal_conv1d(split, torch.randn(1, n, 4), torch.randn(4, 4), None, None, torch.randn(2, 3, 4))
-    with pytest.raises(ValueError, match="whole must have length 12 along dim 1"):
-        split.take(torch.randn(1, 13))
-    with pytest.raises(TypeError, match="split must be a SequenceSplit, got tuple"):
+        SequenceSharding((4, -5, 3))
+    conv_weight = torch.randn(4, 4)
+    with context_parallel(sharding):
+        with pytest.raises(ValueError, match=f"x must have this rank's {n} steps"):
+            causal_conv1d(torch.randn(1, 9, 4), conv_weight)
+        with pytest.raises(ValueError, match=f"u must have this rank's {n} steps"):
+            selective_scan(*[torch.randn(1, 9, 4)] * 2, -torch.ones(4, 3), *[torch.randn(1, 9, 3)] * 2)
+        with pytest.raises(ValueError, match="cu_seqlens must run from 0 to L = 12"):
+            causal_conv1d(torch.randn(1, n, 4), conv_weight, cu_seqlens=torch.tensor([0, n]))
+        with pytest.raises(ValueError, match="initial_states"):
+            causal_conv1d(torch.randn(1, n, 4), conv_weight, initial_states=torch.randn(2, 3, 4))
+        with pytest.raises(ValueError, match="seq_idx must be None within context_parallel"):
+            causal_conv1d(torch.randn(1, n, 4), conv_weight, seq_idx=torch.zeros(1, n, dtype=torch.int32))
+    with pytest.raises(ValueError, match="full must have length 12 along dim 1"):
+        sharding.shard(torch.randn(1, 13))
+    with pytest.raises(TypeError, match="sharding must be a SequenceSharding, got tuple"):
         with context_parallel((4, 5, 3)):
             pass
 
@@ -464,7 +477,7 @@ def test_equals_one_rank(name, failures):
 
 def test_ranks_are_needed():
     with pytest.raises(RuntimeError, match="init_process_group first"):
-        SequenceSplit.even(12)
+        SequenceSharding.even(12)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssm_kernels import modules
+from ssm_kernels import causal_conv1d
 from ssm_kernels.modules import Mamba, Mamba2, RMSNorm, conv_weight, is_plain
 
 MIXERS = [
@@ -82,14 +82,14 @@ def test_the_convolution_called_as_a_module_is_the_one_of_the_op(kind, options):
     conv = kind(16, **options).conv1d
     x = torch.randn(2, 9, conv.in_channels)
     weight, bias = conv_weight("conv1d", conv)
-    want = modules.causal_conv1d(x, weight, bias).y
+    want = causal_conv1d(x, weight, bias).y
     torch.testing.assert_close(conv(x.transpose(1, 2))[..., :9].transpose(1, 2), want)
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"d_ssm": 40}, "d_ssm must lie"),
+        ({"d_ssm": 40}, "d_ssm must be in"),
         ({"d_ssm": 12}, "headdim must divide d_ssm"),
         ({"headdim": 5}, "headdim must divide expand"),
         ({"ngroups": 3}, "ngroups"),

@@ -167,8 +167,8 @@ class Mamba(_Caches, modules.Mamba):
         _check_one_step(hidden_states)
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (B, E) each
         x = causal_conv1d_update(x, conv_state, *conv_weight("conv1d", self.conv1d), self.activation)
-        low_rank, B, C = self._project(x)
-        dt, dt_bias = self._steps(low_rank)
+        low_rank, B, C = self.ssm_inputs(x)
+        dt, dt_bias = self.expand_dt(low_rank)
         A = -torch.exp(self.A_log.float())
         y = selective_state_update(ssm_state, x, dt, A, B, C, self.D, z, dt_bias, dt_softplus=True)
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
@@ -309,15 +309,15 @@ class Mamba2(_Caches, modules.Mamba2):
         _check_one_step(hidden_states)
         mlp, z, xBC, dt = self.split_projected(self.in_proj(hidden_states.squeeze(1)))
         xBC = causal_conv1d_update(xBC, conv_state, *conv_weight("conv1d", self.conv1d), self.activation)
-        x, B, C = self.scan_inputs(xBC)
+        x, B, C = self.ssm_inputs(xBC)
         state = ssm_state.to(torch.promote_types(ssm_state.dtype, torch.float32))
         y = ssd_step(
             state, x, dt, -torch.exp(self.A_log.float()), B, C, self.skip_weight,
-            None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)), self.dt_bias, True, self.dt_limit,
+            self.scan_gate(z), self.dt_bias, True, self.dt_limit,
         )  # fmt: skip
         if state is not ssm_state:
             ssm_state.copy_(state)
-        return self.out_proj(self.gated(y, z, mlp)).unsqueeze(1), conv_state, ssm_state
+        return self.out_proj(self.gate(y, z, mlp)).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any

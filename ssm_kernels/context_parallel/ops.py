@@ -1,0 +1,278 @@
+"""The ops on a rank's shard: what `causal_conv1d`, `selective_scan` and `ssd` run within `context_parallel`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._core.dispatch import Backend
+from .._core.invariant import softplus
+from .._core.sharding import local, sharded_version_of
+from .._core.validation import check_tensor
+from ..causal_conv1d import CausalConv1dOutput, causal_conv1d
+from ..selective_scan import SelectiveScanOutput, selective_scan
+from ..ssd import SSDOutput, ssd
+from .exchange import all_gather, depend_on
+from .halo import conv_halo
+from .sharding import RankShard, SequenceSharding
+
+local_causal_conv1d, local_selective_scan, local_ssd = local(causal_conv1d), local(selective_scan), local(ssd)
+
+
+@sharded_version_of(causal_conv1d)
+def sharded_causal_conv1d(
+    sharding: SequenceSharding,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Literal["silu"] | None = None,
+    initial_states: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> CausalConv1dOutput:
+    """Convolve this rank's shard, after a halo exchange."""
+    _refuse_seq_idx(seq_idx)
+    check_tensor("weight", weight, ("D", "K"))
+    x, initial_states, cu_seqlens = conv_halo(sharding, x, weight.shape[1], initial_states, cu_seqlens)
+    return local_causal_conv1d(x, weight, bias, activation, initial_states, cu_seqlens=cu_seqlens, backend=backend)
+
+
+@sharded_version_of(selective_scan)
+def sharded_selective_scan(
+    sharding: SequenceSharding,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_states: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> SelectiveScanOutput:
+    """Scan this rank's shard from the state that the ranks before it leave."""
+    _refuse_seq_idx(seq_idx)
+    check_tensor("u", u, ("B", "L", "D"))
+    check_tensor("A", A, (u.shape[2], "N"), like=u)
+    compute = torch.promote_types(u.dtype, torch.float32)
+    shard = RankShard.of(sharding, "u", u, cu_seqlens)
+    shard.check_states(initial_states, u, tuple(A.shape))
+
+    def over(steps: slice, m: Tensor) -> Tensor:
+        return m if m.dim() == 2 else m[:, steps]  # (D, N) is constant in time
+
+    def scan(steps: slice, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        z_ = None if z is None else z[:, steps]
+        return local_selective_scan(
+            u[:, steps], dt[:, steps], A, over(steps, B), over(steps, C), D, z_, dt_bias, dt_softplus, initial_states,
+            cu_seqlens=cu_seqlens, backend=backend,
+        )  # fmt: skip
+
+    def final_states_from_zero() -> Tensor:
+        y_is_unused = C.detach()
+        return local_selective_scan(
+            u, dt, A, B, y_is_unused, None, None, dt_bias, dt_softplus, backend=backend
+        ).final_states  # (B, D, N)
+
+    def dt_sum() -> Tensor:
+        return _DtSum.apply(dt, dt_bias, dt_softplus, (-math.inf, math.inf), compute)  # (B, D)
+
+    def decay(dt_sum: Tensor) -> Tensor:
+        return torch.exp(dt_sum.unsqueeze(-1) * A.to(compute))  # (B, D) -> (B, D, N)
+
+    parts = _ShardScan(scan, final_states_from_zero, dt_sum, decay, tuple(A.shape), u.shape[2])
+    return SelectiveScanOutput(*_scan_shard(shard, u, parts, initial_states))
+
+
+@sharded_version_of(ssd)
+def sharded_ssd(
+    sharding: SequenceSharding,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial_states: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> SSDOutput:
+    """Scan this rank's shard from the state that the ranks before it leave."""
+    _refuse_seq_idx(seq_idx)
+    check_tensor("x", x, ("B", "L", "H", "P"))
+    check_tensor("A", A, (x.shape[2],), like=x)
+    check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    state_shape = (*x.shape[2:], B.shape[3])  # (H, P, N)
+    shard = RankShard.of(sharding, "x", x, cu_seqlens)
+    shard.check_states(initial_states, x, state_shape)
+
+    def scan(steps: slice, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        z_ = None if z is None else z[:, steps]
+        return local_ssd(
+            x[:, steps], dt[:, steps], A, B[:, steps], C[:, steps], D, z_, dt_bias, dt_softplus, dt_limit,
+            initial_states, chunk_size=chunk_size, cu_seqlens=cu_seqlens, backend=backend,
+        )  # fmt: skip
+
+    def final_states_from_zero() -> Tensor:
+        y_is_unused = C.detach()
+        return local_ssd(
+            x, dt, A, B, y_is_unused, None, None, dt_bias, dt_softplus, dt_limit, chunk_size=chunk_size, backend=backend
+        ).final_states  # (B, H, P, N)
+
+    def dt_sum() -> Tensor:
+        return _DtSum.apply(dt, dt_bias, dt_softplus, dt_limit, compute)  # (B, H)
+
+    def decay(dt_sum: Tensor) -> Tensor:
+        return torch.exp(dt_sum * A.to(compute))[..., None, None]  # (B, H) -> (B, H, 1, 1)
+
+    parts = _ShardScan(scan, final_states_from_zero, dt_sum, decay, state_shape, x.shape[2])
+    return SSDOutput(*_scan_shard(shard, x, parts, initial_states))
+
+
+def _refuse_seq_idx(seq_idx: Tensor | None) -> None:
+    if seq_idx is not None:
+        raise ValueError("seq_idx must be None within context_parallel: pass cu_seqlens, of the complete sequence")
+
+
+# --- scan of a shard --------------------------------------------------------------------------------------------
+
+
+class _ShardScan(NamedTuple):
+    """One op's functions over this rank's steps."""
+
+    scan: Callable[[slice, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+    """`(steps, initial_states, cu_seqlens) -> y, final_states`."""
+    final_states_from_zero: Callable[[], Tensor]
+    """(B, *state_shape) states after all steps here, from zero states."""
+    dt_sum: Callable[[], Tensor]
+    """(B, n_decays) sum of the step sizes here."""
+    decay: Callable[[Tensor], Tensor]
+    """Factor by which a sum of step sizes decays a state."""
+    state_shape: tuple[int, ...]
+    n_decays: int
+
+
+def _scan_shard(shard: RankShard, x: Tensor, op: _ShardScan, initial_states: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scan this rank's steps.
+
+    Args:
+        shard: this rank's shard.
+        x: (B, L, ...) input of the op.
+        op: the op's functions.
+        initial_states: (B or S, *state_shape) before the complete sequence, or None.
+
+    Returns:
+        y of this rank's steps, and the states after them, (B or S, *state_shape).
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    first, last = shard.started
+    ys, final_states = [], []
+
+    # 1. Sequences that start here depend on no other rank.
+    last_started = None
+    if last > first:
+        steps = slice(shard.incoming_length, None)
+        cu_seqlens = None
+        if last - first > 1:
+            assert shard.cu_seqlens is not None
+            cu_seqlens = shard.cu_seqlens[first : last + 1] - shard.incoming_length
+        y, ends = op.scan(
+            steps, None if initial_states is None else initial_states[shard.rows(first, last)], cu_seqlens
+        )
+        ys, final_states = [y], [ends]
+        last_started = ends[-shard.batch :]  # (B, *state_shape)
+
+    # 2. Tell the later ranks the end of the sequence that continues there: (B, M), a state and a sum of steps.
+    if shard.outgoing is None or x.shape[1] == 0:
+        message = x.new_zeros(shard.batch, math.prod(op.state_shape) + op.n_decays, dtype=compute)
+    elif shard.outgoing == shard.incoming:
+        message = torch.cat([op.final_states_from_zero().flatten(1), op.dt_sum().flatten(1)], 1)
+    else:
+        assert last_started is not None
+        message = F.pad(last_started.flatten(1), (0, op.n_decays))
+    messages = all_gather(message, x, shard.sharding.group)  # (W, B, M)
+
+    # 3. The sequence that comes from earlier ranks.
+    if shard.incoming is not None:
+        before = _incoming_states(shard, shard.incoming, messages, op)  # (B, *state_shape)
+        y, ends = op.scan(slice(0, shard.incoming_length), before, None)
+        ys, final_states = [y, *ys], [ends, *final_states]
+
+    def untouched(start: int, end: int) -> Tensor:
+        """States of sequences without a step here."""
+        rows = shard.rows(start, end)
+        if initial_states is not None:
+            return initial_states[rows].to(compute)
+        return x.new_zeros(rows.stop - rows.start, *op.state_shape, dtype=compute)
+
+    y = torch.cat(ys, 1) if len(ys) > 1 else ys[0] if ys else torch.zeros_like(x)
+    n_before = first if shard.incoming is None else shard.incoming
+    final_states = [untouched(0, n_before), *final_states, untouched(last, shard.n_sequences)]
+    final_states = [s for s in final_states if len(s)]  # most often one, which need not be copied
+    all_states = final_states[0] if len(final_states) == 1 else torch.cat(final_states or [untouched(0, 0)])
+    return depend_on(y, messages), depend_on(all_states, messages)
+
+
+def _incoming_states(shard: RankShard, incoming: int, messages: Tensor, op: _ShardScan) -> Tensor:
+    """Combine the messages (W, B, M) of earlier ranks into the states before this shard, (B, *state_shape)."""
+    size = math.prod(op.state_shape)
+    first_rank = shard.owner(shard.bounds[incoming])
+    states = messages[first_rank, :, :size].unflatten(1, op.state_shape)
+    for rank in range(first_rank + 1, shard.rank):
+        if shard.sharding.lengths[rank]:
+            end, dt_sum = messages[rank].split([size, op.n_decays], 1)
+            # exp(A sum dt) h + e
+            states = torch.addcmul(end.unflatten(1, op.state_shape), op.decay(dt_sum), states)
+    return states
+
+
+class _DtSum(torch.autograd.Function):
+    """The sum over time of the step sizes that `dt` stands for, (B, L, ...) -> (B, ...); saves `dt` alone."""
+
+    @staticmethod
+    def forward(ctx, dt, bias, with_softplus, limit, compute):
+        ctx.save_for_backward(dt, bias)
+        ctx.options = with_softplus, limit, compute
+        return _dt_sum(dt, bias, with_softplus, limit, compute)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dsum):
+        dt, bias = ctx.saved_tensors
+        inputs = [t.detach().requires_grad_() for t in (dt, bias) if t is not None]
+        with torch.enable_grad():
+            total = _dt_sum(inputs[0], inputs[1] if bias is not None else None, *ctx.options)
+        ddt, *dbias = torch.autograd.grad(total, inputs, dsum)
+        dwith_softplus = dlimit = dcompute = None
+        return ddt, dbias[0] if dbias else None, dwith_softplus, dlimit, dcompute
+
+
+def _dt_sum(
+    dt: Tensor, bias: Tensor | None, with_softplus: bool, limit: tuple[float, float], compute: torch.dtype
+) -> Tensor:
+    dt = dt.to(compute)
+    if bias is not None:
+        dt = dt + bias.to(compute)
+    if with_softplus:
+        dt = softplus(dt)
+    return dt.clamp(*limit).sum(1)

@@ -1,0 +1,24 @@
+"""The Mamba and Mamba-2 mixers on these ops, with the parameter names of the published checkpoints.
+
+Letters: B batch, L length, D model width, E = expand * D inner width, N state, R rank of dt, H heads, P head
+dimension, G groups, K convolution width, S sequences in a pack.
+"""
+
+from .conv import conv_weight, depthwise_conv
+from .mamba import Mamba
+from .mamba2 import Mamba2
+from .norm import RMSNorm
+from .parameters import initial_dt_bias, is_plain, without_weight_decay
+from .state import MixerState
+
+__all__ = [
+    "Mamba",
+    "Mamba2",
+    "MixerState",
+    "RMSNorm",
+    "conv_weight",
+    "depthwise_conv",
+    "initial_dt_bias",
+    "is_plain",
+    "without_weight_decay",
+]

@@ -1,0 +1,187 @@
+"""The Mamba-2 mixer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .._core.dispatch import bind_backend
+from .._core.recompute import recompute_in_backward
+from ..causal_conv1d import causal_conv1d_step
+from ..ssd import ssd, ssd_step
+from .conv import conv_weight, convolve, depthwise_conv
+from .norm import RMSNorm
+from .parameters import initial_dt_bias, is_plain, without_weight_decay
+from .state import MixerState, initial_states, is_decoding_step, update_state, zero_state
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 mixer (arXiv 2405.21060, section 7).
+
+    A layer that replaces a projection or the norm (an adapter, a quantised layer) is called once a forward, and hooks
+    run once.
+
+    Args:
+        d_model: width D of the input and the output.
+        d_state: N.
+        d_conv: K.
+        expand: E / D.
+        headdim: P.
+        ngroups: G.
+        A_init_range: range of -A at initialisation.
+        dt_min, dt_max, dt_init_floor: range of the step sizes at initialisation.
+        dt_limit: bounds of the step size.
+        conv_bias: the convolution has a bias.
+        bias: the in and out projections have a bias.
+        norm_eps: epsilon of the gated norm.
+        chunk_size: steps that the scan treats as one matrix product. Results do not depend on it.
+        use_mem_eff_path: recompute the convolution and the norm in the backward rather than save them.
+        d_ssm: channels that are scanned, H P; a gated MLP takes the rest of E. All of E by default.
+        D_has_hdim: the skip connection D has a weight for each channel, (H P,), not for each head.
+        rmsnorm: gate by a gated norm, rather than by `y * silu(z)` alone.
+        norm_before_gate: the gate multiplies the norm's output rather than its input.
+
+    Raises:
+        ValueError: sizes do not fit; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: float = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        conv_bias: bool = True,
+        bias: bool = False,
+        norm_eps: float = 1e-5,
+        chunk_size: int = 64,
+        use_mem_eff_path: bool = True,
+        d_ssm: int | None = None,
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+    ):
+        super().__init__()
+        self.use_mem_eff_path = use_mem_eff_path
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner, self.headdim, self.ngroups = int(expand * d_model), headdim, ngroups
+        if self.d_inner != expand * d_model:
+            raise ValueError(f"expand * d_model must be an integer, got {expand} * {d_model}")
+        self.d_ssm = self.d_inner if d_ssm is None else d_ssm
+        if not 0 < self.d_ssm <= self.d_inner:
+            raise ValueError(f"d_ssm must be in [1, expand * d_model = {self.d_inner}], got {d_ssm}")
+        if self.d_ssm % headdim:
+            name = "expand * d_model" if d_ssm is None else "d_ssm"
+            raise ValueError(f"headdim must divide {name} = {self.d_ssm}, got {headdim}")
+        self.nheads, self.d_mlp = self.d_ssm // headdim, self.d_inner - self.d_ssm
+        if self.nheads % ngroups:
+            raise ValueError(f"ngroups must divide the {self.nheads} heads, got {ngroups}")
+        self.dt_limit, self.chunk_size = dt_limit, chunk_size
+        self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
+        self.d_conv_channels = self.d_ssm + 2 * ngroups * d_state
+        # MLP (gate, up), z, convolution (x, B, C), dt: see `split_projected`.
+        self.in_proj = nn.Linear(d_model, 2 * self.d_mlp + self.d_ssm + self.d_conv_channels + self.nheads, bias=bias)
+        self.conv1d = depthwise_conv(self.d_conv_channels, d_conv, conv_bias)
+        self.dt_bias = without_weight_decay(initial_dt_bias((self.nheads,), dt_min, dt_max, dt_init_floor))
+        self.A_log = without_weight_decay(torch.empty(self.nheads).uniform_(*A_init_range).log())
+        self.D = without_weight_decay(torch.ones(self.d_ssm if D_has_hdim else self.nheads))
+        if rmsnorm:
+            self.norm = RMSNorm(self.d_ssm, norm_eps, self.d_ssm // ngroups, norm_before_gate)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+    def new_state(self, batch: int) -> MixerState:
+        """Return the state before the first token of `batch` sequences, zeros on the mixer's device."""
+        return zero_state(self.conv1d.weight, batch, (self.nheads, self.headdim, self.d_state))
+
+    def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mix over time.
+
+        Args:
+            hidden: (B, L, D).
+            state: state before the first step, one entry for each sequence; updated in place.
+            cu_seqlens: (S + 1,) bounds of sequences packed in one row.
+
+        Returns:
+            (B, L, D).
+        """
+        return self.mix(self.in_proj(hidden), state, cu_seqlens)
+
+    def mix(self, projected: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Run everything after `in_proj`, on its output (B, L, ...); the rest as in `forward`."""
+        mlp, z, xBC, dt = self.split_projected(projected)  # (B, L, ...), (B, L, H P), (B, L, channels), (B, L, H)
+        if state is not None and is_decoding_step(projected, cu_seqlens):
+            y = self._step(z[:, 0], xBC[:, 0], dt[:, 0], state).unsqueeze(1)  # (B, 1, H, P)
+            return self.out_proj(self.gate(y, z, mlp))
+        A = -torch.exp(self.A_log.float())  # (H,)
+        start = initial_states(state)
+        xBC, final_conv, recompute_xBC = convolve(self.conv1d, xBC, start.conv, cu_seqlens)  # (B, L, channels)
+        with recompute_in_backward((xBC, recompute_xBC), enabled=self.use_mem_eff_path):
+            x, B, C = self.ssm_inputs(xBC)  # (B, L, H, P), (B, L, G, N), (B, L, G, N)
+            y, final_ssm = ssd(
+                x, dt, A, B, C, self.skip_weight, self.scan_gate(z), self.dt_bias, True, self.dt_limit,
+                start.ssm, chunk_size=self.chunk_size, cu_seqlens=cu_seqlens,
+            )  # fmt: skip  # (B, L, H, P)
+        update_state(state, final_conv, final_ssm, projected.shape[1], cu_seqlens)
+        return self._gate_and_project(y, z, mlp)  # (B, L, D)
+
+    def _step(self, z: Tensor, xBC: Tensor, dt: Tensor, state: MixerState) -> Tensor:
+        """Advance by one token: z (B, H P), xBC (B, channels), dt (B, H) -> y (B, H, P)."""
+        xBC = causal_conv1d_step(state.conv, xBC, *conv_weight("conv1d", self.conv1d), "silu")  # (B, channels)
+        x, B, C = self.ssm_inputs(xBC)  # (B, H, P), (B, G, N), (B, G, N)
+        A = -torch.exp(self.A_log.float())  # (H,)
+        gate = self.scan_gate(z)
+        return ssd_step(state.ssm, x, dt, A, B, C, self.skip_weight, gate, self.dt_bias, True, self.dt_limit)
+
+    @property
+    def skip_weight(self) -> Tensor:
+        """D: (H,), or (H, P) where each channel has its own."""
+        return self.D.view(self.nheads, self.headdim) if self.D_has_hdim else self.D
+
+    def split_projected(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Split the output of `in_proj` into the MLP's (gate, up), z, (x, B, C) and dt."""
+        mlp, z, xBC, dt = projected.split([2 * self.d_mlp, self.d_ssm, self.d_conv_channels, self.nheads], dim=-1)
+        return mlp, z, xBC, dt
+
+    def ssm_inputs(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split the convolution's output (..., channels) into x (..., H, P), B (..., G, N) and C (..., G, N)."""
+        shared = self.ngroups * self.d_state
+        x, B, C = xBC.split([self.d_ssm, shared, shared], dim=-1)
+        groups = (self.ngroups, self.d_state)
+        return x.unflatten(-1, (self.nheads, self.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def scan_gate(self, z: Tensor) -> Tensor | None:
+        """Return z (..., H, P) for the scan to gate by, or None where the gated norm does."""
+        return None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim))
+
+    def gate(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
+        """Return the input of `out_proj`, (..., E): the MLP's output and the scan's, y (..., H, P), normalised."""
+        y = y.flatten(-2)  # (..., H P)
+        if self.rmsnorm:
+            y = self.norm(y, z)
+        if self.d_mlp:
+            gate, up = mlp.chunk(2, dim=-1)
+            y = torch.cat([F.silu(gate) * up, y], dim=-1)  # (..., E)
+        return y
+
+    def _gate_and_project(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
+        """Gate, normalise and project y (B, L, H, P) to (B, L, D), without saving the gated activations."""
+        # A norm with hooks is not called again; without norm and MLP there is nothing to discard.
+        can_recompute = is_plain(self.norm, RMSNorm) if self.rmsnorm else self.d_mlp > 0
+        is_tracing = torch.compiler.is_compiling()
+        if not (can_recompute and self.use_mem_eff_path and torch.is_grad_enabled()) or is_tracing:
+            return self.out_proj(self.gate(y, z, mlp))
+        gate = bind_backend(self.gate)
+        gated = checkpoint(gate, y, z, mlp, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(gated, Tensor)
+        # The projection is outside of the checkpoint: adapters there may draw, and hooks count.
+        with recompute_in_backward((gated, lambda: gate(y, z, mlp))):
+            return self.out_proj(gated)
