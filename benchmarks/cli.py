@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..train.command_line import run_commands
+from ..command_line import run_commands
 from .options import COMMANDS
 
 

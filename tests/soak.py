@@ -35,10 +35,11 @@ from typing import NamedTuple
 
 import torch
 
+from vlmamba.cli import main as vlmamba
+from vlmamba.commands import train_stages  # noqa: F401  imported once here, for all forked runs
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, ImageProcessor, LMConfig, Tokenizer, VisionConfig, ViTConfig, VLMConfig
-from vlmamba.train import easy_vqa, training  # noqa: F401  what each run imports, once for all of them
-from vlmamba.train.cli import main as vlmamba
+from vlmamba.train import easy_vqa
 from vlmamba.train.data import Record
 
 FORK = multiprocessing.get_context("fork")

@@ -21,7 +21,7 @@ else:
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
-FLOORS = ("ssm_kernels", "connectors", "model", "train", "benchmarks")
+FLOORS = ("ssm_kernels", "connectors", "model", "train", "vlmamba", "benchmarks")
 
 
 def folder_of(package: str) -> Path:
@@ -100,6 +100,7 @@ from torch import Tensor
 
 from ssm_kernels import SSDOutput, add_rms_norm, selective_scan, ssd, use_backend
 from ssm_kernels.modules import Mamba2, MixerState
+from vlmamba import load_model
 from vlmamba.connectors import ConnectorConfig, build_connector
 from vlmamba.model import VLM, GenerationConfig, LMConfig, MambaLM
 
@@ -112,6 +113,7 @@ with use_backend("torch"):
     build_connector(ConnectorConfig("vss-l2", scan="cross"), vision_width=48, lm_width=64)
 assert_type(MambaLM.from_pretrained("name", dtype=torch.bfloat16, device_map="auto"), MambaLM)
 assert_type(VLM.from_pretrained(Path("folder")), VLM)
+assert_type(load_model("name"), MambaLM | VLM)
 assert_type(VLM.from_pretrained("name").generate(["?"], [None], GenerationConfig(max_new_tokens=8)), list[str])
 
 ssd(x, x, x, x)  # wrong: no C
@@ -165,14 +167,14 @@ print(Mamba(32)(x).shape, Mamba2(32, headdim=16)(x).shape)
 
 
 def test_importing_does_not_import_triton():
-    code = "import sys, ssm_kernels, vlmamba.train.cli; assert 'triton' not in sys.modules, 'triton'"
+    code = "import sys, ssm_kernels, vlmamba.cli; assert 'triton' not in sys.modules, 'triton'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 TORCH_FREE_HELP = """
 import sys
-from vlmamba.{package}.cli import main
+from {module} import main
 try:
     main({arguments!r})
 except SystemExit as end:
@@ -181,11 +183,11 @@ assert "torch" not in sys.modules, "torch"
 """
 
 
-@pytest.mark.parametrize("package", ["train", "benchmarks"])
-def test_help_and_version_do_not_import_torch(package):
-    cli = importlib.import_module(f"vlmamba.{package}.cli")
+@pytest.mark.parametrize("module", ["vlmamba.cli", "vlmamba.benchmarks.cli"])
+def test_help_and_version_do_not_import_torch(module):
+    cli = importlib.import_module(module)
     for arguments in ([], ["--help"], ["--version"], *([command, "--help"] for command in cli.COMMANDS)):
-        code = TORCH_FREE_HELP.format(package=package, arguments=arguments)
+        code = TORCH_FREE_HELP.format(module=module, arguments=arguments)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, (arguments, done.stderr)
         assert done.stdout
@@ -199,3 +201,40 @@ def test_every_public_name_of_the_models_is_where_it_is_looked_for():
         assert getattr(vlmamba.model, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         vlmamba.model.Nothing  # noqa: B018
+
+
+CHECKOUT_COMPLETE = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f)]
+import importlib
+for name in ("vlmamba.model", "vlmamba.train", "vlmamba.connectors", "vlmamba.benchmarks", "vlmamba.commands.train"):
+    module = importlib.import_module(name)
+    assert module.__file__.startswith({root!r}), module
+"""
+
+
+def test_a_checkout_on_the_path_is_complete_without_an_install(tmp_path):
+    """Another checkout may be the installed one, so the subpackages are found beside `vlmamba/`."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + CHECKOUT_COMPLETE.format(root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("folder", [ROOT, Path("/")], ids=["checkout", "elsewhere"])
+def test_modules_run_from_any_working_directory(folder):
+    command = [sys.executable, "-m", "vlmamba", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.stdout == f"vlmamba {PYPROJECT['project']['version']}\n", done.stderr
+
+
+def test_names_of_the_package_are_imported_when_they_are_used():
+    import vlmamba
+
+    for name in vlmamba.__all__:
+        assert getattr(vlmamba, name) is not None
+    assert set(vlmamba.__all__) <= set(dir(vlmamba))
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        vlmamba.Nothing  # noqa: B018
+    code = "import sys, vlmamba; vlmamba.__version__; assert 'torch' not in sys.modules; vlmamba.train"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

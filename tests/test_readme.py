@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlmamba import cli
 from vlmamba.benchmarks import cli as bench_cli
 from vlmamba.model import PRESETS, VISION_ENCODERS
 from vlmamba.model.formats.language import PUBLISHED
-from vlmamba.train import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

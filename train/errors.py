@@ -1,10 +1,17 @@
-"""Errors of a run's data. The model is as it was, so a loop can save a checkpoint and then let them pass."""
+"""Exceptions of training that callers tell apart. They import no torch."""
 
 from __future__ import annotations
 
 
+class Interrupted(SystemExit):
+    """A signal stopped the stage, which has saved a checkpoint and can be resumed.
+
+    The exit status is that of a process which the signal ended: 143 after SIGTERM, 130 after Ctrl-C.
+    """
+
+
 class DataError(Exception):
-    """The data cannot be trained on any further: what all errors of this module are."""
+    """Base class of errors in a run's data. The model is unchanged, so the loop saves a checkpoint before it raises."""
 
 
 class BrokenDataError(DataError, ValueError):
@@ -12,7 +19,7 @@ class BrokenDataError(DataError, ValueError):
 
 
 class ChangedDataError(DataError, ValueError):
-    """A file of data is not the one that was indexed when the run started."""
+    """A data file is not the one that was indexed when the run started."""
 
 
 class WorkerDiedError(DataError, ChildProcessError):

@@ -34,8 +34,8 @@ from .distributed import (
     sum_whole_gradients,
     world_size,
 )
+from .errors import Interrupted
 from .identity import Fingerprint, check_changeable, run_identity
-from .interrupted import Interrupted
 from .loader import Loader, Samples
 from .lock import only_run_in
 from .lora import add_lora, merge_lora

@@ -9,11 +9,11 @@ from typing import get_args
 import pytest
 
 from vlmamba.benchmarks import cases, cli, options
+from vlmamba.cli import COMMANDS as VLMAMBA_COMMANDS
 from vlmamba.model.fields import Interval
-from vlmamba.train.options import COMMANDS as TRAIN_COMMANDS
 
 
-@pytest.mark.parametrize("commands", [options.COMMANDS, TRAIN_COMMANDS], ids=["ssm-bench", "vlmamba"])
+@pytest.mark.parametrize("commands", [options.COMMANDS, VLMAMBA_COMMANDS], ids=["ssm-bench", "vlmamba"])
 def test_every_number_has_its_interval(commands):
     """One that may be below zero, or infinite without a meaning, would be found here."""
     for name, command in commands.items():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vlmamba import cli
 from vlmamba.benchmarks import cli as bench
 from vlmamba.model.device import device_named
-from vlmamba.train import cli
 
 
 def test_devices_by_name(monkeypatch):

@@ -17,11 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmamba import cli
 from vlmamba.model import VLM, GenerationConfig, Tokenizer, Turn, collate
 from vlmamba.model.image import open_image
 from vlmamba.model.prompt import IGNORE, get_template
-from vlmamba.train import cli, data, easy_vqa
+from vlmamba.train import data, easy_vqa
 from vlmamba.train.ablate import ablation_table, variants
+from vlmamba.train.attribute_classifier import AttributeClassifier, AttributeImages, collate_moved
 from vlmamba.train.config import StageConfig
 from vlmamba.train.data import Conversations, Record, read_llava, write_llava
 from vlmamba.train.demo import results_table
@@ -30,7 +32,6 @@ from vlmamba.train.evaluate import answer_all
 from vlmamba.train.loop import train_stage
 from vlmamba.train.recipes import FAMILIES, tiny_config
 from vlmamba.train.sources import open_picture, open_source
-from vlmamba.train.vision import AttributeClassifier, AttributeImages, collate_moved
 
 
 @pytest.fixture
@@ -472,7 +473,7 @@ def test_what_goes_wrong_is_one_line(arguments, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [[], ["train"], ["demo"], ["chat"], ["ablate"]])
 def test_help_is_there(command):
     out = subprocess.run(
-        [sys.executable, "-m", "vlmamba.train.cli", *command, "--help"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "vlmamba", *command, "--help"], capture_output=True, text=True, check=False
     )
     assert out.returncode == 0
     assert "usage: vlmamba" in out.stdout

@@ -23,10 +23,10 @@ import yaml
 from packaging.version import Version
 from torch.distributed.tensor import DTensor
 
+from vlmamba.cli import COMMANDS
 from vlmamba.model.batch import Sample, collate
 from vlmamba.model.prompt import IGNORE, IMAGE_TOKEN
 from vlmamba.model.vlm import VLM
-from vlmamba.train.cli import COMMANDS
 from vlmamba.train.config import StageConfig
 from vlmamba.train.distributed import FRESH_STORE, blocks, processes, rank, recomputed_blocks, shard, sum_over_ranks
 from vlmamba.train.loop import Interrupted, train_stage

@@ -20,6 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmamba import cli
+from vlmamba.command_line import printable
+from vlmamba.commands import prompt_file
+from vlmamba.commands.chat import pasted_path
+from vlmamba.commands.prompt_file import MAX_CHARACTERS, json_line, read_prompts
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import (
     VLM,
@@ -35,10 +40,6 @@ from vlmamba.model import (
 )
 from vlmamba.model.chat import Conversation
 from vlmamba.model.inspect import inspect
-from vlmamba.train import cli, prompts
-from vlmamba.train.command_line import printable
-from vlmamba.train.inference import pasted_path
-from vlmamba.train.prompts import MAX_CHARACTERS, json_line, read_prompts
 
 TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
 FEW = GenerationConfig(6)
@@ -184,8 +185,8 @@ def test_answers_go_to_a_file_that_the_same_command_goes_on_with(folder, lm, fiv
     assert "five.jsonl:2: expected a record" in records[1]["error"]
 
     asked = []
-    together = prompts.answer_together
-    monkeypatch.setattr(prompts, "answer_together", lambda m, p, c: asked.extend(p) or together(m, p, c))
+    together = prompt_file.answer_together
+    monkeypatch.setattr(prompt_file, "answer_together", lambda m, p, c: asked.extend(p) or together(m, p, c))
     out.write_bytes(whole[: whole.index(b"\n", len(whole) // 2) + 20])  # killed within a line
     whole_lines = out.read_bytes().count(b"\n")
     generate_to(out, folder, five)
@@ -234,7 +235,7 @@ def test_answers_that_were_made_otherwise_are_not_gone_on_with(change, message, 
 
 def test_a_prompt_that_fails_while_it_is_answered_is_found_out(folder, lm, five, tmp_path, monkeypatch):
     """Memory that runs out for one prompt of a batch is that prompt's error."""
-    together = prompts.answer_together
+    together = prompt_file.answer_together
 
     def answer(model, batch, config):
         if any(p.text == "a blue" for p in batch):
@@ -243,7 +244,7 @@ def test_a_prompt_that_fails_while_it_is_answered_is_found_out(folder, lm, five,
             raise MemoryError
         return together(model, batch, config)
 
-    monkeypatch.setattr(prompts, "answer_together", answer)
+    monkeypatch.setattr(prompt_file, "answer_together", answer)
     out = tmp_path / "answers.jsonl"
     with pytest.raises(SystemExit, match="3 of 5 prompts have an error"):
         cli.main(["generate", str(folder / "lm"), "--prompts", str(five), "--output", str(out),
@@ -272,7 +273,7 @@ def test_what_a_terminal_would_obey_is_escaped():
 ANSWERS_WITH_EVERYTHING = """
 import sys
 from vlmamba.model import MambaLM
-from vlmamba.train import cli
+from vlmamba import cli
 MambaLM.stream = lambda *a: iter(["\x1b[31mred ", "你 😀"])
 MambaLM.generate = lambda self, prompts, config: ["\x1b 你 😀"] * len(prompts)
 cli.main(sys.argv[1:])
@@ -307,15 +308,16 @@ def test_a_signal_leaves_what_is_answered(number, status, folder, five, tmp_path
 
 SLOW_AFTER_TWO = """
 import signal, sys, time
-from vlmamba.train import cli, prompts
+from vlmamba import cli
+from vlmamba.commands import prompt_file
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-together = prompts.answer_together
+together = prompt_file.answer_together
 def answer(model, batch, config):
     if batch[0].text != "a red":
         print("waiting", flush=True)
         time.sleep(600)
     return together(model, batch, config)
-prompts.answer_together = answer
+prompt_file.answer_together = answer
 cli.main(sys.argv[1:])
 """
 
@@ -325,7 +327,7 @@ cli.main(sys.argv[1:])
     [
         ("generate {0}/lm", "give either a prompt or --prompts FILE"),
         ("generate {0}/lm a --prompts {0}/prompts.txt", "give either a prompt or --prompts FILE"),
-        ("generate {0}/lm a --image {0}/red.png", "is a language model, which sees no image"),
+        ("generate {0}/lm a --image {0}/red.png", "is a language model and takes no image"),
         ("generate {0}/vlm a --image {0}/vlm/config.json", "is not an image that can be read"),
         ("generate {0}/lm --prompts {0}/nowhere", "no prompts at "),
         ("generate {0}/lm a --temperature=-1", "temperature must not be negative"),
@@ -393,7 +395,7 @@ def test_chat_goes_on_after_a_mistake(folder, monkeypatch, capsys):
     assert out[1] == "no image at nowhere.png"
     assert out[2] == "no command /dance; there are /image, /reset, /help and /quit"
     assert out[3].startswith("/image PATH")
-    assert out[-1] == "/quit or Ctrl-D ends"
+    assert out[-1] == "/quit or Ctrl-D quits"
 
 
 def test_chat_survives_what_is_typed_and_what_fails(folder, vlm, tmp_path, monkeypatch, capsys):
@@ -445,7 +447,7 @@ def test_memory_that_runs_out_ends_the_turn_and_not_the_conversation(folder, vlm
 
 def test_chat_reads_what_is_not_utf_8(folder):
     """The other lines of the same piece of input are not lost."""
-    command = [sys.executable, "-m", "vlmamba.train.cli", "chat", str(folder / "lm"), "--max-new-tokens", "3"]
+    command = [sys.executable, "-m", "vlmamba", "chat", str(folder / "lm"), "--max-new-tokens", "3"]
     done = subprocess.run(command, input=b"/nothing\n\xff\xfe\n/help\n", capture_output=True, check=True,
                           env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})  # fmt: skip
     nothing, wrong, *rest = done.stdout.decode().splitlines()
@@ -456,7 +458,7 @@ def test_chat_says_on_request_what_it_took(folder, monkeypatch, capsys):
     typed = iter(["what color?", "and?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     cli.main(["chat", str(folder / "vlm"), "--verbose", "--max-new-tokens", "6"])
-    form = r"\[\d+ tokens read in [\d.]+ s; 6 written, [\d.]+ a second; state ([\d.]+) KiB\]"
+    form = r"\[\d+ prompt tokens in [\d.]+ s; 6 generated, [\d.]+ tokens/s; state ([\d.]+) KiB\]"
     state = inspect(folder / "vlm").state_bytes
     assert re.findall(form, capsys.readouterr().err) == [f"{state / 1024:.1f}"] * 2
 
@@ -546,9 +548,7 @@ class Terminal:
 
 def test_chat_in_a_terminal(folder):
     """Ctrl-C stops an answer and not the program; the arrow key brings back the line before."""
-    terminal = Terminal(
-        sys.executable, "-m", "vlmamba.train.cli", "chat", str(folder / "vlm"), "--max-new-tokens", "1000000"
-    )
+    terminal = Terminal(sys.executable, "-m", "vlmamba", "chat", str(folder / "vlm"), "--max-new-tokens", "1000000")
     try:
         terminal.until("> ")
         terminal.type("what color?\n")
@@ -564,7 +564,7 @@ def test_chat_in_a_terminal(folder):
             terminal.type("\x1b[A\n")
             terminal.until("no image at")
             terminal.until("> ")
-        terminal.type("\x03", until="/quit or Ctrl-D ends")  # readline writes the prompt before it watches for signals
+        terminal.type("\x03", until="/quit or Ctrl-D quits")  # readline writes the prompt before it watches for signals
         terminal.type("/quit\n")
         assert terminal.ended() == 0
     except BaseException:

@@ -1,6 +1,6 @@
-"""`vlmamba generate --prompts`: the prompts of a file, and a file of their answers that the same command goes on with.
+"""`vlmamba generate --prompts`: a file of prompts, and a file of answers that the same command resumes.
 
-A prompt that cannot be answered gets a record with its error in place of the answer, and the rest goes on.
+A prompt that cannot be answered gets a record with an error in place of the answer; the others are answered.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
+from ..command_line import describe
 from ..model.config_io import to_json_dict
 from ..model.files import json_lines, write_whole
 from ..model.generation_config import GenerationConfig
 from ..model.hub import fetch_model
 from ..model.image import open_image
 from ..model.text_files import decode, parse_json, read_json
-from .command_line import describe
-from .identity import fingerprint
-from .options import Generate
+from ..train.identity import fingerprint
 
 if TYPE_CHECKING:
     from ..model.lm import MambaLM
     from ..model.vlm import VLM
+    from .generate import Generate
 
 MAX_CHARACTERS = 2**20
-"""Characters of a prompt or a turn: some 250,000 tokens of English. The tokenizer needs a text whole, and a kilobyte of
-memory for each of its tokens."""
+"""Longest prompt or turn: about 250,000 tokens of English. The tokenizer takes a text at once, and a kilobyte of memory
+for each of its tokens."""
 SETTINGS = ".settings.json"
-"""Ending of the file beside the answers that says what they were made with."""
+"""Suffix of the file beside the answers that holds the settings they were made with."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the image that it is about."""
+    """A prompt and its image."""
 
     text: str
     image: Path | None = None
@@ -51,10 +51,10 @@ class Prompt:
 
 
 def check_text(text: str) -> None:
-    """Refuse a text before it is tokenized.
+    """Check a text before it is tokenized.
 
     Raises:
-        ValueError: it has more than `MAX_CHARACTERS`, or half of a surrogate pair, which is no character.
+        ValueError: it has more than `MAX_CHARACTERS`, or half of a surrogate pair, which is not a character.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the text must have at most {MAX_CHARACTERS:,} characters, got {len(text):,}")
@@ -65,16 +65,16 @@ def check_text(text: str) -> None:
 
 
 def read_prompts(path: Path, image: Path | None = None) -> list[Prompt]:
-    """Read the prompts of a file: one a line, or a record a line where it is JSONL. Empty lines are left out.
+    """Read the prompts of a file: one a line, or in JSONL one record a line. Empty lines are skipped.
 
-    Lines end at a line feed alone. Every image is opened, so that a broken one is known before a model is loaded.
+    Lines end at a line feed alone. Every image is opened, so that a broken one is reported before a model is loaded.
 
     Args:
-        path: the file.
-        image: of each prompt that has none of its own.
+        path: text file, or records with "prompt" and perhaps "image" where it ends in `.jsonl`.
+        image: image of each prompt that names none.
 
     Returns:
-        The prompts; one that is malformed, or whose image cannot be read, has an error that names its line.
+        The prompts. One that is malformed, or whose image cannot be read, has an error that names its line.
 
     Raises:
         FileNotFoundError: no such file.
@@ -131,32 +131,32 @@ def _why_unreadable(image: Path) -> str | None:
 
 
 def answer_prompts(command: Generate, load: Callable[[], MambaLM | VLM]) -> None:
-    """Answer the prompts of a file in batches, each record as soon as its batch is answered.
+    """Answer the prompts of a file in batches, and write the records of each batch as soon as it is answered.
 
     Args:
-        command: `prompts` names the file. `output` names that of the answers, which is gone on with where it has
-            some; without one they are printed.
-        load: gives the model; it is called when the prompts are read.
+        command: `prompts` names the file. `output` names the file of answers, which is resumed where it has some;
+            without it they are printed.
+        load: returns the model; called after the prompts are read.
 
     Raises:
         ValueError, OSError: as `read_prompts` and `load`; or `output` was made with other prompts or settings.
-        SystemExit: a prompt has an error in place of an answer; raised in the end, with status 1.
+        SystemExit: a prompt has an error in place of an answer; raised at the end, with status 1.
     """
     assert command.prompts is not None
     prompts = read_prompts(command.prompts, command.image)
-    done, failed = (0, 0) if command.output is None else _cut_output(command.output, _settings(command), prompts)
+    done, failed = (0, 0) if command.output is None else _truncate_output(command.output, _settings(command), prompts)
     if done == len(prompts):
         print(f"all {done} prompts are answered in {command.output}", file=sys.stderr)
     else:
         model = load()
         with (
-            _opened(command.output) as out,
+            _open_output(command.output) as out,
             tqdm(
                 total=len(prompts), initial=done, desc="generate", unit="prompt", file=sys.stderr, dynamic_ncols=True
             ) as bar,
         ):
-            for begin in range(done, len(prompts), command.batch_size):
-                batch = prompts[begin : begin + command.batch_size]
+            for start in range(done, len(prompts), command.batch_size):
+                batch = prompts[start : start + command.batch_size]
                 for record in _records(model, batch, command.sampling):
                     failed += "error" in record
                     print(json_line(record, out.encoding), file=out, flush=True)
@@ -165,7 +165,7 @@ def answer_prompts(command: Generate, load: Callable[[], MambaLM | VLM]) -> None
         sys.exit(f"vlmamba: {failed} of {len(prompts)} prompts have an error in place of an answer")
 
 
-def _opened(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
+def _open_output(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
     if output is None:
         return contextlib.nullcontext(sys.stdout)
     return open(output, "a", encoding="utf-8", newline="\n")
@@ -180,20 +180,20 @@ def _records(model: MambaLM | VLM, prompts: Sequence[Prompt], config: Generation
 
 
 def _answers(model: MambaLM | VLM, prompts: Sequence[Prompt], config: GenerationConfig) -> list[dict[str, str]]:
-    """Answers or errors. Where a batch fails, each of its prompts is asked by itself, to see which one it was."""
+    """Answers or errors. If a batch fails, its prompts are answered one by one, to isolate the one that fails."""
     try:
         return [{"answer": text} for text in answer_together(model, prompts, config)]
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
         if len(prompts) == 1:
             return [{"error": describe(e)}]
-    return [one for prompt in prompts for one in _answers(model, [prompt], config)]
+    return [answer for prompt in prompts for answer in _answers(model, [prompt], config)]
 
 
 def answer_together(model: MambaLM | VLM, prompts: Sequence[Prompt], config: GenerationConfig) -> list[str]:
     """Answer a batch of prompts.
 
     Raises:
-        ValueError, FileNotFoundError: as `VLM.generate` and `MambaLM.generate`; or a language model is given an image.
+        ValueError, FileNotFoundError: as `generate`; or a prompt for a language model has an image.
     """
     from ..model.vlm import VLM
 
@@ -201,7 +201,7 @@ def answer_together(model: MambaLM | VLM, prompts: Sequence[Prompt], config: Gen
         return model.generate([p.text for p in prompts], [p.image for p in prompts], config)
     for prompt in prompts:
         if prompt.image is not None:
-            raise ValueError(f"the model is a language model, which sees no image, but was given {prompt.image}")
+            raise ValueError(f"the model is a language model and takes no image, got {prompt.image}")
     return model.generate([p.text for p in prompts], config)
 
 
@@ -209,13 +209,17 @@ _UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def json_line(record: dict[str, Any], encoding: str) -> str:
-    """One line of JSON that no reader cuts, no terminal obeys and the encoding can write: what could is escaped."""
+    """Encode a record as one line of JSON.
+
+    Characters are escaped that other readers take for a line break, that a terminal interprets, or that the encoding
+    lacks.
+    """
     text = json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf"))
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _settings(command: Generate) -> dict[str, Any]:
-    """All that answers depend on, by the names of the options; files by their content."""
+    """Everything that answers depend on, by the names of the options; files by a hash of their content."""
     assert command.prompts is not None
     return {
         "model": command.model,
@@ -236,11 +240,14 @@ def _digest(folder: Path) -> str:
     return sha256.hexdigest()
 
 
-def _cut_output(output: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> tuple[int, int]:
-    """Cut a file of answers after the last that is whole: the number of its answers, and of errors among them.
+def _truncate_output(output: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> tuple[int, int]:
+    """Truncate a file of answers after its last complete line.
+
+    Returns:
+        The number of answers in it, and of errors among them.
 
     Raises:
-        ValueError: it is not of this command, or was made with other settings, by name.
+        ValueError: another command wrote it, or it was made with other settings; the message names them.
     """
     if output.is_dir():
         raise ValueError(f"--output must name a file, and {output} is a folder")
@@ -254,9 +261,9 @@ def _cut_output(output: Path, settings: dict[str, Any], prompts: Sequence[Prompt
     old = read_json(beside)
     for name, value in settings.items():
         if not isinstance(old, dict) or old.get(name) != value:
-            was = old.get(name) if isinstance(old, dict) else old
+            stored = old.get(name) if isinstance(old, dict) else old
             raise ValueError(
-                f"--output {output} was made with another {name}: {was!r}, and not {value!r}. Name another file"
+                f"--output {output} was made with another {name}: {stored!r}, and not {value!r}. Name another file"
             )
     done = failed = end = 0
     for line, prompt in zip(json_lines(output), prompts, strict=False):

@@ -1,4 +1,4 @@
-"""One way to run a command, for `vlmamba` and `ssm-bench`: parse, check, run, and one line for what goes wrong."""
+"""Command lines of `vlmamba` and `ssm-bench`: parse, check, run, and report an error in one line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from importlib.metadata import version
 
 import tyro
 
-from ..model.fields import check_fields
-from .interrupted import Interrupted
+from .model.fields import check_fields
+from .train.errors import Interrupted
 
 
 def run_commands(
@@ -22,14 +22,14 @@ def run_commands(
 ) -> None:
     """Run the command that the arguments name.
 
-    Without arguments the help is shown. A mistake in them ends with status 2; what goes wrong with a command's input
-    is one line on stderr and status 1; Ctrl-C is status 130.
+    Without arguments the help is printed. An error in the arguments exits with status 2. An error in a command's input
+    is one line on stderr and exits with status 1; Ctrl-C exits with status 130.
 
     Args:
         prog: name of the program.
-        description: what its help says first.
+        description: first paragraph of its help.
         commands: dataclasses by name; their fields are options, and `run` does the work.
-        arguments: those of the process by default.
+        arguments: the process's own by default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if arguments[0] == "--version":
@@ -41,7 +41,7 @@ def run_commands(
         print(f"{prog}: no command {arguments[0]!r}; {hint}", file=sys.stderr)
         sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show is escaped, and no error
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -51,13 +51,13 @@ def run_commands(
         check_fields(command, lambda name: f"--{name.replace('_', '-')}")
         command.run()
     except Interrupted:
-        print(f"\n{prog}: stopped and saved; the same command goes on from here", file=sys.stderr)
+        print(f"\n{prog}: stopped and saved; the same command resumes here", file=sys.stderr)
         raise
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader closed the pipe (`| head`). What is still to be written has nowhere to go.
+        # The reader closed the pipe (`| head`): discard the rest of the output, also at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, MemoryError) as e:
@@ -70,7 +70,7 @@ def run_commands(
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, for a reader who does not see the traceback."""
+    """The message of an error, for a user who does not see the traceback."""
     if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
         return str(error)
     if isinstance(error, MemoryError):
@@ -80,12 +80,12 @@ def describe(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """A text as it may be sent to a terminal: what the terminal would obey, and does not show, is escaped.
+    """Escape what a terminal would interpret and not show.
 
-    Line feeds and tabs stay. Escaped are the other control characters, halves of surrogate pairs, and the marks that
-    reverse the direction of the text around them.
+    These are control characters other than line feeds and tabs, halves of surrogate pairs, and the marks that reverse
+    the direction of text.
     """
-    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return _NOT_PRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

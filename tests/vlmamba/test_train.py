@@ -16,14 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmamba import cli
+from vlmamba.commands import train_stages
+from vlmamba.commands.train import StageOptions, Train
 from vlmamba.model import VLM, MambaLM, Tokenizer
 from vlmamba.model.config import LMConfig
 from vlmamba.model.prompt import Turn
-from vlmamba.train import cli, loop, options, training
+from vlmamba.train import loop
 from vlmamba.train.config import StageConfig
 from vlmamba.train.data import Record, write_llava
 from vlmamba.train.lock import only_run_in
-from vlmamba.train.recipes import tiny_config
+from vlmamba.train.recipes import recipe_named, tiny_config
 from vlmamba.train.track import read_metrics
 
 COLOURS = ("red", "blue", "green", "black")
@@ -130,7 +133,7 @@ def test_a_dry_run_of_a_paper_needs_neither_weights_nor_a_network(data, capsys, 
     assert "model vl-mamba-2.8b, recipe vl-mamba" in out
     assert "2,768,345,600 frozen" in out and "2,768,345,600 trained" in out
     assert "are not all here; training downloads them" in out
-    assert "four characters are counted as a token" in out
+    assert "a token is estimated as four characters" in out
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     assert "but the disk has" in fails("vl-mamba", data / "train.json", "--images", data / "images", "--dry-run")
 
@@ -148,10 +151,10 @@ def test_a_dry_run_finds_what_would_stop_a_run(model, data, monkeypatch):
 
 def test_every_setting_of_a_stage_can_be_changed():
     stages = get_type_hints(StageConfig)
-    assert get_type_hints(options.Settings) == {n: t | None for n, t in stages.items() if n not in ("name", "lora")}
-    settings = options.Settings(lr=0.5, betas=(0.8, 0.9), trainable=("connector.",), workers=2)
-    command = options.Train("x", "run", recipe="ml-mamba", stage="both", settings=settings)
-    for stage in training._stages(command, training.recipe_named("ml-mamba")):
+    assert get_type_hints(StageOptions) == {n: t | None for n, t in stages.items() if n not in ("name", "lora")}
+    settings = StageOptions(lr=0.5, betas=(0.8, 0.9), trainable=("connector.",), workers=2)
+    command = Train("x", "run", recipe="ml-mamba", stage="both", settings=settings)
+    for stage in train_stages._stages(command, recipe_named("ml-mamba")):
         assert (stage.lr, stage.betas, stage.trainable, stage.workers) == (0.5, (0.8, 0.9), ("connector.",), 2)
         assert stage.precision == "bf16"  # the recipe's
 
@@ -163,8 +166,8 @@ def test_the_recipes_own_data_are_found_or_told_where_to_get(tmp_path, monkeypat
     folder.mkdir(parents=True)
     (folder / "blip_laion_cc_sbu_558k.json").write_text("[]")
     (folder / "images.zip").write_bytes(b"")
-    command = options.Train("vl-mamba", "run", root=tmp_path / "elsewhere")
-    files = training._files(command, training.recipe_named("vl-mamba"), "align")
+    command = Train("vl-mamba", "run", root=tmp_path / "elsewhere")
+    files = train_stages._files(command, recipe_named("vl-mamba"), "align")
     assert files == ((folder / "blip_laion_cc_sbu_558k.json", folder / "images.zip"),)
 
 
@@ -177,16 +180,16 @@ def test_the_recipes_own_data_are_found_or_told_where_to_get(tmp_path, monkeypat
         ),
         (("vl_mamba", "data/train.json"), "did you mean 'vl-mamba'"),
         (("model", "data/train.json", "--recipe", "ml-mmba"), "no recipe 'ml-mmba'; did you mean 'ml-mamba'"),
-        (("model",), "give DATA"),
+        (("model",), "name DATA"),
         (("model", "nowhere.json"), "no annotations at nowhere.json"),
-        (("run/model", "data/train.json"), "would replace the model that is begun with"),
+        (("run/model", "data/train.json"), "would replace the model that training starts from"),
         (("model", "data/train.json", "--images", "a", "b"), "--images must be one for all data or one for each of 1"),
         (("model", "data/train.json", "--lora.alpha", "3"), "--lora.alpha needs --lora.rank"),
         (("model", "data/train.json", "--lora.rank", "0"), "rank of LoRA must lie in [1, 1048576], got 0"),
-        (("model", "data/train.json", "--lora.rank", "2", "--stage", "align"), "--lora is of the finetune stage"),
+        (("model", "data/train.json", "--lora.rank", "2", "--stage", "align"), "--lora is for the finetune stage"),
         (("model", "data/train.json", "--lr", "-1"), "lr of stage 'finetune' must lie in"),
         (("model", "data/train.json", "--samples", "0"), "--samples must be at least 1, got 0"),
-        (("language", "data/train.json"), "language is no vision-language model"),
+        (("language", "data/train.json"), "language is not a vision-language model"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, message, model, data, tmp_path):
@@ -210,8 +213,10 @@ def test_an_unknown_flag_is_told_the_nearest(model, data, capsys):
 
 def test_a_template_of_captions_is_for_the_align_stage_alone(model, data, monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "train_stage", lambda m, stage, samples, *rest: seen.append((stage.name, samples[0])))
-    monkeypatch.setattr(training, "write_card", lambda *a: None)
+    monkeypatch.setattr(
+        train_stages, "train_stage", lambda m, stage, samples, *rest: seen.append((stage.name, samples[0]))
+    )
+    monkeypatch.setattr(train_stages, "write_card", lambda *a: None)
     train(model, data / "train.json", "--images", data / "images", "--recipe", "ml-mamba", "--stage", "both")
     (_, align), (_, finetune) = seen
     tokenizer = VLM.from_pretrained(model).tokenizer
@@ -220,8 +225,8 @@ def test_a_template_of_captions_is_for_the_align_stage_alone(model, data, monkey
 
 
 def test_only_the_first_rank_prints(monkeypatch, capsys):
-    monkeypatch.setattr(training, "rank", lambda: 1)
-    training.say("hello")
+    monkeypatch.setattr(train_stages, "rank", lambda: 1)
+    train_stages.print_once("hello")
     assert capsys.readouterr().out == ""
     assert loop.rank() == 0
 
@@ -290,7 +295,7 @@ def test_two_ranks_do_what_one_does_by_the_same_command(model, data, tmp_path):
         "--lora.rank", "2", "--lora.targets", "in_proj", "dt_proj", "--device", "cpu", "--output",
     ]  # fmt: skip
     cli.main([*arguments, "one"])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vlmamba.train.cli"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vlmamba"]
     run = subprocess.run([*launcher, *arguments, "two"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("saved two/model") == 1

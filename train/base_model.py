@@ -1,0 +1,94 @@
+"""The model that a training starts from: its config and checkpoint, read without loading weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..model.config import VLMConfig
+from ..model.hub import fetch_model
+from ..model.lm import neox_tokenizer
+from ..model.load import model_class
+from ..model.presets import PRESETS, is_preset
+from ..model.prompt import get_template
+from ..model.vlm import VLM
+from ..model.weights import Weights, check_fit
+from .config import StageConfig
+from .recipes import RECIPES, Recipe, nearest
+
+
+def model_config(name: str) -> VLMConfig:
+    """Read the config of a preset or a saved model; no weights are read.
+
+    Raises:
+        ValueError: there is no such name (the message has the nearest), or it is not a vision-language model.
+        FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch_model`.
+    """
+    if is_preset(name):
+        return PRESETS[name].config
+    if "/" not in name and not Path(name).is_dir():
+        raise ValueError(f"no folder, preset or recipe {name!r}{nearest(name, [*PRESETS, *RECIPES])}")
+    return _open(name)[0]
+
+
+def model_without_weights(name: str, **hub: Any) -> VLM:
+    """Build a model on the meta device, with its tokenizer where that is available."""
+    if is_preset(name):
+        with torch.device("meta"):
+            return VLM(PRESETS[name].config, neox_tokenizer(**hub))
+    config, _, folder = _open(name)
+    with torch.device("meta"):
+        model = VLM(config)
+    model.load_extras(folder)
+    return model
+
+
+def check_checkpoint(name: str, model: VLM) -> list[str]:
+    """Compare the names and shapes of a checkpoint's weights, as far as they are on this machine, with its model.
+
+    Returns:
+        What could not be checked.
+
+    Raises:
+        ValueError: weights and config do not agree, or a file is damaged.
+    """
+    if not is_preset(name):
+        check_fit(model, _open(name)[1], name)
+        return []
+    preset = PRESETS[name]
+    try:
+        config, weights = preset.open(local_files_only=True)
+    except FileNotFoundError:
+        return [f"the weights of {preset.language} and its encoders are not all here; training downloads them"]
+    if config != model.config:
+        raise ValueError(f"the files of {preset.language} are not those that preset {name} expects")
+    for part in (model.language_model, model.vision):
+        prefix = "language_model." if part is model.language_model else "vision."
+        inner = weights.renamed(lambda n, p=prefix: n.removeprefix(p) if n.startswith(p) else None)
+        check_fit(part, inner, f"preset {name}")
+    return []
+
+
+@contextlib.contextmanager
+def template_of(recipe: Recipe, stage: StageConfig, model: VLM) -> Iterator[None]:
+    """Set the prompt template of a stage on a model, and restore the model's own afterwards."""
+    own = model.template
+    if stage.name == "align" and recipe.align_template is not None:
+        model.template = get_template(recipe.align_template)
+    try:
+        yield
+    finally:
+        model.template = own
+
+
+def _open(name: str) -> tuple[VLMConfig, Weights, Path]:
+    folder = fetch_model(name)
+    if model_class(folder) is not VLM:
+        raise ValueError(
+            f"{name} is not a vision-language model: name one, or a preset, which combines pretrained parts"
+        )
+    return *VLM.open_checkpoint(folder), folder

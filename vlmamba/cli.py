@@ -1,0 +1,36 @@
+"""The `vlmamba` command."""
+
+from __future__ import annotations
+
+from .command_line import run_commands
+from .commands.ablate import Ablate
+from .commands.chat import Chat
+from .commands.convert import Convert
+from .commands.data import Data
+from .commands.demo import Demo
+from .commands.evaluate import Evaluate
+from .commands.generate import Generate
+from .commands.inspect import Inspect
+from .commands.train import Train
+
+COMMANDS = {
+    "demo": Demo,
+    "data": Data,
+    "train": Train,
+    "ablate": Ablate,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "chat": Chat,
+    "inspect": Inspect,
+    "convert": Convert,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; an error in its input is one line on stderr and exit status 1."""
+    run_commands(
+        "vlmamba",
+        "Train, evaluate, run and convert VL-Mamba and ML-Mamba models. Start with: vlmamba demo",
+        COMMANDS,
+        arguments,
+    )

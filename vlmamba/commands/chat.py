@@ -1,0 +1,138 @@
+"""`vlmamba chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..command_line import describe, printable
+from ..model.files import at_home
+from ..model.generation_config import GenerationConfig
+from ..model.prompt import TEMPLATES, get_template
+from .options import DtypeName, Positional, Sampling
+
+if TYPE_CHECKING:
+    from ..model.chat import Conversation
+
+HELP = """\
+/image PATH  show an image and start over
+/reset       start over without an image
+/help        this list
+/quit        quit (or Ctrl-D)
+Ctrl-C stops an answer."""
+
+
+@dataclass
+class Chat:
+    """Chat with a model. /image PATH shows it an image, /reset starts over, /help lists the commands, /quit quits."""
+
+    model: Positional[str]
+    """Folder, or name on the Hugging Face Hub."""
+    image: Path | None = None
+    """Image that the conversation starts with."""
+    history: bool = True
+    """Keep the conversation so far as context, where the model's template has turns; else each question is alone."""
+    template: Literal[tuple(TEMPLATES)] | None = None  # type: ignore[valid-type]
+    """Prompt template; the model's own by default. A language model without one continues each text by itself."""
+    verbose: bool = False
+    """Print the time of each answer and the size of the state."""
+    sampling: Sampling = GenerationConfig()
+    dtype: DtypeName | None = None
+    """Dtype of the weights; the checkpoint's own by default."""
+    device: str = "auto"
+    """auto is a GPU where there is one."""
+
+    def run(self) -> None:
+        """Read and answer turns until /quit or the end of the input. An error in a turn ends that turn alone."""
+        from ..model.chat import Conversation
+        from .loading import load_with_tokenizer
+
+        model = load_with_tokenizer(self.model, self.dtype, self.device)
+        template = None if self.template is None else get_template(self.template)
+        conversation = Conversation(model, self.image, self.sampling, template, self.history)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is an error of its turn
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history in input()
+        print("/help lists the commands", file=sys.stderr)
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n/quit or Ctrl-D quits")
+                continue
+            if line == "/quit":
+                return
+            try:
+                self._run_line(conversation, line)
+            except KeyboardInterrupt:
+                print()
+            except BrokenPipeError:
+                raise
+            except (ValueError, OSError, RuntimeError, MemoryError) as e:
+                print(printable(describe(e)))
+
+    def _run_line(self, conversation: Conversation, line: str) -> None:
+        from .prompt_file import check_text
+
+        check_text(line)
+        word, _, rest = line.partition(" ")
+        if word == "/help":
+            print(HELP)
+        elif word == "/reset":
+            conversation.reset()
+        elif word == "/image":
+            if not rest.strip():
+                raise ValueError("/image needs the path of an image")
+            conversation.reset(pasted_path(rest.strip()))
+        elif word.startswith("/"):
+            raise ValueError(f"no command {word}; there are /image, /reset, /help and /quit")
+        elif line:
+            self._answer(conversation, line)
+
+    def _answer(self, conversation: Conversation, line: str) -> None:
+        started = False
+        with contextlib.closing(conversation.ask(line)) as texts:
+            try:
+                for text in texts:
+                    started = True
+                    print(printable(text), end="", flush=True)
+            except KeyboardInterrupt:
+                print(" [stopped]", end="")
+            except Exception:
+                if started:
+                    print()
+                raise
+        print()
+        if self.verbose:
+            from ..model.inspect import mebibytes
+
+            effort = conversation.effort
+            print(
+                f"[{effort.prompt_tokens} prompt tokens in {effort.prompt_seconds:.2f} s; {effort.tokens} generated, "
+                f"{effort.tokens_per_second:.1f} tokens/s; state {mebibytes(conversation.state_bytes)}]",
+                file=sys.stderr,
+            )
+
+
+def pasted_path(text: str) -> Path:
+    """A path as it is typed, or as a terminal pastes it: in quotes, or with backslashes before its spaces.
+
+    Raises:
+        ValueError: it names the home folder of an unknown user.
+    """
+    path = at_home(text)
+    if not path.exists():
+        with contextlib.suppress(ValueError):  # an unclosed quote
+            words = shlex.split(text)
+            if len(words) == 1:
+                return at_home(words[0])
+    return path

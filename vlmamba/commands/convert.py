@@ -1,0 +1,31 @@
+"""`vlmamba convert`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .options import DtypeName, Positional
+
+
+@dataclass
+class Convert:
+    """Write a model in another layout: this library's; for language models, that of state-spaces (mamba_ssm) or
+    transformers; for vision-language models, that of Cobra's and ML-Mamba's releases."""
+
+    src: Positional[str]
+    """Folder, or name on the Hugging Face Hub, in any known layout."""
+    dst: Positional[Path]
+    """Folder to write, new or empty."""
+    to: Literal["own", "state-spaces", "transformers", "released"]
+    """Layout to write."""
+    dtype: DtypeName | None = None
+    """Dtype of the weights; the checkpoint's own by default."""
+
+    def run(self) -> None:
+        from ..model.convert import convert
+        from .loading import torch_dtype
+
+        convert(self.src, self.dst, to=self.to, dtype=torch_dtype(self.dtype))
+        print(f"wrote {self.dst}")

@@ -1,0 +1,91 @@
+"""`vlmamba generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..command_line import printable
+from ..model.fields import Size
+from ..model.generation_config import GenerationConfig
+from .options import DtypeName, Positional, Sampling
+
+if TYPE_CHECKING:
+    from ..model.lm import MambaLM
+    from ..model.vlm import VLM
+
+
+@dataclass
+class Generate:
+    """Answer a question, with or without an image, or a file of them in batches. Language models continue a text."""
+
+    model: Positional[str]
+    """Folder, or name on the Hugging Face Hub."""
+    prompt: Positional[str | None] = None
+    """The question, or the text to continue."""
+    image: Path | None = None
+    """Image that the question is about. With --prompts: the image of each prompt that names none."""
+    prompts: Path | None = None
+    """File of prompts, one a line; or JSONL, records with "prompt" and perhaps "image", a path relative to the file.
+    Answers are printed as JSONL; a prompt that cannot be answered has an "error" in place of the "answer"."""
+    output: Path | None = None
+    """JSONL file that the answers to --prompts are appended to. The same command resumes it."""
+    batch_size: Size = 8
+    """Prompts of a file that are answered together."""
+    sampling: Sampling = GenerationConfig()
+    dtype: DtypeName | None = None
+    """Dtype of the weights; the checkpoint's own by default."""
+    device: str = "auto"
+    """auto is a GPU where there is one."""
+
+    def run(self) -> None:
+        """Answer the prompt, or those of the file. SIGTERM ends with status 143; answers already written stay."""
+        from ..model.image import open_image
+        from .loading import load_with_tokenizer
+        from .prompt_file import answer_prompts, check_text
+
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("give either a prompt or --prompts FILE")
+        if self.output is not None and self.prompts is None:
+            raise ValueError("--output is for the answers to --prompts")
+        with _exit_on_sigterm():
+            if self.prompts is not None:
+                answer_prompts(self, lambda: load_with_tokenizer(self.model, self.dtype, self.device))
+                return
+            assert self.prompt is not None
+            check_text(self.prompt)
+            if self.image is not None:
+                open_image(self.image)  # a broken image is reported before the model is loaded
+            model = load_with_tokenizer(self.model, self.dtype, self.device)
+            for text in _stream(model, self.prompt, self.image, self.sampling):
+                print(printable(text), end="", flush=True)
+            print()
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block by SystemExit with status 143, so that files are closed."""
+
+    def handle(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stream(model: MambaLM | VLM, prompt: str, image: Path | None, config: GenerationConfig) -> Iterator[str]:
+    from ..model.vlm import VLM
+
+    if isinstance(model, VLM):
+        return model.stream(prompt, image, config)
+    if image is not None:
+        raise ValueError(f"the model is a language model and takes no image, got {image}")
+    return model.stream(prompt, config)

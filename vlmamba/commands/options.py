@@ -1,0 +1,15 @@
+"""Types of options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import tyro
+
+from ..model.generation_config import GenerationConfig
+
+Positional = tyro.conf.Positional
+DemoPreset = Literal["quick", "full"]
+DtypeName = Literal["fp32", "bf16", "fp16"]
+Sampling = Annotated[GenerationConfig, tyro.conf.arg(name="")]
+"""Options of generation, without a prefix."""

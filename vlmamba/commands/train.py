@@ -1,0 +1,125 @@
+"""`vlmamba train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..model.fields import Count, Interval
+from ..train.config import Changeable, LoraConfig, Target
+from .options import Positional
+
+RecipeDefault = tyro.conf.arg(help_behavior_hint="(default: the recipe's)")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters (LoRA) in place of full finetuning of the language model."""
+
+    rank: int | None = None
+    """Rank of the adapters; without it the language model is trained in full."""
+    alpha: float | None = None
+    """Adapters are scaled by alpha / rank; 2 * rank by default."""
+    dropout: float | None = None
+    """Dropout of the adapters' input; 0 by default."""
+    targets: tuple[Target, ...] | None = None
+    """Projections with an adapter; in_proj and out_proj by default. Mamba-1 has x_proj and dt_proj too."""
+
+    def config(self) -> LoraConfig | None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if not given:
+            return None
+        if self.rank is None:
+            raise ValueError(f"--lora.{next(iter(given))} needs --lora.rank")
+        return LoraConfig(**{"alpha": 2.0 * self.rank, **given})
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """Fields of `StageConfig` that the command can override; None keeps the recipe's value."""
+
+    trainable: Annotated[tuple[str, ...] | None, RecipeDefault] = None
+    """Prefixes of trainable parameter names; everything else is frozen. An empty prefix is all of them."""
+    lr: Annotated[float | None, RecipeDefault] = None
+    """Peak learning rate."""
+    epochs: Annotated[float | None, RecipeDefault] = None
+    batch_size: Annotated[int | None, RecipeDefault] = None
+    """Samples a step, over all ranks."""
+    micro_batch_size: Annotated[int | None, RecipeDefault] = None
+    """Samples of one forward and backward on a rank; gradients are accumulated over a step. None is all of a rank's."""
+    weight_decay: Annotated[float | None, RecipeDefault] = None
+    betas: Annotated[tuple[float, float] | None, RecipeDefault] = None
+    """AdamW's decay rates of the first and second moments."""
+    warmup_ratio: Annotated[float | None, RecipeDefault] = None
+    """Fraction of the steps with linear warm-up; the learning rate then decays to zero along a cosine."""
+    grad_clip: Annotated[float | None, RecipeDefault] = None
+    """Gradient norm to clip to."""
+    max_loss: Annotated[float | None, RecipeDefault] = None
+    """A larger loss stops the stage, as a non-finite one does. Guessing among 50,000 tokens has a loss of 11."""
+    precision: Annotated[Literal["fp32", "bf16"] | None, RecipeDefault] = None
+    """`bf16` runs matrix products in bfloat16 (autocast); weights and scans stay float32."""
+    gradient_checkpointing: Annotated[bool | None, RecipeDefault] = None
+    """Save only the inputs of each block for the backward pass and recompute the rest."""
+    context_parallel: Annotated[int | None, RecipeDefault] = None
+    """Ranks that split each batch along its tokens; a divisor of the number of ranks."""
+    seed: Annotated[int | None, RecipeDefault] = None
+    """Seed of the order of the samples, and of dropout."""
+    save_every: Annotated[int | None, RecipeDefault] = None
+    """Steps between checkpoints."""
+    keep_last: Annotated[int | None, RecipeDefault] = None
+    """Number of checkpoints to keep."""
+    workers: Annotated[int | None, RecipeDefault] = None
+    """Worker processes that prepare batches; 0 prepares them in the training loop. Results do not depend on it."""
+    max_broken: Annotated[float | None, RecipeDefault] = None
+    """Fraction of the samples that may be broken; they are replaced and reported. At 0 the first is an error."""
+
+
+@dataclass
+class Train:
+    """Train a model by a recipe, on conversations in LLaVA's format. The same command resumes an interrupted run.
+
+    On several devices the command is the same behind torchrun, and so is the batch of a step:
+    torchrun --nproc-per-node 8 -m vlmamba train ...
+    """
+
+    model: Positional[str]
+    """Folder of a saved model, a name on the Hugging Face Hub, a preset such as vl-mamba-2.8b, or a recipe (vl-mamba,
+    ml-mamba): the model of its paper."""
+    output: Path
+    """Folder for metrics and checkpoints of each stage; the trained model goes to OUTPUT/model."""
+    data: Positional[tuple[Path, ...]] = ()
+    """Conversations: JSON lists, .jsonl files with one record a line, or WebDataset shards (a .tar, a folder, or a
+    pattern such as shard-{000..012}.tar). By default the recipe's own files under --root."""
+    images: tuple[Path, ...] = ()
+    """Folder or archive that image paths in the data are relative to, one for each data file or one for all; the file's
+    own folder by default."""
+    root: Path = Path("data")
+    """Folder of the recipe's own data files."""
+    recipe: str | None = None
+    """vl-mamba, ml-mamba or small; by default that of the model's kind, and small for tiny models."""
+    stage: Literal["align", "finetune", "both"] = "finetune"
+    """align trains the connector alone; finetune the connector and the language model; both one after the other."""
+    dry_run: bool = False
+    """Check the data and the model, print steps, tokens and memory, and train nothing."""
+    sample_every: Count | None = None
+    """Steps between answers to --samples fixed questions of the data, written to OUTPUT/STAGE/answers.jsonl."""
+    samples: Count = 4
+    """Number of questions for --sample-every."""
+    peak_tflops: Annotated[float, Interval("(0, inf)")] | None = None
+    """Peak TFLOPS of one device at the training precision (`ssm-bench roofline` lists some); reports utilization."""
+    wandb: str | None = None
+    """Weights & Biases project to log to."""
+    device: str = "auto"
+    """auto is a GPU where there is one."""
+    may_change: tuple[Changeable, ...] = ()
+    """Settings that may differ from those of the checkpoint that is resumed. Any other difference is an error."""
+    lora: LoraOptions = LoraOptions()
+    settings: Annotated[StageOptions, tyro.conf.arg(name="")] = StageOptions()
+
+    def run(self) -> None:
+        from .train_stages import run_training
+
+        run_training(self)
