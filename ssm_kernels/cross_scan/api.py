@@ -16,7 +16,7 @@ from ..causal_conv1d.api import causal_conv1d, check_activation
 from ..selective_scan import selective_scan
 from ..selective_scan import triton as triton_selective_scan
 from ..ssd import triton as triton_ssd
-from ..ssd.api import check_dt_limit, ssd
+from ..ssd.api import canonical_skip, check_dt_limit, ssd
 from . import pytorch, reference, triton
 
 ScanDirection = Literal["rows", "columns", "rows_reversed", "columns_reversed"]
@@ -225,15 +225,15 @@ def cross_ssd(
         check_tensor("D", D, (k, heads, headdim) if D.dim() == 3 else (k, heads), like=x)
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, (k, heads), like=x)
-    check_dt_limit(dt_limit)
+    dt_limit = check_dt_limit(dt_limit)
     chunk_size = check_integer("chunk_size", chunk_size, 1)
     check_no_nan("dt", dt)
     A, D, dt_bias = (m if m is None else m.flatten(0, 1) for m in (A, D, dt_bias))
     chosen = resolve_backend(backend, x.device, "ssd")
     if chosen == "triton":
         x, dt, B, C = (m.flatten(1, 2).flatten(2, 3) for m in (x, dt, B, C))  # (B, L, K * H, P), ...
-        y, _ = triton_ssd.scan(
-            x, dt, A, B, C, D, None, dt_bias, dt_softplus, dt_limit, None, chunk_size, None, None,
+        y, _ = triton_ssd.ssd(
+            x, dt, A, B, C, canonical_skip(D), None, dt_bias, dt_softplus, dt_limit, None, chunk_size, None, None,
             _codes(directions), height,
         )  # fmt: skip
         return y.unflatten(2, (k, heads)).unflatten(1, (height, width))

@@ -81,7 +81,8 @@ def ssd(
         ValueError: a shape, device or value does not fit; the message names the argument.
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens, seq_idx)
+    _check(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx)
+    dt_limit = check_dt_limit(dt_limit)
     chunk_size = check_integer("chunk_size", chunk_size, 1)
     chosen = resolve_backend(backend, x.device, "ssd")
     # What is outside of the kernels must not see padding.
@@ -89,9 +90,22 @@ def ssd(
 
     if chosen == "triton":
         return SSDOutput(
-            *triton.scan(
-                x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states, chunk_size, cu_seqlens, seq_idx
-            )
+            *triton.ssd(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                canonical_skip(D),
+                z,
+                dt_bias,
+                dt_softplus,
+                dt_limit,
+                initial_states,
+                chunk_size,
+                cu_seqlens,
+                seq_idx,
+            )  # fmt: skip
         )
     compute = torch.promote_types(x.dtype, torch.float32)
     x, dt = (without_padding(m, cu_seqlens, seq_idx) for m in (x, dt))
@@ -138,10 +152,11 @@ def ssd_step(
     check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
     shape = (x.shape[0], *x.shape[2:], B.shape[3])
     check_tensor("state", state, shape, like=x, dtypes=(torch.float32, torch.float64))
-    _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, state)
+    _check(x, dt, A, B, C, D, z, dt_bias, state)
+    dt_limit = check_dt_limit(dt_limit)
     if resolve_backend(backend, x.device, "ssd") == "triton":
         with torch.no_grad():
-            return triton.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit))
+            return triton.ssd_step(state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, dt_limit)
     compute = state.dtype
     with torch.no_grad(), autocast_off(x.device):
         dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute, softplus)
@@ -177,7 +192,7 @@ def _skip_and_gate(
     return y.to(x.dtype)
 
 
-def _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens=None, seq_idx=None) -> None:
+def _check(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_idx=None) -> None:
     check_tensor("x", x, ("B", "L", "H", "P"))
     batch, length, heads, headdim = x.shape
     check_packing(batch, length, cu_seqlens, seq_idx)
@@ -192,14 +207,23 @@ def _check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_states, cu_seqlens=N
         check_tensor("z", z, tuple(x.shape), like=x)
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, (heads,), like=x)
-    check_dt_limit(dt_limit)
     if initial_states is not None:
         rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
         check_tensor("initial_states", initial_states, (rows, heads, headdim, B.shape[3]), like=x)
     check_no_nan("dt", without_padding(dt, cu_seqlens, seq_idx))
 
 
-def check_dt_limit(dt_limit: tuple[float, float]) -> None:
-    """Raise a ValueError unless these are bounds of a step size."""
+def check_dt_limit(dt_limit: tuple[float, float]) -> tuple[float, float]:
+    """Return the bounds of the step size as floats.
+
+    Raises:
+        ValueError: not (low, high) with 0 <= low <= high.
+    """
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit!r}")
+    return float(dt_limit[0]), float(dt_limit[1])
+
+
+def canonical_skip(D: Tensor | None) -> Tensor | None:
+    """Return D (H,) as (H, 1), which broadcasts over channels as (H, P) does."""
+    return D.unsqueeze(-1) if D is not None and D.dim() == 1 else D

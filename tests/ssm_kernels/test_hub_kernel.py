@@ -71,7 +71,7 @@ def test_every_backend_has_the_whole_package_under_another_name(repository):
     names = {json.loads((folder / "metadata.json").read_text())["id"] for folder in folders}
     assert len(names) == len(folders)
     for folder in folders:
-        assert (folder / "ssd" / "triton" / "kernels.py").exists()
+        assert (folder / "ssd" / "triton" / "forward.py").exists()
         assert not (folder / "integrations").exists()
     assert "`ssd_step`" in (repository / "README.md").read_text()
 

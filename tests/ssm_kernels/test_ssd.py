@@ -143,13 +143,16 @@ INTERPRETED = pytest.mark.skipif(not is_interpreted(), reason="the kernels need 
 @INTERPRETED
 @pytest.mark.parametrize("packed", [False, True])
 def test_segments_of_sequences_join(monkeypatch, packed):
-    """Cut for a device that one program a head would not fill, and the backward's scratch too small for all segments."""
-    from ssm_kernels.ssd.triton import kernels
+    """Segments for a device that one program a head would not fill, and scratch for one segment of the backward."""
+    from ssm_kernels.ssd.triton import backward, chunk, forward
 
     segments = []
-    monkeypatch.setattr(kernels, "num_sms", lambda device: 64)
-    monkeypatch.setattr(kernels, "KEPT_BYTES", 0)
-    monkeypatch.setattr(kernels, "cut", lambda *a: segments.append(build_segment_table(*a)) or segments[-1])
+    monkeypatch.setattr(forward, "num_sms", lambda device: 64)
+    monkeypatch.setattr(backward, "num_sms", lambda device: 64)
+    monkeypatch.setattr(backward, "MAX_CHUNK_STATE_BYTES", 0)
+    monkeypatch.setattr(
+        chunk, "build_segment_table", lambda *a: segments.append(build_segment_table(*a)) or segments[-1]
+    )
     tensors = make(1, 150, heads=2, rows=4 if packed else 1, dtype=torch.float32)
     if packed:
         tensors["cu_seqlens"] = torch.tensor([0, 70, 70, 71, 150])
@@ -179,7 +182,7 @@ def test_routes_over_a_grid_agree():
     def both(x, dt, A, B, C, D, dt_bias):
         limit, codes = (0.0, float("inf")), (3, 0, 2, 1)
         rest = (True, limit, None, 16, None, None)
-        y, final = triton.scan(x, dt, A, B, C, D, None, dt_bias, *rest, codes, height)
+        y, final = triton.ssd(x, dt, A, B, C, D, None, dt_bias, *rest, codes, height)
         ys, finals = [], []
         for k, code in enumerate(codes):
             order = positions(CROSS[code], height, width)
@@ -204,17 +207,26 @@ def test_routes_over_a_grid_agree():
 
 @INTERPRETED
 def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory):
-    from ssm_kernels.ssd.triton import kernels
+    from ssm_kernels.ssd.triton.backward import backward
+    from ssm_kernels.ssd.triton.forward import forward
+    from ssm_kernels.ssd.triton.step import step
 
     t = {k: v.float() for k, v in make(2, 64, headdim=20, n=16, z=False).items()}
     args = (
         t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["dt_bias"], True, 0.0, float("inf"), t["initial_states"], 16,
         None, None, [], 1, torch.float32,
     )  # fmt: skip
-    y, final = kernels.forward(*args)
-    kernels.backward(torch.ones_like(y), torch.ones_like(final), *args)
-    step = {k: t[k] for k in ("x", "dt", "A", "B", "C", "D")}
-    kernels.step(t["initial_states"], *step.values(), None, t["dt_bias"], True, 0.0, float("inf"))
+    y, final = forward(*args)
+    backward(torch.ones_like(y), torch.ones_like(final), *args)
+    step(
+        t["initial_states"],
+        *(t[k] for k in ("x", "dt", "A", "B", "C", "D")),
+        None,
+        t["dt_bias"],
+        True,
+        0.0,
+        float("inf"),
+    )
 
 
 @INTERPRETED

@@ -1,0 +1,231 @@
+"""One chunk of SSD: the inputs, tile sizes and jit functions that the forward, the backward and the step share.
+
+Letters: B batch, L length, H heads, P head dimension, N state, G groups, S sequences, M segments, Q steps of a chunk.
+Kernels measure time in units of log2: `exp(dt A) = exp2(dt a)` with a = A log2(e).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._triton.device import capability, pack_directions, with_contiguous_last_dim
+from ..._triton.primitives import (
+    LOG2E,
+    compute_type,
+    d_softplus,
+    dot_type,
+    grid_offset,
+    softplus,
+    unpack_direction,
+)
+from ..._triton.segment_table import SegmentTable, build_segment_table
+from .arguments import ScanArguments
+
+CHUNKS_PER_SEGMENT = 4
+"""Chunks of a segment in the backward: more of them need fewer states in memory, and make fewer programs."""
+
+
+class Tiles(NamedTuple):
+    """Tile sizes of the kernels. Chosen from the compiler's register counts; not measured on a GPU."""
+
+    chunk_size: int
+    block_p: int
+    block_n: int
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """Launch options of the kernels."""
+        return {
+            "Q": self.chunk_size,
+            "BLOCK_P": self.block_p,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+        }
+
+
+class ScanInputs:
+    """Tensors of one call with contiguous last dimensions, its sizes, and the compile-time options of its kernels."""
+
+    def __init__(self, arguments: ScanArguments):
+        x, B, C = arguments.x, arguments.B, arguments.C
+        self.batch, self.length, self.heads, self.headdim = x.shape
+        self.groups, self.d_state = B.shape[2:]
+        self.x, self.B, self.C = (with_contiguous_last_dim(t) for t in (x, B, C))
+        self.dt = arguments.dt
+        self.A = arguments.A.contiguous()
+        self.D = None if arguments.D is None else arguments.D.expand(self.heads, self.headdim)
+        self.dt_bias = None if arguments.dt_bias is None else arguments.dt_bias.contiguous()
+        self.initial_states = None if arguments.initial_states is None else arguments.initial_states.contiguous()
+        self.cu_seqlens, self.seq_idx = arguments.cu_seqlens, arguments.seq_idx
+        self.is_packed = self.cu_seqlens is not None or self.seq_idx is not None
+        self.num_state_rows = self.batch if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        self.directions, self.height = pack_directions(arguments.directions), arguments.height
+        self.chunk_size = arguments.chunk_size
+        self.device = x.device
+        self.state_dtype = torch.promote_types(x.dtype, torch.float32)
+        self.dot = dot_type(x.dtype, B.dtype, C.dtype)
+        self.constants: dict[str, Any] = {
+            "H": self.heads, "P": self.headdim, "N": self.d_state, "G": self.groups,
+            "NUM_DIRECTIONS": len(arguments.directions),
+            **dt_constants(arguments.dt_bias, arguments.dt_softplus, arguments.dt_min, arguments.dt_max),
+            "DOT": self.dot,
+            "PRECISION": "ieee",  # of float32 products; three rounds of tf32 would not fit in registers
+            "COMPUTE": compute_type(x.dtype),
+        }  # fmt: skip
+
+    def build_segment_table(self, size: int) -> SegmentTable:
+        """Cut the sequences in segments of `size` steps."""
+        return build_segment_table(self.batch, self.length, size, self.cu_seqlens, self.seq_idx, self.device)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialized tensor, in the dtype of the states where none is given."""
+        return torch.empty(shape, dtype=dtype or self.state_dtype, device=self.device)
+
+    def empty_states(self, rows: int) -> Tensor:
+        """Uninitialized states, (rows, H, P, N)."""
+        return self.empty(rows, self.heads, self.headdim, self.d_state)
+
+    def states_like(self, initial_states: Tensor | None) -> Tensor:
+        """Buffer for the states at the other end of the sequences, (rows, H, P, N).
+
+        It holds the initial states, or zeros, where a sequence may have no steps: its final state is the initial one.
+        """
+        if not self.is_packed and self.length:
+            return self.empty_states(self.num_state_rows)
+        if initial_states is None:
+            return self.empty_states(self.num_state_rows).zero_()
+        return initial_states.to(self.state_dtype, copy=True)
+
+    def num_head_tiles(self, tiles: Tiles) -> int:
+        """Programs of one segment: heads x tiles of P."""
+        return self.heads * triton.cdiv(self.headdim, tiles.block_p)
+
+
+def dt_constants(dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float) -> dict[str, Any]:
+    """Compile-time options of `load_dt`. A softplus needs no limit of (0, inf)."""
+    return {
+        "HAS_DT_BIAS": dt_bias is not None,
+        "DT_SOFTPLUS": dt_softplus,
+        "HAS_DT_LIMIT": not (dt_softplus and (dt_min, dt_max) == (0.0, float("inf"))),
+        "DT_MIN": dt_min,
+        "DT_MAX": dt_max,
+    }
+
+
+def choose_tiles(inputs: ScanInputs, backward: bool) -> Tiles:
+    """The largest tiles that fit in registers on this architecture, no larger than the inputs."""
+    block_n = max(16, triton.next_power_of_2(inputs.d_state))
+    vendor, version = capability(inputs.device)
+    if inputs.dot in (tl.float32, tl.float64):
+        chunk_size, state_elements, num_warps = 16, 16 * block_n, 8  # products without tensor cores
+    elif vendor == "hip":
+        chunk_size, state_elements, num_warps = 32, 8192, 4
+    elif block_n > 128 and version not in (100, 103):
+        chunk_size, state_elements, num_warps = 16, 32 * block_n, 8
+    elif version in (90, 100, 103):
+        chunk_size, state_elements, num_warps = 64, 8192 if backward else 4096, 8
+    else:
+        chunk_size, state_elements, num_warps = 32, 8192 if backward else 32 * min(block_n, 128), 8
+    block_p = max(16, min(64, triton.next_power_of_2(inputs.headdim), state_elements // block_n))
+    chunk_size = max(16, min(chunk_size, triton.next_power_of_2(inputs.chunk_size)))
+    return Tiles(chunk_size, block_p, block_n, num_warps)
+
+
+# --- jit functions ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def split_program(program, H: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Segment (or chunk), head and tile of P of a program; the tile runs fastest."""
+    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    return program // (H * TILES), program // TILES % H, program % TILES
+
+
+@triton.jit
+def group_direction(directions, group, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr):
+    """Scan direction of a group: the groups are NUM_DIRECTIONS equal runs. 0 in a scan in time."""
+    if NUM_DIRECTIONS:
+        return unpack_direction(directions, group // (G // NUM_DIRECTIONS))
+    return 0
+
+
+@triton.jit
+def chunk_positions(first, end, direction, length, height, Q: tl.constexpr, NUM_DIRECTIONS: tl.constexpr):
+    """Positions in the batch row of the steps from `first` on, (Q,) int64, and the mask of those before `end`."""
+    steps = first + tl.arange(0, Q)
+    positions = grid_offset(steps, direction, length, height) if NUM_DIRECTIONS > 0 else steps
+    return positions.to(tl.int64), steps < end
+
+
+@triton.jit
+def load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS: tl.constexpr, COMPUTE: tl.constexpr):
+    """a = A log2(e) and the dt bias of one head."""
+    # By way of `tl.full`, since a Python float alone is taken as float32.
+    a = tl.load(A_ptr + head).to(COMPUTE) * tl.full((), LOG2E, COMPUTE)
+    dt_bias = tl.load(dt_bias_ptr + head).to(COMPUTE) if HAS_DT_BIAS else 0.0
+    return a, dt_bias
+
+
+@triton.jit
+def load_dt(
+    dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr, DT_MIN: tl.constexpr,
+    DT_MAX: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Load dt of a chunk, (Q,), 0 outside the mask, and apply bias, softplus and limits.
+
+    Returns:
+        dt and its derivative with respect to the raw input.
+    """
+    raw = tl.load(dt_ptrs, mask_q, other=0.0).to(COMPUTE) + dt_bias
+    dt, dt_derivative = raw, tl.full(raw.shape, 1.0, COMPUTE)
+    if DT_SOFTPLUS:
+        dt, dt_derivative = softplus(raw), d_softplus(raw)
+    if HAS_DT_LIMIT:
+        dt_min, dt_max = tl.full((), DT_MIN, COMPUTE), tl.full((), DT_MAX, COMPUTE)
+        dt_derivative = tl.where((dt >= dt_min) & (dt <= dt_max), dt_derivative, 0.0)
+        dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
+    return tl.where(mask_q, dt, 0.0), tl.where(mask_q, dt_derivative, 0.0)
+
+
+@triton.jit
+def chunk_decays(dt, a, Q: tl.constexpr, COMPUTE: tl.constexpr):
+    """Cumulative log decays of a chunk and the decays from its start, to its end and across it.
+
+    The cumulative sum of dt a is two parts, (Q,) each. The coarse part sums multiples of UNIT, exactly; the fine part
+    sums the remainders. So a difference of two cumulative sums is as exact as the terms between them.
+
+    Returns:
+        coarse, fine (Q,); decay_from_start (Q,), up to and with step i; decay_to_end (Q,), after step j; chunk_decay.
+    """
+    # exp2 of it overflows, exp2 of its negative is 0.
+    MAX_LOG_DECAY: tl.constexpr = 1100.0 if COMPUTE == tl.float64 else 150.0
+    # So that Q MAX_LOG_DECAY / UNIT fits in the significand.
+    UNIT: tl.constexpr = Q * (2.0**-42 if COMPUTE == tl.float64 else 2.0**-16)
+    max_log_decay = tl.full((), MAX_LOG_DECAY, COMPUTE)
+    log_decay = tl.minimum(tl.maximum(dt * a, -max_log_decay), max_log_decay)
+    multiples = tl.floor(log_decay * (1 / UNIT)) * UNIT
+    coarse, fine = tl.cumsum(multiples, axis=0), tl.cumsum(log_decay - multiples, axis=0)
+
+    is_last = tl.arange(0, Q) == Q - 1
+    coarse_total = tl.sum(tl.where(is_last, coarse, 0.0), axis=0)
+    fine_total = tl.sum(tl.where(is_last, fine, 0.0), axis=0)
+    decay_to_end = tl.exp2((coarse_total - coarse) + (fine_total - fine))
+    return coarse, fine, tl.exp2(coarse + fine), decay_to_end, tl.exp2(coarse_total + fine_total)
+
+
+@triton.jit
+def coarse_decay_matrix(coarse, Q: tl.constexpr):
+    """`decay_matrix` by the coarse cumulative sums alone, (Q, Q)."""
+    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    return tl.exp2(tl.where(i >= j, coarse[:, None] - coarse[None, :], float("-inf")))
+
+
+@triton.jit
+def decay_matrix(coarse, fine, Q: tl.constexpr):
+    """L of listing 1, (Q, Q): the decay from after step j up to step i, 0 for j > i."""
+    return coarse_decay_matrix(coarse, Q) * tl.exp2(fine)[:, None] * tl.exp2(-fine)[None, :]
