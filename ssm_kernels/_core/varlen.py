@@ -1,6 +1,6 @@
 """Sequences of unequal length in one tensor, and the order in which a scan over time visits them.
 
-Two ways to say where sequences lie are accepted by every op:
+Every op takes the bounds of sequences in one of two forms:
 
 - `cu_seqlens` (S + 1,): the batch has one row, sequence s is `[cu_seqlens[s], cu_seqlens[s + 1])`;
 - `seq_idx` (B, L): a number for each position; a new sequence starts where the number changes along a row.
@@ -8,7 +8,7 @@ Two ways to say where sequences lie are accepted by every op:
 Positions after the last of `cu_seqlens`, and those whose `seq_idx` is negative, are padding. They belong to no
 sequence: outputs are zero there, and neither states nor gradients depend on what the inputs hold there.
 
-Both become a `Sequences`, which lists every sequence as a run of rows of the flattened (B * L) tensor.
+Both become `Sequences`, which lists every sequence as a run of rows of the flattened (B * L) tensor.
 """
 
 from __future__ import annotations
@@ -25,25 +25,33 @@ _INTS = (torch.int32, torch.int64)
 
 
 class Sequences(NamedTuple):
-    """Runs of positions in a (B, L) tensor flattened to (B * L), in order; what is between them is padding."""
+    """Sequences as runs of positions of a (B, L) tensor flattened to (B * L), in order; what is between is padding."""
 
     starts: tuple[int, ...]
-    """First position of each sequence."""
+    """(S,) first position of each sequence."""
     lengths: tuple[int, ...]
-    first: tuple[int, ...]
-    """For each row of `initial_states`, the sequence that it starts."""
-    last: tuple[int, ...]
-    """For each row of `final_states`, the sequence that it ends."""
+    """(S,) steps of each sequence."""
+    initial_sequences: tuple[int, ...]
+    """For each row of `initial_states`, the sequence that starts from it."""
+    final_sequences: tuple[int, ...]
+    """For each row of `final_states`, the sequence that ends in it."""
 
-    def gaps(self, total: int) -> list[tuple[int, int]]:
-        """Runs of padding among `total` positions: the first position, and the one after the last."""
+    def padding_runs(self, total: int) -> list[tuple[int, int]]:
+        """Return the runs of padding among `total` positions: the first position, and the one after the last."""
         ends = [0, *(start + n for start, n in zip(self.starts, self.lengths, strict=True))]
         return [(end, start) for end, start in zip(ends, [*self.starts, total], strict=True) if end < start]
 
     def positions(self, device: torch.device) -> Tensor:
-        """(T,) int64: every position of every sequence, in order."""
+        """Return every position of every sequence, in order, (T,) int64."""
         runs = [torch.arange(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
         return torch.cat(runs or [torch.arange(0)]).to(device)
+
+    def state_indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return `initial_sequences` and `final_sequences` as int64 tensors."""
+        initial, final = (
+            torch.tensor(s, dtype=torch.int64, device=device) for s in (self.initial_sequences, self.final_sequences)
+        )
+        return initial, final
 
 
 def parse_sequences(
@@ -55,6 +63,11 @@ def parse_sequences(
     state belongs to the row's first sequence and the final state to its last, as in `mamba_ssm`. A row of nothing
     but padding has one sequence without steps, whose final state is its initial state.
 
+    Args:
+        batch, length: B and L.
+        cu_seqlens: (S + 1,) int32 or int64, or None.
+        seq_idx: (B, L) int32 or int64, or None.
+
     Raises:
         TypeError: the tensor is not of an integer type.
         ValueError: both are given, or the shape or the values do not describe sequences of this tensor.
@@ -62,31 +75,31 @@ def parse_sequences(
     check_packing(batch, length, cu_seqlens, seq_idx)
     if cu_seqlens is not None:
         bounds = _read_cu_seqlens(cu_seqlens, length)
-        everyone = tuple(range(len(bounds) - 1))
-        return Sequences(tuple(bounds[:-1]), _differences(bounds), everyone, everyone)
+        all_sequences = tuple(range(len(bounds) - 1))
+        return Sequences(tuple(bounds[:-1]), _differences(bounds), all_sequences, all_sequences)
     if seq_idx is None or length == 0:
         rows = tuple(range(batch))
         return Sequences(tuple(b * length for b in rows), (length,) * batch, rows, rows)
 
-    new = torch.ones(batch, length, dtype=torch.bool, device=seq_idx.device)
-    new[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    runs = new.flatten().nonzero().flatten()
-    is_padding = (seq_idx.flatten()[runs] < 0).tolist()
-    runs = [*runs.tolist(), batch * length]
+    is_start = torch.ones(batch, length, dtype=torch.bool, device=seq_idx.device)
+    is_start[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    run_starts = is_start.flatten().nonzero().flatten()  # (runs,)
+    is_padding = (seq_idx.flatten()[run_starts] < 0).tolist()
+    bounds = [*run_starts.tolist(), batch * length]
 
-    starts, lengths, first, last = [], [], [], []
-    for (start, end), padding in zip(itertools.pairwise(runs), is_padding, strict=True):
+    starts, lengths, initial_sequences, final_sequences = [], [], [], []
+    for (start, end), padding in zip(itertools.pairwise(bounds), is_padding, strict=True):
         if start % length == 0:  # a new row
-            first.append(len(starts))
+            initial_sequences.append(len(starts))
         if not padding:
             starts.append(start)
             lengths.append(end - start)
-        if end % length == 0:
-            if len(starts) == first[-1]:
+        if end % length == 0:  # the end of a row
+            if len(starts) == initial_sequences[-1]:  # of padding alone
                 starts.append(start // length * length)
                 lengths.append(0)
-            last.append(len(starts) - 1)
-    return Sequences(tuple(starts), tuple(lengths), tuple(first), tuple(last))
+            final_sequences.append(len(starts) - 1)
+    return Sequences(tuple(starts), tuple(lengths), tuple(initial_sequences), tuple(final_sequences))
 
 
 def _differences(bounds: list[int]) -> tuple[int, ...]:
@@ -94,18 +107,18 @@ def _differences(bounds: list[int]) -> tuple[int, ...]:
 
 
 def without_padding(x: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    """x (B, L, ...) with zeros where it belongs to no sequence. Nothing is read from the device."""
+    """Return x (B, L, ...) with zeros where it is padding, without a host-device synchronization."""
     if seq_idx is not None:
-        is_padding = seq_idx < 0
+        is_padding = seq_idx < 0  # (B, L)
     elif cu_seqlens is not None:
-        is_padding = (torch.arange(x.shape[1], device=cu_seqlens.device) >= cu_seqlens[-1]).unsqueeze(0)
+        is_padding = (torch.arange(x.shape[1], device=cu_seqlens.device) >= cu_seqlens[-1]).unsqueeze(0)  # (1, L)
     else:
         return x
     return x.masked_fill(is_padding.to(x.device).reshape(*is_padding.shape, *[1] * (x.dim() - 2)), 0)
 
 
 def check_packing(batch: int, length: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> None:
-    """Check what can be told of `cu_seqlens` and `seq_idx` without their values.
+    """Check types and shapes of `cu_seqlens` and `seq_idx`, without reading their values.
 
     Raises:
         TypeError, ValueError: as `parse_sequences`.
@@ -137,79 +150,98 @@ def _read_cu_seqlens(cu_seqlens: Tensor, length: int) -> list[int]:
 
 
 class Blocks(NamedTuple):
-    """Sequences cut in blocks of `size` steps, ordered so that one pass over the blocks scans all of them.
+    """Sequences divided into blocks of `size` steps, ordered so that one pass over the blocks scans all of them.
 
-    The sequences are sorted by falling length, and block k holds the first `counts[k]` of them: those that have a
-    k-th block. So a carried state is a slice that only shrinks, and no sequence sees another one's state. Where
-    lengths differ, the last block of a sequence is padded; where all are equal, the last block is shorter.
+    The sequences are sorted by decreasing length, and block k holds the first `active[k]` of them: those that have a
+    k-th block. So the state passed from block to block is a slice that only shrinks, and no sequence sees another's.
+    Where lengths differ, the last block of a sequence is padded; where all are equal, the last block is shorter.
     """
 
     size: int
-    counts: tuple[int, ...]
+    active: tuple[int, ...]
+    """Sequences in each block."""
     order: Tensor
-    """(S,) the sequences by falling length."""
-    run: tuple[int, int, int] | None
-    """Where all sequences are equally long and lie one after the other: the first position, S and the length."""
-    index: tuple[Tensor, ...]
-    """Otherwise, per block, (counts[k] * size,) positions; padding points at position 0 ..."""
+    """(S,) sequences by decreasing length."""
+    uniform: tuple[int, int, int] | None
+    """First position, S and length of sequences that are equally long and contiguous; blocks are then views."""
+    positions: tuple[Tensor, ...]
+    """Otherwise, per block, (active[k] * size,) positions to gather; position 0 where it is padded."""
     padding: tuple[Tensor, ...]
-    """... with the entries of `index` that are padding ..."""
-    inside: tuple[Tensor, ...]
-    """... and those that are not."""
+    """Per block, the entries of `positions` that are padding."""
+    valid: tuple[Tensor, ...]
+    """Per block, the entries of `positions` that are not."""
 
-    def read(self, k: int, flat: Tensor, dtype: torch.dtype) -> Tensor:
-        """Block k of a (B * L, ...) tensor as (counts[k], steps, ...), zero where padded."""
-        if self.run:
-            return self._view(k, flat).to(dtype)
-        rows = flat.index_select(0, self.index[k]).to(dtype).index_fill_(0, self.padding[k], 0)
-        return rows.unflatten(0, (self.counts[k], self.size))
+    def gather(self, k: int, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gather block k from a tensor (B * L, ...): (active[k], steps, ...), zero where padded."""
+        if self.uniform:
+            return self._view(k, flat, *self.uniform).to(dtype)
+        rows = flat.index_select(0, self.positions[k]).to(dtype).index_fill_(0, self.padding[k], 0)
+        return rows.unflatten(0, (self.active[k], self.size))
 
-    def write(self, k: int, block: Tensor, flat: Tensor) -> None:
-        """Put (counts[k], steps or more, ...) where `read` takes it from, leaving out the padding."""
-        if self.run:
-            rows = self._view(k, flat)
+    def scatter(self, k: int, block: Tensor, flat: Tensor) -> None:
+        """Write block k, (active[k], steps or more, ...), to where `gather` reads it, without the padding."""
+        if self.uniform:
+            rows = self._view(k, flat, *self.uniform)
             rows.copy_(block[:, : rows.shape[1]])
         else:
-            kept = self.inside[k]
-            rows = block.flatten(0, 1).index_select(0, kept).to(flat.dtype)
-            flat.index_copy_(0, self.index[k].index_select(0, kept), rows)
+            valid = self.valid[k]
+            rows = block.flatten(0, 1).index_select(0, valid).to(flat.dtype)
+            flat.index_copy_(0, self.positions[k].index_select(0, valid), rows)
 
-    def _view(self, k: int, flat: Tensor) -> Tensor:
-        start, n, length = self.run
+    def _view(self, k: int, flat: Tensor, start: int, n: int, length: int) -> Tensor:
         rows = flat[start : start + n * length].unflatten(0, (n, length))
         return rows[:, k * self.size : (k + 1) * self.size]
 
 
-def make_tiles(sequences: Sequences, width: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, Blocks]]:
-    """Groups of at most `width` sequences of like length, the longest first: their numbers, and their blocks."""
+def batch_by_length(
+    sequences: Sequences, max_sequences: int, size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Blocks]]:
+    """Batch sequences of similar length, the longest first, leaving out those without steps.
+
+    Args:
+        sequences: the sequences.
+        max_sequences: most sequences in a batch.
+        size: most steps in a block.
+        device: device of the results.
+
+    Yields:
+        the sequences of a batch, (n,) int64, in the order of their blocks; and their blocks.
+    """
     by_length = sorted(range(len(sequences.lengths)), key=lambda s: -sequences.lengths[s])
-    for i in range(0, len(by_length), width):
-        members = by_length[i : i + width]
+    for i in range(0, len(by_length), max_sequences):
+        members = by_length[i : i + max_sequences]
         if sequences.lengths[members[0]] == 0:
             return
-        starts, lengths = ([part[s] for s in members] for part in sequences[:2])
-        blocks = make_blocks(tuple(starts), tuple(lengths), size, device)
+        starts = tuple(sequences.starts[s] for s in members)
+        lengths = tuple(sequences.lengths[s] for s in members)
+        blocks = make_blocks(starts, lengths, size, device)
         yield torch.tensor(members, device=device)[blocks.order], blocks
 
 
 @functools.lru_cache(maxsize=256)
 def make_blocks(starts: tuple[int, ...], lengths: tuple[int, ...], size: int, device: torch.device) -> Blocks:
-    """Lay sequences out in blocks of at most `size` steps (fewer when all sequences are shorter)."""
+    """Divide sequences into blocks of at most `size` steps (fewer when all sequences are shorter).
+
+    Args:
+        starts, lengths: first position and steps of each sequence.
+        size: most steps in a block.
+        device: device of the results.
+    """
     longest = max(lengths, default=0)
     size = max(1, min(size, longest))
     start, length = (torch.tensor(t, dtype=torch.int64) for t in (starts, lengths))
     order = torch.argsort(length, descending=True, stable=True)
     n_blocks = -(-length // size)
-    counts = tuple(int((n_blocks > k).sum()) for k in range(-(-longest // size)))
+    active = tuple(int((n_blocks > k).sum()) for k in range(-(-longest // size)))
     if starts and starts == tuple(starts[0] + i * longest for i in range(len(starts))) and min(lengths) == longest:
-        return Blocks(size, counts, order.to(device), (starts[0], len(starts), longest), (), (), ())
+        return Blocks(size, active, order.to(device), (starts[0], len(starts), longest), (), (), ())
 
-    index, padding, inside = [], [], []
-    for k, count in enumerate(counts):
-        members = order[:count, None]
+    positions, padding, valid = [], [], []
+    for k, n in enumerate(active):
+        members = order[:n, None]  # (n, 1)
         step = k * size + torch.arange(size)
-        is_inside = (step < length[members]).flatten()
-        index.append(torch.where(is_inside, (start[members] + step).flatten(), 0).to(device))
-        padding.append((~is_inside).nonzero().flatten().to(device))
-        inside.append(is_inside.nonzero().flatten().to(device))
-    return Blocks(size, counts, order.to(device), None, tuple(index), tuple(padding), tuple(inside))
+        is_valid = (step < length[members]).flatten()  # (n * size,)
+        positions.append(torch.where(is_valid, (start[members] + step).flatten(), 0).to(device))
+        padding.append((~is_valid).nonzero().flatten().to(device))
+        valid.append(is_valid.nonzero().flatten().to(device))
+    return Blocks(size, active, order.to(device), None, tuple(positions), tuple(padding), tuple(valid))

@@ -87,9 +87,9 @@ def _table_of_sequences(sequences: Sequences, batch: int, length: int, size: int
     starts, lengths = (torch.tensor(t, dtype=torch.int64, device=device) for t in sequences[:2])
     # A sequence without steps may start where the last row ends.
     row = (starts // max(length, 1)).clamp(max=max(batch - 1, 0))
-    rows = [_row_of(r, len(starts), device) for r in (sequences.first, sequences.last)]
+    rows = [_row_of(r, len(starts), device) for r in (sequences.initial_sequences, sequences.final_sequences)]
     count = max_segments(batch, length, len(starts), size, True)
-    gaps = torch.tensor(sequences.gaps(batch * length), dtype=torch.int64, device=device).view(-1, 2)
+    gaps = torch.tensor(sequences.padding_runs(batch * length), dtype=torch.int64, device=device).view(-1, 2)
     return _build(row, starts - row * length, lengths, rows, count, size, gaps)
 
 

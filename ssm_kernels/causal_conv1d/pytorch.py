@@ -38,10 +38,10 @@ class _Line:
     def __init__(self, x: Tensor, width: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None):
         sequences = parse_sequences(*x.shape[:2], cu_seqlens, seq_idx)
         self.length = sum(sequences.lengths) + len(sequences.lengths) * (width - 1)
-        has_gaps = bool(sequences.gaps(x.shape[0] * x.shape[1]))
+        has_gaps = bool(sequences.padding_runs(x.shape[0] * x.shape[1]))
         self.positions = sequences.positions(x.device) if has_gaps else None
         self.inputs, self.before, self.after = _positions(sequences.lengths, width, x.device)
-        first, last = (torch.tensor(s, dtype=torch.int64, device=x.device) for s in (sequences.first, sequences.last))
+        first, last = sequences.state_indices(x.device)
         self.before, self.after = self.before[first], self.after[last]  # (rows, K - 1)
 
     def take(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def conv(
     rows = x.to(dtype).flatten(0, 1)
     weight = weight.to(dtype)
 
-    begins = {s: row for row, s in enumerate(sequences.first)}
+    begins = {s: row for row, s in enumerate(sequences.initial_sequences)}
     ys, ends = [rows.new_zeros(dim)] * len(rows), []
     for s, (start, n_steps) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
         before = rows.new_zeros(width - 1, dim)
@@ -39,5 +39,5 @@ def conv(
             ys[start + t] = F.silu(y) if silu else y
         ends.append(inputs[n_steps:])
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else rows.new_zeros(batch, length, dim)
-    states = [ends[s] for s in sequences.last]
+    states = [ends[s] for s in sequences.final_sequences]
     return y, torch.stack(states) if states else rows.new_zeros(0, width - 1, dim)

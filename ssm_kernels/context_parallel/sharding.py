@@ -196,7 +196,7 @@ def _read_bounds(cu_seqlens: Tensor, batch: int, length: int) -> tuple[int, ...]
     if known is not None and known[0] == key:
         return known[1]
     sequences = parse_sequences(batch, length, cu_seqlens)
-    if gaps := sequences.gaps(batch * length):
+    if gaps := sequences.padding_runs(batch * length):
         end = length - sum(stop - start for start, stop in gaps)
         raise ValueError(f"cu_seqlens must run from 0 to L = {length} over all ranks, got 0 to {end}")
     bounds = (*sequences.starts, length)

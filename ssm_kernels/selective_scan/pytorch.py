@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._core.invariant import matmul
 from .._core.library import Gradient, define_op, unknown_size
-from .._core.varlen import Blocks, Sequences, make_tiles, parse_sequences
+from .._core.varlen import Blocks, Sequences, batch_by_length, parse_sequences
 
 # Elements of one step of the recurrence, and of one block of steps: the first keeps a step's operands in a
 # core's cache, the second a block's buffers in the shared one. Both were chosen by timing on a CPU.
@@ -61,7 +61,7 @@ def _tiles(sequences: Sequences, a: Tensor, n_buffers: int) -> Iterator[tuple[Te
     """Sequences that are scanned together, their blocks, and scratch for these."""
     width = max(1, STEP_ELEMENTS // a.numel())
     buffers = None
-    for members, blocks in make_tiles(sequences, width, _block_steps(a.numel()), a.device):
+    for members, blocks in batch_by_length(sequences, width, _block_steps(a.numel()), a.device):
         buffers = buffers or _Buffers(blocks, a, n_buffers)  # the first blocks are the largest
         yield members, blocks, buffers
 
@@ -79,7 +79,7 @@ def _state_rows(
     sequences: Sequences, initial_states: Tensor | None, A: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The state of every sequence (S, G, N, D / G), and the sequences that have a row of initial / final states."""
-    first, last = (torch.tensor(s, dtype=torch.int64, device=A.device) for s in (sequences.first, sequences.last))
+    first, last = sequences.state_indices(A.device)
     states = A.new_zeros(len(sequences.lengths), *_to_inner(A[None], groups).shape[1:])
     if initial_states is not None:
         states[first] = _to_inner(initial_states.to(A.dtype), groups)
@@ -94,7 +94,7 @@ class _Buffers:
 
     def __init__(self, blocks: Blocks, a: Tensor, n_buffers: int):
         self.state = a.shape
-        self.flat = a.new_empty(n_buffers, (blocks.size + 1) * blocks.counts[0] * a.numel())
+        self.flat = a.new_empty(n_buffers, (blocks.size + 1) * blocks.active[0] * a.numel())
 
     def view(self, i: int, count: int, steps: int) -> Tensor:
         """Buffer i as (steps, count, G, N, E)."""
@@ -127,13 +127,13 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     states, _, last = _state_rows(sequences, initial_states, A, groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     inputs = [_flat(x, groups) for x in (u, dt, B, C)]
-    y = A.new_zeros(u.shape) if sequences.gaps(batch * length) else A.new_empty(u.shape)
+    y = A.new_zeros(u.shape) if sequences.padding_runs(batch * length) else A.new_empty(u.shape)
     kept = A.new_empty(_n_checkpoints(batch * length, len(states), dim, n), *states.shape[1:])
     n_kept = 0
 
     for members, blocks, buffers in _tiles(sequences, a, 2):
         carry = states[members]
-        for k, count in enumerate(blocks.counts):
+        for k, count in enumerate(blocks.active):
             kept[n_kept : n_kept + count] = carry[:count]
             n_kept += count
             u_k, dt_k, B_k, C_k = _read(blocks, k, inputs, A.dtype)
@@ -153,13 +153,13 @@ def _flat(x: Tensor, groups: int) -> Tensor:
 
 def _read(blocks: Blocks, k: int, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Block k of each input, (K, n, G, D / G or N)."""
-    return [blocks.read(k, x, dtype).transpose(0, 1) for x in inputs]
+    return [blocks.gather(k, x, dtype).transpose(0, 1) for x in inputs]
 
 
 def _write(blocks: Blocks, k: int, parts: list[Tensor], outs: list[Tensor]) -> None:
     for part, out in zip(parts, outs, strict=True):
         rows = out.flatten(0, 1)
-        blocks.write(k, part.transpose(0, 1).reshape(*part.shape[1::-1], *rows.shape[1:]), rows)
+        blocks.scatter(k, part.transpose(0, 1).reshape(*part.shape[1::-1], *rows.shape[1:]), rows)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -173,15 +173,15 @@ def _backward(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
     dstates[last] = _to_inner(dfinal.to(A.dtype), groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     inputs = [_flat(x, groups) for x in (u, dt, B, C, dy)]
-    new = torch.zeros_like if sequences.gaps(batch * length) else torch.empty_like
+    new = torch.zeros_like if sequences.padding_runs(batch * length) else torch.empty_like
     grads = [new(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
     da = torch.zeros_like(a)
     n_kept = 0
 
     for members, blocks, buffers in _tiles(sequences, a, 3):
         carry = dstates[members]
-        n_kept += sum(blocks.counts)
-        starts = kept[n_kept - sum(blocks.counts) : n_kept].split(blocks.counts)
+        n_kept += sum(blocks.active)
+        starts = kept[n_kept - sum(blocks.active) : n_kept].split(blocks.active)
         for k in reversed(range(len(starts))):
             block = _read(blocks, k, inputs, A.dtype)
             *grads_k, da_k = _block_backward(buffers, starts[k], *block, a, carry[: len(starts[k])])

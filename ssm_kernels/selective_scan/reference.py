@@ -25,7 +25,7 @@ def scan(
     u, dt = (x.to(dtype).flatten(0, 1) for x in (u, dt))  # (B * L, D)
     B, C = (m.to(dtype).flatten(0, 1).repeat_interleave(dim // m.shape[2], dim=1) for m in (B, C))  # (B * L, D, N)
 
-    begins = {s: row for row, s in enumerate(sequences.first)}
+    begins = {s: row for row, s in enumerate(sequences.initial_sequences)}
     ys, ends = [A.new_zeros(dim)] * (batch * length), []
     for s, (start, n_steps) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
         h = torch.zeros_like(A)  # (D, N)
@@ -36,5 +36,9 @@ def scan(
             ys[t] = (C[t] * h).sum(-1)
         ends.append(h)
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else torch.zeros(batch, length, dim).to(A)
-    final_states = torch.stack([ends[s] for s in sequences.last]) if sequences.last else A.new_zeros(0, *A.shape)
+    final_states = (
+        torch.stack([ends[s] for s in sequences.final_sequences])
+        if sequences.final_sequences
+        else A.new_zeros(0, *A.shape)
+    )
     return y, final_states

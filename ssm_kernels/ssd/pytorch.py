@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._core.invariant import matmul
 from .._core.library import Gradient, define_op, unknown_size
-from .._core.varlen import Blocks, make_tiles, parse_sequences
+from .._core.varlen import Blocks, batch_by_length, parse_sequences
 
 # Chunks of a sequence in a segment: more of them are fewer and larger operations on more scratch memory.
 SEGMENT = 8
@@ -175,11 +175,11 @@ class _Place(NamedTuple):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        return self.blocks.counts[self.chunks.start : self.chunks.stop]
+        return self.blocks.active[self.chunks.start : self.chunks.stop]
 
     def read(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
         """(B * L, ...) -> (m, Q, ...)"""
-        parts = [self.blocks.read(k, flat, dtype) for k in self.chunks]
+        parts = [self.blocks.gather(k, flat, dtype) for k in self.chunks]
         missing = self.steps - parts[-1].shape[1]
         if missing:  # the last chunk of all is shorter
             parts[-1] = F.pad(parts[-1], (0, 0) * (flat.dim() - 1) + (0, missing))
@@ -188,7 +188,7 @@ class _Place(NamedTuple):
     def write(self, part: Tensor, flat: Tensor) -> None:
         """(m, Q, ...) -> (B * L, ...)"""
         for k, block in zip(self.chunks, part.split(self.counts), strict=True):
-            self.blocks.write(k, block[:, : self.blocks.size], flat)
+            self.blocks.scatter(k, block[:, : self.blocks.size], flat)
 
 
 class _Problem:
@@ -198,20 +198,20 @@ class _Problem:
         batch, length, heads, headdim = x.shape
         groups, n = B.shape[2:]
         self.sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
-        self.has_gaps = bool(self.sequences.gaps(batch * length))
+        self.has_gaps = bool(self.sequences.padding_runs(batch * length))
         self.chunk_size = chunk_size
         self.heads = (groups, heads // groups)
         self.headdim, self.n = headdim, n
         self.a = A.view(self.heads)
-        self.first, self.last = (torch.tensor(s, dtype=torch.int64, device=x.device) for s in self.sequences[2:])
+        self.first, self.last = self.sequences.state_indices(x.device)
 
     def tiles(self) -> Iterator[tuple[Tensor, list[_Place]]]:
         """Sequences that are scanned together, by number, and their segments in order of time."""
         chunks_each = min(SEGMENT, -(-max(self.sequences.lengths, default=0) // self.chunk_size))
         state_size = self.a.numel() * self.headdim * self.n
         width = max(1, SEGMENT_ELEMENTS // max(1, chunks_each * state_size))
-        for members, blocks in make_tiles(self.sequences, width, self.chunk_size, self.a.device):
-            chunks = range(len(blocks.counts))
+        for members, blocks in batch_by_length(self.sequences, width, self.chunk_size, self.a.device):
+            chunks = range(len(blocks.active))
             yield members, [_Place(blocks, chunks[k : k + SEGMENT], self.chunk_size) for k in chunks[::SEGMENT]]
 
     def segment(self, place: _Place, inputs: list[Tensor]) -> _Segment:

@@ -26,7 +26,7 @@ def scan(
     x, dt = (m.to(dtype).flatten(0, 1) for m in (x, dt))  # (B * L, H, P), (B * L, H)
     B, C = (m.to(dtype).flatten(0, 1).repeat_interleave(heads // m.shape[2], dim=1) for m in (B, C))  # (B * L, H, N)
 
-    begins = {s: row for row, s in enumerate(sequences.first)}
+    begins = {s: row for row, s in enumerate(sequences.initial_sequences)}
     ys, ends = [A.new_zeros(heads, headdim)] * (batch * length), []
     for s, (start, n_steps) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
         state = A.new_zeros(heads, headdim, n)
@@ -38,5 +38,5 @@ def scan(
             ys[t] = (state * C[t, :, None, :]).sum(-1)
         ends.append(state)
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else A.new_zeros(batch, length, heads, headdim)
-    states = [ends[s] for s in sequences.last]
+    states = [ends[s] for s in sequences.final_sequences]
     return y, torch.stack(states) if states else A.new_zeros(0, heads, headdim, n)
