@@ -168,7 +168,7 @@ def cross_selective_scan(
     if chosen == "triton":
         shared = u.flatten(1, 2).unsqueeze(2).expand(-1, -1, k, -1)  # (B, L, K, E)
         dt, B, C = (m.flatten(1, 2) for m in (dt, B, C))
-        y, _ = triton_selective_scan.scan(
+        y, _ = triton_selective_scan.grouped_selective_scan(
             shared, dt, A, B, C, D, None, dt_bias, dt_softplus, None, None, None, _codes(directions), height
         )
         y = y.sum(2, dtype=torch.promote_types(u.dtype, torch.float32)).to(u.dtype)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
-from .._core.invariant import silu, softplus
-from .._core.library import autocast_off
 from .._core.sharding import shardable
 from .._core.validation import check_divides, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
@@ -77,34 +74,15 @@ def selective_scan(
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
     _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx)
+    B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))  # (B, L, G, N) or (D, N)
     chosen = resolve_backend(backend, u.device, "selective_scan")
-    if chosen == "triton":
-        groups = max(m.shape[2] if m.dim() == 4 else 1 for m in (B, C))
-        B, C = (m if m.dim() == 2 else _spread(_with_groups(m, u), groups) for m in (B, C))
-        u, dt, z = (x if x is None else x.unflatten(2, (groups, -1)) for x in (u, dt, z))
-        y, final_states = triton.scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, cu_seqlens, seq_idx)
-        return SelectiveScanOutput(y.flatten(2), final_states)
-    scan = {"torch": pytorch.scan, "reference": reference.scan}[chosen]
-
-    # What is outside of the kernels must not see padding.
-    u, dt, z = (x if x is None else without_padding(x, cu_seqlens, seq_idx) for x in (u, dt, z))
-    compute = torch.promote_types(u.dtype, torch.float32)
-    dt = dt.to(compute)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(compute)
-    if dt_softplus:
-        dt = F.softplus(dt) if chosen == "reference" else softplus(dt)
-    B, C = (_with_groups(m, u) for m in (B, C))
-    groups = max(B.shape[2], C.shape[2])
-    B, C = (_spread(m, groups) for m in (B, C))
-
-    y, final_states = scan(u, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx)
-    if D is not None:
-        y = y + D.to(compute) * u
-    if z is not None:
-        z = z.to(compute)
-        y = y * (F.silu(z) if chosen == "reference" else silu(z))
-    return SelectiveScanOutput(y.to(u.dtype), final_states)
+    scan = {
+        "triton": triton.selective_scan,
+        "torch": pytorch.selective_scan,
+        "reference": reference.selective_scan,
+    }[chosen]
+    y, final_states = scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, cu_seqlens, seq_idx)
+    return SelectiveScanOutput(y, final_states)
 
 
 def selective_scan_step(
@@ -147,25 +125,10 @@ def selective_scan_step(
         check_tensor("z", z, (batch, dim), like=u)
     matrices = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
     _check(u.unsqueeze(1), dt.unsqueeze(1), A, *matrices, D, None if z is None else z.unsqueeze(1), dt_bias, state)
-    if resolve_backend(backend, u.device, "selective_scan") == "triton":
-        with torch.no_grad():
-            return triton.scan_step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    compute = state.dtype
-    with torch.no_grad(), autocast_off(u.device):
-        dt = dt.to(compute)
-        if dt_bias is not None:
-            dt = dt + dt_bias.to(compute)
-        if dt_softplus:
-            dt = softplus(dt)
-        B, C = (_per_channel(m, dim).to(compute) for m in (B, C))
-        state.mul_(torch.exp(dt.unsqueeze(-1) * A.to(compute)))
-        state.addcmul_((dt * u).unsqueeze(-1), B)
-        y = (state * C).sum(-1)
-        if D is not None:
-            y = y + D.to(compute) * u
-        if z is not None:
-            y = y * silu(z.to(compute))
-    return y.to(u.dtype)
+    chosen = resolve_backend(backend, u.device, "selective_scan")
+    step = triton.selective_scan_step if chosen == "triton" else pytorch.selective_scan_step
+    with torch.no_grad():
+        return step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
 def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_idx=None) -> None:
@@ -196,21 +159,3 @@ def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_i
         rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
         check_tensor("initial_states", initial_states, (rows, dim, n), like=u)
     check_no_nan("dt", without_padding(dt, cu_seqlens, seq_idx))
-
-
-def _with_groups(m: Tensor, u: Tensor) -> Tensor:
-    """B or C as (B, L, G, N): one group, or a group a channel where it is constant in time."""
-    if m.dim() == 2:
-        return m.expand(*u.shape[:2], *m.shape)
-    return m.unsqueeze(2) if m.dim() == 3 else m
-
-
-def _spread(m: Tensor, groups: int) -> Tensor:
-    """(B, L, g, N) -> (B, L, G, N), each repeated for its neighbours: a view for one group or all of them."""
-    repeated = m.unsqueeze(3).expand(-1, -1, -1, groups // m.shape[2], -1)
-    return repeated.flatten(2, 3)
-
-
-def _per_channel(m: Tensor, dim: int) -> Tensor:
-    """B or C of one step, (B, G, N) or (D, N), as (B or 1, D, N)."""
-    return m.unsqueeze(0) if m.dim() == 2 else m.repeat_interleave(dim // m.shape[1], dim=1)

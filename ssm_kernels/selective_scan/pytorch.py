@@ -14,9 +14,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
-from .._core.library import Gradient, define_op, unknown_size
-from .._core.varlen import Blocks, Sequences, batch_by_length, parse_sequences
+from .._core.library import Gradient, autocast_off, define_op, unknown_size
+from .._core.varlen import Blocks, Sequences, batch_by_length, parse_sequences, without_padding
+from .groups import repeat_groups
 
 # Elements of one step of the recurrence, and of one block of steps: the first keeps a step's operands in a
 # core's cache, the second a block's buffers in the shared one. Both were chosen by timing on a CPU.
@@ -25,19 +27,60 @@ BLOCK_ELEMENTS = 1 << 20
 MIN_BLOCK, MAX_BLOCK = 16, 64
 
 
-def scan(
+def selective_scan(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
     initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """u, dt (B, L, D); A (D, N); B, C (B, L, G, N) -> y (B, L, D) and final states (rows, D, N)."""
-    y, final_states, _ = _forward_op(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx)
-    return y, final_states
+    """Scan with arguments in the canonical form of `reference.selective_scan`, and the same results."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    # Operations outside the scan must not see padding.
+    u, dt, z = (x if x is None else without_padding(x, cu_seqlens, seq_idx) for x in (u, dt, z))
+    dt = step_size(dt, dt_bias, dt_softplus, dtype)
+    # A matrix that is constant in time has a group for each channel.
+    B, C = (m.expand(*u.shape[:2], -1, -1) if m.dim() == 2 else m for m in (B, C))  # (B, L, G, N)
+    groups = max(B.shape[2], C.shape[2])
+    B, C = (repeat_groups(m, groups) for m in (B, C))
+    y, final_states, _ = _forward_op(u, dt, A.to(dtype), B, C, initial_states, cu_seqlens, seq_idx)
+    return skip_and_gate(y, u, D, z), final_states
+
+
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """Advance `state` (B, D, N) in place; u, dt, z (B, D); B, C (B, G, N) or (D, N) -> y (B, D). No gradients."""
+    dtype = state.dtype
+    with autocast_off(u.device):
+        dt = step_size(dt, dt_bias, dt_softplus, dtype)
+        B, C = (_per_channel(m, u.shape[1]).to(dtype) for m in (B, C))  # (B or 1, D, N)
+        # Equation 2a of arXiv 2312.00752, with A-bar = exp(dt A) and B-bar = dt B.
+        state.mul_(torch.exp(dt.unsqueeze(-1) * A.to(dtype)))
+        state.addcmul_((dt * u).unsqueeze(-1), B)
+        y = (state * C).sum(-1)  # (B, D), equation 2b
+        return skip_and_gate(y, u, D, z)
+
+
+def _per_channel(m: Tensor, dim: int) -> Tensor:
+    """B or C of one step, (B, G, N) or (D, N) -> (B or 1, D, N)."""
+    return m.unsqueeze(0) if m.dim() == 2 else m.repeat_interleave(dim // m.shape[1], dim=1)
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------

@@ -348,7 +348,7 @@ def test_routes_read_and_write_a_grid():
         return (y * weights).sum() + state.square().sum()
 
     u = shared.expand(-1, -1, 4, -1)
-    y, state = triton.scan(
+    y, state = triton.grouped_selective_scan(
         u, dt_softplus=True, cu_seqlens=None, seq_idx=None, directions=range(4), height=height, **wide, **rest
     )
     y2, state2 = selective_scan(

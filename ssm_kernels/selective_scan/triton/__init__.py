@@ -12,12 +12,37 @@ from torch import Tensor
 
 from ..._core.library import Gradient, define_op, lazy_function, unknown_size
 from ..._triton.segment_table import max_segments
+from ..groups import repeat_groups
 
 CHECKPOINT_INTERVAL = 64
 """Steps between two states that the forward saves for the backward, which recomputes those between."""
 
 
-def scan(
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Scan with arguments in the canonical form of `reference.selective_scan`, and the same results."""
+    groups = max(m.shape[2] if m.dim() == 4 else 1 for m in (B, C))
+    B, C = (repeat_groups(m, groups) if m.dim() == 4 else m for m in (B, C))
+    u, dt, z = (x if x is None else x.unflatten(2, (groups, -1)) for x in (u, dt, z))  # (B, L, G, E)
+    y, final_states = grouped_selective_scan(
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, cu_seqlens, seq_idx
+    )
+    return y.flatten(2), final_states
+
+
+def grouped_selective_scan(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -54,7 +79,7 @@ def scan(
     return y, final_states
 
 
-def scan_step(
+def selective_scan_step(
     state: Tensor,
     u: Tensor,
     dt: Tensor,
