@@ -34,7 +34,10 @@ from ..model import PRESETS, VLM, LMConfig, ViTConfig, VLMConfig
 from ..model.config import VisionConfig
 from ..model.formats.language import PUBLISHED
 from ..model.formats.vision import VISION_ENCODERS
-from ..model.generate import Decoder, GenerationConfig, capture, has_graphs, prefill, state_bytes, warm_up
+from ..model.generation.config import GenerationConfig
+from ..model.generation.cuda_graph import capture, has_graphs, warm_up
+from ..model.generation.decoding import Decoder, state_bytes
+from ..model.generation.prefill import prefill
 from ..model.image import ImageProcessor
 from ..model.inspect import flops_a_token
 from ..model.vlm import VisionTower

@@ -11,16 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batch import Batch, Sample, collate
     from .chat import Conversation
-    from .config import LMConfig, VisionConfig, VLMConfig
+    from .config import (
+        CLIP_L_336,
+        DINOV2_L_REG_384,
+        SIGLIP_SO400M_384,
+        LMConfig,
+        VisionConfig,
+        ViTConfig,
+        VLMConfig,
+    )
     from .formats.vision import VISION_ENCODERS
-    from .generation_config import GenerationConfig
+    from .generation.config import GenerationConfig
     from .image import ImageProcessor, open_image
     from .lm import LMOutput, MambaLM
     from .load import load_model
     from .presets import PRESETS
     from .prompt import IGNORE, IMAGE_TOKEN, Turn
     from .tokenizer import Tokenizer
-    from .vit import CLIP_L_336, DINOV2_L_REG_384, SIGLIP_SO400M_384, ViT, ViTConfig
+    from .vit import ViT
     from .vlm import VLM, VLMOutput
 
 __all__ = [
@@ -53,17 +61,17 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "CLIP_L_336": "vit",
-    "DINOV2_L_REG_384": "vit",
+    "CLIP_L_336": "config",
+    "DINOV2_L_REG_384": "config",
     "IGNORE": "prompt",
     "IMAGE_TOKEN": "prompt",
     "PRESETS": "presets",
-    "SIGLIP_SO400M_384": "vit",
+    "SIGLIP_SO400M_384": "config",
     "VISION_ENCODERS": "formats.vision",
     "VLM": "vlm",
     "Batch": "batch",
     "Conversation": "chat",
-    "GenerationConfig": "generation_config",
+    "GenerationConfig": "generation.config",
     "ImageProcessor": "image",
     "LMConfig": "config",
     "LMOutput": "lm",
@@ -74,7 +82,7 @@ _MODULE_OF = {
     "VLMConfig": "config",
     "VLMOutput": "vlm",
     "ViT": "vit",
-    "ViTConfig": "vit",
+    "ViTConfig": "config",
     "VisionConfig": "config",
     "collate": "batch",
     "load_model": "load",

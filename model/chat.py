@@ -13,17 +13,13 @@ from torch import Tensor
 
 from ssm_kernels.modules import MixerState
 
-from .generate import (
-    Decoder,
-    Embed,
-    GenerationConfig,
-    generate_packed,
-    graph_key,
-    packed_tokens,
-    state_bytes,
-)
+from .generation.config import GenerationConfig
+from .generation.decoding import Decoder, graph_key, state_bytes
+from .generation.generate import generate_packed
+from .generation.interface import LMState
+from .generation.prefill import EmbedFn, packed_tokens
 from .image import ImageLike, open_image
-from .lm import LMState, MambaLM
+from .lm import MambaLM
 from .prompt import PromptTemplate, Turn
 from .vlm import VLM
 
@@ -82,7 +78,7 @@ class Conversation:
         self.lm = model.language_model if isinstance(model, VLM) else model
         self.template = template or (model.template if isinstance(model, VLM) else None)
         self.history = history and self.template is not None and self.template.has_turns
-        self.effort = TurnStats(0, 0.0, 0, 0.0)
+        self.turn_stats = TurnStats(0, 0.0, 0, 0.0)
         self._decoder: Decoder | None = None
         self._asked = 0
         """Answers that were begun: each is drawn with the next seed, so that a question asked again is drawn anew."""
@@ -127,7 +123,7 @@ class Conversation:
                         # The prompt is run, and the answer is not.
                         self._mark = ids, [MixerState(*(t.clone() for t in layer)) for layer in self._decoder.state]
                         written = now
-                    self.effort = TurnStats(len(ids) - start, written - begin, len(answer.ids), now - written)
+                    self.turn_stats = TurnStats(len(ids) - start, written - begin, len(answer.ids), now - written)
                     piece, given = answer.text[len(given) :], answer.text
                     if piece:
                         yield piece
@@ -145,7 +141,7 @@ class Conversation:
 
     def _go_back(self, ids: list[int]) -> int:
         """Bring the state to the latest known place of this prompt; give how many of its tokens are behind."""
-        if self._decoder is None or self._decoder.captured_with != graph_key(self.lm):
+        if self._decoder is None or self._decoder.graph_key != graph_key(self.lm):
             self._decoder, self._here, self._mark = Decoder(self.lm, 1), None, None
 
         def behind(tokens: list[int]) -> bool:
@@ -162,7 +158,7 @@ class Conversation:
         self._decoder.reset()
         return 0
 
-    def _embed(self, turns: list[Turn], ids: list[int], start: int) -> tuple[Embed, Tensor]:
+    def _embed(self, turns: list[Turn], ids: list[int], start: int) -> tuple[EmbedFn, Tensor]:
         if self.image is not None and start == 0:
             return self.model.packed([self.model.prepare(turns, self.image)])
         return packed_tokens(self.lm, [ids[start:]])

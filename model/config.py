@@ -1,4 +1,4 @@
-"""What a model is, as plain values. Everything here is saved as `config.json`."""
+"""Architecture configs as plain values: the contents of `config.json`."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from ..connectors import ConnectorConfig
 from .fields import Interval, Size, check_fields
 from .image import ImageProcessor
 from .prompt import get_template
-from .vit import ViTConfig
 
 
 @dataclass(frozen=True)
 class LMConfig:
-    """A Mamba or Mamba-2 language model. `mamba_130m` and its siblings below are the published sizes."""
+    """A Mamba or Mamba-2 language model. The published sizes are in `formats.language.PUBLISHED`."""
 
     d_model: Size = 768
     n_layer: Annotated[int, Interval("[1, 4096]")] = 24
     vocab_size: Annotated[int, Interval("[1, 16777216]")] = 50277
     layer: Literal["mamba", "mamba2"] = "mamba"
     d_state: Size = 16
+    """N."""
     d_conv: Size = 4
     expand: Size = 2
+    """Inner width divided by `d_model`."""
     dt_rank: Size | None = None
-    """Mamba-1; None is ceil(d_model / 16)."""
+    """R, Mamba-1 only; None is ceil(d_model / 16)."""
     headdim: Size = 64
-    """Mamba-2, as `ngroups`, `chunk_size` and `dt_limit`."""
+    """P. Mamba-2 only, like `ngroups`, `chunk_size` and `dt_limit`."""
     ngroups: Size = 1
     chunk_size: Size = 64
     dt_limit: tuple[Annotated[float, Interval("[0, inf]")], Annotated[float, Interval("[0, inf]")]] = (0.0, math.inf)
     bias: bool = False
-    """Of the in and out projections."""
+    """Biases in `in_proj` and `out_proj`."""
     conv_bias: bool = True
     norm_eps: Annotated[float, Interval("[0, inf)")] = 1e-5
     dt_bc_norm_eps: Annotated[float, Interval("[0, inf)")] | None = None
-    """Mamba-1: divide dt, B and C by their root mean square, as Falcon-Mamba does; None does not."""
+    """Epsilon of the RMS norm of dt, B and C before the scan (Falcon-Mamba, Mamba-1 only); None is no norm."""
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     pad_vocab_size_multiple: Size = 8
@@ -47,7 +48,7 @@ class LMConfig:
         if low > high:
             raise ValueError(f"dt_limit must be a lower and an upper bound, got {self.dt_limit}")
         if self.layer == "mamba2" and self.dt_bc_norm_eps is not None:
-            raise ValueError(f"dt_bc_norm_eps is of Mamba-1 layers alone, got {self.dt_bc_norm_eps} for 'mamba2'")
+            raise ValueError(f"dt_bc_norm_eps is for Mamba-1 layers only, got {self.dt_bc_norm_eps} for 'mamba2'")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -56,8 +57,59 @@ class LMConfig:
 
 
 @dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer. The constants below are the published sizes."""
+
+    image_size: Size = 224
+    """Side of the images that the position table is for, in pixels."""
+    patch_size: Size = 14
+    width: Size = 768
+    depth: Annotated[int, Interval("[1, 4096]")] = 12
+    heads: Size = 12
+    mlp_width: Size = 3072
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    norm_eps: Annotated[float, Interval("[0, inf)")] = 1e-6
+    class_token: bool = False
+    register_tokens: Annotated[int, Interval("[0, 1048576]")] = 0
+    position_of_class: bool = False
+    """Whether the first row of the position table is for the class token."""
+    pre_norm: bool = False
+    """LayerNorm before the first block (CLIP)."""
+    patch_bias: bool = True
+    layer_scale: bool = False
+    feature_layer: int = -2
+    """Block whose output is the feature: -2 is the second to last; -1 the last, with the final norm applied."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.position_of_class and not self.class_token:
+            raise ValueError("position_of_class must be False where class_token is")
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width = {self.width}, got {self.heads}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size must be at least patch_size = {self.patch_size}, got {self.image_size}")
+        if not -self.depth <= self.feature_layer <= -1:
+            raise ValueError(f"feature_layer must lie in [-{self.depth}, -1], got {self.feature_layer}")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along a side. Pixels beyond them, at the right and bottom edge, are ignored."""
+        return self.image_size // self.patch_size
+
+
+CLIP_L_336 = ViTConfig(
+    336, 14, 1024, 24, 16, 4096, "quick_gelu", 1e-5,
+    class_token=True, position_of_class=True, pre_norm=True, patch_bias=False,
+)  # fmt: skip
+SIGLIP_SO400M_384 = ViTConfig(384, 14, 1152, 27, 16, 4304)
+DINOV2_L_REG_384 = ViTConfig(
+    384, 14, 1024, 24, 16, 4096, class_token=True, register_tokens=4, layer_scale=True
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class VisionConfig:
-    """An image encoder and the preprocessing that it expects."""
+    """A vision encoder and its preprocessing."""
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
     processor: ImageProcessor = field(default_factory=ImageProcessor)
@@ -89,6 +141,6 @@ class VLMConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches of an image, vertically and horizontally."""
+        """Patches of an image: (rows, columns)."""
         size = self.vision[0].encoder.grid_size
         return size, size

@@ -33,6 +33,7 @@ from .weights import INDEX, WEIGHTS, DeviceMap, Weights, check_placement, load_i
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+PROCESSOR = "processor.json"
 CARD = "README.md"
 SMALL_FILES = (
     CONFIG,

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm, is_plain
 from .config import LMConfig
 from .formats import detect_format
 from .formats.language import NEOX_VOCABULARY, read
-from .generate import GenerationConfig, generate_texts, pieces_of_text
+from .generation.config import GenerationConfig
+from .generation.generate import generate_texts, stream_text
+from .generation.interface import LMOutput, LMState
 from .hub import TOKENIZER, HubModel, fetch
 from .tokenizer import Tokenizer
 from .weights import Weights
@@ -26,16 +28,6 @@ logger = logging.getLogger(__name__)
 
 NEOX = "EleutherAI/gpt-neox-20b"
 """Where the tokenizer of `state-spaces/*` is: those repositories have none of their own."""
-
-LMState = list[MixerState]
-"""What the model remembers of a batch of sequences: the state of each layer's mixer."""
-
-
-class LMOutput(NamedTuple):
-    logits: Tensor
-    """(B, L, padded vocabulary); float32 unless the model is float64."""
-    hidden: Tensor
-    """(B, L, D) after the last norm."""
 
 
 class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation"):
@@ -69,7 +61,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         inputs_embeds: Tensor | None = None,
         state: LMState | None = None,
         cu_seqlens: Tensor | None = None,
-        at: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> LMOutput:
         """Predict the next token at every position.
 
@@ -77,7 +69,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             input_ids: (B, L) tokens; or `inputs_embeds` (B, L, D) in their place.
             state: from `new_state`; where the sequences stand before, updated in place.
             cu_seqlens: (S + 1,) bounds of packed sequences, with B = 1; `state` then has S entries.
-            at: positions along L for which logits are wanted; all by default.
+            logits_at: positions along L for which logits are wanted; all by default.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a token outside the vocabulary.
@@ -87,8 +79,8 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
         hidden = self.backbone(inputs_embeds, state, cu_seqlens)
-        if at is not None:
-            hidden = hidden.index_select(1, at.to(hidden.device))
+        if logits_at is not None:
+            hidden = hidden.index_select(1, logits_at.to(hidden.device))
         hidden = hidden.to(self.device)
         logits = self.lm_head(hidden)
         return LMOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
@@ -147,7 +139,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
         """Go on from one text, giving what comes piece by piece."""
-        return pieces_of_text(generate_texts(self, [prompt], config))
+        return stream_text(generate_texts(self, [prompt], config))
 
 
 def neox_tokenizer(**hub: Any) -> Tokenizer | None:

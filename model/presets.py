@@ -11,7 +11,7 @@ from ..connectors import ConnectorConfig
 from .config import VLMConfig
 from .formats import language
 from .formats.vision import VISION_ENCODERS
-from .formats.vlm import joined, open_encoders
+from .formats.vlm import merged, open_encoders
 from .hub import fetch_model
 from .weights import Weights
 
@@ -45,7 +45,7 @@ class Preset:
         """The config and the weights, still unread, of all but the connector. `hub` is as for `fetch`."""
         config, lm = language.read(fetch_model(self.language, **hub))
         vision, encoders = open_encoders(self.encoders, self.resize, **hub)
-        weights = joined({"language_model.": lm, "": encoders})
+        weights = merged({"language_model.": lm, "": encoders})
         return VLMConfig(config, vision, self.connector, self.template), weights
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -107,24 +108,43 @@ def _end_of_text(config: Path) -> str:
     return eos or END_OF_TEXT
 
 
+class HasTokenizer(Protocol):
+    """A model that may have a tokenizer."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+
+def require_tokenizer(model: HasTokenizer) -> Tokenizer:
+    """Return the model's tokenizer.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer: set model.tokenizer")
+    return model.tokenizer
+
+
 class TextStream:
-    """Turns tokens into text as they come, holding back bytes of a character that is not complete."""
+    """Incremental decoding: text of tokens as they arrive, without bytes of an incomplete character."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.given = ""
+        self.text = ""
+        """Text so far."""
 
     def push(self, token: int) -> str:
-        """The text that is certain with this token, beyond what was given before."""
+        """Append a token and return the new text that no later token can change."""
         self.ids.append(token)
         return self._advance(self.tokenizer.decode(self.ids).rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text of the withheld bytes."""
         return self._advance(self.tokenizer.decode(self.ids))
 
     def _advance(self, text: str) -> str:
-        new = text[len(self.given) :]
-        self.given = max(text, self.given, key=len)
+        new = text[len(self.text) :]
+        self.text = max(text, self.text, key=len)
         return new

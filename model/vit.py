@@ -6,75 +6,19 @@ of patches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import VisionConfig, ViTConfig
 from .config_io import save_config
-from .fields import Interval, Size, check_fields
-from .hub import HubModel, fetch_model
+from .formats.vision import VISION_ENCODERS, open_encoder
+from .hub import PROCESSOR, HubModel, fetch_model
 from .image import ImageProcessor
+from .position_table import resample_positions
 from .weights import DeviceMap, load_into
-
-if TYPE_CHECKING:
-    from .config import VisionConfig
-
-PROCESSOR = "processor.json"
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """A vision transformer; the presets below are the published ones."""
-
-    image_size: Size = 224
-    """Side of the images that the position table is made for."""
-    patch_size: Size = 14
-    width: Size = 768
-    depth: Annotated[int, Interval("[1, 4096]")] = 12
-    heads: Size = 12
-    mlp_width: Size = 3072
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
-    norm_eps: Annotated[float, Interval("[0, inf)")] = 1e-6
-    class_token: bool = False
-    register_tokens: Annotated[int, Interval("[0, 1048576]")] = 0
-    position_of_class: bool = False
-    """Whether the position table has a first row for the class token."""
-    pre_norm: bool = False
-    """A norm before the first block (CLIP)."""
-    patch_bias: bool = True
-    layer_scale: bool = False
-    feature_layer: int = -2
-    """Which block's output is the feature: -2 the second to last, as is; -1 the last, after the final norm."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.position_of_class and not self.class_token:
-            raise ValueError("position_of_class must be False where class_token is")
-        if self.width % self.heads:
-            raise ValueError(f"heads must divide width = {self.width}, got {self.heads}")
-        if self.image_size < self.patch_size:
-            raise ValueError(f"image_size must be at least patch_size = {self.patch_size}, got {self.image_size}")
-        if not -self.depth <= self.feature_layer <= -1:
-            raise ValueError(f"feature_layer must lie in [-{self.depth}, -1], got {self.feature_layer}")
-
-    @property
-    def grid_size(self) -> int:
-        """Patches along a side; what is left over at the right and bottom edge is not seen."""
-        return self.image_size // self.patch_size
-
-
-CLIP_L_336 = ViTConfig(
-    336, 14, 1024, 24, 16, 4096, "quick_gelu", 1e-5,
-    class_token=True, position_of_class=True, pre_norm=True, patch_bias=False,
-)  # fmt: skip
-SIGLIP_SO400M_384 = ViTConfig(384, 14, 1152, 27, 16, 4304)
-DINOV2_L_REG_384 = ViTConfig(
-    384, 14, 1024, 24, 16, 4096, class_token=True, register_tokens=4, layer_scale=True
-)  # fmt: skip
 
 
 class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extraction"):
@@ -171,8 +115,6 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
             FileNotFoundError, PermissionError, ConnectionError: it cannot be found, read or reached.
             ValueError: a file is damaged or incomplete, or the encoder is none of those known.
         """
-        from .formats.vision import VISION_ENCODERS, open_encoder  # they know this module
-
         known = VISION_ENCODERS.get(str(name_or_path))
         if known is not None and not Path(name_or_path).is_dir():
             name_or_path, config = known.repo, config or known.config
@@ -194,16 +136,6 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
     def save_extras(self, folder: Path) -> None:
         if self.processor is not None:
             save_config(self.processor, folder / PROCESSOR)
-
-
-def resample_positions(grid: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions of a grid of patches, (1, h * w, D), for a grid of another size: bicubic, antialiased, in float32, as
-    `timm` does it."""
-    if old == new:
-        return grid
-    image = grid.unflatten(1, old).permute(0, 3, 1, 2).float()
-    image = F.interpolate(image, new, mode="bicubic", antialias=True, align_corners=False)
-    return image.flatten(2).mT.to(grid.dtype)
 
 
 class _PatchEmbed(nn.Module):

@@ -18,15 +18,17 @@ from .batch import Batch, Sample, collate, image_places
 from .config import VLMConfig
 from .formats import detect_format
 from .formats import vlm as released
-from .formats.vlm import joined
-from .generate import Answer, Embed, GenerationConfig, check_tokens, generate_packed, pieces_of_text
+from .formats.vlm import merged
+from .generation.config import GenerationConfig
+from .generation.generate import Completion, generate_packed, stream_text
+from .generation.prefill import EmbedFn, check_tokens
 from .hub import TOKENIZER, HubModel
 from .image import ImageLike, as_rgb
 from .lm import MambaLM, neox_tokenizer
 from .presets import get_preset
 from .prompt import IGNORE, Turn, get_template
 from .score import BATCH_SIZE, Score, batches, score_packed
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, require_tokenizer
 from .vit import ViT
 from .weights import DeviceMap, Weights, check_placement, load_into
 
@@ -74,7 +76,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         self.always_encodes = False
         """Encode a blank image where a batch has none. Ranks that share their weights must all run the same parts."""
         self.template = get_template(config.template)
-        self.num_sms = [v.processor for v in config.vision]
+        self.processors = [v.processor for v in config.vision]
         self.vision = VisionTower(config)
         self.connector = build_connector(config.connector, self.vision.width, config.language.d_model)
         self.language_model = MambaLM(config.language)
@@ -93,12 +95,12 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             raise ValueError("the batch has no token to learn: every label is IGNORE")
         sharding = current_sharding()
         begin, end = (0, batch.n_tokens) if sharding is None else sharding.span
-        at = (targets[begin:end] != IGNORE).nonzero().flatten()
+        logits_at = (targets[begin:end] != IGNORE).nonzero().flatten()
         embeds = self._embedder(batch)(begin, end)
-        out = self.language_model(inputs_embeds=embeds, cu_seqlens=batch.cu_seqlens, at=at)
-        if not len(at):
+        out = self.language_model(inputs_embeds=embeds, cu_seqlens=batch.cu_seqlens, logits_at=logits_at)
+        if not len(logits_at):
             return VLMOutput(out.logits.sum(), 0)
-        return VLMOutput(F.cross_entropy(out.logits[0], targets[begin:end][at]), len(at))
+        return VLMOutput(F.cross_entropy(out.logits[0], targets[begin:end][logits_at]), len(logits_at))
 
     def embed(self, batch: Batch) -> Tensor:
         """Tokens and images of a batch as vectors, (1, T, D).
@@ -108,7 +110,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         """
         return self._embedder(batch)(0, batch.n_tokens)
 
-    def _embedder(self, batch: Batch) -> Embed:
+    def _embedder(self, batch: Batch) -> EmbedFn:
         """What gives the vectors of a batch piece by piece. Images are encoded here, once."""
         places = image_places(batch.input_ids)
         n_places = int(places.sum())
@@ -147,12 +149,11 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             ValueError: the model has no tokenizer, or the turns are malformed.
             FileNotFoundError, TypeError, ValueError: as `image.as_rgb`.
         """
-        if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer: set model.tokenizer")
+        tokenizer = require_tokenizer(self)
         rgb = None if image is None else as_rgb(image)
-        images = () if rgb is None else tuple(p(rgb) for p in self.num_sms)
+        images = () if rgb is None else tuple(p(rgb) for p in self.processors)
         n_image_tokens = self.image_tokens if images else 0
-        ids, labels = self.template.encode(self.tokenizer, turns, n_image_tokens)
+        ids, labels = self.template.encode(tokenizer, turns, n_image_tokens)
         return Sample(ids, labels, images)
 
     def generate(
@@ -177,7 +178,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         self, conversation: Sequence[Turn] | str, image: ImageLike | None = None, config: GenerationConfig | None = None
     ) -> Iterator[str]:
         """Answer one conversation, giving the text piece by piece."""
-        return pieces_of_text(self._answers([conversation], [image], config or GenerationConfig()))
+        return stream_text(self._answers([conversation], [image], config or GenerationConfig()))
 
     def score(
         self,
@@ -208,20 +209,21 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
                 raise ValueError(f"answers[{i}] must be a list of texts, got the text {texts!r}")
         samples = self._prompts(conversations, images)
         check_tokens(self.language_model, [s.input_ids for s in samples])
-        tokens = [[self.template.encode_answer(self.tokenizer, a) for a in texts] for texts in answers]
+        tokenizer = require_tokenizer(self)
+        tokens = [[self.template.encode_answer(tokenizer, a) for a in texts] for texts in answers]
         scores: list[list[Score]] = []
         for chosen in batches([len(texts) for texts in tokens], batch_size):
             embed, bounds = self.packed(samples[chosen])
             scores += score_packed(self.language_model, embed, bounds, tokens[chosen], batch_size)
         return scores
 
-    def _answers(self, conversations, images, config: GenerationConfig) -> Iterator[list[Answer]]:
+    def _answers(self, conversations, images, config: GenerationConfig) -> Iterator[list[Completion]]:
         samples = self._prompts(conversations, images)
         if not samples:
             return iter([[]])
         embed, bounds = self.packed(samples)
         return generate_packed(
-            self.language_model, embed, bounds, [s.input_ids for s in samples], self.tokenizer, config
+            self.language_model, embed, bounds, [s.input_ids for s in samples], require_tokenizer(self), config
         )
 
     def _prompts(self, conversations, images) -> list[Sample]:
@@ -233,7 +235,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         ]
 
     @torch.no_grad()
-    def packed(self, samples: Sequence[Sample]) -> tuple[Embed, Tensor]:
+    def packed(self, samples: Sequence[Sample]) -> tuple[EmbedFn, Tensor]:
         """What embeds samples one after the other, and their bounds."""
         batch = collate(samples)
         encoder = next(self.vision.parameters())
@@ -288,7 +290,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             torch.manual_seed(seed)
             connector = build_connector(config.connector, vlm.vision.width, config.language.d_model)
         fresh = Weights.of(connector.state_dict())
-        load_into(vlm, joined({"": pretrained, "connector.": fresh}), f"preset {name}", dtype, device_map)
+        load_into(vlm, merged({"": pretrained, "connector.": fresh}), f"preset {name}", dtype, device_map)
         return vlm.eval()
 
     def save_extras(self, folder: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model.config import ViTConfig
 from ..model.image import ImageProcessor
-from ..model.vit import ViT, ViTConfig
+from ..model.vit import ViT
 
 
 @dataclass(frozen=True)

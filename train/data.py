@@ -68,7 +68,7 @@ class Conversations:
         self.records, self.max_tokens = records, max_tokens
         # Not the model itself: a worker has no use for the weights.
         self.tokenizer, self.template = model.tokenizer, model.template
-        self.num_sms, self.image_tokens = model.num_sms, model.image_tokens
+        self.processors, self.image_tokens = model.processors, model.image_tokens
         self.kept: dict[Path | Member, tuple[Tensor, ...]] | None = {} if keep_images else None
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class Conversations:
         if self.kept is not None and image in self.kept:
             return self.kept[image]
         opened = open_picture(image)
-        images = tuple(p(opened) for p in self.num_sms)
+        images = tuple(p(opened) for p in self.processors)
         if self.kept is not None:
             self.kept[image] = images
         return images

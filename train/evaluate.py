@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from ..model.generate import GenerationConfig
+from ..model.generation.config import GenerationConfig
 from ..model.image import ImageLike
 from ..model.vlm import VLM
 from .data import Record

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..connectors import ConnectorConfig
-from ..model.config import LMConfig, VisionConfig, VLMConfig
+from ..model.config import LMConfig, VisionConfig, ViTConfig, VLMConfig
 from ..model.image import ImageProcessor
-from ..model.vit import ViTConfig
 from .config import StageConfig
 
 Family = Literal["vl-mamba", "ml-mamba"]

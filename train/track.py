@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ..model.files import continue_json_lines, json_lines
-from ..model.generate import GenerationConfig
+from ..model.generation.config import GenerationConfig
 from .data import Record
 from .distributed import rank
 from .sources import open_picture

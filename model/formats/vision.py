@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import VisionConfig
+from ..config import CLIP_L_336, DINOV2_L_REG_384, SIGLIP_SO400M_384, VisionConfig, ViTConfig
 from ..config_io import load_config
+from ..hub import PROCESSOR
 from ..image import ImageProcessor
-from ..vit import CLIP_L_336, DINOV2_L_REG_384, PROCESSOR, SIGLIP_SO400M_384, ViTConfig, resample_positions
+from ..position_table import resample_positions
 from ..weights import LazyTensor, Weights, open_weights
 from . import detect_format, parsing, read_json
 

@@ -77,7 +77,7 @@ def read(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
         language_config, vision, _connector_config(kind, connector),
         template="zephyr" if is_ml_mamba or llm.endswith("zephyr") else "in-out",
     )  # fmt: skip
-    return config, joined({"language_model.": language, "connector.": connector.renamed(names), "": encoders})
+    return config, merged({"language_model.": language, "connector.": connector.renamed(names), "": encoders})
 
 
 def write(config: VLMConfig, weights: Weights, folder: Path, model_id: str) -> None:
@@ -139,10 +139,10 @@ def open_encoders(
         folder = fetch_model(known.repo, **hub | {"revision": None})
         config, parts[f"vision.encoders.{i}."] = open_encoder(folder, config)
         configs.append(config)
-    return tuple(configs), joined(parts)
+    return tuple(configs), merged(parts)
 
 
-def joined(parts: Mapping[str, Weights]) -> Weights:
+def merged(parts: Mapping[str, Weights]) -> Weights:
     """Several weights as one; each key is put before the names of its part."""
     return Weights({prefix + name: part.lazy(name) for prefix, part in parts.items() for name in part})
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from ..generate import GenerationConfig
+from ..generation.config import GenerationConfig
 from ..lm import MambaLM
 from ..vlm import VLM
 

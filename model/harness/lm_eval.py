@@ -20,7 +20,8 @@ from itertools import chain, groupby
 
 from tqdm import tqdm
 
-from ..generate import generate_packed, packed_tokens
+from ..generation.generate import generate_packed
+from ..generation.prefill import packed_tokens
 from ..lm import MambaLM
 from ..score import batches, score
 from . import generation_batches, load, parse_batch_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 
 from ssm_kernels.compat.mamba_ssm import InferenceParams
 
-from ..generate import capture, has_graphs, warm_up
-
-logger = logging.getLogger(__name__)
+from ..generation.cuda_graph import capture, has_graphs, warm_up, warn_once
 
 
 class Streamer(Protocol):
@@ -327,7 +324,7 @@ def _make_step(
         ).logits
 
     if not has_graphs(cache.device):
-        _say_once(f"cg=True changes nothing on {cache.device}, which has no CUDA graphs")
+        warn_once(f"cg=True changes nothing on {cache.device}, which has no CUDA graphs")
         return eager
     tokens, positions = (torch.zeros(batch, steps, dtype=torch.long, device=cache.device) for _ in range(2))
     offset, params.seqlen_offset = params.seqlen_offset, cache.max_seqlen - steps
@@ -341,7 +338,7 @@ def _make_step(
             warm_up(step, cache.device)
         replay, logits = capture(step, cache.device)
     except RuntimeError as e:
-        _say_once(f"decoding runs without a CUDA graph, since capture failed: {e}")
+        warn_once(f"decoding runs without a CUDA graph, since capture failed: {e}")
         return eager
     finally:
         params.seqlen_offset = offset
@@ -354,12 +351,3 @@ def _make_step(
         return logits.clone()
 
     return replayed
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)

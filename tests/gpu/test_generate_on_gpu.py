@@ -9,8 +9,10 @@ import torch
 
 from ssm_kernels.testing import is_interpreted
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
-from vlmamba.model import generate as generation
-from vlmamba.model.generate import Decoder, generate_tokens, packed_tokens
+from vlmamba.model.generation import cuda_graph, decoding
+from vlmamba.model.generation.decoding import Decoder
+from vlmamba.model.generation.generate import generate_tokens
+from vlmamba.model.generation.prefill import packed_tokens
 from vlmamba.model.score import score
 
 if not torch.cuda.is_available():
@@ -45,30 +47,30 @@ def lm(request):
 @pytest.fixture
 def captures(monkeypatch):
     """The numbers of sequences whose step was captured."""
-    sizes, capture = [], generation.capture
+    sizes, capture = [], decoding.capture
 
     def watched(step, device):
         sizes.append(step.__self__.batch)
         return capture(step, device)
 
-    monkeypatch.setattr(generation, "capture", watched)
+    monkeypatch.setattr(decoding, "capture", watched)
     return sizes
 
 
 def tokens(lm, config):
-    done, got = [False] * len(PROMPTS), [[] for _ in PROMPTS]
-    for step, _ in generate_tokens(lm, *packed_tokens(lm, PROMPTS), PROMPTS, config, 300, done=done):
+    finished, got = [False] * len(PROMPTS), [[] for _ in PROMPTS]
+    for step, _ in generate_tokens(lm, *packed_tokens(lm, PROMPTS), PROMPTS, config, 300, finished=finished):
         for i, token in enumerate(step):
-            if not done[i]:
+            if not finished[i]:
                 got[i].append(token)
-                done[i] = len(got[i]) == ENDS[i]
+                finished[i] = len(got[i]) == ENDS[i]
     return got
 
 
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_graphs_change_no_token(lm, config, captures, monkeypatch):
     with monkeypatch.context() as plain:
-        plain.setattr(generation, "has_graphs", lambda device: False)
+        plain.setattr(decoding, "has_graphs", lambda device: False)
         want = tokens(lm, config)
     assert not captures
     assert tokens(lm, config) == want
@@ -130,7 +132,7 @@ def test_two_streams_at_once_do_not_mix(lm):
 
 def test_where_capture_fails_the_tokens_are_the_same(lm, monkeypatch, caplog):
     want = tokens(lm, GREEDY)
-    generation._decoders.clear()
+    decoding._decoders.clear()
     step = Decoder.step
 
     def reads(self):
@@ -139,7 +141,7 @@ def test_where_capture_fails_the_tokens_are_the_same(lm, monkeypatch, caplog):
         return logits
 
     monkeypatch.setattr(Decoder, "step", reads)
-    monkeypatch.setattr(generation, "_already_said", set())
+    monkeypatch.setattr(cuda_graph, "_warned", set())
     with caplog.at_level(logging.WARNING):
         assert tokens(lm, GREEDY) == want
     assert sum("without a CUDA graph" in r.message for r in caplog.records) == 1

@@ -132,7 +132,7 @@ def test_only_what_is_new_is_run(vlm, monkeypatch):
     for question in QUESTIONS:
         list(conversation.ask(question))
         ids, _ = vlm.template.encode(TOKENIZER, conversation.turns[:-1], vlm.image_tokens)
-        assert sum(lengths) <= len(ids) - before + 3 and conversation.effort.prompt_tokens == lengths[0]
+        assert sum(lengths) <= len(ids) - before + 3 and conversation.turn_stats.prompt_tokens == lengths[0]
         before = len(ids)
         lengths.clear()
     assert encoded == [1]
@@ -158,7 +158,7 @@ def test_an_answer_that_ends_by_itself_is_not_run_again(vlm):
         assert "".join(conversation.ask("what color?")).strip() == "red"
         assert "".join(conversation.ask("sure?")).strip() == "red"
     # The end-of-text token was chosen and not run, so it comes before the new turn.
-    assert conversation.effort.prompt_tokens == 1 + len(TOKENIZER.encode(vlm.template.user("sure?", False)))
+    assert conversation.turn_stats.prompt_tokens == 1 + len(TOKENIZER.encode(vlm.template.user("sure?", False)))
 
 
 def test_an_answer_that_is_cut_short_is_remembered_as_far_as_it_was_given(vlm):
@@ -225,9 +225,9 @@ def test_the_state_has_one_size(vlm):
     for question in QUESTIONS:
         list(conversation.ask(question))
         assert conversation.state_bytes == size
-    effort = conversation.effort
-    assert effort.tokens <= 5 and effort.prompt_seconds > 0
-    assert effort.tokens == 1 or effort.tokens_per_second > 0
+    stats = conversation.turn_stats
+    assert stats.tokens <= 5 and stats.prompt_seconds > 0
+    assert stats.tokens == 1 or stats.tokens_per_second > 0
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -13,16 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssm_kernels.testing import Target, fake_target
-from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer, generate
-from vlmamba.model.generate import (
-    Decoder,
-    generate_texts,
-    generate_tokens,
-    packed_tokens,
-    pieces,
-    prefill,
-    state_bytes,
-)
+from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
+from vlmamba.model.generation import cuda_graph, decoding
+from vlmamba.model.generation.decoding import Decoder, state_bytes
+from vlmamba.model.generation.generate import generate_texts, generate_tokens
+from vlmamba.model.generation.prefill import packed_tokens, prefill, prefill_chunks
+from vlmamba.model.generation.sampling import Sampler
 from vlmamba.model.score import score
 
 TOKENIZER = Tokenizer.train(["once upon a time there was a state", "and it did not grow"] * 5, 300)
@@ -56,21 +52,21 @@ def test_pieces_cover_the_pack_and_name_its_sequences(size):
     owner = [s for s, n in enumerate(LENGTHS) for _ in range(n)]
     end_places = (bounds(LENGTHS)[1:] - 1).tolist()
     at, ends = 0, []
-    for piece in pieces(bounds(LENGTHS), size):
-        assert piece.begin == at and piece.begin < piece.end <= piece.begin + size
-        inside = owner[piece.begin : piece.end]
-        rows = range(len(LENGTHS))[piece.rows]
+    for chunk in prefill_chunks(bounds(LENGTHS), size):
+        assert chunk.start == at and chunk.start < chunk.end <= chunk.start + size
+        inside = owner[chunk.start : chunk.end]
+        rows = range(len(LENGTHS))[chunk.rows]
         assert list(rows) == sorted(set(inside))
-        assert piece.cu_seqlens.diff().tolist() == [inside.count(r) for r in rows]
-        ends += [piece.begin + e for e in piece.ends]
-        at = piece.end
+        assert chunk.cu_seqlens.diff().tolist() == [inside.count(r) for r in rows]
+        ends += [chunk.start + e for e in chunk.last_positions]
+        at = chunk.end
     assert at == sum(LENGTHS)
     assert ends == end_places
 
 
 def test_an_empty_prompt_is_named():
     with pytest.raises(ValueError, match="prompt 1 has none"):
-        list(pieces(bounds((3, 0, 2)), 4))
+        list(prefill_chunks(bounds((3, 0, 2)), 4))
 
 
 @torch.no_grad()
@@ -136,7 +132,7 @@ def test_a_prompt_of_131072_tokens_takes_the_memory_of_a_piece(kind):
     assert max(asked) == 2048 and sum(asked) == length
     state = lm.new_state(1)
     for part in ids.split(30_000):
-        logits = lm(part[None], state=state, at=torch.tensor([len(part) - 1])).logits[0, -1]
+        logits = lm(part[None], state=state, logits_at=torch.tensor([len(part) - 1])).logits[0, -1]
     assert found[0] == int(logits.argmax())
 
 
@@ -159,14 +155,14 @@ ENDS = (3, 20, 5, 1, 9, 20)
 
 
 def tokens_until_the_ends(lm, config, prompts=PROMPTS):
-    """The tokens of sequences that are done after `ENDS` of them."""
-    done, got = [False] * len(prompts), [[] for _ in prompts]
-    for tokens, tensor in generate_tokens(lm, *packed_tokens(lm, prompts), prompts, config, 300, done=done):
+    """The tokens of sequences that are finished after `ENDS` of them."""
+    finished, got = [False] * len(prompts), [[] for _ in prompts]
+    for tokens, tensor in generate_tokens(lm, *packed_tokens(lm, prompts), prompts, config, 300, finished=finished):
         assert tensor.tolist() == tokens
         for i, token in enumerate(tokens):
-            if not done[i]:
+            if not finished[i]:
                 got[i].append(token)
-                done[i] = len(got[i]) == ENDS[i]
+                finished[i] = len(got[i]) == ENDS[i]
     return got
 
 
@@ -179,7 +175,7 @@ def test_sequences_that_have_ended_are_left_out_and_change_nothing(lm, config):
     sizes = []
     lm.register_forward_pre_hook(lambda m, args, kwargs: sizes.append(len(kwargs["state"][0].ssm)), with_kwargs=True)
     assert tokens_until_the_ends(lm, config) == alone
-    assert sizes[1:] == [6] * 4 + [3] * 15  # half of them as soon as three are done
+    assert sizes[1:] == [6] * 4 + [3] * 15  # half of them as soon as three are finished
 
 
 def test_text_in_text_out(lm):
@@ -252,9 +248,9 @@ def test_what_is_wrong_is_named(lm):
 
 def test_draws_follow_the_probabilities():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
-    chooser = generate._Chooser(GenerationConfig(temperature=1.0, seed=4), [[]], 5, torch.device("cpu"))
+    sampler = Sampler(GenerationConfig(temperature=1.0, seed=4), [[]], 5, torch.device("cpu"))
     n = 4000
-    counts = torch.bincount(torch.cat([chooser(p.log()[None]) for _ in range(n)]), minlength=5)
+    counts = torch.bincount(torch.cat([sampler(p.log()[None]) for _ in range(n)]), minlength=5)
     sigma = (n * p * (1 - p)).sqrt()
     assert ((counts - n * p).abs() <= 4 * sigma).all()
 
@@ -295,9 +291,9 @@ def test_a_step_reads_nothing_from_the_device(lm):
 
 @pytest.mark.parametrize("config", [GenerationConfig(repetition_penalty=1.2), SAMPLED], ids=["greedy", "sampled"])
 def test_choosing_reads_nothing_from_the_device(config):
-    chooser = generate._Chooser(config, [[1], [2, 3]], 300, torch.device("cpu"))
+    sampler = Sampler(config, [[1], [2, 3]], 300, torch.device("cpu"))
     with NothingIsRead():
-        chooser(torch.randn(2, 304))
+        sampler(torch.randn(2, 304))
 
 
 def test_decoding_stays_where_it_is_in_memory(lm):
@@ -328,17 +324,17 @@ def captured(monkeypatch):
         captures.append(len(static))
         return lambda: static.copy_(step()), static
 
-    monkeypatch.setattr(generate, "has_graphs", lambda device: True)
-    monkeypatch.setattr(generate, "warm_up", lambda step, device: step())
-    monkeypatch.setattr(generate, "capture", capture)
-    monkeypatch.setattr(generate, "_decoders", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(generate, "_already_said", set())
+    monkeypatch.setattr(decoding, "has_graphs", lambda device: True)
+    monkeypatch.setattr(decoding, "warm_up", lambda step, device: step())
+    monkeypatch.setattr(decoding, "capture", capture)
+    monkeypatch.setattr(decoding, "_decoders", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(cuda_graph, "_warned", set())
     return captures
 
 
 def test_one_graph_for_each_number_of_sequences(lm, captured, monkeypatch):
     with monkeypatch.context() as plain:
-        plain.setattr(generate, "has_graphs", lambda device: False)
+        plain.setattr(decoding, "has_graphs", lambda device: False)
         want = tokens_until_the_ends(lm, SAMPLED)
     assert tokens_until_the_ends(lm, SAMPLED) == want
     assert captured == [6, 3]
@@ -369,8 +365,8 @@ def test_where_capture_fails_steps_run_one_by_one_and_the_reason_is_said_once(lm
     def fails(step, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(generate, "capture", fails)
-    generate._decoders.clear()
+    monkeypatch.setattr(decoding, "capture", fails)
+    decoding._decoders.clear()
     with caplog.at_level(logging.WARNING):
         assert tokens_until_the_ends(lm, SAMPLED) == want
         assert tokens_until_the_ends(lm, SAMPLED) == want

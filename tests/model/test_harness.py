@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 import torch
 from PIL import Image
-from tokenizers import num_sms
+from tokenizers import processors
 
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import (
@@ -276,7 +276,7 @@ def test_lm_eval_with_a_tokenizer_that_begins_texts_with_a_token(lm):
     inner = tokenizers.Tokenizer.from_str(TOKENIZER.inner.to_str())
     inner.add_special_tokens(["<s>"])
     begin = inner.token_to_id("<s>")
-    inner.post_processor = num_sms.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", begin)])
+    inner.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", begin)])
     harness = HarnessLM(lm)
     harness.tokenizer = Tokenizer(inner)
     question, answer = TOKENIZER.encode("It is"), TOKENIZER.encode(" blue")

@@ -506,7 +506,7 @@ def test_a_model_on_two_devices_runs(layer, tmp_path, monkeypatch):
     state = lm.new_state(1)
     assert [s.ssm.device.type for s in state] == ["cpu", "cpu", "meta"]
     for ids in (IDS, IDS[:, :1]):
-        assert lm(ids, state=state, at=torch.tensor([0])).logits.shape == (1, 1, lm.config.padded_vocab_size)
+        assert lm(ids, state=state, logits_at=torch.tensor([0])).logits.shape == (1, 1, lm.config.padded_vocab_size)
     assert lm(IDS, cu_seqlens=torch.tensor([0, 1, 4])).logits.device.type == "meta"
     for device_map in ({"": "meta", "backbone.embedding": "cpu"}, {"": "cpu", "lm_head": "meta"}):
         lm = MambaLM.from_pretrained(tmp_path, device_map=device_map)

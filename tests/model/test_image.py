@@ -40,7 +40,7 @@ def as_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-# The oracles: the image num_sms of `transformers`, those on Pillow, by the settings of the published files.
+# The oracles: the image processors of `transformers`, those on Pillow, by the settings of the published files.
 def clip_of_transformers(**changes):
     settings = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}} | changes
     return transformers.CLIPImageProcessorPil(**settings), ImageProcessor(28, "crop-floor", CLIP_MEAN, CLIP_STD)

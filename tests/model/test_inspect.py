@@ -13,7 +13,7 @@ from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, ImageProcessor, LMConfig, MambaLM, VisionConfig, ViT, ViTConfig, VLMConfig
 from vlmamba.model.convert import convert
 from vlmamba.model.formats.language import PUBLISHED
-from vlmamba.model.generate import state_bytes
+from vlmamba.model.generation.decoding import state_bytes
 from vlmamba.model.inspect import flops_a_token, inspect
 from vlmamba.model.load import load_model
 from vlmamba.model.presets import PRESETS
@@ -98,7 +98,7 @@ def test_operations_are_those_that_are_counted_in_a_run(config):
     assert counter.get_total_flops() == decode.projections + decode.head + seen
     length = 64
     with FlopCounterMode(display=False) as counter:
-        lm(torch.ones(1, length, dtype=torch.int64), at=torch.tensor([length - 1]))
+        lm(torch.ones(1, length, dtype=torch.int64), logits_at=torch.tensor([length - 1]))
     prefill = flops_a_token(config, prefill=True)
     assert counter.get_total_flops() == length * prefill.projections + decode.head
     assert prefill.head == 0

@@ -111,7 +111,7 @@ def test_gradients_flow_to_every_parameter(pair):
 def test_logits_at_chosen_places():
     lm = MambaLM(CONFIGS["mamba"][0])
     at = torch.tensor([3, 20])
-    torch.testing.assert_close(lm(IDS, at=at).logits, lm(IDS).logits[:, at])
+    torch.testing.assert_close(lm(IDS, logits_at=at).logits, lm(IDS).logits[:, at])
 
 
 def test_bfloat16_keeps_the_residual_in_float32():
@@ -131,7 +131,7 @@ def test_bad_input_is_named():
         lm()
     with pytest.raises(ValueError, match="layer must be one of 'mamba', 'mamba2'; got 'rwkv'"):
         LMConfig(layer="rwkv")
-    with pytest.raises(ValueError, match="dt_bc_norm_eps is of Mamba-1 layers alone, got 1e-06 for 'mamba2'"):
+    with pytest.raises(ValueError, match="dt_bc_norm_eps is for Mamba-1 layers only, got 1e-06 for 'mamba2'"):
         LMConfig(layer="mamba2", dt_bc_norm_eps=1e-6)
     with pytest.raises(ValueError, match="n_layer must lie in"):
         LMConfig(n_layer=0)

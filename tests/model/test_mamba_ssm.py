@@ -19,6 +19,7 @@ import ssm_kernels.compat
 from vlmamba.model import LMConfig, MambaLM
 from vlmamba.model import mamba_ssm as theirs
 from vlmamba.model.convert import convert
+from vlmamba.model.generation import cuda_graph
 from vlmamba.model.mamba_ssm import InferenceParams, MambaConfig, MambaLMHeadModel, MixerModel, decode, sample
 
 ATTENTION = {"num_heads": 4, "num_heads_kv": 2, "head_dim": 8, "causal": True, "d_conv": 4, "rotary_emb_dim": 4}
@@ -335,7 +336,7 @@ def test_a_streamer_sees_tokens_as_they_come(capsys):
 
 
 def test_graphs_that_cannot_be_had_are_told_of_once(caplog):
-    theirs.generation._said.clear()
+    cuda_graph._warned.clear()
     model = make("mamba")
     for _ in range(2):
         model.generate(IDS, 14, cg=True)

@@ -7,7 +7,8 @@ import torch
 
 from ssm_kernels.modules import MixerState
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM
-from vlmamba.model.generate import generate_tokens, packed_tokens, prefill
+from vlmamba.model.generation.generate import generate_tokens
+from vlmamba.model.generation.prefill import packed_tokens, prefill
 
 LENGTHS = (64, 5, 23, 130, 4, 31, 100, 17)
 PROMPTS = [torch.randint(1, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]

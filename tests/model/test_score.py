@@ -80,7 +80,7 @@ def assert_scores(got, want):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_scores_are_those_of_transformers(pair, batch_size, monkeypatch):
     ours, theirs = pair
-    monkeypatch.setattr(sys.modules["vlmamba.model.score"], "PIECE", 7)
+    monkeypatch.setattr(sys.modules["vlmamba.model.score"], "PREFILL_CHUNK", 7)
     few = tokens(5, 1, 23)
     prompts = [few[i] for i in (0, 1, 0, 2, 1, 0, 2)]
     answers = tokens(1, 4, 1, 12, 9, 2, 30)

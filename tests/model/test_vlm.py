@@ -27,7 +27,8 @@ from vlmamba.model import (
     weights,
 )
 from vlmamba.model.config_io import from_json_dict, to_json_dict
-from vlmamba.model.generate import Answer, truncated
+from vlmamba.model.generation.generate import Completion
+from vlmamba.model.generation.sampling import filter_logits
 
 TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
 VISION = VisionConfig(ViTConfig(32, 8, 16, 2, 2, 32), ImageProcessor(32))
@@ -148,27 +149,27 @@ def test_no_tokens_and_no_conversations(vlm):
 
 
 def test_stop_texts_end_the_answer_and_are_never_shown():
-    answer = Answer(TOKENIZER, ("cle", "xyz"))
+    answer = Completion(TOKENIZER, ("cle", "xyz"))
     shown = []
     for token in [TOKENIZER.encode(c)[0] for c in "a red circle and more"]:
-        if not answer.done:
+        if not answer.finished:
             answer.push(token)
             shown.append(answer.text)
-    assert answer.done
+    assert answer.finished
     assert answer.text == "a red cir"
     assert all("a red cir".startswith(s) for s in shown)
-    ended = Answer(TOKENIZER, ("cle",))
+    ended = Completion(TOKENIZER, ("cle",))
     for token in [*(TOKENIZER.encode(c)[0] for c in "abc"), TOKENIZER.eos_id]:
         ended.push(token)
-    assert (ended.text, ended.done) == ("abc", True)  # the c was not the beginning of a stop text after all
+    assert (ended.text, ended.finished) == ("abc", True)  # the c was not the beginning of a stop text after all
 
 
 def test_truncation_keeps_the_likeliest():
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
-    assert truncated(logits, 1, 1.0).isfinite().tolist() == [[True, False, False, False]]
-    assert truncated(logits, 0, 0.6).isfinite().sum() == 2
-    assert truncated(logits, 0, 0.4).isfinite().tolist() == [[True, False, False, False]]
-    assert torch.equal(truncated(logits, 0, 1.0), logits)
+    assert filter_logits(logits, 1, 1.0).isfinite().tolist() == [[True, False, False, False]]
+    assert filter_logits(logits, 0, 0.6).isfinite().sum() == 2
+    assert filter_logits(logits, 0, 0.4).isfinite().tolist() == [[True, False, False, False]]
+    assert torch.equal(filter_logits(logits, 0, 1.0), logits)
 
 
 def test_saved_and_loaded_it_is_the_same(vlm, tmp_path):

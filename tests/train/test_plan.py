@@ -88,7 +88,7 @@ def test_the_layers_memory_is_what_they_keep(layer, bf16):
 
         def run():
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                return model(inputs_embeds=hidden, at=torch.arange(1))
+                return model(inputs_embeds=hidden, logits_at=torch.arange(1))
 
         run()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..command_line import describe, printable
 from ..model.files import at_home
-from ..model.generation_config import GenerationConfig
+from ..model.generation.config import GenerationConfig
 from ..model.prompt import TEMPLATES, get_template
 from .options import DtypeName, Positional, Sampling
 
@@ -115,10 +115,10 @@ class Chat:
         if self.verbose:
             from ..model.inspect import mebibytes
 
-            effort = conversation.effort
+            stats = conversation.turn_stats
             print(
-                f"[{effort.prompt_tokens} prompt tokens in {effort.prompt_seconds:.2f} s; {effort.tokens} generated, "
-                f"{effort.tokens_per_second:.1f} tokens/s; state {mebibytes(conversation.state_bytes)}]",
+                f"[{stats.prompt_tokens} prompt tokens in {stats.prompt_seconds:.2f} s; {stats.tokens} generated, "
+                f"{stats.tokens_per_second:.1f} tokens/s; state {mebibytes(conversation.state_bytes)}]",
                 file=sys.stderr,
             )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..command_line import printable
 from ..model.fields import Size
-from ..model.generation_config import GenerationConfig
+from ..model.generation.config import GenerationConfig
 from .options import DtypeName, Positional, Sampling
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..model.generation_config import GenerationConfig
+from ..model.generation.config import GenerationConfig
 
 Positional = tyro.conf.Positional
 DemoPreset = Literal["quick", "full"]

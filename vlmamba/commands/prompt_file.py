@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..command_line import describe
 from ..model.config_io import to_json_dict
 from ..model.files import json_lines, write_whole
-from ..model.generation_config import GenerationConfig
+from ..model.generation.config import GenerationConfig
 from ..model.hub import fetch_model
 from ..model.image import open_image
 from ..model.text_files import decode, parse_json, read_json

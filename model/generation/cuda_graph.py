@@ -1,0 +1,53 @@
+"""Warm-up, capture and replay of CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether work on this device can be captured in a graph."""
+    return device.type == "cuda"
+
+
+def warm_up(step: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """Run a step on a side stream, as capture requires."""
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        result = step()
+    current.wait_stream(side)
+    result.record_stream(current)
+    return result
+
+
+def capture(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Capture a step without running it.
+
+    Returns:
+        A function that replays the step, and the tensor that holds its result afterwards.
+
+    Raises:
+        RuntimeError: the step does something that a graph cannot hold.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Thread-local mode: other threads may allocate meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = step()
+    return graph.replay, result
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Log a warning the first time that it occurs in this process."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)

@@ -1,0 +1,124 @@
+"""Decoding: one token per sequence and step, on memory that stays at one address."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ssm_kernels import resolve_backend
+from ssm_kernels.modules import MixerState
+
+from .cuda_graph import capture, has_graphs, warm_up, warn_once
+from .interface import LanguageModel, LMState
+
+
+class Decoder:
+    """Advance sequences by one token each; call with the last tokens (S,), returns logits (S, V).
+
+    State, tokens and (in a graph) logits keep their addresses. On a GPU, the first steps of a batch size are the
+    warm-up; then a step is captured in a CUDA graph, one per batch size, and replayed. No step synchronizes the host
+    with the device. Where capture fails, the reason is logged once and steps run eagerly.
+
+    Follows the rules of `torch.cuda.graphs`: warm-up on a side stream, static memory, no read by the host. Not run on
+    a GPU; tests on a CPU check that addresses stay and that nothing is read.
+
+    Args:
+        lm: language model; held by a weak reference.
+        batch: most sequences at once.
+    """
+
+    WARM_UP = 3
+    """Steps before capture. They are steps of the generated text, so that a short text never pays for a capture."""
+
+    def __init__(self, lm: LanguageModel, batch: int):
+        self.lm = weakref.proxy(lm)
+        with torch.inference_mode(False):  # a state made in inference mode could not be updated outside of it
+            self.buffers = lm.new_state(batch)
+            self.device = lm.device
+            self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        # No graph spans several devices. Under autocast, cast copies of the weights do not last until a replay.
+        self.may_capture = (
+            has_graphs(self.device)
+            and all(layer.ssm.device == self.device for layer in self.buffers)
+            and not torch.is_autocast_enabled("cuda")
+        )
+        self.graph_key = graph_key(lm)
+        self.set_batch(batch)
+
+    def set_batch(self, batch: int) -> None:
+        """Use the first `batch` rows of the buffers, with their current contents."""
+        self.batch, self.steps = batch, 0
+        self.state: LMState = [MixerState(*(t[:batch] for t in layer)) for layer in self.buffers]
+
+    def reset(self) -> None:
+        """Zero the state: all sequences are empty."""
+        for layer in self.state:
+            for t in layer:
+                t.zero_()
+
+    def select(self, rows: Tensor) -> None:
+        """Continue with these rows only; they move to the front of the buffers."""
+        for layer in self.state:
+            for t in layer:
+                t[: len(rows)] = t[rows.to(t.device)]
+        self.set_batch(len(rows))
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Advance each sequence by its token (S,). The returned logits (S, V) are valid until the next step."""
+        self.tokens[: self.batch, 0].copy_(tokens)
+        if self.may_capture and self.steps == self.WARM_UP and self.batch not in self.graphs:
+            try:
+                self.graphs[self.batch] = capture(self.step, self.device)
+            except RuntimeError as e:
+                self.may_capture = False
+                warn_once(f"decoding runs without a CUDA graph, since capture failed: {e}")
+        if self.batch in self.graphs:
+            replay, logits = self.graphs[self.batch]
+            replay()
+            return logits
+        self.steps += 1
+        return warm_up(self.step, self.device) if self.may_capture else self.step()
+
+    def step(self) -> Tensor:
+        """Run one step on the buffers: the function that is captured."""
+        return self.lm(self.tokens[: self.batch], state=self.state).logits[:, 0]  # (S, V)
+
+
+# The last decoder of each model, with its graphs. It is removed while in use.
+_decoders: weakref.WeakKeyDictionary[LanguageModel, Decoder] = weakref.WeakKeyDictionary()
+
+
+def acquire_decoder(lm: LanguageModel, batch: int) -> Decoder:
+    """Take the model's cached decoder where it fits, or make one. Its state is reset."""
+    decoder = _decoders.pop(lm, None)
+    if decoder is None or len(decoder.tokens) < batch or decoder.graph_key != graph_key(lm):
+        decoder = Decoder(lm, batch)
+    decoder.set_batch(batch)
+    decoder.reset()
+    return decoder
+
+
+def release_decoder(lm: LanguageModel, decoder: Decoder) -> None:
+    """Cache a decoder for the next caller, if it may hold graphs."""
+    if has_graphs(decoder.device):
+        _decoders[lm] = decoder
+
+
+def graph_key(lm: LanguageModel) -> tuple:
+    """Everything that a captured graph depends on besides the decoder's own buffers."""
+    device = lm.device
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    backend = resolve_backend("auto", device, "ssd")
+    weights = tuple((t.data_ptr(), t.dtype) for t in itertools.chain(lm.parameters(), lm.buffers()))
+    return device, autocast, backend, torch.get_float32_matmul_precision(), weights
+
+
+def state_bytes(state: LMState) -> int:
+    """Size of a state in bytes. It does not depend on the length of the sequences."""
+    return sum(t.numel() * t.element_size() for layer in state for t in layer)

@@ -1,0 +1,47 @@
+"""What generation and scoring need of a language model. `MambaLM` has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ssm_kernels.modules import MixerState
+
+from ..config import LMConfig
+from ..tokenizer import Tokenizer
+
+LMState = list[MixerState]
+"""Recurrent state of a batch of sequences: one `MixerState` per layer, each tensor with the batch first."""
+
+
+class LMOutput(NamedTuple):
+    """Result of a language model's forward pass."""
+
+    logits: Tensor
+    """(B, L, padded vocabulary); float32 unless the model is float64."""
+    hidden: Tensor
+    """(B, L, D) after the final norm."""
+
+
+class LanguageModel(Protocol):
+    """A causal language model with a recurrent state."""
+
+    config: LMConfig
+    tokenizer: Tokenizer | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    # (input_ids, *, inputs_embeds, state, cu_seqlens, logits_at) -> LMOutput
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def embed(self, input_ids: Tensor) -> Tensor: ...
+
+    def new_state(self, batch: int) -> LMState: ...
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
