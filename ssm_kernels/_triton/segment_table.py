@@ -39,6 +39,17 @@ class SegmentTable(NamedTuple):
     final_state_rows: Tensor
     """(S,) row of `final_states` that a sequence ends in, or -1."""
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The tensors from `entries` on, in the order in which kernels take them."""
+        return (
+            self.entries,
+            self.first_segment,
+            self.sequence_starts,
+            self.initial_state_rows,
+            self.final_state_rows,
+        )
+
 
 def max_segments(
     batch: int, length: int, n_sequences: int | torch.SymInt, size: int, packed: bool

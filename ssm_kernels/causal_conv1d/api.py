@@ -104,7 +104,7 @@ def causal_conv1d_step(
     check_tensor("state", state, (x.shape[0], weight.shape[1] - 1, x.shape[1]), like=x)
     if resolve_backend(backend, x.device, "causal_conv1d") == "triton":
         with torch.no_grad():
-            return triton.step(state, x, weight, bias, activation == "silu")
+            return triton.conv_step(state, x, weight, bias, activation == "silu")
     compute = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad():
         window = torch.cat([state, x.unsqueeze(1).to(state.dtype)], dim=1)  # (B, K, D)

@@ -215,7 +215,7 @@ def test_triton_ops_pass_opcheck():
 @pytest.mark.parametrize("layout", ["dense", "steps first"])
 @pytest.mark.parametrize("packed", ["rows", "cu_seqlens", "seq_idx"])
 def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, layout, packed):
-    from ssm_kernels.causal_conv1d.triton import kernels
+    from ssm_kernels.causal_conv1d.triton import backward, forward, step
 
     x, weight, bias, silu, initial, cu_seqlens, seq_idx, *rest = kernel_arguments(layout)
     if packed == "cu_seqlens":
@@ -224,9 +224,9 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, lay
     elif packed == "seq_idx":
         seq_idx = torch.arange(40).repeat(2, 1) // 13
     arguments = (x, weight, bias, silu, initial, cu_seqlens, seq_idx, *rest)
-    y, final = kernels.forward(*arguments)
-    kernels.backward(*arguments, y.clone(), final.clone())
-    kernels.step(torch.randn(2, 3, 6), x[0, :2, 0], weight, bias, silu)
+    y, final = forward.forward(*arguments)
+    backward.backward(*arguments, y.clone(), final.clone())
+    step.step(torch.randn(2, 3, 6), x[0, :2, 0], weight, bias, silu)
 
 
 WRONG = [

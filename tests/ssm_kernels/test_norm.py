@@ -93,13 +93,13 @@ def test_registered_ops_pass_opcheck():
 @pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
 @pytest.mark.parametrize(("rows", "dim"), [(9, 24), (300, 130), (1, 1025), (2, 8195)])
 def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, rows, dim):
-    from ssm_kernels.norm.triton import kernels
+    from ssm_kernels.norm.triton import backward, forward
 
     x, z, dy, w = randn(rows, dim).float(), randn(1, rows, dim)[0].float(), randn(rows, dim).float(), randn(dim).float()
     for gate, residual in ((None, None), (z, None), (None, z)):
-        _, total, rstd = kernels.forward(x, residual, w, gate, 1e-5, dim, False, torch.float32)
+        _, total, rstd = forward.forward(x, residual, w, gate, 1e-5, dim, False, torch.float32)
         v, dtotal = (x, None) if residual is None else (total, z)
-        kernels.backward(v, w, gate, rstd, dy, dtotal, dim, False, torch.float32, torch.bfloat16)
+        backward.backward(v, w, gate, rstd, dy, dtotal, dim, False, torch.float32, torch.bfloat16)
 
 
 def test_residual_is_kept_in_the_dtype_asked_for():

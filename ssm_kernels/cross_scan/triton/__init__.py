@@ -1,51 +1,51 @@
-"""The cross scan and its merge as Triton kernels; `kernels` holds them, and is imported when one first runs."""
+"""Cross-scan and cross-merge in Triton: registration of the ops. The kernels are imported when an op first runs.
+
+Each is the adjoint, and so the backward, of the other.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..._core.library import Gradient, define_op, from_kernels
+from ..._core.library import Gradient, define_op, lazy_function
 
 
-def scan(x: Tensor, codes: list[int]) -> Tensor:
-    """x (B, height, width, D) -> (B, K, L, D). The codes are places in `cross_scan.CROSS`."""
-    return _scan_op(x, codes)
+def scan(x: Tensor, directions: list[int]) -> Tensor:
+    """x (B, height, width, D) -> (B, K, L, D). Directions are indices in `cross_scan.CROSS`."""
+    return _scan_op(x, directions)
 
 
-def merge(y: Tensor, height: int, width: int, codes: list[int]) -> Tensor:
+def merge(y: Tensor, height: int, width: int, directions: list[int]) -> Tensor:
     """y (B, K, L, D) -> (B, height, width, D)."""
-    return _merge_op(y, height, width, codes)
-
-
-# Each is the adjoint of the other.
+    return _merge_op(y, height, width, directions)
 
 
 def _save_scan(ctx, inputs, outputs):
-    x, ctx.codes = inputs
+    x, ctx.directions = inputs
     ctx.height, ctx.width = x.shape[1:3]
 
 
 def _scan_gradients(ctx, dy):
-    return merge(dy, ctx.height, ctx.width, ctx.codes), None
+    return merge(dy, ctx.height, ctx.width, ctx.directions), None
 
 
 def _save_merge(ctx, inputs, outputs):
-    _, _, _, ctx.codes = inputs
+    _, _, _, ctx.directions = inputs
 
 
 def _merge_gradients(ctx, dx):
-    return scan(dx, ctx.codes), None, None, None
+    return scan(dx, ctx.directions), None, None, None
 
 
 _scan_op = define_op(
-    "cross_scan_triton(Tensor x, int[] codes) -> Tensor",
-    from_kernels(__name__, "scan"),
-    lambda x, codes: x.new_empty(x.shape[0], len(codes), x.shape[1] * x.shape[2], x.shape[3]),
+    "cross_scan_triton(Tensor x, int[] directions) -> Tensor",
+    lazy_function(f"{__name__}.forward", "scan"),
+    lambda x, directions: x.new_empty(x.shape[0], len(directions), x.shape[1] * x.shape[2], x.shape[3]),
     Gradient(_save_scan, _scan_gradients, 1),
 )
 _merge_op = define_op(
-    "cross_merge_triton(Tensor y, int height, int width, int[] codes) -> Tensor",
-    from_kernels(__name__, "merge"),
-    lambda y, height, width, codes: y.new_empty(y.shape[0], height, width, y.shape[3]),
+    "cross_merge_triton(Tensor y, int height, int width, int[] directions) -> Tensor",
+    lazy_function(f"{__name__}.backward", "merge"),
+    lambda y, height, width, directions: y.new_empty(y.shape[0], height, width, y.shape[3]),
     Gradient(_save_merge, _merge_gradients, 1),
 )

@@ -1,11 +1,11 @@
-"""Both norms as one Triton kernel each way; `kernels` holds them, and is imported when one first runs."""
+"""RMSNorm in Triton, gated or with a residual add: registration of the op. Kernels are imported when it first runs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..._core.library import Gradient, define_op, from_kernels
+from ..._core.library import Gradient, define_op, lazy_function
 
 
 def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
@@ -14,27 +14,27 @@ def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: in
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, residual_dtype: torch.dtype
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, residual_out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """x, residual (..., D); weight (D,) -> the norm of their sum in the dtype of x, and the sum."""
-    y, total, _ = _forward_op(x, residual, weight, None, eps, x.shape[-1], False, residual_dtype)
-    return y, total
+    y, residual_out, _ = _forward_op(x, residual, weight, None, eps, x.shape[-1], False, residual_out_dtype)
+    return y, residual_out
 
 
 def _save(ctx, inputs, outputs):
     x, residual, weight, z, _, ctx.group_size, ctx.norm_before_gate, _ = inputs
-    _, total, rstd = outputs
-    ctx.save_for_backward(x if residual is None else total, weight, z, rstd)
+    _, residual_out, rstd = outputs
+    ctx.save_for_backward(x if residual is None else residual_out, weight, z, rstd)
     ctx.has_residual = residual is not None
     ctx.dtypes = x.dtype, residual.dtype if ctx.has_residual else x.dtype
 
 
 @torch.autograd.function.once_differentiable
-def _gradients(ctx, dy, dtotal):
-    v, weight, z, rstd = ctx.saved_tensors  # once: torch.utils.checkpoint does not give them again
-    dtotal = dtotal if ctx.has_residual else None
+def _gradients(ctx, dy, dresidual_out):
+    v, weight, z, rstd = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks them a single time
+    dresidual_out = dresidual_out if ctx.has_residual else None
     dx, dresidual, dweight, dz = _backward_op(
-        v, weight, z, rstd, dy, dtotal, ctx.group_size, ctx.norm_before_gate, *ctx.dtypes
+        v, weight, z, rstd, dy, dresidual_out, ctx.group_size, ctx.norm_before_gate, *ctx.dtypes
     )
     if not ctx.has_residual:
         dresidual = None
@@ -43,14 +43,14 @@ def _gradients(ctx, dy, dtotal):
     return dx, dresidual, dweight, None if z is None else dz, None, None, None, None
 
 
-def _forward_fake(x, residual, weight, z, eps, group_size, norm_before_gate, total_dtype):
+def _forward_fake(x, residual, weight, z, eps, group_size, norm_before_gate, residual_out_dtype):
     rows = x.numel() // x.shape[-1]
-    total = x.new_empty(0 if residual is None else x.shape, dtype=total_dtype)
-    compute = torch.promote_types(torch.promote_types(x.dtype, total_dtype), torch.float32)
-    return x.new_empty(x.shape), total, x.new_empty(rows, x.shape[-1] // group_size, dtype=compute)
+    residual_out = x.new_empty(0 if residual is None else x.shape, dtype=residual_out_dtype)
+    compute = torch.promote_types(torch.promote_types(x.dtype, residual_out_dtype), torch.float32)
+    return x.new_empty(x.shape), residual_out, x.new_empty(rows, x.shape[-1] // group_size, dtype=compute)
 
 
-def _backward_fake(v, weight, z, rstd, dy, dtotal, group_size, norm_before_gate, x_dtype, residual_dtype):
+def _backward_fake(v, weight, z, rstd, dy, dresidual_out, group_size, norm_before_gate, x_dtype, residual_dtype):
     dresidual = v.new_empty(0 if residual_dtype == x_dtype else v.shape, dtype=residual_dtype)
     dz = v.new_empty(0) if z is None else z.new_empty(z.shape)
     return v.new_empty(v.shape, dtype=x_dtype), dresidual, weight.new_empty(weight.shape), dz
@@ -58,14 +58,15 @@ def _backward_fake(v, weight, z, rstd, dy, dtotal, group_size, norm_before_gate,
 
 _forward_op = define_op(
     "norm_triton(Tensor x, Tensor? residual, Tensor weight, Tensor? z, float eps, int group_size,"
-    " bool norm_before_gate, ScalarType total_dtype) -> (Tensor, Tensor, Tensor)",
-    from_kernels(__name__, "forward"),
+    " bool norm_before_gate, ScalarType residual_out_dtype) -> (Tensor, Tensor, Tensor)",
+    lazy_function(f"{__name__}.forward", "forward"),
     _forward_fake,
     Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
-    "norm_triton_backward(Tensor v, Tensor weight, Tensor? z, Tensor rstd, Tensor dy, Tensor? dtotal, int group_size,"
-    " bool norm_before_gate, ScalarType x_dtype, ScalarType residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    from_kernels(__name__, "backward"),
+    "norm_triton_backward(Tensor v, Tensor weight, Tensor? z, Tensor rstd, Tensor dy, Tensor? dresidual_out,"
+    " int group_size, bool norm_before_gate, ScalarType x_dtype, ScalarType residual_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lazy_function(f"{__name__}.backward", "backward"),
     _backward_fake,
 )
