@@ -72,7 +72,7 @@ def convert(
         return _convert_vlm(folder, dst, to, dtype, hub)
     if to == "released":
         raise ValueError(f"to = 'released' is for {LAYOUTS[to]}, and {src} is a {kind.__name__}")
-    config, weights = language.read(folder)
+    config, weights = language.open_language_model(folder)
     weights = _in_dtype(_untied(weights, config, folder), dtype)
     special = language.special_tokens(folder)
     data = {

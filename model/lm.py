@@ -16,7 +16,7 @@ from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm, is_plain
 
 from .config import LMConfig
 from .formats import detect_format
-from .formats.language import NEOX_VOCABULARY, read
+from .formats.language import NEOX_VOCABULARY, open_language_model
 from .generation.config import GenerationConfig
 from .generation.generate import generate_texts, stream_text
 from .generation.interface import LMOutput, LMState
@@ -112,7 +112,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
 
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[LMConfig, Weights]:
-        return read(folder)
+        return open_language_model(folder)
 
     def save_extras(self, folder: Path) -> None:
         if self.tokenizer is not None:

@@ -43,7 +43,7 @@ class Preset:
 
     def open(self, **hub: Any) -> tuple[VLMConfig, Weights]:
         """The config and the weights, still unread, of all but the connector. `hub` is as for `fetch`."""
-        config, lm = language.read(fetch_model(self.language, **hub))
+        config, lm = language.open_language_model(fetch_model(self.language, **hub))
         vision, encoders = open_encoders(self.encoders, self.resize, **hub)
         weights = merged({"language_model.": lm, "": encoders})
         return VLMConfig(config, vision, self.connector, self.template), weights

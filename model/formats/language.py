@@ -1,11 +1,11 @@
-"""Configs and names of published language models, both ways.
+"""Configs and parameter names of published language models, in both directions.
 
 `state-spaces` is what `mamba_ssm` reads and writes; `transformers` has the model types `mamba`, `mamba2` and
 `falcon_mamba`; `mistral` is the layout of Codestral Mamba (`params.json`, `consolidated.safetensors`). Sources: the
 repositories' own files as the tests repeat them, `mamba_ssm` 2.3, `transformers` 5.23, `mistral-inference`.
 
-A setting that changes the numbers is honoured, or refused by name. One that only says how the work is cut or how
-weights were first drawn (`chunk_size`, `fused_add_norm`, `time_step_min`, ...) is not carried over.
+A setting that changes the results is honoured, or rejected by name. A setting that only affects how the work is
+split or how weights are initialized (`chunk_size`, `fused_add_norm`, `time_step_min`, ...) is dropped.
 """
 
 from __future__ import annotations
@@ -24,15 +24,99 @@ from ..weights import Weights, open_weights
 from . import detect_format, read_json
 
 _ANY_LAYER = "vlmamba.model.mamba_ssm.MambaLMHeadModel"
-"""Class for models of `mamba_ssm` with layers that `MambaLM` does not have."""
+"""Class for `mamba_ssm` models with layers that `MambaLM` does not have."""
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "backbone.embedding.weight"
 NEOX_VOCABULARY = 50277
-"""Tokens of GPT-NeoX, which the models of `state-spaces` and those made of them have."""
+"""Vocabulary size of GPT-NeoX's tokenizer, which the `state-spaces` models and their descendants use."""
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERIC = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+"""Keys that tools add to a config and that say nothing about the architecture."""
+_REQUIRED = object()
+
+Table = Mapping[str, tuple[str, Any]]
+"""Settings of a layout: field of `LMConfig` -> (key in the file, default of the layout)."""
+
+STATE_SPACES: Table = {
+    "d_model": ("d_model", 2560),
+    "n_layer": ("n_layer", 64),
+    "vocab_size": ("vocab_size", NEOX_VOCABULARY),
+    "residual_in_fp32": ("residual_in_fp32", True),
+    "tie_embeddings": ("tie_embeddings", True),
+    "pad_vocab_size_multiple": ("pad_vocab_size_multiple", 8),
+}
+_SSM_CFG: Table = {
+    "d_conv": ("d_conv", 4),
+    "expand": ("expand", 2),
+    "bias": ("bias", False),
+    "conv_bias": ("conv_bias", True),
+}
+STATE_SPACES_SSM_CFG: dict[str, Table] = {
+    "mamba": {
+        "d_state": ("d_state", 16),
+        **_SSM_CFG,
+        "dt_rank": ("dt_rank", "auto"),
+    },
+    "mamba2": {
+        "d_state": ("d_state", 128),
+        **_SSM_CFG,
+        "headdim": ("headdim", 64),
+        "ngroups": ("ngroups", 1),
+        "dt_limit": ("dt_limit", (0.0, math.inf)),
+    },
+}
+"""Keys inside `ssm_cfg`, by `LMConfig.layer`."""
+
+_TRANSFORMERS: Table = {
+    "d_conv": ("conv_kernel", 4),
+    "bias": ("use_bias", False),
+    "conv_bias": ("use_conv_bias", True),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "residual_in_fp32": ("residual_in_fp32", True),
+}
+_TRANSFORMERS_MAMBA: Table = {
+    "d_model": ("hidden_size", 768),
+    "n_layer": ("num_hidden_layers", 32),
+    "d_state": ("state_size", 16),
+    "dt_rank": ("time_step_rank", "auto"),
+    "tie_embeddings": ("tie_word_embeddings", True),
+    **_TRANSFORMERS,
+}
+TRANSFORMERS: dict[str, Table] = {
+    "mamba": _TRANSFORMERS_MAMBA,
+    "falcon_mamba": {**_TRANSFORMERS_MAMBA, "dt_bc_norm_eps": ("mixer_rms_eps", 1e-6)},
+    "mamba2": {
+        "d_model": ("hidden_size", 4096),
+        "n_layer": ("num_hidden_layers", 64),
+        "d_state": ("state_size", 128),
+        "headdim": ("head_dim", 64),
+        "ngroups": ("n_groups", 8),
+        "dt_limit": ("time_step_limit", (0.0, math.inf)),
+        "tie_embeddings": ("tie_word_embeddings", False),
+        **_TRANSFORMERS,
+    },
+}
+"""Keys by `model_type`. Of `vocab_size`, `expand` and `num_heads` the meaning differs: see `from_transformers`."""
+
+MISTRAL: Table = {
+    "d_model": ("dim", _REQUIRED),
+    "n_layer": ("n_layers", _REQUIRED),
+    "vocab_size": ("vocab_size", _REQUIRED),
+    "ngroups": ("n_groups", _REQUIRED),
+    "residual_in_fp32": ("residual_in_fp32", _REQUIRED),
+    "tie_embeddings": ("tie_embeddings", _REQUIRED),
+    "pad_vocab_size_multiple": ("pad_vocab_size_multiple", _REQUIRED),
+}
 
 
-def read(folder: Path) -> tuple[LMConfig, Weights]:
-    """The config and the weights of a language model in any known format, the weights by our names and unread.
+def open_language_model(folder: Path) -> tuple[LMConfig, Weights]:
+    """Open a language model in any known format.
+
+    Args:
+        folder: holds the config and the weights.
+
+    Returns:
+        The config, and the weights under the names of `MambaLM`, unread.
 
     Raises:
         FileNotFoundError: the folder has no config or no weights.
@@ -55,227 +139,170 @@ def read(folder: Path) -> tuple[LMConfig, Weights]:
 
 
 def own_name(name: str) -> str:
-    """A published parameter's name in `MambaLM`: nearly all are the same."""
-    if name.startswith(("model.backbone.", "model.lm_head.")):  # Mistral's
+    """Convert a published parameter name to that of `MambaLM`. Nearly all are the same."""
+    if name.startswith(("model.backbone.", "model.lm_head.")):  # Mistral
         name = name.removeprefix("model.")
     return name.replace("backbone.embeddings.", "backbone.embedding.", 1)
 
 
 def transformers_name(name: str) -> str:
-    """The name in `transformers` of a parameter of `MambaLM`."""
+    """Convert a parameter name of `MambaLM` to that of `transformers`."""
     return name.replace("backbone.embedding.", "backbone.embeddings.", 1)
 
 
 def from_state_spaces(data: Mapping[str, Any]) -> LMConfig:
-    """`config.json` of `state-spaces/*`.
+    """Convert the `config.json` of `state-spaces/*`.
+
+    Args:
+        data: the decoded file.
 
     Raises:
         ValueError: a setting that is not supported or not known, by name.
     """
-    given = _Settings(data, "config.json")
-    for name, supported in (("rms_norm", True), ("d_intermediate", 0), ("attn_layer_idx", [])):
-        given.only(name, supported, _ANY_LAYER)
-    given.skip("attn_cfg", "fused_add_norm", *GENERIC)
-    ssm = _Settings(given.take("ssm_cfg", {}), "ssm_cfg")
-    layer = ssm.take("layer", "Mamba1")
-    if layer not in ("Mamba1", "Mamba2"):
-        raise ValueError(f"ssm_cfg.layer must be 'Mamba1' or 'Mamba2', got {layer!r}")
-    ssm.skip("dt_min", "dt_max", "dt_init_floor", "conv_init", "device", "dtype")
-    d_model = given.take("d_model", 2560)
-    if layer == "Mamba1":
-        ssm.skip("dt_init", "dt_scale", "use_fast_path")
-        of_layer = {"d_state": ssm.take("d_state", 16), "dt_rank": _rank(ssm.take("dt_rank", "auto"), d_model)}
+    settings = _Settings(data, "config.json")
+    for key, supported in (("rms_norm", True), ("d_intermediate", 0), ("attn_layer_idx", [])):
+        settings.require(key, supported, _ANY_LAYER)
+    settings.ignore("attn_cfg", "fused_add_norm", *GENERIC)
+    ssm = _Settings(settings.take("ssm_cfg", {}), "ssm_cfg")
+    kind = ssm.take("layer", "Mamba1")
+    if kind not in ("Mamba1", "Mamba2"):
+        raise ValueError(f"ssm_cfg.layer must be 'Mamba1' or 'Mamba2', got {kind!r}")
+    ssm.ignore("dt_min", "dt_max", "dt_init_floor", "conv_init", "device", "dtype")
+    if kind == "Mamba1":
+        ssm.ignore("dt_init", "dt_scale", "use_fast_path")
     else:
-        ssm.skip("chunk_size", "A_init_range", "use_mem_eff_path", "process_group", "sequence_parallel")
-        ssm.only("rmsnorm", True, _ANY_LAYER)
-        ssm.only("norm_before_gate", False, _ANY_LAYER)
-        ssm.only("D_has_hdim", False, _ANY_LAYER)
-        ssm.only("d_ssm", None, _ANY_LAYER)
-        of_layer = {
-            "d_state": ssm.take("d_state", 128),
-            "headdim": ssm.take("headdim", 64),
-            "ngroups": ssm.take("ngroups", 1),
-            "dt_limit": _limit(ssm.take("dt_limit", (0.0, math.inf))),
-        }
-    config = LMConfig(
-        d_model=d_model,
-        n_layer=given.take("n_layer", 64),
-        vocab_size=given.take("vocab_size", NEOX_VOCABULARY),
-        layer="mamba" if layer == "Mamba1" else "mamba2",
-        d_conv=ssm.take("d_conv", 4),
-        expand=ssm.take("expand", 2),
-        bias=ssm.take("bias", False),
-        conv_bias=ssm.take("conv_bias", True),
-        residual_in_fp32=given.take("residual_in_fp32", True),
-        tie_embeddings=given.take("tie_embeddings", True),
-        pad_vocab_size_multiple=given.take("pad_vocab_size_multiple", 8),
-        **of_layer,
-    )
-    ssm.done()
-    given.done()
+        ssm.ignore("chunk_size", "A_init_range", "use_mem_eff_path", "process_group", "sequence_parallel")
+        for key, supported in (("rmsnorm", True), ("norm_before_gate", False), ("D_has_hdim", False), ("d_ssm", None)):
+            ssm.require(key, supported, _ANY_LAYER)
+    layer = "mamba" if kind == "Mamba1" else "mamba2"
+    values = settings.take_table(STATE_SPACES) | ssm.take_table(STATE_SPACES_SSM_CFG[layer])
+    config = LMConfig(layer=layer, **_decoded(values))
+    ssm.reject_unread()
+    settings.reject_unread()
     return config
 
 
 def to_state_spaces(config: LMConfig) -> dict[str, Any]:
-    """A `config.json` that `mamba_ssm` reads, with the keys of the published ones.
+    """Convert to a `config.json` that `mamba_ssm` reads, with the keys of the published files.
+
+    Args:
+        config: of the model.
 
     Raises:
-        ValueError: a setting that the format has no place for, by name.
+        ValueError: a setting that the format cannot hold, by name.
     """
-    _refuse(config, "state-spaces", norm_eps=1e-5, dt_bc_norm_eps=None)
+    for name, supported in (("norm_eps", 1e-5), ("dt_bc_norm_eps", None)):
+        value = getattr(config, name)
+        if value != supported:
+            raise ValueError(f"'state-spaces' has no place for {name} {value!r}; it is always {supported!r}")
     mamba2 = config.layer == "mamba2"
     ssm: dict[str, Any] = {"layer": "Mamba2"} if mamba2 else {}
-    defaults = {"d_state": 128 if mamba2 else 16, "d_conv": 4, "expand": 2, "bias": False, "conv_bias": True}
-    defaults |= {"headdim": 64, "ngroups": 1, "dt_limit": (0.0, math.inf)} if mamba2 else {"dt_rank": None}
-    ssm |= {name: getattr(config, name) for name, value in defaults.items() if getattr(config, name) != value}
-    data: dict[str, Any] = {"d_model": config.d_model}
+    for ours, (theirs, default) in STATE_SPACES_SSM_CFG[config.layer].items():
+        value = "auto" if ours == "dt_rank" and config.dt_rank is None else getattr(config, ours)
+        if value != default:
+            ssm[theirs] = value
+    data = {theirs: getattr(config, ours) for ours, (theirs, _) in STATE_SPACES.items()}
+    data |= {"ssm_cfg": ssm, "rms_norm": True, "fused_add_norm": True}
     if mamba2:
-        data["d_intermediate"] = 0
-    data |= {"n_layer": config.n_layer, "vocab_size": config.vocab_size, "ssm_cfg": ssm}
-    if mamba2:
-        data |= {"attn_layer_idx": [], "attn_cfg": {}}
-    data |= {"rms_norm": True, "residual_in_fp32": config.residual_in_fp32, "fused_add_norm": True}
-    data["pad_vocab_size_multiple"] = config.pad_vocab_size_multiple
-    if mamba2 or not config.tie_embeddings:
-        data["tie_embeddings"] = config.tie_embeddings
+        data |= {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
+    elif config.tie_embeddings:
+        del data["tie_embeddings"]  # the published files of Mamba-1 lack the key
     return data
 
 
 def from_transformers(data: Mapping[str, Any]) -> LMConfig:
-    """`config.json` of `transformers`. Keys that its models do not read are left out of account, as there.
+    """Convert the `config.json` of `transformers`. Keys that its models do not read are ignored, as there.
 
-    `norm_before_gate` is one: Codestral's file says true, but the model multiplies the gate in before the norm.
+    `norm_before_gate` is one: Codestral's file says true, but the model multiplies by the gate before the norm.
+
+    Args:
+        data: the decoded file.
 
     Raises:
         ValueError: a model type or setting that is not supported, by name.
     """
-    kind = data["model_type"]
-    if kind not in ("mamba", "mamba2", "falcon_mamba"):
-        raise ValueError(f"model_type must be 'mamba', 'mamba2' or 'falcon_mamba', got {kind!r}")
-    given = _Settings(data, "config.json")
-    act = given.take("hidden_act", "silu")
+    model_type = data["model_type"]
+    if model_type not in TRANSFORMERS:
+        raise ValueError(f"model_type must be 'mamba', 'mamba2' or 'falcon_mamba', got {model_type!r}")
+    mamba2 = model_type == "mamba2"
+    settings = _Settings(data, "config.json")
+    act = settings.take("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ValueError(f"hidden_act must be 'silu', got {act!r}")
-    given.only("rms_norm", True)
-    given.only("quantization_config", None)
-    d_model, expand = given.take("hidden_size", 4096 if kind == "mamba2" else 768), given.take("expand", 2)
-    inner = int(expand * d_model)
-    if kind != "mamba2":
-        inner = given.take("intermediate_size", inner)  # Falcon-Mamba's expand is 16, and not heeded
+    settings.require("rms_norm", True)
+    settings.require("quantization_config", None)
+    values = settings.take_table(TRANSFORMERS[model_type])
+    d_model = values["d_model"]
+    inner = int(settings.take("expand", 2) * d_model)
+    if not mamba2:
+        inner = settings.take("intermediate_size", inner)  # Falcon-Mamba's file has an expand of 16 that is not used
     if inner % d_model:
         raise ValueError(f"intermediate_size must be a multiple of hidden_size {d_model}, got {inner}")
-    if kind == "mamba2":
-        heads, headdim = given.take("num_heads", 128), given.take("head_dim", 64)
-        if heads * headdim != inner:
-            raise ValueError(f"num_heads * head_dim must be expand * hidden_size {inner}, got {heads} * {headdim}")
-        of_layer = {
-            "layer": "mamba2",
-            "d_state": given.take("state_size", 128),
-            "headdim": headdim,
-            "ngroups": given.take("n_groups", 8),
-            "dt_limit": _limit(given.take("time_step_limit", (0.0, math.inf))),
-        }
-    else:
-        of_layer = {
-            "layer": "mamba",
-            "d_state": given.take("state_size", 16),
-            "dt_rank": _rank(given.take("time_step_rank", "auto"), d_model),
-            "dt_bc_norm_eps": given.take("mixer_rms_eps", 1e-6) if kind == "falcon_mamba" else None,
-        }
-    rows = given.take("vocab_size", 32768 if kind == "mamba2" else 50280)
-    # How many of the rows are tokens is ours to say: see to_transformers.
-    vocab_size, multiple = given.take("unpadded_vocab_size", rows), given.take("pad_vocab_size_multiple", 1)
+    if mamba2 and (heads := settings.take("num_heads", 128)) * values["headdim"] != inner:
+        raise ValueError(
+            f"num_heads * head_dim must be expand * hidden_size {inner}, got {heads} * {values['headdim']}"
+        )
+    # `vocab_size` counts padding rows here. The key for the unpadded size is ours, see `to_transformers`.
+    rows = settings.take("vocab_size", 32768 if mamba2 else 50280)
+    vocab_size, multiple = settings.take("unpadded_vocab_size", rows), settings.take("pad_vocab_size_multiple", 1)
     if -(-vocab_size // multiple) * multiple != rows:
         vocab_size, multiple = rows, 1
     return LMConfig(
-        d_model=d_model,
-        n_layer=given.take("num_hidden_layers", 64 if kind == "mamba2" else 32),
-        vocab_size=vocab_size,
-        d_conv=given.take("conv_kernel", 4),
+        layer="mamba2" if mamba2 else "mamba",
         expand=inner // d_model,
-        bias=given.take("use_bias", False),
-        conv_bias=given.take("use_conv_bias", True),
-        norm_eps=given.take("layer_norm_epsilon", 1e-5),
-        residual_in_fp32=given.take("residual_in_fp32", True),
-        tie_embeddings=given.take("tie_word_embeddings", kind != "mamba2"),
+        vocab_size=vocab_size,
         pad_vocab_size_multiple=multiple,
-        **of_layer,
+        **_decoded(values),
     )
 
 
 def to_transformers(config: LMConfig, special: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A `config.json` that `transformers` reads.
+    """Convert to a `config.json` that `transformers` reads.
+
+    There `vocab_size` counts padding rows. `unpadded_vocab_size` holds ours; `transformers` does not read it.
 
     Args:
         config: of the model.
         special: `bos_token_id`, `eos_token_id` and `pad_token_id`; 0 where absent, as in GPT-NeoX.
-
-    `vocab_size` there counts the padding. `unpadded_vocab_size` keeps what it was; `transformers` does not read it.
     """
-    falcon = config.dt_bc_norm_eps is not None
-    kind = "mamba2" if config.layer == "mamba2" else "falcon_mamba" if falcon else "mamba"
-    architecture = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba"}[kind]
+    model_type = config.layer if config.dt_bc_norm_eps is None else "falcon_mamba"
+    architecture = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba"}[model_type]
     inner = config.expand * config.d_model
-    data: dict[str, Any] = {
-        "architectures": [architecture + "ForCausalLM"],
-        "model_type": kind,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layer,
+    data: dict[str, Any] = {"architectures": [architecture + "ForCausalLM"], "model_type": model_type}
+    data |= {theirs: getattr(config, ours) for ours, (theirs, _) in TRANSFORMERS[model_type].items()}
+    data |= {
         "vocab_size": config.padded_vocab_size,
         "unpadded_vocab_size": config.vocab_size,
         "pad_vocab_size_multiple": config.pad_vocab_size_multiple,
-        "state_size": config.d_state,
-        "conv_kernel": config.d_conv,
         "expand": config.expand,
-        "use_bias": config.bias,
-        "use_conv_bias": config.conv_bias,
         "hidden_act": "silu",
-        "layer_norm_epsilon": config.norm_eps,
-        "residual_in_fp32": config.residual_in_fp32,
-        "tie_word_embeddings": config.tie_embeddings,
     }
-    if kind == "mamba2":
-        data |= {
-            "num_heads": inner // config.headdim,
-            "head_dim": config.headdim,
-            "n_groups": config.ngroups,
-            "chunk_size": 256,
-        }
-        if config.dt_limit != (0.0, math.inf):
+    if model_type == "mamba2":
+        data |= {"num_heads": inner // config.headdim, "chunk_size": 256}
+        low_high = data.pop("time_step_limit")
+        if low_high != (0.0, math.inf):
             # Standard JSON has no infinity; this is how `transformers` writes one.
-            data["time_step_limit"] = [{"__float__": "Infinity"} if math.isinf(v) else v for v in config.dt_limit]
+            data["time_step_limit"] = [{"__float__": "Infinity"} if math.isinf(v) else v for v in low_high]
     else:
         data |= {"intermediate_size": inner, "time_step_rank": config.dt_rank or math.ceil(config.d_model / 16)}
-        if falcon:
-            data["mixer_rms_eps"] = config.dt_bc_norm_eps
     return data | {name: (special or {}).get(name, 0) for name in SPECIAL_TOKENS}
 
 
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
 def from_mistral(data: Mapping[str, Any]) -> LMConfig:
-    """`params.json` of Codestral Mamba: a Mamba-2 of `mamba_ssm` with some settings by other names.
+    """Convert the `params.json` of Codestral Mamba: a Mamba-2 of `mamba_ssm` under other keys.
+
+    Args:
+        data: the decoded file.
 
     Raises:
         ValueError: a setting that is not supported or not known, by name.
     """
-    given = _Settings(data, "params.json")
-    given.only("model_type", "mamba")
-    given.only("rms_norm", True)
-    given.skip("fused_add_norm")
-    config = LMConfig(
-        d_model=given.take("dim"),
-        n_layer=given.take("n_layers"),
-        vocab_size=given.take("vocab_size"),
-        layer="mamba2",
-        d_state=128,
-        ngroups=given.take("n_groups"),
-        residual_in_fp32=given.take("residual_in_fp32"),
-        tie_embeddings=given.take("tie_embeddings"),
-        pad_vocab_size_multiple=given.take("pad_vocab_size_multiple"),
-    )
-    given.done()
+    settings = _Settings(data, "params.json")
+    settings.require("model_type", "mamba")
+    settings.require("rms_norm", True)
+    settings.ignore("fused_add_norm")
+    config = LMConfig(layer="mamba2", d_state=128, **settings.take_table(MISTRAL))
+    settings.reject_unread()
     return config
 
 
@@ -284,49 +311,62 @@ _READERS: dict[str, tuple[str, Callable[[Mapping[str, Any]], LMConfig]]] = {
     "transformers": ("config.json", from_transformers),
     "mistral": ("params.json", from_mistral),
 }
-# What tools put beside the model's own settings.
-GENERIC = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
-_REQUIRED = object()
 
 
 class _Settings:
-    """The settings of a file, each to be taken once; what is left over is not known."""
+    """Settings of a file, each read once; the rest is unknown and can be rejected."""
 
     def __init__(self, data: Mapping[str, Any], where: str):
         if not isinstance(data, Mapping):
             raise ValueError(f"{where} must be an object with named values, got {data!r}")
-        self.left, self.where = dict(data), where
+        self.unread, self.where = dict(data), where
 
-    def take(self, name: str, default: Any = _REQUIRED) -> Any:
-        value = self.left.pop(name, default)
+    def take(self, key: str, default: Any = _REQUIRED) -> Any:
+        """Read a value of the default's type."""
+        value = self.unread.pop(key, default)
         if value is _REQUIRED:
-            raise ValueError(f"{self.where} has no {name}")
+            raise ValueError(f"{self.where} has no {key}")
         kind = type(default)
         if kind in (int, bool) and type(value) is not kind:
-            raise ValueError(f"{self.where}: {name} must be {kind.__name__}, got {value!r}")
+            raise ValueError(f"{self.where}: {key} must be {kind.__name__}, got {value!r}")
         if kind is int:  # all of them are sizes; LMConfig has limits of its own for each
-            check_value(Annotated[int, Interval("[1, 16777216]")], value, f"{self.where}: {name}")
+            check_value(Annotated[int, Interval("[1, 16777216]")], value, f"{self.where}: {key}")
         if kind is float and (not isinstance(value, int | float) or isinstance(value, bool)):
-            raise ValueError(f"{self.where}: {name} must be a number, got {value!r}")
+            raise ValueError(f"{self.where}: {key} must be a number, got {value!r}")
         return value
 
-    def only(self, name: str, supported: Any, elsewhere: str | None = None) -> None:
-        """Refuse any other value; `elsewhere` is a class that takes it."""
-        value = self.left.pop(name, supported)
+    def take_table(self, table: Table) -> dict[str, Any]:
+        """Read the settings of a table, by the field names of `LMConfig`."""
+        return {ours: self.take(theirs, default) for ours, (theirs, default) in table.items()}
+
+    def require(self, key: str, supported: Any, elsewhere: str | None = None) -> None:
+        """Reject any other value. `elsewhere` names a class that supports it."""
+        value = self.unread.pop(key, supported)
         if value != supported:
             hint = f" here; load it with {elsewhere}" if elsewhere else ""
-            raise ValueError(f"{self.where}: {name} is {value!r}, but only {supported!r} is supported{hint}")
+            raise ValueError(f"{self.where}: {key} is {value!r}, but only {supported!r} is supported{hint}")
 
-    def skip(self, *names: str) -> None:
-        for name in names:
-            self.left.pop(name, None)
+    def ignore(self, *keys: str) -> None:
+        """Drop settings that do not change the results."""
+        for key in keys:
+            self.unread.pop(key, None)
 
-    def done(self) -> None:
-        if self.left:
-            raise ValueError(f"{self.where} has settings that are not known: {', '.join(map(repr, self.left))}")
+    def reject_unread(self) -> None:
+        """Raise a ValueError that names the settings that nothing has read."""
+        if self.unread:
+            raise ValueError(f"{self.where} has settings that are not known: {', '.join(map(repr, self.unread))}")
 
 
-def _rank(value: Any, d_model: int) -> int | None:
+def _decoded(values: dict[str, Any]) -> dict[str, Any]:
+    """Convert what files write differently: the rank of dt, "auto" or a number, and the limits of dt."""
+    if "dt_rank" in values:
+        values = values | {"dt_rank": _dt_rank(values["dt_rank"], values["d_model"])}
+    if "dt_limit" in values:
+        values = values | {"dt_limit": _dt_limit(values["dt_limit"])}
+    return values
+
+
+def _dt_rank(value: Any, d_model: int) -> int | None:
     auto = math.ceil(d_model / 16)
     if value in ("auto", auto):
         return None
@@ -335,7 +375,7 @@ def _rank(value: Any, d_model: int) -> int | None:
     return value
 
 
-def _limit(value: Any) -> tuple[float, float]:
+def _dt_limit(value: Any) -> tuple[float, float]:
     try:
         low, high = (float(v["__float__"] if isinstance(v, Mapping) else v) for v in value)
     except (TypeError, ValueError, KeyError) as e:
@@ -343,14 +383,15 @@ def _limit(value: Any) -> tuple[float, float]:
     return low, high
 
 
-def _refuse(config: LMConfig, layout: str, **supported: Any) -> None:
-    for name, value in supported.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{layout!r} has no place for {name} {getattr(config, name)!r}; it is always {value!r}")
-
-
 def special_tokens(folder: Path) -> dict[str, int]:
-    """The ids that begin, end and fill up a text, where `config.json` or `generation_config.json` tells them."""
+    """Read the ids of the start, end and padding tokens from `config.json` and `generation_config.json`.
+
+    Args:
+        folder: of a checkpoint.
+
+    Returns:
+        Those of `SPECIAL_TOKENS` that the files have.
+    """
     found = {}
     for file in ("config.json", "generation_config.json"):
         data = read_json(folder / file) if (folder / file).exists() else {}
@@ -359,7 +400,7 @@ def special_tokens(folder: Path) -> dict[str, int]:
 
 
 def dump(data: Mapping[str, Any]) -> str:
-    """A config as the text of a file."""
+    """Format a config as the text of a JSON file."""
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
@@ -368,7 +409,7 @@ class Published:
     """A checkpoint on the Hub."""
 
     format: str
-    """As `formats.detect_format` names it."""
+    """Name in `formats.FORMATS`."""
     parameters: int
     config: LMConfig
 
@@ -417,4 +458,4 @@ PUBLISHED: dict[str, Published] = {
     "tiiuae/falcon-mamba-7b-instruct": Published("transformers", 7_272_665_088, _FALCON),
     "mistralai/Mamba-Codestral-7B-v0.1": Published("mistral", 7_285_403_648, _CODESTRAL),
 }
-"""The language models that are known to load, for tests and docs. Loading itself reads `config.json`."""
+"""Published language models that are known to load, for presets, tests and docs. Loading reads `config.json`."""

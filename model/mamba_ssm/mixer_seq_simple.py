@@ -19,7 +19,7 @@ from ssm_kernels.compat.mamba_ssm.modules import add_norm
 
 from ..files import writing_whole
 from ..formats import detect_format, read_json
-from ..formats.language import EMBEDDING, GENERIC, LM_HEAD, read, to_state_spaces
+from ..formats.language import EMBEDDING, GENERIC, LM_HEAD, open_language_model, to_state_spaces
 from ..hub import CONFIG, fetch_model
 from ..weights import Weights, check_fit, open_weights
 from .generation import GenerationMixin
@@ -325,7 +325,7 @@ def _init_weights(
 def _open(folder: Path) -> tuple[MambaConfig, Weights]:
     """Config and weights of a checkpoint, the weights by the names of the model and unread."""
     if detect_format(folder) != "state-spaces":
-        other, weights = read(folder)
+        other, weights = open_language_model(folder)
         return MambaConfig(**to_state_spaces(other)), weights
     data = {name: value for name, value in read_json(folder / CONFIG).items() if name not in GENERIC}
     known = {f.name for f in fields(MambaConfig)}

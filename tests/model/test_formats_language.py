@@ -23,7 +23,7 @@ from vlmamba.model.formats.language import (
     from_mistral,
     from_state_spaces,
     from_transformers,
-    read,
+    open_language_model,
     to_state_spaces,
     to_transformers,
     transformers_name,
@@ -543,7 +543,7 @@ def test_the_format_is_told_by_small_files(tmp_path):
 def test_other_models_are_no_language_models(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit", "num_features": 3}))
     with pytest.raises(ValueError, match="is no language model: its format is 'timm', known are"):
-        read(tmp_path)
+        open_language_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"language": {}, "vision": [], "connector": {}}))
     with pytest.raises(ValueError, match="holds another model of this library, not a language model"):
         MambaLM.from_pretrained(tmp_path)
