@@ -1,10 +1,10 @@
-"""Connectors: the features of an image's patches become tokens of the language model's width."""
+"""Connectors: patch features of an image to tokens of the language model's width."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from .config import ConnectorConfig, Kind
+from .config import ConnectorConfig, Kind, Scan
 from .mamba2_scan import GridMamba2, Mamba2ScanConnector, ThreeLayerMLP
 from .vss import SS2D, MLPConnector, VSSL2Connector, VSSMLPConnector
 
@@ -15,6 +15,7 @@ __all__ = [
     "Kind",
     "MLPConnector",
     "Mamba2ScanConnector",
+    "Scan",
     "ThreeLayerMLP",
     "VSSL2Connector",
     "VSSMLPConnector",
@@ -23,7 +24,16 @@ __all__ = [
 
 
 def build_connector(config: ConnectorConfig, vision_width: int, lm_width: int) -> nn.Module:
-    """A connector: (B, h, w, vision width) -> (B, h * w, language width), patches row by row."""
+    """Build a connector with new weights.
+
+    Args:
+        config: kind and sizes.
+        vision_width: width of the patch features.
+        lm_width: width of the language model.
+
+    Returns:
+        A module: (B, h, w, vision_width) -> (B, h * w, lm_width), patches row by row.
+    """
     if config.kind == "mlp":
         return MLPConnector(vision_width, lm_width)
     if config.kind == "mamba2-mlp":

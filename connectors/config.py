@@ -1,4 +1,4 @@
-"""What a connector is, as plain values."""
+"""Connector config as plain values."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Literal, get_args
 from ssm_kernels import BIDIRECTIONAL, CROSS, ScanDirection
 
 MAX_SIZE = 2**20
-"""A larger dimension is a damaged config, and refused before memory is asked for."""
+"""Largest dimension. Beyond it the config is damaged, and rejected before memory is allocated."""
 Kind = Literal["mlp", "vss-mlp", "vss-l2", "mamba2-mlp", "mamba2-basic", "mamba2-advanced"]
+Scan = Literal["bidirectional", "cross"]
 
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """A connector from patch features to the language model's width.
+    """Kind and sizes of a connector.
 
     The first three kinds are VL-Mamba's (arXiv 2403.13600, section 3.2), the others ML-Mamba's (2407.19832,
-    section 3.3). VL-Mamba's weights and details were never published; what its paper leaves open follows VMamba.
+    section 3.3). VL-Mamba's weights and details were never published; details that its paper leaves open follow VMamba.
     """
 
     kind: Kind = "vss-l2"
-    scan: Literal["bidirectional", "cross"] = "bidirectional"
-    """Rows forth and back, or rows and columns forth and back."""
+    scan: Scan = "bidirectional"
+    """`bidirectional` scans rows forward and backward; `cross` scans columns too."""
     d_state: int | None = None
     """N; None is 16 in VL-Mamba's connectors and 128 in ML-Mamba's."""
     expand: int = 2
     d_conv: int = 4
-    """ML-Mamba, as `headdim`, `ngroups`, `n_layer` and `chunk_size`."""
+    """ML-Mamba only, like `headdim`, `ngroups`, `n_layer` and `chunk_size`."""
     headdim: int = 64
     ngroups: int = 1
     n_layer: int = 2
@@ -36,7 +37,7 @@ class ConnectorConfig:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"connector kind must be one of {', '.join(get_args(Kind))}; got {self.kind!r}")
-        if self.scan not in ("bidirectional", "cross"):
+        if self.scan not in get_args(Scan):
             raise ValueError(f"scan must be 'bidirectional' or 'cross', got {self.scan!r}")
         for name in ("d_state", "expand", "d_conv", "headdim", "ngroups", "n_layer", "chunk_size"):
             value = getattr(self, name)
@@ -51,4 +52,5 @@ class ConnectorConfig:
 
     @property
     def directions(self) -> tuple[ScanDirection, ...]:
+        """Scan directions over the grid."""
         return BIDIRECTIONAL if self.scan == "bidirectional" else CROSS

@@ -1,6 +1,7 @@
 """ML-Mamba's Mamba-2 Scan Connector (arXiv 2407.19832, section 3.3), with the parameter names of its checkpoint.
 
-Letters: B batch, h and w the grid, L = h * w, D width, E inner width, N state, H heads, P head dimension, G groups.
+Letters: B batch, h and w the grid of patches, D width, E inner width, N state, H heads, P head dimension, G groups,
+K scan directions.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ from ssm_kernels.modules import Mamba2, conv_weight, depthwise_conv, without_wei
 
 from .config import ConnectorConfig
 
-# Endings of the parameters that a direction has to itself. The checkpoint has the first two: rows forth and back.
-# The two of the columns are ours.
 SUFFIXES: dict[ScanDirection, str] = {"rows": "", "rows_reversed": "_b", "columns": "_c", "columns_reversed": "_cb"}
+"""Suffixes of the parameters that each direction has for itself.
+
+The checkpoint has the first two, rows forward and backward. Those of the columns are ours.
+"""
 
 
 class Mamba2ScanConnector(nn.Module):
-    """Features to the language model's width, Mamba-2 blocks that scan the grid both ways, and an MLP."""
+    """Project to the language model's width, scan the grid with Mamba-2 blocks in several directions, then an MLP.
+
+    Args:
+        vision_width: width of the patch features.
+        lm_width: width of the language model.
+        config: sizes of the blocks. `mamba2-advanced` adds a SwiGLU to each.
+    """
 
     def __init__(self, vision_width: int, lm_width: int, config: ConnectorConfig):
         super().__init__()
@@ -30,30 +39,46 @@ class Mamba2ScanConnector(nn.Module):
         self.projector = ThreeLayerMLP(lm_width, lm_width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, h, w, vision width) -> (B, h * w, language width)."""
-        return self.projector(self.bidirectional_mamba(self.mlp(features)))
+        """Project patch features to tokens.
+
+        Args:
+            features: (B, h, w, vision_width).
+
+        Returns:
+            (B, h * w, lm_width).
+        """
+        x = self.mlp(features)  # (B, h, w, lm_width)
+        x = self.bidirectional_mamba(x)  # (B, h, w, lm_width)
+        return self.projector(x)  # (B, h * w, lm_width)
 
 
 class ThreeLayerMLP(nn.Module):
-    """Three linear layers on each patch; also the whole of the connector without a scan (and Cobra's)."""
+    """Three linear layers on each patch. Without a scan before them, they are the connector of Cobra.
+
+    Args:
+        vision_width: width of the patch features.
+        lm_width: width of the language model.
+    """
 
     def __init__(self, vision_width: int, lm_width: int):
         super().__init__()
         hidden = 4 * vision_width
-        self.projector = nn.Sequential(
-            nn.Linear(vision_width, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, lm_width),
-            nn.GELU(),
-            nn.Linear(lm_width, lm_width),
-        )
-        for layer in self.projector[::2]:
+        layers = [nn.Linear(vision_width, hidden), nn.Linear(hidden, lm_width), nn.Linear(lm_width, lm_width)]
+        self.projector = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        for layer in layers:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, h, w, vision width) -> (B, h * w, language width)."""
-        return self.projector(features).flatten(1, 2)
+        """Project patch features to tokens.
+
+        Args:
+            features: (B, h, w, vision_width).
+
+        Returns:
+            (B, h * w, lm_width).
+        """
+        return self.projector(features).flatten(1, 2)  # (B, h * w, lm_width)
 
 
 class _ScanBlocks(nn.Module):
@@ -64,7 +89,7 @@ class _ScanBlocks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x)  # (B, h, w, D)
         return self.norm_f(x)
 
 
@@ -78,8 +103,10 @@ class _ScanBlock(nn.Module):
         self.mlp = _SwiGLU(width) if swiglu else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(x)
-        return x if self.mlp is None else x + self.mlp(self.norm(x))
+        x = x + self.mixer(x)  # (B, h, w, D)
+        if self.norm is None or self.mlp is None:
+            return x
+        return x + self.mlp(self.norm(x))  # (B, h, w, D)
 
 
 class _SwiGLU(nn.Module):
@@ -92,48 +119,69 @@ class _SwiGLU(nn.Module):
 
 
 class GridMamba2(Mamba2):
-    """A Mamba-2 mixer over a grid. Projections and gated norm are shared by the directions; the rest each has its own.
+    """Mamba-2 mixer over a grid in K directions.
 
-    What is projected is convolved and scanned along each direction, gated and normalised; the directions' results are averaged
-    at each place and projected back.
+    The directions share the projections and the gated norm; convolution, dt bias, A and D are separate. The results
+    of the directions are gated, normalized and averaged before the output projection.
+
+    Args:
+        width: D.
+        config: directions and sizes.
     """
 
     def __init__(self, width: int, config: ConnectorConfig):
         super().__init__(
-            width, config.d_state or 128, config.d_conv, config.expand, config.headdim, config.ngroups,
+            width,
+            config.d_state or 128,
+            config.d_conv,
+            config.expand,
+            config.headdim,
+            config.ngroups,
             chunk_size=config.chunk_size,
-        )  # fmt: skip
+        )
         self.directions = config.directions
-        for suffix in (SUFFIXES[r] for r in self.directions if SUFFIXES[r]):
+        # The first direction has the parameters of `Mamba2` itself.
+        for suffix in (SUFFIXES[d] for d in self.directions if SUFFIXES[d]):
             self.register_module(f"conv1d{suffix}", depthwise_conv(self.d_conv_channels, config.d_conv, True))
             for name in ("dt_bias", "A_log", "D"):
                 self.register_parameter(name + suffix, without_weight_decay(getattr(self, name).detach().clone()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, D) -> (B, h, w, D)."""
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  a grid, no state
+        """Mix the patches of a grid.
+
+        Args:
+            x: (B, h, w, D) features.
+
+        Returns:
+            (B, h, w, D).
+        """
+        # z (B, h, w, E), xBC (B, h, w, E + 2GN), dt (B, h, w, H)
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_channels, self.nheads], dim=-1)
-        names = ["conv1d" + SUFFIXES[r] for r in self.directions]
+
+        names = ["conv1d" + SUFFIXES[d] for d in self.directions]
         weight, bias = map(torch.stack, zip(*(conv_weight(n, getattr(self, n)) for n in names), strict=True))
-        # Apart, so that x has its heads side by side and the scan reads it where it is.
+        # Two convolutions, so that the heads of x are contiguous and the scan reads them without a copy.
         sizes = [self.d_inner, self.d_conv_channels - self.d_inner]
         parts = zip(xBC.split(sizes, 3), weight.split(sizes, 1), bias.split(sizes, 1), strict=True)
         x, BC = (cross_causal_conv1d(*part, "silu", self.directions) for part in parts)  # (B, h, w, K, ...)
-        B, C = BC.unflatten(-1, (2, self.ngroups, self.d_state)).unbind(-3)
+        B, C = BC.unflatten(-1, (2, self.ngroups, self.d_state)).unbind(-3)  # (B, h, w, K, G, N) each
+
         y = cross_ssd(
-            x.unflatten(-1, (self.nheads, self.headdim)),
-            dt.unsqueeze(3).expand(-1, -1, -1, len(self.directions), -1),
-            -torch.exp(self._of_each_route("A_log").float()),
+            x.unflatten(-1, (self.nheads, self.headdim)),  # (B, h, w, K, H, P)
+            dt.unsqueeze(3).expand(-1, -1, -1, len(self.directions), -1),  # (B, h, w, K, H)
+            -torch.exp(self._per_direction("A_log").float()),  # (K, H)
             B,
             C,
-            self._of_each_route("D"),
-            self._of_each_route("dt_bias"),
+            self._per_direction("D"),  # (K, H)
+            self._per_direction("dt_bias"),  # (K, H)
             True,
             self.dt_limit,
             self.directions,
             chunk_size=self.chunk_size,
-        ).flatten(-2)
-        y = self.norm(y, z.unsqueeze(3).expand_as(y))
-        return self.out_proj(y.mean(3))
+        ).flatten(-2)  # (B, h, w, K, E)
+        y = self.norm(y, z.unsqueeze(3).expand_as(y))  # (B, h, w, K, E)
+        return self.out_proj(y.mean(3))  # (B, h, w, D)
 
-    def _of_each_route(self, name: str) -> Tensor:
-        return torch.stack([getattr(self, name + SUFFIXES[r]) for r in self.directions])
+    def _per_direction(self, name: str) -> Tensor:
+        """Stack a parameter of all directions, (K, ...)."""
+        return torch.stack([getattr(self, name + SUFFIXES[d]) for d in self.directions])

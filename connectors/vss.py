@@ -1,7 +1,7 @@
-"""VL-Mamba's connectors: an MLP, alone or around a two-dimensional selective scan (arXiv 2403.13600, section 3.2).
+"""VL-Mamba's connectors: an MLP, alone or with a two-dimensional selective scan (arXiv 2403.13600, section 3.2).
 
-The scan is the first form of VMamba's SS2D (arXiv 2401.10166), with its parameter names. Letters: B batch, h and w
-the grid, L = h * w, D width, E inner width, N state, R rank of dt, K directions.
+The scan is the first version of VMamba's SS2D (arXiv 2401.10166), with its parameter names. Letters: B batch, h and w
+the grid of patches, D width, E inner width, N state, R rank of dt, K scan directions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from ssm_kernels.modules import initial_dt_bias, without_weight_decay
 
 
 class SS2D(nn.Module):
-    """A Mamba layer whose scan follows K directions over the grid, with parameters of its own for each."""
+    """Mamba layer that scans a grid in K directions, with separate dt, A, B, C and D for each.
+
+    Args:
+        width: D.
+        directions: K scan directions.
+        d_state: N.
+        expand: E / D.
+    """
 
     def __init__(self, width: int, directions: tuple[ScanDirection, ...], d_state: int = 16, expand: int = 2):
         super().__init__()
@@ -28,7 +35,8 @@ class SS2D(nn.Module):
         self.x_proj_weight = nn.Parameter(torch.empty(k, rank + 2 * d_state, inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(k, inner, rank).uniform_(-(rank**-0.5), rank**-0.5))
         self.dt_projs_bias = nn.Parameter(initial_dt_bias((k, inner), 1e-3, 0.1, 1e-4))
-        self.A_logs = without_weight_decay(torch.arange(1.0, d_state + 1).log().repeat(k * inner, 1))
+        # Per row: A = -1, ..., -N, the S4D-real initialization.
+        self.A_logs = without_weight_decay(torch.arange(1.0, d_state + 1).log().repeat(k * inner, 1))  # (K * E, N)
         self.Ds = without_weight_decay(torch.ones(k * inner))
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, width, bias=False)
@@ -36,31 +44,43 @@ class SS2D(nn.Module):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, D) -> (B, h, w, D)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        # A direction only orders the places, so each place is projected where it is.
-        projected = torch.einsum("bhwe,kce->bhwkc", x, self.x_proj_weight)
-        dt, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=-1)  # (B, h, w, K, ...)
-        dt = torch.einsum("bhwkr,ker->bhwke", dt, self.dt_projs_weight)
-        by_route = (len(self.directions), -1)
+        """Mix the patches of a grid.
+
+        Args:
+            x: (B, h, w, D) features.
+
+        Returns:
+            (B, h, w, D).
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, h, w, E) each
+        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, h, w, E)
+        # Directions only differ in order, so dt, B and C are projected at each patch and never copied into an order.
+        projected = torch.einsum("bhwe,kce->bhwkc", x, self.x_proj_weight)  # (B, h, w, K, R + 2N)
+        dt, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=-1)
+        dt = torch.einsum("bhwkr,ker->bhwke", dt, self.dt_projs_weight)  # (B, h, w, K, E)
+        per_direction = (len(self.directions), -1)
         y = cross_selective_scan(
             x,
             dt,
-            -torch.exp(self.A_logs.float()).unflatten(0, by_route),
+            -torch.exp(self.A_logs.float()).unflatten(0, per_direction),  # (K, E, N)
             B,
             C,
-            self.Ds.unflatten(0, by_route),
+            self.Ds.unflatten(0, per_direction),  # (K, E)
             self.dt_projs_bias,
             True,
             self.directions,
-        )
+        )  # (B, h, w, E): the sum over directions
         y = self.out_norm(y)
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(y * F.silu(z))  # (B, h, w, D)
 
 
 class MLPConnector(nn.Module):
-    """Two linear layers on each patch, as in LLaVA-1.5."""
+    """Two linear layers on each patch, as in LLaVA-1.5.
+
+    Args:
+        vision_width: width of the patch features.
+        lm_width: width of the language model.
+    """
 
     def __init__(self, vision_width: int, lm_width: int):
         super().__init__()
@@ -68,12 +88,27 @@ class MLPConnector(nn.Module):
         self.linear2 = nn.Linear(lm_width, lm_width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, h, w, vision width) -> (B, h * w, language width)."""
-        return self.linear2(F.gelu(self.linear1(features))).flatten(1, 2)
+        """Project patch features to tokens.
+
+        Args:
+            features: (B, h, w, vision_width).
+
+        Returns:
+            (B, h * w, lm_width).
+        """
+        return self.linear2(F.gelu(self.linear1(features))).flatten(1, 2)  # (B, h * w, lm_width)
 
 
 class VSSMLPConnector(nn.Module):
-    """The scan at the encoder's width, then an MLP: `MLP(Norm(scan(V) + V))`."""
+    """Scan at the encoder's width, then an MLP: `MLP(Norm(SS2D(V) + V))`.
+
+    Args:
+        vision_width: width of the patch features.
+        lm_width: width of the language model.
+        directions: scan directions.
+        d_state: N.
+        expand: inner width of the scan divided by `vision_width`.
+    """
 
     def __init__(
         self, vision_width: int, lm_width: int, directions: tuple[ScanDirection, ...], d_state: int, expand: int
@@ -84,12 +119,28 @@ class VSSMLPConnector(nn.Module):
         self.mlp = MLPConnector(vision_width, lm_width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, h, w, vision width) -> (B, h * w, language width)."""
-        return self.mlp(self.norm(self.vss(features) + features))
+        """Project patch features to tokens.
+
+        Args:
+            features: (B, h, w, vision_width).
+
+        Returns:
+            (B, h * w, lm_width).
+        """
+        x = self.vss(features) + features  # (B, h, w, vision_width)
+        return self.mlp(self.norm(x))  # (B, h * w, lm_width)
 
 
 class VSSL2Connector(nn.Module):
-    """The scan between two linear layers, at the language model's width: `L2(Norm(scan(GELU(L1 V)) + L1 V))`."""
+    """Scan between two linear layers, at the language model's width: `L2(Norm(SS2D(GELU(L1 V)) + L1 V))`.
+
+    Args:
+        vision_width: width of the patch features.
+        lm_width: width of the language model.
+        directions: scan directions.
+        d_state: N.
+        expand: inner width of the scan divided by `lm_width`.
+    """
 
     def __init__(
         self, vision_width: int, lm_width: int, directions: tuple[ScanDirection, ...], d_state: int, expand: int
@@ -101,6 +152,14 @@ class VSSL2Connector(nn.Module):
         self.linear2 = nn.Linear(lm_width, lm_width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, h, w, vision width) -> (B, h * w, language width)."""
-        x = self.linear1(features)
-        return self.linear2(self.norm(self.vss(F.gelu(x)) + x)).flatten(1, 2)
+        """Project patch features to tokens.
+
+        Args:
+            features: (B, h, w, vision_width).
+
+        Returns:
+            (B, h * w, lm_width).
+        """
+        x = self.linear1(features)  # (B, h, w, lm_width)
+        x = self.vss(F.gelu(x)) + x  # (B, h, w, lm_width)
+        return self.linear2(self.norm(x)).flatten(1, 2)  # (B, h * w, lm_width)
