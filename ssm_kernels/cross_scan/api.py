@@ -233,7 +233,7 @@ def cross_ssd(
     if chosen == "triton":
         x, dt, B, C = (m.flatten(1, 2).flatten(2, 3) for m in (x, dt, B, C))  # (B, L, K * H, P), ...
         y, _ = triton_ssd.ssd(
-            x, dt, A, B, C, canonical_skip(D), None, dt_bias, dt_softplus, dt_limit, None, chunk_size, None, None,
+            x, dt, A, B, C, canonical_skip(D), None, dt_bias, dt_softplus, dt_limit, None, None, None, chunk_size,
             _codes(directions), height,
         )  # fmt: skip
         return y.unflatten(2, (k, heads)).unflatten(1, (height, width))

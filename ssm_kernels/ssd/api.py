@@ -1,17 +1,13 @@
-"""State-space duality, the recurrence of Mamba-2 (arXiv 2405.21060, section 6)."""
+"""State-space duality (SSD), the recurrence of Mamba-2 (arXiv 2405.21060, section 6)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
-from .._core.invariant import matmul, silu, softplus
-from .._core.library import autocast_off
 from .._core.sharding import shardable
 from .._core.validation import check_divides, check_integer, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
@@ -19,7 +15,7 @@ from . import pytorch, reference, triton
 
 
 class SSDOutput(NamedTuple):
-    """What `ssd` gives."""
+    """Result of `ssd`."""
 
     y: Tensor
     """(B, L, H, P) in the dtype of `x`."""
@@ -58,23 +54,26 @@ def ssd(
         D: (H,) or (H, P) skip connection.
         z: (B, L, H, P) gate: the result is multiplied by `silu(z)`.
         dt_bias: (H,) added to `dt`.
-        dt_softplus: pass `dt` (after the bias) through softplus.
+        dt_softplus: whether `dt` passes through softplus, after the bias.
         dt_limit: bounds that `dt` is clamped to, after the softplus.
         initial_states: (B, H, P, N) state before the first step; (S, H, P, N) with `cu_seqlens`.
-        chunk_size: steps that the fast backends treat as one matrix product; the result does not depend on it.
+        chunk_size: steps that the fast backends treat as one matrix product. Results do not depend on it.
         cu_seqlens: (S + 1,) int32 or int64 bounds of packed sequences; needs batch 1. No state crosses a bound.
             Steps after the last bound are padding.
         seq_idx: (B, L) int32 or int64; a new sequence starts where the number changes, and steps with a negative
             number are padding. The initial state is that of each row's first sequence, the final state that of its
-            last; a row of padding alone ends as it starts.
+            last; for a row of padding alone, the final state is the initial one.
         backend: see `ssm_kernels.use_backend`.
 
-    Padding belongs to no sequence: y is zero there, and no state and no gradient depends on what the inputs hold there.
+    Padding belongs to no sequence: y is zero there, and neither states nor gradients depend on the inputs there.
 
     Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
     (float64 where `x` is), under autocast too. Gradients flow to every floating-point argument. All but D, z and the
-    initial states must be finite: the steps of a chunk meet in matrix products, where an infinity makes NaN of the
-    steps before it too.
+    initial states must be finite: the steps of a chunk meet in matrix products, where an infinity turns the steps
+    before it into NaN too.
+
+    Returns:
+        y and the final states.
 
     Raises:
         TypeError: an argument is not a tensor or has a dtype that is not supported.
@@ -82,40 +81,16 @@ def ssd(
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx)
-    dt_limit = check_dt_limit(dt_limit)
     chunk_size = check_integer("chunk_size", chunk_size, 1)
+    arguments = (
+        x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, check_dt_limit(dt_limit), initial_states,
+        cu_seqlens, seq_idx,
+    )  # fmt: skip
     chosen = resolve_backend(backend, x.device, "ssd")
-    # What is outside of the kernels must not see padding.
-    z = z if z is None else without_padding(z, cu_seqlens, seq_idx)
-
-    if chosen == "triton":
-        return SSDOutput(
-            *triton.ssd(
-                x,
-                dt,
-                A,
-                B,
-                C,
-                canonical_skip(D),
-                z,
-                dt_bias,
-                dt_softplus,
-                dt_limit,
-                initial_states,
-                chunk_size,
-                cu_seqlens,
-                seq_idx,
-            )  # fmt: skip
-        )
-    compute = torch.promote_types(x.dtype, torch.float32)
-    x, dt = (without_padding(m, cu_seqlens, seq_idx) for m in (x, dt))
-    activations = (F.softplus, F.silu) if chosen == "reference" else (softplus, silu)
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute, activations[0])
     if chosen == "reference":
-        y, final_states = reference.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx)
-    else:
-        y, final_states = pytorch.scan(x, dt, A.to(compute), B, C, initial_states, cu_seqlens, seq_idx, chunk_size)
-    return SSDOutput(_skip_and_gate(y, x, D, z, compute, activations[1]), final_states)
+        return SSDOutput(*reference.ssd(*arguments))
+    implementation = triton if chosen == "triton" else pytorch
+    return SSDOutput(*implementation.ssd(*arguments, chunk_size=chunk_size))
 
 
 def ssd_step(
@@ -133,66 +108,51 @@ def ssd_step(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Advance the scan by one token, or by a few, for decoding. Gives y like `x`; no gradients.
+    """Advance the scan by one token, or by a few, for decoding. No gradients.
 
     Args:
         state: (B, H, P, N), float32 or float64; **updated in place**.
-        x, z: (B, H, P). dt: (B, H). B, C: (B, G, N). The rest as in `ssd`.
-            For T tokens: x, z (B, T, H, P); dt (B, T, H); B, C (B, T, G, N).
-        backend: as in `ssd`; `reference` and `torch` are the same here.
+        x, z: (B, H, P), or (B, T, H, P) for T tokens.
+        dt: (B, H), or (B, T, H).
+        B, C: (B, G, N), or (B, T, G, N).
+        A, D, dt_bias, dt_softplus, dt_limit: as in `ssd`.
+        backend: see `ssm_kernels.use_backend`; `reference` is `torch` here.
+
+    Returns:
+        y of the shape and dtype of `x`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ssd`.
     """
-    if isinstance(x, Tensor) and x.dim() == 3:
-        one = [m if m is None else m.unsqueeze(1) for m in (x, dt, B, C, z)]
-        x, dt, B, C, z = one
-        return ssd_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, backend=backend).squeeze(1)
+    is_single = isinstance(x, Tensor) and x.dim() == 3
+    if is_single:
+        x, dt, B, C = (t.unsqueeze(1) for t in (x, dt, B, C))  # (B, 1, H, P), (B, 1, H), (B, 1, G, N)
+        z = None if z is None else z.unsqueeze(1)
     check_tensor("x", x, ("B", "T", "H", "P"))
     check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
     shape = (x.shape[0], *x.shape[2:], B.shape[3])
     check_tensor("state", state, shape, like=x, dtypes=(torch.float32, torch.float64))
     _check(x, dt, A, B, C, D, z, dt_bias, state)
     dt_limit = check_dt_limit(dt_limit)
-    if resolve_backend(backend, x.device, "ssd") == "triton":
-        with torch.no_grad():
-            return triton.ssd_step(state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, dt_limit)
-    compute = state.dtype
-    with torch.no_grad(), autocast_off(x.device):
-        dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, compute, softplus)
-        B, C = (m.to(compute).repeat_interleave(x.shape[2] // m.shape[2], dim=2) for m in (B, C))  # (B, T, H, N)
-        decay = torch.exp(dt * A.to(compute))
-        arriving = dt.unsqueeze(-1) * x
-        y = torch.empty(x.shape, dtype=compute, device=x.device)
-        for t in range(x.shape[1]):
-            state.mul_(decay[:, t, :, None, None])
-            state.addcmul_(arriving[:, t].unsqueeze(-1), B[:, t].unsqueeze(2))
-            y[:, t] = matmul(state, C[:, t].unsqueeze(-1)).squeeze(-1)
-        return _skip_and_gate(y, x, D, z, compute, silu)
+    implementation = triton if resolve_backend(backend, x.device, "ssd") == "triton" else pytorch
+    with torch.no_grad():
+        y = implementation.ssd_step(state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, dt_limit)
+    return y.squeeze(1) if is_single else y
 
 
-def _step_size(
-    dt: Tensor, bias: Tensor | None, positive: bool, limit: tuple, compute: torch.dtype, softplus: Callable
-) -> Tensor:
-    dt = dt.to(compute)
-    if bias is not None:
-        dt = dt + bias.to(compute)
-    if positive:
-        dt = softplus(dt)
-    return dt if tuple(limit) == (0.0, float("inf")) and positive else dt.clamp(*limit)
-
-
-def _skip_and_gate(
-    y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, compute: torch.dtype, silu: Callable
-) -> Tensor:
-    if D is not None:
-        y = y + (D if D.dim() == 2 else D.unsqueeze(-1)).to(compute) * x
-    if z is not None:
-        y = y * silu(z.to(compute))
-    return y.to(x.dtype)
-
-
-def _check(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_idx=None) -> None:
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> None:
     check_tensor("x", x, ("B", "L", "H", "P"))
     batch, length, heads, headdim = x.shape
     check_packing(batch, length, cu_seqlens, seq_idx)

@@ -1,10 +1,14 @@
-"""SSD in pure PyTorch at speed, on any device.
+"""SSD in pure PyTorch, fast on any device.
 
-Chunks of Q steps are a few matrix products (arXiv 2405.21060, section 6): the part of a chunk's output that comes
-from its own inputs is `(C B^T o M) x`, with M_ij = exp(a_i - a_j) dt_j for i >= j and a the running sum of dt A; the
-part that comes from before is `exp(a) C S`. A few chunks of several sequences and all heads, a segment, are computed
-at once, save for S, which is carried through them in order. The backward keeps S before each segment only, carries
-it through the segment again, and walks the segments in reverse.
+Chunks of Q steps are a few matrix products (arXiv 2405.21060, listing 1): the part of a chunk's output that comes from
+its own inputs is `(L o C B^T) dt x`, with L_ij = exp(a_i - a_j) for i >= j and a the cumulative sum of dt A; the part
+that comes from the state S before it is `exp(a) C S`. A segment is some chunks of several sequences; its chunks and
+heads are computed at once, save for S, which passes from chunk to chunk. The backward saves S before each segment only,
+recomputes it inside, and walks the segments in reverse.
+
+Letters: B batch, L length, H heads, P head dimension, N state, G groups, E = H / G heads a group, S sequences;
+m chunks of Q steps in a segment. Inside a segment the state is (m, G, N, E * P), so that what all heads of a group
+share is one matrix product.
 """
 
 from __future__ import annotations
@@ -17,24 +21,314 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
-from .._core.library import Gradient, define_op, unknown_size
-from .._core.varlen import Blocks, batch_by_length, parse_sequences
+from .._core.library import Gradient, autocast_off, define_op, unknown_size
+from .._core.varlen import Blocks, batch_by_length, parse_sequences, without_padding
 
-# Chunks of a sequence in a segment: more of them are fewer and larger operations on more scratch memory.
-SEGMENT = 8
-# Every chunk has the same number of steps, a multiple of CHUNK_MULTIPLE, and shorter sequences are padded: the length
-# of a product's sums, and whether an operand begins at a multiple of 64 bytes, decide how BLAS rounds. More steps than
-# LONGEST_CHUNK only make products larger: at 24 heads, P 64, N 128, 2048 steps took 62 ms at 64 and 136 ms at 256.
+CHUNKS_PER_SEGMENT = 8
+"""Chunks of a sequence in a segment: more of them are fewer and larger operations on more scratch memory."""
 CHUNK_MULTIPLE = 16
-LONGEST_CHUNK = 64
-# Elements of the states of a segment, which bounds how many sequences are scanned together.
-SEGMENT_ELEMENTS = 1 << 20
-# The exponential of so much overflows, and of its negative is 0.
+"""Divisor of the steps of every chunk; shorter sequences are padded.
+
+How BLAS rounds depends on the length of a product's sums and on whether an operand starts at a multiple of 64 bytes.
+"""
+MAX_CHUNK_SIZE = 64
+"""Most steps of a chunk. More only make products larger: at 24 heads, P 64, N 128, 2048 steps took 62 ms with chunks of
+64 and 136 ms with chunks of 256."""
+MAX_STATE_ELEMENTS = 1 << 20
+"""Elements of the states of a segment, which bounds how many sequences are scanned together."""
 MAX_LOG_DECAY = {torch.float32: 104.0, torch.float64: 746.0}
+"""exp of it overflows, exp of its negative is 0."""
 
 
-def scan(
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Scan with arguments in the canonical form of `reference.ssd`, and the same results.
+
+    Args:
+        chunk_size: most steps of a chunk.
+    """
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    x, dt = without_padding(x, cu_seqlens, seq_idx), without_padding(dt, cu_seqlens, seq_idx)
+    z = None if z is None else without_padding(z, cu_seqlens, seq_idx)
+    dt = step_size(dt, dt_bias, dt_softplus, compute_dtype, dt_limit)
+    chunk_size = -(-min(chunk_size, MAX_CHUNK_SIZE) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    A = A.to(compute_dtype)
+    y, final_states, _ = _forward_op(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size)
+    return skip_and_gate(y, x, D, z), final_states
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
+    compute_dtype = state.dtype
+    tokens, heads = x.shape[1:3]
+    with autocast_off(x.device):
+        dt = step_size(dt, dt_bias, dt_softplus, compute_dtype, dt_limit)
+        B, C = (t.to(compute_dtype).repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))  # (B, T, H, N)
+        decay = torch.exp(dt * A.to(compute_dtype))  # (B, T, H)
+        dt_x = dt.unsqueeze(-1) * x  # (B, T, H, P)
+        y = torch.empty(x.shape, dtype=compute_dtype, device=x.device)
+        for t in range(tokens):
+            # Equation 2: S_t = exp(dt A) S_{t-1} + dt x B^T, y_t = S_t C_t.
+            state.mul_(decay[:, t, :, None, None])
+            state.addcmul_(dt_x[:, t].unsqueeze(-1), B[:, t].unsqueeze(2))
+            y[:, t] = matmul(state, C[:, t].unsqueeze(-1)).squeeze(-1)
+        return skip_and_gate(y, x, D, z)
+
+
+# --- one segment ------------------------------------------------------------------------------------------------
+
+
+class _Segment:
+    """Inputs of m chunks, and the intermediate results that the forward and the backward share."""
+
+    def __init__(self, active: tuple[int, ...], a: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor):
+        self.active = active  # sequences that have a first, second, ... chunk here; their sum is m
+        self.x, self.dt, self.a = x, dt, a  # (m, Q, G, E, P), (m, Q, G, E), (G, E)
+        self.B, self.C = B.transpose(1, 2), C.transpose(1, 2)  # (m, G, Q, N)
+        self.cumsum = _exact_cumsum(dt * a)  # (m, Q, G, E) twice
+        coarse, fine = self.cumsum
+        self.decay_from_start = (coarse + fine).exp().unsqueeze(-1)  # (m, Q, G, E, 1)
+        self.decay_to_end = ((coarse[:, -1:] - coarse) + (fine[:, -1:] - fine)).exp().unsqueeze(-1)
+        self.chunk_decay = self.decay_from_start[:, -1:].transpose(1, 2)  # (m, G, 1, E, 1)
+        self.dt_x = x * dt.unsqueeze(-1)  # (m, Q, G, E, P)
+        self.dt_x_by_head = _by_head(self.dt_x)  # (m, G, E, Q, P)
+        self.decayed_input = _by_group(self.dt_x * self.decay_to_end)  # (m, G, Q, E * P)
+
+    def initial_states(self, state: Tensor) -> Tensor:
+        """Return the state before each chunk, (m, G, N, E * P).
+
+        `state` (n, G, N, E * P) is that of each sequence before the segment; it becomes that after it.
+        """
+        # Listing 1, step 2: the state that each chunk adds.
+        chunk_states = matmul(self.B.mT, self.decayed_input)  # (m, G, N, E * P)
+        return self._pass_states(state, chunk_states, reverse=False)
+
+    def _pass_states(self, state: Tensor, chunk_states: Tensor, reverse: bool) -> Tensor:
+        """Pass `state` over the chunks, in place, and return what each chunk starts from (listing 1, step 3)."""
+        heads = self.x.shape[3:]
+        before = torch.empty_like(chunk_states)
+        chunks = list(zip(*(t.split(self.active) for t in (before, chunk_states, self.chunk_decay)), strict=True))
+        for before_chunk, chunk_state, chunk_decay in reversed(chunks) if reverse else chunks:
+            active = state[: len(before_chunk)]
+            before_chunk.copy_(active)
+            active = active.unflatten(3, heads)  # (n, G, N, E, P)
+            torch.addcmul(chunk_state.unflatten(3, heads), active, chunk_decay, out=active)
+        return before
+
+    def undecayed_state_output(self, states: Tensor) -> Tensor:
+        """Return the outputs of the states before the chunks, without `decay_from_start`: (m, Q, G, E, P)."""
+        return matmul(self.C, states).unflatten(3, self.x.shape[3:]).transpose(1, 2)
+
+    def decay_matrix(self) -> Tensor:
+        """Return L of listing 1, exp(a_i - a_j) for i >= j and 0 above the diagonal, (m, G, E, Q, Q)."""
+        coarse, fine = (t.permute(0, 2, 3, 1).contiguous() for t in self.cumsum)  # (m, G, E, Q)
+        log_decay = coarse.unsqueeze(-1) - coarse.unsqueeze(-2)  # (m, G, E, Q, Q)
+        # Above the diagonal the exponential may overflow; `tril_` overwrites it.
+        return log_decay.add_(fine.unsqueeze(-1)).sub_(fine.unsqueeze(-2)).exp_().tril_()
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Return y (m, Q, G, E, P). `state`, of each sequence before the segment, becomes that after it."""
+        masked_scores = self.decay_matrix().mul_(matmul(self.C, self.B.mT).unsqueeze(2))  # (m, G, E, Q, Q)
+        # Listing 1, step 1: the output of the chunk's own inputs.
+        y_diag = matmul(masked_scores, self.dt_x_by_head).permute(0, 3, 1, 2, 4)  # (m, Q, G, E, P)
+        # Listing 1, step 4: the output of the state before the chunk.
+        return torch.addcmul(y_diag, self.undecayed_state_output(self.initial_states(state)), self.decay_from_start)
+
+    def backward(self, states: Tensor, dy: Tensor, dstate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of x, dt, B, C and a.
+
+        Args:
+            states: (m, G, N, E * P) before each chunk.
+            dy: (m, Q, G, E, P).
+            dstate: (n, G, N, E * P) gradient of each sequence's state after the segment; becomes that before it.
+        """
+        heads = self.x.shape[3:]
+        decay_matrix = self.decay_matrix()
+        masked_scores = decay_matrix * matmul(self.C, self.B.mT).unsqueeze(2)  # (m, G, E, Q, Q)
+        dy_by_head = _by_head(dy)  # (m, G, E, Q, P)
+        dmasked_scores = matmul(dy_by_head, self.dt_x_by_head.mT)  # (m, G, E, Q, Q)
+        dscores = decay_matrix.mul_(dmasked_scores).sum(2)  # (m, G, Q, Q)
+
+        decayed_dy = _by_group(dy * self.decay_from_start)  # (m, G, Q, E * P)
+        # The gradient of the state after each chunk.
+        dstates = self._pass_states(dstate, matmul(self.C.mT, decayed_dy), reverse=True)  # (m, G, N, E * P)
+        dC = matmul(dscores, self.B) + matmul(decayed_dy, states.mT)  # (m, G, Q, N)
+        dB = matmul(dscores.mT, self.C) + matmul(self.decayed_input, dstates.mT)  # (m, G, Q, N)
+        ddt_x_of_state = matmul(self.B, dstates).unflatten(3, heads).transpose(1, 2)  # (m, Q, G, E, P)
+        ddt_x_of_outputs = matmul(masked_scores.mT, dy_by_head).permute(0, 3, 1, 2, 4)  # (m, Q, G, E, P)
+        ddt_x = torch.addcmul(ddt_x_of_outputs, ddt_x_of_state, self.decay_to_end)
+
+        # The log decay dt A of step k acts on all that passes from before k to k or later. Each such term is added up
+        # as it is, not as a difference of running totals, which would cancel.
+        # From input j < k to output i >= k: the sum over i > j, at j = k - 1.
+        input_to_output = dmasked_scores.mul_(masked_scores).tril_(-1).cumsum(-1).tril_(-1).sum(-2)  # (m, G, E, Q)
+        input_to_output = input_to_output.roll(1, -1).permute(0, 3, 1, 2)  # (m, Q, G, E)
+        # From the state before the chunk to output i >= k.
+        state_to_output = (dy * self.undecayed_state_output(states)).sum(-1) * self.decay_from_start.squeeze(-1)
+        # From input j < k to the state after the chunk.
+        input_to_state = (self.dt_x * ddt_x_of_state).sum(-1) * self.decay_to_end.squeeze(-1)  # (m, Q, G, E)
+        input_to_state = F.pad(input_to_state[:, :-1], (0, 0, 0, 0, 1, 0)).cumsum(1)
+        # From the state before the chunk to the state after it.
+        chunk_decay = self.chunk_decay.view(len(dy), 1, *self.a.shape)
+        state_to_state = (states * dstates).unflatten(3, heads).sum((2, 4)).unsqueeze(1) * chunk_decay  # (m, 1, G, E)
+        dlog_decay = input_to_output + state_to_output.flip(1).cumsum(1).flip(1) + input_to_state + state_to_state
+
+        ddt_input = (ddt_x * self.x).sum(-1)  # (m, Q, G, E)
+        ddt = ddt_input + dlog_decay * self.a
+        dx, da = ddt_x.mul_(self.dt.unsqueeze(-1)), (dlog_decay * self.dt).sum((0, 1))
+        return dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2), da
+
+
+def _exact_cumsum(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cumulative sum of (m, Q, ...) over Q as two parts, whose differences are as exact as their terms.
+
+    A running sum is as precise as the largest terms in it, and so is the difference of two of them. Here the coarse
+    part sums the terms as multiples of a power of two so large that the sums are exact, and the fine part sums the
+    remainders. Terms are clamped to MAX_LOG_DECAY, whose exponential is infinite, or 0, already.
+    """
+    max_log_decay = MAX_LOG_DECAY[log_decay.dtype]
+    log_decay = log_decay.clamp(-max_log_decay, max_log_decay)
+    digits = 1 - math.log2(torch.finfo(log_decay.dtype).eps)
+    unit = 2.0 ** (math.ceil(math.log2(max_log_decay * log_decay.shape[1])) - digits)
+    coarse = (log_decay / unit).floor_().mul_(unit)
+    return coarse.cumsum(1), (log_decay - coarse).cumsum(1)
+
+
+def _by_group(t: Tensor) -> Tensor:
+    """(m, Q, G, E, P) -> (m, G, Q, E * P)"""
+    return t.transpose(1, 2).flatten(3)
+
+
+def _by_head(t: Tensor) -> Tensor:
+    """(m, Q, G, E, P) -> (m, G, E, Q, P)"""
+    return t.permute(0, 2, 3, 1, 4).contiguous()
+
+
+# --- all segments -----------------------------------------------------------------------------------------------
+
+
+class _SegmentIndex(NamedTuple):
+    """The chunks of a segment in tensors flattened over batch and length."""
+
+    blocks: Blocks
+    chunks: range
+    chunk_size: int
+    """Q, to which shorter blocks are padded."""
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Sequences in each chunk."""
+        return self.blocks.active[self.chunks.start : self.chunks.stop]
+
+    def gather(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B * L, ...) -> (m, Q, ...)"""
+        parts = [self.blocks.gather(k, flat, dtype) for k in self.chunks]
+        missing = self.chunk_size - parts[-1].shape[1]
+        if missing:  # the last chunk of all is shorter
+            parts[-1] = F.pad(parts[-1], (0, 0) * (flat.dim() - 1) + (0, missing))
+        return torch.cat(parts)
+
+    def scatter(self, part: Tensor, flat: Tensor) -> None:
+        """Write (m, Q, ...) to the positions in (B * L, ...) that `gather` reads."""
+        for k, block in zip(self.chunks, part.split(self.active), strict=True):
+            self.blocks.scatter(k, block[:, : self.blocks.size], flat)
+
+
+class _Layout:
+    """Sequences and sizes of one call: the order of its segments, and the shapes of inputs and states inside them."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        cu_seqlens: Tensor | None,
+        seq_idx: Tensor | None,
+        chunk_size: int,
+    ):
+        batch, length, heads, headdim = x.shape
+        groups, d_state = B.shape[2:]
+        self.sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
+        self.has_padding = bool(self.sequences.padding_runs(batch * length))
+        self.chunk_size = chunk_size
+        self.heads = (groups, heads // groups)  # (G, E)
+        self.headdim, self.d_state = headdim, d_state
+        self.a = A.view(self.heads)
+        self.initial_sequences, self.final_sequences = self.sequences.state_indices(x.device)
+
+    def batches(self) -> Iterator[tuple[Tensor, list[_SegmentIndex]]]:
+        """Yield sequences that are scanned together, by number, and their segments in order of time."""
+        longest = max(self.sequences.lengths, default=0)
+        chunks_each = min(CHUNKS_PER_SEGMENT, -(-longest // self.chunk_size))
+        state_size = self.a.numel() * self.headdim * self.d_state
+        max_sequences = max(1, MAX_STATE_ELEMENTS // max(1, chunks_each * state_size))
+        for members, blocks in batch_by_length(self.sequences, max_sequences, self.chunk_size, self.a.device):
+            chunks = range(len(blocks.active))
+            starts = chunks[::CHUNKS_PER_SEGMENT]
+            yield members, [_SegmentIndex(blocks, chunks[k : k + CHUNKS_PER_SEGMENT], self.chunk_size) for k in starts]
+
+    def segment(self, index: _SegmentIndex, inputs: list[Tensor]) -> _Segment:
+        """Gather x, dt, B and C of a segment from `inputs`, as `flatten` returns them."""
+        return _Segment(index.active, self.a, *(index.gather(t, self.a.dtype) for t in inputs))
+
+    def flatten(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
+        """(B, L, H, P), (B, L, H), (B, L, G, N) twice -> (B * L, G, E, P), (B * L, G, E), (B * L, G, N) twice."""
+        group_shape = (self.heads[0], self.d_state)
+        shapes = ((*self.heads, self.headdim), self.heads, group_shape, group_shape)
+        return [t.reshape(t.shape[0] * t.shape[1], *shape) for t, shape in zip((x, dt, B, C), shapes, strict=True)]
+
+    def states_of_sequences(self, rows: Tensor | None, sequences: Tensor) -> Tensor:
+        """Put `rows` (rows, H, P, N) at `sequences` among zero states of all sequences, (S, G, N, E * P)."""
+        groups, per_group = self.heads
+        states = self.a.new_zeros(len(self.sequences.lengths), groups, self.d_state, per_group * self.headdim)
+        if rows is not None:
+            by_group = rows.to(self.a.dtype).unflatten(1, self.heads)  # (rows, G, E, P, N)
+            states[sequences] = by_group.permute(0, 1, 4, 2, 3).flatten(3)
+        return states
+
+    def states_of_rows(self, states: Tensor, sequences: Tensor) -> Tensor:
+        """Take the states at `sequences`, as (rows, H, P, N). Inverse of `states_of_sequences`."""
+        by_group = states[sequences].unflatten(3, (self.heads[1], self.headdim))  # (rows, G, N, E, P)
+        return by_group.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+
+
+def _max_checkpoints(x: Tensor, n_sequences: int, chunk_size: int) -> int:
+    """Bound of the checkpoints, from shapes alone as tracing needs.
+
+    One more than the bound, so that tracing with a dynamic length need not know whether there is only one.
+    """
+    return x.shape[0] * x.shape[1] // (chunk_size * CHUNKS_PER_SEGMENT) + n_sequences + 1
+
+
+def _forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -44,281 +338,111 @@ def scan(
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """x (B, L, H, P); dt (B, L, H); A (H,); B, C (B, L, G, N) -> y like x and final states (rows, H, P, N)."""
-    steps = -(-min(chunk_size, LONGEST_CHUNK) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
-    y, final_states, _ = _forward_op(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, steps)
-    return y, final_states
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y, the final states, and the state of each sequence before each segment, (checkpoints, G, N, E * P)."""
+    layout = _Layout(x, A, B, cu_seqlens, seq_idx, chunk_size)
+    inputs = layout.flatten(x, dt, B, C)
+    y = A.new_zeros(x.shape) if layout.has_padding else A.new_empty(x.shape)
+    states = layout.states_of_sequences(initial_states, layout.initial_sequences)  # (S, G, N, E * P)
+    checkpoint_states = A.new_empty(_max_checkpoints(x, len(states), chunk_size), *states.shape[1:])
+    n_checkpoints = 0
+    for members, segment_indices in layout.batches():
+        state = states[members]
+        for index in segment_indices:
+            segment = layout.segment(index, inputs)
+            n = index.active[0]
+            checkpoint_states[n_checkpoints : n_checkpoints + n] = state[:n]
+            n_checkpoints += n
+            index.scatter(segment.forward(state), y.view_as(inputs[0]))
+        states[members] = state
+    checkpoint_states[n_checkpoints:] = 0  # unused rows
+    return y, layout.states_of_rows(states, layout.final_sequences), checkpoint_states
 
 
-# --- one segment ------------------------------------------------------------------------------------------------
-# Inside: m chunks of Q steps, first to last of several sequences; G groups, E = H / G heads a group. The state
-# is (m, G, N, E * P), so that what all heads of a group share is one matrix product.
-
-
-class _Segment:
-    """The inputs of some chunks and what both directions need of them."""
-
-    def __init__(self, counts: tuple[int, ...], a: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor):
-        self.counts = counts  # sequences that have a first, second, ... chunk here
-        self.x, self.dt, self.a = x, dt, a  # (m, Q, G, E, P), (m, Q, G, E), (G, E)
-        self.B, self.C = B.transpose(1, 2), C.transpose(1, 2)  # (m, G, Q, N)
-        self.log_decay = _running_sum(dt * a)  # (m, Q, G, E) twice
-        first, second = self.log_decay
-        self.from_start = (first + second).exp().unsqueeze(-1)
-        self.to_end = ((first[:, -1:] - first) + (second[:, -1:] - second)).exp().unsqueeze(-1)
-        self.whole = self.from_start[:, -1:].transpose(1, 2)  # (m, G, 1, E, 1)
-        self.input = x * dt.unsqueeze(-1)
-        self.input_heads = _by_head(self.input)
-        self.leaving = _by_group(self.input * self.to_end)
-
-    def states(self, carry: Tensor) -> Tensor:
-        """The state before each chunk, (m, G, N, E * P); `carry`, that of each sequence, moves to the end."""
-        return self._carried(carry, matmul(self.B.mT, self.leaving), reverse=False)
-
-    def _carried(self, carry: Tensor, arrivals: Tensor, reverse: bool) -> Tensor:
-        """What each chunk finds in `carry`, and leaves there decayed, with its arrivals added."""
-        heads = self.x.shape[3:]
-        found = torch.empty_like(arrivals)
-        runs = list(zip(*(m.split(self.counts) for m in (found, arrivals, self.whole)), strict=True))
-        for seen, arrived, whole in reversed(runs) if reverse else runs:
-            here = carry[: len(seen)]
-            seen.copy_(here)
-            here = here.unflatten(3, heads)
-            torch.addcmul(arrived.unflatten(3, heads), here, whole, out=here)
-        return found
-
-    def from_state(self, states: Tensor) -> Tensor:
-        """The output that comes from before the chunk, but for `from_start`, (m, Q, G, E, P)."""
-        return matmul(self.C, states).unflatten(3, self.x.shape[3:]).transpose(1, 2)
-
-    def decay_between(self) -> Tensor:
-        """exp(a_i - a_j) for i >= j, else 0, (m, G, E, Q, Q). What overflows above the diagonal is overwritten."""
-        first, second = (log.permute(0, 2, 3, 1).contiguous() for log in self.log_decay)
-        log = first.unsqueeze(-1) - first.unsqueeze(-2)
-        return log.add_(second.unsqueeze(-1)).sub_(second.unsqueeze(-2)).exp_().tril_()
-
-    def forward(self, carry: Tensor) -> Tensor:
-        """y (m, Q, G, E, P), from the state of each sequence, which moves to the segment's end."""
-        mix = self.decay_between().mul_(matmul(self.C, self.B.mT).unsqueeze(2))
-        own = matmul(mix, self.input_heads).permute(0, 3, 1, 2, 4)
-        return torch.addcmul(own, self.from_state(self.states(carry)), self.from_start)
-
-    def backward(self, states: Tensor, dy: Tensor, dcarry: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of x, dt, B, C and a. `dcarry`, of the states after the segment, becomes of those before."""
-        heads = self.x.shape[3:]
-        between = self.decay_between()
-        mix = between * matmul(self.C, self.B.mT).unsqueeze(2)
-        dy_heads = _by_head(dy)
-        dmix = matmul(dy_heads, self.input_heads.mT)  # (m, G, E, Q, Q)
-        dscores = between.mul_(dmix).sum(2)  # (m, G, Q, Q)
-
-        dy_decayed = _by_group(dy * self.from_start)
-        dnext = self._carried(dcarry, matmul(self.C.mT, dy_decayed), reverse=True)
-        dC = matmul(dscores, self.B) + matmul(dy_decayed, states.mT)
-        dB = matmul(dscores.mT, self.C) + matmul(self.leaving, dnext.mT)
-        from_next = matmul(self.B, dnext).unflatten(3, heads).transpose(1, 2)
-        dinput = torch.addcmul(matmul(mix.mT, dy_heads).permute(0, 3, 1, 2, 4), from_next, self.to_end)
-
-        # Step k's dt A decays whatever passes from before k to k or later. Each such passage is added up as it is,
-        # not as a difference of running totals, which would cancel.
-        inside = dmix.mul_(mix).tril_(-1).cumsum(-1).tril_(-1).sum(-2)  # (m, G, E, Q): i > j at j = k - 1
-        inside = inside.roll(1, -1).permute(0, 3, 1, 2)
-        out_of_state = (dy * self.from_state(states)).sum(-1) * self.from_start.squeeze(-1)  # (m, Q, G, E)
-        into_state = (self.input * from_next).sum(-1) * self.to_end.squeeze(-1)
-        through = (states * dnext).unflatten(3, heads).sum((2, 4)).unsqueeze(1) * self.whole.view(
-            len(dy), 1, *self.a.shape
-        )
-        before = F.pad(into_state[:, :-1], (0, 0, 0, 0, 1, 0)).cumsum(1)
-        dlog = inside + out_of_state.flip(1).cumsum(1).flip(1) + before + through
-
-        ddt = (dinput * self.x).sum(-1) + dlog * self.a
-        dx, da = dinput.mul_(self.dt.unsqueeze(-1)), (dlog * self.dt).sum((0, 1))
-        return dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2), da
-
-
-def _running_sum(log: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of (m, Q, ...) up to each step, as two parts, of which a difference is as exact as its own terms.
-
-    A running sum has the digits of the largest terms in it, and so has what is left of two of them. Here the first
-    part has the terms as multiples of a power of two so large that their sums are exact, and the second what remains
-    of them. No term need be larger than what makes 0, or infinity, of the exponential.
-    """
-    largest = MAX_LOG_DECAY[log.dtype]
-    log = log.clamp(-largest, largest)
-    digits = 1 - math.log2(torch.finfo(log.dtype).eps)
-    unit = 2.0 ** (math.ceil(math.log2(largest * log.shape[1])) - digits)
-    coarse = (log / unit).floor_().mul_(unit)
-    return coarse.cumsum(1), (log - coarse).cumsum(1)
-
-
-def _by_group(m: Tensor) -> Tensor:
-    """(m, Q, G, E, P) -> (m, G, Q, E * P)"""
-    return m.transpose(1, 2).flatten(3)
-
-
-def _by_head(m: Tensor) -> Tensor:
-    """(m, Q, G, E, P) -> (m, G, E, Q, P)"""
-    return m.permute(0, 2, 3, 1, 4).contiguous()
-
-
-# --- all segments -----------------------------------------------------------------------------------------------
-
-
-class _Place(NamedTuple):
-    """Where a segment lies."""
-
-    blocks: Blocks
-    chunks: range
-    steps: int
-    """Q, to which shorter blocks are padded."""
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        return self.blocks.active[self.chunks.start : self.chunks.stop]
-
-    def read(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B * L, ...) -> (m, Q, ...)"""
-        parts = [self.blocks.gather(k, flat, dtype) for k in self.chunks]
-        missing = self.steps - parts[-1].shape[1]
-        if missing:  # the last chunk of all is shorter
-            parts[-1] = F.pad(parts[-1], (0, 0) * (flat.dim() - 1) + (0, missing))
-        return torch.cat(parts)
-
-    def write(self, part: Tensor, flat: Tensor) -> None:
-        """(m, Q, ...) -> (B * L, ...)"""
-        for k, block in zip(self.chunks, part.split(self.counts), strict=True):
-            self.blocks.scatter(k, block[:, : self.blocks.size], flat)
-
-
-class _Problem:
-    """What both directions need of one call besides its tensors: where the segments lie, and shapes inside."""
-
-    def __init__(self, x, A, B, cu_seqlens, seq_idx, chunk_size):
-        batch, length, heads, headdim = x.shape
-        groups, n = B.shape[2:]
-        self.sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
-        self.has_gaps = bool(self.sequences.padding_runs(batch * length))
-        self.chunk_size = chunk_size
-        self.heads = (groups, heads // groups)
-        self.headdim, self.n = headdim, n
-        self.a = A.view(self.heads)
-        self.first, self.last = self.sequences.state_indices(x.device)
-
-    def tiles(self) -> Iterator[tuple[Tensor, list[_Place]]]:
-        """Sequences that are scanned together, by number, and their segments in order of time."""
-        chunks_each = min(SEGMENT, -(-max(self.sequences.lengths, default=0) // self.chunk_size))
-        state_size = self.a.numel() * self.headdim * self.n
-        width = max(1, SEGMENT_ELEMENTS // max(1, chunks_each * state_size))
-        for members, blocks in batch_by_length(self.sequences, width, self.chunk_size, self.a.device):
-            chunks = range(len(blocks.active))
-            yield members, [_Place(blocks, chunks[k : k + SEGMENT], self.chunk_size) for k in chunks[::SEGMENT]]
-
-    def segment(self, place: _Place, inputs: list[Tensor]) -> _Segment:
-        return _Segment(place.counts, self.a, *(place.read(m, self.a.dtype) for m in inputs))
-
-    def flat(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
-        """(B, L, H, P), (B, L, H), (B, L, G, N) twice -> (B * L, G, ...) each."""
-        inner = ((*self.heads, self.headdim), self.heads, (self.heads[0], self.n), (self.heads[0], self.n))
-        return [m.reshape(m.shape[0] * m.shape[1], *shape) for m, shape in zip((x, dt, B, C), inner, strict=True)]
-
-    def states(self, rows: Tensor | None, where: Tensor) -> Tensor:
-        """(rows, H, P, N) put at `where` among zero states of all sequences, (S, G, N, E * P)."""
-        groups, per_group = self.heads
-        states = self.a.new_zeros(len(self.sequences.lengths), groups, self.n, per_group * self.headdim)
-        if rows is not None:
-            inner = rows.to(self.a.dtype).unflatten(1, self.heads)  # (rows, G, E, P, N)
-            states[where] = inner.permute(0, 1, 4, 2, 3).flatten(3)
-        return states
-
-    def rows(self, states: Tensor, where: Tensor) -> Tensor:
-        """The inverse of `states`."""
-        inner = states[where].unflatten(3, (self.heads[1], self.headdim))  # (rows, G, N, E, P)
-        return inner.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
-
-
-def _n_checkpoints(x: Tensor, n_sequences: int, chunk_size: int) -> int:
-    """More than are kept, told from shapes alone as tracing needs.
-
-    One more, so that tracing with a dynamic length need not know whether there is only one.
-    """
-    return x.shape[0] * x.shape[1] // (chunk_size * SEGMENT) + n_sequences + 1
-
-
-def _forward(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
-    p = _Problem(x, A, B, cu_seqlens, seq_idx, chunk_size)
-    inputs = p.flat(x, dt, B, C)
-    y = A.new_zeros(x.shape) if p.has_gaps else A.new_empty(x.shape)
-    state = p.states(initial_states, p.first)
-    kept, n_kept = A.new_empty(_n_checkpoints(x, len(state), chunk_size), *state.shape[1:]), 0
-    for members, places in p.tiles():
-        carry = state[members]
-        for place in places:
-            segment = p.segment(place, inputs)
-            count = place.counts[0]
-            kept[n_kept : n_kept + count] = carry[:count]
-            n_kept += count
-            place.write(segment.forward(carry), y.view_as(inputs[0]))
-        state[members] = carry
-    kept[n_kept:] = 0  # rows to spare
-    return y, p.rows(state, p.last), kept
-
-
-def _backward(x, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx, chunk_size):
-    p = _Problem(x, A, B, cu_seqlens, seq_idx, chunk_size)
-    inputs, dy = p.flat(x, dt, B, C), dy.reshape(-1, *p.heads, p.headdim)
-    dstate = p.states(dfinal, p.last)
-    new = torch.zeros_like if p.has_gaps else torch.empty_like
-    grads = [new(m, memory_format=torch.contiguous_format) for m in (x, dt, B, C)]
-    grads_flat = p.flat(*grads)
-    da = torch.zeros_like(p.a)
-    n_kept = 0
-    for members, places in p.tiles():
-        dcarry = dstate[members]
-        counts = [place.counts[0] for place in places]
-        starts = kept[n_kept : n_kept + sum(counts)].split(counts)
-        n_kept += sum(counts)
-        for place, start in zip(reversed(places), reversed(starts), strict=True):
-            segment = p.segment(place, inputs)
-            states = segment.states(start.clone())
-            *grads_k, da_k = segment.backward(states, place.read(dy, A.dtype), dcarry)
-            da += da_k
-            for part, out in zip(grads_k, grads_flat, strict=True):
-                place.write(part, out)
-        dstate[members] = dcarry
-    dx, ddt, dB, dC = grads
-    return dx, ddt, da.view(A.shape), dB, dC, p.rows(dstate, p.first)
+def _backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    checkpoint_states: Tensor,
+    dy: Tensor,
+    dfinal_states: Tensor,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of x, dt, A, B, C and the initial states."""
+    layout = _Layout(x, A, B, cu_seqlens, seq_idx, chunk_size)
+    inputs, dy = layout.flatten(x, dt, B, C), dy.reshape(-1, *layout.heads, layout.headdim)  # (B * L, G, E, P)
+    dstates = layout.states_of_sequences(dfinal_states, layout.final_sequences)  # (S, G, N, E * P)
+    new = torch.zeros_like if layout.has_padding else torch.empty_like
+    dx, ddt, dB, dC = (new(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
+    flat_gradients = layout.flatten(dx, ddt, dB, dC)
+    da = torch.zeros_like(layout.a)  # (G, E)
+    n_checkpoints = 0
+    for members, segment_indices in layout.batches():
+        dstate = dstates[members]
+        active = [index.active[0] for index in segment_indices]
+        segment_states = checkpoint_states[n_checkpoints : n_checkpoints + sum(active)].split(active)
+        n_checkpoints += sum(active)
+        for index, segment_state in zip(reversed(segment_indices), reversed(segment_states), strict=True):
+            segment = layout.segment(index, inputs)
+            chunk_states = segment.initial_states(segment_state.clone())
+            *gradients, segment_da = segment.backward(chunk_states, index.gather(dy, A.dtype), dstate)
+            da += segment_da
+            for gradient, flat in zip(gradients, flat_gradients, strict=True):
+                index.scatter(gradient, flat)
+        dstates[members] = dstate
+    return dx, ddt, da.view(A.shape), dB, dC, layout.states_of_rows(dstates, layout.initial_sequences)
 
 
 # --- ops --------------------------------------------------------------------------------------------------------
 
 
+class _ArgumentGradients(NamedTuple):
+    """Gradients of the arguments of `ssd_torch`, in the order of its schema; None for what has none."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    initial_states: Tensor | None
+    cu_seqlens: None = None
+    seq_idx: None = None
+    chunk_size: None = None
+
+
 def _forward_fake(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
     batch, _, heads, headdim = x.shape
-    groups, n = B.shape[2:]
+    groups, d_state = B.shape[2:]
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    n_kept = _n_checkpoints(x, rows, chunk_size) if seq_idx is None else unknown_size(x)
-    kept = A.new_empty(n_kept, groups, n, heads // groups * headdim)
-    return A.new_empty(x.shape), A.new_empty(rows, heads, headdim, n), kept
+    n_checkpoints = _max_checkpoints(x, rows, chunk_size) if seq_idx is None else unknown_size(x)
+    checkpoint_states = A.new_empty(n_checkpoints, groups, d_state, heads // groups * headdim)
+    return A.new_empty(x.shape), A.new_empty(rows, heads, headdim, d_state), checkpoint_states
 
 
-def _backward_fake(x, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx, chunk_size):
-    grads = (m.new_empty(m.shape) for m in (x, dt, A, B, C))
-    return *grads, A.new_empty(dfinal.shape)
+def _backward_fake(x, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx, chunk_size):
+    dx, ddt, dA, dB, dC = (t.new_empty(t.shape) for t in (x, dt, A, B, C))
+    return dx, ddt, dA, dB, dC, A.new_empty(dfinal_states.shape)
 
 
 def _save(ctx, inputs, outputs):
     x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, ctx.chunk_size = inputs
-    ctx.save_for_backward(x, dt, A, B, C, outputs[2], cu_seqlens, seq_idx)
-    ctx.state_dtype = None if initial_states is None else initial_states.dtype
+    _, _, checkpoint_states = outputs
+    ctx.save_for_backward(x, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx)
+    ctx.initial_dtype = None if initial_states is None else initial_states.dtype
 
 
 @torch.autograd.function.once_differentiable
-def _gradients(ctx, dy, dfinal):
-    saved = ctx.saved_tensors
-    *grads, dinitial = _backward_op(*saved[:6], dy, dfinal, *saved[6:], ctx.chunk_size)
-    dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
-    return *grads, dinitial, None, None, None
+def _gradients(ctx, dy, dfinal_states):
+    x, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx = ctx.saved_tensors
+    dx, ddt, dA, dB, dC, dinitial_states = _backward_op(
+        x, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx, ctx.chunk_size
+    )
+    dinitial_states = None if ctx.initial_dtype is None else dinitial_states.to(ctx.initial_dtype)
+    return tuple(_ArgumentGradients(dx, ddt, dA, dB, dC, dinitial_states))
 
 
 _forward_op = define_op(
@@ -329,8 +453,8 @@ _forward_op = define_op(
     Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
-    "ssd_torch_backward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept, Tensor dy, Tensor dfinal,"
-    " Tensor? cu_seqlens, Tensor? seq_idx, int chunk_size)"
+    "ssd_torch_backward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor checkpoint_states, Tensor dy,"
+    " Tensor dfinal_states, Tensor? cu_seqlens, Tensor? seq_idx, int chunk_size)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

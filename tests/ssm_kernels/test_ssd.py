@@ -181,7 +181,7 @@ def test_routes_over_a_grid_agree():
 
     def both(x, dt, A, B, C, D, dt_bias):
         limit, codes = (0.0, float("inf")), (3, 0, 2, 1)
-        rest = (True, limit, None, 16, None, None)
+        rest = (True, limit, None, None, None, 16)
         y, final = triton.ssd(x, dt, A, B, C, D, None, dt_bias, *rest, codes, height)
         ys, finals = [], []
         for k, code in enumerate(codes):

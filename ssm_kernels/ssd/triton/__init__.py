@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core.library import Gradient, define_op, lazy_function
+from ..._core.varlen import without_padding
 from .arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
 
 
@@ -22,21 +23,19 @@ def ssd(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     initial_states: Tensor | None,
-    chunk_size: int,
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
+    chunk_size: int,
     directions: tuple[int, ...] = (),
     height: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Run the scan; arguments in the canonical form of `ssd`, D (H, P) or (H, 1).
+    """Scan with arguments in the canonical form of `reference.ssd`, and the same results.
 
     Args:
+        chunk_size: most steps of a chunk.
         directions: codes of scan directions in `cross_scan.CROSS`. With them, L is a row-major grid, and the G groups
             are as many equal runs as there are directions: each run is scanned along its own direction.
         height: rows of that grid.
-
-    Returns:
-        y (B, L, H, P) in the dtype of x, and the final states (rows, H, P, N).
     """
     # The gate is not in the kernels: Mamba-2 has its own in the norm, and here it would cost them registers.
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -46,7 +45,10 @@ def ssd(
         seq_idx=seq_idx, directions=list(directions), height=height, out_dtype=x.dtype if z is None else compute_dtype,
     )  # fmt: skip
     y, final_states = _forward_op(*arguments)
-    return y if z is None else (y * F.silu(z.to(compute_dtype))).to(x.dtype), final_states
+    if z is not None:
+        z = without_padding(z, cu_seqlens, seq_idx)
+        y = (y * F.silu(z.to(compute_dtype))).to(x.dtype)
+    return y, final_states
 
 
 def ssd_step(

@@ -8,6 +8,9 @@ adds to the state, `state_passing` turns that into the state before each segment
 Heads whose P channels do not fit in registers are cut in tiles, which are independent but for sums over P.
 """
 
+# The stubs know neither launches nor what jit functions return.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton

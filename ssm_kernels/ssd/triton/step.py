@@ -1,5 +1,8 @@
 """Decoding step of SSD in Triton: the recurrence itself, a token at a time."""
 
+# The stubs know neither launches nor what jit functions return.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch
