@@ -40,7 +40,7 @@ from vlmamba.commands import train_stages  # noqa: F401  imported once here, for
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, ImageProcessor, LMConfig, Tokenizer, VisionConfig, ViTConfig, VLMConfig
 from vlmamba.train import easy_vqa
-from vlmamba.train.data import Record
+from vlmamba.train.records import Record
 
 FORK = multiprocessing.get_context("fork")
 N_RECORDS = 48

@@ -14,10 +14,11 @@ from ..model.files import write_whole
 from ..model.hub import unshared
 from ..model.weights import load_into
 from . import easy_vqa, plots
-from .data import Conversations, Record
 from .demo import demo_tokenizer, kept_answers, new_model, train_encoder
 from .loop import train_stage
 from .recipes import TURNS, DemoRecipe, Family, tiny_config
+from .records import Record
+from .samples import Conversations
 
 KINDS: dict[Family, tuple[Kind, ...]] = {
     "vl-mamba": ("mlp", "vss-mlp", "vss-l2"),

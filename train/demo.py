@@ -20,10 +20,11 @@ from ..model.vlm import VLM
 from ..model.weights import load_into
 from . import easy_vqa, plots
 from .attribute_classifier import AttributeClassifier, AttributeImages, collate_moved
-from .data import Conversations, Record
 from .evaluate import answer_all
 from .loop import train_stage
 from .recipes import FAMILIES, TINY_VISION, TURNS, DemoRecipe, Family, tiny_config
+from .records import Record
+from .samples import Conversations
 from .track import read_metrics
 
 CATEGORIES = ("overall", "yes/no", "colour", "shape")

@@ -121,7 +121,7 @@ def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf
     filled parameter by parameter, so that no device ever holds all of them. With `bf16` blocks are gathered in bfloat16
     and gradients are summed in float32; inputs are not cast, so that a float32 residual stays so. What a scan is most
     sensitive to (A_log, D, the bias of the step size) is small: each rank has it whole, in float32 (see
-    `sum_whole_gradients`).
+    `average_replicated_gradients`).
 
     Raises:
         ValueError: the ranks have different models.
@@ -200,7 +200,7 @@ def gather_into(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
             own[name].copy_(full)
 
 
-def sum_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average over ranks the gradients of parameters that each rank has whole, as FSDP does those that it shards."""
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     if world_size() == 1 or not whole:

@@ -1,4 +1,4 @@
-"""The `easy-vqa` package's data: 5,000 images of one shape, 48,248 questions, 13 answers."""
+"""The easy-VQA dataset, from the package `easy-vqa`: 5,000 images of one shape, 48,248 questions, 13 answers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Literal
 
 from ..model.prompt import Turn
 from ..model.text_files import read_json
-from .data import Record, write_llava
+from .records import Record, write_llava
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 def load(split: Literal["train", "test"]) -> list[Record]:
-    """Questions, answers and images of a split, as the package has them.
+    """Load the questions, answers and images of a split.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -30,11 +30,18 @@ def load(split: Literal["train", "test"]) -> list[Record]:
 
 
 def export(folder: str | Path, n_turns: int = 6) -> list[Path]:
-    """Write the data in LLaVA's format: what `read_llava` and `vlmamba train` read.
+    """Write the dataset in LLaVA's format, which `read_llava` and `vlmamba train` read.
 
-    `captions.json` has a description of each training image whose questions tell enough, for the align stage;
+    `captions.json` has a description of each training image whose questions determine one, for the align stage;
     `train.json` the training questions joined to conversations of `n_turns`; `test.json` the test questions, one a
     record. Images are copied to `images/`.
+
+    Args:
+        folder: folder to write to.
+        n_turns: questions in a conversation of `train.json`.
+
+    Returns:
+        The annotation files written.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -49,38 +56,38 @@ def export(folder: str | Path, n_turns: int = 6) -> list[Path]:
         ("train", "train", conversations(train, n_turns)),
         ("test", "test", test),
     ):
-        here = [Record(r.turns, folder / "images" / split / r.image.name) for r in records]
+        copied = [Record(r.turns, folder / "images" / split / _path(r).name) for r in records]
         written.append(folder / f"{name}.json")
-        write_llava(here, written[-1], folder)
+        write_llava(copied, written[-1], folder)
     return written
 
 
 def category(answer: str) -> Literal["yes/no", "colour", "shape"]:
-    """What kind of question has this answer."""
+    """Category of the question that has this answer."""
     if answer in ("yes", "no"):
         return "yes/no"
     return "shape" if answer in SHAPES else "colour"
 
 
 def attributes(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
-    """Colour and shape of the images whose questions tell both.
+    """Colour and shape of each image whose questions determine both.
 
-    "What" questions tell one of the two outright; a question answered with yes that names both tells both.
+    "What" questions have one of the two as their answer; a statement that is true names what is in it.
     """
     found: dict[Path, dict[str, str]] = defaultdict(dict)
     for record in records:
         question, answer = (t.text for t in record.turns)
         if category(answer) != "yes/no":
-            found[record.image][category(answer)] = answer
+            found[_path(record)][category(answer)] = answer
         elif (answer == "yes") != bool({"no", "not"} & set(words := question.rstrip("?").split())):
             for word in words:
                 if word in SHAPES or word in COLOURS:
-                    found[record.image][category(word)] = word
+                    found[_path(record)][category(word)] = word
     return {image: (a["colour"], a["shape"]) for image, a in found.items() if len(a) == 2}
 
 
 def captions(records: Sequence[Record]) -> list[Record]:
-    """A description of each image whose questions tell enough, for the align stage."""
+    """Describe each image whose questions determine its colour and shape, for the align stage."""
     described = attributes(records)
     return [
         Record((Turn("user", "describe the image"), Turn("assistant", f"a {colour} {shape}")), image)
@@ -89,10 +96,10 @@ def captions(records: Sequence[Record]) -> list[Record]:
 
 
 def conversations(records: Sequence[Record], n_turns: int, seed: int = 0) -> list[Record]:
-    """Questions about one image joined, in an order drawn by the seed, to conversations of so many questions."""
+    """Join questions about the same image, in an order drawn from the seed, to conversations of `n_turns` questions."""
     about: dict[Path, list[Record]] = defaultdict(list)
     for record in records:
-        about[record.image].append(record)
+        about[_path(record)].append(record)
     rng = random.Random(seed)
     joined = []
     for image, group in about.items():
@@ -103,14 +110,19 @@ def conversations(records: Sequence[Record], n_turns: int, seed: int = 0) -> lis
 
 
 def scores(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
-    """Share of answers that equal the truth to the letter: overall and by category."""
-    right, total = Counter(), Counter()
+    """Exact-match accuracy, overall and by category."""
+    correct, total = Counter(), Counter()
     for record, answer in zip(records, answers, strict=True):
         truth = record.turns[1].text
         for name in ("overall", category(truth)):
             total[name] += 1
-            right[name] += answer.strip() == truth
-    return {name: right[name] / total[name] for name in ("overall", "yes/no", "colour", "shape") if total[name]}
+            correct[name] += answer.strip() == truth
+    return {name: correct[name] / total[name] for name in ("overall", "yes/no", "colour", "shape") if total[name]}
+
+
+def _path(record: Record) -> Path:
+    assert isinstance(record.image, Path)  # every record of easy-VQA has an image file
+    return record.image
 
 
 def _folder() -> Path:

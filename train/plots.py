@@ -1,19 +1,20 @@
-"""Pictures of a run. matplotlib is imported when one is drawn."""
+"""Plots of a run. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..model.image import open_image
-from .data import Record
+from .records import Record
+from .sources import read_image
 
 
 def learning_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Loss against step: a panel for each stage, a line for each model.
+    """Plot loss against step: a panel for each stage, a line for each model.
 
     Args:
         curves: stage -> model -> losses.
+        path: image file to write.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.2), squeeze=False)
@@ -30,7 +31,14 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], path: P
 
 
 def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]], path: Path, columns: int = 4) -> None:
-    """Images with question, truth and each model's answer."""
+    """Plot images with the question, the correct answer and each model's answer.
+
+    Args:
+        records: their images and first two turns are shown.
+        answers: model -> answers, one for each record.
+        path: image file to write.
+        columns: images in a row.
+    """
     plt = _pyplot()
     rows = -(-len(records) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows), squeeze=False)
@@ -38,11 +46,12 @@ def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]],
         axis.axis("off")
     for i, (axis, record) in enumerate(zip(axes.flat, records, strict=False)):
         question, truth = (t.text for t in record.turns[:2])
-        axis.imshow(open_image(record.image))
+        if record.image is not None:
+            axis.imshow(read_image(record.image))
         axis.set_title(f"{question}\ntruth: {truth}", fontsize=9)
-        for k, (name, given) in enumerate(answers.items()):
-            colour = "tab:green" if given[i] == truth else "tab:red"
-            axis.text(0.5, -0.06 - 0.1 * k, f"{name}: {given[i]}", transform=axis.transAxes, ha="center", va="top",
+        for k, (name, texts) in enumerate(answers.items()):
+            colour = "tab:green" if texts[i] == truth else "tab:red"
+            axis.text(0.5, -0.06 - 0.1 * k, f"{name}: {texts[i]}", transform=axis.transAxes, ha="center", va="top",
                       fontsize=9, color=colour)  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -50,7 +59,12 @@ def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]],
 
 
 def ablation_bars(table: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Accuracy of each variant: the mean over seeds as a bar, the seeds as dots."""
+    """Plot the accuracy of each variant: the mean over seeds as a bar, the seeds as dots.
+
+    Args:
+        table: variant -> accuracy with each seed.
+        path: image file to write.
+    """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(1.6 + 1.1 * len(table), 3.6))
     for x, values in enumerate(table.values()):
@@ -65,8 +79,9 @@ def ablation_bars(table: Mapping[str, Sequence[float]], path: Path) -> None:
     plt.close(figure)
 
 
-def _smooth(values: Sequence[float], over: int = 10) -> list[float]:
-    return [sum(values[max(0, i - over + 1) : i + 1]) / min(i + 1, over) for i in range(len(values))]
+def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
+    """Trailing mean."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
 def _pyplot():

@@ -1,8 +1,7 @@
-"""Where images lie: a folder, or an archive that is indexed once and then read at any place.
+"""Sources of images: a folder, or an archive that is indexed once and then read at random.
 
-A source answers two questions: is there an image of this name (`name in source`), and how to open it
-(`source[name]`, a path or a `Member`). Every read of an archive opens it anew, so that threads, forked and spawned
-processes share one without a lock.
+`name in source` tests for an image; `source[name]` is what `read_image` reads, a path or a `Member`. Every read opens
+the archive again, so that threads, forked and spawned processes share a source without a lock.
 """
 
 from __future__ import annotations
@@ -35,21 +34,21 @@ class Images(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def missing(self, name: str) -> str:
-        """Say why there is no image of that name."""
+        """Explain why there is no image of that name."""
         ...
 
     def __getitem__(self, name: str) -> Path | Member:
-        """What `open_picture` opens."""
+        """Location of an image, for `read_image`."""
         ...
 
 
 class Archive(Protocol):
-    """A file of files."""
+    """A tar or zip whose files are numbered."""
 
     path: Path
 
     def read(self, number: int) -> bytes:
-        """The content of a file."""
+        """Read a file by its number."""
         ...
 
 
@@ -77,11 +76,11 @@ class Member:
         return self.archive.read(self.number)
 
 
-def open_picture(image: Path | Member) -> Image.Image:
-    """An image of a source as RGB.
+def read_image(image: Path | Member) -> Image.Image:
+    """Read an image of a source as RGB.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, or damaged; it is named.
+        FileNotFoundError, ValueError: it does not exist or is damaged; the message names it.
     """
     if isinstance(image, Path):
         return open_image(image)
@@ -89,11 +88,11 @@ def open_picture(image: Path | Member) -> Image.Image:
 
 
 def open_source(path: str | Path) -> Images:
-    """The images of a folder, a `.zip` or a `.tar`.
+    """Index the images of a folder, a `.zip` or a `.tar`.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: it is neither, or the archive is damaged.
+        FileNotFoundError: the path does not exist.
+        ValueError: it is none of these, or the archive is damaged.
     """
     path = Path(path)
     if path.is_dir():
@@ -105,16 +104,16 @@ def open_source(path: str | Path) -> Images:
     if path.suffix == ".tar":
         return TarImages(path)
     raise ValueError(
-        f"images must be a folder, a .zip or a .tar, got {path}. A compressed tar has to be unpacked: it cannot be "
-        "read from the middle"
+        f"images must be a folder, a .zip or a .tar, got {path}. Decompress a compressed tar first: it has no "
+        "random access"
     )
 
 
 class FolderImages:
     """Images under a folder.
 
-    Whether they are there is told by listing each folder that is asked about, once: on a remote disk a request a
-    folder, not one an image.
+    Existence is looked up in a listing of each subfolder, read once: on a remote file system one request a folder, not
+    one an image.
     """
 
     def __init__(self, path: str | Path):
@@ -126,7 +125,7 @@ class FolderImages:
         if folder not in self._listed:
             try:
                 self._listed[folder] = frozenset(os.listdir(self.path / folder))
-            except OSError:  # no such folder; or a name that none can have
+            except OSError:  # no such folder, or a name that no folder can have
                 self._listed[folder] = frozenset()
         return base in self._listed[folder]
 
@@ -136,20 +135,20 @@ class FolderImages:
     def __getitem__(self, name: str) -> Path:
         return self.path / name
 
-    def forget(self) -> None:
-        """Give back the memory of the lists."""
+    def clear_cache(self) -> None:
+        """Free the memory of the listings."""
         self._listed.clear()
 
 
-class _Indexed(abc.ABC):
-    """Names of an archive's files and where they lie. Names are normalised: `./a//b.png` is `a/b.png`."""
+class _IndexedArchive(abc.ABC):
+    """Files of an archive by normalized name (`./a//b.png` is `a/b.png`) and by number."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.names: dict[str, int] = {}
         self.problems: dict[str, str] = {}
-        """Files that are in the archive but cannot be read, and why."""
-        self._ordered: dict[int, str] | None = None
+        """Files that cannot be read, with the reason."""
+        self._name_of: dict[int, str] | None = None
         with open(self.path, "rb") as file:
             self._stamp = stamp(file)
             self._index(file)
@@ -161,31 +160,32 @@ class _Indexed(abc.ABC):
     def read(self, number: int) -> bytes: ...
 
     def __contains__(self, name: str) -> bool:
-        return _normalised(name) in self.names
+        return _normalized(name) in self.names
 
     def missing(self, name: str) -> str:
-        """Say why there is no file of that name."""
-        problem = self.problems.get(_normalised(name))
+        """Explain why there is no file of that name."""
+        problem = self.problems.get(_normalized(name))
         return f"no image {name} in {self.path}" + (f": it is {problem}" if problem else "")
 
-    def __getitem__(self, name: str | int) -> Member:
-        """A file by its name, or by its number in the archive."""
-        if isinstance(name, int):
-            return Member(self, self.name(name), name)
+    def __getitem__(self, name: str) -> Member:
         if name not in self:
             raise FileNotFoundError(self.missing(name))
-        return Member(self, name, self.names[_normalised(name)])
+        return Member(self, name, self.names[_normalized(name)])
+
+    def member(self, number: int) -> Member:
+        """File of that number."""
+        return Member(self, self.name(number), number)
 
     def name(self, number: int) -> str:
-        """The name of a file by its number."""
-        if self._ordered is None:
-            self._ordered = {n: name for name, n in self.names.items()}
-        return self._ordered[number]
+        """Name of the file of that number."""
+        if self._name_of is None:
+            self._name_of = {n: name for name, n in self.names.items()}
+        return self._name_of[number]
 
     def _add(self, name: str, number: int, size: int) -> bool:
-        """Note a file, in place of one of the same name that came before; whether it can be read."""
+        """Add a file, in place of an earlier one of the same name. Returns whether it can be read."""
         if size > MAX_FILE_BYTES:
-            self._add_problem(name, f"too large: {size:,} bytes, where {MAX_FILE_BYTES:,} are the most")
+            self._add_problem(name, f"too large: {size:,} bytes, and at most {MAX_FILE_BYTES:,} are read")
             return False
         self.problems.pop(name, None)
         self.names[name] = number
@@ -195,26 +195,26 @@ class _Indexed(abc.ABC):
         self.names.pop(name, None)
         self.problems[name] = problem
 
-    def _bytes(self, begin: int, size: int) -> bytes:
+    def _bytes(self, start: int, size: int) -> bytes:
         try:
             file = open(self.path, "rb")
         except FileNotFoundError as e:
-            raise ChangedDataError(f"{self.path} is not there any more") from e
+            raise ChangedDataError(f"{self.path} does not exist any more") from e
         with file:
             if stamp(file) != self._stamp:
                 raise ChangedDataError(f"{self.path} has changed since it was read")
-            file.seek(begin)
+            file.seek(start)
             data = file.read(size)
         if len(data) != size:
-            raise ValueError(f"{self.path} is cut short: {size} bytes at {begin} are not all there")
+            raise ValueError(f"{self.path} is truncated: it ends within the {size} bytes at {start}")
         return data
 
 
-class TarImages(_Indexed):
-    """Files of an uncompressed tar. A name that comes twice is the last of that name, as in unpacking.
+class TarImages(_IndexedArchive):
+    """Files of an uncompressed tar. Of several files of one name the last counts, as in unpacking.
 
-    Links are followed within the archive: a hard link to the file of its target's name that came before it, a symbolic
-    link to the one that is there in the end.
+    Links are followed within the archive: a hard link to the last file of its target's name before it, a symbolic link
+    to the last one of all.
     """
 
     def _index(self, file: BinaryIO) -> None:
@@ -222,18 +222,18 @@ class TarImages(_Indexed):
         symlinks: dict[str, str] = {}
         try:
             for entry in tar_entries(file):
-                name = _normalised(entry.name)
-                if _is_litter(name):
+                name = _normalized(entry.name)
+                if _is_metadata(name):
                     continue
                 symlinks.pop(name, None)
                 if entry.kind == "symlink":
                     self._add_problem(name, f"a link to {entry.target}, which is not in the archive")
                     if not entry.target.startswith("/"):
-                        symlinks[name] = _normalised(posixpath.join(posixpath.dirname(name), entry.target))
+                        symlinks[name] = _normalized(posixpath.join(posixpath.dirname(name), entry.target))
                     continue
-                target = _normalised(entry.target)
+                target = _normalized(entry.target)
                 if entry.kind == "file":
-                    span = (entry.begin, entry.size)
+                    span = (entry.start, entry.size)
                 elif target in self.names:
                     span = spans[self.names[target]]
                 else:
@@ -244,73 +244,73 @@ class TarImages(_Indexed):
                 if self._add(name, len(spans), span[1]):
                     spans.append(span)
         except TarError as e:
-            raise ValueError(f"{self.path} is damaged or cut short, or not an uncompressed tar: {e}") from e
+            raise ValueError(f"{self.path} is damaged or truncated, or not an uncompressed tar: {e}") from e
         if not self.names and not self.problems:
-            raise ValueError(f"{self.path} is damaged or cut short: it is a tar without a file")
+            raise ValueError(f"{self.path} is damaged or truncated: it is a tar without any file")
         for name in symlinks:
-            target, passed = name, set()
-            while target in symlinks and target not in passed:
-                passed.add(target)
+            target, visited = name, set()
+            while target in symlinks and target not in visited:  # a cycle ends at a name that is no file
+                visited.add(target)
                 target = symlinks[target]
             if target in self.names:
                 span = spans[self.names[target]]
                 if self._add(name, len(spans), span[1]):
                     spans.append(span)
         self.spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
-        """Offset and size of each file, in bytes."""
+        """Offset and size of each file in bytes, int64 (files, 2)."""
 
     def read(self, number: int) -> bytes:
         return self._bytes(*self.spans[number].tolist())
 
 
-class ZipImages(_Indexed):
-    """Files of a zip, stored or deflated. A name that comes twice is the last of that name."""
+class ZipImages(_IndexedArchive):
+    """Files of a zip, stored or deflated. Of several files of one name the last counts."""
 
     def _index(self, file: BinaryIO) -> None:
         entries = []
         try:
             with zipfile.ZipFile(file) as archive:
                 listed = archive.infolist()
-            n_files = _entries_of_zip(file)
+            n_files = _zip_file_count(file)
         except MemoryError:
             raise
         except Exception as e:  # zipfile raises many kinds for a damaged directory
-            raise ValueError(f"{self.path} is damaged or cut short, or not a zip: {e}") from e
+            raise ValueError(f"{self.path} is damaged or truncated, or not a zip: {e}") from e
         if n_files != len(listed):
             raise ValueError(
-                f"{self.path} is damaged or cut short: its directory has {len(listed):,} of {n_files:,} files"
+                f"{self.path} is damaged or truncated: its directory has {len(listed):,} of {n_files:,} files"
             )
         total = self._stamp[0]
         for entry in listed:
-            name = _normalised(entry.filename)
-            if entry.is_dir() or _is_litter(name):
+            name = _normalized(entry.filename)
+            if entry.is_dir() or _is_metadata(name):
                 continue
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 self._add_problem(name, "encrypted, or neither stored nor deflated")
             elif not 0 <= entry.header_offset <= total - entry.compress_size:
-                self._add_problem(name, "damaged: by the directory it lies outside of the archive")
+                self._add_problem(name, "damaged: the directory places it outside of the archive")
             elif self._add(name, len(entries), max(entry.file_size, entry.compress_size)):
-                written = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
+                raw_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
                 sizes = entry.compress_size, entry.file_size
-                entries.append((entry.header_offset, *sizes, entry.compress_type, entry.CRC, zlib.crc32(written)))
+                entries.append((entry.header_offset, *sizes, entry.compress_type, entry.CRC, zlib.crc32(raw_name)))
         self.entries = np.array(entries, dtype=np.int64).reshape(-1, 6)
-        """Of each file: offset, sizes in the archive and inflated, method, checksums of its content and its name."""
+        """Offset, compressed and inflated bytes, method, CRC-32 of content and of name: int64 (files, 6)."""
 
     def read(self, number: int) -> bytes:
-        begin, size, whole, method, checksum, name_checksum = self.entries[number].tolist()
-        # The local header is 30 bytes, a name and extra fields; these may differ from those of the directory.
-        mark, name_size, extra = struct.unpack("<4s22x2H", self._bytes(begin, 30))
-        if mark != b"PK\3\4" or zlib.crc32(self._bytes(begin + 30, name_size)) != name_checksum:
-            raise self._damaged(number, "its header is not where the directory says")
-        data = self._bytes(begin + 30 + name_size + extra, size)
+        start, size, inflated_size, method, checksum, name_checksum = self.entries[number].tolist()
+        # A local header is 30 bytes, the name, and extra fields whose size may differ from the directory's.
+        mark, name_size, extra = struct.unpack("<4s22x2H", self._bytes(start, 30))
+        if mark != b"PK\3\4" or zlib.crc32(self._bytes(start + 30, name_size)) != name_checksum:
+            raise self._damaged(number, "its header is not at the offset in the directory")
+        data = self._bytes(start + 30 + name_size + extra, size)
         if method == zipfile.ZIP_DEFLATED:
             inflater = zlib.decompressobj(-zlib.MAX_WBITS)
             try:
-                data = inflater.decompress(data, whole + 1)  # a byte more shows that it is longer than it says
+                data = inflater.decompress(data, inflated_size + 1)  # one more byte detects a longer file
             except zlib.error as e:
                 raise self._damaged(number, str(e)) from e
-        if len(data) != whole:
-            raise self._damaged(number, f"it has not the {whole:,} bytes that the directory says")
+        if len(data) != inflated_size:
+            raise self._damaged(number, f"it does not have the {inflated_size:,} bytes of the directory")
         if zlib.crc32(data) != checksum:
             raise self._damaged(number, "its checksum is wrong")
         return data
@@ -320,23 +320,23 @@ class ZipImages(_Indexed):
 
 
 def stamp(file: BinaryIO) -> tuple[int, int]:
-    """Size and time of the last change of an open file."""
+    """Size and modification time of an open file, to detect changes."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
 
-def _normalised(name: str) -> str:
+def _normalized(name: str) -> str:
     return posixpath.normpath(name).lstrip("/")
 
 
-def _is_litter(name: str) -> bool:
-    """Whether a file is what macOS or an old tar leaves behind: `._a.png`, `__MACOSX/`, `PaxHeaders.1/a.png`."""
+def _is_metadata(name: str) -> bool:
+    """Whether macOS or an old tar left the file behind: `._a.png`, `__MACOSX/`, `PaxHeaders.1/a.png`."""
     *folders, base = name.split("/")
     return base.startswith("._") or any(f == "__MACOSX" or f.startswith("PaxHeader") for f in folders)
 
 
-def _entries_of_zip(file: BinaryIO) -> int:
-    """Count of files by the end of a zip's directory (APPNOTE 4.3.16; 4.3.14 where it is too large for that)."""
+def _zip_file_count(file: BinaryIO) -> int:
+    """File count in the end of a zip's directory (APPNOTE 4.3.16, or 4.3.14 where it does not fit there)."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - (1 << 16) - 22))
     tail = file.read()
@@ -347,5 +347,5 @@ def _entries_of_zip(file: BinaryIO) -> int:
         file.seek(record)
         mark, count = struct.unpack("<4s28xQ", file.read(40))
         if mark != b"PK\6\6":
-            raise ValueError("the end of its zip64 directory is not where it should be")
+            raise ValueError("the end of its zip64 directory is missing")
     return count

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from ..model.files import continue_json_lines, json_lines
 from ..model.generation.config import GenerationConfig
-from .data import Record
 from .distributed import rank
-from .sources import open_picture
+from .records import Record
+from .sources import read_image
 
 
 class Tracker:
@@ -164,7 +164,7 @@ class SampleAnswers:
     def _ask(self, model: nn.Module) -> list[str]:
         was_training, shards = model.training, [m for m in model.modules() if isinstance(m, FSDPModule)]
         device = next((p.device.type for p in model.parameters()), "cpu")
-        images = [r.image and open_picture(r.image) for r in self.records]
+        images = [r.image and read_image(r.image) for r in self.records]
         for module in shards:
             module.unshard()  # what is read past a module's forward too
         # Gathered weights do not stay in their place, as a graph would need them to; under autocast there is none.

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from vlmamba.train import sources, tar_index
-from vlmamba.train.data import read_llava
 from vlmamba.train.errors import BrokenDataError
-from vlmamba.train.sources import TarImages, ZipImages, open_picture, open_source
+from vlmamba.train.records import read_llava
+from vlmamba.train.sources import TarImages, ZipImages, open_source, read_image
 
 GNU_TAR = shutil.which("tar")
 needs_gnu_tar = pytest.mark.skipif(
@@ -176,7 +176,7 @@ def test_a_tar_cut_anywhere_is_said(tmp_path):
         (tmp_path / "b.tar").write_bytes(whole[:size])
         if size < end:
             with pytest.raises(
-                ValueError, match=r"b.tar is damaged or cut short, or not an uncompressed tar: .* at byte"
+                ValueError, match=r"b.tar is damaged or truncated, or not an uncompressed tar: .* at byte"
             ):
                 read_llava(tmp_path / "b.tar", max_broken=0.9)
         else:
@@ -186,7 +186,7 @@ def test_a_tar_cut_anywhere_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda d: bytes(len(d)), "it is a tar without a file"),
+        (lambda d: bytes(len(d)), "it is a tar without any file"),
         (
             lambda d: d[:3072] + bytes(1024) + d[4096:],
             "zeros where a header must be, and data after them, at byte 3,072",
@@ -200,7 +200,7 @@ def test_a_tar_cut_anywhere_is_said(tmp_path):
 def test_zeros_and_what_is_no_tar_are_named_with_their_place(tmp_path, spoil, message):
     whole = write_tar(tmp_path / "a.tar", SMALL).read_bytes()
     (tmp_path / "a.tar").write_bytes(spoil(whole))
-    with pytest.raises(ValueError, match=rf"a.tar is damaged or cut short.*({message})"):
+    with pytest.raises(ValueError, match=rf"a.tar is damaged or truncated.*({message})"):
         read_llava(tmp_path / "a.tar", max_broken=0.9)
 
 
@@ -256,10 +256,10 @@ def test_links_are_followed_within_the_archive(tmp_path):
         ("b/5.json", record()), ("b/5.png", HARD("b/3.png")),
     ]  # fmt: skip
     found = read_llava(write_tar(tmp_path / "s.tar", entries))
-    colours = [open_picture(r.image).getpixel((0, 0)) for r in found]
+    colours = [read_image(r.image).getpixel((0, 0)) for r in found]
     assert len(found) == found.n_with_image == 7
     assert sorted(colours) == [(0, 0, 255)] * 2 + [(255, 0, 0)] * 5
-    assert found.where(0).endswith("s.tar, a/0.json")
+    assert found.location(0).endswith("s.tar, a/0.json")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_link_to_nothing_is_the_fault_of_its_record(tmp_path, link, message, t
                ("c.json", record("a")), ("d.json", record("a"))]  # fmt: skip
     path = write_tar(tmp_path / "s.tar", entries)
     found = read_llava(path, max_broken=0.9)
-    assert [found.where(i)[-6:] for i in range(len(found))] == ["0.json", "2.json"]
+    assert [found.location(i)[-6:] for i in range(len(found))] == ["0.json", "2.json"]
     assert any(f"s.tar, 1.json: {message}".replace("\\", "") in reason for reason in found.broken)
     with pytest.raises(
         FileNotFoundError, match=f"no image 1.png in .*s.tar: it is {message.removeprefix('1.png is ')}"
@@ -294,8 +294,8 @@ def test_a_link_to_nothing_is_the_fault_of_its_record(tmp_path, link, message, t
     [
         ([("1.json", record())], "a question has <image>, but the record names no image"),
         ([("1.json", record("a", image="1.png"))], "it names the image 1.png, but the shard has none for it"),
-        ([("1.json", record("a")), ("1.heic", b"x")], "its image is in a format that is not read: 1.heic"),
-        ([("1.json", record("a")), ("1.eps", b"x")], "its image is in a format that is not read: 1.eps"),
+        ([("1.json", record("a")), ("1.heic", b"x")], "its image has an unsupported format: 1.heic"),
+        ([("1.json", record("a")), ("1.eps", b"x")], "its image has an unsupported format: 1.eps"),
         ([("1.heic", b"x")], "an image without a .json beside it: 1.heic"),
         ([("1.json", record()), ("1.png", png()), ("1.jpg", png())], "it has several images: 1.png, 1.jpg"),
         ([("1.json", b"[" * 100_000), ("1.png", png())], "not valid JSON: it is nested too deeply"),
@@ -381,7 +381,7 @@ def test_a_zip_cut_anywhere_is_said(tmp_path):
     whole = write_zip(tmp_path / "a.zip", [(f"{i}.png", b"x" * 40) for i in range(4)]).read_bytes()
     for size in range(len(whole)):
         (tmp_path / "a.zip").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"a.zip is damaged or cut short, or not a zip"):
+        with pytest.raises(ValueError, match=r"a.zip is damaged or truncated, or not a zip"):
             ZipImages(tmp_path / "a.zip")
 
 
@@ -389,7 +389,7 @@ def test_a_file_that_inflates_too_much_is_refused_by_the_directory_and_by_the_st
     path = write_zip(tmp_path / "a.zip", [("bomb.png", bytes(5000)), ("a.png", png())])
     monkeypatch.setattr(sources, "MAX_FILE_BYTES", 4000)
     source = ZipImages(path)
-    with pytest.raises(FileNotFoundError, match="bomb.png in .*: it is too large: 5,000 bytes, where 4,000 are"):
+    with pytest.raises(FileNotFoundError, match="bomb.png in .*: it is too large: 5,000 bytes, and at most 4,000 are"):
         source["bomb.png"]
     assert source["a.png"].read() == png()
     (tmp_path / "d.jsonl").write_bytes(record(image="bomb.png"))
@@ -400,7 +400,7 @@ def test_a_file_that_inflates_too_much_is_refused_by_the_directory_and_by_the_st
     assert struct.unpack_from("<I", data, at) == (5000,)
     struct.pack_into("<I", data, at, 100)  # a lie
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="bomb.png in .* is damaged: it has not the 100 bytes"):
+    with pytest.raises(ValueError, match="bomb.png in .* is damaged: it does not have the 100 bytes"):
         ZipImages(path)["bomb.png"].read()
     tar = write_tar(tmp_path / "a.tar", [("bomb.png", bytes(5000)), ("a.png", png())])
     assert "bomb.png" not in open_source(tar) and "a.png" in open_source(tar)

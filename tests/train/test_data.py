@@ -21,17 +21,18 @@ from vlmamba import cli
 from vlmamba.model import VLM, GenerationConfig, Tokenizer, Turn, collate
 from vlmamba.model.image import open_image
 from vlmamba.model.prompt import IGNORE, get_template
-from vlmamba.train import data, easy_vqa
+from vlmamba.train import easy_vqa, json_records
 from vlmamba.train.ablate import ablation_table, variants
 from vlmamba.train.attribute_classifier import AttributeClassifier, AttributeImages, collate_moved
 from vlmamba.train.config import StageConfig
-from vlmamba.train.data import Conversations, Record, read_llava, write_llava
 from vlmamba.train.demo import results_table
 from vlmamba.train.errors import BrokenDataError, ChangedDataError
 from vlmamba.train.evaluate import answer_all
 from vlmamba.train.loop import train_stage
 from vlmamba.train.recipes import FAMILIES, tiny_config
-from vlmamba.train.sources import open_picture, open_source
+from vlmamba.train.records import Record, read_llava, write_llava
+from vlmamba.train.samples import Conversations
+from vlmamba.train.sources import open_source, read_image
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ MALFORMED = [
     (
         "d.jsonl",
         GOOD.replace('"red.png"', '["red.png", "blue.png"]'),
-        "line 1: `image` must be one name, got 2: several",
+        "line 1: `image` must be one name, got 2: a conversation",
     ),
     ("d.jsonl", GOOD.replace('"red.png"', "7"), "line 1: `image` must be one name, got 7"),
     ("d.jsonl", GOOD[: GOOD.index(', {"from": "gpt')] + "]}", "the last turn must be an answer"),
@@ -125,18 +126,18 @@ def test_many_missing_images_are_counted_and_the_first_few_named(images):
         read_llava(images / "d.jsonl", max_broken=0.69)
     left = read_llava(images / "d.jsonl", max_broken=0.7)
     assert len(left.broken) == 7 and "gone6.png" in left.broken[-1]
-    assert len(left) == 3 and left.where(2) == f"{images / 'd.jsonl'}, line 3"
+    assert len(left) == 3 and left.location(2) == f"{images / 'd.jsonl'}, line 3"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GOOD, "must hold a list of records, but begins with '{'"),
-        ("", "must hold a list of records, but begins with ''"),
-        (f"[{GOOD}, ", r"is cut short \(record 1, after byte"),
-        (f"[{GOOD}", r"is cut short \(record 1, after byte"),
+        (GOOD, "must hold a list of records, but starts with '{'"),
+        ("", "must hold a list of records, but starts with ''"),
+        (f"[{GOOD}, ", r"is truncated \(record 1, after byte"),
+        (f"[{GOOD}", r"is truncated \(record 1, after byte"),
         (f"[{GOOD} {GOOD}]", "has '{' where a comma must be"),
-        (f"[{GOOD}] 5", "goes on after the end"),
+        (f"[{GOOD}] 5", "has text after the end"),
         (f'[{GOOD}, {{"a": nothing, "b": "{"x" * 200}"}}]', "is not valid JSON: Expecting value .record 1"),
     ],
 )
@@ -147,18 +148,18 @@ def test_a_file_that_is_no_list_is_said(images, text, message):
 
 
 def test_a_list_cut_anywhere_is_cut_short(images, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 7)
+    monkeypatch.setattr(json_records, "READ_BYTES", 7)
     text = json.dumps([json.loads(GOOD.replace('"a"', '"\\u00fc \\n \\" é 漢"'))] * 2, ensure_ascii=False).encode()
     for end in range(1, len(text)):
         (images / "d.json").write_bytes(text[:end])
-        with pytest.raises(ValueError, match="d.json (is cut short|is not UTF-8)"):
+        with pytest.raises(ValueError, match="d.json (is truncated|is not UTF-8)"):
             read_llava(images / "d.json")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_records_are_found_whatever_the_piece_of_the_file(images, monkeypatch, chunk, ascii_only):
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(json_records, "READ_BYTES", chunk)
     texts = ["naïve 漢字 🙂", 'quote " and \\ slash', "x" * 50]
     items = [{"image": "red.png", "conversations": [{"from": "human", "value": t}, {"from": "gpt", "value": t}]}
              for t in texts]  # fmt: skip
@@ -166,7 +167,7 @@ def test_records_are_found_whatever_the_piece_of_the_file(images, monkeypatch, c
     found = read_llava(images / "d.json")
     assert [r.turns[1].text for r in found] == texts
     assert [r.turns[0].text for r in found[1:]] == texts[1:]
-    assert [found.where(i)[-8:] for i in range(3)] == ["record 0", "record 1", "record 2"]
+    assert [found.location(i)[-8:] for i in range(3)] == ["record 0", "record 1", "record 2"]
 
 
 def test_several_files_are_mixed_each_with_its_images(images, tmp_path):
@@ -196,7 +197,7 @@ def test_annotations_that_change_under_the_training_are_noticed(images):
     with pytest.raises(ChangedDataError, match="d.jsonl has changed since it was read"):
         found[0]
     (images / "d.jsonl").unlink()
-    with pytest.raises(ChangedDataError, match="d.jsonl is not there any more"):
+    with pytest.raises(ChangedDataError, match="d.jsonl does not exist any more"):
         found[0]
 
 
@@ -227,7 +228,7 @@ def test_images_in_an_archive_are_those_of_the_folder(images, kind):
     packed = pickle.loads(pickle.dumps(read_llava(images / "d.jsonl", path)))
     model = VLM(tiny_config("vl-mamba", TOKENIZER.vocab_size), TOKENIZER)
     for record, name in zip(packed, ("red", "blue"), strict=True):
-        assert list(open_picture(record.image).getcolors()) == list(open_image(images / f"{name}.png").getcolors())
+        assert list(read_image(record.image).getcolors()) == list(open_image(images / f"{name}.png").getcolors())
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         seen = list(pool.map(Conversations(packed, model).__getitem__, [0, 1] * 20))
     assert all(torch.equal(s.images[0], seen[i % 2].images[0]) for i, s in enumerate(seen))
@@ -242,16 +243,16 @@ def test_a_damaged_archive_is_named(images, kind):
     path = archive(images, kind)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if kind == "zip" else whole[: whole.rindex(b"\x89PNG") + 20])
-    with pytest.raises(ValueError, match=f"images.{kind} is damaged or cut short"):
+    with pytest.raises(ValueError, match=f"images.{kind} is damaged or truncated"):
         open_source(path)
     path.write_bytes(b"nothing of the kind" * 100)
     with pytest.raises(ValueError, match=f"images.{kind} is damaged"):
         open_source(path)
     at = whole.index(b"IDAT") + 6
     path.write_bytes(whole[:at] + bytes(b ^ 255 for b in whole[at : at + 20]) + whole[at + 20 :])
-    reason = "is damaged: its checksum is wrong" if kind == "zip" else "is damaged or cut short"
+    reason = "is damaged: its checksum is wrong" if kind == "zip" else "is damaged or (truncated|cut short)"
     with pytest.raises(ValueError, match=rf"red.png in \S*images.{kind} {reason}"):
-        open_picture(open_source(path)["red.png"])
+        read_image(open_source(path)["red.png"])
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -264,7 +265,7 @@ def test_an_archive_that_changes_under_the_training_is_noticed(images, kind):
     with pytest.raises(ChangedDataError, match=f"images.{kind} has changed since it was read"):
         conversations[0]
     path.unlink()
-    with pytest.raises(ChangedDataError, match=f"images.{kind} is not there any more"):
+    with pytest.raises(ChangedDataError, match=f"images.{kind} does not exist any more"):
         conversations[0]
 
 
@@ -286,10 +287,10 @@ def test_webdataset_shards_are_records_and_images(images):
     shard(folder, "s-01.tar", {"in/000.json": text.encode(), "in/000.png": blue})
     for path in (folder, f"{folder}/s-{{00..01}}.tar"):
         found = read_llava(path)
-        colours = [r.image and open_picture(r.image).getpixel((0, 0)) for r in found]
+        colours = [r.image and read_image(r.image).getpixel((0, 0)) for r in found]
         assert colours == [(255, 0, 0), None, (0, 0, 255)]
         assert found[1].turns == (Turn("user", "a"), Turn("assistant", "b"))
-        assert found.where(2) == f"{folder / 's-01.tar'}, in/000.json"
+        assert found.location(2) == f"{folder / 's-01.tar'}, in/000.json"
     assert [len(read_llava(p)) for p in (folder / "s-00.tar", [folder, folder / "s-01.tar"])] == [2, 4]
     with pytest.raises(FileNotFoundError, match="no annotations at .*s-02.tar"):
         read_llava(f"{folder}/s-{{00..02}}.tar")
@@ -311,7 +312,7 @@ def test_text_beyond_the_context_is_cut_away_and_an_answer_beyond_it_is_broken(i
     cut = Conversations(records(images), model, max_tokens=n_text - n_answer + 1)[0]
     assert cut.input_ids == whole.input_ids[: len(cut.input_ids)] and len(cut.input_ids) == len(cut.labels)
     assert sum(label != IGNORE for label in cut.labels) == 1
-    with pytest.raises(ValueError, match=f"record 1: no learned token lies within max_tokens = {n_text - n_answer}"):
+    with pytest.raises(ValueError, match=f"record 1: there is no target token within max_tokens = {n_text - n_answer}"):
         Conversations(records(images), model, max_tokens=n_text - n_answer)[1]
     with pytest.raises(ValueError, match="max_tokens must be at least 1"):
         Conversations(records(images), model, max_tokens=0)
@@ -497,11 +498,11 @@ def ask(value="a", **extra):
         (ask("<image>\na"), "a question has <image>, but the record names no image"),
         (ask("<image>\na", image=None), "a question has <image>"),
         (ask("<image>\na", image=[]), "a question has <image>"),
-        (ask(img="red.png"), "it has `img`: 'red.png', but an image is read from `image` alone"),
+        (ask(img="red.png"), "it has `img`: 'red.png', but only `image` is read as an image"),
         (ask(image_path=["red.png"]), "it has `image_path`"),
         (ask(file_name="red.png"), "it has `file_name`"),
         (ask(picture={"bytes": "aGk="}), "it has `picture`"),
-        (ask(images=["red.png", "blue.png"]), "`images` must be one name, got 2: several"),
+        (ask(images=["red.png", "blue.png"]), "`images` must be one name, got 2: a conversation"),
         (ask(images=[{"path": "red.png"}]), "`images` must be one name, got {'path': 'red.png'}"),
         (ask(image="red.heic"), "no image red.heic in"),
     ],
@@ -545,7 +546,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(images):
 
 @pytest.mark.parametrize("chunk", [1, 64, 1 << 20])
 def test_bytes_that_are_not_utf_8_are_the_fault_of_their_record(images, monkeypatch, chunk):
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(json_records, "READ_BYTES", chunk)
     good, bad = GOOD.replace('"a"', '"é"').encode(), GOOD.replace('"a"', '"é"').encode("latin-1")
     (images / "d.json").write_bytes(b"[" + b", ".join([good, bad, good]) + b"]")
     (images / "d.jsonl").write_bytes(b"\n".join([good, bad, good]))
@@ -560,8 +561,8 @@ def test_bytes_that_are_not_utf_8_are_the_fault_of_their_record(images, monkeypa
     "huge", ['"' + r"\"[{," * 200 + '"', "[" * 300 + '"]"' + "]" * 300, "9" * 700, '{"a": {"b": "' + "x" * 700 + '"}}']
 )
 def test_a_record_that_is_too_large_is_skipped_and_named(images, monkeypatch, chunk, huge):
-    monkeypatch.setattr(data, "CHUNK", chunk)
-    monkeypatch.setattr(data, "MAX_RECORD_BYTES", 600)
+    monkeypatch.setattr(json_records, "READ_BYTES", chunk)
+    monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 600)
     items = [GOOD, GOOD.replace("{", f'{{"x": {huge},', 1), GOOD, huge, GOOD.replace('"a"', '"é"')]
     (images / "d.json").write_text(f"[{' , '.join(items)}]", encoding="utf-8")
     (images / "d.jsonl").write_text("\n".join(items), encoding="utf-8")
@@ -610,7 +611,7 @@ def test_records_of_an_archive_are_written_and_come_back(images, kind):
     assert [r.image for r in again] == [r.image for r in found]
     write_llava(again, images / "third.json", path)
     assert [r.turns[0].text for r in read_llava(images / "third.json", path)] == ["<image>\na", "<image>\na", "a"]
-    with pytest.raises(ValueError, match=rf"red.png in \S*images.{kind} does not lie in"):
+    with pytest.raises(ValueError, match=rf"red.png in \S*images.{kind} is not in"):
         write_llava(found, images / "again.json", images)
-    with pytest.raises(ValueError, match="red.png does not lie in .*elsewhere"):
+    with pytest.raises(ValueError, match="red.png is not in .*elsewhere"):
         write_llava(records(images), images / "again.json", images / "elsewhere")

@@ -10,8 +10,8 @@ from ssm_kernels.testing import is_interpreted
 from vlmamba.model import VLM, Tokenizer
 from vlmamba.model.batch import collate
 from vlmamba.train import easy_vqa
-from vlmamba.train.data import Conversations
 from vlmamba.train.recipes import FAMILIES, tiny_config
+from vlmamba.train.samples import Conversations
 
 pytestmark = [
     pytest.mark.triton,

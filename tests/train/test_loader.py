@@ -231,7 +231,8 @@ from vlmamba.model.batch import collate
 from vlmamba.model.prompt import TEMPLATES
 from vlmamba.model import VLM, Tokenizer
 from vlmamba.train.config import StageConfig
-from vlmamba.train.data import Conversations, read_llava
+from vlmamba.train.records import read_llava
+from vlmamba.train.samples import Conversations
 from vlmamba.train.loader import Loader
 from vlmamba.train.recipes import tiny_config
 

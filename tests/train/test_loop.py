@@ -19,7 +19,7 @@ from vlmamba.model import hub
 from vlmamba.train import loop
 from vlmamba.train.checkpoint import Checkpoints
 from vlmamba.train.config import StageConfig
-from vlmamba.train.data import BrokenDataError
+from vlmamba.train.errors import BrokenDataError
 from vlmamba.train.loop import Interrupted, train_stage
 from vlmamba.train.optim import clip_gradients, freeze_all_but, learning_rate, make_optimizer
 from vlmamba.train.sampler import samples_of_step
@@ -409,7 +409,7 @@ def test_more_epochs_go_on_where_it_is_said_and_fewer_are_refused(tmp_path):
     train_stage(Regression(), longer, Data(), collate, tmp_path, may_change=["epochs"])
     assert len(losses(tmp_path)) == 25
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="is of step 25, beyond the 20 steps asked for"):
+    with pytest.raises(ValueError, match="is of step 25, beyond the 20 steps to take"):
         train_stage(Regression(), STAGE, Data(), collate, tmp_path, may_change=["epochs"])
     with pytest.raises(ValueError, match="may_change must be some of lr, .*; got batch_size"):
         train_stage(Regression(), STAGE, Data(), collate, tmp_path, may_change=["batch_size"])

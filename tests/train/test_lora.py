@@ -14,11 +14,12 @@ from vlmamba.model.batch import collate
 from vlmamba.model.config import LMConfig, VLMConfig
 from vlmamba.model.prompt import Turn
 from vlmamba.train.config import StageConfig
-from vlmamba.train.data import Conversations, Record
 from vlmamba.train.loop import train_stage
 from vlmamba.train.lora import LoraConfig, LoraLinear, add_lora, merge_lora
 from vlmamba.train.optim import freeze_all_but
 from vlmamba.train.recipes import TINY_VISION
+from vlmamba.train.records import Record
+from vlmamba.train.samples import Conversations
 from vlmamba.train.track import read_metrics
 
 ALL = {"mamba": ("in_proj", "x_proj", "dt_proj", "out_proj"), "mamba2": ("in_proj", "out_proj")}

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from vlmamba.model import VLM, Tokenizer, Turn, collate
-from vlmamba.train.data import Conversations, Record
 from vlmamba.train.recipes import FAMILIES, tiny_config
+from vlmamba.train.records import Record
+from vlmamba.train.samples import Conversations
 
 WORDS = ("what", "color", "is", "the", "shape", "red", "blue", "circle", "no")
 TOKENIZER = Tokenizer.train(WORDS, 300)

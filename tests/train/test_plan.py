@@ -19,10 +19,11 @@ from vlmamba.model.lm import MambaLM
 from vlmamba.model.presets import PRESETS
 from vlmamba.model.prompt import Turn
 from vlmamba.train import plan
-from vlmamba.train.data import Conversations, Record
 from vlmamba.train.lora import LoraConfig
 from vlmamba.train.plan import Size, disk_problem, make_plan, measure
 from vlmamba.train.recipes import ML_MAMBA, SMALL, VL_MAMBA, tiny_config
+from vlmamba.train.records import Record
+from vlmamba.train.samples import Conversations
 
 SIZE = Size(256, tokens=800, targets=100, images=0.9)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vlmamba.model.prompt import Turn
-from vlmamba.train.data import Record
+from vlmamba.train.records import Record
 from vlmamba.train.track import SampleAnswers, Tracker, peak_memory, read_metrics
 
 FIGURES = {"n_tokens": 100, "n_samples": 4, "loss": 2.5, "lr": 0.1, "grad_norm": 1.5, "wait": 0.5, "seconds": 2.0}

@@ -24,9 +24,9 @@ from vlmamba.model.config import LMConfig
 from vlmamba.model.prompt import Turn
 from vlmamba.train import loop
 from vlmamba.train.config import StageConfig
-from vlmamba.train.data import Record, write_llava
 from vlmamba.train.lock import only_run_in
 from vlmamba.train.recipes import recipe_named, tiny_config
+from vlmamba.train.records import Record, write_llava
 from vlmamba.train.track import read_metrics
 
 COLOURS = ("red", "blue", "green", "black")

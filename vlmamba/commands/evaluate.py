@@ -29,8 +29,8 @@ class Evaluate:
         from ..model.device import device_named
         from ..model.vlm import VLM
         from ..train import easy_vqa
-        from ..train.data import read_llava
         from ..train.evaluate import answer_all
+        from ..train.records import read_llava
 
         records = easy_vqa.load("test") if self.data is None else read_llava(self.data, self.images)
         if not len(records):

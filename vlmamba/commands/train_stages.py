@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -16,17 +16,19 @@ from ..model.device import device_named
 from ..model.files import remove_partials
 from ..model.hub import check_replaceable
 from ..model.presets import is_preset
+from ..model.tokenizer import Tokenizer
 from ..model.vlm import VLM
 from ..train.base_model import check_checkpoint, model_config, model_without_weights, template_of
 from ..train.card import TrainedStage, write_card
 from ..train.config import StageConfig
-from ..train.data import Conversations, Records, read_llava
 from ..train.distributed import on_first_rank, processes, rank, world_size
 from ..train.identity import Fingerprint, check_changeable, fingerprint
 from ..train.lock import only_run_in
 from ..train.loop import train_stage
 from ..train.plan import RoughTokenizer, disk_problem, make_plan, measure
 from ..train.recipes import RECIPES, DataFile, Recipe, recipe_for, recipe_named
+from ..train.records import Records, read_llava
+from ..train.samples import Conversations
 from ..train.track import SampleAnswers, Tracker
 
 if TYPE_CHECKING:
@@ -58,7 +60,10 @@ def _run(command: Train, device: torch.device) -> None:
     recipe = recipe_named(name)
     stage_files = [(stage, _files(command, recipe, stage.name)) for stage in _stages(command, recipe)]
     print_once(f"model {model}, recipe {name}")
-    data = [(stage, read_llava(*zip(*files, strict=True), stage.max_broken)) for stage, files in stage_files]
+    data = [
+        (stage, read_llava([f for f, _ in files], [i for _, i in files], stage.max_broken))
+        for stage, files in stage_files
+    ]
     for stage, records in data:
         print_once(f"stage {stage.name}: {records}")
     for stage, records in data:
@@ -121,7 +126,7 @@ def _dry_run(command: Train, name: str, recipe: Recipe, data: Sequence[tuple[Sta
     notes = check_checkpoint(name, model)
     if model.tokenizer is None:
         notes.append("the tokenizer is not here; a token is estimated as four characters")
-        model.tokenizer = RoughTokenizer()
+        model.tokenizer = cast(Tokenizer, RoughTokenizer())  # samples are measured, nothing else
     plans = []
     for stage, records in data:
         with template_of(recipe, stage, model):
