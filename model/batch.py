@@ -1,4 +1,7 @@
-"""What a vision-language model is trained on in one step."""
+"""Packed batches for one training step or one prefill.
+
+Letters: T tokens of a batch, S samples.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from .prompt import IGNORE, IMAGE_TOKEN
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as tokens, with its images already prepared for each encoder."""
+    """One conversation as tokens, with its image preprocessed for each encoder."""
 
     input_ids: list[int]
     labels: list[int]
     images: tuple[Tensor, ...] = ()
-    """One (3, height, width) for each vision encoder; none where the conversation is about no image."""
+    """One (3, height, width) per vision encoder; empty for a conversation without an image."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Batch:
     """Samples packed one after the other, without padding."""
 
     input_ids: Tensor
-    """(T,) int64; `IMAGE_TOKEN` where a feature of an image stands."""
+    """(T,) int64; `IMAGE_TOKEN` at the positions of image features."""
     labels: Tensor
-    """(T,) int64; the token at that place where it is learned, else `IGNORE`."""
+    """(T,) int64; the token itself where it is a target, else `IGNORE`."""
     cu_seqlens: Tensor
     """(S + 1,) int32 bounds of the samples."""
     images: tuple[Tensor, ...] = ()
@@ -42,30 +45,50 @@ class Batch:
             )
 
     def to(self, device: str | torch.device) -> Batch:
-        """The batch on another device. The bounds stay on the CPU, where they are read."""
-        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.labels))
-        return Batch(*moved, self.cu_seqlens, tuple(i.to(device, non_blocking=True) for i in self.images))
+        """Move the batch to a device. The bounds stay on the CPU, where they are read.
+
+        Args:
+            device: target device.
+
+        Returns:
+            A new batch.
+        """
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.cu_seqlens,
+            tuple(i.to(device, non_blocking=True) for i in self.images),
+        )
 
     @property
     def n_targets(self) -> int:
-        """Tokens that are learned: those labelled, but for the first of a sample, which nothing predicts."""
+        """Number of targets: labelled tokens, except the first of each sample, which nothing predicts."""
         return int((self.next_tokens() != IGNORE).sum())
 
     @property
     def n_tokens(self) -> int:
+        """Number of tokens, image features included."""
         return len(self.input_ids)
 
     def next_tokens(self) -> Tensor:
-        """(T,) what each place must predict: the label of the next place in its sample."""
-        targets = torch.full_like(self.labels, IGNORE)
+        """Return the target of each position, (T,): the label of the next position in the same sample."""
+        targets = torch.full_like(self.labels, IGNORE)  # (T,)
         targets[:-1] = self.labels[1:]
-        ends = self.cu_seqlens[1:][self.cu_seqlens[1:] > self.cu_seqlens[:-1]] - 1
+        # The last position of a sample predicts nothing. Empty samples have none.
+        ends = self.cu_seqlens[1:][self.cu_seqlens[1:] > self.cu_seqlens[:-1]] - 1  # (non-empty samples,)
         targets[ends.to(targets.device).long()] = IGNORE
         return targets
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Pack samples in their order."""
+    """Pack samples in their order.
+
+    Args:
+        samples: conversations; those with images have one for each vision encoder.
+
+    Returns:
+        The batch, on the CPU.
+    """
     lengths = torch.tensor([0, *(len(s.input_ids) for s in samples)])
     with_image = [s.images for s in samples if s.images]
     return Batch(
@@ -76,6 +99,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def image_places(input_ids: Tensor) -> Tensor:
-    """(T,) True where a feature of an image stands."""
+def image_positions(input_ids: Tensor) -> Tensor:
+    """Return a mask (T,), True at the positions of image features."""
     return input_ids == IMAGE_TOKEN

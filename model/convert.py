@@ -14,7 +14,7 @@ from .config import LMConfig, VLMConfig
 from .config_io import save_config, to_json_dict
 from .files import at_home, remove_partials
 from .formats import detect_format, language
-from .formats import vlm as released
+from .formats.vlm import write_released
 from .hub import CONFIG, TOKENIZER, fetch_model, replacing_folder
 from .lm import neox_tokenizer
 from .load import model_class
@@ -108,7 +108,7 @@ def _convert_vlm(folder: Path, dst: Path, to: Layout, dtype: torch.dtype | None,
     weights = _in_dtype(weights, dtype)
     with replacing_folder(dst) as staged:
         if to == "released":
-            released.write(config, weights, staged, dst.resolve().name)
+            write_released(config, weights, staged, dst.resolve().name)
         else:
             save_config(config, staged / CONFIG)
             save_weights(weights, staged)

@@ -129,7 +129,7 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         kind, layout = VLM, "preset"
         with torch.device("meta"):
             model = VLM(PRESETS[str(name_or_path)].config)
-        weights = Weights.of(model.state_dict())
+        weights = Weights.from_tensors(model.state_dict())
     else:
         folder = fetch_model(name_or_path, **hub)
         kind, layout = model_class(folder), detect_format(folder)

@@ -1,4 +1,4 @@
-"""The Mamba and Mamba-2 language models, with the parameter names of the `state-spaces` checkpoints."""
+"""Mamba and Mamba-2 language models, with the parameter names of the `state-spaces` checkpoints."""
 
 from __future__ import annotations
 
@@ -27,19 +27,25 @@ from .weights import Weights
 logger = logging.getLogger(__name__)
 
 NEOX = "EleutherAI/gpt-neox-20b"
-"""Where the tokenizer of `state-spaces/*` is: those repositories have none of their own."""
+"""Repository of the tokenizer of `state-spaces/*`, which have none of their own."""
 
 
 class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation"):
-    """A language model on Mamba or Mamba-2 layers.
+    """Causal language model of Mamba (arXiv 2312.00752) or Mamba-2 (2405.21060) layers.
 
     `from_pretrained` reads this library's own format and those of `formats.language`: `state-spaces/mamba-130m`,
     `state-spaces/mamba-130m-hf`, `tiiuae/falcon-mamba-7b`, `mistralai/Mamba-Codestral-7B-v0.1` and their like. It sets
     `tokenizer` where there is one.
 
+    Letters: B batch, L length, D width, V rows of the embedding, S packed sequences.
+
     >>> lm = MambaLM(LMConfig(d_model=64, n_layer=2, vocab_size=100))
     >>> lm(torch.tensor([[1, 2, 3]])).logits.shape
     torch.Size([1, 3, 104])
+
+    Args:
+        config: architecture.
+        tokenizer: for text in and text out.
     """
 
     config_class = LMConfig
@@ -50,7 +56,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         self.tokenizer = tokenizer
         self.backbone = _Backbone(config)
         self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
-        self.apply(lambda module: _initialise(module, config.n_layer))
+        self.apply(lambda module: _init_weights(module, config.n_layer))
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 
@@ -67,9 +73,13 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
 
         Args:
             input_ids: (B, L) tokens; or `inputs_embeds` (B, L, D) in their place.
-            state: from `new_state`; where the sequences stand before, updated in place.
+            inputs_embeds: (B, L, D) embeddings.
+            state: from `new_state`: the state of the sequences before this call, updated in place.
             cu_seqlens: (S + 1,) bounds of packed sequences, with B = 1; `state` then has S entries.
-            logits_at: positions along L for which logits are wanted; all by default.
+            logits_at: (n,) positions along L for which logits are wanted; all by default.
+
+        Returns:
+            Logits (B, L or n, V), and the hidden states that they are computed from.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a token outside the vocabulary.
@@ -77,27 +87,34 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
-        hidden = self.backbone(inputs_embeds, state, cu_seqlens)
+            assert input_ids is not None
+            inputs_embeds = self.embed(input_ids)  # (B, L, D)
+        hidden = self.backbone(inputs_embeds, state, cu_seqlens)  # (B, L, D)
         if logits_at is not None:
-            hidden = hidden.index_select(1, logits_at.to(hidden.device))
+            hidden = hidden.index_select(1, logits_at.to(hidden.device))  # (B, n, D)
         hidden = hidden.to(self.device)
-        logits = self.lm_head(hidden)
+        logits = self.lm_head(hidden)  # (B, L or n, V)
         return LMOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
 
     @property
     def device(self) -> torch.device:
         """Device of the logits."""
         weight = self.lm_head.weight
-        # A layer that is quantised dynamically has a method there, and runs on a CPU alone.
+        # A dynamically quantized layer has a method there, and runs on a CPU only.
         return weight.device if isinstance(weight, Tensor) else torch.device("cpu")
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Tokens to vectors.
+        """Embed tokens.
+
+        Args:
+            input_ids: integer tokens of any shape.
+
+        Returns:
+            (*shape, D).
 
         Raises:
-            ValueError: a token outside the vocabulary (checked on a CPU only, and in no traced graph; a GPU reports it
-                by itself).
+            ValueError: a token outside the vocabulary. Checked on a CPU only, and not in a traced graph; a GPU reports
+                it by itself.
         """
         rows = self.config.padded_vocab_size
         if has_readable_values(input_ids) and input_ids.numel():
@@ -107,7 +124,11 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         return self.backbone.embedding(input_ids.to(self.backbone.embedding.weight.device))
 
     def new_state(self, batch: int) -> LMState:
-        """The state of `batch` sequences that have not begun."""
+        """Return the zero state of `batch` sequences.
+
+        Args:
+            batch: number of sequences.
+        """
         return [layer.mixer.new_state(batch) for layer in self.backbone.layers]
 
     @classmethod
@@ -127,24 +148,45 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             logger.warning("no tokenizer: %s has no %s", folder, TOKENIZER)
 
     def generate(self, prompts: Sequence[str], config: GenerationConfig | None = None) -> list[str]:
-        """Go on from several texts together. Each continuation is the one that its text would get alone.
+        """Continue several texts in one batch. Each continuation is the one that its text would get alone.
+
+        Args:
+            prompts: texts.
+            config: generation settings; greedy by default.
+
+        Returns:
+            The continuations.
 
         Raises:
             ValueError: the model has no tokenizer.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be a list of texts, got the text {prompts!r}")
-        *_, answers = generate_texts(self, prompts, config)
-        return [a.text for a in answers]
+        *_, completions = generate_texts(self, prompts, config)
+        return [c.text for c in completions]
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
-        """Go on from one text, giving what comes piece by piece."""
+        """Continue one text, yielding new text as it is generated.
+
+        Args:
+            prompt: the text.
+            config: generation settings; greedy by default.
+
+        Yields:
+            Parts of the continuation.
+        """
         return stream_text(generate_texts(self, [prompt], config))
 
 
 def neox_tokenizer(**hub: Any) -> Tokenizer | None:
-    """The tokenizer that `state-spaces/*` and what was made of them have in common; None, with a warning, where it
-    cannot be had. `hub` is as for `fetch`."""
+    """Load GPT-NeoX's tokenizer, which `state-spaces/*` and their descendants use.
+
+    Args:
+        hub: as for `hub.fetch`.
+
+    Returns:
+        The tokenizer, or None with a warning where it is not available.
+    """
     try:
         folder = fetch(NEOX, [TOKENIZER], **hub | {"revision": None, "force_download": False})
         return Tokenizer.from_file(folder / TOKENIZER)
@@ -154,37 +196,48 @@ def neox_tokenizer(**hub: Any) -> Tokenizer | None:
 
 
 class _Backbone(nn.Module):
+    """Embedding, layers and final norm. Layers may be on different devices."""
+
+    layers: Sequence[_Layer]
+
     def __init__(self, config: LMConfig):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.n_layer))
+        layers = nn.ModuleList(_Layer(config) for _ in range(config.n_layer))
+        self.layers = layers  # pyright: ignore[reportAttributeAccessIssue]  ModuleList is not generic in torch's stubs
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(self, hidden: Tensor, state: LMState | None, cu_seqlens: Tensor | None) -> Tensor:
         residual = None
         for i, layer in enumerate(self.layers):
-            hidden, residual, cu_seqlens = _moved(layer.norm.weight.device, hidden, residual, cu_seqlens)
+            device = layer.norm.weight.device
+            hidden, residual, cu_seqlens = hidden.to(device), _to(device, residual), _to(device, cu_seqlens)
+            # Both (B, L, D). The next layer's norm adds them in one kernel.
             hidden, residual = layer(hidden, residual, None if state is None else state[i], cu_seqlens)
-        hidden, residual = _moved(self.norm_f.weight.device, hidden, residual)
-        return _add_norm(self.norm_f, hidden, residual, self.residual_in_fp32)[0]
+        device = self.norm_f.weight.device
+        hidden, residual = hidden.to(device), _to(device, residual)
+        return _add_norm(self.norm_f, hidden, residual, self.residual_in_fp32)[0]  # (B, L, D)
 
 
 def _add_norm(norm: RMSNorm, hidden: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> tuple[Tensor, Tensor]:
-    # float64 models keep a float64 residual.
+    """Return norm(hidden + residual) and hidden + residual, (B, L, D) each."""
+    # A float64 model keeps a float64 residual.
     dtype = torch.promote_types(hidden.dtype, torch.float32) if residual_in_fp32 else None
-    if not is_plain(norm, RMSNorm):  # an adapter, or hooks: what the fused op would pass by
+    if not is_plain(norm, RMSNorm):  # an adapter or hooks, which the fused op would bypass
         total = hidden if residual is None else residual + hidden
         total = total.to(dtype or (hidden if residual is None else residual).dtype)
         return norm(total).to(hidden.dtype), total
     return add_rms_norm(hidden, norm.weight, residual, eps=norm.eps, residual_dtype=dtype)
 
 
-def _moved(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(t if t is None else t.to(device) for t in tensors)
+def _to(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 class _Layer(nn.Module):
+    """Pre-norm residual block: mixer(norm(hidden + residual)) and the new residual, which are added by the next one."""
+
     one_device = True
 
     def __init__(self, config: LMConfig):
@@ -196,21 +249,19 @@ class _Layer(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor | None, state: MixerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What the mixer gives, and the residual that it is to be added to."""
-        normed, residual = _add_norm(self.norm, hidden, residual, self.residual_in_fp32)
+        normed, residual = _add_norm(self.norm, hidden, residual, self.residual_in_fp32)  # (B, L, D) each
         return self.mixer(normed, state, cu_seqlens), residual
 
 
 def make_mixer(config: LMConfig) -> Mamba | Mamba2:
-    """The mixer of one layer."""
+    """Build the mixer of one layer."""
     if config.layer == "mamba":
-        dt_rank = "auto" if config.dt_rank is None else config.dt_rank
         return Mamba(
             config.d_model,
             config.d_state,
             config.d_conv,
             config.expand,
-            dt_rank,
+            "auto" if config.dt_rank is None else config.dt_rank,
             conv_bias=config.conv_bias,
             bias=config.bias,
             dt_bc_norm_eps=config.dt_bc_norm_eps,
@@ -230,8 +281,8 @@ def make_mixer(config: LMConfig) -> Mamba | Mamba2:
     )
 
 
-def _initialise(module: nn.Module, n_layer: int) -> None:
-    """Embeddings as in GPT-2; output projections scaled down with depth, since each adds to the residual."""
+def _init_weights(module: nn.Module, n_layer: int) -> None:
+    """Initialize embeddings as GPT-2 does, and scale output projections down with depth: each adds to the residual."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     elif isinstance(module, Mamba | Mamba2):

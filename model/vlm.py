@@ -1,4 +1,7 @@
-"""The vision-language model: encoders, a connector, and a Mamba language model that reads images as tokens."""
+"""Vision-language model: encoders, a connector, and a Mamba language model that reads images as tokens.
+
+Letters: T tokens of a packed batch, S samples, D width of the language model, h and w the grid of patches.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,10 @@ from torch import Tensor, nn
 from ssm_kernels.context_parallel import current_sharding
 
 from ..connectors import build_connector
-from .batch import Batch, Sample, collate, image_places
+from .batch import Batch, Sample, collate, image_positions
 from .config import VLMConfig
 from .formats import detect_format
-from .formats import vlm as released
-from .formats.vlm import merged
+from .formats.vlm import merged, open_released
 from .generation.config import GenerationConfig
 from .generation.generate import Completion, generate_packed, stream_text
 from .generation.prefill import EmbedFn, check_tokens
@@ -34,14 +36,20 @@ from .weights import DeviceMap, Weights, check_placement, load_into
 
 
 class VLMOutput(NamedTuple):
+    """Result of a training forward pass."""
+
     loss: Tensor
-    """Mean loss over the learned tokens."""
+    """Mean cross-entropy over the targets, in nats."""
     n_targets: int
-    """How many they are."""
+    """Number of targets."""
 
 
 class VisionTower(nn.Module):
-    """Encoders side by side: their features of the same patch are concatenated."""
+    """One or more encoders whose features of the same patch are concatenated.
+
+    Args:
+        config: its `vision` lists the encoders.
+    """
 
     def __init__(self, config: VLMConfig):
         super().__init__()
@@ -49,22 +57,34 @@ class VisionTower(nn.Module):
         self.width = sum(v.encoder.width for v in config.vision)
 
     def forward(self, images: Sequence[Tensor]) -> Tensor:
-        """One (images, 3, height, width) for each encoder -> (images, h, w, width)."""
+        """Encode images.
+
+        Args:
+            images: for each encoder, (images, 3, height, width).
+
+        Returns:
+            (images, h, w, width).
+        """
         if len(images) != len(self.encoders):
             raise ValueError(
                 f"images must have one tensor for each of {len(self.encoders)} encoders, got {len(images)}"
             )
-        return torch.cat([encoder(i) for encoder, i in zip(self.encoders, images, strict=True)], dim=-1)
+        features = [encoder(i) for encoder, i in zip(self.encoders, images, strict=True)]  # (images, h, w, ...) each
+        return torch.cat(features, dim=-1)  # (images, h, w, width)
 
 
 class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
-    """VL-Mamba or ML-Mamba, by its configuration.
+    """VL-Mamba (arXiv 2403.13600) or ML-Mamba (2407.19832), depending on the configuration.
 
     `from_pretrained` reads this library's own format and the released models `huangwenjun1994/ML-Mamba` and
-    `han1997/cobra`, whose encoders it gets from `timm`'s repositories. `from_preset` puts a new model together from
+    `han1997/cobra`, whose encoders it gets from `timm`'s repositories. `from_preset` assembles a new model from
     pretrained parts.
 
-    The language model runs packed: samples of unequal length lie one after the other and none is padded.
+    The language model runs packed: samples of unequal length follow each other without padding.
+
+    Args:
+        config: architecture.
+        tokenizer: for text in and text out.
     """
 
     config_class = VLMConfig
@@ -74,7 +94,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         self.config = config
         self.tokenizer = tokenizer
         self.always_encodes = False
-        """Encode a blank image where a batch has none. Ranks that share their weights must all run the same parts."""
+        """Encode a blank image if a batch has none. Ranks with sharded weights must all run the same modules."""
         self.template = get_template(config.template)
         self.processors = [v.processor for v in config.vision]
         self.vision = VisionTower(config)
@@ -82,76 +102,97 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         self.language_model = MambaLM(config.language)
 
     def forward(self, batch: Batch) -> VLMOutput:
-        """The loss of predicting the learned tokens of a batch.
+        """Compute the loss of a batch.
 
-        Within `context_parallel` every rank is given the whole batch, encodes its images, and computes the loss of the
-        learned tokens in its part: 0 where it has none.
+        Within `context_parallel`, every rank takes the entire batch, encodes its images, and computes the loss of the
+        targets in its shard: 0 if it has none.
+
+        Args:
+            batch: packed samples.
+
+        Returns:
+            Mean loss over the targets, and their number.
 
         Raises:
-            ValueError: no token of the batch is learned.
+            ValueError: the batch has no target.
         """
-        targets = batch.next_tokens()
+        targets = batch.next_tokens()  # (T,)
         if (targets == IGNORE).all():
-            raise ValueError("the batch has no token to learn: every label is IGNORE")
+            raise ValueError("the batch has no target: every label is IGNORE")
         sharding = current_sharding()
-        begin, end = (0, batch.n_tokens) if sharding is None else sharding.span
-        logits_at = (targets[begin:end] != IGNORE).nonzero().flatten()
-        embeds = self._embedder(batch)(begin, end)
+        start, end = (0, batch.n_tokens) if sharding is None else sharding.span
+        targets = targets[start:end]  # (T of this rank,)
+        embeds = self._embedder(batch)(start, end)  # (1, T of this rank, D)
+        # Only targets need logits, which are the largest tensor of the step.
+        logits_at = (targets != IGNORE).nonzero().flatten()  # (targets,)
         out = self.language_model(inputs_embeds=embeds, cu_seqlens=batch.cu_seqlens, logits_at=logits_at)
         if not len(logits_at):
-            return VLMOutput(out.logits.sum(), 0)
-        return VLMOutput(F.cross_entropy(out.logits[0], targets[begin:end][logits_at]), len(logits_at))
+            return VLMOutput(out.logits.sum(), 0)  # 0, with a graph for the backward pass
+        return VLMOutput(F.cross_entropy(out.logits[0], targets[logits_at]), len(logits_at))
 
     def embed(self, batch: Batch) -> Tensor:
-        """Tokens and images of a batch as vectors, (1, T, D).
+        """Embed the tokens and images of a batch.
+
+        Args:
+            batch: packed samples.
+
+        Returns:
+            (1, T, D).
 
         Raises:
-            ValueError: the places for image features are not as many as the features.
+            ValueError: the numbers of image features and of their positions differ.
         """
         return self._embedder(batch)(0, batch.n_tokens)
 
     def _embedder(self, batch: Batch) -> EmbedFn:
-        """What gives the vectors of a batch piece by piece. Images are encoded here, once."""
-        places = image_places(batch.input_ids)
-        n_places = int(places.sum())
+        """Return a function that embeds ranges of the batch. Images are encoded here, once."""
+        positions = image_positions(batch.input_ids)  # (T,)
+        n_positions = int(positions.sum())
         features = None
         images = batch.images
         if not images and self.always_encodes:
             sizes = [v.encoder.image_size for v in self.config.vision]
-            images = tuple(torch.zeros(1, 3, size, size, device=places.device) for size in sizes)
+            images = tuple(torch.zeros(1, 3, size, size, device=positions.device) for size in sizes)
         if images:
-            features = self.connector(self.vision(images)).flatten(0, 1)
-            if batch.images and len(features) != n_places:
-                raise ValueError(f"the images give {len(features)} features, but input_ids has {n_places} places")
-        if n_places and not batch.images:
-            raise ValueError(f"input_ids has {n_places} places for image features, but there is no image")
+            features = self.connector(self.vision(images)).flatten(0, 1)  # (images * h * w, D)
+            if batch.images and len(features) != n_positions:
+                raise ValueError(f"the images have {len(features)} features, but input_ids has {n_positions} places")
+        if n_positions and not batch.images:
+            raise ValueError(f"input_ids has {n_positions} places for image features, but there is no image")
 
-        def embed(begin: int, end: int) -> Tensor:
-            here = places[begin:end]
-            embeds = self.language_model.embed(batch.input_ids[begin:end].masked_fill(here, 0))
+        def embed(start: int, end: int) -> Tensor:
+            is_image = positions[start:end]  # (end - start,)
+            embeds = self.language_model.embed(batch.input_ids[start:end].masked_fill(is_image, 0))
             if features is not None:
-                before = int(places[:begin].sum()) if begin else 0
-                embeds = embeds.masked_scatter(here[:, None], features[before:].to(embeds))
-            return embeds.unsqueeze(0)
+                n_before = int(positions[:start].sum()) if start else 0
+                embeds = embeds.masked_scatter(is_image[:, None], features[n_before:].to(embeds))
+            return embeds.unsqueeze(0)  # (1, end - start, D)
 
         return embed
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that an image takes."""
+        """Number of tokens that an image takes."""
         height, width = self.config.grid
         return height * width
 
     def prepare(self, turns: Sequence[Turn], image: ImageLike | None = None) -> Sample:
-        """A conversation, about an image or none, as tokens for training or as a prompt.
+        """Convert a conversation to tokens, for training or as a prompt.
+
+        Args:
+            turns: user and assistant alternating, the user first.
+            image: what the conversation is about, if anything.
+
+        Returns:
+            Tokens, labels and the preprocessed image.
 
         Raises:
             ValueError: the model has no tokenizer, or the turns are malformed.
-            FileNotFoundError, TypeError, ValueError: as `image.as_rgb`.
+            FileNotFoundError, TypeError, ValueError: see `image.as_rgb`.
         """
         tokenizer = require_tokenizer(self)
         rgb = None if image is None else as_rgb(image)
-        images = () if rgb is None else tuple(p(rgb) for p in self.processors)
+        images = () if rgb is None else tuple(processor(rgb) for processor in self.processors)
         n_image_tokens = self.image_tokens if images else 0
         ids, labels = self.template.encode(tokenizer, turns, n_image_tokens)
         return Sample(ids, labels, images)
@@ -162,23 +203,36 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         images: Sequence[ImageLike | None],
         config: GenerationConfig | None = None,
     ) -> list[str]:
-        """Answer several conversations together. Each answer is the one it would get alone.
+        """Answer several conversations in one batch. Each answer is the one it would get alone.
 
         Args:
             conversations: questions, or turns that end with the user's.
-            images: one for each, or None.
+            images: one per conversation, or None.
+            config: generation settings; greedy by default.
+
+        Returns:
+            The answers.
 
         Raises:
-            ValueError, FileNotFoundError: as `prepare`; or there are not as many images as conversations.
+            ValueError, FileNotFoundError: see `prepare`; or the numbers of images and conversations differ.
         """
-        *_, answers = self._answers(conversations, images, config or GenerationConfig())
-        return [a.text for a in answers]
+        *_, completions = self._complete(conversations, images, config or GenerationConfig())
+        return [c.text for c in completions]
 
     def stream(
         self, conversation: Sequence[Turn] | str, image: ImageLike | None = None, config: GenerationConfig | None = None
     ) -> Iterator[str]:
-        """Answer one conversation, giving the text piece by piece."""
-        return stream_text(self._answers([conversation], [image], config or GenerationConfig()))
+        """Answer one conversation, yielding new text as it is generated.
+
+        Args:
+            conversation: a question, or turns that end with the user's.
+            image: what the conversation is about, if anything.
+            config: generation settings; greedy by default.
+
+        Yields:
+            Parts of the answer.
+        """
+        return stream_text(self._complete([conversation], [image], config or GenerationConfig()))
 
     def score(
         self,
@@ -187,18 +241,22 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         answers: Sequence[Sequence[str]],
         batch_size: int = BATCH_SIZE,
     ) -> list[list[Score]]:
-        """How likely given answers are, the end of the answer included. A prompt is run once for all its answers.
+        """Compute the likelihood of given answers, their end-of-text token included.
 
-        So `greedy` says whether `generate` would give exactly this answer; and of a choice between answers, `pick`
-        takes the one that the model would give most often.
+        A prompt is run once for all its answers. `greedy` tells whether `generate` would give exactly this answer;
+        `pick` chooses the answer that the model would give most often.
 
         Args:
-            conversations, images: as in `generate`.
+            conversations: questions, or turns that end with the user's.
+            images: one per conversation, or None.
             answers: for each conversation, one or more.
-            batch_size: answers that are run together.
+            batch_size: answers per batch.
+
+        Returns:
+            For each conversation, the scores of its answers.
 
         Raises:
-            ValueError, FileNotFoundError: as `generate`; or there are not as many lists of answers as conversations.
+            ValueError, FileNotFoundError: see `generate`; or the numbers of conversations and lists of answers differ.
         """
         if len(answers) != len(conversations):
             raise ValueError(
@@ -212,21 +270,27 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         tokenizer = require_tokenizer(self)
         tokens = [[self.template.encode_answer(tokenizer, a) for a in texts] for texts in answers]
         scores: list[list[Score]] = []
-        for chosen in batches([len(texts) for texts in tokens], batch_size):
-            embed, bounds = self.packed(samples[chosen])
-            scores += score_packed(self.language_model, embed, bounds, tokens[chosen], batch_size)
+        for batch in batches([len(texts) for texts in tokens], batch_size):
+            embed, bounds = self.packed(samples[batch])
+            scores += score_packed(self.language_model, embed, bounds, tokens[batch], batch_size)
         return scores
 
-    def _answers(self, conversations, images, config: GenerationConfig) -> Iterator[list[Completion]]:
+    def _complete(
+        self,
+        conversations: Sequence[Sequence[Turn] | str],
+        images: Sequence[ImageLike | None],
+        config: GenerationConfig,
+    ) -> Iterator[list[Completion]]:
         samples = self._prompts(conversations, images)
         if not samples:
             return iter([[]])
         embed, bounds = self.packed(samples)
-        return generate_packed(
-            self.language_model, embed, bounds, [s.input_ids for s in samples], require_tokenizer(self), config
-        )
+        prompt_ids = [s.input_ids for s in samples]
+        return generate_packed(self.language_model, embed, bounds, prompt_ids, require_tokenizer(self), config)
 
-    def _prompts(self, conversations, images) -> list[Sample]:
+    def _prompts(
+        self, conversations: Sequence[Sequence[Turn] | str], images: Sequence[ImageLike | None]
+    ) -> list[Sample]:
         if len(conversations) != len(images):
             raise ValueError(f"images must have one entry a conversation ({len(conversations)}), got {len(images)}")
         return [
@@ -236,7 +300,14 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
 
     @torch.no_grad()
     def packed(self, samples: Sequence[Sample]) -> tuple[EmbedFn, Tensor]:
-        """What embeds samples one after the other, and their bounds."""
+        """Pack samples and encode their images.
+
+        Args:
+            samples: prompts.
+
+        Returns:
+            A function that embeds ranges of the packed tokens, and the bounds (S + 1,) of the samples.
+        """
         batch = collate(samples)
         encoder = next(self.vision.parameters())
         images = tuple(i.to(encoder.device, encoder.dtype) for i in batch.images)
@@ -246,7 +317,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
         if detect_format(folder) in ("ml-mamba", "cobra"):
-            return released.read(folder, **hub)
+            return open_released(folder, **hub)
         return super().open_checkpoint(folder, **hub)
 
     @classmethod
@@ -262,21 +333,24 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         dtype: torch.dtype | None = None,
         device_map: DeviceMap = "cpu",
     ) -> VLM:
-        """A pretrained language model and pretrained encoders, joined by a connector that is still to be trained.
+        """Assemble a pretrained language model, pretrained encoders and a new connector.
 
         >>> vlm = VLM.from_preset("vl-mamba-2.8b", dtype=torch.bfloat16, device_map="auto")  # doctest: +SKIP
 
         Args:
             name: one of `presets.PRESETS`.
-            seed: of the connector's weights.
+            seed: of the connector's initialization.
             cache_dir, token, force_download, local_files_only, dtype, device_map: see `HubModel.from_pretrained`.
 
+        Returns:
+            The model, in evaluation mode.
+
         Raises:
-            ValueError: no such preset; the nearest is named. Or as `from_pretrained`.
+            ValueError: no such preset; the closest name is suggested. Or as `from_pretrained`.
             FileNotFoundError, PermissionError, ConnectionError: see `fetch`.
         """
         preset = get_preset(name)
-        hub = {
+        hub: dict[str, Any] = {
             "cache_dir": cache_dir,
             "token": token,
             "force_download": force_download,
@@ -289,8 +363,8 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             connector = build_connector(config.connector, vlm.vision.width, config.language.d_model)
-        fresh = Weights.of(connector.state_dict())
-        load_into(vlm, merged({"": pretrained, "connector.": fresh}), f"preset {name}", dtype, device_map)
+        new = Weights.from_tensors(connector.state_dict())
+        load_into(vlm, merged({"": pretrained, "connector.": new}), f"preset {name}", dtype, device_map)
         return vlm.eval()
 
     def save_extras(self, folder: Path) -> None:

@@ -74,8 +74,8 @@ class Weights(Mapping[str, Tensor]):
         self._tensors = dict(tensors)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
-        """Of tensors in memory."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Weights:
+        """Wrap tensors in memory."""
         return cls({name: LazyTensor(t.shape, t.dtype, lambda t=t: t) for name, t in tensors.items()})
 
     def __getitem__(self, name: str) -> Tensor:

@@ -46,7 +46,7 @@ RESIZE = {"resize-naive": "naive", "resize-crop": "crop", "letterbox": "letterbo
 _TWO_LAYERS = {"0": "linear1", "2": "linear2"}
 
 
-def read(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
+def open_released(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
     """The config and the weights of a released model, its encoders' included, by our names and unread.
 
     Args:
@@ -80,7 +80,7 @@ def read(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
     return config, merged({"language_model.": language, "connector.": connector.renamed(names), "": encoders})
 
 
-def write(config: VLMConfig, weights: Weights, folder: Path, model_id: str) -> None:
+def write_released(config: VLMConfig, weights: Weights, folder: Path, model_id: str) -> None:
     """Write a model as its authors' code reads it; the encoders' weights are left out.
 
     Raises:

@@ -14,7 +14,7 @@ from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, ImageProcessor, LMConfig, MambaLM, Tokenizer, VisionConfig, ViT, ViTConfig, VLMConfig
 from vlmamba.model.convert import convert
 from vlmamba.model.formats import detect_format, vision
-from vlmamba.model.formats.vlm import read
+from vlmamba.model.formats.vlm import open_released
 from vlmamba.model.inspect import inspect
 from vlmamba.model.load import load_model
 from vlmamba.model.presets import PRESETS
@@ -192,10 +192,10 @@ def test_ml_mamba_without_a_config_is_known_by_its_file(tmp_path):
 
 def test_variants_of_cobra(tmp_path):
     cobra(tmp_path / "base", llm_backbone_id="mamba-2.8b-slimpj", image_resize_strategy="letterbox")
-    config, _ = read(tmp_path / "base")
+    config, _ = open_released(tmp_path / "base")
     assert config.template == "in-out" and config.vision[0].processor.resize == "letterbox"
     cobra(tmp_path / "siglip", layers=2, vision_backbone_id="siglip-vit-so400m-384px")
-    config, _ = read(tmp_path / "siglip")
+    config, _ = open_released(tmp_path / "siglip")
     assert config.connector.kind == "mlp" and config.vision == (CONFIGS[SIGLIP],)
 
 
@@ -208,11 +208,11 @@ def test_a_head_of_its_own_is_kept(tmp_path):
 @pytest.mark.parametrize("make", [cobra, ml_mamba])
 def test_there_and_back(tmp_path, make):
     make(tmp_path / "a")
-    config, weights = read(tmp_path / "a")
+    config, weights = open_released(tmp_path / "a")
     assert convert(tmp_path / "a", tmp_path / "own", "own") == config
     convert(tmp_path / "own", tmp_path / "b", "released")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["model"]["model_id"] == "b"
-    again, back = read(tmp_path / "b")
+    again, back = open_released(tmp_path / "b")
     assert again == config and sorted(back) == sorted(weights)
     assert all(torch.equal(back[name], weights[name]) for name in weights)
     assert VLM.from_pretrained(tmp_path / "own").tokenizer.vocab_size == TOKENIZER.vocab_size

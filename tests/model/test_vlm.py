@@ -294,9 +294,9 @@ def test_bad_input_is_named(vlm):
     sample = vlm.prepare(conversation("a", "b"), RED)
     with pytest.raises(ValueError, match="16 places for image features, but there is no image"):
         vlm(collate([replace(sample, images=())]))
-    with pytest.raises(ValueError, match="the images give 16 features, but input_ids has 15 places"):
+    with pytest.raises(ValueError, match="the images have 16 features, but input_ids has 15 places"):
         vlm(collate([replace(sample, input_ids=sample.input_ids[1:], labels=sample.labels[1:])]))
-    with pytest.raises(ValueError, match="no token to learn"):
+    with pytest.raises(ValueError, match="no target"):
         vlm(collate([vlm.prepare([Turn("user", "a")])]))
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         VLM(vlm.config).prepare([Turn("user", "a")])
