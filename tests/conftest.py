@@ -53,6 +53,14 @@ def backend() -> str:
     return "triton" if is_interpreted() else "torch"
 
 
+@pytest.fixture(scope="module", params=["triton"] if is_interpreted() else ["torch", "numba"])
+def compiled_or_not(request: pytest.FixtureRequest) -> str:
+    """Every implementation of an op that has kernels in numba too; its tests take this one as their `backend`."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    return request.param
+
+
 @pytest.fixture(scope="session", autouse=True)
 def boolean_masks() -> Iterator[None]:
     """In the interpreter, the masks of all loads and stores are boolean: from Triton 3.9 on no other is taken."""

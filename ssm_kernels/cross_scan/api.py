@@ -115,9 +115,10 @@ def cross_causal_conv1d(
             shared, weight.flatten(0, 1), bias, activation == "silu", directions=_codes(directions), height=height
         )
         return y.unflatten(1, (height, width))
-    paths = cross_scan(x, directions, backend=chosen).transpose(1, 2).flatten(2)  # (B, L, K * E)
+    copies = "torch" if chosen == "numba" else chosen
+    paths = cross_scan(x, directions, backend=copies).transpose(1, 2).flatten(2)  # (B, L, K * E)
     y, _ = local(causal_conv1d)(paths, weight.flatten(0, 1), bias, activation, backend=chosen)
-    return _to_places(y.unflatten(2, (k, dim)), height, width, directions, chosen)
+    return _to_places(y.unflatten(2, (k, dim)), height, width, directions, copies)
 
 
 def cross_selective_scan(
@@ -173,10 +174,11 @@ def cross_selective_scan(
         )
         y = y.sum(2, dtype=torch.promote_types(u.dtype, torch.float32)).to(u.dtype)
         return y.unflatten(1, (height, width))
-    paths = cross_scan(u, directions, backend=chosen).transpose(1, 2).flatten(2)  # (B, L, K * E)
-    dt, B, C = (_to_directions(m, directions, chosen) for m in (dt, B, C))
+    copies = "torch" if chosen == "numba" else chosen
+    paths = cross_scan(u, directions, backend=copies).transpose(1, 2).flatten(2)  # (B, L, K * E)
+    dt, B, C = (_to_directions(m, directions, copies) for m in (dt, B, C))
     y, _ = local(selective_scan)(paths, dt.flatten(2), A, B, C, D, None, dt_bias, dt_softplus, backend=chosen)
-    return cross_merge(y.unflatten(2, (k, dim)).transpose(1, 2), height, width, directions, backend=chosen)
+    return cross_merge(y.unflatten(2, (k, dim)).transpose(1, 2), height, width, directions, backend=copies)
 
 
 def cross_ssd(

@@ -11,7 +11,7 @@ from .._core.dispatch import Backend, resolve_backend
 from .._core.sharding import shardable
 from .._core.validation import check_divides, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
-from . import pytorch, reference, triton
+from . import numba, pytorch, reference, triton
 
 
 class SelectiveScanOutput(NamedTuple):
@@ -78,6 +78,7 @@ def selective_scan(
     chosen = resolve_backend(backend, u.device, "selective_scan")
     scan = {
         "triton": triton.selective_scan,
+        "numba": numba.selective_scan,
         "torch": pytorch.selective_scan,
         "reference": reference.selective_scan,
     }[chosen]
@@ -126,7 +127,12 @@ def selective_scan_step(
     matrices = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
     _check(u.unsqueeze(1), dt.unsqueeze(1), A, *matrices, D, None if z is None else z.unsqueeze(1), dt_bias, state)
     chosen = resolve_backend(backend, u.device, "selective_scan")
-    step = triton.selective_scan_step if chosen == "triton" else pytorch.selective_scan_step
+    step = {
+        "triton": triton.selective_scan_step,
+        "numba": numba.selective_scan_step,
+        "torch": pytorch.selective_scan_step,
+        "reference": pytorch.selective_scan_step,
+    }[chosen]
     with torch.no_grad():
         return step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssm_kernels import cross_scan, resolve_backend, use_backend
+from ssm_kernels._core import dispatch
 from ssm_kernels.cross_scan import pytorch, reference
 
 CPU = torch.device("cpu")
@@ -89,3 +90,25 @@ def test_compiled_code_follows_the_choice(monkeypatch):
         thread.join(60)
         assert elsewhere == [1]
     assert compiled(x).item() == 1
+
+
+def test_a_missing_numba_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
+    monkeypatch.setattr(dispatch, "_already_logged", set())
+    with caplog.at_level("WARNING", logger="ssm_kernels"):
+        assert [resolve_backend("auto", CPU, "selective_scan") for _ in range(2)] == ["torch", "torch"]
+        assert resolve_backend("auto", CPU, "ssd") == "torch"
+    assert len(caplog.records) == 1
+    assert "pip install 'vl-mamba[cpu]'" in caplog.text and "7 times faster" in caplog.text
+    with pytest.raises(RuntimeError, match="backend='numba' was asked for, but the numba package is not installed"):
+        resolve_backend("numba", CPU, "selective_scan")
+
+
+def test_numba_is_taken_on_a_cpu_by_the_ops_that_have_it(monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", True)
+    assert resolve_backend("auto", CPU, "selective_scan") == "numba"
+    assert resolve_backend("auto", CPU, "ssd") == "torch"
+    with pytest.raises(RuntimeError, match="ssd has no kernels in numba"):
+        resolve_backend("numba", CPU, "ssd")
+    with pytest.raises(RuntimeError, match="numba's kernels are for the CPU"):
+        resolve_backend("numba", torch.device("meta"), "selective_scan")

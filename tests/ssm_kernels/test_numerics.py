@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.cases import OPS, Case, Shape, variants
+from ssm_kernels._core.dispatch import NUMBA_SPEEDUPS
 from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
@@ -31,6 +32,19 @@ SIZES = (
         "wide": Shape(8, 26, 384, d_state=16, heads=6, headdim=64, height=13),
     }
 )
+
+
+def has_numba(op):
+    return op.removeprefix("cross_").removesuffix("_step") in NUMBA_SPEEDUPS
+
+
+@pytest.fixture
+def backend(compiled_or_not, request):
+    """Every implementation that the op has."""
+    op = getattr(request.node, "callspec", None) and request.node.callspec.params.get("op")
+    if compiled_or_not == "numba" and op and not has_numba(op):
+        pytest.skip(f"{op} has no kernels in numba")
+    return compiled_or_not
 
 
 def cases(op, shape, dtype):
@@ -150,7 +164,8 @@ def test_a_sequence_is_the_same_whole_and_in_prefill_chunks(op, dtype, cut, back
     assert_same(states, final_states, str(case))
 
 
-def test_results_do_not_depend_on_the_chunk_size_given(backend):
+@pytest.mark.parametrize("op", ["ssd"])
+def test_results_do_not_depend_on_the_chunk_size_given(op, backend):
     """From 64 steps on the PyTorch backend takes chunks of 64; its checkpoints must be counted in the same."""
     shape = Shape(1, 1100, heads=2, headdim=4, d_state=4)
     small, large = (Case("ssd", shape, chunk_size=size) for size in (64, 1000))
@@ -165,12 +180,12 @@ import sys, torch
 from benchmarks.cases import OPS, Case, Shape
 from tests.ssm_kernels.test_numerics import run
 sums = {}
-for op in OPS:
+for op in sys.argv[4:]:
     case = Case(op, Shape(2, 1000, 256, d_state=16, heads=4, headdim=64, height=10), z=op in ("selective_scan", "ssd"))
     generator = torch.Generator().manual_seed(0)
     inputs = case.inputs()
     torch.set_num_threads(int(sys.argv[1]))
-    for name, value in run(case, inputs, "torch").items():
+    for name, value in run(case, inputs, sys.argv[3]).items():
         sums[op, name] = value
     torch.set_num_threads(1)
 torch.save(sums, sys.argv[2])
@@ -178,12 +193,13 @@ torch.save(sums, sys.argv[2])
 
 
 @pytest.mark.skipif(is_interpreted(), reason="of the PyTorch backend")
-def test_the_number_of_threads_changes_nothing(tmp_path):
+def test_the_number_of_threads_changes_nothing(tmp_path, backend):
     """In processes of their own, since the suite runs with one thread."""
+    ops = [op for op in OPS if backend != "numba" or has_numba(op)]
     results = []
     for threads in (1, 2):
         out = tmp_path / f"{threads}.pt"
-        subprocess.run([sys.executable, "-W", "ignore", "-c", DUMP, str(threads), str(out)], check=True)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", DUMP, str(threads), str(out), backend, *ops], check=True)
         results.append(torch.load(out))
     assert results[0].keys() == results[1].keys()
     for (op, name), value in results[0].items():
@@ -265,7 +281,8 @@ def test_what_is_not_finite_stays_in_its_sequence(op, name, value, backend):
 
 
 def test_nan_in_dt_is_refused(backend):
-    for op in ("selective_scan", "ssd", "cross_selective_scan", "cross_ssd", "selective_scan_step", "ssd_step"):
+    ops = ("selective_scan", "ssd", "cross_selective_scan", "cross_ssd", "selective_scan_step", "ssd_step")
+    for op in (op for op in ops if backend != "numba" or has_numba(op)):
         case = Case(op, TINY)
         inputs = {k: v.detach().clone() for k, v in case.inputs().items()}
         inputs["dt"].view(-1)[3] = torch.nan

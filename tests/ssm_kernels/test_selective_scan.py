@@ -34,6 +34,11 @@ def short_chunks():
         yield
 
 
+@pytest.fixture(scope="module")
+def backend(compiled_or_not):
+    return compiled_or_not
+
+
 @pytest.fixture(autouse=True)
 def default_backend(backend):
     """`auto` is the implementation under test."""
@@ -239,6 +244,22 @@ def test_registered_torch_ops_pass_opcheck():
     y, final, kept = torch.ops.ssm_kernels.selective_scan_torch(*args)
     args = (*args[:5], kept, torch.ones_like(y), torch.ones_like(final), None, None)
     torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_torch_backward.default, args)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_registered_numba_ops_pass_opcheck(packed):
+    pytest.importorskip("numba")
+    from ssm_kernels.selective_scan import numba
+
+    t = {k: v.float() for k, v in make(1, 9).items()}
+    bounds = torch.tensor([0, 9], dtype=torch.int32) if packed else None
+    args = (*t.values(), bounds, None)
+    torch.library.opcheck(numba._forward_op, (*args, True, True))
+    y, final, checkpoints = numba._forward_op(*args, True, True)
+    args = (*args, checkpoints, torch.ones_like(y), torch.ones_like(final), True)
+    torch.library.opcheck(numba._backward_op, args, test_utils=("test_schema", "test_faketensor"))
+    step = (t["u"][:, 0], t["dt"][:, 0], t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], t["z"][:, 0], None, True)
+    torch.library.opcheck(numba._step_op, (t["initial_states"], *step))
 
 
 @needs_interpreter

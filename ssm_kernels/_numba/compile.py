@@ -1,0 +1,76 @@
+"""Compilation of kernels: at the first call with a dtype, cached on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import numpy as np
+from numba.core import types
+from numba.core.caching import FunctionCache
+
+logger = logging.getLogger("ssm_kernels")
+_lock = threading.Lock()
+_is_logged = False
+
+
+class Kernel:
+    """A function of arrays and numbers that is compiled when it first runs, and runs without the GIL.
+
+    Its first argument is an array of the dtype in which it computes; every other argument has the same type in all
+    calls with that dtype, or is an array of the same dtype and number of dimensions. Arrays may have any strides.
+    """
+
+    def __init__(self, function: Callable):
+        self._dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+        self._compiled: dict[np.dtype, Callable] = {}
+        try:
+            self._dispatcher._cache = _Cache(function)
+        except RuntimeError as error:  # neither the package's folder nor the user's can be written
+            logger.warning("kernels for the CPU are compiled in every process: %s", error)
+
+    def __call__(self, *args):
+        compiled = self._compiled.get(args[0].dtype)
+        if compiled is None:
+            compiled = self._compile(args)
+        return compiled(*args)
+
+    def _compile(self, args: tuple) -> Callable:
+        global _is_logged
+        with _lock:
+            start = time.perf_counter()
+            compiled = self._dispatcher.compile(tuple(map(_type_of, args)))
+            seconds = time.perf_counter() - start
+            if seconds > 1 and not _is_logged:
+                _is_logged = True
+                path = self._dispatcher.stats.cache_path
+                logger.info("compiling kernels for the CPU: %.1f s for the first, cached in %s", seconds, path)
+            self._compiled[args[0].dtype] = compiled
+        return compiled
+
+
+def _type_of(arg: object) -> types.Type:
+    kind = numba.typeof(arg)
+    # Of no particular layout, so that strides do not make another compilation.
+    return types.Array(kind.dtype, kind.ndim, "A") if isinstance(kind, types.Array) else kind
+
+
+class _Cache(FunctionCache):
+    """numba's cache, keyed also by the files that kernels share: numba looks at the kernel's own file alone."""
+
+    def _index_key(self, sig, codegen):
+        return *super()._index_key(sig, codegen), _digest()
+
+
+@functools.cache
+def _digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,319 @@
+"""Vectors of 64 bytes in numba: `Lanes`, 16 numbers of float32 or 8 of float64.
+
+LLVM makes one AVX-512 register of them, two of AVX2 or four of NEON. Kernels that are written on them do not depend
+on whether LLVM's loop vectorizer sees that arrays do not overlap. Offsets count elements from an array's first one.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils, types
+from numba.core.datamodel import models
+from numba.core.extending import intrinsic, lower_builtin, register_model
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+
+BYTES = 64
+BLOCK = 64
+"""Channels of a tile."""
+
+
+class Lanes(types.Type):
+    """The numba type of a vector."""
+
+    def __init__(self, dtype: types.Float):
+        self.dtype = dtype
+        self.count = BYTES * 8 // dtype.bitwidth
+        super().__init__(name=f"Lanes({dtype})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, _vector(fe_type))
+
+
+def _element(lanes: Lanes) -> ir.Type:
+    return ir.FloatType() if lanes.dtype == types.float32 else ir.DoubleType()
+
+
+def _vector(lanes: Lanes) -> ir.VectorType:
+    return ir.VectorType(_element(lanes), lanes.count)
+
+
+def _integers(lanes: Lanes) -> ir.VectorType:
+    return ir.VectorType(ir.IntType(lanes.dtype.bitwidth), lanes.count)
+
+
+def constant(lanes: Lanes, value: float | int, *, integer: bool = False) -> ir.Constant:
+    """The same number in all lanes."""
+    kind = _integers(lanes) if integer else _vector(lanes)
+    return ir.Constant(kind, [ir.Constant(kind.element, value)] * lanes.count)
+
+
+def splat_value(builder: ir.IRBuilder, lanes: Lanes, scalar: ir.Value) -> ir.Value:
+    """A scalar of the element's type in all lanes."""
+    undefined = ir.Constant(_vector(lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.IntType(32)(0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes.count), None)
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
+def _shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, indices: list[int]) -> ir.Value:
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), indices)
+    return builder.shuffle_vector(a, b, mask)
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """Call an LLVM intrinsic."""
+    function = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
+
+
+def fma_value(builder: ir.IRBuilder, lanes: Lanes, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a * b + c, rounded once where the processor can."""
+    return call(builder, f"llvm.fmuladd.v{lanes.count}f{lanes.dtype.bitwidth}", _vector(lanes), a, b, c)
+
+
+def polynomial(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
+    """Evaluate a polynomial by Horner's rule; the constant term comes first."""
+    result = constant(lanes, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        result = fma_value(builder, lanes, result, x, constant(lanes, c))
+    return result
+
+
+def as_integers(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value) -> ir.Value:
+    """The bits of the numbers."""
+    return builder.bitcast(x, _integers(lanes))
+
+
+def as_floats(builder: ir.IRBuilder, lanes: Lanes, bits: ir.Value) -> ir.Value:
+    """The numbers of the bits."""
+    return builder.bitcast(bits, _vector(lanes))
+
+
+# --- operators: between vectors, and between a vector and a number -------------------------------------------------
+
+
+class _Arithmetic(AbstractTemplate):
+    def generic(self, args, kws):
+        lanes = next((a for a in args if isinstance(a, Lanes)), None)
+        if lanes is None or len(args) != 2:
+            return None
+        if all(a == lanes or isinstance(a, (types.Float, types.Integer)) for a in args):
+            return signature(lanes, *(a if a == lanes else lanes.dtype for a in args))
+        return None
+
+
+def _define(op, instruction: str) -> None:
+    infer_global(op)(type(f"_{instruction}", (_Arithmetic,), {}))
+
+    def lower(context, builder, sig, args):
+        lanes = sig.return_type
+        pairs = zip(args, sig.args, strict=True)
+        a, b = (x if kind == lanes else splat_value(builder, lanes, x) for x, kind in pairs)
+        return getattr(builder, instruction)(a, b)
+
+    for kinds in ((Lanes, Lanes), (Lanes, types.Float), (types.Float, Lanes)):
+        lower_builtin(op, *kinds)(lower)
+
+
+for _op, _instruction in (
+    (operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv"),
+):  # fmt: skip
+    _define(_op, _instruction)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def _address(context, builder, array_type, array, offset, kind):
+    """Pointer to something of an LLVM type at an offset."""
+    data = cgutils.create_struct_proxy(array_type)(context, builder, value=array).data
+    return builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
+
+
+@intrinsic
+def load(typingctx, array, offset):
+    """Consecutive elements from an offset on."""
+    lanes = Lanes(array.dtype)
+
+    def codegen(context, builder, sig, args):
+        pointer = _address(context, builder, sig.args[0], *args, _vector(lanes))
+        return builder.load(pointer, align=lanes.dtype.bitwidth // 8)
+
+    return lanes(array, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, array, offset, value):
+    """Write consecutive elements from an offset on."""
+
+    def codegen(context, builder, sig, args):
+        pointer = _address(context, builder, sig.args[0], *args[:2], args[2].type)
+        builder.store(args[2], pointer, align=value.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, value), codegen
+
+
+@intrinsic
+def element(typingctx, array, offset):
+    """One element, whatever the array's dimensions."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(_address(context, builder, sig.args[0], *args, context.get_data_type(array.dtype)))
+
+    return array.dtype(array, types.intp), codegen
+
+
+@intrinsic
+def set_element(typingctx, array, offset, value):
+    """Write one element."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[2], _address(context, builder, sig.args[0], *args[:2], args[2].type))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, array.dtype), codegen
+
+
+@intrinsic
+def splat(typingctx, array, value):
+    """A number in all lanes of a vector of the array's dtype."""
+    lanes = Lanes(array.dtype)
+
+    def codegen(context, builder, sig, args):
+        return splat_value(builder, lanes, args[1])
+
+    return lanes(array, array.dtype), codegen
+
+
+# --- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a * b + c; numbers among them are taken for all lanes."""
+    lanes = next(x for x in (a, b, c) if isinstance(x, Lanes))
+
+    def codegen(context, builder, sig, args):
+        pairs = zip(args, sig.args, strict=True)
+        vectors = (x if kind == lanes else splat_value(builder, lanes, x) for x, kind in pairs)
+        return fma_value(builder, lanes, *vectors)
+
+    return lanes(*(x if x == lanes else lanes.dtype for x in (a, b, c))), codegen
+
+
+@intrinsic
+def total(typingctx, x):
+    """The sum of the lanes, by halves."""
+    lanes = x
+
+    def codegen(context, builder, sig, args):
+        value, n = args[0], lanes.count
+        while n > 1:
+            n //= 2
+            halves = (_shuffle(builder, value, value, [*part]) for part in (range(n), range(n, 2 * n)))
+            value = builder.fadd(*halves)
+        return builder.extract_element(value, ir.IntType(32)(0))
+
+    return lanes.dtype(lanes), codegen
+
+
+@intrinsic
+def add_totals(typingctx, array, offset, x, y):
+    """Add the sums of the lanes of x and of y to two neighbours of an array.
+
+    Both are summed at once by halves, with half of the shuffles that each alone would take.
+    """
+    lanes = x
+
+    def codegen(context, builder, sig, args):
+        n = lanes.count
+        half = n // 2
+        # [low half of x, low half of y] + [high half of x, high half of y]
+        low, high = (
+            _shuffle(builder, args[2], args[3], [*range(i, i + half), *range(n + i, n + i + half)]) for i in (0, half)
+        )
+        value = builder.fadd(low, high)
+        while half > 1:
+            half //= 2
+            value = builder.fadd(value, _shuffle(builder, value, value, [i ^ half for i in range(n)]))
+        sums = _shuffle(builder, value, value, [0, n // 2])
+        pointer = _address(context, builder, sig.args[0], *args[:2], sums.type)
+        align = lanes.dtype.bitwidth // 8
+        builder.store(builder.fadd(builder.load(pointer, align=align), sums), pointer, align=align)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, lanes, lanes), codegen
+
+
+@intrinsic
+def lane_count(typingctx, array):
+    """Elements in a vector of the array's dtype."""
+
+    def codegen(context, builder, sig, args):
+        return context.get_constant(types.intp, BYTES * 8 // array.dtype.bitwidth)
+
+    return types.intp(array), codegen
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------
+# Not inlined: they would be optimized again in every kernel, which is most of the time that one takes to compile.
+
+
+@njit
+def aligned_empty(like, size):
+    """Memory for tiles that starts at a multiple of a vector's size."""
+    memory = np.empty(size + lane_count(like), like.dtype)
+    start = -(memory.ctypes.data // memory.itemsize) % lane_count(like)
+    return memory[start : start + size]
+
+
+@njit
+def fill(tile, value):
+    """Set all elements of a tile."""
+    for i in range(0, tile.size, lane_count(tile)):
+        store(tile, i, splat(tile, value))
+
+
+@njit
+def read_rows(source, i, first, count, channel, width, tile):
+    """Copy source[i, first : first + count, channel : channel + width] to the rows of a tile (count, BLOCK).
+
+    Zeros fill the last vector of a row.
+    """
+    row_stride, stride = source.strides[1] // source.itemsize, source.strides[2] // source.itemsize
+    offset = i * (source.strides[0] // source.itemsize) + first * row_stride + channel * stride
+    n = lane_count(tile)
+    n_vectors = width // n if stride == 1 else 0
+    for r in range(count):
+        at = r * BLOCK
+        for v in range(n_vectors):
+            store(tile, at + v * n, load(source, offset + v * n))
+        if n_vectors * n < width:
+            store(tile, at + (width - 1) // n * n, splat(tile, 0.0))
+        for k in range(n_vectors * n, width):
+            set_element(tile, at + k, element(source, offset + k * stride))
+        offset += row_stride
+
+
+@njit
+def write_rows(tile, target, i, first, count, channel, width):
+    """Copy the rows of a tile (count, BLOCK) to target[i, first : first + count, channel : channel + width]."""
+    row_stride, stride = target.strides[1] // target.itemsize, target.strides[2] // target.itemsize
+    offset = i * (target.strides[0] // target.itemsize) + first * row_stride + channel * stride
+    n = lane_count(tile)
+    n_vectors = width // n if stride == 1 else 0
+    for r in range(count):
+        at = r * BLOCK
+        for v in range(n_vectors):
+            store(target, offset + v * n, load(tile, at + v * n))
+        for k in range(n_vectors * n, width):
+            set_element(target, offset + k * stride, element(tile, at + k))
+        offset += row_stride

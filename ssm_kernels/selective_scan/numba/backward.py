@@ -1,0 +1,298 @@
+"""Backward of the compiled selective scan."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..._core.varlen import parse_sequences
+from ..._numba.compile import Kernel
+from ..._numba.functions import LOG2_E, exp2, sigmoid
+from ..._numba.lanes import (
+    BLOCK,
+    add_totals,
+    aligned_empty,
+    element,
+    fill,
+    fma,
+    lane_count,
+    load,
+    read_rows,
+    splat,
+    store,
+    write_rows,
+)  # fmt: skip
+from ..._numba.threads import run_tiles
+from . import INTERVAL
+from .tiles import (
+    as_array,
+    as_row,
+    count_tiles,
+    locate_part,
+    locate_tile,
+    n_groups,
+    prepare_steps,
+    read_coefficients,
+    sequence_table,
+    with_four_dims,
+    write_coefficients,
+)  # fmt: skip
+
+LN_2 = math.log(2)
+MAX_SLOTS = 16
+"""Runs of sequences whose shares of a common gradient are summed apart: at most so many copies of it."""
+
+
+def backward(
+    u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, checkpoints, dy, dfinal, dt_softplus
+) -> tuple[Tensor, ...]:
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_states in their dtypes; empty where there is none."""
+    (batch, length, dim), n = u.shape, A.shape[1]
+    compute = checkpoints.dtype
+    sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
+    n_sequences = len(sequences.lengths)
+    groups, n_slots = n_groups(B, C), min(n_sequences, MAX_SLOTS)
+    new = u.new_zeros if sequences.padding_runs(batch * length) else u.new_empty
+
+    def results(like: Tensor | None, *shape: int) -> Tensor:
+        return u.new_empty(shape if like is not None else (0,) * len(shape), dtype=compute)
+
+    du, ddt = (new(u.shape, dtype=compute) for _ in range(2))
+    dz = new(u.shape if z is not None else (0, 0, 0), dtype=compute)
+    dA = results(A, n_slots, n, dim)
+    dD, ddt_bias = (u.new_empty(n_slots, 1, dim, dtype=compute) for _ in range(2))
+    dinitial = results(initial_states, *(dfinal.shape if initial_states is not None else (0, 0, 0)))
+    dB, dC = (
+        u.new_empty(n_slots, 1, dim, n, dtype=compute)
+        if m.dim() == 2
+        else new(count_tiles(dim // m.shape[2], groups // m.shape[2]), *m.shape, dtype=compute)
+        for m in (B, C)
+    )
+    inputs = [as_array(x, compute, 3) for x in (u, dt, A.T[None])]
+    inputs += [as_array(with_four_dims(m), compute, 4) for m in (B, C)]
+    inputs += [as_array(x, compute, 3) for x in (as_row(D), z, as_row(dt_bias), checkpoints.flatten(0, 1)[None])]
+    grads = [dy, dfinal.transpose(1, 2)]
+    rows = [m if m.dim() == 4 else m.flatten(0, 1) for m in (dB, dC)]
+    outputs = [du, ddt, dA, *rows, dD, dz, ddt_bias, dinitial.transpose(1, 2)]
+    args = (
+        *inputs, sequence_table(sequences, length), *(as_array(x, compute, 3) for x in grads),
+        *(x.numpy() for x in outputs), groups, n_slots, B.dim() == 2, C.dim() == 2, dt_softplus,
+    )  # fmt: skip
+    n_tiles = n_slots * count_tiles(dim, groups)
+    run_tiles(lambda first, end: scan_tiles_backward(*args, first, end), n_tiles, 3 * u.numel() * n)
+
+    def shared(parts: Tensor, like: Tensor | None) -> Tensor:
+        return u.new_empty(0) if like is None else _sum_parts(parts).to(like.dtype)
+
+    dB, dC = (
+        (_sum_parts(parts)[0] if m.dim() == 2 else _sum_parts(parts)).to(m.dtype) for parts, m in ((dB, B), (dC, C))
+    )
+    return (
+        du.to(u.dtype), ddt.to(dt.dtype), shared(dA, A).T.contiguous(), dB, dC, shared(dD, D).flatten(),
+        u.new_empty(0) if z is None else dz.to(z.dtype), shared(ddt_bias, dt_bias).flatten(),
+        u.new_empty(0) if initial_states is None else dinitial.to(initial_states.dtype),
+    )  # fmt: skip
+
+
+def _sum_parts(parts: Tensor) -> Tensor:
+    """The sum over the first dimension in order, which `sum` does not promise for all sizes alike."""
+    return functools.reduce(torch.add, parts.unbind()) if len(parts) else parts.new_zeros(parts.shape[1:])
+
+
+@Kernel
+def scan_tiles_backward(
+    u, dt, A, B, C, D, z, dt_bias, checkpoints, sequences, dy, dfinal,
+    du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial,
+    groups, n_slots, B_is_constant, C_is_constant, dt_softplus, first, end,
+):  # fmt: skip
+    """Gradients of the tiles from `first` to `end` - 1. A tile takes the sequences of one of `n_slots` runs in turn.
+
+    Inputs are as in `scan_tiles`, and dy (B, L, D), dfinal (rows, N, D). Results that tiles share have a row for each
+    that writes them: dA, dD, ddt_bias (slots, N or 1, D); dB, dC (blocks of a group * B, L, G, N), or (slots, 1, D, N)
+    where constant in time. du, ddt, dz (B, L, D); dinitial (rows, N, D).
+    """
+    zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
+    n, dim = A.shape[1:]
+    size, states, row_size = one * INTERVAL * BLOCK, n * BLOCK, one * BLOCK
+    u_tile, dt_tile, input_tile = aligned_empty(u, size), aligned_empty(u, size), aligned_empty(u, size)
+    y_tile, z_tile, dy_tile = aligned_empty(u, size), aligned_empty(u, size), aligned_empty(u, size)
+    dinput_tile, dlog_tile = aligned_empty(u, size), aligned_empty(u, size)
+    a_tile, h_tile, B_lanes, C_lanes = (
+        aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states),
+    )  # fmt: skip
+    g_tile, dA_tile, dB_lanes, dC_lanes = (
+        aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states),
+    )  # fmt: skip
+    steps = n * INTERVAL
+    B_steps, C_steps, dBC_steps = aligned_empty(u, steps), aligned_empty(u, steps), aligned_empty(u, 2 * steps)
+    history = aligned_empty(u, 2 * (INTERVAL + 1) * lane_count(u))
+    bias, skip = aligned_empty(u, row_size), aligned_empty(u, row_size)
+    dbias, dskip = aligned_empty(u, row_size), aligned_empty(u, row_size)
+    fill(bias, 0.0)
+    fill(skip, 0.0)
+
+    for tile in range(first, end):
+        slot, channel, width = locate_tile(tile, dim, groups)
+        read_rows(A, zero, zero, n, channel, width, a_tile)
+        for i in range(0, states, lane_count(u)):
+            store(a_tile, i, LOG2_E * load(a_tile, i))
+        if dt_bias.size:
+            read_rows(dt_bias, zero, zero, one, channel, width, bias)
+        if D.size:
+            read_rows(D, zero, zero, one, channel, width, skip)
+        for shared in (dA_tile, dB_lanes, dC_lanes, dbias, dskip):
+            fill(shared, 0.0)
+        B_group, B_part = locate_part(channel, dim, groups, B.shape[2])
+        C_group, C_part = locate_part(channel, dim, groups, C.shape[2])
+
+        n_sequences = len(sequences)
+        for s in range(slot * n_sequences // n_slots, (slot + 1) * n_sequences // n_slots):
+            row, start, length = sequences[s, 0], sequences[s, 1], sequences[s, 2]
+            initial, final, saved = sequences[s, 3], sequences[s, 4], sequences[s, 5]
+            fill(g_tile, 0.0)
+            if final >= 0:
+                read_rows(dfinal, final, zero, n, channel, width, g_tile)
+
+            n_blocks = (length + INTERVAL - 1) // INTERVAL
+            for k in range(n_blocks - 1, -1, -1):
+                at = start + k * INTERVAL
+                count = min(INTERVAL, start + length - at)
+                read_rows(checkpoints, zero, (saved + k) * n, n, channel, width, h_tile)
+                read_rows(u, row, at, count, channel, width, u_tile)
+                read_rows(dt, row, at, count, channel, width, dt_tile)
+                read_rows(dy, row, at, count, channel, width, dy_tile)
+                prepare_steps(count, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
+                read_coefficients(B, row, at, count, B_group, B_is_constant, channel, width, B_steps, B_lanes)
+                read_coefficients(C, row, at, count, C_group, C_is_constant, channel, width, C_steps, C_lanes)
+                if z.size:
+                    read_rows(z, row, at, count, channel, width, z_tile)
+                    for t in range(count):
+                        for i in range(t * BLOCK, t * BLOCK + width, lane_count(u)):
+                            gate = load(z_tile, i)
+                            store(dy_tile, i, load(dy_tile, i) * (gate * sigmoid(gate)))
+                for t in range(count):
+                    for i in range(t * BLOCK, t * BLOCK + width, lane_count(u)):
+                        store(y_tile, i, load(skip, i - t * BLOCK) * load(u_tile, i))
+                        store(dinput_tile, i, splat(u, 0.0))
+                        store(dlog_tile, i, splat(u, 0.0))
+                fill(dBC_steps, 0.0)
+
+                differentiate_steps(
+                    count, width, z.size > 0, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile,
+                    dy_tile, history, g_tile, dA_tile, dB_lanes, dC_lanes, dBC_steps, dinput_tile, dlog_tile,
+                    y_tile, B_is_constant, C_is_constant,
+                )  # fmt: skip
+                if not B_is_constant:
+                    write_coefficients(dBC_steps, zero, dB, B_part * u.shape[0] + row, at, count, B_group)
+                if not C_is_constant:
+                    write_coefficients(dBC_steps, one, dC, C_part * u.shape[0] + row, at, count, C_group)
+
+                # From here on `input_tile` holds du, `dlog_tile` ddt.
+                for t in range(count):
+                    for i in range(0, width, lane_count(u)):
+                        j = t * BLOCK + i
+                        x, dinput, d = load(u_tile, j), load(dinput_tile, j), load(dy_tile, j)
+                        store(input_tile, j, fma(dinput, load(dt_tile, j), d * load(skip, i)))
+                        store(dlog_tile, j, fma(dinput, x, LN_2 * load(dlog_tile, j)))
+                        store(dskip, i, fma(d, x, load(dskip, i)))
+                if dt_softplus:
+                    read_rows(dt, row, at, count, channel, width, dt_tile)
+                    for t in range(count):
+                        for i in range(0, width, lane_count(u)):
+                            j = t * BLOCK + i
+                            store(dlog_tile, j, load(dlog_tile, j) * sigmoid(load(dt_tile, j) + load(bias, i)))
+                for t in range(count):
+                    for i in range(0, width, lane_count(u)):
+                        store(dbias, i, load(dbias, i) + load(dlog_tile, t * BLOCK + i))
+                write_rows(input_tile, du, row, at, count, channel, width)
+                write_rows(dlog_tile, ddt, row, at, count, channel, width)
+                if z.size:
+                    read_rows(dy, row, at, count, channel, width, dy_tile)
+                    for t in range(count):
+                        for i in range(t * BLOCK, t * BLOCK + width, lane_count(u)):
+                            gate = load(z_tile, i)
+                            s_gate = sigmoid(gate)
+                            d_silu = s_gate * fma(gate, 1.0 - s_gate, splat(u, 1.0))
+                            store(dy_tile, i, load(dy_tile, i) * load(y_tile, i) * d_silu)
+                    write_rows(dy_tile, dz, row, at, count, channel, width)
+
+            if initial >= 0 and dinitial.size:
+                write_rows(g_tile, dinitial, initial, zero, n, channel, width)
+
+        write_rows(dA_tile, dA, slot, zero, n, channel, width)
+        write_rows(dskip, dD, slot, zero, one, channel, width)
+        write_rows(dbias, ddt_bias, slot, zero, one, channel, width)
+        if B_is_constant:
+            write_lanes(dB_lanes, dB, slot, channel, width)
+        if C_is_constant:
+            write_lanes(dC_lanes, dC, slot, channel, width)
+
+
+@njit
+def write_lanes(tile, target, slot, channel, width):
+    """Write a tile (N, BLOCK) to target[slot, 0, channel : channel + width] (D, N)."""
+    for j in range(target.shape[3]):
+        for i in range(width):
+            target[slot, 0, channel + i, j] = element(tile, j * BLOCK + i)
+
+
+@njit
+def differentiate_steps(
+    count, width, has_gate, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, dy_tile, history,
+    g_tile, dA_tile, dB_lanes, dC_lanes, dBC_steps, dinput_tile, dlog_tile, y_tile,
+    B_is_constant, C_is_constant,
+):  # fmt: skip
+    """Gradients of a block of steps, one state of one vector of channels at a time.
+
+    h_tile (N, BLOCK) holds the states before the block. g_tile holds the gradients of those after it, and then of
+    those before it. All other results are added to: dlog_tile is that of dt by way of the decay, times log2(e).
+    """
+    lanes = lane_count(a_tile)
+    decays = (INTERVAL + 1) * lanes  # where the decays of the history start; its states come first
+    for i in range(0, width, lanes):
+        for j in range(h_tile.size // BLOCK):
+            at_state = j * BLOCK + i
+            a, h = load(a_tile, at_state), load(h_tile, at_state)
+            b, c = load(B_lanes, at_state), load(C_lanes, at_state)
+            store(history, 0, h)
+            for t in range(count):
+                if not B_is_constant:
+                    b = splat(a_tile, element(B_steps, j * INTERVAL + t))
+                decay = exp2(load(dt_tile, t * BLOCK + i) * a)
+                h = fma(decay, h, load(input_tile, t * BLOCK + i) * b)
+                store(history, decays + t * lanes, decay)
+                store(history, (t + 1) * lanes, h)
+                if has_gate:
+                    if not C_is_constant:
+                        c = splat(a_tile, element(C_steps, j * INTERVAL + t))
+                    store(y_tile, t * BLOCK + i, fma(c, h, load(y_tile, t * BLOCK + i)))
+
+            g, dA = load(g_tile, at_state), load(dA_tile, at_state)
+            dB, dC = load(dB_lanes, at_state), load(dC_lanes, at_state)
+            for t in range(count - 1, -1, -1):
+                if not B_is_constant:
+                    b = splat(a_tile, element(B_steps, j * INTERVAL + t))
+                if not C_is_constant:
+                    c = splat(a_tile, element(C_steps, j * INTERVAL + t))
+                at = t * BLOCK + i
+                dy = load(dy_tile, at)
+                g = fma(c, dy, g)  # dL/dh_t
+                if B_is_constant or C_is_constant:
+                    dB = fma(g, load(input_tile, at), dB)
+                    dC = fma(dy, load(history, (t + 1) * lanes), dC)
+                dBC = 2 * (j * INTERVAL + t)
+                add_totals(dBC_steps, dBC, g * load(input_tile, at), dy * load(history, (t + 1) * lanes))
+                store(dinput_tile, at, fma(g, b, load(dinput_tile, at)))
+                g = g * load(history, decays + t * lanes)
+                dlog = g * load(history, t * lanes)  # of the exponent dt_t A
+                store(dlog_tile, at, fma(dlog, a, load(dlog_tile, at)))
+                dA = fma(dlog, load(dt_tile, at), dA)
+            store(g_tile, at_state, g)
+            store(dA_tile, at_state, dA)
+            store(dB_lanes, at_state, dB)
+            store(dC_lanes, at_state, dC)

@@ -1,0 +1,112 @@
+"""One step of the compiled selective scan, for decoding."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from torch import Tensor
+
+from ..._numba.compile import Kernel
+from ..._numba.functions import LOG2_E, exp2, sigmoid
+from ..._numba.lanes import (
+    BLOCK,
+    aligned_empty,
+    element,
+    fill,
+    fma,
+    lane_count,
+    load,
+    read_rows,
+    set_element,
+    splat,
+    store,
+    total,
+    write_rows,
+)  # fmt: skip
+from ..._numba.threads import run_tiles
+from .tiles import as_array, as_row, count_tiles, locate_tile, prepare_steps
+
+
+def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Tensor:
+    """state (B, D, N), updated in place; u, dt, z (B, D); B, C (B, G, N) or (D, N) -> y (B, D) in the dtype of u."""
+    (batch, dim), compute = u.shape, state.dtype
+    y = u.new_empty(1, batch, dim, dtype=compute)
+    inputs = [as_array(x, compute, 3) for x in (state, u[None], dt[None], A[None])]
+    # (B, G, N), or a group for each channel that all sequences share
+    inputs += [as_array(m.expand(batch, *m.shape) if m.dim() == 2 else m, compute, 3) for m in (B, C)]
+    inputs += [as_array(x, compute, 3) for x in (as_row(D), None if z is None else z[None], as_row(dt_bias))]
+    args = (*inputs, y.numpy(), dt_softplus)
+    run_tiles(lambda first, end: step_tiles(*args, first, end), batch * count_tiles(dim, 1), u.numel() * A.shape[1])
+    return y[0].to(u.dtype)
+
+
+@Kernel
+def step_tiles(state, u, dt, A, B, C, D, z, dt_bias, y, dt_softplus, first, end):
+    """Advance the states of the tiles from `first` to `end` - 1: a sequence and BLOCK channels each.
+
+    state (B, D, N); u, dt, z, y (1, B, D); A (1, D, N); B, C (B, G, N); D, dt_bias (1, 1, D). Lanes hold states.
+    """
+    zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
+    dim, n = A.shape[1:]
+    row_size = one * BLOCK
+    u_tile, dt_tile, input_tile = aligned_empty(u, row_size), aligned_empty(u, row_size), aligned_empty(u, row_size)
+    y_tile, z_tile, bias = aligned_empty(u, row_size), aligned_empty(u, row_size), aligned_empty(u, row_size)
+    scratch = aligned_empty(u, one * lane_count(u))
+    fill(bias, 0.0)
+
+    for tile in range(first, end):
+        row, channel, width = locate_tile(tile, dim, one)
+        read_rows(u, zero, row, one, channel, width, u_tile)
+        read_rows(dt, zero, row, one, channel, width, dt_tile)
+        if dt_bias.size:
+            read_rows(dt_bias, zero, zero, one, channel, width, bias)
+        prepare_steps(one, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
+        for i in range(width):
+            B_group, C_group = (channel + i) // (dim // B.shape[1]), (channel + i) // (dim // C.shape[1])
+            step_size, dt_u = element(dt_tile, i) * LOG2_E, element(input_tile, i)
+            result = splat(u, 0.0)
+            for j in range(0, n, lane_count(u)):
+                a, b = read_lanes(A, zero, channel + i, j, scratch), read_lanes(B, row, B_group, j, scratch)
+                h, c = read_lanes(state, row, channel + i, j, scratch), read_lanes(C, row, C_group, j, scratch)
+                h = fma(exp2(a * step_size), h, b * dt_u)
+                result = fma(c, h, result)
+                write_lanes(h, state, row, channel + i, j, scratch)
+            set_element(y_tile, i, total(result))
+        if D.size:
+            read_rows(D, zero, zero, one, channel, width, dt_tile)
+            for i in range(0, width, lane_count(u)):
+                store(y_tile, i, fma(load(dt_tile, i), load(u_tile, i), load(y_tile, i)))
+        if z.size:
+            read_rows(z, zero, row, one, channel, width, z_tile)
+            for i in range(0, width, lane_count(u)):
+                gate = load(z_tile, i)
+                store(y_tile, i, load(y_tile, i) * (gate * sigmoid(gate)))
+        write_rows(y_tile, y, zero, row, one, channel, width)
+
+
+@njit(forceinline=True)
+def read_lanes(source, i, row, column, scratch):
+    """source[i, row, column:], as many as a vector holds; zeros where there are fewer."""
+    size = source.itemsize
+    stride = source.strides[2] // size
+    offset = i * (source.strides[0] // size) + row * (source.strides[1] // size) + column * stride
+    if stride == 1 and column + lane_count(source) <= source.shape[2]:
+        return load(source, offset)
+    store(scratch, 0, splat(source, 0.0))
+    for k in range(min(lane_count(source), source.shape[2] - column)):
+        set_element(scratch, k, element(source, offset + k * stride))
+    return load(scratch, 0)
+
+
+@njit(forceinline=True)
+def write_lanes(value, target, i, row, column, scratch):
+    """Write a vector to target[i, row, column:]."""
+    size = target.itemsize
+    stride = target.strides[2] // size
+    offset = i * (target.strides[0] // size) + row * (target.strides[1] // size) + column * stride
+    if stride == 1 and column + lane_count(target) <= target.shape[2]:
+        store(target, offset, value)
+        return
+    store(scratch, 0, value)
+    for k in range(min(lane_count(target), target.shape[2] - column)):
+        set_element(target, offset + k * stride, element(scratch, k))
