@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, decided in one place."""
+"""Choice of the implementation that an op runs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ import torch
 from .._triton.device import can_launch
 
 Backend = Literal["auto", "triton", "numba", "torch", "reference"]
-"""`auto` chooses; `triton`, `numba` (compiled for the CPU), `torch` (fast pure PyTorch) and `reference` (step by step)
-are obeyed or refused."""
+"""`auto` chooses. `triton`, `numba` (compiled for the CPU), `torch` (fast pure PyTorch) and `reference` (step by step)
+run as requested, or raise."""
 NUMBA_SPEEDUPS = {"selective_scan": "7 times"}
-"""The ops that have kernels in numba, and how much faster these are than PyTorch on one thread of a CPU."""
+"""Ops that have numba kernels, and the speedup of these over PyTorch on one thread of a CPU."""
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
-"""Found out once, since `torch.compile` cannot trace the question. numba is imported when an op of it first runs."""
+"""Looked up once, since `torch.compile` cannot trace the call. numba is imported when an op of it first runs."""
 
 logger = logging.getLogger("ssm_kernels")
 
 
 class _Choice(threading.local):
-    """The backend of this thread. `torch.compile` traces and guards it, which it cannot do with a context variable.
+    """The backend of this thread. `torch.compile` traces and guards it, which it cannot do with a context variable."""
 
-    It is set in `__init__`, which runs in each thread: the guards do not follow a class attribute.
-    """
+    # Set in `__init__`, which runs in each thread: the guards do not follow a class attribute.
 
     def __init__(self):
         self.backend: Backend = "auto"
@@ -40,10 +39,13 @@ _already_logged: set[str] = set()
 
 @contextlib.contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Choose the backend of every op called inside the `with` block with `backend="auto"`.
+    """Set the backend of every op called inside the `with` block with `backend="auto"`.
 
-    An op that was given an explicit `backend` keeps it. The choice holds for the present thread alone. What the
-    mixers compute again in the backward runs as in the forward, whichever thread autograd runs it in.
+    An explicit `backend` argument takes precedence. The setting applies to the current thread only. What the mixers
+    recompute in the backward runs on the backend of the forward, whichever thread autograd runs it in.
+
+    Args:
+        backend: one of the names of `Backend`.
 
     Raises:
         ValueError: `backend` is not one of the known names.
@@ -56,7 +58,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def bind_backend(function: Callable) -> Callable:
-    """The function as it would run now, for a backward that runs it outside of the present `use_backend`."""
+    """Return the function bound to the current backend, for a backward outside of the `use_backend` of the forward."""
     backend = _choice.backend
 
     def run(*args):
@@ -69,14 +71,20 @@ def bind_backend(function: Callable) -> Callable:
 def resolve_backend(
     backend: Backend, device: torch.device, op: str
 ) -> Literal["triton", "numba", "torch", "reference"]:
-    """Turn a request into the backend that runs.
+    """Return the backend that an op runs on.
 
-    `auto` takes `triton` on a GPU. On a CPU it takes `numba` for the ops that have it, and `torch` for the others.
-    When it must take a slower one than that, it logs the reason once. An explicit request never falls back.
+    `auto` is `triton` on a GPU. On a CPU it is `numba` for the ops that have it, and `torch` for the others. Where it
+    has to take a slower one than that, it logs the reason once. An explicit name never falls back.
+
+    Args:
+        backend: the op's `backend` argument; `auto` is the choice of `use_backend`, if there is one.
+        device: device of the op's input.
+        op: name of the op, for messages.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: `triton` or `numba` was asked for by name and cannot run this op here; the message says why.
+        RuntimeError: `triton` or `numba` was requested by name and cannot run this op here, for the reason in the
+            message.
     """
     if _known(backend) == "auto":
         backend = _choice.backend
@@ -85,12 +93,12 @@ def resolve_backend(
     if backend == "numba":
         obstacle = _why_not_numba(device, op)
         if obstacle is not None:
-            raise RuntimeError(f"backend='numba' was asked for, but {obstacle}")
+            raise RuntimeError(f"backend='numba' was requested, but {obstacle}")
         return "numba"
     obstacle = _why_not_triton(device, op)
     if backend == "triton":
         if obstacle is not None:
-            raise RuntimeError(f"backend='triton' was asked for, but {obstacle}")
+            raise RuntimeError(f"backend='triton' was requested, but {obstacle}")
         return "triton"
     if obstacle is None:
         return "triton"
@@ -118,7 +126,7 @@ def _known(backend: str) -> Backend:
 
 def _why_not_triton(device: torch.device, op: str) -> str | None:
     if not can_launch(device):
-        return f"{op} was given tensors on {device}, and Triton needs a GPU"
+        return f"{op} got tensors on {device}, and Triton needs a GPU"
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed (pip install triton)"
     return None
@@ -126,7 +134,7 @@ def _why_not_triton(device: torch.device, op: str) -> str | None:
 
 def _why_not_numba(device: torch.device, op: str) -> str | None:
     if device.type != "cpu":
-        return f"{op} was given tensors on {device}, and numba's kernels are for the CPU"
+        return f"{op} got tensors on {device}, and numba's kernels are for the CPU"
     if op not in NUMBA_SPEEDUPS:
         return f"{op} has no kernels in numba; those that have: {', '.join(NUMBA_SPEEDUPS)}"
     if not HAS_NUMBA:

@@ -1,11 +1,11 @@
-"""Functions that round an element alike wherever it is in a tensor, so that results do not depend on the batch.
+"""Batch-invariant functions: they round an element the same wherever it is in a tensor.
 
 On a CPU PyTorch's own `silu`, `sigmoid` and `softplus` run vector code over most of a tensor, and scalar code that
-rounds otherwise over its last elements and over strided ones; `exp`, `log1p` and arithmetic do not. A batched product
-of one matrix is handed to another routine of BLAS than one of several, and how BLAS rounds depends on where in memory
-an operand begins too.
+rounds differently over its last elements and over strided ones; `exp`, `log1p` and arithmetic do not. BLAS multiplies a
+batch of one matrix by another routine than a batch of several, and its rounding depends on the alignment of the
+operands too.
 
-A compiled or exported graph has PyTorch's own: an exported one would hold the steps of a Function here, which have no
+A compiled or exported graph uses PyTorch's own: an exported one would hold the steps of a Function here, which have no
 gradient in place, and a wrong one where they overflow.
 """
 
@@ -31,8 +31,8 @@ def silu(x: Tensor) -> Tensor:
 def silu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """Gradient of `silu` at x."""
     s = sigmoid(x)
-    slope = (1 - s).mul_(x).add_(1).mul_(s)
-    return slope.mul_(dy)
+    d_silu = (1 - s).mul_(x).add_(1).mul_(s)  # s (1 + x (1 - s))
+    return d_silu.mul_(dy)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -50,12 +50,16 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     batch = a.shape[:-2]
     if batch.numel() != 1:
         return a @ b
+    # A batch of two, so that BLAS takes the routine that it takes for larger ones.
     pair = (m.reshape(1, *m.shape[-2:]).expand(2, -1, -1) for m in (a, b))
     return torch.bmm(*pair)[0].view(*batch, a.shape[-2], b.shape[-1])
 
 
 def _aligned(m: Tensor) -> Tensor:
-    """Matrices one after the other, from a multiple of 64 bytes on: PyTorch copies others or not as their number is."""
+    """Return contiguous matrices that start at a multiple of 64 bytes.
+
+    Whether PyTorch copies other matrices depends on how many there are.
+    """
     if type(m) is not Tensor:  # a fake tensor has no address
         return m
     is_dense = m.is_contiguous() or m.mT.is_contiguous()

@@ -38,7 +38,8 @@ def recompute_in_backward(*activations: tuple[Tensor, Callable[[], Tensor]], ena
 
 
 def _has_hooks() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _storage(t: Tensor) -> int:
@@ -66,7 +67,7 @@ class RecomputedView(NamedTuple):
     source: RecomputedTensor
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
     def restore(self) -> Tensor:
         return self.source.restore_view(self)

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: each error names the argument, what came and what was expected."""
+"""Argument checks shared by the ops. Each error names the argument, the value and the expectation."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ def check_tensor(
     like: Tensor | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
-    """Check one tensor. `shape` holds sizes, and letters for sizes that are free.
+    """Check the type, shape, dtype and device of one tensor.
 
     Args:
-        like: a tensor whose device `value` must share.
+        name: argument, for the message.
+        value: the tensor.
+        shape: a size for each dimension; a letter stands for any size.
+        like: tensor whose device `value` must share.
+        dtypes: allowed dtypes.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not in `dtypes`.
@@ -44,7 +48,12 @@ def check_tensor(
 
 
 def check_integer(name: str, value: object, low: int) -> int:
-    """Give `value` as an int, whatever its type, if it is an integer of at least `low`. A truth value is none.
+    """Return `value` as an int, if it is an integer of any type and at least `low`. A bool is not.
+
+    Args:
+        name: argument, for the message.
+        value: an int, or an object with `__index__`.
+        low: least value.
 
     Raises:
         TypeError: not an integer.
@@ -52,18 +61,18 @@ def check_integer(name: str, value: object, low: int) -> int:
     """
     # A tuple: torch.compile of torch 2.9 does not trace a union of types.
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        integer = value  # a symbolic size stays one
+        integer = value  # a symbolic size stays symbolic
     else:
         try:
-            is_truth = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
-            integer = None if is_truth else operator.index(value)
+            is_bool = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+            integer = None if is_bool else operator.index(value)  # pyright: ignore[reportArgumentType]
         except TypeError:
             integer = None
         if integer is None:
             raise TypeError(f"{name} must be an integer, got {value!r}")
     if integer < low:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-    return integer
+    return integer  # pyright: ignore[reportReturnType]  # callers treat a SymInt as an int
 
 
 def check_divides(small_name: str, small: int, big_name: str, big: int) -> None:
@@ -77,21 +86,21 @@ class NonFiniteError(ValueError):
 
 
 def has_readable_values(x: Tensor) -> bool:
-    """Whether checks may read values: of CPU tensors that are not traced.
+    """Whether checks may read the values of a tensor: of a CPU tensor outside of tracing.
 
-    On a GPU the host would wait for the device; in a compiled or exported graph, and in `FakeTensorMode`, there are
-    no values.
+    On a GPU it would be a host-device synchronization; in a compiled or exported graph, and in `FakeTensorMode`, there
+    are no values.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def check_no_nan(name: str, value: Tensor) -> None:
-    """Raise a `NonFiniteError` with the first position of a NaN, where values can be read."""
+    """Raise a `NonFiniteError` with the index of the first NaN, where values can be read."""
     if not has_readable_values(value) or not value.numel():
         return
     if torch.isnan(value.detach().sum()):
-        where = torch.isnan(value).nonzero()
+        indices = torch.isnan(value).nonzero()
         # The sum of infinities of both signs is NaN too.
-        if len(where):
-            first = tuple(where[0].tolist())
-            raise NonFiniteError(f"{name} must not hold NaN: {len(where)} found, the first at index {first}")
+        if len(indices):
+            first = tuple(indices[0].tolist())
+            raise NonFiniteError(f"{name} must not hold NaN: {len(indices)} found, the first at index {first}")

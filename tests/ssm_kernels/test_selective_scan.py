@@ -464,5 +464,5 @@ def test_bad_bounds_are_named(bounds, message):
 
 @pytest.mark.skipif(is_interpreted(), reason="Triton runs in its interpreter here")
 def test_triton_needs_a_gpu():
-    with pytest.raises(RuntimeError, match="backend='triton' was asked for, but"):
+    with pytest.raises(RuntimeError, match="backend='triton' was requested, but"):
         selective_scan(**make(), backend="triton")
