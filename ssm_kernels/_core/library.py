@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,31 +12,40 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-NAMESPACE = __package__.rpartition(".")[0].replace(".", "_")
-"""Of the ops: another copy of this package, imported under another name, has its own."""
+NAMESPACE = __name__.rpartition("._core.")[0].replace(".", "_")
+"""Namespace of the ops: another copy of this package, imported under another name, has its own."""
 _library = torch.library.Library(NAMESPACE, "DEF")
 BODIES: dict[torch._ops.OpOverload, Callable] = {}
-"""What each op runs, for tools that run it where the dispatcher takes the fake."""
+"""Body of each op, for tools that run it where the dispatcher would take the fake."""
 
 
 class Gradient(NamedTuple):
-    """The gradient formula of an op. It belongs to the op, so that exported and compiled graphs have it too."""
+    """Gradient formula of an op. It belongs to the op, so that exported and compiled graphs have it too."""
 
-    save: Callable[[Any, tuple, tuple], None]
-    """`save(ctx, inputs, outputs)` keeps what the backward needs."""
-    backward: Callable[..., tuple]
-    """`backward(ctx, *grads)` takes the gradients of the results and gives one for each input of the schema."""
-    n_results: int
-    """Outputs that have gradients. Those after them are for the backward alone."""
-    with_zeros: bool = True
-    """Whether the backward gets zeros, rather than None, for a result that nothing depends on."""
+    save: Callable[[Any, Any, tuple[Tensor, ...]], None]
+    """`save(ctx, inputs, outputs)` saves what the backward needs; `inputs` is a named tuple by the schema."""
+    backward: Callable[..., dict[str, Tensor | None]]
+    """`backward(ctx, *grads)`: gradients of the differentiable outputs to those of inputs, by name."""
+    n_differentiable: int
+    """Leading outputs that have gradients; the others are for the backward alone."""
+    materialize_grads: bool = True
+    """Pass zeros, rather than None, for the gradient of an output that nothing depends on."""
 
 
 def define_op(schema: str, body: Callable, fake: Callable, gradient: Gradient | None = None) -> Callable:
-    """Define `<NAMESPACE>::<schema>` with one body for every device and a fake for tracing; give the callable.
+    """Define `<NAMESPACE>::<schema>` with one body for every device.
 
-    Autocast is off inside the body: an op states its own precision, and its matrix products must not be
-    recast behind its back. So is autograd, whose part `gradient` is.
+    Autocast is off inside the body: an op states its own precision, and autocast must not recast its matrix products.
+    So is autograd, which `gradient` replaces.
+
+    Args:
+        schema: name, arguments and results in the syntax of `torch.library.define`.
+        body: implementation.
+        fake: implementation for tracing: results of the right shape, dtype and device.
+        gradient: formula of the backward, if it has one.
+
+    Returns:
+        the op.
     """
     name = schema.split("(", 1)[0]
 
@@ -43,71 +53,36 @@ def define_op(schema: str, body: Callable, fake: Callable, gradient: Gradient | 
         device = next(a.device for a in args if isinstance(a, Tensor))
         with torch.no_grad(), autocast_off(device):
             results = body(*args)
-        return tuple(map(_base, results)) if isinstance(results, tuple) else _base(results)
+        return tuple(map(_as_base, results)) if isinstance(results, tuple) else _as_base(results)
 
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    if gradient is not None:
-        setup_context, backward = _formula(gradient)
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if gradient is not None:
+        setup_context, backward = _autograd_formula(gradient, [a.name for a in op._schema.arguments])
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
     BODIES[op] = body
     return op
 
 
 def unknown_size(like: Tensor) -> int | torch.SymInt:
-    """For a fake: a size that only the values of an argument tell; 0 where nothing is traced that depends on it."""
+    """Return, for a fake, a size that depends on the values of an argument; 0 where nothing traced depends on it."""
     if isinstance(like, FakeTensor) and like.fake_mode.shape_env is not None:
         return torch.library.get_ctx().new_dynamic_size()
     return 0
 
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context without autocast, on devices that have any (meta has none)."""
-    # torch.compile of torch 2.9 does not trace the question.
+    """Return a context without autocast, on devices that have any (meta has none)."""
+    # torch.compile of torch 2.9 does not trace is_autocast_available.
     if device.type != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
-def _base(result: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: autograd lets no view that a Function made be changed in place."""
-    return result.new_empty(0).set_(result) if result._is_view() else result
-
-
-def _formula(gradient: Gradient) -> tuple[Callable, Callable]:
-    """What `torch.library.register_autograd` takes."""
-    n = gradient.n_results
-
-    def setup_context(ctx, inputs, output):
-        outputs = output if isinstance(output, tuple) else (output,)
-        ctx.set_materialize_grads(False)  # of what is kept for the backward, they would be as large as that
-        ctx.mark_non_differentiable(*outputs[n:])
-        ctx.results = [(t.shape, t.dtype, t.device) for t in outputs[:n]]
-        gradient.save(ctx, inputs, outputs)
-
-    def backward(ctx, *grads):
-        grads = list(grads[:n])
-        for i, (shape, dtype, device) in enumerate(ctx.results):
-            if grads[i] is None and gradient.with_zeros:
-                grads[i] = torch.zeros(shape, dtype=dtype, device=device)
-        return gradient.backward(ctx, *grads)
-
-    return setup_context, backward
-
-
-def from_kernels(package: str, name: str) -> Callable:
-    """A function of the package's `kernels` module, which is imported, and Triton with it, when it first runs."""
-
-    def body(*args):
-        return getattr(importlib.import_module(f"{package}.kernels"), name)(*args)
-
-    return body
-
-
 def lazy_function(module: str, name: str) -> Callable:
-    """A function that imports its module, and Triton with it, when it first runs.
+    """Return a function that imports its module, and Triton with it, when it first runs.
 
     Args:
         module: full name of the module that holds the function.
@@ -118,3 +93,34 @@ def lazy_function(module: str, name: str) -> Callable:
         return getattr(importlib.import_module(module), name)(*args)
 
     return body
+
+
+def _as_base(result: Tensor) -> Tensor:
+    """Return the same memory as a tensor that is no view: autograd forbids in-place changes of a Function's views."""
+    if not result._is_view():
+        return result
+    return result.new_empty(0).set_(result)  # pyright: ignore[reportArgumentType]
+
+
+def _autograd_formula(gradient: Gradient, argument_names: list[str]) -> tuple[Callable, Callable]:
+    """Return `setup_context` and `backward` for `torch.library.register_autograd`."""
+    n = gradient.n_differentiable
+    inputs_type = namedtuple("Inputs", argument_names)
+
+    def setup_context(ctx, inputs, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        # Zeros for the outputs that are for the backward alone would be as large as those.
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[n:])
+        ctx.differentiable = [(t.shape, t.dtype, t.device) for t in outputs[:n]]
+        gradient.save(ctx, inputs_type(*inputs), outputs)
+
+    def backward(ctx, *grads):
+        grads = list(grads[:n])
+        for i, (shape, dtype, device) in enumerate(ctx.differentiable):
+            if grads[i] is None and gradient.materialize_grads:
+                grads[i] = torch.zeros(shape, dtype=dtype, device=device)
+        input_grads = gradient.backward(ctx, *grads)
+        return tuple(input_grads.get(name) for name in argument_names)
+
+    return setup_context, backward

@@ -150,9 +150,12 @@ def _gradients(ctx, dy, dfinal):
     dx, dweight, dbias, dinitial = _backward_op(
         x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, dy, dfinal
     )
-    dbias = None if bias is None else dbias
-    dinitial = None if initial_states is None else dinitial
-    return dx, dweight, dbias, None, dinitial, None, None
+    return {
+        "x": dx,
+        "weight": dweight,
+        "bias": None if bias is None else dbias,
+        "initial_states": None if initial_states is None else dinitial,
+    }
 
 
 _forward_op = define_op(

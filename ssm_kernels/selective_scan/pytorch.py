@@ -278,16 +278,20 @@ def _backward_fake(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
 
 def _save(ctx, inputs, outputs):
     u, dt, A, B, C, initial_states, cu_seqlens, seq_idx = inputs
-    ctx.save_for_backward(u, dt, A, B, C, outputs[2], cu_seqlens, seq_idx)
+    _, _, checkpoint_states = outputs
+    ctx.save_for_backward(u, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx)
     ctx.state_dtype = None if initial_states is None else initial_states.dtype
 
 
 @torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal):
-    saved = ctx.saved_tensors  # once: torch.utils.checkpoint does not give them again
-    *grads, dinitial = _backward_op(*saved[:6], dy, dfinal, *saved[6:])
-    dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
-    return *grads, dinitial, None, None
+    # Read once: torch.utils.checkpoint does not return them again.
+    u, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx = ctx.saved_tensors
+    du, ddt, dA, dB, dC, dinitial_states = _backward_op(
+        u, dt, A, B, C, checkpoint_states, dy, dfinal, cu_seqlens, seq_idx
+    )
+    grads = {"u": du, "dt": ddt, "A": dA, "B": dB, "C": dC}
+    return grads if ctx.state_dtype is None else grads | {"initial_states": dinitial_states.to(ctx.state_dtype)}
 
 
 _forward_op = define_op(

@@ -400,20 +400,6 @@ def _backward(
 # --- ops --------------------------------------------------------------------------------------------------------
 
 
-class _ArgumentGradients(NamedTuple):
-    """Gradients of the arguments of `ssd_torch`, in the order of its schema; None for what has none."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    initial_states: Tensor | None
-    cu_seqlens: None = None
-    seq_idx: None = None
-    chunk_size: None = None
-
-
 def _forward_fake(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
     batch, _, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
@@ -437,12 +423,13 @@ def _save(ctx, inputs, outputs):
 
 @torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal_states):
+    # Read once: torch.utils.checkpoint does not return them again.
     x, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx = ctx.saved_tensors
     dx, ddt, dA, dB, dC, dinitial_states = _backward_op(
         x, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx, ctx.chunk_size
     )
-    dinitial_states = None if ctx.initial_dtype is None else dinitial_states.to(ctx.initial_dtype)
-    return tuple(_ArgumentGradients(dx, ddt, dA, dB, dC, dinitial_states))
+    grads = {"x": dx, "dt": ddt, "A": dA, "B": dB, "C": dC}
+    return grads if ctx.initial_dtype is None else grads | {"initial_states": dinitial_states.to(ctx.initial_dtype)}
 
 
 _forward_op = define_op(

@@ -46,9 +46,12 @@ def _gradients(ctx, dy, dfinal_states):
     dx, dweight, dbias, dinitial_states = _backward_op(
         x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, ctx.directions, ctx.height, dy, dfinal_states
     )
-    dbias = None if bias is None else dbias
-    dinitial_states = None if initial_states is None else dinitial_states
-    return dx, dweight, dbias, None, dinitial_states, None, None, None, None
+    return {
+        "x": dx,
+        "weight": dweight,
+        "bias": None if bias is None else dbias,
+        "initial_states": None if initial_states is None else dinitial_states,
+    }
 
 
 def _forward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, directions, height):
@@ -69,7 +72,7 @@ _forward_op = define_op(
     f"causal_conv1d_triton({_ARGUMENTS}) -> (Tensor, Tensor)",
     lazy_function(f"{__name__}.forward", "forward"),
     _forward_fake,
-    Gradient(_save, _gradients, 2, with_zeros=False),  # most callers do not use the final states
+    Gradient(_save, _gradients, 2, materialize_grads=False),  # most callers do not use the final states
 )
 _backward_op = define_op(
     f"causal_conv1d_triton_backward({_ARGUMENTS}, Tensor dy, Tensor? dfinal_states)"

@@ -21,20 +21,20 @@ def merge(y: Tensor, height: int, width: int, directions: list[int]) -> Tensor:
 
 
 def _save_scan(ctx, inputs, outputs):
-    x, ctx.directions = inputs
-    ctx.height, ctx.width = x.shape[1:3]
+    ctx.directions = inputs.directions
+    ctx.height, ctx.width = inputs.x.shape[1:3]
 
 
 def _scan_gradients(ctx, dy):
-    return merge(dy, ctx.height, ctx.width, ctx.directions), None
+    return {"x": merge(dy, ctx.height, ctx.width, ctx.directions)}
 
 
 def _save_merge(ctx, inputs, outputs):
-    _, _, _, ctx.directions = inputs
+    ctx.directions = inputs.directions
 
 
 def _merge_gradients(ctx, dx):
-    return scan(dx, ctx.directions), None, None, None
+    return {"y": scan(dx, ctx.directions)}
 
 
 _scan_op = define_op(

@@ -22,9 +22,10 @@ def add_norm(
 
 
 def _save(ctx, inputs, outputs):
-    x, residual, weight, z, _, ctx.group_size, ctx.norm_before_gate, _ = inputs
+    x, residual = inputs.x, inputs.residual
     _, residual_out, rstd = outputs
-    ctx.save_for_backward(x if residual is None else residual_out, weight, z, rstd)
+    ctx.save_for_backward(x if residual is None else residual_out, inputs.weight, inputs.z, rstd)
+    ctx.group_size, ctx.norm_before_gate = inputs.group_size, inputs.norm_before_gate
     ctx.has_residual = residual is not None
     ctx.dtypes = x.dtype, residual.dtype if ctx.has_residual else x.dtype
 
@@ -40,7 +41,7 @@ def _gradients(ctx, dy, dresidual_out):
         dresidual = None
     elif ctx.dtypes[0] == ctx.dtypes[1]:
         dresidual = dx
-    return dx, dresidual, dweight, None if z is None else dz, None, None, None, None
+    return {"x": dx, "residual": dresidual, "weight": dweight, "z": None if z is None else dz}
 
 
 def _forward_fake(x, residual, weight, z, eps, group_size, norm_before_gate, residual_out_dtype):

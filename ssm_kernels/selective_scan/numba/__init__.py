@@ -57,19 +57,21 @@ def n_checkpoints(total_steps: int, n_sequences: int) -> int:
 
 
 def _save(ctx, inputs, outputs):
-    *tensors, softplus, keep = inputs
-    if not keep:
-        raise RuntimeError("this graph was traced without gradients, and kept nothing that they need: trace it anew")
-    ctx.save_for_backward(*tensors, outputs[2])
-    ctx.softplus = softplus
+    if not inputs.keep:
+        raise RuntimeError("this graph was traced without gradients, and saved nothing that they need: trace it again")
+    _, _, checkpoints = outputs
+    ctx.save_for_backward(*(getattr(inputs, name) for name in (*FLOATS, "cu_seqlens", "seq_idx")), checkpoints)
+    ctx.softplus = inputs.dt_softplus
 
 
 @torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal):
     *inputs, checkpoints = ctx.saved_tensors
     grads = _backward_op(*inputs, checkpoints, dy, dfinal, ctx.softplus)
-    grads = (None if x is None else g for x, g in zip(inputs, grads, strict=False))
-    return *grads, None, None, None, None
+    # The op returns an empty tensor for an input that is None.
+    return {
+        name: None if x is None else grad for name, x, grad in zip(FLOATS, inputs[: len(FLOATS)], grads, strict=True)
+    }
 
 
 def _forward_fake(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, dt_softplus, keep):
@@ -92,6 +94,8 @@ def _step_fake(state, u, *rest):
     return u.new_empty(u.shape)
 
 
+FLOATS = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+"""Inputs that have gradients, in the order of the schemas."""
 _INPUTS = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states,"
     " Tensor? cu_seqlens, Tensor? seq_idx"

@@ -16,6 +16,8 @@ from ..groups import repeat_groups
 
 CHECKPOINT_INTERVAL = 64
 """Steps between two states that the forward saves for the backward, which recomputes those between."""
+FLOATS = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+"""Inputs that have gradients, in the order of the schemas."""
 
 
 def selective_scan(
@@ -96,19 +98,21 @@ def selective_scan_step(
 
 
 def _save(ctx, inputs, outputs):
-    *tensors, softplus, directions, height, keep = inputs
-    if not keep:
-        raise RuntimeError("this graph was traced without gradients, and kept nothing that they need: trace it anew")
-    ctx.save_for_backward(*tensors, outputs[2])
-    ctx.options = softplus, directions, height
+    if not inputs.keep:
+        raise RuntimeError("this graph was traced without gradients, and saved nothing that they need: trace it again")
+    _, _, checkpoint_states = outputs
+    ctx.save_for_backward(*(getattr(inputs, name) for name in (*FLOATS, "cu_seqlens", "seq_idx")), checkpoint_states)
+    ctx.options = inputs.dt_softplus, inputs.directions, inputs.height
 
 
 @torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal):
-    *inputs, starts = ctx.saved_tensors
-    grads = _backward_op(*inputs, starts, dy, dfinal, *ctx.options)
-    grads = (None if x is None else g for x, g in zip(inputs, grads, strict=False))
-    return *grads, None, None, None, None, None, None
+    *inputs, checkpoint_states = ctx.saved_tensors
+    grads = _backward_op(*inputs, checkpoint_states, dy, dfinal, *ctx.options)
+    # The op returns an empty tensor for an input that is None.
+    return {
+        name: None if x is None else grad for name, x, grad in zip(FLOATS, inputs[: len(FLOATS)], grads, strict=True)
+    }
 
 
 def empty_like(x: Tensor, empty=None) -> Tensor:

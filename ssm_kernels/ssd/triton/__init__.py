@@ -78,7 +78,8 @@ def _save(ctx, inputs, outputs):
 def _gradients(ctx, dy, dfinal_states):
     arguments: ScanArguments = ctx.options._replace(**dict(zip(TENSORS, ctx.saved_tensors, strict=True)))
     grads = ScanGradients(*_backward_op(dy, dfinal_states, *arguments))._asdict()
-    return tuple(grads.get(name) if value is not None else None for name, value in arguments._asdict().items())
+    # The op returns an empty tensor for an argument that is None.
+    return {name: grad for name, grad in grads.items() if getattr(arguments, name) is not None}
 
 
 def _forward_fake(*args):
