@@ -31,6 +31,7 @@ from .chunk import (
     chunk_decays,
     chunk_positions,
     decay_matrix,
+    dot,
     group_direction,
     load_dt,
     load_head,
@@ -165,7 +166,7 @@ def _state_gradient_kernel(
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS_PER_SEGMENT: tl.constexpr,
     HAS_DFINAL_STATES: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr,
     WRITE_DCHUNK_STATES: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Carry the gradient of the state through one segment in reverse, for BLOCK_P channels of one head.
 
@@ -191,7 +192,7 @@ def _state_gradient_kernel(
     C_ptr += batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
     dy_ptr += batch * dy_strides[0] + head.to(tl.int64) * dy_strides[2]
 
-    segment_row = (segment.to(tl.int64) * H + head) * (P * N)
+    segment_row = (segment.to(tl.int64) * H + head) * (P * N)  # of the states before and after segments
     dstate = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
     if HAS_DFINAL_STATES:
         dstate = tl.load(dfinal_states_ptr + segment_row + state_offsets, mask_state, other=0.0).to(COMPUTE)
@@ -204,8 +205,10 @@ def _state_gradient_kernel(
                 dstate.to(dchunk_states_ptr.dtype.element_ty),
                 mask_state,
             )
+
         positions, mask_q = chunk_positions(start + chunk * Q, end, direction, length, height, Q, NUM_DIRECTIONS)
         mask_x, mask_C = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
+
         dt_ptrs = dt_ptr + positions * dt_strides[1]
         dt, _ = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
         _, _, decay_from_start, _, chunk_decay = chunk_decays(dt, a, Q, COMPUTE)
@@ -215,7 +218,7 @@ def _state_gradient_kernel(
 
         # Transpose of listing 1, steps 3 and 4: through the decay of the chunk, and through its outputs.
         decayed_dy = (dy * decay_from_start[:, None]).to(DOT)
-        dstate_of_outputs = tl.dot(tl.trans(C), decayed_dy, input_precision=PRECISION, out_dtype=COMPUTE)
+        dstate_of_outputs = dot(tl.trans(C), decayed_dy, COMPUTE)
         dstate = dstate * chunk_decay + dstate_of_outputs  # (N, P)
 
     if not WRITE_DCHUNK_STATES:
@@ -274,7 +277,7 @@ def _input_gradient_kernel(
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS_PER_SEGMENT: tl.constexpr, HAS_D: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr,
-    DT_MAX: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    DT_MAX: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Compute all gradients but those of B and C, of one chunk and BLOCK_P channels of one head.
 
@@ -297,11 +300,13 @@ def _input_gradient_kernel(
     mask_p, mask_n = p < P, n < N
     positions, mask_q = chunk_positions(first, end, direction, length, height, Q, NUM_DIRECTIONS)
     mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
+
     a, dt_bias = load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS, COMPUTE)
     dt_ptr += batch * dt_strides[0] + head.to(tl.int64) * dt_strides[2]
     dt_ptrs = dt_ptr + positions * dt_strides[1]
     dt, dt_derivative = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
     coarse, fine, decay_from_start, decay_to_end, chunk_decay = chunk_decays(dt, a, Q, COMPUTE)
+
     x_ptr += batch * x_strides[0] + head.to(tl.int64) * x_strides[2]
     dy_ptr += batch * dy_strides[0] + head.to(tl.int64) * dy_strides[2]
     B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
@@ -322,28 +327,28 @@ def _input_gradient_kernel(
     # to the state after.
     dlog_decay = tl.sum(tl.sum(state.to(COMPUTE) * dstate.to(COMPUTE), axis=1), axis=0) * chunk_decay
     # Listing 1, step 4, again.
-    y_of_state = tl.dot(C, tl.trans(state.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
+    y_of_state = dot(C, tl.trans(state.to(DOT)), COMPUTE)
     y_of_state *= decay_from_start[:, None]  # (Q, P)
-    masked_scores = tl.dot(C, tl.trans(B), input_precision=PRECISION, out_dtype=COMPUTE)
+    masked_scores = dot(C, tl.trans(B), COMPUTE)
     masked_scores *= decay_matrix(coarse, fine, Q)  # (Q, Q)
     y_offsets = (((batch * length + positions) * H + head) * P)[:, None] + p[None, :]
     dy_dot = dy.to(DOT)
     dt_x = (x * dt[:, None]).to(DOT)
-    dmasked_scores = tl.dot(dy_dot, tl.trans(dt_x), input_precision=PRECISION, out_dtype=COMPUTE)  # (Q, Q)
+    dmasked_scores = dot(dy_dot, tl.trans(dt_x), COMPUTE)  # (Q, Q)
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     # Entry (k, j): from input j to all outputs i >= k. Sums of the terms themselves, not differences of running
     # totals, which would cancel.
     from_input = tl.cumsum(tl.where(i > j, dmasked_scores * masked_scores, 0.0), axis=0, reverse=True)  # (Q, Q)
 
     # Gradient of dt x through the state after the chunk: transpose of listing 1, step 2.
-    ddt_x_of_state = tl.dot(B, tl.trans(dstate.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
+    ddt_x_of_state = dot(B, tl.trans(dstate.to(DOT)), COMPUTE)
     ddt_x_of_state *= decay_to_end[:, None]  # (Q, P)
     ddt_input = tl.sum(x * ddt_x_of_state, axis=1)  # (Q,)
     input_to_state = ddt_input * dt
     dlog_decay += tl.cumsum(tl.sum(dy * y_of_state, axis=1), axis=0, reverse=True)
     dlog_decay += tl.sum(tl.where(i > j, from_input + input_to_state[None, :], 0.0), axis=1)  # (Q,)
     # Gradient of dt x through the outputs of the chunk: transpose of listing 1, step 1.
-    ddt_x_of_outputs = tl.dot(tl.trans(masked_scores.to(DOT)), dy_dot, input_precision=PRECISION, out_dtype=COMPUTE)
+    ddt_x_of_outputs = dot(tl.trans(masked_scores.to(DOT)), dy_dot, COMPUTE)
     ddt_input += tl.sum(x * ddt_x_of_outputs, axis=1)
 
     ddt = (ddt_input + dlog_decay * (a * tl.full((), LN2, COMPUTE))) * dt_derivative
@@ -399,7 +404,7 @@ def _shared_gradient_kernel(
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS_PER_SEGMENT: tl.constexpr, SPLITS: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr,
-    DT_MAX: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    DT_MAX: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of B and C of one chunk, summed over some heads of a group: one partial sum a split.
 
@@ -428,10 +433,12 @@ def _shared_gradient_kernel(
         head = tl.cast(group * HEADS + head_tile // TILES, tl.int64)
         p = head_tile % TILES * BLOCK_P + tl.arange(0, BLOCK_P)
         mask_x = mask_q[:, None] & (p < P)[None, :]
+
         a, dt_bias = load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS, COMPUTE)
         dt_ptrs = dt_ptr + (head * dt_strides[2] + positions * dt_strides[1])
         dt, _ = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
         coarse, fine, decay_from_start, decay_to_end, _ = chunk_decays(dt, a, Q, COMPUTE)
+
         x_ptrs = x_ptr + head * x_strides[2] + positions[:, None] * x_strides[1] + p[None, :]
         dt_x = tl.load(x_ptrs, mask_x, other=0.0).to(COMPUTE)
         dt_x *= dt[:, None]  # (Q, P)
@@ -443,25 +450,25 @@ def _shared_gradient_kernel(
         dstate = tl.load(dchunk_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
 
         # Listing 1, step 1: scores = C B^T, which all heads of the group share.
-        dmasked_scores = tl.dot(dy.to(DOT), tl.trans(dt_x.to(DOT)), input_precision=PRECISION, out_dtype=COMPUTE)
+        dmasked_scores = dot(dy.to(DOT), tl.trans(dt_x.to(DOT)), COMPUTE)
         dscores += dmasked_scores * decay_matrix(coarse, fine, Q)  # (Q, Q)
         # Step 4: C meets the state before the chunk.
         decayed_dy = (dy * decay_from_start[:, None]).to(DOT)
-        dC += tl.dot(decayed_dy, state, input_precision=PRECISION, out_dtype=COMPUTE)  # (Q, N)
+        dC += dot(decayed_dy, state, COMPUTE)  # (Q, N)
         # Step 2: B writes to the state after the chunk.
         decayed_input = (dt_x * decay_to_end[:, None]).to(DOT)
-        dB += tl.dot(decayed_input, dstate, input_precision=PRECISION, out_dtype=COMPUTE)  # (Q, N)
+        dB += dot(decayed_input, dstate, COMPUTE)  # (Q, N)
 
     B_offsets = (
         positions[:, None] * B_strides[1] + n[None, :] + batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
     )
     B = tl.load(B_ptr + B_offsets, mask_B, other=0.0).to(DOT)  # (Q, N)
-    dC += tl.dot(dscores.to(DOT), B, input_precision=PRECISION, out_dtype=COMPUTE)
+    dC += dot(dscores.to(DOT), B, COMPUTE)
     C_offsets = (
         positions[:, None] * C_strides[1] + n[None, :] + batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
     )
     C = tl.load(C_ptr + C_offsets, mask_B, other=0.0).to(DOT)  # (Q, N)
-    dB += tl.dot(tl.trans(dscores.to(DOT)), C, input_precision=PRECISION, out_dtype=COMPUTE)
+    dB += dot(tl.trans(dscores.to(DOT)), C, COMPUTE)
     offsets = ((split.to(tl.int64) * num_positions + batch * length + positions) * G + group)[:, None] * N + n[None, :]
     tl.store(dB_ptr + offsets, dB, mask_B)
     tl.store(dC_ptr + offsets, dC, mask_B)

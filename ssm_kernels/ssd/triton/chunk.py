@@ -77,7 +77,6 @@ class ScanInputs:
             "NUM_DIRECTIONS": len(arguments.directions),
             **dt_constants(arguments.dt_bias, arguments.dt_softplus, arguments.dt_min, arguments.dt_max),
             "DOT": self.dot,
-            "PRECISION": "ieee",  # of float32 products; three rounds of tf32 would not fit in registers
             "COMPUTE": compute_type(x.dtype),
         }  # fmt: skip
 
@@ -193,6 +192,13 @@ def load_dt(
         dt_derivative = tl.where((dt >= dt_min) & (dt <= dt_max), dt_derivative, 0.0)
         dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
     return tl.where(mask_q, dt, 0.0), tl.where(mask_q, dt_derivative, 0.0)
+
+
+@triton.jit
+def dot(a, b, COMPUTE: tl.constexpr):
+    """Matrix product, summed in COMPUTE."""
+    # float32 operands are not split in parts of tf32: three rounds of it would not fit in registers.
+    return tl.dot(a, b, input_precision="ieee", out_dtype=COMPUTE)
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from .chunk import (
     chunk_decays,
     chunk_positions,
     coarse_decay_matrix,
+    dot,
     group_direction,
     load_dt,
     load_head,
@@ -144,7 +145,7 @@ def _forward_kernel(
     HAS_INITIAL_STATES: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr,
     WRITE_Y: tl.constexpr, WRITE_FINAL_STATES: tl.constexpr, WRITE_DT_SUM: tl.constexpr,
     WRITE_CHUNK_STATES: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Scan one segment for BLOCK_P channels of one head; write y, the final state, the state before each chunk.
 
@@ -187,6 +188,7 @@ def _forward_kernel(
         dt_ptrs = dt_ptr + positions * dt_strides[1]
         dt, _ = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
         coarse, fine, decay_from_start, decay_to_end, chunk_decay = chunk_decays(dt, a, Q, COMPUTE)
+
         if WRITE_CHUNK_STATES:
             chunk = first_chunk + (first - start) // Q * H
             tl.store(
@@ -194,20 +196,20 @@ def _forward_kernel(
                 state.to(chunk_states_ptr.dtype.element_ty),
                 mask_state,
             )
+
         x = tl.load(x_ptr + positions[:, None] * x_strides[1] + p[None, :], mask_x, other=0.0)  # (Q, P)
         B = tl.load(B_ptr + positions[:, None] * B_strides[1] + n[None, :], mask_B, other=0.0).to(DOT)  # (Q, N)
 
         if WRITE_Y:
             C = tl.load(C_ptr + positions[:, None] * C_strides[1] + n[None, :], mask_B, other=0.0).to(DOT)  # (Q, N)
-            scores = tl.dot(C, tl.trans(B), input_precision=PRECISION, out_dtype=COMPUTE)  # (Q, Q)
+            scores = dot(C, tl.trans(B), COMPUTE)  # (Q, Q)
             # L o C B^T dt, with L as `decay_matrix`; in this order it takes the fewest registers.
-            masked_scores = (
-                scores * coarse_decay_matrix(coarse, Q) * tl.exp2(fine)[:, None] * (dt * tl.exp2(-fine))[None, :]
-            )
+            masked_scores = scores * coarse_decay_matrix(coarse, Q) * tl.exp2(fine)[:, None]
+            masked_scores *= (dt * tl.exp2(-fine))[None, :]
             # Listing 1, step 4: the output from the state before the chunk.
-            y = tl.dot(C, state.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE) * decay_from_start[:, None]
+            y = dot(C, state.to(DOT), COMPUTE) * decay_from_start[:, None]
             # Listing 1, step 1: the output from the chunk's own inputs.
-            y += tl.dot(masked_scores.to(DOT), x.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)  # (Q, P)
+            y += dot(masked_scores.to(DOT), x.to(DOT), COMPUTE)  # (Q, P)
             if HAS_D:
                 y += D[None, :] * x.to(COMPUTE)
             y_offsets = ((batch * length + positions) * H + head) * P
@@ -215,7 +217,7 @@ def _forward_kernel(
 
         # Listing 1, steps 2 and 3: the state after the chunk.
         decayed_input = x.to(COMPUTE) * (dt * decay_to_end)[:, None]
-        chunk_state = tl.dot(tl.trans(B), decayed_input.to(DOT), input_precision=PRECISION, out_dtype=COMPUTE)
+        chunk_state = dot(tl.trans(B), decayed_input.to(DOT), COMPUTE)
         state = state * chunk_decay + chunk_state  # (N, P)
         dt_sum += tl.sum(dt, axis=0)
 
