@@ -1,4 +1,4 @@
-"""SSD: every backend against the step-by-step reference."""
+"""SSD: every backend compared with the step-by-step reference."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from ssm_kernels._triton.segment_table import build_segment_table
 from ssm_kernels.testing import assert_agrees, is_interpreted
 
 pytestmark = pytest.mark.triton
+needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
 
-IN_TIME = ("x", "dt", "B", "C", "z")
+TIME_ARGUMENTS = ("x", "dt", "B", "C", "z")
+"""Arguments with a length."""
 
-FEWER = settings(max_examples=2 if is_interpreted() else 25)  # each program is slow in the interpreter
+few_examples = settings(max_examples=2 if is_interpreted() else 25)  # each program is slow in the interpreter
 
 
-def make(batch=2, length=7, heads=4, headdim=3, n=5, groups=1, dtype=torch.float64, rows=None, seed=0, **without):
-    """All tensor arguments; those named in `without` as False are left out."""
+def make_inputs(
+    batch=2, length=7, heads=4, headdim=3, d_state=5, groups=1, dtype=torch.float64, rows=None, seed=0, **without
+):
+    """Tensor arguments of `ssd`, without those that `without` names as False."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -29,14 +33,25 @@ def make(batch=2, length=7, heads=4, headdim=3, n=5, groups=1, dtype=torch.float
         "x": randn(batch, length, heads, headdim),
         "dt": randn(batch, length, heads),
         "A": -torch.rand(heads, generator=g, dtype=torch.float64).to(dtype) * 3,
-        "B": randn(batch, length, groups, n),
-        "C": randn(batch, length, groups, n),
+        "B": randn(batch, length, groups, d_state),
+        "C": randn(batch, length, groups, d_state),
         "D": randn(heads, headdim),
         "z": randn(batch, length, heads, headdim),
         "dt_bias": randn(heads),
-        "initial_states": randn(batch if rows is None else rows, heads, headdim, n),
+        "initial_states": randn(batch if rows is None else rows, heads, headdim, d_state),
     }
     return {k: v for k, v in tensors.items() if without.get(k, True)}
+
+
+def scan_arguments(tensors):
+    """Arguments of the Triton ops, from float32 inputs."""
+    from ssm_kernels.ssd.triton.arguments import ScanArguments
+
+    names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states")
+    return ScanArguments(
+        **{name: tensors[name] for name in names}, dt_softplus=True, dt_min=0.0, dt_max=float("inf"), chunk_size=16,
+        cu_seqlens=None, seq_idx=None, directions=[], height=1, out_dtype=torch.float32,
+    )  # fmt: skip
 
 
 @given(
@@ -53,14 +68,14 @@ def make(batch=2, length=7, heads=4, headdim=3, n=5, groups=1, dtype=torch.float
 def test_agrees_with_the_reference(
     backend, batch, length, groups, chunk_size, limit, d_per_head, optional, dtype, seed
 ):
-    tensors = make(batch, length, groups=groups, dtype=dtype, seed=seed, **optional)
+    tensors = make_inputs(batch, length, groups=groups, dtype=dtype, seed=seed, **optional)
     if "D" in tensors and d_per_head:
         tensors["D"] = tensors["D"][:, 0].clone()
     options = {"dt_softplus": True, "dt_limit": limit, "chunk_size": chunk_size}
     assert_agrees(ssd, tensors, options, backend=backend)
 
 
-@FEWER
+@few_examples
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
     chunk_size=st.sampled_from([1, 4, 16]),
@@ -68,115 +83,114 @@ def test_agrees_with_the_reference(
 )
 def test_packed_sequences_agree_with_the_reference(backend, lengths, chunk_size, seed):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    tensors = make(1, sum(lengths), rows=len(lengths), seed=seed)
+    tensors = make_inputs(1, sum(lengths), rows=len(lengths), seed=seed)
     options = {"dt_softplus": True, "chunk_size": chunk_size}
     assert_agrees(ssd, tensors | {"cu_seqlens": bounds}, options, backend=backend)
 
 
-@FEWER
+@few_examples
 @given(changes=st.lists(st.booleans(), min_size=20, max_size=20), seed=st.integers(0, 99))
 def test_seq_idx_agrees_with_the_reference(backend, changes, seed):
     seq_idx = torch.tensor(changes).view(2, 10).cumsum(1)
     options = {"dt_softplus": True, "chunk_size": 4}
-    assert_agrees(ssd, make(2, 10, seed=seed) | {"seq_idx": seq_idx}, options, backend=backend)
+    assert_agrees(ssd, make_inputs(2, 10, seed=seed) | {"seq_idx": seq_idx}, options, backend=backend)
 
 
 def test_many_chunks_pass_several_checkpoints(backend):
-    assert_agrees(ssd, make(2, 83), {"dt_softplus": True, "chunk_size": 2}, backend=backend)
+    assert_agrees(ssd, make_inputs(2, 83), {"dt_softplus": True, "chunk_size": 2}, backend=backend)
 
 
 def test_strided_inputs(backend):
-    tensors = make(2, 9)
+    tensors = make_inputs(2, 9)
     tensors["x"] = torch.randn(2, 4, 9, 3, dtype=torch.float64).transpose(1, 2)
     tensors["B"] = torch.randn(2, 9, 1, 10, dtype=torch.float64)[..., 5:]
     assert_agrees(ssd, tensors, {"dt_softplus": True}, backend=backend)
 
 
-def test_two_halves_equal_the_whole(backend):
-    tensors = make(2, 37)
-    whole = ssd(**tensors, dt_softplus=True, chunk_size=8, backend=backend)
+def test_two_halves_equal_one_scan(backend):
+    tensors = make_inputs(2, 37)
+    one = ssd(**tensors, dt_softplus=True, chunk_size=8, backend=backend)
     state, ys = tensors.pop("initial_states"), []
     for part in (slice(0, 13), slice(13, None)):
-        cut = {k: v[:, part] if k in IN_TIME else v for k, v in tensors.items()}
-        y, state = ssd(**cut, initial_states=state, dt_softplus=True, chunk_size=8, backend=backend)
+        half = {k: v[:, part] if k in TIME_ARGUMENTS else v for k, v in tensors.items()}
+        y, state = ssd(**half, initial_states=state, dt_softplus=True, chunk_size=8, backend=backend)
         ys.append(y)
-    torch.testing.assert_close(torch.cat(ys, 1), whole.y)
-    torch.testing.assert_close(state, whole.final_states)
+    torch.testing.assert_close(torch.cat(ys, 1), one.y)
+    torch.testing.assert_close(state, one.final_states)
 
 
 def test_permuting_packed_sequences_permutes_the_outputs(backend):
     lengths, order = [5, 17, 1, 9], [2, 0, 3, 1]
-    tensors = make(1, sum(lengths), rows=4)
-    segments = torch.arange(sum(lengths)).split(lengths)
-    permuted = torch.cat([segments[i] for i in order])
-    moved = {k: v[:, permuted] if k in IN_TIME else v for k, v in tensors.items()}
-    moved["initial_states"] = tensors["initial_states"][order]
-    one = ssd(**tensors, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), chunk_size=4, backend=backend)
-    two = ssd(
-        **moved, cu_seqlens=torch.tensor([0, *[lengths[i] for i in order]]).cumsum(0), chunk_size=4, backend=backend
-    )
-    torch.testing.assert_close(two.y, one.y[:, permuted])
-    torch.testing.assert_close(two.final_states, one.final_states[order])
+    tensors = make_inputs(1, sum(lengths), rows=4)
+    positions = torch.arange(sum(lengths)).split(lengths)
+    permutation = torch.cat([positions[i] for i in order])
+    permuted = {k: v[:, permutation] if k in TIME_ARGUMENTS else v for k, v in tensors.items()}
+    permuted["initial_states"] = tensors["initial_states"][order]
+    bounds, permuted_bounds = (torch.tensor([0, *n]).cumsum(0) for n in (lengths, [lengths[i] for i in order]))
+    expected = ssd(**tensors, cu_seqlens=bounds, chunk_size=4, backend=backend)
+    found = ssd(**permuted, cu_seqlens=permuted_bounds, chunk_size=4, backend=backend)
+    torch.testing.assert_close(found.y, expected.y[:, permutation])
+    torch.testing.assert_close(found.final_states, expected.final_states[order])
 
 
-def test_nothing_crosses_a_bound(backend):
-    tensors = make(1, 12, rows=2)
-    bad = {k: v.clone() for k, v in tensors.items()}
-    bad["x"][:, :5] = torch.inf
-    good, spoilt = (
-        ssd(**t, dt_softplus=True, cu_seqlens=torch.tensor([0, 5, 12]), backend=backend) for t in (tensors, bad)
+def test_nothing_crosses_a_boundary(backend):
+    tensors = make_inputs(1, 12, rows=2)
+    with_inf = {k: v.clone() for k, v in tensors.items()}
+    with_inf["x"][:, :5] = torch.inf
+    good, corrupted = (
+        ssd(**t, dt_softplus=True, cu_seqlens=torch.tensor([0, 5, 12]), backend=backend) for t in (tensors, with_inf)
     )
-    torch.testing.assert_close(spoilt.y[:, 5:], good.y[:, 5:])
-    torch.testing.assert_close(spoilt.final_states[1], good.final_states[1])
+    torch.testing.assert_close(corrupted.y[:, 5:], good.y[:, 5:])
+    torch.testing.assert_close(corrupted.final_states[1], good.final_states[1])
 
 
 def test_large_steps_stay_finite(backend):
-    tensors = make(1, 50, dtype=torch.float32, z=False)
+    tensors = make_inputs(1, 50, dtype=torch.float32, z=False)
     tensors["dt"] = tensors["dt"].abs() * 1e4
     tensors["A"] = tensors["A"] - 1
     assert_agrees(ssd, tensors, backend=backend)
 
 
-INTERPRETED = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
-
-
-@INTERPRETED
+@needs_interpreter
 @pytest.mark.parametrize("packed", [False, True])
 def test_segments_of_sequences_join(monkeypatch, packed):
     """Segments for a device that one program a head would not fill, and scratch for one segment of the backward."""
     from ssm_kernels.ssd.triton import backward, chunk, forward
 
-    segments = []
+    tables = []
+
+    def build_and_record(*args):
+        tables.append(build_segment_table(*args))
+        return tables[-1]
+
     monkeypatch.setattr(forward, "num_sms", lambda device: 64)
     monkeypatch.setattr(backward, "num_sms", lambda device: 64)
     monkeypatch.setattr(backward, "MAX_CHUNK_STATE_BYTES", 0)
-    monkeypatch.setattr(
-        chunk, "build_segment_table", lambda *a: segments.append(build_segment_table(*a)) or segments[-1]
-    )
-    tensors = make(1, 150, heads=2, rows=4 if packed else 1, dtype=torch.float32)
+    monkeypatch.setattr(chunk, "build_segment_table", build_and_record)
+    tensors = make_inputs(1, 150, heads=2, rows=4 if packed else 1, dtype=torch.float32)
     if packed:
         tensors["cu_seqlens"] = torch.tensor([0, 70, 70, 71, 150])
     assert_agrees(ssd, tensors, {"dt_softplus": True, "chunk_size": 16}, backend="triton")
-    assert max(p.first_segment.diff().max() for p in segments) > 1
+    assert max(table.first_segment.diff().max() for table in tables) > 1
 
 
-@INTERPRETED
-@pytest.mark.parametrize(("headdim", "n"), [(20, 5), (3, 20), (40, 33)])
-def test_sizes_that_fill_no_tile_agree(headdim, n):
-    """Several tiles of P, and N beyond a power of two; B and C by group with strides of their own."""
-    tensors = make(1, 37, heads=2, headdim=headdim, n=n, groups=2, dtype=torch.float32)
-    tensors["B"] = torch.randn(37, 1, 2, n + 3)[..., 3:].transpose(0, 1)
+@needs_interpreter
+@pytest.mark.parametrize(("headdim", "d_state"), [(20, 5), (3, 20), (40, 33)])
+def test_sizes_that_fill_no_tile_agree(headdim, d_state):
+    """Several tiles of P, N beyond a power of two, and B and C of different strides."""
+    tensors = make_inputs(1, 37, heads=2, headdim=headdim, d_state=d_state, groups=2, dtype=torch.float32)
+    tensors["B"] = torch.randn(37, 1, 2, d_state + 3)[..., 3:].transpose(0, 1)
     assert_agrees(ssd, tensors, {"dt_softplus": True, "chunk_size": 16}, backend="triton")
 
 
-@INTERPRETED
-def test_routes_over_a_grid_agree():
-    """Each run of groups along its own direction: the same as permuting before and after."""
+@needs_interpreter
+def test_scan_directions_over_a_grid_agree():
+    """A run of groups along its direction equals a scan of permuted inputs, permuted back."""
     from ssm_kernels.cross_scan.reference import positions
     from ssm_kernels.ssd import triton
 
     height, width = 3, 5
-    tensors = make(2, height * width, heads=8, groups=4, z=False, initial_states=False)
+    tensors = make_inputs(2, height * width, heads=8, groups=4, z=False, initial_states=False)
     leaves = [t.requires_grad_() for t in tensors.values()]
 
     def both(x, dt, A, B, C, D, dt_bias):
@@ -186,13 +200,13 @@ def test_routes_over_a_grid_agree():
         ys, finals = [], []
         for k, code in enumerate(codes):
             order = positions(CROSS[code], height, width)
-            back = torch.tensor(order).argsort()
+            inverse = torch.tensor(order).argsort()
             h, g = slice(2 * k, 2 * k + 2), slice(k, k + 1)
             out = ssd(
                 x[:, order, h], dt[:, order, h], A[h], B[:, order, g], C[:, order, g], D[h], None, dt_bias[h], True,
                 backend="reference",
             )  # fmt: skip
-            ys.append(out.y[:, back])
+            ys.append(out.y[:, inverse])
             finals.append(out.final_states)
         return (y, final), (torch.cat(ys, 2), torch.cat(finals, 1))
 
@@ -205,19 +219,16 @@ def test_routes_over_a_grid_agree():
         torch.testing.assert_close(one, two)
 
 
-@INTERPRETED
+@needs_interpreter
 def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory):
     from ssm_kernels.ssd.triton.backward import backward
     from ssm_kernels.ssd.triton.forward import forward
     from ssm_kernels.ssd.triton.step import step
 
-    t = {k: v.float() for k, v in make(2, 64, headdim=20, n=16, z=False).items()}
-    args = (
-        t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["dt_bias"], True, 0.0, float("inf"), t["initial_states"], 16,
-        None, None, [], 1, torch.float32,
-    )  # fmt: skip
-    y, final = forward(*args)
-    backward(torch.ones_like(y), torch.ones_like(final), *args)
+    t = {k: v.float() for k, v in make_inputs(2, 64, headdim=20, d_state=16, z=False).items()}
+    arguments = scan_arguments(t)
+    y, final_states = forward(*arguments)
+    backward(torch.ones_like(y), torch.ones_like(final_states), *arguments)
     step(
         t["initial_states"],
         *(t[k] for k in ("x", "dt", "A", "B", "C", "D")),
@@ -229,18 +240,18 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory):
     )
 
 
-@INTERPRETED
+@needs_interpreter
 def test_offsets_beyond_32_bits():
-    """A batch stride of more than 2**31 elements; the memory between is never touched."""
-    tensors = {k: v.half() for k, v in make(2, 5, z=False).items()}
-    far = torch.empty(2**31 + 1024, dtype=torch.float16).as_strided(tensors["x"].shape, (2**31 + 64, 12, 3, 1))
-    tensors["x"] = far.copy_(tensors["x"])
+    """A batch stride of more than 2**31 elements; the memory between the rows is never touched."""
+    tensors = {k: v.half() for k, v in make_inputs(2, 5, z=False).items()}
+    spread = torch.empty(2**31 + 1024, dtype=torch.float16).as_strided(tensors["x"].shape, (2**31 + 64, 12, 3, 1))
+    tensors["x"] = spread.copy_(tensors["x"])
     assert_agrees(ssd, tensors, {"dt_softplus": True}, backend="triton")
 
 
 def test_equals_the_selective_scan_with_one_rate_a_head(backend):
     """A scalar rate a head is a special case of Mamba-1's recurrence."""
-    tensors = make(2, 20, heads=2, headdim=3, n=4, D=False, z=False, dt_bias=False)
+    tensors = make_inputs(2, 20, heads=2, headdim=3, d_state=4, D=False, z=False, dt_bias=False)
     y, final = ssd(**tensors, dt_softplus=True, backend=backend)
     scan = selective_scan(
         tensors["x"].flatten(2),
@@ -256,22 +267,22 @@ def test_equals_the_selective_scan_with_one_rate_a_head(backend):
     torch.testing.assert_close(scan.final_states, final.flatten(1, 2))
 
 
-@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("optional", [True, False])
-def test_steps_equal_the_scan(backend, at_once, optional):
-    tensors = make(2, 12, groups=2, D=optional, z=optional, dt_bias=optional)
-    whole = ssd(**tensors, dt_softplus=True, dt_limit=(0.1, 2.0))
-    state = tensors.pop("initial_states").transpose(2, 3).contiguous().transpose(2, 3)  # of other strides
-    for t in range(0, 12, at_once):
-        now = {k: v[:, t] if at_once == 1 else v[:, t : t + at_once] for k, v in tensors.items() if k in IN_TIME}
-        rest = {k: v for k, v in tensors.items() if k not in IN_TIME}
-        y = ssd_step(state, **now, **rest, dt_softplus=True, dt_limit=(0.1, 2.0), backend=backend)
-        torch.testing.assert_close(y, whole.y[:, t] if at_once == 1 else whole.y[:, t : t + at_once])
-    torch.testing.assert_close(state, whole.final_states)
+def test_steps_equal_the_scan(backend, tokens, optional):
+    tensors = make_inputs(2, 12, groups=2, D=optional, z=optional, dt_bias=optional)
+    scan = ssd(**tensors, dt_softplus=True, dt_limit=(0.1, 2.0))
+    state = tensors.pop("initial_states").transpose(2, 3).contiguous().transpose(2, 3)  # not contiguous
+    for t in range(0, 12, tokens):
+        index = t if tokens == 1 else slice(t, t + tokens)
+        inputs = {k: v[:, index] if k in TIME_ARGUMENTS else v for k, v in tensors.items()}
+        y = ssd_step(state, **inputs, dt_softplus=True, dt_limit=(0.1, 2.0), backend=backend)
+        torch.testing.assert_close(y, scan.y[:, index])
+    torch.testing.assert_close(state, scan.final_states)
 
 
 def test_gradcheck(backend):
-    tensors = make(1, 5, 2, 2, 2)
+    tensors = make_inputs(1, 5, 2, 2, 2)
     inputs = [t.requires_grad_() for t in tensors.values()]
     names = list(tensors)
 
@@ -283,7 +294,7 @@ def test_gradcheck(backend):
 
 @pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 4, 9])])
 def test_compiles_to_one_graph(backend, cu_seqlens):
-    tensors = {k: v.float() for k, v in make(2 if cu_seqlens is None else 1, 9, rows=2).items()}
+    tensors = {k: v.float() for k, v in make_inputs(2 if cu_seqlens is None else 1, 9, rows=2).items()}
     options = {"dt_softplus": True, "cu_seqlens": cu_seqlens, "backend": backend}
     compiled = torch.compile(lambda t: ssd(**t, **options), fullgraph=True, backend="aot_eager")
     tensors["A"].requires_grad_()
@@ -292,40 +303,42 @@ def test_compiles_to_one_graph(backend, cu_seqlens):
     assert tensors["A"].grad.abs().sum() > 0
 
 
-@INTERPRETED
+@needs_interpreter
 def test_triton_ops_pass_opcheck():
     from ssm_kernels.ssd import triton
 
-    t = {k: v.float() for k, v in make(2, 9).items()}
-    tensors = (t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["dt_bias"])
-    args = (*tensors, True, 0.0, float("inf"), t["initial_states"], 16, None, None, [], 1, torch.float32)
-    torch.library.opcheck(triton._forward_op, args)
-    grads = (torch.ones_like(t["x"]), torch.ones_like(t["initial_states"]))
-    torch.library.opcheck(triton._backward_op, (*grads, *args))
-    none = (*tensors[:5], None, None, False, 0.0, 1.0, None, 16, None, None, [], 1, torch.float32)
-    torch.library.opcheck(triton._backward_op, (*grads, *none))
-    step = (t["initial_states"], *tensors[:6], t["z"], t["dt_bias"], True, 0.0, float("inf"))
+    t = {k: v.float() for k, v in make_inputs(2, 9).items()}
+    arguments = scan_arguments(t)
+    torch.library.opcheck(triton._forward_op, arguments)
+    dy, dfinal_states = torch.ones_like(t["x"]), torch.ones_like(t["initial_states"])
+    torch.library.opcheck(triton._backward_op, (dy, dfinal_states, *arguments))
+    required = arguments._replace(D=None, dt_bias=None, initial_states=None, dt_softplus=False, dt_max=1.0)
+    torch.library.opcheck(triton._backward_op, (dy, dfinal_states, *required))
+    inputs = [t[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    step = (t["initial_states"], *inputs, True, 0.0, float("inf"))
     torch.library.opcheck(triton._step_op, step)
 
 
 def test_registered_ops_pass_opcheck():
-    t = {k: v.float() for k, v in make(2, 9).items()}
-    args = (t["x"], t["dt"], t["A"], t["B"], t["C"], t["initial_states"], None, None, 4)
+    t = {k: v.float() for k, v in make_inputs(2, 9).items()}
+    inputs, packing = [t[k] for k in ("x", "dt", "A", "B", "C")], (None, None)
+    args = (*inputs, t["initial_states"], *packing, 4)
     torch.library.opcheck(torch.ops.ssm_kernels.ssd_torch.default, args)
-    y, final, kept = torch.ops.ssm_kernels.ssd_torch(*args)
-    args = (*args[:5], kept, torch.ones_like(y), torch.ones_like(final), None, None, 4)
+    y, final_states, checkpoint_states = torch.ops.ssm_kernels.ssd_torch(*args)
+    dy, dfinal_states = torch.ones_like(y), torch.ones_like(final_states)
+    args = (*inputs, checkpoint_states, dy, dfinal_states, *packing, 4)
     torch.library.opcheck(torch.ops.ssm_kernels.ssd_torch_backward.default, args)
 
 
 def test_autocast_changes_nothing(backend):
-    tensors = make(2, 20, dtype=torch.float32)
+    tensors = make_inputs(2, 20, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = ssd(**tensors, dt_softplus=True, backend=backend)
     assert torch.equal(inside.y, ssd(**tensors, dt_softplus=True, backend=backend).y)
 
 
 def test_two_runs_are_equal_to_the_bit(backend):
-    tensors = {k: v.requires_grad_() for k, v in make(2, 40, groups=2, dtype=torch.float32).items()}
+    tensors = {k: v.requires_grad_() for k, v in make_inputs(2, 40, groups=2, dtype=torch.float32).items()}
     runs = []
     for _ in range(2):
         out = ssd(**tensors, dt_softplus=True, chunk_size=16, backend=backend)
@@ -350,12 +363,12 @@ WRONG = [
 @pytest.mark.parametrize(("wrong", "error", "message"), WRONG)
 def test_bad_arguments_are_named(wrong, error, message):
     with pytest.raises(error, match=message):
-        ssd(**(make() | wrong))
+        ssd(**(make_inputs() | wrong))
 
 
 def test_steps_of_very_different_size_do_not_cost_digits(backend):
     """A decay over small steps is not the difference of two sums that hold a large step before them."""
-    tensors = make(2, 40, z=False, D=False, dtype=torch.float32)
+    tensors = make_inputs(2, 40, z=False, D=False, dtype=torch.float32)
     tensors["dt"] = tensors["dt"].abs() * 0.1
     tensors["dt"][:, ::7] *= 1e5
     assert_agrees(ssd, tensors, {"chunk_size": 64}, backend=backend)
@@ -363,7 +376,9 @@ def test_steps_of_very_different_size_do_not_cost_digits(backend):
 
 def test_the_gradient_of_a_decay_is_no_difference_of_larger_terms(backend):
     """What passes through a long step is little; what comes after it is much, and no part of its gradient."""
-    tensors = make(1, 2, heads=1, headdim=16, n=1, dtype=torch.float32, z=False, D=False, initial_states=False)
+    tensors = make_inputs(
+        1, 2, heads=1, headdim=16, d_state=1, dtype=torch.float32, z=False, D=False, initial_states=False
+    )
     tensors["dt"], tensors["dt_bias"] = torch.full((1, 2, 1), 0.5), torch.zeros(1)
     tensors["A"] = torch.tensor([-30.0])
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
