@@ -1,4 +1,4 @@
-"""Calls of the ops: sizes, dtype and options. One table for benchmarks, the compile report, and the checks on a GPU.
+"""Calls of the ops: sizes, dtype and options. One table for tests, benchmarks, the compile report and the emulator::
 
 case = Case("ssd", Shape(batch=1, length=2048, heads=24, d_state=128), "bf16", dt_bias=True)
 y, final_states = case.call(case.inputs("cuda"), backend="triton")
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import ssm_kernels
-from ssm_kernels import use_backend
+from ssm_kernels import Backend, use_backend
 
 SIZES = {
     "selective_scan": "batch length channels d_state groups",
@@ -31,34 +31,34 @@ SIZES = {
     "ssd_step": "batch heads headdim d_state groups",
     "causal_conv1d_step": "batch channels width",
 }
-"""The ops, and which sizes each reads."""
+"""The ops, and the sizes that each reads."""
 OPS = tuple(SIZES)
 DIRECTIONS = len(ssm_kernels.CROSS)
-"""Along which the ops on a grid go, by default."""
+"""Scan directions of the ops on a grid, by default."""
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a problem; an op reads those it has."""
+    """Sizes of a problem; an op reads those of `SIZES`."""
 
     batch: int = 2
     length: int = 1024
     channels: int = 512
-    """D of the selective scan, the convolution and the norms; blocks have this inner width."""
+    """D of the selective scan, the convolution and the norms; inner width of a block."""
     d_state: int = 16
     heads: int = 8
     headdim: int = 64
     groups: int = 1
-    """Of B and C; of the channels that a norm takes together."""
+    """Groups of B and C, or of the channels that a norm normalizes together."""
     width: int = 4
-    """K of the convolution."""
+    """K, the kernel size of the convolution."""
     height: int = 1
-    """Rows of the grid that `length` places make up."""
+    """Rows of the grid, whose area is `length`."""
 
 
 class StepOutput(NamedTuple):
-    """What a case of a decoding step gives."""
+    """Result of a case of a decoding step."""
 
     y: Tensor
     state: Tensor
@@ -74,11 +74,11 @@ class Case:
     z: bool = False
     D: bool = True
     wide_D: bool = False
-    """D of SSD a head and channel, not a head."""
+    """D of SSD has a value per head and channel, not per head."""
     dt_bias: bool = False
     dt_softplus: bool = True
     dt_limit: bool = False
-    """Bounds on SSD's dt that cut off some of it."""
+    """Bounds on SSD's dt that clamp some of its values."""
     silu: bool = True
     """The convolution's activation."""
     norm_before_gate: bool = False
@@ -86,15 +86,15 @@ class Case:
     constant: bool = False
     """B and C of the selective scan constant in time."""
     sequences: int = 0
-    """How many are packed in the batch's one row, by `cu_seqlens`; 0 is a batch that is not packed."""
+    """Number of sequences packed in the batch's one row, by `cu_seqlens`; 0 is a batch that is not packed."""
     seq_idx: bool = False
     """Each row of the batch holds two sequences, by `seq_idx`."""
     channels_first: bool = False
-    """Inputs lie in memory as (B, channels, L)."""
+    """Inputs are transposed views of (B, channels, L)."""
     chunk_size: int = 64
 
     def __str__(self) -> str:
-        """One case's alone: the sizes that the op reads, and the options that are not at their default."""
+        """The sizes that the op reads, and the options that differ from their defaults: unique to the case."""
         sizes = [f"{name}={getattr(self.shape, name)}" for name in SIZES[self.op].split()]
         options = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("op", "shape", "dtype")]
         defaults = {f.name: f.default for f in fields(self)}
@@ -107,12 +107,12 @@ class Case:
 
     @property
     def folder(self) -> str:
-        """Of `ssm_kernels`, that holds the op's kernels."""
+        """Folder of `ssm_kernels` that holds the op's kernels."""
         folders = {"rms_norm": "norm", "add_rms_norm": "norm", "cross_scan": "cross_scan", "cross_merge": "cross_scan"}
         return folders.get(self.op, self.op.removesuffix("_step").removeprefix("cross_"))
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Arguments that are not tensors."""
         if self.folder == "selective_scan":
             return {"dt_softplus": self.dt_softplus}
@@ -129,14 +129,14 @@ class Case:
         return {}
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        """Tensor arguments by name, random but for the seed; those of floating point ask for gradients."""
+        """Tensor arguments by name, drawn from the seed; those of floating point require gradients, but for a step."""
         device = torch.device(device)
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
         drawn = {name: _draw(self, name, size, device, generator) for name, size in self.sizes().items()}
         return drawn | self._packing(device)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Sizes of the inputs of floating point by name."""
+        """Shapes of the floating-point inputs by name."""
         s = self.shape
         d, n = s.channels, s.d_state
         rows = self.sequences or s.batch
@@ -159,7 +159,7 @@ class Case:
             return {"x": (*grid, d), "weight": (DIRECTIONS, d, s.width), "bias": (DIRECTIONS, d)}
         if self.op in ("selective_scan", "selective_scan_step"):
             channels, heads, state = (d,), (d,), (d, n)
-            # A step tells matrices that are constant in time by their two dimensions.
+            # A step recognizes B and C that are constant in time by their two dimensions.
             groups = () if s.groups == 1 and not self.is_step else (s.groups,)
             matrix = (d, n) if self.constant else (*steps, *groups, n)
             sizes = {"u": (*steps, d), "dt": (*steps, d), "A": state, "B": matrix, "C": matrix}
@@ -184,47 +184,51 @@ class Case:
         return {"state": (s.batch, *state)} | sizes if self.is_step else sizes
 
     def _packing(self, device: torch.device) -> dict[str, Tensor]:
+        """Tensors that delimit packed sequences."""
         batch, length = self.shape.batch, self.shape.length
         if self.seq_idx:
             position = torch.arange(length, device=device, dtype=torch.int32)
             return {"seq_idx": (position >= length // 3).int().expand(batch, length)}
         if self.sequences:
-            # Unequal, and the first of several is empty.
+            # Of unequal lengths; the first of more than two is empty.
             shares = (torch.arange(self.sequences + 1, device=device) / self.sequences).square()
             bounds = (shares * (shares > shares[1] * (self.sequences > 2)) * length).round().int()
             return {"cu_seqlens": bounds}
         return {}
 
-    def run(self, inputs: Mapping[str, Tensor], backend: str) -> Tensor | tuple[Tensor, ...]:
-        """What the op gives; a step updates its state in place."""
+    def run(self, inputs: Mapping[str, Tensor], backend: Backend) -> Tensor | tuple[Tensor, ...]:
+        """Call the op; a step updates its state in place."""
         with use_backend(backend):
             return getattr(ssm_kernels, self.op)(**inputs, **self.options)
 
-    def function(self, *, backend: str, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """As `ssm_kernels.testing.assert_agrees` calls an op: a step works on a copy of its state, and gives it."""
+    def function(self, *, backend: Backend, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The op as `ssm_kernels.testing.assert_agrees` calls it: a step updates and returns a copy of its state."""
         if not self.is_step:
             return self.run(inputs, backend)
         state = inputs["state"].clone()
-        return StepOutput(self.run(inputs | {"state": state}, backend), state)
+        y = self.run(inputs | {"state": state}, backend)
+        assert isinstance(y, Tensor)  # as every step's result
+        return StepOutput(y, state)
 
-    def call(self, inputs: Mapping[str, Tensor], backend: str = "auto") -> tuple[Tensor, ...]:
+    def call(self, inputs: Mapping[str, Tensor], backend: Backend = "auto") -> tuple[Tensor, ...]:
+        """Call the op on a copy of a step's state; the results are always a tuple."""
         out = self.function(backend=backend, **inputs)
         return out if isinstance(out, tuple) else (out,)
 
 
 def _draw(case: Case, name: str, size: tuple[int, ...], device: torch.device, generator) -> Tensor:
-    """Random values in the range, dtype and memory layout that the models give them."""
+    """Random values in the range, dtype and memory layout that they have in the models."""
     value = torch.randn(size, device=device, generator=generator)
     if name == "dt":
-        value = value - 4  # softplus gives steps of about 0.02
+        value = value - 4  # softplus of it is about 0.02
         value = value if case.dt_softplus else torch.nn.functional.softplus(value)
     elif name == "A" and case.folder == "selective_scan":
         value = -torch.arange(1.0, size[-1] + 1, device=device).repeat(*size[:-1], 1)
     elif name == "A":
         value = -1 - 15 * torch.rand(size, device=device, generator=generator)
     dtype = DTYPES[case.dtype]
-    of_scan = case.folder in ("selective_scan", "ssd") and name in ("A", "D", "dt_bias", "initial_states", "state")
-    if of_scan or name == "residual":
+    scan_parameters = ("A", "D", "dt_bias", "initial_states", "state")
+    if name == "residual" or case.folder in ("selective_scan", "ssd") and name in scan_parameters:
         dtype = torch.promote_types(dtype, torch.float32)
     value = value.to(dtype)
     if case.channels_first and value.dim() == 3 and size[1] == case.shape.length:
@@ -232,8 +236,7 @@ def _draw(case: Case, name: str, size: tuple[int, ...], device: torch.device, ge
     return value.requires_grad_(not case.is_step)
 
 
-# Options that each op has, one at a time and then together. Packing needs a batch of one row.
-VARIANTS: dict[str, tuple[dict[str, object], ...]] = {
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "selective_scan": (
         {"z": True}, {"D": False}, {"dt_bias": True}, {"dt_softplus": False}, {"initial_states": True},
         {"constant": True}, {"channels_first": True, "z": True}, {"sequences": 5}, {"seq_idx": True},
@@ -259,10 +262,11 @@ VARIANTS: dict[str, tuple[dict[str, object], ...]] = {
     "ssd_step": ({"z": True}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True}),
     "causal_conv1d_step": ({"silu": False},),
 }  # fmt: skip
+"""Options that each op has, one at a time and then together. Packing needs a batch of one row."""
 
 
 def variants(case: Case) -> list[Case]:
-    """The case, and the same with each of its op's options."""
+    """The case, and the case with each of its op's options."""
     found = [case]
     for options in VARIANTS[case.op]:
         shape = replace(case.shape, batch=1) if "sequences" in options else case.shape
@@ -313,9 +317,10 @@ def published(dtype: str = "bf16", sizes: tuple[str, ...] = tuple(WIDTHS)) -> li
 
 
 def shipped() -> list[Case]:
-    """Configurations that the compiler is to be held to: a small and the largest model, float32, options, other states.
+    """Configurations of the compile report: a small and the largest model, float32, options, other state sizes.
 
-    Of the options those that ask for most at once, and those that change how data lie; the rest leave something out.
+    The options are those that need most registers at once and those that change the memory layout; the others compute
+    less.
     """
     found = published("bf16", ("130m", "2.7b")) + layer("mamba", "2.7b", "fp32") + layer("mamba2", "2.7b", "fp32")
     largest = {case.op: case for case in reversed(published("bf16", ("2.7b",)))}
@@ -333,7 +338,7 @@ def _with_sizes(case: Case, **sizes: int) -> Case:
 
 
 def realistic(dtype: str) -> list[Case]:
-    """Published sizes that a GPU compares with the torch backend in float64 in seconds; dense, packed and on a grid."""
+    """Published sizes for which a GPU runs the torch backend in float64 in seconds; dense, packed and on a grid."""
     layers = layer("mamba", "130m", dtype, batch=2) + layer("mamba2", "130m", dtype, batch=2)
     packed = [
         replace(case, shape=replace(case.shape, batch=1, length=5000), sequences=7, initial_states=True)
@@ -344,7 +349,7 @@ def realistic(dtype: str) -> list[Case]:
 
 
 def by_length() -> list[Case]:
-    """SSD of the 2.7b model over longer and longer sequences, one at a time."""
+    """SSD of the 2.7b model at lengths of 2,048 to 131,072, batch 1."""
     return [layer("mamba2", "2.7b", batch=1, length=2**i)[0] for i in (11, 13, 15, 17)]
 
 
@@ -377,22 +382,40 @@ def small(dtype: str) -> list[Case]:
 def emulated(dtype: str, tiles: Literal["small", "published"] = "small") -> list[Case]:
     """Each op and its options at sizes of a tile or two, for the emulator of compiled kernels.
 
-    `published` has the head and state sizes of the published models, so that the kernels take the tiles that ship.
+    `published` has the head and state sizes of the published models, so that the kernels take the shipped tiles.
     """
     shape = Shape(batch=1, length=40, channels=64, d_state=16, heads=2, headdim=16, height=5)
     if tiles == "published":
         shape = Shape(batch=1, length=70, channels=128, d_state=128, heads=2, headdim=64, height=7)
     scan = replace(shape, d_state=16)
-    of_op = {"add_rms_norm": replace(shape, channels=2560), "rms_norm": replace(shape, channels=5120)}
-    found = []
-    for op in OPS:
-        if "selective_scan" in op:
-            found += variants(Case(op, scan, dtype))
-        else:
-            found += variants(Case(op, of_op.get(op, shape) if tiles == "published" else shape, dtype))
-    return found
+    shapes = {op: scan if "selective_scan" in op else shape for op in OPS}
+    if tiles == "published":
+        shapes |= {"add_rms_norm": replace(shape, channels=2560), "rms_norm": replace(shape, channels=5120)}
+    return [variant for op in OPS for variant in variants(Case(op, shapes[op], dtype))]
 
 
 def correctness() -> list[Case]:
-    """What a GPU is held to: every option at small sizes in every dtype, and realistic sizes."""
+    """Cases for the tests on a GPU: every option at small sizes in every dtype, and realistic sizes."""
     return [c for dtype in ("bf16", "fp32") for c in small(dtype) + realistic(dtype)] + small("fp16") + small("fp64")
+
+
+def check_ops(ops: tuple[str, ...]) -> None:
+    """Check names of ops.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    if unknown := [op for op in ops if op not in OPS]:
+        raise ValueError(f"op must be among {', '.join(OPS)}; got {', '.join(unknown)}")
+
+
+def make_inputs(
+    op: str, dtype: str = "fp32", device: torch.device | str = "cpu", seed: int = 0, **options: Any
+) -> dict[str, Tensor]:
+    """Random tensor arguments of an op by name, for tests.
+
+    Args:
+        options: sizes of `Shape` and options of `Case`, by name.
+    """
+    sizes = {f.name: options.pop(f.name) for f in fields(Shape) if f.name in options}
+    return Case(op, Shape(**sizes), dtype, **options).inputs(device, seed)

@@ -7,10 +7,10 @@ from .options import COMMANDS
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; what goes wrong with its input is one line on stderr and exit status 1."""
+    """Run one command; an error in its input is one line on stderr and exit status 1."""
     run_commands(
         "ssm-bench",
-        "Measure the kernels of ssm_kernels beside their peers. Begin with: ssm-bench run selective_scan",
+        "Measure the kernels of ssm_kernels beside their peers. Start with: ssm-bench run selective_scan",
         COMMANDS,
         arguments,
     )

@@ -1,8 +1,8 @@
-"""What the compiler makes of every kernel that the ops would launch, with no GPU: registers, spills, instructions.
+"""`ssm-bench compile-report`: registers, spills and instructions of every kernel that the ops launch, with no GPU.
 
-There is no list of kernels here. The ops are called, forward and backward, on the cases of the table with tensors on
-the meta device; Triton's own launcher works out what it would compile, and stops there. Equal requests are compiled
-once, in other processes.
+No kernel is listed here. The ops are called, forward and backward, on cases with tensors on the meta device; Triton's
+own launcher specializes each kernel, and a hook stops it before it compiles. Equal requests are compiled once, in other
+processes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,30 +32,59 @@ from tqdm import tqdm
 
 from ssm_kernels.testing import BODIES, Target, fake_target, is_interpreted
 
-from .cases import Case
+from ..model.files import write_whole
+from .cases import Case, check_ops, published, shipped
+from .environment import environment
+from .files import write_json
+from .options import CompileReport
+
+
+def run_compile_report(command: CompileReport) -> None:
+    """`ssm-bench compile-report`."""
+    check_ops(command.op)
+    largest = published("bf16", ("2.7b",))
+    default = largest if command.quick else shipped()
+    targets = command.target or (("sm_90",) if command.quick else ("sm_80", "sm_90", "sm_100", "gfx942"))
+    wanted = dict.fromkeys(targets, default)
+    if not command.target and not command.quick:
+        wanted |= {"sm_89": largest, "sm_120": largest}
+    requests = []
+    for target, cases in wanted.items():
+        requests += record([case for case in cases if case.op in command.op], target)
+    rows = compile_all(requests, command.jobs)
+    text = table(rows)
+    print(text)
+    write_json(command.out, {"rows": [asdict(row) for row in rows], **environment()})
+    if command.out is not None:
+        write_whole(command.out.with_suffix(".txt"), text + "\n")
+    if any(row.problem for row in rows):
+        sys.exit(1)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a multiprocessor has, and a block may have of it."""
+    """Resources of a multiprocessor, and the limits of a block."""
 
     backend: str
     arch: int | str
     num_sms: int
-    """Of the card that is named; launches spread their programs over so many."""
+    """Multiprocessors of the card in the comment; launches size their grids by it."""
     shared_block: int
-    """Bytes of shared memory (LDS)."""
+    """Largest shared memory (LDS) of a block in bytes."""
     shared: int
+    """Shared memory (LDS) of a multiprocessor in bytes."""
     warps: int
+    """Most resident warps."""
     blocks: int
+    """Most resident blocks."""
 
     @property
-    def warp(self) -> int:
+    def warp_size(self) -> int:
         return 32 if self.backend == "cuda" else 64
 
 
 # Limits: CUDA C++ programming guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA reference and
-# HIP's table of hardware features for gfx942. Processors: the vendors' data sheets.
+# HIP's table of hardware features for gfx942. Multiprocessors: the vendors' data sheets.
 ARCHITECTURES: dict[str, Architecture] = {
     "sm_80": Architecture("cuda", 80, 108, 163 << 10, 164 << 10, 64, 32),  # A100
     "sm_86": Architecture("cuda", 86, 82, 99 << 10, 100 << 10, 48, 16),  # RTX 3090
@@ -67,14 +97,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 class Request(NamedTuple):
-    """One compilation: what Triton's launcher found in the arguments of a launch."""
+    """One compilation, as Triton's launcher specialized it for the arguments of a launch."""
 
     module: str
     kernel: str
     signature: dict[str, str]
-    constants: dict[tuple[int, ...], object]
+    constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], list]
-    options: dict[str, object]
+    options: dict[str, Any]
     target: str
     case: str
     """The first case that launches it."""
@@ -87,7 +117,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Row:
-    """What came of one compilation."""
+    """Result of one compilation."""
 
     kernel: str
     target: str
@@ -95,22 +125,23 @@ class Row:
     warps: int
     registers: int = 0
     spills: int = 0
-    """Bytes of stack a thread, or, on AMD, registers that were spilled."""
+    """Bytes of stack per thread, or, on AMD, registers that were spilled."""
     shared: int = 0
+    """Bytes per block."""
     matrix: dict[str, int] = field(default_factory=dict)
-    """Instructions by name."""
+    """Tensor-core instructions by name."""
     exponentials: int = 0
     shuffles: int = 0
     instructions: int = 0
     occupancy: float = 0.0
     """Share of the warps that a multiprocessor can hold, by registers, shared memory and blocks."""
     seconds: float = 0.0
-    """Of processor time that the compiler took."""
+    """Processor time of the compiler."""
     problem: str | None = None
 
 
 def record(cases: Iterable[Case], target: str) -> list[Request]:
-    """What the cases would launch on such a GPU, forward and backward, each once.
+    """Record the compilations that the cases ask for on a GPU, forward and backward, each once.
 
     Raises:
         ValueError: Triton's interpreter is on, so that there is nothing to compile.
@@ -120,54 +151,47 @@ def record(cases: Iterable[Case], target: str) -> list[Request]:
     architecture = ARCHITECTURES[target]
     found: dict[str, Request] = {}
     for case in cases:
-        with _launches(architecture, functools.partial(_keep, found, target, str(case))):
-            _call(case)
+        with _intercepted(architecture, functools.partial(_keep_request, found, target, str(case))):
+            _run_forward_and_backward(case)
     return list(found.values())
 
 
-def _keep(found: dict[str, Request], target: str, case: str, *, fn, compile, **_) -> bool:
-    """Triton's hook before it compiles: remember what for, and say that it need not."""
+def _keep_request(found: dict[str, Request], target: str, case: str, *, fn: Any, compile: Any, **_: Any) -> bool:
+    """Triton's hook before it compiles: keep the request, and return that there is no need to compile."""
     described = json.loads(compile["specialization_data"])
     described.pop("key", None)
-    found.setdefault(
-        json.dumps(described),
-        Request(
-            fn.module,
-            fn.name,
-            compile["signature"],
-            compile["constants"],
-            compile["configs"][0],
-            described["options"],
-            target,
-            case,
-        ),  # fmt: skip
-    )
+    request = Request(
+        fn.module, fn.name, compile["signature"], compile["constants"], compile["configs"][0], described["options"],
+        target, case,
+    )  # fmt: skip
+    found.setdefault(json.dumps(described), request)
     return True
 
 
-def _call(case: Case) -> None:
+def _run_forward_and_backward(case: Case) -> None:
     inputs = case.inputs("meta")
     with torch.no_grad():
         case.call(inputs, "triton")
     if not case.is_step:
         outputs = case.call(inputs, "triton")
-        # With initial states the final ones are used too, as when a state is carried through a training step.
+        # With initial states the final ones take a gradient too, as when a training step passes a state on.
         used = outputs if case.initial_states or case.op == "add_rms_norm" else outputs[:1]
         wanted = [t for t in inputs.values() if t.requires_grad]
         torch.autograd.grad(used, wanted, [torch.empty_like(t) for t in used], allow_unused=True)
 
 
 @contextlib.contextmanager
-def _launches(architecture: Architecture, hook: Callable[..., bool]) -> Iterator[None]:
-    """Inside, launches on meta tensors compile and run nothing; `hook` gets what would be compiled."""
+def _intercepted(architecture: Architecture, hook: Callable[..., bool]) -> Iterator[None]:
+    """Let launches on meta tensors compile and run nothing; `hook` gets each compilation that they ask for."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    target = GPUTarget(architecture.backend, architecture.arch, architecture.warp)
-    # Not by the driver's own properties and reset: they look for a GPU.
+    target = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
+    # `driver.active` and `reset_active` would look for a GPU, so its attributes are saved and restored.
     active, before = vars(driver).copy(), knobs.runtime.jit_cache_hook
-    driver.set_active(_Driver(target))
+    fake: Any = _Driver(target)
+    driver.set_active(fake)
     knobs.runtime.jit_cache_hook = hook
     try:
         with fake_target(Target((architecture.backend, architecture.arch), architecture.num_sms)), _RunBodies():
@@ -178,35 +202,34 @@ def _launches(architecture: Architecture, hook: Callable[..., bool]) -> Iterator
 
 
 class _Driver:
-    """A driver as far as Triton's launcher asks one before it compiles."""
+    """The part of a Triton driver that the launcher calls before it compiles."""
 
-    def __init__(self, target):
+    def __init__(self, target: Any):
         self.target = target
 
-    def get_current_target(self):
+    def get_current_target(self) -> Any:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # the launcher keeps what it knows of a device under this key
+        return str(self.target)  # key of the launcher's caches
 
-    def get_current_stream(self, device) -> int:
+    def get_current_stream(self, device: object) -> int:
         return 0
 
 
 class _RunBodies(TorchDispatchMode):
-    """Runs the ops themselves on meta tensors, where the dispatcher would take their fakes."""
+    """Runs the bodies of the ops on meta tensors, where the dispatcher would take their fakes."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return BODIES.get(func, func)(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (BODIES.get(func) or func)(*args, **(kwargs or {}))
 
 
 def compile_all(requests: list[Request], jobs: int, cache: Path | None = None) -> list[Row]:
-    """Compile in `jobs` processes, into a cache of Triton's where one is given."""
+    """Compile in `jobs` processes, into Triton's cache at `cache` or, by default, a temporary one."""
     with tempfile.TemporaryDirectory() as scratch:
         context = multiprocessing.get_context("spawn")
-        begin = {"initializer": _begin, "initargs": (str(cache or scratch),)}
-        with concurrent.futures.ProcessPoolExecutor(jobs, context, **begin) as pool:
-            # What takes the compiler longest comes first, so that no process is left with it at the end.
+        with concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (str(cache or scratch),)) as pool:
+            # The kernels that take longest come first, so that no process is left alone with one at the end.
             longest_first = sorted(requests, key=lambda r: not r.name.startswith("selective_scan"))
             futures = [pool.submit(compile_one, request) for request in longest_first]
             for _ in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit="kernel", disable=None):
@@ -214,10 +237,10 @@ def compile_all(requests: list[Request], jobs: int, cache: Path | None = None) -
             return [f.result() for f in futures]
 
 
-def _begin(cache: str) -> None:
+def _start_worker(cache: str) -> None:
     from triton import knobs
 
-    parent = multiprocessing.parent_process()
+    parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # ends when the parent is killed
     torch.set_num_threads(1)
     knobs.cache.dir = cache
@@ -225,7 +248,7 @@ def _begin(cache: str) -> None:
 
 
 def compile_one(request: Request) -> Row:
-    """Compile, and read from what comes out what the report tells."""
+    """Compile a request, and read the row from the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -235,12 +258,12 @@ def compile_one(request: Request) -> Row:
     kernel = getattr(importlib.import_module(request.module), request.kernel)
     source = ASTSource(kernel, request.signature, request.constants, request.attributes)
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in request.options.items()}
-    begin = _processor_time()
+    start = _processor_time()
     try:
-        target = GPUTarget(architecture.backend, architecture.arch, architecture.warp)
+        target = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
         compiled = triton.compile(source, target=target, options=options)
-        row.seconds = _processor_time() - begin
-    except Exception as e:  # whatever stops the compiler is what the report is for
+        row.seconds = _processor_time() - start
+    except Exception as e:  # any failure of the compiler is a row
         row.problem = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
         return row
     row.shared = compiled.metadata.shared
@@ -251,7 +274,7 @@ def compile_one(request: Request) -> Row:
     row.occupancy = _occupancy(row, architecture)
     problems = [f"{row.spills} spilled"] if row.spills else []
     if row.shared > architecture.shared_block:
-        problems.append(f"{row.shared:,} bytes of shared memory, and a block has {architecture.shared_block:,}")
+        problems.append(f"{row.shared:,} bytes of shared memory, and a block may have {architecture.shared_block:,}")
     # Tensor memory: 512 columns a multiprocessor (PTX ISA, tcgen05).
     if (columns := getattr(compiled.metadata, "tmem_size", None) or 0) > 512:
         problems.append(f"{columns} columns of tensor memory, and there are 512")
@@ -275,11 +298,12 @@ def _read_cubin(row: Row, cubin: bytes) -> None:
             subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("--dump-resource-usage", "-sass")
         )
-    row.registers = int(re.search(r"REG:(\d+)", usage)[1])
+    registers, stack = (re.findall(rf"{name}:(\d+)", usage)[0] for name in ("REG", "STACK"))
+    row.registers = int(registers)
     names = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
     names.pop("NOP", None)
     # A stack that no instruction reads or writes holds no spill: on Blackwell some kernels reserve one.
-    row.spills = int(re.search(r"STACK:(\d+)", usage)[1]) if _count(names, r"LDL|STL") else 0
+    row.spills = int(stack) if _count(names, r"LDL|STL") else 0
     row.instructions = names.total()
     row.exponentials = _count(names, r"MUFU\.EX2")
     row.shuffles = _count(names, r"SHFL")
@@ -300,13 +324,13 @@ def _read_amdgcn(row: Row, assembly: str) -> None:
     row.matrix = _matrix(names, r"v_mfma")
 
 
-def _count(names: collections.Counter, pattern: str) -> int:
+def _count(names: collections.Counter[str], pattern: str) -> int:
     return sum(times for name, times in names.items() if re.match(pattern, name))
 
 
-def _matrix(names: collections.Counter, pattern: str) -> dict[str, int]:
-    """Instructions by the part of their name that says what unit runs them."""
-    found: collections.Counter = collections.Counter()
+def _matrix(names: collections.Counter[str], pattern: str) -> dict[str, int]:
+    """Tensor-core instructions by the part of their name that matches."""
+    found: collections.Counter[str] = collections.Counter()
     for name, times in names.items():
         if match := re.match(pattern, name):
             found[match[0]] += times
@@ -314,11 +338,15 @@ def _matrix(names: collections.Counter, pattern: str) -> dict[str, int]:
 
 
 def _occupancy(row: Row, a: Architecture) -> float:
-    """Registers come in 256 a warp of 65,536 (NVIDIA), or in 8 a lane of 512 for each of four SIMDs (AMD)."""
+    """Share of the resident warps that registers, shared memory and blocks allow.
+
+    Registers are allocated in units of 256 per warp of 65,536 (NVIDIA), or of 8 per lane of 512 for each of four SIMDs
+    (AMD).
+    """
     blocks = min(a.blocks, a.warps // row.warps)
     if a.backend == "cuda":
         blocks = min(blocks, 65536 // (-(-row.registers * 32 // 256) * 256 * row.warps))
-        blocks = min(blocks, a.shared // (row.shared + 1024))  # the system keeps 1 KB a block
+        blocks = min(blocks, a.shared // (row.shared + 1024))  # 1 KB of each block is reserved by the system
         return blocks * row.warps / a.warps
     waves = 4 * min(a.warps // 4, 512 // (-(-max(row.registers, 1) // 8) * 8))
     if row.shared:
@@ -327,6 +355,7 @@ def _occupancy(row: Row, a: Architecture) -> float:
 
 
 def table(rows: list[Row]) -> str:
+    """All rows as text, those with a problem again at the end."""
     lines = [
         f"{'target':<8}{'kernel':<34}{'warps':>6}{'regs':>6}{'spills':>8}{'shared':>9}{'matrix':>14}{'exp':>6}"
         f"{'shfl':>6}{'instr':>8}{'occup.':>8}  case"

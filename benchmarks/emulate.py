@@ -1,7 +1,7 @@
 """`ssm-bench emulate`: compiled kernels of the ops, run in the PTX emulator and compared with the reference.
 
-A case is one call, forward and, but for a decoding step, backward. It is right where outputs and gradients agree with
-the step-by-step reference in float64 as `ssm_kernels.testing` says, and no check of the emulator saw anything.
+A case is one call, forward and, except for a decoding step, backward. It passes if outputs and gradients agree with the
+step-by-step reference in float64 by `ssm_kernels.testing`, and the emulator's checks have no finding.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from tqdm import tqdm
 
 from ssm_kernels.testing import assert_agrees
 
-from .cases import Case, emulated
-from .commands import check_ops
-from .errors import off
-from .measure import environment
+from .accuracy import relative_error
+from .cases import Case, check_ops, emulated
+from .environment import environment
+from .files import write_json
 from .options import Emulate
 from .ptx import Fault, Unsupported
 from .ptx import emulated as emulator
-from .report import write_json
 
 
 def run_emulate(command: Emulate) -> None:
@@ -56,20 +55,20 @@ def _cases(command: Emulate) -> Iterator[tuple[str, Case]]:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one case."""
+    """Result of one case."""
 
     case: str
     target: str
     launches: int
     instructions: dict[str, int]
-    """Executed in all launches, by kind, counted in warps."""
+    """Instructions executed in all launches, by kind, counted in warps."""
     findings: dict[str, int]
     error: float | None
-    """Largest difference of an output from the reference in float64, as a share of the largest value."""
+    """Largest difference of an output from the reference in float64, relative to the largest value."""
     wrong: str
-    """What is wrong, in words, or nothing."""
+    """Description of the failure; empty if there is none."""
     seconds: float
-    """Of processor time in the emulator."""
+    """Processor time of the emulator."""
 
     @property
     def is_right(self) -> bool:
@@ -92,7 +91,7 @@ def run_case(case: Case, target: str) -> Row:
     inputs = case.inputs()
     wrong = ""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # memory that torch.empty gives holds NaN: what is not written shows
+    torch.use_deterministic_algorithms(True)  # torch.empty fills with NaN, which shows elements that are not written
     try:
         with emulator(target) as report:
             try:
@@ -116,4 +115,4 @@ def _error(case: Case, inputs: dict[str, torch.Tensor]) -> float:
     with torch.no_grad():
         exact = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
         pairs = zip(case.call(inputs, "triton"), case.call(exact, "reference"), strict=True)
-        return max(off(got, want) for got, want in pairs)
+        return max(relative_error(got, want) for got, want in pairs)

@@ -1,26 +1,33 @@
-"""Random calls of the ops, every path against the reference in float64, until time is up.
+"""`ssm-bench fuzz`: random calls of the ops, every backend compared with the reference in float64, until time is up.
 
-A trial is a pure function of its seed: options, sizes, layouts in memory, magnitudes and packing. What fails is made
-smaller, and printed with the command that repeats it. `agreement` says what is compared, and how infinities are. With
-an infinity among the inputs, or a result that is not finite, gradients are not compared: which products of zero and
-infinity a gradient is made of is the implementation's own affair.
+A trial is a pure function of its seed: options, sizes, strides, magnitudes and packing. A failing trial is shrunk, and
+printed with the command that repeats it. `correctness` describes the comparison. With an infinity among the inputs, or
+a result that is not finite, gradients are not compared: they may be products of zero and infinity, which depend on the
+implementation.
 """
 
 from __future__ import annotations
 
 import functools
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssm_kernels import Backend
 from ssm_kernels.testing import coarsest_dtype, is_interpreted
 
-from .agreement import Expected, brief, disagreement, expected, results, shrink, smaller_cases
-from .cases import OPS, SIZES, VARIANTS, Case, Shape
+from .cases import OPS, SIZES, VARIANTS, Case, Shape, check_ops
+from .correctness import Expected, disagreement, expected, results
+from .environment import current_device, environment
+from .files import write_json
+from .options import Fuzz
+from .shrink import brief, shrink, smaller_cases
 
 KINDS = ("zeros", "denormal", "small", "large", "huge", "mixed", "infinite")
 LAYOUTS = ("transposed", "strided", "expanded")
@@ -28,18 +35,35 @@ MUST_BE_FINITE = {
     "selective_scan": ("A",), "cross_selective_scan": ("A",),
     "ssd": ("x", "dt", "A", "B", "C", "dt_bias"), "cross_ssd": ("x", "dt", "A", "B", "C", "dt_bias"),
 }  # fmt: skip
-"""Arguments that may not be infinite, by what the ops' docstrings say."""
+"""Arguments that may not be infinite, by the ops' docstrings."""
+
+
+def run_fuzz(command: Fuzz) -> None:
+    """`ssm-bench fuzz`."""
+    check_ops(command.op)
+    seed = time.time_ns() % 10**9 if command.seed is None else command.seed
+    print(f"seed {seed}")
+    with current_device(command.device):
+        n, findings = fuzz(seed, command.minutes, command.op, command.device, command.trials)
+    for finding in findings:
+        print(f"{finding.seen} trials: {finding.backend}, {finding.trial.case.op}, {finding.why}")
+    print(f"{n} trials from seed {seed}; {len(findings)} kinds of disagreement")
+    found = {"seed": seed, "trials": n, "findings": [finding.report() for finding in findings]}
+    write_json(command.out, found | environment(command.device))
+    if findings:
+        sys.exit(1)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One call: a case, the seed of its values, and how some of its tensors differ from the ordinary."""
+    """One call: a case, the seed of its values, and the tensors with unusual values or strides."""
 
     case: Case
     seed: int
     kinds: tuple[tuple[str, str], ...] = ()
-    """Tensors by name, and of what magnitude."""
+    """Names of tensors, each with one of `KINDS`."""
     layouts: tuple[tuple[str, str], ...] = ()
+    """Names of tensors, each with one of `LAYOUTS`."""
 
     def __str__(self) -> str:
         tensors = [f"{name} {kind}" for name, kind in self.kinds + self.layouts]
@@ -56,10 +80,8 @@ class Trial:
                 if name in tensors:
                     tensors[name] = _laid_out(tensors[name], layout)
         if "cu_seqlens" in tensors:
-            # Anywhere, so that some are empty.
-            bounds = torch.randint(
-                0, self.case.shape.length + 1, (self.case.sequences - 1,), device=device, generator=generator
-            )
+            size = (self.case.sequences - 1,)
+            bounds = torch.randint(self.case.shape.length + 1, size, device=device, generator=generator)
             ends = tensors["cu_seqlens"][[0, -1]]
             tensors["cu_seqlens"] = torch.cat([ends[:1], bounds.sort().values.to(ends.dtype), ends[1:]])
         return tensors
@@ -67,36 +89,37 @@ class Trial:
 
 @dataclass
 class Finding:
+    """A failing trial and the smallest one found that fails."""
+
     trial: Trial
     backend: str
     why: str
     smallest: Trial
     why_smallest: str
     seen: int = 1
-    """How many trials failed alike."""
+    """Number of trials that failed in the same way."""
 
-    def report(self) -> dict[str, object]:
-        return {"trial": brief(self.trial), "smallest": brief(self.smallest)} | {
-            k: v for k, v in asdict(self).items() if k not in ("trial", "smallest")
-        }
+    def report(self) -> dict[str, Any]:
+        """The finding for a JSON file, with trials as expressions that make them."""
+        return asdict(self) | {"trial": brief(self.trial), "smallest": brief(self.smallest)}
 
 
 def draw(seed: int, ops: tuple[str, ...] = OPS) -> Trial:
-    """The trial of a seed."""
+    """Draw the trial of a seed."""
     r = random.Random(seed)
     op = r.choice(ops)
-    most = 12 if is_interpreted() else 80
-    wide = 6 if is_interpreted() else 24
+    max_length, max_width = (12, 6) if is_interpreted() else (80, 24)
     groups = r.choice((1, 1, 1, 2, 3))
-    length = r.choice((1, 2, 3, r.randint(1, most), r.randint(1, most), r.randint(1, most)))
+    length = r.choice((1, 2, 3, r.randint(1, max_length), r.randint(1, max_length), r.randint(1, max_length)))
     shape = Shape(
-        batch=r.randint(1, 3), length=length, channels=groups * r.randint(1, wide), d_state=r.randint(1, wide),
-        heads=groups * r.randint(1, 3), headdim=r.randint(1, wide), groups=groups, width=r.randint(1, 5),
+        batch=r.randint(1, 3), length=length, channels=groups * r.randint(1, max_width),
+        d_state=r.randint(1, max_width), heads=groups * r.randint(1, 3), headdim=r.randint(1, max_width),
+        groups=groups, width=r.randint(1, 5),
     )  # fmt: skip
     if "height" in SIZES[op].split():
         height = r.randint(1, 8)
-        shape = replace(shape, height=height, length=height * r.randint(1, max(1, most // height)))
-    options = {}
+        shape = replace(shape, height=height, length=height * r.randint(1, max(1, max_length // height)))
+    options: dict[str, Any] = {}
     for variant in r.sample(VARIANTS[op], k=min(len(VARIANTS[op]), r.randint(0, 3))):
         options |= variant
     if options.get("seq_idx"):
@@ -119,44 +142,44 @@ def draw(seed: int, ops: tuple[str, ...] = OPS) -> Trial:
 
 
 def _of_kind(t: Tensor, name: str, kind: str, generator: torch.Generator) -> Tensor:
-    """Values of a magnitude; A stays negative, and dt not below zero where no softplus makes it so."""
-    tiny, most = torch.finfo(t.dtype).tiny, torch.finfo(t.dtype).max
+    """Values of a magnitude; A stays negative, and a large dt positive."""
+    tiny, largest = torch.finfo(t.dtype).tiny, torch.finfo(t.dtype).max
     if kind == "zeros":
         return torch.zeros_like(t)
     if kind == "infinite":
         t = t.clone(memory_format=torch.contiguous_format)
-        where = torch.randint(0, t.numel(), (1,), device=t.device, generator=generator) if t.numel() else []
-        sign = -1 if name == "A" else 1
-        t.view(-1)[where] = sign * torch.inf
+        if t.numel():
+            where = torch.randint(0, t.numel(), (1,), device=t.device, generator=generator)
+            t.view(-1)[where] = (-1 if name == "A" else 1) * torch.inf
         return t
     if kind == "mixed":
         exponent = torch.empty(t.shape, device=t.device).uniform_(-4, 4, generator=generator)
-        return (t * 10**exponent).clamp(-most, most).to(t.dtype)
-    scale = {"denormal": tiny / 64, "small": tiny**0.5, "large": 1e4, "huge": most**0.4}[kind]
+        return (t * 10**exponent).clamp(-largest, largest).to(t.dtype)
+    scale = {"denormal": tiny / 64, "small": tiny**0.5, "large": 1e4, "huge": largest**0.4}[kind]
     if name == "dt" and kind in ("large", "huge"):
-        t = t.abs()  # else softplus makes zeros of it
-    return (t.double() * scale).clamp(-most, most).to(t.dtype)
+        t = t.abs()  # softplus of large negative values is 0
+    return (t.double() * scale).clamp(-largest, largest).to(t.dtype)
 
 
 def _laid_out(t: Tensor, layout: str) -> Tensor:
-    """The same values (for `expanded`: those of the first row for all) with other strides."""
+    """The same values with other strides; `expanded` repeats the first row."""
     if layout == "transposed":
-        back = list(reversed(range(t.dim())))
-        return t.permute(back).contiguous().permute(back)
+        reversed_dims = list(reversed(range(t.dim())))
+        return t.permute(reversed_dims).contiguous().permute(reversed_dims)
     if layout == "strided":
-        room = t.new_full((*t.shape, 3), torch.nan)
-        room[..., 1] = t
-        return room[..., 1]
+        buffer = t.new_full((*t.shape, 3), torch.nan)
+        buffer[..., 1] = t
+        return buffer[..., 1]
     return t[:1].expand(t.shape)
 
 
-def paths(case: Case, device: str) -> tuple[str, ...]:
-    """Backends that can run here. The reference in the case's own dtype runs too, as what tells the tolerance."""
+def backends(device: str) -> tuple[Backend, ...]:
+    """Backends that can run here. The reference in the case's own dtype runs too, for the tolerance."""
     return ("torch", "triton") if is_interpreted() or device != "cpu" else ("torch",)
 
 
-def wrong(trial: Trial, backend: str, device: str) -> str:
-    """What is wrong with a path in a trial.
+def wrong(trial: Trial, backend: Backend, device: str) -> str:
+    """Describe the failure of a backend in a trial; empty if it passes.
 
     Raises:
         ValueError: the reference refuses the call.
@@ -165,28 +188,28 @@ def wrong(trial: Trial, backend: str, device: str) -> str:
     tensors = trial.inputs(device)
     try:
         actual = results(functools.partial(trial.case.function, backend=backend), tensors, not trial.case.is_step)
-    except Exception as e:  # whatever a path raises where the reference does not is a finding
+    except Exception as e:  # any error where the reference has none is a finding
         return f"raises {type(e).__name__}: {e}"
     outputs = {name: t for name, t in actual.items() if not name.startswith("gradient of ")}
-    every = [*tensors.values(), *(kept[name] for kept in (right.exact, right.rounded) for name in outputs)]
+    involved = [*tensors.values(), *(of[name] for of in (right.exact, right.rounded) for name in outputs)]
     if backend == "triton" and not is_interpreted():
         right = replace(right, operands=coarsest_dtype(tensors))
-    return disagreement(right, actual if all(t.isfinite().all() for t in every) else outputs)
+    return disagreement(right, actual if all(t.isfinite().all() for t in involved) else outputs)
 
 
 @functools.lru_cache(maxsize=2)
 def _expected(trial: Trial, device: str) -> Expected:
-    """Of a trial, for every path."""
+    """Results of the reference in a trial, computed once for all backends."""
     reference = functools.partial(trial.case.function, backend="reference")
     return expected(reference, trial.inputs(device), not trial.case.is_step)
 
 
 def smaller(trial: Trial) -> Iterator[Trial]:
-    """Trials with one thing less that is not ordinary."""
+    """Trials with one unusual tensor less, or a smaller case."""
     for field in ("kinds", "layouts"):
-        whole = getattr(trial, field)
-        for i in range(len(whole)):
-            yield replace(trial, **{field: whole[:i] + whole[i + 1 :]})
+        unusual = getattr(trial, field)
+        for i in range(len(unusual)):
+            yield replace(trial, **{field: unusual[:i] + unusual[i + 1 :]})
     for case in smaller_cases(trial.case):
         yield replace(trial, case=case)
 
@@ -197,27 +220,27 @@ def fuzz(
     ops: tuple[str, ...] = OPS,
     device: str = "cpu",
     trials: int | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> tuple[int, list[Finding]]:
-    """Run the trials of `seed`, `seed + 1`, ... for so long, or so many; give their number and what failed."""
+    """Run the trials of `seed`, `seed + 1`, ... for that time or number; return their number and the findings."""
     end = time.monotonic() + 60 * minutes
     findings: dict[tuple[str, str, str], Finding] = {}
     n = 0
     while time.monotonic() < end and (trials is None or n < trials):
         trial = draw(seed + n, ops)
         n += 1
-        for backend in paths(trial.case, device):
+        for backend in backends(device):
             why = wrong(trial, backend, device)
             if not why:
                 continue
-            # The same output of the same op, wrong in the same way, is most often the same fault.
+            # The same output of the same op, wrong in the same way, most often has the same cause.
             key = (trial.case.op, backend, why.split(" at ")[0][:60])
             if key in findings:
                 findings[key].seen += 1
                 continue
             smallest = shrink(trial, smaller, functools.partial(_fails, backend=backend, device=device))
             finding = findings[key] = Finding(trial, backend, why, smallest, wrong(smallest, backend, device))
-            say(
+            log(
                 f"FAILED {backend}: {trial}\n  {why}\n  smallest: {smallest}\n  {finding.why_smallest}\n"
                 f"  {brief(smallest)}\n"
                 f"  again: ssm-bench fuzz --seed {trial.seed} --trials 1 --device {device} --op {' '.join(ops)}"
@@ -225,8 +248,8 @@ def fuzz(
     return n, list(findings.values())
 
 
-def _fails(trial: Trial, backend: str, device: str) -> bool:
+def _fails(trial: Trial, backend: Backend, device: str) -> bool:
     try:
         return bool(wrong(trial, backend, device))
-    except (ValueError, IndexError, RuntimeError):  # not a call that the reference has
+    except (ValueError, IndexError, RuntimeError):  # the reference does not have this call
         return False

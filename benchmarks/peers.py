@@ -1,7 +1,7 @@
 """The same calls by other libraries, where they are installed: `mamba_ssm`, `causal_conv1d`, `fla`, `transformers`.
 
-Each function takes a case's inputs in this project's layout and gives y in it; views that a peer needs, and what its
-own callers compute before it, are inside.
+Each function binds a case's inputs, in this project's layout, to a call that returns y in that layout. The call
+contains the views that a peer needs and the preparation that its own callers do.
 """
 
 from __future__ import annotations
@@ -21,27 +21,39 @@ PACKAGES = {
     "fla": "flash-linear-attention",
     "transformers": "transformers",
 }
-"""Peers by import name, and what pip calls them."""
+"""Names of the peers' distributions, for pip, by import name."""
+
+Call = Callable[[], Tensor]
+"""A bound call, which returns y."""
 
 
-def peer(name: str, case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """What runs a case by a peer.
+def bind_peer(name: str, case: Case, t: Mapping[str, Tensor]) -> Call:
+    """Bind a case's inputs to a peer's function.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
-        ValueError: it does not have the op, or not with these options.
+        ModuleNotFoundError: the peer is not installed.
+        ValueError: the peer does not have the op, or not with these options.
+    """
+    check_installed(name)
+    bind = CALLS[name].get(case.op)
+    lacks = case.initial_states or case.sequences or case.seq_idx or case.constant or not case.D
+    if bind is None or lacks or (name == "transformers" and case.norm_before_gate):
+        raise ValueError(f"{name} is not compared on {case}")
+    return bind(case, t)
+
+
+def check_installed(name: str) -> None:
+    """Check that a peer can be imported.
+
+    Raises:
+        ModuleNotFoundError: it cannot; the message has the command that installs it.
     """
     if importlib.util.find_spec(name) is None:
         raise ModuleNotFoundError(f"{name} is not installed: pip install {PACKAGES[name]}")
-    make = CALLS[name].get(case.op)
-    lacks = case.initial_states or case.sequences or case.seq_idx or case.constant or not case.D
-    if make is None or lacks or (name == "transformers" and case.norm_before_gate):
-        raise ValueError(f"{name} is not compared on {case}")
-    return make(case, t)
 
 
-def _mamba_ssm_scan(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+def _mamba_ssm_scan(case: Case, t: Mapping[str, Tensor]) -> Call:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
 
     def run() -> Tensor:
         u, dt, z = (None if (m := t.get(k)) is None else m.transpose(1, 2) for k in ("u", "dt", "z"))
@@ -52,75 +64,75 @@ def _mamba_ssm_scan(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]
     return run
 
 
-def _mamba_ssm_ssd(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+def _mamba_ssm_ssd(case: Case, t: Mapping[str, Tensor]) -> Call:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore[reportMissingImports]
 
     arguments = [t[k] for k in ("x", "dt", "A", "B", "C")]
     options = {"D": t["D"], "z": t.get("z"), "dt_bias": t.get("dt_bias"), "dt_softplus": case.dt_softplus}
-    return lambda: mamba_chunk_scan_combined(*arguments, 256, **options)  # the chunk of its own modules
+    return lambda: mamba_chunk_scan_combined(*arguments, 256, **options)  # chunk_size of its own modules
 
 
-def _mamba_ssm_scan_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+def _mamba_ssm_scan_step(case: Case, t: Mapping[str, Tensor]) -> Call:
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update  # pyright: ignore[reportMissingImports]
 
     state = t["state"].clone()
     arguments = [t[k] for k in ("u", "dt", "A", "B", "C", "D")] + [t.get("z"), t.get("dt_bias")]
     return lambda: selective_state_update(state, *arguments, dt_softplus=case.dt_softplus)
 
 
-def _mamba_ssm_ssd_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+def _mamba_ssm_ssd_step(case: Case, t: Mapping[str, Tensor]) -> Call:
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update  # pyright: ignore[reportMissingImports]
 
     return _ssd_step(selective_state_update, case, t)
 
 
-def _ssd_step(selective_state_update: Callable[..., Tensor], case: Case, t: Mapping[str, Tensor]):
-    """By a step of Mamba-1, whose parameters are a channel's."""
+def _ssd_step(selective_state_update: Callable[..., Tensor], case: Case, t: Mapping[str, Tensor]) -> Call:
+    """A step of Mamba-2 by one of Mamba-1, whose parameters are per channel."""
     state, p = t["state"].clone(), case.shape.headdim
-    A = t["A"][:, None, None].expand(state.shape[1:])
-    dt, D = (t[k].unsqueeze(-1).expand(*t[k].shape, p) for k in ("dt", "D"))
+    A = t["A"][:, None, None].expand(state.shape[1:])  # (H, P, N)
+    dt, D = (t[k].unsqueeze(-1).expand(*t[k].shape, p) for k in ("dt", "D"))  # (B, H, P), (H, P)
     bias = None if (m := t.get("dt_bias")) is None else m.unsqueeze(-1).expand(-1, p)
     options = {"D": D, "z": t.get("z"), "dt_bias": bias, "dt_softplus": case.dt_softplus}
     return lambda: selective_state_update(state, t["x"], dt, A, t["B"], t["C"], **options)
 
 
-def _mamba_ssm_norm(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+def _mamba_ssm_norm(case: Case, t: Mapping[str, Tensor]) -> Call:
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn  # pyright: ignore[reportMissingImports]
 
     return lambda: rmsnorm_fn(t["x"], t["weight"], None, z=t.get("z"), eps=1e-5, **case.options)
 
 
-def _mamba_ssm_add_norm(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+def _mamba_ssm_add_norm(case: Case, t: Mapping[str, Tensor]) -> Call:
+    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn  # pyright: ignore[reportMissingImports]
 
     options = {"residual": t["residual"], "eps": 1e-5, "prenorm": True, "residual_in_fp32": True}
     return lambda: rms_norm_fn(t["x"], t["weight"], None, **options)[0]
 
 
-def _causal_conv1d(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    from causal_conv1d import causal_conv1d_fn
+def _causal_conv1d(case: Case, t: Mapping[str, Tensor]) -> Call:
+    from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
 
     activation = case.options["activation"]
     return lambda: causal_conv1d_fn(t["x"].transpose(1, 2), t["weight"], t["bias"], activation=activation).mT
 
 
-def _causal_conv1d_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    from causal_conv1d import causal_conv1d_update
+def _causal_conv1d_step(case: Case, t: Mapping[str, Tensor]) -> Call:
+    from causal_conv1d import causal_conv1d_update  # pyright: ignore[reportMissingImports]
 
-    window = F.pad(t["state"], (0, 0, 1, 0)).transpose(1, 2).contiguous()  # K inputs, the last of which are kept
+    window = F.pad(t["state"], (0, 0, 1, 0)).transpose(1, 2).contiguous()  # (B, D, K)
     return lambda: causal_conv1d_update(t["x"], window, t["weight"], t["bias"], case.options["activation"])
 
 
-def _fla_ssd(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """SSD as gated linear attention with a decay a head: queries C, keys B, values dt x."""
-    from fla.ops.simple_gla import chunk_simple_gla
+def _fla_ssd(case: Case, t: Mapping[str, Tensor]) -> Call:
+    """SSD as gated linear attention with one decay per head: queries C, keys B, values dt x."""
+    from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
     repeats = case.shape.heads // case.shape.groups
 
     def run() -> Tensor:
         dt = t["dt"].float() + t.get("dt_bias", 0)
         dt = F.softplus(dt) if case.dt_softplus else dt
-        keys, queries = (t[k].repeat_interleave(repeats, dim=2) for k in ("B", "C"))
+        keys, queries = (t[k].repeat_interleave(repeats, dim=2) for k in ("B", "C"))  # (B, L, H, N)
         values = (t["x"] * dt.unsqueeze(-1)).to(t["x"].dtype)
         y, _ = chunk_simple_gla(queries, keys, values, dt * t["A"], scale=1.0)
         return y + (t["D"][:, None] * t["x"]).to(y.dtype)
@@ -128,8 +140,8 @@ def _fla_ssd(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def _transformers_scan(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """As all of `transformers` here, what that library runs where no kernels are installed."""
+def _transformers_scan(case: Case, t: Mapping[str, Tensor]) -> Call:
+    """The code that `transformers` runs where no kernels are installed, like the other functions of it here."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
     def run() -> Tensor:
@@ -140,7 +152,7 @@ def _transformers_scan(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tens
     return run
 
 
-def _transformers_ssd(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+def _transformers_ssd(case: Case, t: Mapping[str, Tensor]) -> Call:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     options = {"D": t["D"], "dt_bias": t.get("dt_bias"), "dt_softplus": case.dt_softplus}
@@ -152,14 +164,14 @@ def _transformers_ssd(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tenso
     return run
 
 
-def _transformers_conv(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+def _transformers_conv(case: Case, t: Mapping[str, Tensor]) -> Call:
     from transformers.models.mamba.modeling_mamba import causal_conv1d_fn
 
     activation = case.options["activation"]
     return lambda: causal_conv1d_fn(t["x"].transpose(1, 2), t["weight"], t["bias"], activation=activation).mT
 
 
-def _transformers_scan_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+def _transformers_scan_step(case: Case, t: Mapping[str, Tensor]) -> Call:
     from transformers.models.mamba.modeling_mamba import mamba_selective_state_update
 
     state = t["state"].clone()
@@ -169,27 +181,27 @@ def _transformers_scan_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[],
     return lambda: mamba_selective_state_update(state, *arguments, **options)
 
 
-def _transformers_ssd_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+def _transformers_ssd_step(case: Case, t: Mapping[str, Tensor]) -> Call:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
 
     return _ssd_step(mamba2_selective_state_update, case, t)
 
 
-def _transformers_conv_step(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+def _transformers_conv_step(case: Case, t: Mapping[str, Tensor]) -> Call:
     from transformers.models.mamba.modeling_mamba import causal_conv1d_update
 
     window, activation = t["state"].transpose(1, 2).contiguous(), case.options["activation"]
     return lambda: causal_conv1d_update(t["x"].unsqueeze(-1), window, t["weight"], t["bias"], activation).squeeze(-1)
 
 
-def _transformers_norm(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+def _transformers_norm(case: Case, t: Mapping[str, Tensor]) -> Call:
     from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
     norm = MambaRMSNormGated(case.shape.channels, case.options["group_size"], eps=1e-5)
     return lambda: torch.func.functional_call(norm, {"weight": t["weight"]}, (t["x"], t.get("z")))
 
 
-def _transformers_add_norm(case: Case, t: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+def _transformers_add_norm(case: Case, t: Mapping[str, Tensor]) -> Call:
     from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
     norm = MambaRMSNorm(case.shape.channels, eps=1e-5)
@@ -201,7 +213,7 @@ def _transformers_add_norm(case: Case, t: Mapping[str, Tensor]) -> Callable[[], 
     return run
 
 
-CALLS: dict[str, dict[str, Callable[[Case, Mapping[str, Tensor]], Callable[[], Tensor]]]] = {
+CALLS: dict[str, dict[str, Callable[[Case, Mapping[str, Tensor]], Call]]] = {
     "mamba_ssm": {
         "selective_scan": _mamba_ssm_scan, "ssd": _mamba_ssm_ssd, "rms_norm": _mamba_ssm_norm,
         "add_rms_norm": _mamba_ssm_add_norm, "selective_scan_step": _mamba_ssm_scan_step,

@@ -1,38 +1,61 @@
-"""The least time that a call can take: bytes, operations and exponentials over what a device does in a second.
+"""The least time that a call can take: bytes, operations and exponentials over a device's peak rates.
 
-What is counted is what the definition asks of any implementation that keeps no more than its inputs for the backward:
+The counts are those that the definition asks of any implementation that saves no more than its inputs for the backward:
 each input read once and each output written once, states recomputed in the backward, SSD by the chunked algorithm at
-the case's `chunk_size` with whole chunk x chunk tiles, as matrix units compute them. Traffic that is a choice of
-the kernel (states kept, partial sums) is not counted, so a kernel's share of the roofline is understated by it.
+the case's `chunk_size` with complete chunk x chunk tiles, as tensor cores compute them. Traffic that is a choice of
+the kernel (checkpoint states, partial sums) is not counted, which understates a kernel's share of the roofline.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .cases import DIRECTIONS, DTYPES, Case
+from .cases import DIRECTIONS, DTYPES, Case, check_ops, published
+from .files import write_json
+from .options import Mode, Roofline
 
-Pass = Literal["fwd", "bwd", "fwd+bwd"]
+
+def run_roofline(command: Roofline) -> None:
+    """`ssm-bench roofline`."""
+    check_ops(command.op)
+    rows = []
+    print(f"{'':<86}{'MB':>9}{'GFLOP':>9}{'Gexp':>8}{'FLOP/B':>8}" + "".join(f"{d:>25}" for d in command.device))
+    for case in published(command.dtype, command.size):
+        if case.op not in command.op:
+            continue
+        modes: tuple[Mode, ...] = ("fwd",) if case.is_step else ("fwd", "bwd")
+        for mode in modes:
+            needs = cost(case, mode)
+            bounds = {name: least_time(needs, DEVICES[name], DTYPES[command.dtype]) for name in command.device}
+            print(
+                f"{f'{case} {mode}':<86}{needs.bytes / 1e6:>9.1f}{(needs.matrix + needs.other) / 1e9:>9.2f}"
+                f"{needs.exponentials / 1e9:>8.3f}{needs.intensity:>8.1f}"
+                + "".join(f"{1e6 * b.seconds:>9.1f} us {b.bound:<13}" for b in bounds.values())
+            )
+            times = {name: asdict(b) for name, b in bounds.items()}
+            rows.append({"case": str(case), "pass": mode, "cost": asdict(needs), "floors": times})
+    write_json(command.out, {"rows": rows, "devices": {name: asdict(DEVICES[name]) for name in command.device}})
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call must move and compute."""
+    """Bytes and operations of a call."""
 
     read: int
-    """Bytes, as `written`."""
+    """Bytes."""
     written: int
+    """Bytes."""
     matrix: int = 0
-    """Floating operations in matrix products; a multiplication and an addition are two."""
+    """Floating-point operations of matrix products; a multiplication and an addition are two."""
     other: int = 0
-    """Floating operations outside of them."""
+    """Floating-point operations outside of them."""
     exponentials: int = 0
-    """Also logarithms, reciprocals and reciprocal roots, which the same unit computes."""
+    """Exponentials, and logarithms, reciprocals and reciprocal roots, which the same unit computes."""
 
     @property
     def bytes(self) -> int:
@@ -40,7 +63,7 @@ class Cost:
 
     @property
     def intensity(self) -> float:
-        """Floating operations a byte."""
+        """Floating-point operations per byte."""
         return (self.matrix + self.other) / self.bytes
 
     def __add__(self, more: Cost) -> Cost:
@@ -49,29 +72,29 @@ class Cost:
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates a second, dense, at the vendor's boost clock."""
+    """Peak rates per second, dense, at the vendor's boost clock."""
 
     bandwidth: float
     """Bytes."""
     half: float
-    """Matrix operations of bfloat16 and float16, added up in float32."""
+    """Matrix operations of bfloat16 and float16 with float32 accumulation."""
     tf32: float
     """Matrix operations of TF32 (of float32 on AMD)."""
     fp32: float
     """Other operations of float32."""
     exponentials: float
-    """Derived, not published as such: see `_exponentials`."""
+    """Derived, not published: see `_exponentials`."""
 
     def matrix(self, dtype: torch.dtype) -> float:
-        """Matrix operations of a dtype. Of float32 accuracy: by three products of TF32, or without matrix units."""
+        """Matrix operations of a dtype; float32 takes three products of TF32, or no tensor cores."""
         return self.half if dtype in (torch.bfloat16, torch.float16) else max(self.tf32 / 3, self.fp32)
 
 
 def _exponentials(fp32: float, lanes: int) -> float:
-    """16 a multiprocessor and clock, where `lanes` multiply-adds of float32 start.
+    """Rate of the exponential unit: 16 per multiprocessor and clock, in which `lanes` float32 multiply-adds start.
 
     NVIDIA: CUDA C++ programming guide, "Throughput of Native Arithmetic Instructions", row of reciprocal, exp2, log2.
-    AMD: a quarter of the rate of 64 lanes (CDNA 3, transcendental instructions). `fp32` gives the clock.
+    AMD: a quarter of the rate of 64 lanes (CDNA 3, transcendental instructions). The clock follows from `fp32`.
     """
     return fp32 / (2 * lanes) * 16
 
@@ -96,48 +119,48 @@ DEVICES: dict[str, Device] = {
 
 
 @dataclass(frozen=True)
-class Floor:
+class LeastTime:
     seconds: float
     bound: Literal["memory", "matrix", "arithmetic", "exponentials"]
-    """The unit that takes so long; the others could work at the same time."""
+    """The unit that takes this time; the others could work in parallel."""
 
 
-def floor(cost: Cost, device: Device, dtype: torch.dtype) -> Floor:
-    """The least time, and what bounds it."""
+def least_time(cost: Cost, device: Device, dtype: torch.dtype) -> LeastTime:
+    """The least time of a call on a device, and its bound."""
     if dtype == torch.float64:
-        raise ValueError("no roofline is known for float64: give fp32, bf16 or fp16")
-    times = {
-        "memory": cost.bytes / device.bandwidth,
-        "matrix": cost.matrix / device.matrix(dtype),
-        "arithmetic": cost.other / device.fp32,
-        "exponentials": cost.exponentials / device.exponentials,
-    }
-    bound = max(times, key=times.__getitem__)
-    return Floor(times[bound], bound)
+        raise ValueError("no roofline is known for float64; dtype must be fp32, bf16 or fp16")
+    return max(
+        LeastTime(cost.bytes / device.bandwidth, "memory"),
+        LeastTime(cost.matrix / device.matrix(dtype), "matrix"),
+        LeastTime(cost.other / device.fp32, "arithmetic"),
+        LeastTime(cost.exponentials / device.exponentials, "exponentials"),
+        key=lambda time: time.seconds,
+    )
 
 
 def device_named(name: str) -> Device | None:
-    """The device whose name is in what a driver reports, such as `NVIDIA H100 80GB HBM3`."""
+    """The device whose name is in the name that a driver reports, such as `NVIDIA H100 80GB HBM3`."""
     return next((device for key, device in DEVICES.items() if key in name), None)
 
 
-def reached(case: Case, of: Pass, seconds: float, device: str) -> dict[str, float | str | None]:
-    """The least time, what bounds it and the share of it that was reached; None where the device's rates are not known.
+UNKNOWN = {"floor": None, "bound": None, "share": None}
+"""The roofline's entries in a row where the device's rates are not known: on a CPU, and in float64."""
 
-    So for a CPU, and in float64.
-    """
+
+def roofline_share(case: Case, mode: Mode, seconds: float, device: str) -> dict[str, Any]:
+    """The roofline's entries in a row: the least time, its bound, and the share of the peak that `seconds` reaches."""
     known = None if device == "cpu" else device_named(torch.cuda.get_device_name(device))
     if known is None or case.dtype == "fp64":
-        return {"floor": None, "bound": None, "share": None}
-    least = floor(cost(case, of), known, DTYPES[case.dtype])
+        return UNKNOWN
+    least = least_time(cost(case, mode), known, DTYPES[case.dtype])
     return {"floor": least.seconds, "bound": least.bound, "share": least.seconds / seconds}
 
 
-def cost(case: Case, of: Pass) -> Cost:
-    """What a call must move and compute, forward, backward (gradients of all inputs) or both."""
-    if of == "fwd+bwd":
+def cost(case: Case, mode: Mode) -> Cost:
+    """Bytes and operations of a call: forward, backward (gradients of all inputs) or both."""
+    if mode == "fwd+bwd":
         return cost(case, "fwd") + cost(case, "bwd")
-    if of == "bwd" and case.is_step:
+    if mode == "bwd" and case.is_step:
         raise ValueError(f"{case.op} has no backward")
     inputs = _bytes(*case.inputs("meta").values())
     floats = _bytes(*(t for t in case.inputs("meta").values() if t.is_floating_point()))
@@ -147,11 +170,12 @@ def cost(case: Case, of: Pass) -> Cost:
         "causal_conv1d": _conv, "causal_conv1d_step": _conv,
         "rms_norm": _norm, "add_rms_norm": _norm,
         "cross_scan": _permute, "cross_merge": _permute,
-        "cross_causal_conv1d": _along_routes, "cross_selective_scan": _along_routes, "cross_ssd": _along_routes,
+        "cross_causal_conv1d": _along_directions, "cross_selective_scan": _along_directions,
+        "cross_ssd": _along_directions,
     }[case.op]  # fmt: skip
-    matrix, other, exponentials = count(case, of)
+    matrix, other, exponentials = count(case, mode)
     outputs = _outputs(case)
-    if of == "fwd":
+    if mode == "fwd":
         return Cost(inputs, outputs, matrix, other, exponentials)
     # A permutation's gradient needs no input.
     again = 0 if case.op in ("cross_scan", "cross_merge") else inputs
@@ -163,7 +187,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def _outputs(case: Case) -> int:
-    """Bytes of the results: y, and the states at the end, or the state that a step updates."""
+    """Bytes of the results: y, and the final states, or the state that a step updates."""
     sizes, width = case.sizes(), DTYPES[case.dtype].itemsize
     wide = max(width, 4)
     rows = case.sequences or case.shape.batch
@@ -182,7 +206,7 @@ def _outputs(case: Case) -> int:
 
 
 def _gradients_in(case: Case) -> int:
-    """Bytes of the gradients that arrive: of y and, in the residual add, of the sum; none of final states."""
+    """Bytes of the upstream gradients: of y and, in the residual add, of the sum; none of final states."""
     sizes, width = case.sizes(), DTYPES[case.dtype].itemsize
     main = math.prod(next(iter(sizes.values()))) * width
     stream = main // width * max(width, 4)  # the residual's
@@ -192,7 +216,7 @@ def _gradients_in(case: Case) -> int:
     }.get(case.op, main)  # fmt: skip
 
 
-def _selective_scan(case: Case, of: Pass) -> tuple[int, int, int]:
+def _selective_scan(case: Case, mode: Mode) -> tuple[int, int, int]:
     """Matrix operations, other operations and exponentials of B * L * D channel steps of N states.
 
     Forward, a state: dt A, exp; (dt u) B; h = a h + ..., y += C h, a multiply-add each: 6 and one exponential.
@@ -202,27 +226,27 @@ def _selective_scan(case: Case, of: Pass) -> tuple[int, int, int]:
     s = case.shape
     steps = s.batch * (1 if case.is_step else s.length) * s.channels
     states = steps * s.d_state
-    if of == "fwd":
+    if mode == "fwd":
         # dt u; D u; silu(z) is an exponential, a reciprocal and 3 operations with its product with y.
         scalar, exponentials = 1 + 2 * case.D + 3 * case.z, 2 * case.z
     else:
         # dt u; du = dt s + D dy, dD += u dy; ddt = u s + q. The gate: y again (2 a state and D u), its gradient.
         scalar, exponentials = 4 + 4 * case.D + (2 * s.d_state + 2 * case.D + 8) * case.z, 2 * case.z
-    step, unit = _step_size(case, of)
-    per_state = 6 if of == "fwd" else 18
+    step, unit = _step_size(case, mode)
+    per_state = 6 if mode == "fwd" else 18
     return 0, per_state * states + (scalar + step) * steps, states + (exponentials + unit) * steps
 
 
-def _step_size(case: Case, of: Pass) -> tuple[int, int]:
-    """Operations and exponentials of dt: the bias, softplus (exp, log; the backward: also a reciprocal), bounds."""
+def _step_size(case: Case, mode: Mode) -> tuple[int, int]:
+    """Operations and exponentials of dt: the bias, softplus (exp, log; in the backward a reciprocal), `dt_limit`."""
     operations = case.dt_bias + 2 * case.dt_softplus + 2 * case.dt_limit
-    if of == "fwd":
+    if mode == "fwd":
         return operations, 2 * case.dt_softplus
     return operations + case.dt_bias + 2 * case.dt_softplus, 3 * case.dt_softplus
 
 
-def _ssd(case: Case, of: Pass) -> tuple[int, int, int]:
-    """By chunks of q steps; a product of (m, k) and (k, n) is 2 m k n operations.
+def _ssd(case: Case, mode: Mode) -> tuple[int, int, int]:
+    """Operations by chunks of q steps; a product of (m, k) and (k, n) is 2 m k n operations.
 
     Forward: C B^T a group; (C B^T masked) x, C S and S += B^T x a head.
     Backward: C B^T, its gradient times B and times C a group; dy x^T and (C B^T masked)^T dy a head, and, of N P q
@@ -233,76 +257,76 @@ def _ssd(case: Case, of: Pass) -> tuple[int, int, int]:
     matrix = other = exponentials = 0
     for q, times in _chunks(case):
         square, rectangle, triangle = q * q, q * s.d_state * s.headdim, q * (q + 1) // 2
-        products_a_group, squares_a_head, rectangles_a_head = (1, 1, 2) if of == "fwd" else (3, 2, 5)
+        products_a_group, squares_a_head, rectangles_a_head = (1, 1, 2) if mode == "fwd" else (3, 2, 5)
         matrix += times * s.groups * products_a_group * 2 * square * s.d_state
         matrix += times * s.heads * (squares_a_head * 2 * square * s.headdim + rectangles_a_head * 2 * rectangle)
         # Masked, the decay's difference, times decay and dt (and, backward, the same of the gradient and of ddt's sum).
-        other += times * s.heads * triangle * (3 if of == "fwd" else 7)
+        other += times * s.heads * triangle * (3 if mode == "fwd" else 7)
         # The state's decay, and the rows of C S and x that it and dt scale.
         states = s.d_state * s.headdim
-        other += times * s.heads * ((1 if of == "fwd" else 2) * states + (2 if of == "fwd" else 5) * q * s.headdim)
+        other += times * s.heads * ((1 if mode == "fwd" else 2) * states + (2 if mode == "fwd" else 5) * q * s.headdim)
         exponentials += times * s.heads * (triangle + 2 * q)
     steps = s.batch * s.length * s.heads
-    step, unit = _step_size(case, of)
-    gate = (3 if of == "fwd" else 10) * case.z
-    other += steps * s.headdim * ((2 if of == "fwd" else 4) * case.D + gate) + steps * (step + 1)
+    step, unit = _step_size(case, mode)
+    gate = (3 if mode == "fwd" else 10) * case.z
+    other += steps * s.headdim * ((2 if mode == "fwd" else 4) * case.D + gate) + steps * (step + 1)
     return matrix, other, exponentials + steps * (unit + 2 * s.headdim * case.z)
 
 
 def _chunks(case: Case) -> list[tuple[int, int]]:
-    """(steps, how many chunks of so many)."""
+    """Lengths of chunks, each with the number of chunks of that length."""
     s, q = case.shape, case.chunk_size
     if case.sequences:
-        # On average; where bounds lie is in their values.
+        # On average: the bounds are known from their values alone.
         return [(q, max(1, s.length // q))]
-    whole, rest = divmod(s.length, q)
-    return [(steps, s.batch * times) for steps, times in ((q, whole), (rest, 1)) if steps and times]
+    full, rest = divmod(s.length, q)
+    return [(steps, s.batch * times) for steps, times in ((q, full), (rest, 1)) if steps and times]
 
 
-def _ssd_step(case: Case, of: Pass) -> tuple[int, int, int]:
+def _ssd_step(case: Case, mode: Mode) -> tuple[int, int, int]:
     """A state: decay h + (dt x) B, a multiply-add and a product, and y += C h: 5; a head: exp(dt A)."""
     s = case.shape
     heads = s.batch * s.heads
-    step, unit = _step_size(case, of)
+    step, unit = _step_size(case, mode)
     scalar = 1 + 2 * case.D + 3 * case.z
     other = heads * (s.headdim * (5 * s.d_state + scalar) + step + 1)
     return 0, other, heads * (1 + unit + 2 * s.headdim * case.z)
 
 
-def _conv(case: Case, of: Pass) -> tuple[int, int, int]:
+def _conv(case: Case, mode: Mode) -> tuple[int, int, int]:
     """K multiply-adds; SiLU: an exponential, a reciprocal, 2. Backward: dx, dweight, and the sums again for SiLU."""
     s = case.shape
     elements = s.batch * (1 if case.is_step else s.length) * s.channels
-    if of == "fwd":
+    if mode == "fwd":
         return 0, elements * (2 * s.width + 1 + 2 * case.silu), elements * 2 * case.silu
     again = (2 * s.width + 1 + 5) * case.silu
     return 0, elements * (4 * s.width + 1 + again), elements * 2 * case.silu
 
 
-def _norm(case: Case, of: Pass) -> tuple[int, int, int]:
+def _norm(case: Case, mode: Mode) -> tuple[int, int, int]:
     """Forward: a sum of squares (2), the root's factor and the weight. The gate: 3 and two exponentials.
 
-    Backward: u, the sum of g u, dv, g w and dweight: 9; the gate again, its slope, and what it multiplies: 9.
+    Backward: u, the sum of g u, dv, g w and dweight: 9; the gate again, its derivative, and their products: 9.
     """
     s = case.shape
     elements = s.batch * s.length * s.channels
     roots = s.batch * s.length * (s.groups if case.op == "rms_norm" else 1)
-    if of == "fwd":
+    if mode == "fwd":
         other = elements * (4 + 3 * case.z + (case.op == "add_rms_norm"))
     else:
         other = elements * (9 + 9 * case.z + (case.op == "add_rms_norm"))
     return 0, other, roots + elements * 2 * case.z
 
 
-def _permute(case: Case, of: Pass) -> tuple[int, int, int]:
+def _permute(case: Case, mode: Mode) -> tuple[int, int, int]:
     """The merge, or the scan's backward, adds the directions."""
     s = case.shape
-    adds = DIRECTIONS - 1 if (case.op == "cross_merge") == (of == "fwd") else 0
+    adds = DIRECTIONS - 1 if (case.op == "cross_merge") == (mode == "fwd") else 0
     return 0, adds * s.batch * s.length * s.channels, 0
 
 
-def _along_routes(case: Case, of: Pass) -> tuple[int, int, int]:
-    """Every direction computes what the op on a sequence does; results, or gradients of a shared input, are added."""
+def _along_directions(case: Case, mode: Mode) -> tuple[int, int, int]:
+    """The op on a sequence in every direction; results, or gradients of a shared input, are added."""
     s = case.shape
     wide = replace(s, channels=DIRECTIONS * s.channels, heads=DIRECTIONS * s.heads, groups=DIRECTIONS * s.groups)
     op, count = {
@@ -310,6 +334,6 @@ def _along_routes(case: Case, of: Pass) -> tuple[int, int, int]:
         "cross_selective_scan": ("selective_scan", _selective_scan),
         "cross_ssd": ("ssd", _ssd),
     }[case.op]
-    matrix, other, exponentials = count(replace(case, op=op, shape=wide), of)
-    adds = {"cross_causal_conv1d": of == "bwd", "cross_selective_scan": True, "cross_ssd": False}[case.op]
+    matrix, other, exponentials = count(replace(case, op=op, shape=wide), mode)
+    adds = {"cross_causal_conv1d": mode == "bwd", "cross_selective_scan": True, "cross_ssd": False}[case.op]
     return matrix, other + adds * (DIRECTIONS - 1) * s.batch * s.length * s.channels, exponentials

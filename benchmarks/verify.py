@@ -1,15 +1,15 @@
-"""Someone's own function held against the reference over the whole grid of options.
+"""`ssm-bench verify`: a user's function compared with the reference over the complete grid of options.
 
     ssm-bench verify --kernel mine.py:my_scan selective_scan
     ssm-bench verify --kernel mine.py:my_scan selective_scan --ptx sm_90
 
-The function has the op's own signature (without `backend`): tensors and options by name, in the shapes, dtypes and
-strides of its docstring, and gives what the op gives, or y alone. A step updates its state in place. An argument that
-it does not name is not tested, and said not to be; so is a case at which it raises NotImplementedError.
+The function has the op's signature without `backend`: it takes tensors and options by name, in the shapes, dtypes and
+strides of the op's docstring, and returns what the op returns, or y alone. A step updates its state in place. An
+argument that it does not name is reported as not tested; so is a case at which it raises NotImplementedError.
 `chunk_size` may be left out, as no result depends on it.
 
-With `--ptx` its Triton kernels are compiled for that GPU and emulated on CPU tensors; what the emulator's checks see,
-such as a missing barrier, is a failure too.
+With `--ptx` its Triton kernels are compiled for that GPU and emulated on CPU tensors; findings of the emulator's
+checks, such as a missing barrier, are failures too.
 """
 
 from __future__ import annotations
@@ -18,35 +18,55 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import sys
 import typing
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import ssm_kernels
 
-from .agreement import brief, disagreement, expected, results, shrink, smaller_cases
-from .cases import SIZES, Case, StepOutput, small
+from .cases import SIZES, Case, StepOutput, check_ops, small
+from .correctness import disagreement, expected, results
+from .environment import current_device
+from .options import Verify
 from .ptx import Report, emulated
+from .shrink import brief, shrink, smaller_cases
 
 LENGTHS = (1, 2, 3, 16, 64, 65, 129)
-"""Besides those of `cases.small`, which are odd."""
+"""Lengths beside those of `cases.small`, which are odd."""
+
+
+def run_verify(command: Verify) -> None:
+    """`ssm-bench verify`."""
+    check_ops((command.op,))
+    if command.ptx is not None and command.device != "cpu":
+        raise ValueError(f"ptx emulates a GPU on CPU tensors: device must be cpu, got {command.device!r}")
+    with current_device(command.device):
+        function = load(command.kernel)
+        verdict = verify(function, command.op, command.dtype, command.device, command.ptx)
+    print(verdict)
+    if not verdict.is_right:
+        sys.exit(1)
 
 
 @dataclass
 class Verdict:
+    """Result of a verification, as text by `str`."""
+
     op: str
     has_backward: bool
     passed: int = 0
     total: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Why, and how many cases."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Number of cases by the reason why they were not tested."""
     not_compared: tuple[str, ...] = ()
-    """Results that the function does not give."""
+    """Results that the function does not return."""
     failed: Case | None = None
     why: str = ""
     smallest: Case | None = None
@@ -55,9 +75,9 @@ class Verdict:
     def __str__(self) -> str:
         what = "outputs and gradients" if self.has_backward else "outputs; no result carries a gradient: no backward"
         lines = [f"{self.op}: {self.passed} of {self.total} cases agree with the reference ({what})"]
-        lines += [f"not tested, {n} cases: {reason}" for reason, n in self.left_out.items()]
-        lines += [f"not given, not compared: {name}" for name in self.not_compared]
-        if self.failed is not None:
+        lines += [f"not tested, {n} cases: {reason}" for reason, n in self.skipped.items()]
+        lines += [f"not returned, not compared: {name}" for name in self.not_compared]
+        if self.failed is not None and self.smallest is not None:
             lines += ["", f"FAILED {self.failed}", f"  {self.why}"]
             lines += ["the smallest case found that fails:", f"  {self.smallest}", f"  {self.why_smallest}"]
             lines += [f"  its tensors: {brief(self.smallest)}.inputs()", f"  its options: {self.smallest.options}"]
@@ -71,14 +91,14 @@ class Verdict:
 
 
 def load(kernel: str) -> Callable:
-    """The function that `path.py:function` names.
+    """Import the function that `path.py:function` names.
 
     Raises:
         ValueError: no such file or function.
     """
     path, colon, name = kernel.rpartition(":")
     if not colon or not Path(path).is_file():
-        raise ValueError(f"kernel must be path.py:function with a file that is there; got {kernel!r}")
+        raise ValueError(f"kernel must be path.py:function with a file that exists; got {kernel!r}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"kernel must be in a Python file; got {path!r}")
@@ -92,7 +112,7 @@ def load(kernel: str) -> Callable:
 
 
 def grid(op: str, dtypes: tuple[str, ...]) -> list[Case]:
-    """The op at every option, and at more lengths, in each dtype."""
+    """Cases of an op: every option, and more lengths, in each dtype."""
     found = []
     for dtype in dtypes:
         options = [case for case in small(dtype) if case.op == op]
@@ -110,16 +130,16 @@ def grid(op: str, dtypes: tuple[str, ...]) -> list[Case]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A function to be judged, and what it is able to do."""
+    """A function under test, and its abilities."""
 
     function: Callable
     takes: frozenset[str] | None
     """Names of its arguments; None where it takes any."""
     has_backward: bool = False
-    gives: int | None = None
-    """How many of the op's results; None for all."""
+    num_results: int | None = None
+    """Number of the op's results that it returns; None for all."""
     target: str | None = None
-    """GPU whose compiled kernels are emulated; None runs the function as it is."""
+    """GPU whose compiled kernels are emulated; None runs the function directly."""
 
     def call(self, case: Case, tensors: Mapping[str, Tensor]) -> object:
         arguments = _arguments(case, tensors)
@@ -131,47 +151,45 @@ class Candidate:
         return StepOutput(self.function(**arguments | {"state": state}), state)
 
     def reason_not_to_test(self, case: Case) -> str:
-        unknown = (
-            [] if self.takes is None else [n for n in _arguments(case, case.inputs("meta")) if n not in self.takes]
-        )
+        takes = self.takes
+        unknown = [] if takes is None else [n for n in _arguments(case, case.inputs("meta")) if n not in takes]
         return f"the function takes no {', '.join(unknown)}" if unknown else ""
 
     def wrong(self, case: Case, device: str) -> str:
-        """What is wrong in a case; raises NotImplementedError as the function does."""
+        """Describe the failure of a case; empty if it passes. Raises NotImplementedError as the function does."""
+        names = _result_names(case)[: self.num_results]
 
-        names = _results(case)[: self.gives]
-
-        def part(out: object) -> tuple:
-            given = out if isinstance(out, tuple) else (out,)
-            if len(given) < len(names):
-                raise TypeError(f"gives {len(given)} results, expected {', '.join(names)}")
-            return namedtuple("Given", names)(*given[: len(names)])
+        def compared(out: object) -> tuple:
+            returned = out if isinstance(out, tuple) else (out,)
+            if len(returned) < len(names):
+                raise TypeError(f"returns {len(returned)} results, expected {', '.join(names)}")
+            return namedtuple("Returned", names)(*returned[: len(names)])
 
         tensors = case.inputs(device)
         report = None
         try:
             with self.running() as report:
-                actual = results(lambda **t: part(self.call(case, t)), tensors, self.has_backward)
+                actual = results(lambda **t: compared(self.call(case, t)), tensors, self.has_backward)
         except NotImplementedError:
             raise
-        except Exception as e:  # whatever it raises is what the report is for
+        except Exception as e:  # any failure is reported
             return f"raises {type(e).__name__}: {e}"
         if report is not None and report.findings:
             return "; ".join(report.findings)
         is_compiled = report is not None or device != "cpu"
         reference = functools.partial(case.function, backend="reference")
-        right = expected(lambda **t: part(reference(**t)), tensors, self.has_backward, is_compiled)
+        right = expected(lambda **t: compared(reference(**t)), tensors, self.has_backward, is_compiled)
         return disagreement(right, actual)
 
     def running(self) -> contextlib.AbstractContextManager[Report | None]:
-        """Where the function runs: in the emulator, or as it is."""
+        """The context in which the function runs: the emulator, or none."""
         return contextlib.nullcontext() if self.target is None else emulated(self.target)
 
     def fails(self, case: Case, device: str) -> bool:
         try:
             _run_reference(case, device)
             return not self.reason_not_to_test(case) and bool(self.wrong(case, device))
-        except (ValueError, NotImplementedError):  # a case that the op, or the function, does not have
+        except (ValueError, NotImplementedError):  # the op, or the function, does not have the case
             return False
 
 
@@ -182,25 +200,25 @@ def verify(
     device: str = "cpu",
     target: str | None = None,
 ) -> Verdict:
-    """Compare a function with the reference, until it fails; the failing case is then made smaller.
+    """Compare a function with the reference until it fails, then shrink the failing case.
 
     Args:
         target: compile its Triton kernels for this GPU (`sm_90`) and emulate them on CPU tensors.
     """
     cases = grid(op, dtypes)
     candidate = _probe(function, cases, device, target)
-    names = _results(cases[0])
-    missing = names[candidate.gives :] if candidate.gives else ()
+    names = _result_names(cases[0])
+    missing = names[candidate.num_results :] if candidate.num_results else ()
     verdict = Verdict(op, candidate.has_backward, total=len(cases), not_compared=missing)
     for case in cases:
-        reason = candidate.reason_not_to_test(case)
+        reason, why = candidate.reason_not_to_test(case), ""
         if not reason:
             try:
                 why = candidate.wrong(case, device)
             except NotImplementedError as e:
                 reason = f"NotImplementedError: {e}"
         if reason:
-            verdict.left_out[reason] = verdict.left_out.get(reason, 0) + 1
+            verdict.skipped[reason] = verdict.skipped.get(reason, 0) + 1
         elif why:
             verdict.failed, verdict.why = case, why
             verdict.smallest = shrink(case, smaller_cases, lambda c: candidate.fails(c, device))
@@ -212,7 +230,7 @@ def verify(
 
 
 def _probe(function: Callable, cases: list[Case], device: str, target: str | None) -> Candidate:
-    """Whether its results carry gradients, and how many it gives, told by the first case that it takes."""
+    """Find out, by the first case that it takes, whether its results carry gradients, and their number."""
     parameters = inspect.signature(function).parameters.values()
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     takes = None if takes_any else frozenset(p.name for p in parameters)
@@ -227,21 +245,21 @@ def _probe(function: Callable, cases: list[Case], device: str, target: str | Non
             continue
         except Exception:  # it fails again where that is reported
             break
-        given = out if isinstance(out, tuple) else (out,)
-        carries = any(isinstance(t, Tensor) and t.requires_grad for t in given)
-        return replace(candidate, has_backward=carries and not case.is_step, gives=len(given))
+        returned = out if isinstance(out, tuple) else (out,)
+        carries = any(isinstance(t, Tensor) and t.requires_grad for t in returned)
+        return replace(candidate, has_backward=carries and not case.is_step, num_results=len(returned))
     return candidate
 
 
-def _arguments(case: Case, tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """Tensors, and options that are not at the op's default; `chunk_size` says nothing of the result."""
+def _arguments(case: Case, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors, and options that differ from the op's defaults, without `chunk_size`: no result depends on it."""
     parameters = inspect.signature(getattr(ssm_kernels, case.op)).parameters
     options = {k: v for k, v in case.options.items() if v != parameters[k].default and k != "chunk_size"}
     return {**tensors, **options}
 
 
-def _results(case: Case) -> tuple[str, ...]:
-    """Names of what the op gives."""
+def _result_names(case: Case) -> tuple[str, ...]:
+    """Names of the op's results."""
     if case.is_step:
         return StepOutput._fields
     kind = typing.get_type_hints(getattr(ssm_kernels, case.op))["return"]

@@ -1,31 +1,24 @@
-"""What is measured: ops and blocks, at named shapes, by implementation.
-
-An implementation is a function of nothing that runs the forward; `inputs` are what gradients are taken of.
-"""
+"""Implementations of ops and blocks, ready to run, at named shapes."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ssm_kernels import use_backend
+from ssm_kernels import Backend, use_backend
 from ssm_kernels.modules import Mamba, Mamba2
 
 from .cases import DTYPES, SIZES, WIDTHS, Case, Shape
-from .peers import PACKAGES, peer
+from .options import Impl, Op
+from .peers import PACKAGES, bind_peer, check_installed
 
 BLOCKS = {"mamba_block": "batch length channels d_state width",
           "mamba2_block": "batch length channels d_state headdim groups width"}  # fmt: skip
-"""Whole mixers, and which sizes each reads."""
-OPS = (*SIZES, *BLOCKS)
-IMPLEMENTATIONS = ("ours", "torch", "triton", "reference", *PACKAGES)
-"""`ours` is what `backend="auto"` takes."""
-SHAPES = ("default", *WIDTHS, "vision", "long")
+"""Complete mixers, and the sizes that each reads."""
 SIDE = 27
 """Patches along a side of a 384-pixel image."""
 
@@ -38,30 +31,27 @@ def sizes_of(op: str) -> tuple[str, ...]:
 def named_shape(op: str, name: str) -> Shape:
     """The sizes of a published model's layer at batch 8 and length 2,048, or one of three others.
 
-    `default` has the project's stated figures; `vision` is a 2.7b layer on the patches of a 384-pixel image, `long`
-    a 130m layer over one sequence of 65,536 steps. The ops on a grid have no such length: theirs are 27 by 27 patches,
-    and 32 by 32 and 256 by 256 places in `default` and `long`.
+    `default` is the shape of the project's published figures, `vision` a 2.7b layer on the patches of a 384-pixel
+    image, `long` a 130m layer over one sequence of 65,536 steps. The ops on a grid take 27 x 27 patches, 32 x 32 in
+    `default` and 256 x 256 in `long`.
     """
     on_grid = op.startswith("cross_")
     shape = Shape(d_state=128) if op in ("ssd", "ssd_step", "cross_ssd", "mamba2_block") else Shape()
     if name == "default":
         return replace(shape, height=32) if on_grid else shape
     width = WIDTHS[{"vision": "2.7b", "long": "130m"}.get(name, name)]
-    channels = width if op == "add_rms_norm" else 2 * width  # that norm is of the stream, not of the inner channels
+    channels = width if op == "add_rms_norm" else 2 * width  # the residual stream's
     patches = SIDE * SIDE
     batch, length = {"vision": (8, patches), "long": (1, 65536)}.get(name, (8, patches if on_grid else 2048))
     height = 1 if not on_grid else 256 if name == "long" else SIDE
     return replace(shape, batch=batch, length=length, channels=channels, heads=2 * width // 64, height=height)
 
 
-def case_of(op: str, shape: Shape, dtype: torch.dtype, **options: object) -> Case | None:
-    """The case that `build` runs; None for a block, which is several."""
-    return None if op in BLOCKS else replace(_case(op, shape, dtype), **options)
-
-
 class Workload(NamedTuple):
     run: Callable[[], Tensor]
+    """The forward; returns y."""
     inputs: list[Tensor]
+    """Tensors that gradients are taken of."""
 
 
 def build(
@@ -71,47 +61,53 @@ def build(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: str = "cpu",
-    **options: object,
+    **options: Any,
 ) -> Workload:
-    """One implementation on inputs (and weights) that depend on the seed alone; an op's `options` are its case's.
+    """An implementation on inputs (and weights) that depend on the seed alone; an op's `options` are its case's.
 
     Raises:
         ValueError: no such op or implementation, or an implementation that does not have this op.
         ModuleNotFoundError: the implementation's package is not installed.
     """
-    if op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    for name, value, known in (("op", op, Op), ("impl", impl, Impl)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; got {value!r}")
     torch.manual_seed(seed)
     if op in BLOCKS:
-        return _block(op, impl, shape, dtype, device)
-    return of_case(replace(_case(op, shape, dtype), **options), impl, device, seed)
+        return _build_block(op, impl, shape, dtype, device)
+    return build_case(named_case(op, shape, dtype, **options), impl, device, seed)
 
 
-def of_case(case: Case, impl: str, device: str, seed: int = 0) -> Workload:
-    """One implementation of a case; raises as `build`."""
-    return _call(case, impl, case.inputs(device, seed))
+def build_case(case: Case, impl: str, device: str, seed: int = 0) -> Workload:
+    """An implementation of a case; raises as `build`."""
+    return _build_call(case, impl, case.inputs(device, seed))
 
 
-def exact(op: str, shape: Shape, dtype: torch.dtype, backend: str, seed: int = 0, device: str = "cpu") -> Workload:
+def build_float64(op: str, shape: Shape, dtype: torch.dtype, backend: Backend, device: str = "cpu") -> Workload:
     """A backend in float64 on the inputs that `build` draws, rounded to `dtype` first."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     if op in BLOCKS:
         block, x = _own_block(op, shape, dtype, device)
         return _run_block(block.double(), x.detach().double().requires_grad_(), backend)
-    case = _case(op, shape, dtype)
-    return _call(case, backend, {k: _double(v) for k, v in case.inputs(device, seed).items()})
+    case = named_case(op, shape, dtype)
+    return _build_call(case, backend, {k: _double(v) for k, v in case.inputs(device).items()})
+
+
+def named_case(op: str, shape: Shape, dtype: torch.dtype, **options: Any) -> Case:
+    """The case of an op that `build` runs: with a gate where the published models have one."""
+    names = {kind: name for name, kind in DTYPES.items()}
+    gated = op in ("selective_scan", "selective_scan_step", "rms_norm")
+    return replace(Case(op, shape, names[dtype], z=gated), **options)
 
 
 def _double(t: Tensor) -> Tensor:
     return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
 
 
-def _call(case: Case, impl: str, tensors: dict[str, Tensor]) -> Workload:
+def _build_call(case: Case, impl: str, tensors: Mapping[str, Tensor]) -> Workload:
     inputs = [t for t in tensors.values() if t.requires_grad or case.is_step]
     if impl in PACKAGES:
-        return Workload(peer(impl, case, tensors), inputs)
+        return Workload(bind_peer(impl, case, tensors), inputs)
 
     def run() -> Tensor:
         out = case.run(tensors, _backend(impl))
@@ -120,13 +116,9 @@ def _call(case: Case, impl: str, tensors: dict[str, Tensor]) -> Workload:
     return Workload(run, inputs)
 
 
-def _backend(impl: str) -> str:
+def _backend(impl: str) -> Any:
+    """The `backend` of one of this project's implementations."""
     return "auto" if impl == "ours" else impl
-
-
-def _case(op: str, shape: Shape, dtype: torch.dtype) -> Case:
-    names = {kind: name for name, kind in DTYPES.items()}
-    return Case(op, shape, names[dtype], z=op in ("selective_scan", "selective_scan_step", "rms_norm"))
 
 
 def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Mamba | Mamba2, Tensor]:
@@ -139,14 +131,13 @@ def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[
     return block.to(device, dtype), x.to(device, dtype).requires_grad_()
 
 
-def _block(op: str, impl: str, shape: Shape, dtype: torch.dtype, device: str) -> Workload:
+def _build_block(op: str, impl: str, shape: Shape, dtype: torch.dtype, device: str) -> Workload:
     block, x = _own_block(op, shape, dtype, device)
     if impl not in PACKAGES:
         return _run_block(block, x, _backend(impl))
     if impl != "transformers":
         raise ValueError(f"{impl} is not compared on {op}")
-    if importlib.util.find_spec("transformers") is None:
-        raise ModuleNotFoundError("transformers is not installed: pip install transformers")
+    check_installed("transformers")
     import transformers
     from transformers.models.mamba.modeling_mamba import MambaMixer
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -169,7 +160,7 @@ def _block(op: str, impl: str, shape: Shape, dtype: torch.dtype, device: str) ->
     return Workload(lambda: mixer(x), [x, *(theirs[name] for name, _ in block.named_parameters())])
 
 
-def _run_block(block: Mamba | Mamba2, x: Tensor, backend: str) -> Workload:
+def _run_block(block: Mamba | Mamba2, x: Tensor, backend: Backend) -> Workload:
     def run() -> Tensor:
         with use_backend(backend):
             return block(x)

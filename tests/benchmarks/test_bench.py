@@ -10,21 +10,22 @@ from typing import get_args
 import pytest
 import torch
 
-from ssm_kernels import _backend
-from vlmamba.benchmarks import cli, measure, options, run, workloads
+from ssm_kernels._core import dispatch
+from vlmamba.benchmarks import cases, cli, options, peers, run, timing, workloads
+from vlmamba.benchmarks.accuracy import ground_truth
 from vlmamba.benchmarks.cases import Shape
-from vlmamba.benchmarks.errors import truth
-from vlmamba.benchmarks.measure import first_call, incoming, once, peak_memory, ready, time_together
-from vlmamba.benchmarks.workloads import OPS, SHAPES, Workload, build, named_shape
+from vlmamba.benchmarks.memory import peak_memory
+from vlmamba.benchmarks.timing import first_call, prepare, run_once, time_together, upstream_gradient
+from vlmamba.benchmarks.workloads import Workload, build, named_shape
 
 IMPLEMENTATIONS = ("ours", "torch", "reference", "transformers")
 SMALL = Shape(batch=2, length=40, channels=32, d_state=8, heads=4, headdim=8, height=5)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", get_args(options.Op))
 def test_every_implementation_computes_the_same_and_has_the_same_gradients(op):
     mode = "fwd" if op.endswith("_step") else "fwd+bwd"
-    known = truth(op, SMALL, torch.float32, gradients=mode != "fwd")
+    known = ground_truth(op, SMALL, torch.float32, gradients=mode != "fwd")
     assert known.by == "reference"
     for impl in IMPLEMENTATIONS:
         if impl == "transformers" and op.startswith("cross_"):
@@ -41,7 +42,7 @@ def test_every_implementation_computes_the_same_and_has_the_same_gradients(op):
 
 def test_ours_is_what_auto_takes(monkeypatch):
     seen = []
-    monkeypatch.setattr("ssm_kernels.ssd", lambda **inputs: seen.append(_backend._choice.backend) or inputs["x"])
+    monkeypatch.setattr("ssm_kernels.ssd", lambda **inputs: seen.append(dispatch._choice.backend) or inputs["x"])
     for impl in ("ours", "reference"):
         build("ssd", impl, SMALL).run()
     assert seen == ["auto", "reference"]
@@ -92,19 +93,19 @@ class Clock:
 @pytest.mark.parametrize(("mode", "seconds"), [("fwd", 100), ("bwd", 1), ("fwd+bwd", 101)])
 def test_a_mode_s_time_has_nothing_else_in_it(mode, seconds, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(measure, "time", clock)
-    monkeypatch.setattr(measure, "SLOW", 1000.0)
+    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(timing, "SLOW", 1000.0)
     work = clock.work()
     assert first_call(work, mode)[1] == seconds
     assert time_together({"a": work}, mode, 3)["a"].seconds == (seconds,) * 3
-    result = ready(work, mode)()
-    expected = () if mode == "fwd" else (2 * incoming(result.y),)
+    result = prepare(work, mode)()
+    expected = () if mode == "fwd" else (2 * upstream_gradient(result.y),)
     assert len(result.gradients) == len(expected) and all(map(torch.equal, result.gradients, expected))
 
 
 def test_what_is_slow_is_called_once(tmp_path, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
     monkeypatch.setattr(run, "build", lambda *args, **options: clock.work())
     out = tmp_path / "a.json"
     cli.main(["run", "ssd", "--impl", "ours", "--mode", "fwd", "bwd", "--metric", "time", "--out", str(out)])
@@ -129,8 +130,8 @@ def test_a_run_prints_and_writes_everything(tmp_path, capsys):
         assert "peak_memory" not in row
     assert {"device", "threads", "packages", "commit", "date"} <= report.keys()
     assert report["ours"] == "torch"
-    options = "--metric time error --batch 1 --length 40 --heads 2 --calls 3"
-    assert report["command"] == f"ssm-bench run ssd --mode {' '.join(modes)} {options}"
+    options = f"--batch 1 --length 40 --heads 2 --mode {' '.join(modes)} --metric time error --calls 3"
+    assert report["command"] == f"ssm-bench run ssd {options}"
     assert "transformers  fwd+bwd" in capsys.readouterr().out
 
 
@@ -158,7 +159,7 @@ def test_a_run_measures_memory(tmp_path):
 
 
 def test_where_memory_cannot_be_measured_the_rest_is_kept_and_it_is_said(tmp_path, capsys, monkeypatch):
-    with pytest.raises(RuntimeError, match="the process that was to measure memory failed: .*op must be one of"):
+    with pytest.raises(RuntimeError, match="the process that measures memory failed: .*op must be one of"):
         peak_memory("attention", "ours", SMALL, "fwd")
 
     def failing(*args, **options):
@@ -235,7 +236,7 @@ def test_a_sweep_leaves_out_at_larger_sizes_what_was_slow(tmp_path, monkeypatch)
     def slow(op, impl, shape, *args, **options):
         seen.append((impl, shape.length))
         clock = Clock()
-        monkeypatch.setattr(measure, "time", clock)
+        monkeypatch.setattr(timing, "time", clock)
         return clock.work()
 
     monkeypatch.setattr(run, "build", slow)
@@ -300,8 +301,8 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
 
 def test_the_chunk_size_and_a_norm_s_and_a_step_s_options_are_those_of_the_models():
     assert build("rms_norm", "torch", SMALL).inputs[2].shape == (2, 40, 32)  # the gate
-    for name in SHAPES:
-        for op in OPS:
+    for name in get_args(options.ShapeName):
+        for op in get_args(options.Op):
             shape = named_shape(op, name)
             assert not op.startswith("cross_") or (shape.height > 1 and shape.length % shape.height == 0)
     assert named_shape("add_rms_norm", "2.7b").channels == 2560
@@ -329,10 +330,10 @@ def test_a_gpu_that_is_not_there_is_refused():
         cli.main(["run", "ssd", "--device", "cuda"])
 
 
-def test_the_command_s_names_are_those_that_there_are():
-    assert set(get_args(options.Op)) == set(OPS)
-    assert set(get_args(options.Impl)) == set(workloads.IMPLEMENTATIONS)
-    assert set(get_args(options.ShapeName)) == set(SHAPES)
+def test_the_names_of_the_options_are_those_of_the_tables():
+    assert set(get_args(options.Op)) == {*cases.SIZES, *workloads.BLOCKS}
+    assert set(get_args(options.Impl)) == {"ours", "torch", "triton", "reference", *peers.PACKAGES}
+    assert set(get_args(options.ShapeName)) == {"default", *cases.WIDTHS, "vision", "long"}
 
 
 def test_unknown_names_are_refused():
@@ -349,6 +350,6 @@ def test_the_stated_shapes():
 
 def test_one_call_gives_gradients_of_all_inputs():
     work = build("ssd", "torch", SMALL)
-    assert once(work, "fwd+bwd").requires_grad
-    assert not once(work, "fwd").requires_grad
-    assert len(ready(work, "bwd")().gradients) == len(work.inputs)
+    assert run_once(work, "fwd+bwd").requires_grad
+    assert not run_once(work, "fwd").requires_grad
+    assert len(prepare(work, "bwd")().gradients) == len(work.inputs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmamba.benchmarks import cli
-from vlmamba.benchmarks.compare import compare, holm, left_out, mann_whitney, regressions
+from vlmamba.benchmarks.compare import compare, holm, mann_whitney, regressions, unmatched
 
 
 def test_mann_whitney_is_that_of_the_tables():
@@ -114,7 +114,7 @@ def test_cases_are_compared_by_their_sizes_and_what_is_in_one_file_is_named(tmp_
     rows = compare(before, after)
     assert {row.case: round(row.ratio, 1) for row in rows} == {"a": 2.0, "b2": 1.0}
     assert [row.case for row in regressions(rows, 0.05, 0.01)] == ["a"]
-    assert left_out(before, after) == [f"only in {before}: gone ours fwd, c ours fwd", f"only in {after}: c ours fwd"]
+    assert unmatched(before, after) == [f"only in {before}: gone ours fwd, c ours fwd", f"only in {after}: c ours fwd"]
     with pytest.raises(SystemExit):
         cli.main(["compare", str(before), str(after)])
     assert f"only in {before}: gone ours fwd" in capsys.readouterr().out

@@ -10,8 +10,8 @@ import torch
 
 from ssm_kernels.causal_conv1d import pytorch
 from vlmamba.benchmarks import cli, fuzz
-from vlmamba.benchmarks.agreement import disagreement, expected, results
 from vlmamba.benchmarks.cases import OPS, Case, Shape
+from vlmamba.benchmarks.correctness import disagreement, expected, results
 from vlmamba.benchmarks.fuzz import KINDS, LAYOUTS, Trial, draw
 
 QUICK = ("causal_conv1d", "cross_scan", "cross_merge", "causal_conv1d_step")

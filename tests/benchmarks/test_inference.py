@@ -1,4 +1,4 @@
-"""Whole models side by side: `ssm-bench prefill` and `decode`."""
+"""Vision-language models side by side: `ssm-bench prefill` and `decode`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import json
 import pytest
 import torch
 
-from vlmamba.benchmarks import cli, contenders, inference
-from vlmamba.benchmarks.contenders import SAME_SIZE, SPECS, build
+from vlmamba.benchmarks import cli, memory
+from vlmamba.benchmarks.inference import command as session
+from vlmamba.benchmarks.inference import measure, report
+from vlmamba.benchmarks.inference.models import PREFILL_CHUNK, MambaModel, TransformerModel, build
+from vlmamba.benchmarks.inference.specs import SAME_SIZE, SPECS
+from vlmamba.benchmarks.options import MODELS
 
 OURS = ("vl-mamba", "ml-mamba", "ml-mamba-on-mamba1")
 TRANSFORMERS = ("transformer-siglip", "transformer-dinov2-siglip", "tinyllava", "mobilevlm-v2")
@@ -20,23 +24,23 @@ SMALL = ["--models", "ml-mamba", "mobilevlm-v2", "--context", "72"]
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No process of its own for memory."""
-    monkeypatch.setattr(inference, "peak_memory", lambda cell: 1)
+    """Measures memory in no process of its own."""
+    monkeypatch.setattr(measure, "peak_memory", lambda point: 1)
 
 
-def begun(name, batch=2, text=20, room=16, seed=0):
-    """A model with a prompt: what runs it, its text, and how many tokens it is without the last five."""
+def started(name, batch=2, text=20, extra=16, seed=0):
+    """A model, its prompt, the text of it and its number of tokens."""
     pytest.importorskip("transformers")
     spec = SPECS["small"][name]
     model = build(spec, torch.float32, "cpu", 400, seed)
     words = torch.randint(spec.vocab_size, (batch, text), generator=torch.Generator().manual_seed(3))
     n = spec.image_tokens + text
-    model.start(batch, n + room)
+    model.allocate(batch, n + extra)
     return model, model.prompt(model.encode(model.images(batch)), words), words, n
 
 
 def test_every_published_name_has_a_small_one():
-    assert tuple(SPECS["small"]) == tuple(SPECS["published"]) == inference.MODELS
+    assert tuple(SPECS["small"]) == tuple(SPECS["published"]) == MODELS
     assert {name for name, spec in SPECS["small"].items() if spec.is_ours} == set(OURS)
 
 
@@ -57,21 +61,21 @@ def test_what_claims_the_same_size_has_it_and_the_same_encoders(size):
         assert SPECS[size]["tinyllava"].image_tokens == 729
 
 
-@pytest.mark.parametrize("name", inference.MODELS)
-def test_a_prompt_in_pieces_is_the_whole_and_what_it_leaves_is_as_large_as_the_formula_says(name):
-    model, prompt, _, n = begun(name)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_in_chunks_equals_the_unsplit_one_and_its_state_has_the_size_of_the_formula(name):
+    model, prompt, _, n = started(name)
     with torch.inference_mode():
-        whole = model.prefill(prompt, n, 10 * n).clone()
-        torch.testing.assert_close(model.prefill(prompt, n, 7), whole, rtol=1e-4, atol=1e-5)
+        unsplit = model.prefill(prompt, n, 10 * n).clone()
+        torch.testing.assert_close(model.prefill(prompt, n, 7), unsplit, rtol=1e-4, atol=1e-5)
         assert model.state_bytes(n) == 2 * model.spec.state_bytes(n, torch.float32)
         longer = model.state_bytes(n + 10) - model.state_bytes(n)
     lm = model.spec.language
     assert longer == (0 if name in OURS else 2 * 10 * 2 * lm.layers * lm.width * 4)
 
 
-@pytest.mark.parametrize("name", inference.MODELS)
-def test_steps_give_the_logits_of_a_prompt_and_depend_on_image_and_text(name):
-    model, prompt, words, n = begun(name)
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_have_the_logits_of_a_prompt_and_depend_on_image_and_text(name):
+    model, prompt, words, n = started(name)
     with torch.inference_mode():
         model.prefill(prompt, n - 1, n)
         stepped = model.step(words[:, -1]).clone()
@@ -81,8 +85,8 @@ def test_steps_give_the_logits_of_a_prompt_and_depend_on_image_and_text(name):
 
 
 @pytest.mark.parametrize("name", ["ml-mamba", "transformer-siglip"])
-def test_a_random_state_stands_where_a_prompt_s_would(name):
-    model, prompt, words, n = begun(name)
+def test_a_random_state_has_the_place_of_a_prompt_s(name):
+    model, prompt, words, n = started(name)
 
     def tensors():
         if name in OURS:
@@ -94,7 +98,7 @@ def test_a_random_state_stands_where_a_prompt_s_would(name):
         real = [(t.shape, t.dtype, t.stride()) for t in tensors()]
         logits = model.step(words[:, 0]).shape
         at = None if name in OURS else (model.position.item(), int(tensors()[2]))
-        model.start(2, n + 16)
+        model.allocate(2, n + 16)
         model.fill(n)
         assert [(t.shape, t.dtype, t.stride()) for t in tensors()] == real
         if name in OURS:
@@ -105,24 +109,24 @@ def test_a_random_state_stands_where_a_prompt_s_would(name):
         assert at is None or at == (model.position.item(), int(tensors()[2])) == (n + 1, n + 1)
 
 
-@pytest.mark.parametrize("what", ["prefill", "decode"])
-def test_it_measures_writes_and_goes_on_where_it_was(what, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_it_measures_writes_and_resumes(phase, tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
     out = tmp_path / "new" / "a.json"
-    command = [what, *SMALL, "--batch", "2", "--out", str(out)] + (["--steps", "3"] if what == "decode" else [])
+    command = [phase, *SMALL, "--batch", "2", "--out", str(out)] + (["--steps", "3"] if phase == "decode" else [])
     cli.main(command)
     first = json.loads(out.read_text())
-    ours, theirs = first["cells"]
+    ours, theirs = first["rows"]
     assert (ours["model"], theirs["model"]) == ("ml-mamba", "mobilevlm-v2")
-    assert all(len(row["time"]["seconds"]) == 3 and row["peak_memory"] > 0 for row in first["cells"])
-    assert ours["tokens"] == 72 and theirs["tokens"] == (72 if what == "decode" else 72 - 64 + 16)
+    assert all(len(row["time"]["seconds"]) == 3 and row["peak_memory"] > 0 for row in first["rows"])
+    assert ours["tokens"] == 72 and theirs["tokens"] == (72 if phase == "decode" else 72 - 64 + 16)
     assert ours["state_bytes"] == SPECS["small"]["ml-mamba"].state_bytes(0, torch.float32)
     rate = 2 / ours["time"]["median"]
-    assert what == "prefill" or ours["tokens_s"] == pytest.approx(rate)
-    assert what == "decode" or 0 < ours["encode"]["median"] < ours["time"]["median"]
+    assert phase == "prefill" or ours["tokens_s"] == pytest.approx(rate)
+    assert phase == "decode" or 0 < ours["encode"]["median"] < ours["time"]["median"]
     with out.with_suffix(".csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [float(line["median"]) for line in lines] == [row["time"]["median"] for row in first["cells"]]
+    assert [float(line["median"]) for line in lines] == [row["time"]["median"] for row in first["rows"]]
     assert int(lines[0]["lm_parameters"]) == first["models"]["ml-mamba"]["parameters"]["language"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page = out.with_suffix(".html").read_text()
@@ -130,13 +134,13 @@ def test_it_measures_writes_and_goes_on_where_it_was(what, tmp_path, capsys, mon
     assert "mobilevlm-v2" in capsys.readouterr().out
 
     turns = []
-    once = inference.once
-    monkeypatch.setattr(inference, "once", lambda model, cell: turns.append(cell.model) or once(model, cell))
-    monkeypatch.setattr(inference, "peak_memory", lambda cell: 1)
+    once = measure.run_once
+    monkeypatch.setattr(measure, "run_once", lambda model, point: turns.append(point.model) or once(model, point))
+    monkeypatch.setattr(measure, "peak_memory", lambda point: 1)
     command[command.index("mobilevlm-v2") + 1 : command.index("mobilevlm-v2") + 1] = ["vl-mamba"]
     cli.main(command)
     assert turns == ["vl-mamba"] * 3
-    again = {row["model"]: row for row in json.loads(out.read_text())["cells"]}
+    again = {row["model"]: row for row in json.loads(out.read_text())["rows"]}
     assert (again["ml-mamba"], again["mobilevlm-v2"]) == (ours, theirs) and "time" in again["vl-mamba"]
 
 
@@ -146,46 +150,46 @@ def test_another_measurement_is_not_overwritten(tmp_path, quick):
     before = out.read_text()
     with pytest.raises(SystemExit, match="was measured with steps 3, not 6"):
         cli.main(["decode", "--models", "ml-mamba", "--context", "9", "--steps", "6", "--out", str(out)])
-    with pytest.raises(SystemExit, match="was measured with what decode, not prefill"):
+    with pytest.raises(SystemExit, match="was measured with phase decode, not prefill"):
         cli.main(["prefill", "--models", "ml-mamba", "--out", str(out)])
     assert out.read_text() == before
-    out.write_text('{"cells": 1}')
+    out.write_text('{"rows": 1}')
     with pytest.raises(SystemExit, match="is no file of ssm-bench decode"):
         cli.main(["decode", "--models", "ml-mamba", "--out", str(out)])
 
 
-def test_an_interrupt_keeps_what_was_measured(tmp_path, quick, monkeypatch):
-    out, once = tmp_path / "a.json", inference.once
+def test_an_interrupt_saves_the_rows_measured_so_far(tmp_path, quick, monkeypatch):
+    out, once = tmp_path / "a.json", measure.run_once
 
-    def interrupted(model, cell):
-        if cell.context == 16:
+    def interrupted(model, point):
+        if point.context == 16:
             raise KeyboardInterrupt
-        return once(model, cell)
+        return once(model, point)
 
-    monkeypatch.setattr(inference, "once", interrupted)
+    monkeypatch.setattr(measure, "run_once", interrupted)
     command = ["decode", "--models", "ml-mamba", "--batch", "1", "--context", "8", "16", "--steps", "3"]
     with pytest.raises(SystemExit, match="interrupted"):
         cli.main([*command, "--out", str(out)])
-    assert [row["context"] for row in json.loads(out.read_text())["cells"]] == [8]
+    assert [row["context"] for row in json.loads(out.read_text())["rows"]] == [8]
 
 
 def test_without_transformers_ours_are_measured_and_the_others_say_what_to_install(tmp_path, quick, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "transformers" else found(n, *a))
     cli.main(["prefill", *SMALL, "--out", str(tmp_path / "a.json")])
-    ours, theirs = json.loads((tmp_path / "a.json").read_text())["cells"]
+    ours, theirs = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert "time" in ours and theirs["missing"] == "transformers is not installed: pip install transformers"
 
 
 def test_what_would_take_too_long_or_too_much_memory_is_a_row_that_says_so(tmp_path, quick, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "once", lambda *a: pytest.fail("it was run"))
+    monkeypatch.setattr(measure, "run_once", lambda *a: pytest.fail("it was run"))
     command = ["prefill", "--models", "vl-mamba", "--context", "131072", "--out", str(tmp_path / "a.json")]
     cli.main([*command, "--budget", "0.01"])
-    (row,) = json.loads((tmp_path / "a.json").read_text())["cells"]
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["missing"].startswith("skipped: predicted") and "budget of 0.01 s" in row["missing"]
-    monkeypatch.setattr(inference, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**20)
     cli.main(command)
-    (row,) = json.loads((tmp_path / "a.json").read_text())["cells"]
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["missing"].startswith("does not fit: needs about") and row["missing"] in capsys.readouterr().out
 
 
@@ -201,9 +205,9 @@ def test_out_of_memory_is_a_row(tmp_path, quick, monkeypatch, full_memory):
     def full(*a):
         raise full_memory()
 
-    monkeypatch.setattr(inference, "once", full)
+    monkeypatch.setattr(measure, "run_once", full)
     cli.main(["decode", "--models", "ml-mamba", "--context", "8", "--out", str(tmp_path / "a.json")])
-    assert [r["missing"] for r in json.loads((tmp_path / "a.json").read_text())["cells"]] == ["out of memory"] * 2
+    assert [r["missing"] for r in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["out of memory"] * 2
 
 
 def _allocator_error() -> RuntimeError:
@@ -214,22 +218,22 @@ def _allocator_error() -> RuntimeError:
 
 def test_another_failure_is_raised():
     with pytest.raises(RuntimeError, match="out of memory of the past"):
-        inference._out_of_memory(RuntimeError("out of memory of the past"))
+        session.out_of_memory(RuntimeError("out of memory of the past"))
 
 
-def test_a_transformer_s_prompt_runs_in_pieces_where_the_whole_does_not_fit(monkeypatch):
-    cell = inference.Cell("prefill", "published", "tinyllava", 1, 131072, "bf16", "cpu", 0, 131072)
+def test_a_transformer_s_prompt_runs_in_chunks_where_it_does_not_fit_unsplit(monkeypatch):
+    point = measure.Point("prefill", "published", "tinyllava", 1, 131072, "bf16", "cpu", 0, 131072)
     parameters = 3_200_000_000
-    whole = dataclasses.replace(cell, chunk=cell.tokens).needs(parameters)
-    pieces = cell.needs(parameters)
-    assert pieces < whole
-    for free, chunk in ((whole, cell.tokens), (pieces, contenders.CHUNK)):
-        monkeypatch.setattr(inference, "free_memory", lambda device, free=free: int(free / inference.FITS) + 2)
-        assert inference._fitting(cell, parameters).chunk == chunk
+    unsplit = dataclasses.replace(point, chunk=point.tokens).bytes_needed(parameters)
+    in_chunks = point.bytes_needed(parameters)
+    assert in_chunks < unsplit
+    for free, chunk in ((unsplit, point.tokens), (in_chunks, PREFILL_CHUNK)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: int(free / measure.MEMORY_SHARE) + 2)
+        assert point.fitted(parameters).chunk == chunk
 
 
 @pytest.mark.parametrize(
-    ("kind", "factor"), [(contenders.Ours, 1.001), (contenders.Transformer, 1.001), (contenders.Ours, float("nan"))]
+    ("kind", "factor"), [(MambaModel, 1.001), (TransformerModel, 1.001), (MambaModel, float("nan"))]
 )
 def test_a_model_whose_steps_are_wrong_is_marked_and_so_is_the_exit_status(
     kind, factor, tmp_path, quick, monkeypatch, capsys
@@ -238,8 +242,8 @@ def test_a_model_whose_steps_are_wrong_is_marked_and_so_is_the_exit_status(
     step = kind.step
     monkeypatch.setattr(kind, "step", lambda self, tokens: step(self, tokens) * factor)
     out = tmp_path / "a.json"
-    wrong = "ml-mamba" if kind is contenders.Ours else "mobilevlm-v2"
-    with pytest.raises(SystemExit, match=f"wrong: {wrong}; steps do not give"):
+    wrong = "ml-mamba" if kind is MambaModel else "mobilevlm-v2"
+    with pytest.raises(SystemExit, match=f"wrong: {wrong}; steps do not have"):
         cli.main(["decode", *SMALL, "--batch", "1", "--steps", "3", "--out", str(out)])
     result = json.loads(out.read_text())
     assert {name for name, check in result["checks"].items() if not check["is_right"]} == {wrong}
@@ -258,11 +262,11 @@ def test_bad_input_is_named():
             cli.main(arguments)
 
 
-def test_crossings_are_told_in_words():
+def test_crossings_are_sentences():
     def row(model, context, seconds):
         return {"model": model, "batch": 1, "context": context, "time": {"median": seconds}}
 
-    cells = [row("vl-mamba", c, 1.0) for c in (1000, 2000)]
-    cells += [row("transformer-siglip", 1000, 0.5), row("transformer-siglip", 2000, 2.0)]
-    (line,) = inference.crossings({"what": "decode", "cells": cells})
+    rows = [row("vl-mamba", c, 1.0) for c in (1000, 2000)]
+    rows += [row("transformer-siglip", 1000, 0.5), row("transformer-siglip", 2000, 2.0)]
+    (line,) = report.crossings({"phase": "decode", "rows": rows})
     assert line == "decode, batch 1: vl-mamba is faster than transformer-siglip at 2,000; slower at 1,000"

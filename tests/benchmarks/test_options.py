@@ -58,7 +58,7 @@ def numbers(hint, interval=None):
         ("sweep ssd --lengths 64 0", r"--lengths\[1\] must be at least 1, got 0"),
         ("sweep ssd --patience -3", "--patience must be positive"),
         ("run ssd --calls 0", "--calls must be at least 1"),
-        ("bridge --batch -1", "--batch must be at least 1"),
+        ("integration --batch -1", "--batch must be at least 1"),
     ],
 )
 def test_nonsense_is_refused_before_anything_runs(arguments, message, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlmamba.benchmarks.cases import OPS, Case, Shape
-from vlmamba.benchmarks.peers import CALLS, PACKAGES, peer
+from vlmamba.benchmarks.peers import CALLS, PACKAGES, bind_peer
 
 SHAPE = Shape(batch=2, length=40, channels=32, d_state=8, heads=4, headdim=8)
 
@@ -24,13 +24,13 @@ def test_a_peer_gives_the_same(name, op):
     for case in (Case(op, SHAPE, dt_bias=True), Case(op, SHAPE, z=op != "ssd" and op != "add_rms_norm")):
         inputs = case.inputs(device)
         want = case.call(inputs, "torch")[0]
-        torch.testing.assert_close(peer(name, case, inputs)(), want, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(bind_peer(name, case, inputs)(), want, rtol=1e-3, atol=1e-3)
 
 
 def test_a_peer_that_is_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install flash-linear-attention"):
-        peer("fla", Case("ssd"), {})
+        bind_peer("fla", Case("ssd"), {})
 
 
 def test_what_a_peer_does_not_have_is_refused():
@@ -42,7 +42,7 @@ def test_what_a_peer_does_not_have_is_refused():
         Case("ssd", D=False),
     ):
         with pytest.raises(ValueError, match="transformers is not compared on"):
-            peer("transformers", replace(case, shape=SHAPE), {})
+            bind_peer("transformers", replace(case, shape=SHAPE), {})
 
 
 def test_peers_have_no_op_that_we_do_not_have():

@@ -13,11 +13,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from vlmamba.benchmarks import cli, errors, report, run
+from vlmamba.benchmarks import accuracy, cli, op_report, plots, run
+from vlmamba.benchmarks.accuracy import allowed_error, ground_truth
 from vlmamba.benchmarks.cases import Case
-from vlmamba.benchmarks.errors import forgiven, truth
-from vlmamba.benchmarks.measure import Result
-from vlmamba.benchmarks.roofline import DEVICES, cost, floor, reached
+from vlmamba.benchmarks.roofline import DEVICES, cost, least_time, roofline_share
+from vlmamba.benchmarks.timing import Result
 from vlmamba.benchmarks.workloads import Workload, build, named_shape
 
 SMALL = ["--batch", "1", "--length", "20", "--channels", "8", "--calls", "3", "--metric", "time", "error"]
@@ -103,7 +103,7 @@ def test_a_wrong_gradient_is_caught(capsys, monkeypatch):
 
 def test_what_is_not_finite_or_of_another_shape_or_lacks_a_gradient_is_wrong():
     shape = replace(named_shape("causal_conv1d", "default"), length=20)
-    known = truth("causal_conv1d", shape, torch.float32, gradients=True)
+    known = ground_truth("causal_conv1d", shape, torch.float32, gradients=True)
     y, gradients = known.result
     assert known.by == "reference"
     assert known.judge(Result(y, gradients))["is_right"]
@@ -119,14 +119,14 @@ def test_what_is_not_finite_or_of_another_shape_or_lacks_a_gradient_is_wrong():
 
 def test_where_the_reference_would_take_long_it_is_the_torch_backend_and_said_to_be(tmp_path, capsys, monkeypatch):
     shape = replace(named_shape("selective_scan", "default"), batch=1, length=300, channels=8)
-    by_reference = truth("selective_scan", shape, torch.float32)
+    by_reference = ground_truth("selective_scan", shape, torch.float32)
     for limit in ("SECONDS", "BYTES"):
         with monkeypatch.context() as patch:
-            patch.setattr(errors, limit, 1e-9)
-            by_torch = truth("selective_scan", shape, torch.float32)
+            patch.setattr(accuracy, limit, 1e-9)
+            by_torch = ground_truth("selective_scan", shape, torch.float32)
             assert (by_reference.by, by_torch.by) == ("reference", "torch")
             torch.testing.assert_close(by_torch.result.y, by_reference.result.y, rtol=1e-10, atol=1e-10)
-    monkeypatch.setattr(errors, "BYTES", 8 * 16 * 2 * 8 * 20)  # 20 steps of 8 channels
+    monkeypatch.setattr(accuracy, "BYTES", 8 * 16 * 2 * 8 * 20)  # 20 steps of 8 channels
     lengths = ["--lengths", "20", "40", "--channels", "8", "--calls", "1"]
     cli.main(["sweep", "selective_scan", *lengths, "--out", str(tmp_path / "a.json")])
     assert [c["truth"] for c in json.loads((tmp_path / "a.json").read_text())["cases"]] == ["reference", "torch"]
@@ -134,27 +134,27 @@ def test_where_the_reference_would_take_long_it_is_the_torch_backend_and_said_to
 
 
 def test_a_half_type_is_not_forgiven_half_of_the_result():
-    assert forgiven(0.0, torch.bfloat16) < 0.1
-    assert forgiven(1e-7, torch.float32) < 1e-5
+    assert allowed_error(0.0, torch.bfloat16) < 0.1
+    assert allowed_error(1e-7, torch.float32) < 1e-5
 
 
 def test_the_roofline_is_given_where_the_device_is_known(monkeypatch):
     shape = named_shape("ssd", "2.7b")
     assert (shape.batch, shape.length, shape.channels, shape.heads, shape.d_state) == (8, 2048, 5120, 80, 128)
     case = Case("ssd", shape, "bf16", chunk_size=32)
-    assert reached(case, "fwd", 1.0, "cpu")["share"] is None
+    assert roofline_share(case, "fwd", 1.0, "cpu")["share"] is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     for mode in ("fwd", "bwd", "fwd+bwd"):
-        least = floor(cost(case, mode), DEVICES["H100"], torch.bfloat16)
+        least = least_time(cost(case, mode), DEVICES["H100"], torch.bfloat16)
         expected = {"floor": least.seconds, "bound": least.bound, "share": 0.5}
-        assert reached(case, mode, 2 * least.seconds, "cuda") == expected
-    assert reached(replace(case, dtype="fp64"), "fwd", 1.0, "cuda")["share"] is None
+        assert roofline_share(case, mode, 2 * least.seconds, "cuda") == expected
+    assert roofline_share(replace(case, dtype="fp64"), "fwd", 1.0, "cuda")["share"] is None
 
 
 def test_a_run_asks_for_the_roofline_of_what_it_times(tmp_path, monkeypatch):
     asked = []
     share = {"floor": 0.25, "bound": "memory", "share": 0.5}
-    monkeypatch.setattr(run, "reached", lambda case, mode, seconds, device: asked.append((case, mode)) or share)
+    monkeypatch.setattr(run, "roofline_share", lambda case, mode, seconds, device: asked.append((case, mode)) or share)
     command = [
         "run",
         "ssd",
@@ -202,30 +202,27 @@ def timed(impl, seconds, **more):
     return row | {"is_right": True} | more
 
 
-def test_the_page_escapes_what_it_shows(tmp_path):
+def test_the_page_escapes_what_it_shows():
     result = written([[{"impl": "fla", "mode": "fwd", "missing": "<script>"}]]) | {"device": "<b>", "command": "a <i>"}
-    report.to_html(result, [], tmp_path / "a.html")
-    text = (tmp_path / "a.html").read_text()
+    text = op_report.page(result, [])
     assert "<script>" not in text and "<b>" not in text and "<i>" not in text and "<img" not in text
     assert "&lt;script&gt;" in text
 
 
-def test_the_page_shows_shares_of_the_roofline_and_which_error_is_wrong(tmp_path):
+def test_the_page_shows_shares_of_the_roofline_and_which_error_is_wrong():
     known = {"floor": 0.5, "bound": "memory", "share": 0.25}
     off = {"error": 1e-7, "gradient_error": 1e-3, "is_right": False}
-    report.to_html(written([[timed("ours", 2.0, **known), timed("fla", 1.0, **off)]]), [], tmp_path / "a.html")
-    text = (tmp_path / "a.html").read_text()
+    text = op_report.page(written([[timed("ours", 2.0, **known), timed("fla", 1.0, **off)]]), [])
     assert "<td>25% (memory)</td>" in text
     assert "<td>1.0e-03 WRONG</td>" in text and "<td>1.0e-07</td>" in text
     assert "<td>0.50</td>" in text  # of the first one's time
-    report.to_html(written([[timed("ours", 2.0)]]), [], tmp_path / "a.html")
-    assert "<th>roofline</th>" not in (tmp_path / "a.html").read_text()
+    assert "<th>roofline</th>" not in op_report.page(written([[timed("ours", 2.0)]]), [])
 
 
 def drawn(monkeypatch):
     """The axes of the figures that are made from here on."""
-    found, png = [], report.png
-    monkeypatch.setattr(report, "png", lambda figure, title: found.extend(figure.axes) or png(figure, title))
+    found, png = [], plots.png
+    monkeypatch.setattr(plots, "png", lambda figure, title: found.extend(figure.axes) or png(figure, title))
     return found
 
 
@@ -234,7 +231,7 @@ def test_bars_show_what_is_missing_and_what_is_wrong_and_the_roofline(monkeypatc
     axes = drawn(monkeypatch)
     rows = [timed("ours", 2.0, floor=0.5), timed("fla", 1.0, is_right=False)]
     rows.append({"impl": "mamba_ssm", "mode": "fwd", "missing": "mamba_ssm is not installed: pip install mamba-ssm"})
-    report.bars(written([rows, [timed("ours", 2.0), timed("fla", 400.0), rows[2]]]))
+    plots.bars(written([rows, [timed("ours", 2.0), timed("fla", 400.0), rows[2]]]))
     first, second = axes
     assert [bar.get_width() for bar in first.patches] == [2000, 1000]
     assert [text.get_text() for text in first.texts] == ["2,000 ms", "1,000 ms  wrong", "not installed"]
@@ -248,7 +245,7 @@ def test_a_sweep_s_lines_have_spread_proportion_roofline_and_what_is_missing(mon
     axes = drawn(monkeypatch)
     absent = {"impl": "fla", "mode": "fwd", "missing": "fla is not installed: pip install flash-linear-attention"}
     cases = [[timed("ours", 2.0 * 3**i, floor=0.1 * 2**i, is_right=i < 2), absent] for i in range(3)]
-    report.lines(written(cases, over="length"))
+    plots.lines(written(cases, over="length"))
     (axis,) = axes
     lines = {line.get_label(): line for line in axis.lines}
     assert list(lines["ours"].get_ydata()) == [2, 6, 18]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssm_kernels.ssd import pytorch
 from vlmamba.benchmarks import cli
 from vlmamba.benchmarks.cases import OPS, Case, Shape, published, small
-from vlmamba.benchmarks.roofline import DEVICES, Cost, cost, device_named, floor
+from vlmamba.benchmarks.roofline import DEVICES, Cost, cost, device_named, least_time
 
 SMALL = Shape(batch=2, length=32, channels=6, d_state=8, heads=4, headdim=8, groups=2)
 
@@ -48,7 +48,7 @@ def test_selective_scan_by_hand():
     assert backward.exponentials == forward.exponentials
     both = cost(case, "fwd+bwd")
     assert both == forward + backward
-    assert floor(both, DEVICES["H100"], torch.bfloat16).bound == "exponentials"
+    assert least_time(both, DEVICES["H100"], torch.bfloat16).bound == "exponentials"
 
 
 def test_ssd_by_hand():
@@ -139,16 +139,16 @@ def test_every_op_has_a_floor_on_every_device():
     assert {c.op for c in published()} == set(OPS)
     for device in DEVICES.values():
         for case in published("bf16") + published("fp32"):
-            assert floor(cost(case, "fwd"), device, torch.bfloat16).seconds > 0
+            assert least_time(cost(case, "fwd"), device, torch.bfloat16).seconds > 0
 
 
 def test_what_bounds_a_call():
-    seconds = floor(Cost(3_350_000, 0), DEVICES["H100"], torch.float32)
+    seconds = least_time(Cost(3_350_000, 0), DEVICES["H100"], torch.float32)
     assert (seconds.bound, seconds.seconds) == ("memory", pytest.approx(1e-6))
-    assert floor(Cost(1, 0, matrix=10**12), DEVICES["A100"], torch.bfloat16).seconds == pytest.approx(1 / 312)
-    assert floor(Cost(1, 0, matrix=10**12), DEVICES["A100"], torch.float32).seconds == pytest.approx(3 / 156)
+    assert least_time(Cost(1, 0, matrix=10**12), DEVICES["A100"], torch.bfloat16).seconds == pytest.approx(1 / 312)
+    assert least_time(Cost(1, 0, matrix=10**12), DEVICES["A100"], torch.float32).seconds == pytest.approx(3 / 156)
     with pytest.raises(ValueError, match="float64"):
-        floor(Cost(1, 0), DEVICES["A100"], torch.float64)
+        least_time(Cost(1, 0), DEVICES["A100"], torch.float64)
 
 
 def test_devices_are_found_by_what_a_driver_calls_them():

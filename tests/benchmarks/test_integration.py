@@ -1,4 +1,4 @@
-"""ssm-bench bridge: transformers' models with and without enable(), in turn, held against each other."""
+"""ssm-bench integration: transformers' models with and without enable(), in turn, compared with each other."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ssm_kernels.compat import mamba_ssm as compat
-from ssm_kernels.integrations import transformers as integration
-from vlmamba.benchmarks import bridge, cli
-from vlmamba.benchmarks.measure import Result
+from ssm_kernels.integrations import transformers as hooks
+from vlmamba.benchmarks import cli, integration, peers
 from vlmamba.benchmarks.options import ModelType
+from vlmamba.benchmarks.timing import Result
 
 pytest.importorskip("transformers", minversion="5.23")
 
@@ -20,12 +20,14 @@ SMALL = ["--width", "64", "--length", "12", "--calls", "2"]
 
 
 def test_every_model_type_that_enable_knows_is_measured_and_agrees(tmp_path, capsys):
-    assert set(get_args(ModelType)) == set(integration.MODEL_TYPES)
-    out = tmp_path / "bridge.json"
-    types = list(integration.MODEL_TYPES)
-    cli.main(["bridge", *types, *SMALL, "--layers", "2", "--mode", "fwd+bwd", "--out", str(out)])
+    assert set(get_args(ModelType)) == set(hooks.MODEL_TYPES)
+    out = tmp_path / "integration.json"
+    types = list(hooks.MODEL_TYPES)
+    cli.main(["integration", *types, *SMALL, "--layers", "2", "--mode", "fwd+bwd", "--out", str(out)])
     report = json.loads(out.read_text())
-    assert report["command"].startswith("ssm-bench bridge mamba falcon_mamba") and "--layers 2" in report["command"]
+    assert (
+        report["command"].startswith("ssm-bench integration mamba falcon_mamba") and "--layers 2" in report["command"]
+    )
     assert [case["name"] for case in report["cases"]] == types
     for case in report["cases"]:
         assert case["shape"] == {"batch": 1, "length": 12, "width": 64, "layers": 2}
@@ -43,13 +45,13 @@ def test_ours_runs_on_these_ops_and_transformers_does_not(monkeypatch):
     calls = []
     scan = compat.selective_scan_fn
     monkeypatch.setattr(compat, "selective_scan_fn", lambda *args: calls.append(1) or scan(*args))
-    cli.main(["bridge", "mamba", *SMALL, "--mode", "fwd", "--calls", "3"])
+    cli.main(["integration", "mamba", *SMALL, "--mode", "fwd", "--calls", "3"])
     assert len(calls) == 5  # a first call, a warm-up and three
-    assert not integration._originals
+    assert not hooks._originals
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "zamba2"])
-def test_a_wrong_bridge_is_caught(model_type, monkeypatch, capsys):
+def test_a_wrong_integration_is_caught(model_type, monkeypatch, capsys):
     def spoil(op):
         def spoiled(*args, **options):
             y = op(*args, **options)
@@ -59,16 +61,16 @@ def test_a_wrong_bridge_is_caught(model_type, monkeypatch, capsys):
 
     for name in ("selective_scan_fn", "mamba_chunk_scan_combined"):
         monkeypatch.setattr(compat, name, spoil(getattr(compat, name)))
-    with pytest.raises(SystemExit, match=f"{model_type}: not what transformers gives"):
-        cli.main(["bridge", model_type, *SMALL, "--mode", "fwd"])
+    with pytest.raises(SystemExit, match=f"{model_type}: not the results of transformers"):
+        cli.main(["integration", model_type, *SMALL, "--mode", "fwd"])
     assert "WRONG" in capsys.readouterr().out
 
 
-def test_a_gradient_that_is_next_to_nothing_is_held_against_the_largest():
+def test_a_negligible_gradient_is_compared_relative_to_the_largest():
     y, large, small = torch.ones(2), torch.full((2,), 1.0), torch.full((2,), 1e-9)
     want = Result(y, (large, small, None))
-    assert bridge.differences(Result(y, (large, 2 * small, None)), want, 1e-4)["is_right"]
-    found = bridge.differences(Result(y, (large * 1.01, small, None)), want, 1e-4)
+    assert integration.differences(Result(y, (large, 2 * small, None)), want, 1e-4)["is_right"]
+    found = integration.differences(Result(y, (large * 1.01, small, None)), want, 1e-4)
     assert found["gradient_error"] == pytest.approx(0.01, rel=1e-3) and not found["is_right"]
 
 
@@ -81,10 +83,10 @@ def test_a_gradient_that_is_next_to_nothing_is_held_against_the_largest():
 )
 def test_what_cannot_be_built_is_refused(arguments, message):
     with pytest.raises(SystemExit, match=message):
-        cli.main(["bridge", *arguments])
+        cli.main(["integration", *arguments])
 
 
-def test_without_transformers_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(bridge.importlib.util, "find_spec", lambda name: None)
+def test_without_transformers_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install transformers"):
-        cli.main(["bridge"])
+        cli.main(["integration"])

@@ -1,0 +1,67 @@
+"""Shrinking of a failing case to a smaller one that still fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import TypeVar
+
+from .cases import SIZES, Case, Shape
+
+T = TypeVar("T")
+ATTEMPTS = 300
+"""Most cases that are tried."""
+SIMPLEST = {
+    "z": False, "D": False, "wide_D": False, "dt_bias": False, "dt_softplus": False, "dt_limit": False, "silu": False,
+    "norm_before_gate": False, "initial_states": False, "constant": False, "sequences": 0, "seq_idx": False,
+    "channels_first": False, "chunk_size": Case.chunk_size, "dtype": "fp32",
+}  # fmt: skip
+"""The value of each option that a case shrinks to."""
+
+
+def shrink(start: T, smaller: Callable[[T], Iterable[T]], fails: Callable[[T], bool]) -> T:
+    """Take the first smaller case that still fails, again and again, until none does or `ATTEMPTS` are spent."""
+    attempts, found = 0, True
+    while found:
+        found = False
+        for candidate in smaller(start):
+            attempts += 1
+            if attempts > ATTEMPTS:
+                return start
+            if fails(candidate):
+                start, found = candidate, True
+                break
+    return start
+
+
+def brief(value: object) -> str:
+    """A dataclass as the expression that makes it, without fields at their defaults."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    own = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default]
+    return f"{type(value).__name__}({', '.join(f'{name}={brief(v)}' for name, v in own)})"
+
+
+def smaller_cases(case: Case) -> Iterator[Case]:
+    """Cases with one option less, or one smaller size, the largest reduction first. Not all are valid."""
+    for name, simplest in SIMPLEST.items():
+        if getattr(case, name) != simplest:
+            yield replace(case, **{name: simplest})
+    for name in SIZES[case.op].split():
+        size = getattr(case.shape, name)
+        for less in sorted({1, size // 2, size - 1}):
+            if 0 < less < size and (shape := _with_size(case, name, less)) is not None:
+                yield replace(case, shape=shape)
+
+
+def _with_size(case: Case, name: str, size: int) -> Shape | None:
+    """The shape with that size, or None; the length and the height of a grid change by complete columns."""
+    shape = replace(case.shape, **{name: size})
+    if "height" in SIZES[case.op].split() and name in ("length", "height"):
+        columns = case.shape.length // case.shape.height
+        if name == "height":
+            return replace(shape, length=columns * size)
+        return replace(shape, length=size * shape.height) if size < columns else None
+    if shape.channels % shape.groups or shape.heads % shape.groups and case.folder == "ssd":
+        return None
+    return shape
