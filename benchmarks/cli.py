@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..command_line import run_commands
+from vlmamba.command_line import run_commands
+
 from .options import COMMANDS
 
 

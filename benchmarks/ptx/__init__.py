@@ -1,4 +1,4 @@
-"""Execution of compiled Triton kernels on a CPU, with no GPU: the PTX is emulated, and every access is checked::
+"""Emulation of compiled Triton kernels on a CPU: the PTX is executed, and every access is checked::
 
     from vlmamba.benchmarks.ptx import emulated
 
@@ -6,12 +6,12 @@
         kernel[grid](x, out, n, BLOCK=128)  # CPU tensors
     report.assert_clean()
 
-It shows what Triton's interpreter cannot: layouts, shared memory, barriers, asynchronous copies, tensor cores. What it
-cannot show: ptxas' work (registers, scheduling), rounding of the hardware's approximations, speed.
+Unlike Triton's interpreter it covers layouts, shared memory, barriers, asynchronous copies and tensor cores. It does
+not cover the work of ptxas (registers, scheduling), the rounding of the hardware's approximations, and speed.
 
 Files, in the order of a launch: `driver` (Triton's side), `parser`, `translate` (PTX to Python), `machine` (threads,
-barriers, asynchronous work), `memory` (accesses and their checks), `matrix` (tensor-core fragments), `values`
-(arithmetic).
+barriers, asynchronous operations), `memory` (accesses and their checks), `matrix` (tensor-core fragments), `values`
+(arithmetic). Titles in quotation marks are sections of NVIDIA's "PTX ISA".
 """
 
 from .driver import Launch, Report, emulated

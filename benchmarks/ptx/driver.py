@@ -27,21 +27,21 @@ TARGETS = {name: architecture for name, architecture in ARCHITECTURES.items() if
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch did."""
+    """Record of one launch."""
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
-    """Of a block."""
+    """Threads of a block."""
     shared_bytes: int
     instructions: dict[str, int]
-    """Executed, by kind, counted in warps."""
+    """Instructions executed, by kind, counted in warps."""
     findings: dict[str, int]
-    """What the checks saw, in words, and how often."""
-    branched_apart: bool
-    """Threads of a block took different ways."""
+    """Findings of the checks, each with its number of occurrences."""
+    diverged: bool
+    """Threads of a block took different branches."""
     seconds: float
-    """Of processor time."""
+    """Processor time."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Report:
 
     @property
     def findings(self) -> Findings:
-        """What the checks saw in all launches, by kernel."""
+        """Findings of the checks in all launches, by kernel."""
         found = Findings()
         for launch in self.launches:
             for what, times in launch.findings.items():
@@ -60,14 +60,14 @@ class Report:
         return found
 
     def assert_clean(self) -> None:
-        """Raise an `AssertionError` that lists what the checks saw; nothing launched is an error too."""
+        """Raise an `AssertionError` that lists the findings; no launch at all is an error too."""
         assert self.launches, "no kernel was launched"
         assert not self.findings, "\n".join(f"{what}, {n} times" for what, n in self.findings.items())
 
 
 @dataclass(frozen=True)
 class _Session:
-    """What the launches of one `emulated` block share."""
+    """State that the launches of one `emulated` block share."""
 
     report: Report
     checks: bool
@@ -87,24 +87,24 @@ def emulated(
     seed: int = 0,
     edit: Callable[[str, str], str] | None = None,
 ) -> Iterator[Report]:
-    """Run Triton kernels on CPU tensors by emulating what is compiled for an NVIDIA GPU.
+    """Run Triton kernels on CPU tensors by emulating the PTX compiled for an NVIDIA GPU.
 
     Inside, `kernel[grid](...)` compiles as on that GPU, and the PTX is executed on the tensors' own memory. The ops of
     `ssm_kernels` take their Triton backend. An autotuned kernel runs its first configuration.
 
     Args:
         target: `sm_80` and later, up to `sm_90` in full; instructions that the emulator lacks are refused by name.
-        num_sms: multiprocessors that launches are told of; few, so that programs walk over several tiles.
-        checks: look for races, missing waits and fences, and reads of what nobody wrote.
-        seed: of the order of programs.
-        edit: given a kernel's name and its PTX, gives the PTX to run: to test the checks by removing a barrier.
+        num_sms: multiprocessors that launches see; few, so that programs loop over several tiles.
+        checks: look for races, missing waits and fences, and reads of memory that was never written.
+        seed: seed of the order of programs.
+        edit: takes a kernel's name and its PTX and returns the PTX to run: to test the checks by removing a barrier.
 
     Yields:
         A report that grows with each launch.
 
     Raises:
         ValueError: the target is unknown, or Triton's interpreter is on.
-        Fault: an access outside the tensors, or misaligned, or a barrier that is never reached.
+        Fault: an access outside the tensors, a misaligned one, or a barrier that is never reached.
         Unsupported: an instruction that the emulator does not have.
     """
     global _session
@@ -131,7 +131,7 @@ def emulated(
 
 
 class _Driver:
-    """What Triton asks of a device, in its versions from 3.4 on."""
+    """The driver interface of Triton 3.4 and later."""
 
     def __init__(self, target: str, capability: int, shared: int, num_sms: int):
         from triton.backends.compiler import GPUTarget
@@ -144,7 +144,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> str:
-        """A key of Triton's caches: kernels compiled here are not those of a real device."""
+        """Key of Triton's caches, apart from that of a real device."""
         return self.name
 
     def set_current_device(self, device: str) -> None:
@@ -160,19 +160,19 @@ class _Driver:
         return self.properties
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple[str, str, int, int, int]:
-        """A module, a function, registers, spills and most threads: only the last is read."""
+        """A module, a function, registers, spills and the most threads of a block: only the last is read."""
         return name, name, 0, 0, 1024
 
     def unload_module(self, module: str) -> None:
         pass
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
-        """All configurations of an autotuned kernel take the same time here."""
+        """A benchmarker for which all configurations of an autotuned kernel take the same time."""
         return lambda call, quantiles=(0.5,), **options: [0.0] * len(quantiles)
 
 
 class _Launcher:
-    """Made once a compiled kernel, called once a launch."""
+    """Created once per compiled kernel, called once per launch."""
 
     def __init__(self, src: Any, metadata: Any):
         from triton.runtime.cache import get_cache_manager
@@ -191,8 +191,8 @@ class _Launcher:
     ) -> None:  # fmt: skip
         session = _session
         if session is None:
-            raise RuntimeError("a kernel that was compiled to be emulated is launched outside of emulated()")
-        begin = time.process_time()
+            raise RuntimeError("a kernel that was compiled for the emulator is launched outside of emulated()")
+        start = time.process_time()
         name = self.metadata.name
         ptx = self.ptx if session.edit is None else session.edit(name, self.ptx)
         kernel = _parsed(ptx)
@@ -203,8 +203,8 @@ class _Launcher:
             _flatten(argument, kind, value, values, tensors)
         scratch = torch.empty(x * y * z * getattr(self.metadata, "global_scratch_size", 0), dtype=torch.uint8)
         tensors.append(("scratch of the launch", scratch))
-        values += [scratch.data_ptr(), 0]  # and that of the profiler, in versions that have one
-        findings, instructions, apart = machine.run(
+        values += [scratch.data_ptr(), 0]  # 0: scratch of the profiler, in versions that have one
+        findings, instructions, diverged = machine.run(
             functools.partial(_translated, ptx, threads),
             kernel,
             threads // 32,
@@ -218,8 +218,8 @@ class _Launcher:
         )
         session.report.launches.append(
             Launch(
-                name, (x, y, z), threads, self.metadata.shared, dict(instructions), dict(findings), apart,
-                time.process_time() - begin,
+                name, (x, y, z), threads, self.metadata.shared, dict(instructions), dict(findings), diverged,
+                time.process_time() - start,
             )
         )  # fmt: skip
 
@@ -230,12 +230,12 @@ def _parsed(ptx: str) -> Kernel:
 
 
 @functools.lru_cache(256)
-def _translated(ptx: str, threads: int, apart: bool) -> tuple[machine.Code, list[collections.Counter[str]], Any]:
-    return translate(_parsed(ptx), threads, apart)
+def _translated(ptx: str, threads: int, per_thread: bool) -> tuple[machine.Code, list[collections.Counter[str]], Any]:
+    return translate(_parsed(ptx), threads, per_thread)
 
 
 def _flatten(name: str, kind: Any, value: Any, values: list[int | float], tensors: list[tuple[str, Tensor]]) -> None:
-    """Append the parameters that an argument of a launch becomes: tuples are many, constants none."""
+    """Append the kernel parameters of an argument of a launch: several for a tuple, none for a constant."""
     if isinstance(kind, tuple):
         for i, (k, v) in enumerate(zip(kind, value, strict=True)):
             _flatten(f"{name}[{i}]", k, v, values, tensors)

@@ -1,7 +1,7 @@
-"""One launch on a CPU: the threads of a block in step, registers as NumPy arrays over them.
+"""Execution of one launch: the threads of a block run in lockstep, with registers as NumPy arrays over them.
 
-Where the threads of a block branch apart (`Divergence`), the launch is run again with a program counter for each
-thread: those that are furthest behind go first, and a barrier holds its threads until all have come.
+Where the threads of a block diverge (`Divergence`), the launch is run again with a program counter per thread: the
+threads that are furthest behind run first, and a barrier blocks its threads until all have arrived.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from .parser import Instruction, Kernel
 from .values import F4, TYPES, U4, Array
 
 Mask = NDArray[np.bool_] | None
-"""Threads that execute an instruction; None is all."""
+"""Threads that execute an instruction; None means all."""
 END = np.iinfo(np.int64).max
 """Program counter of a thread that has returned."""
 POISON = np.uint32(0xFFC00000)
-"""Bits of a NaN: with a number in the low 22, an accumulator of a wgmma that nobody has waited for."""
+"""Bits of a NaN; with a number in the low 22 bits it stands for an accumulator of a wgmma in flight."""
 
 
 class Divergence(Exception):
-    """The threads of a block take different ways at a branch."""
+    """The threads of a block take different sides of a branch."""
 
 
 class Block:
-    """Threads of one program, as the translated code drives them."""
+    """The threads of one program ("Cooperative Thread Arrays"); the translated code calls these methods."""
 
     def __init__(self, warps: int, memory: GlobalMemory, shared: SharedMemory, findings: Findings):
         self.warps, self.threads = warps, 32 * warps
         self.memory, self.shared, self.findings = memory, shared, findings
         self.warp = np.repeat(np.arange(warps), 32)
-        self.every = np.ones(self.threads, bool)
+        self.all_threads = np.ones(self.threads, bool)
 
     def start(self) -> None:
-        """Begin a program."""
+        """Start a program."""
         self.shared.start_program()
         self.counters = np.zeros(self.threads, np.int64)
         self.is_blocked = np.zeros(self.threads, bool)
         self.at_barrier: dict[int, NDArray[np.bool_]] = {}
         self.copies: list[list[tuple[Array, NDArray[np.uint8], Array, Instruction]]] = []
         self.open_copies: list[tuple[Array, NDArray[np.uint8], Array, Instruction]] = []
-        self.products: dict[int, Array] = {}  # accumulators of wgmma that nobody has waited for
+        self.products: dict[int, Array] = {}  # accumulators of wgmma in flight, by number
         self.finished: dict[int, Array] = {}
         self.product_groups: list[list[tuple[list[int], list[Array]]]] = []
         self.open_products: list[tuple[list[int], list[Array]]] = []
@@ -60,7 +60,7 @@ class Block:
         """Whether all threads take a branch.
 
         Raises:
-            Divergence: some do.
+            Divergence: some do, and some do not.
         """
         predicate = np.broadcast_to(predicate, (self.threads,))
         if predicate.all():
@@ -73,26 +73,26 @@ class Block:
         """The basic block to run next, and its threads; None when all have returned.
 
         Raises:
-            Fault: all that are left wait at barriers.
+            Fault: deadlock: all threads that are left wait at barriers.
         """
         ready = ~self.is_blocked & (self.counters != END)
         if not ready.any():
             if self.is_blocked.any():
-                raise Fault(f"threads wait at barriers {sorted(self.at_barrier)} to which the others never come")
+                raise Fault(f"threads wait at barriers {sorted(self.at_barrier)} that the others never reach")
             return None
-        place = int(self.counters[ready].min())
-        return place, ready & (self.counters == place)
+        counter = int(self.counters[ready].min())
+        return counter, ready & (self.counters == counter)
 
     def barrier(self, number: int, count: int | None, active: Mask, at: Instruction) -> None:
-        """Wait for the threads that take part ("bar, barrier"): `count`, or all that have not returned."""
-        active = self.every if active is None else active
+        """Wait for the participating threads ("bar, barrier"): `count`, or all that have not returned."""
+        active = self.all_threads if active is None else active
         arrived = self.at_barrier.pop(number, np.zeros(self.threads, bool)) | active
         wanted = int((self.counters != END).sum()) if count is None else count
         if arrived.sum() > wanted:
             raise Fault(f"{at}: {arrived.sum()} threads at a barrier for {wanted}")
         if arrived.sum() < wanted:
             if active.all():
-                raise Fault(f"{at}: the block has {self.threads} threads, fewer than the {wanted} that are waited for")
+                raise Fault(f"{at}: the block has {self.threads} threads, fewer than the {wanted} of the barrier")
             self.at_barrier[number] = arrived
             self.is_blocked |= active
             return
@@ -100,18 +100,20 @@ class Block:
         self.shared.synchronize(np.unique(self.warp[arrived]))
 
     def fence_proxy(self, active: Mask) -> None:
+        """Order earlier writes before accesses of the asynchronous proxy ("membar / fence")."""
         self.shared.fence(np.unique(self.warp[np.broadcast_to(True if active is None else active, (self.threads,))]))
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
     def _chosen(self, addresses: Array, active: Mask) -> tuple[NDArray[np.intp], Array]:
+        """The active threads and their addresses."""
         addresses = np.broadcast_to(addresses, (self.threads,))
         # A predicate may be one constant for all threads.
         chosen = np.flatnonzero(np.broadcast_to(True if active is None else active, (self.threads,)))
         return chosen, addresses[chosen]
 
     def load(self, space: str, addresses: Array, active: Mask, size: int, count: int, at: Instruction) -> list[Array]:
-        """`count` values of `size` bytes at each thread's address; 0 for those that do not take part."""
+        """Load `count` values of `size` bytes at each thread's address ("ld"); inactive threads get 0."""
         chosen, addresses = self._chosen(addresses, active)
         out = np.zeros((count, self.threads), np.dtype(f"u{size}"))
         if len(chosen):
@@ -123,7 +125,7 @@ class Block:
         return list(out)
 
     def store(self, space: str, addresses: Array, active: Mask, values: Sequence[Array], at: Instruction) -> None:
-        """Store values side by side at each thread's address."""
+        """Store consecutive values at each thread's address ("st")."""
         chosen, addresses = self._chosen(addresses, active)
         if not len(chosen):
             return
@@ -137,7 +139,7 @@ class Block:
     def atomic(
         self, operation: str, kind: np.dtype, addresses: Array, active: Mask, operand: Array, at: Instruction
     ) -> Array:
-        """Change memory at each thread's address, one thread after the other; give the values before."""
+        """Update memory at each thread's address, one thread after the other; return the old values ("atom")."""
         chosen, addresses = self._chosen(addresses, active)
         operand = np.broadcast_to(operand, (self.threads,))
         out = np.zeros(self.threads, kind)
@@ -148,7 +150,7 @@ class Block:
     def copy_async(
         self, to: Array, source: Array, active: Mask, size: int, source_size: Array | None, at: Instruction
     ) -> None:
-        """Start a copy from global to shared memory ("cp.async"); it arrives when its group is waited for."""
+        """Start a copy from global to shared memory ("cp.async"); it completes when its group is waited for."""
         chosen, to = self._chosen(to, active)
         if not len(chosen):
             return
@@ -156,7 +158,7 @@ class Block:
         wanted = np.full(len(chosen), size)
         if source_size is not None:
             wanted = np.broadcast_to(source_size, (self.threads,))[chosen].astype(np.int64)
-        data = np.zeros((len(chosen), size), np.uint8)  # what is beyond the source's size is filled with zeros
+        data = np.zeros((len(chosen), size), np.uint8)  # bytes beyond the source's size are zero
         for n in np.unique(wanted[wanted > 0]).tolist():
             rows = wanted == n
             data[rows, :n] = self.memory.read(source[rows], n, at)
@@ -167,11 +169,12 @@ class Block:
         self.open_copies.append((to, data, self.warp[chosen], at))
 
     def commit_copies(self) -> None:
+        """Make the open copies a group ("cp.async.commit_group")."""
         self.copies.append(self.open_copies)
         self.open_copies = []
 
     def wait_for_copies(self, pending: int) -> None:
-        """Let all groups but the newest `pending` arrive."""
+        """Complete all groups but the newest `pending` ("cp.async.wait_group")."""
         while len(self.copies) > pending:
             for copy in self.copies.pop(0):
                 self.shared.deliver(*copy)
@@ -183,19 +186,19 @@ class Block:
         rows = np.broadcast_to(value, (self.threads,)).reshape(self.warps, 32)
         b, c = (np.broadcast_to(x, (self.threads,)).astype(np.int64).reshape(self.warps, 32) for x in (b, c))
         lane, b = matrix.LANE, b & 31
-        segment, clamp = c >> 8 & 31, c & 31
-        highest = lane & segment | clamp & ~segment
+        segment_mask, clamp = c >> 8 & 31, c & 31
+        max_lane = lane & segment_mask | clamp & ~segment_mask
         if mode == "up":
             source = lane - b
-            in_range = source >= highest
+            in_range = source >= max_lane
         else:
-            source = {"down": lane + b, "bfly": lane ^ b, "idx": lane & segment | b & ~segment}[mode]
-            in_range = source <= highest
+            source = {"down": lane + b, "bfly": lane ^ b, "idx": lane & segment_mask | b & ~segment_mask}[mode]
+            in_range = source <= max_lane
         source = np.where(in_range, source, lane)
         return np.take_along_axis(rows, source, 1).reshape(-1), in_range.reshape(-1)
 
     def vote(self, mode: str, predicate: Array) -> Array:
-        """Combine a predicate over each warp ("vote.sync"): bits of the lanes, or one answer."""
+        """Reduce a predicate over each warp ("vote.sync"): the lanes' bits, or one predicate."""
         rows = np.broadcast_to(predicate, (self.threads,)).reshape(self.warps, 32)
         if mode == "ballot":
             bits = (rows.astype(U4) << np.arange(32, dtype=U4)).sum(1, dtype=U4)
@@ -206,7 +209,7 @@ class Block:
         return np.repeat(answers[mode], 32)
 
     def _matrix_rows(self, addresses: Array, count: int) -> tuple[Array, Array]:
-        """Offsets of the 8 rows of each of `count` 8 x 8 matrices a warp, and their warps."""
+        """Offsets of the 8 rows of each of a warp's `count` 8 x 8 matrices, and their warps."""
         rows = np.broadcast_to(addresses, (self.threads,)).astype(np.int64).reshape(self.warps, 32)[:, : 8 * count]
         return rows.ravel(), np.repeat(np.arange(self.warps), 8 * count)
 
@@ -227,21 +230,31 @@ class Block:
         tiles = tiles.swapaxes(2, 3) if transposed else tiles
         self.shared.write(offsets, np.ascontiguousarray(tiles).view(np.uint8).reshape(-1, 16), warps, at)
 
-    # ---- asynchronous products of warpgroups -------------------------------------------------------------------
+    # ---- asynchronous warpgroup level matrix instructions ------------------------------------------------------
 
     def wgmma(
         self,
         shape: str,
         kinds: Sequence[str],
-        sums: Sequence[Array],
+        accumulators: Sequence[Array],
         a: Sequence[Array] | Array,
         b: Array,
-        is_added: Array,
+        scale_d: Array,
         signs: tuple[int, int],
-        k_is_adjacent: tuple[bool, bool],
+        k_major: tuple[bool, bool],
         at: Instruction,
     ) -> list[Array]:
-        """Start a product ("wgmma.mma_async"); give accumulators that hold nothing until it is waited for."""
+        """Start a product ("wgmma.mma_async"); return poisoned accumulators, valid after a wait.
+
+        Args:
+            shape: `m64n128k16`.
+            kinds: types of D, A and B.
+            a: registers of the A fragment, or descriptors of A in shared memory.
+            b: descriptors of B in shared memory.
+            scale_d: whether the accumulators are added to the product.
+            signs: factors of A and B, 1 or -1.
+            k_major: whether A and B in shared memory are contiguous along K.
+        """
         if not self.is_wgmma_fenced:
             self.findings.add_at("wgmma with no wgmma.fence since its registers were written", at)
             self.is_wgmma_fenced = True
@@ -249,20 +262,20 @@ class Block:
         _, kind, _ = kinds
         read: list[Array] = []
         fragment = None if isinstance(a, np.ndarray) else matrix.left_fragment(a, kind, 16, k, self.warps)
-        before = [self._accumulator(r) for r in sums]
-        after = [np.empty(self.threads, F4) for _ in sums]
+        before = [self._accumulator(r) for r in accumulators]
+        after = [np.empty(self.threads, F4) for _ in accumulators]
         for group in range(self.warps // 4):
             first = 128 * group
             if fragment is not None:
                 rows = fragment[4 * group : 4 * group + 4].reshape(64, k)  # (4 warps, 16, K) -> (64, K)
             else:
-                rows = self._operand(np.asarray(a), first, 64, k, kind, k_is_adjacent[0], read, at)
-            columns = self._operand(b, first, n, k, kind, k_is_adjacent[1], read, at)  # (N, K)
-            product = (signs[0] * rows @ (signs[1] * columns).T).reshape(4, 16, n)
+                rows = self._operand(np.asarray(a), first, 64, k, kind, k_major[0], read, at)
+            columns = self._operand(b, first, n, k, kind, k_major[1], read, at)  # (N, K)
+            product = (signs[0] * rows @ (signs[1] * columns).T).reshape(4, 16, n)  # (4 warps, 16, N)
             for r, out in enumerate(after):
-                i, j = matrix.sum_places(r)
+                i, j = matrix.accumulator_elements(r)
                 value = product[:, i, j].reshape(-1)
-                if np.broadcast_to(is_added, (self.threads,))[first]:
+                if np.broadcast_to(scale_d, (self.threads,))[first]:
                     value = value + before[r][first : first + 128]
                 out[first : first + 128] = value
         numbers = []
@@ -274,42 +287,45 @@ class Block:
         return [np.full(self.threads, POISON | np.uint32(number), U4) for number in numbers]
 
     def _accumulator(self, register: Array) -> Array:
-        """Values of an accumulator, of a product under way too: products of one shape follow each other unwaited."""
+        """Values of an accumulator, also of a wgmma in flight: products of one shape may follow without a wait."""
         register = np.broadcast_to(register, (self.threads,))
         return self.products.get(self._number(register), register).view(F4).astype(np.float64)
 
     @staticmethod
     def _number(register: Array) -> int:
+        """The number of a poisoned accumulator; 0 for another register."""
         first = register.reshape(-1)[0]
         return int(first & ~POISON) if first & POISON == POISON else 0
 
     def _operand(
-        self, descriptors: Array, first: int, rows: int, k: int, kind: str, k_is_adjacent: bool, read: list[Array],
+        self, descriptors: Array, first: int, rows: int, k: int, kind: str, k_major: bool, read: list[Array],
         at: Instruction,
     ) -> NDArray[np.float64]:  # fmt: skip
-        """An operand in shared memory: (rows, K). Its cells are read until the product is waited for."""
+        """An operand in shared memory, (rows, K). Its cells count as being read until the wgmma is waited for."""
         size = 4 if kind == "tf32" else 2
         descriptor = int(np.broadcast_to(descriptors, (self.threads,))[first])
-        offsets = matrix.shared_tile_offsets(descriptor, rows, k, size, k_is_adjacent)
+        offsets = matrix.shared_tile_offsets(descriptor, rows, k, size, k_major)
         cells = self.shared.cells(offsets.ravel(), size, at)
         for warp in range(first // 32, first // 32 + 4):
             self.shared.note_read(cells, np.full(len(cells), warp), at)
         if self.shared.unfenced[cells].any():
-            self.findings.add_at("wgmma reads what ordinary stores wrote, with no proxy fence between", at)
+            self.findings.add_at("wgmma reads memory that generic-proxy stores wrote, with no proxy fence between", at)
         read.append(np.unique(cells))
         self.shared.tensor_core_reads[read[-1]] += 1
         raw = gather(self.shared.bytes, offsets.ravel(), size)
         return matrix.from_shared(np.ascontiguousarray(raw), kind).reshape(rows, k)
 
     def fence_wgmma(self) -> None:
+        """Order register accesses before the next wgmma ("wgmma.fence")."""
         self.is_wgmma_fenced = True
 
     def commit_wgmma(self) -> None:
+        """Make the open products a group ("wgmma.commit_group")."""
         self.product_groups.append(self.open_products)
         self.open_products = []
 
     def wait_for_wgmma(self, pending: int) -> None:
-        """Finish all groups but the newest `pending`; `settled` then gives their accumulators."""
+        """Complete all groups but the newest `pending` ("wgmma.wait_group"); `settled` returns their accumulators."""
         while len(self.product_groups) > pending:
             for numbers, read in self.product_groups.pop(0):
                 for number in numbers:
@@ -319,13 +335,13 @@ class Block:
                 self.is_wgmma_fenced = False
 
     def settled(self, register: Array) -> Array:
-        """A register after a wait: the product that it stands for, where that is finished."""
+        """A register after a wait: its product, if that is complete."""
         return self.finished.get(self._number(register), register)
 
     def check_settled(self, register: Array, at: Instruction) -> None:
-        """Tell of an accumulator that is read before its product was waited for."""
+        """Report an accumulator that is read before its wgmma was waited for."""
         if self._number(register) in self.products:
-            self.findings.add_at("an accumulator is read while its wgmma is under way", at)
+            self.findings.add_at("an accumulator is read while its wgmma is in flight", at)
 
 
 Code = Callable[[Block, dict[str, Any], tuple[int, int, int], tuple[int, int, int]], None]
@@ -347,22 +363,24 @@ def run(
     """Run all programs of a launch, in random order.
 
     Args:
-        translated: gives the code of the kernel, for threads in step or, if True, with a program counter each; the
-            instructions of each basic block by kind; and an array in which the code counts their runs, in warps.
-        arguments: of the kernel, in order; pointers as addresses.
+        translated: returns the code of the kernel, for threads in lockstep or, if True, with a program counter per
+            thread; the instructions of each basic block by kind; and the array in which the code counts the runs of
+            each block, in warps.
+        cell: bytes of the kernel's smallest access to shared memory.
+        arguments: arguments of the kernel, in order; pointers as addresses.
 
     Returns:
-        What the checks saw, instructions by kind in warps, and whether threads branched apart.
+        Findings of the checks, instructions by kind in warps, and whether threads diverged.
 
     Raises:
-        Fault: it could not go on.
+        Fault: the launch cannot continue.
     """
     parameters = {name: _bits(value, kind) for (name, kind), value in zip(kernel.parameters, arguments, strict=True)}
     order = list(itertools.product(range(grid[2]), range(grid[1]), range(grid[0])))
     np.random.default_rng(seed).shuffle(order)
     before = [a.bytes.copy() for a in allocations]
-    for apart in (False, True):
-        code, kinds, runs = translated(apart)
+    for per_thread in (False, True):
+        code, kinds, runs = translated(per_thread)
         runs[:] = 0
         findings = Findings()
         memory = GlobalMemory(allocations, findings, checks)
@@ -374,18 +392,18 @@ def run(
                     block.start()
                     code(block, parameters, (int(x), int(y), int(z)), grid)
         except Divergence:
-            if apart:
+            if per_thread:
                 raise
             for allocation, content in zip(allocations, before, strict=True):
                 allocation.bytes[:] = content
-                allocation.forget_programs()
+                allocation.reset_programs()
             continue
         counts: collections.Counter[str] = collections.Counter()
         for kind_counts, n in zip(kinds, runs.tolist(), strict=True):
             for kind, m in kind_counts.items():
                 counts[kind] += n * m
-        return findings, +counts, apart
-    raise AssertionError("threads with a program counter each do not branch apart")
+        return findings, +counts, per_thread
+    raise AssertionError("threads with a program counter each do not diverge")
 
 
 def _bits(value: int | float, kind: str) -> Any:

@@ -1,7 +1,6 @@
-"""Fragments of the tensor-core instructions: which element of a matrix a register of a lane holds.
+"""Matrix fragments of the tensor-core instructions: the elements that the registers of each lane hold.
 
-Products are summed exactly, in float64, and rounded once; a device truncates in its sums, in ways that it does not
-document.
+Products are accumulated in float64 and rounded once; a device truncates its sums, in undocumented ways.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from .values import F2, F4, F8, U2, U4, U8, Array, from_bf16
 
 LANE = np.arange(32)
 GROUP, IN_GROUP = LANE // 4, LANE % 4
-"""Lanes are in 8 groups of 4: "Matrix Fragments for mma"."""
+"""Lanes form 8 groups of 4: "Matrix Fragments for mma"."""
 
 
 def shape_of(text: str) -> tuple[int, int, int]:
@@ -36,8 +35,8 @@ def _stacked(registers: Sequence[Array], warps: int) -> Array:
 
 
 def elements(registers: Sequence[Array], kind: str, warps: int) -> NDArray[np.float64]:
-    """Values that registers hold: (warps, 32, registers, values of one)."""
-    raw = _stacked(registers, warps)
+    """Values in registers: (warps, 32, registers, values per register)."""
+    raw = _stacked(registers, warps)  # (warps, 32, registers)
     if kind in ("bf16", "f16"):
         halves = raw.view(U2).reshape(*raw.shape, 2)
         return (from_bf16(halves) if kind == "bf16" else halves.view(F2)).astype(F8)
@@ -47,10 +46,10 @@ def elements(registers: Sequence[Array], kind: str, warps: int) -> NDArray[np.fl
 
 
 def left_fragment(registers: Sequence[Array], kind: str, m: int, k: int, warps: int) -> NDArray[np.float64]:
-    """The A operand of mma and, of 16 rows a warp, of wgmma: (warps, M, K)."""
+    """The A operand of mma, and of wgmma with 16 rows per warp: (warps, M, K)."""
     values = elements(registers, kind, warps)
     out = np.zeros((warps, m, k))
-    width = values.shape[3]  # values of a register, side by side in a row
+    width = values.shape[3]  # values per register, adjacent in a row
     for r in range(len(registers)):
         for i in range(width):
             out[:, GROUP + 8 * (r % 2), width * IN_GROUP + i + 4 * width * (r // 2)] = values[:, :, r, i]
@@ -68,8 +67,8 @@ def right_fragment(registers: Sequence[Array], kind: str, k: int, n: int, warps:
     return out
 
 
-def sum_places(r: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Rows and columns, by lane, of register r of accumulators of 32 or 64 bits, in mma and wgmma."""
+def accumulator_elements(r: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns, by lane, of register r of 32- or 64-bit accumulators, in mma and wgmma."""
     tile, within = divmod(r, 4)
     return GROUP + 8 * (within // 2), 8 * tile + 2 * IN_GROUP + within % 2
 
@@ -77,7 +76,7 @@ def sum_places(r: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 def mma(
     shape: str, kinds: Sequence[str], a: Sequence[Array], b: Sequence[Array], c: Sequence[Array], warps: int
 ) -> list[Array]:
-    """Multiply and add one tile a warp ("Multiply-and-Accumulate Instruction: mma")."""
+    """Multiply-accumulate one tile per warp ("Multiply-and-Accumulate Instruction: mma"); returns D's registers."""
     m, n, k = shape_of(shape)
     d_kind, a_kind, b_kind, c_kind = kinds
     if a_kind not in ("bf16", "f16", "tf32", "f64") or a_kind != b_kind or c_kind == "f16" or d_kind != c_kind:
@@ -89,23 +88,27 @@ def mma(
     kind, raw = (F8, U8) if d_kind == "f64" else (F4, U4)
     out = []
     for r in range(len(c)):
-        rows, columns = sum_places(r)
+        rows, columns = accumulator_elements(r)
         value = (product[:, rows, columns] + before[:, :, r]).astype(kind)
         out.append(np.ascontiguousarray(value).reshape(-1).view(raw))
     return out
 
 
-def shared_tile_offsets(descriptor: int, rows: int, k: int, size: int, k_is_adjacent: bool) -> NDArray[np.int64]:
+def shared_tile_offsets(descriptor: int, rows: int, k: int, size: int, k_major: bool) -> NDArray[np.int64]:
     """Offsets in shared memory of a wgmma operand's elements: (rows, K).
 
-    "Asynchronous Warpgroup Level Matrix Shared Memory Layout" and "Matrix Descriptor Format". `rows` are M of A or N
-    of B.
+    "Asynchronous Warpgroup Level Matrix Shared Memory Layout" and "Matrix Descriptor Format".
+
+    Args:
+        rows: M of A, or N of B.
+        size: bytes of an element.
+        k_major: whether the operand is contiguous along K.
     """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     swizzle = {0: 0, 1: 3, 2: 2, 3: 1}[descriptor >> 62 & 3]  # bits: none, 128, 64, 32 bytes
     width = 16 << swizzle  # bytes of a row of the swizzled atom
     row, column = np.meshgrid(np.arange(rows), np.arange(k), indexing="ij")
-    if k_is_adjacent:
+    if k_major:
         byte = column * size
         if swizzle:
             offset = row // 8 * stride + row % 8 * width + byte % width + byte // width * leading
@@ -122,7 +125,7 @@ def shared_tile_offsets(descriptor: int, rows: int, k: int, size: int, k_is_adja
 
 
 def from_shared(raw: Array, kind: str) -> NDArray[np.float64]:
-    """Values of the elements that were read from shared memory."""
+    """Values of elements read from shared memory."""
     if kind == "tf32":
         return (raw.view(U4) & np.uint32(0xFFFFE000)).view(F4).astype(F8)
     return (from_bf16(raw.view(U2)) if kind == "bf16" else raw.view(F2)).astype(F8)

@@ -1,8 +1,8 @@
 """Global and shared memory of a launch, with checks of every access ("State Spaces", "Memory Consistency Model").
 
-What cannot go on is a `Fault`: an access outside the tensors of the launch, or one that is misaligned. What a device
-would do silently is a finding: races between programs or warps, asynchronous copies that nobody waited for, reads of
-shared memory that nobody wrote, missing proxy fences.
+An access at which a device would stop is a `Fault`: one outside the tensors of the launch, or misaligned. An error that
+a device would not report is a finding: races between programs or warps, asynchronous copies without a wait, reads of
+shared memory that was never written, missing proxy fences.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .parser import Instruction
-from .values import Array, difference_in_last_place
+from .values import Array, difference_in_ulps
 
 NOBODY, SEVERAL = -1, -2
 
 
 class Fault(Exception):
-    """An access or an instruction that a device would stop at, or after which nothing is defined."""
+    """An access or an instruction at which a device would stop, or after which nothing is defined."""
 
 
 class Findings(collections.Counter[str]):
-    """What the checks saw, in words, and how often."""
+    """Findings of the checks as text, each with its number of occurrences."""
 
     def add_at(self, what: str, at: Instruction) -> None:
         source = f", {at.source}" if at.source else ""
@@ -46,15 +46,15 @@ class Allocation:
     views: list[tuple[int, int]] = field(default_factory=list)
     """Address ranges that the launch's tensors span in it."""
     writer: Array | None = None
-    """Program that wrote each pair of bytes last; made at the first access."""
+    """Last program that wrote each pair of bytes; allocated at the first access."""
     reader: Array | None = None
-    """Program that read it, or SEVERAL."""
+    """Program that read each pair of bytes, or SEVERAL."""
 
     @property
     def end(self) -> int:
         return self.base + len(self.bytes)
 
-    def forget_programs(self) -> None:
+    def reset_programs(self) -> None:
         self.writer = self.reader = None
 
     def programs(self) -> tuple[Array, Array]:
@@ -86,7 +86,7 @@ def allocations_of(tensors: Iterable[tuple[str, Tensor]]) -> list[Allocation]:
 
 def gather(memory: NDArray[np.uint8], offsets: Array, size: int) -> NDArray[np.uint8]:
     """Rows of `size` bytes at each offset: (offsets, size)."""
-    if (offsets % size).any():  # a storage may begin anywhere
+    if (offsets % size).any():  # the address of a storage may be odd
         return memory[offsets[:, None] + np.arange(size)]
     units = memory[: len(memory) // size * size].view(f"V{size}")
     return units[offsets // size].view(np.uint8).reshape(-1, size)
@@ -114,16 +114,16 @@ class GlobalMemory:
         """The allocation that holds `size` bytes at an address.
 
         Raises:
-            Fault: none does, or the bytes lie outside the tensors that were passed, or are misaligned.
+            Fault: none does, or the bytes are outside the tensors that were passed, or misaligned.
         """
         i = bisect.bisect_right(self.bases, address) - 1
         allocation = self.allocations[i] if i >= 0 else None
         if allocation is None or address + size > allocation.end:
-            near = "no tensor lies there"
+            near = "no tensor is there"
             if allocation is not None and address < allocation.end + len(allocation.bytes):
                 near = f"{allocation.name} ends {address + size - allocation.end} bytes before"
             raise Fault(f"{at}: {size} bytes at {address:#x} are outside the tensors; {near}; program {self.program}")
-        if not any(begin <= address and address + size <= end for begin, end in allocation.views):
+        if not any(start <= address and address + size <= end for start, end in allocation.views):
             raise Fault(f"{at}: {size} bytes at {address:#x} are outside the views of {allocation.name}; "
                         f"program {self.program}")  # fmt: skip
         if address % size:
@@ -131,42 +131,42 @@ class GlobalMemory:
         return allocation
 
     def split(self, addresses: Array, size: int, at: Instruction) -> list[tuple[Allocation, NDArray[np.intp]]]:
-        """Allocations that threads access, each with the places of its addresses."""
+        """Allocations that threads access, each with the indices of its addresses."""
         lowest, highest = int(addresses.min()), int(addresses.max())
         allocation = self.locate(lowest, size, at)
-        one_view = any(begin <= lowest and highest + size <= end for begin, end in allocation.views)
+        one_view = any(start <= lowest and highest + size <= end for start, end in allocation.views)
         if one_view and not (addresses % np.uint64(size)).any():
             return [(allocation, np.arange(len(addresses)))]
-        places: dict[int, list[int]] = collections.defaultdict(list)
+        indices: dict[int, list[int]] = collections.defaultdict(list)
         by_base = {a.base: a for a in self.allocations}
         for i, address in enumerate(addresses.tolist()):
-            places[self.locate(address, size, at).base].append(i)
-        return [(by_base[base], np.array(found)) for base, found in places.items()]
+            indices[self.locate(address, size, at).base].append(i)
+        return [(by_base[base], np.array(found)) for base, found in indices.items()]
 
     def read(self, addresses: Array, size: int, at: Instruction) -> NDArray[np.uint8]:
         """Bytes at each address: (addresses, size)."""
         out = np.empty((len(addresses), size), np.uint8)
-        for allocation, places in self.split(addresses, size, at):
-            offsets = (addresses[places] - np.uint64(allocation.base)).astype(np.int64)
+        for allocation, indices in self.split(addresses, size, at):
+            offsets = (addresses[indices] - np.uint64(allocation.base)).astype(np.int64)
             if self.checks:
                 self._note_read(allocation, offsets, size, at)
-            out[places] = gather(allocation.bytes, offsets, size)
+            out[indices] = gather(allocation.bytes, offsets, size)
         return out
 
     def write(self, addresses: Array, data: NDArray[np.uint8], at: Instruction) -> None:
-        """Store rows of bytes, one an address; of several at one address the last stays."""
+        """Store rows of bytes, one per address; of several at one address the last one wins."""
         size = data.shape[1]
-        for allocation, places in self.split(addresses, size, at):
-            offsets = (addresses[places] - np.uint64(allocation.base)).astype(np.int64)
+        for allocation, indices in self.split(addresses, size, at):
+            offsets = (addresses[indices] - np.uint64(allocation.base)).astype(np.int64)
             if self.checks:
                 self._note_write(allocation, offsets, size, at)
-            scatter(allocation.bytes, offsets, data[places])
+            scatter(allocation.bytes, offsets, data[indices])
             if self.checks:
                 stored = gather(allocation.bytes, offsets, size)
-                _check_agreement(stored, data[places], allocation.name, self.findings, at)
+                _check_one_value(stored, data[indices], allocation.name, self.findings, at)
 
     def atomic(self, operation: str, kind: np.dtype, address: int, operand: Any, at: Instruction) -> Any:
-        """Change one value, as one step; give the value before."""
+        """Update one value atomically; return the old value."""
         allocation = self.locate(address, kind.itemsize, at)
         offset = address - allocation.base
         cell = allocation.bytes[offset : offset + kind.itemsize].view(kind)
@@ -199,28 +199,28 @@ ATOMICS = {
 
 
 def _pairs(offsets: Array, size: int) -> NDArray[np.int64]:
-    """Numbers of the pairs of bytes that accesses cover, by which programs are told apart."""
+    """Indices of the pairs of bytes that accesses cover, the granularity of race detection between programs."""
     return ((offsets >> 1)[:, None] + np.arange(max(1, size // 2))).ravel()
 
 
-def _check_agreement(stored: Array, wanted: Array, where: str, findings: Findings, at: Instruction) -> None:
-    """Tell of threads of one store that write different values to one place: which one stays is not defined."""
+def _check_one_value(stored: Array, wanted: Array, where: str, findings: Findings, at: Instruction) -> None:
+    """Report threads of one store that write different values to one address: which one wins is not defined."""
     if (stored == wanted).all():
         return
     kind = np.dtype(f"u{min(stored.shape[1], 8)}")
-    near = difference_in_last_place(*(np.ascontiguousarray(x).view(kind).ravel() for x in (stored, wanted)))
-    findings.add_at(f"{where}: threads of one store write different values to one place{near}", at)
+    difference = difference_in_ulps(*(np.ascontiguousarray(x).view(kind).ravel() for x in (stored, wanted)))
+    findings.add_at(f"{where}: threads of one store write different values to one address{difference}", at)
 
 
 class SharedMemory:
-    """Shared memory of a block, and the order in which its warps may see each other's accesses.
+    """Shared memory of a block, with race detection between its warps by vector clocks.
 
-    Each warp counts the barriers that it passed; `clock[w, v]` is the count of v that w knows of. An access is in
-    order with a later one of another warp if that warp knows the count it was made at.
+    Each warp counts the barriers that it passed; `clock[w, v]` is the count of v that w knows of. An access happens
+    before a later one of another warp if that warp knows the count at which it was made.
 
     Args:
         size: bytes.
-        cell: bytes of the smallest access of the kernel; accesses are told apart by cells of that size.
+        cell: bytes of the kernel's smallest access, the granularity of race detection.
     """
 
     def __init__(self, size: int, warps: int, cell: int, findings: Findings, checks: bool):
@@ -232,10 +232,10 @@ class SharedMemory:
         self.read_clock = np.zeros((warps, n), np.int64)
         self.is_written, self.in_flight, self.unfenced = (np.zeros(n, bool) for _ in range(3))
         self.tensor_core_reads = np.zeros(n, np.int32)
-        """Products under way that read a cell."""
+        """Number of wgmma in flight that read a cell."""
 
     def start_program(self) -> None:
-        """Forget the block before: what it wrote is not there."""
+        """Clear the memory and the checks of the program before."""
         self.synchronize(np.arange(len(self.clock)))
         self.bytes[:] = 0xFF  # NaN in every floating-point type
         for flags in (self.is_written, self.in_flight, self.unfenced):
@@ -243,16 +243,16 @@ class SharedMemory:
         self.tensor_core_reads[:] = 0
 
     def synchronize(self, warps: Array) -> None:
-        """Let warps pass a barrier together."""
+        """Let warps pass a barrier together: each learns the counts of the others."""
         self.clock[warps] = self.clock[warps].max(0)
         self.clock[warps, warps] += 1
 
     def fence(self, warps: Array) -> None:
-        """Make what these warps wrote visible to the asynchronous proxy ("membar/fence: fence.proxy.async")."""
+        """Make the writes of these warps visible to the asynchronous proxy ("membar / fence": fence.proxy.async)."""
         self.unfenced &= ~np.isin(self.writer, warps)
 
     def cells(self, offsets: Array, size: int, at: Instruction) -> NDArray[np.int64]:
-        """Numbers of the cells of accesses: (accesses, cells of one).
+        """Indices of the cells of accesses: (accesses, cells per access).
 
         Raises:
             Fault: an access is outside of shared memory, or misaligned.
@@ -265,18 +265,18 @@ class SharedMemory:
         return offsets[:, None] // self.cell + np.arange(-(-size // self.cell))
 
     def read(self, offsets: Array, size: int, warps: Array, at: Instruction) -> NDArray[np.uint8]:
-        """Bytes at each offset, read by a thread of the warp beside it: (offsets, size)."""
+        """Bytes at each offset, read by a thread of the warp in `warps`: (offsets, size)."""
         self.note_read(self.cells(offsets, size, at), warps, at)
         return gather(self.bytes, offsets, size)
 
     def write(self, offsets: Array, data: NDArray[np.uint8], warps: Array, at: Instruction) -> None:
-        """Store rows of bytes, each by a thread of the warp beside it."""
+        """Store rows of bytes, each by a thread of the warp in `warps`."""
         cells = self.cells(offsets, data.shape[1], at)
         self.note_write(cells, warps, at)
         self.unfenced[cells] = True
         scatter(self.bytes, offsets, data)
         if self.checks:
-            _check_agreement(gather(self.bytes, offsets, data.shape[1]), data, "shared memory", self.findings, at)
+            _check_one_value(gather(self.bytes, offsets, data.shape[1]), data, "shared memory", self.findings, at)
 
     def note_read(self, cells: Array, warps: Array, at: Instruction) -> None:
         if not self.checks:
@@ -297,7 +297,7 @@ class SharedMemory:
                 "shared memory is read by one warp and written by another, with no barrier between", at
             )
         if self.tensor_core_reads[cells].any():
-            self.findings.add_at("shared memory is written while a wgmma that reads it is under way", at)
+            self.findings.add_at("shared memory is written while a wgmma that reads it is in flight", at)
         self.writer[cells], self.write_clock[cells] = warps, self.clock[warps, warps]
         self.is_written[cells] = True
 
@@ -307,10 +307,10 @@ class SharedMemory:
             what = f"shared memory is written by one warp and {how} by another, with no barrier between"
             self.findings.add_at(what, at)
         if self.in_flight[cells].any():
-            self.findings.add_at(f"shared memory is {how} while an asynchronous copy to it is under way", at)
+            self.findings.add_at(f"shared memory is {how} while an asynchronous copy to it is in flight", at)
 
     def deliver(self, offsets: Array, data: NDArray[np.uint8], warps: Array, at: Instruction) -> None:
-        """Let an asynchronous copy arrive: from now on its warp sees it, and others after a barrier."""
+        """Complete an asynchronous copy: its warp sees it from now on, and others after a barrier."""
         cells = self.cells(offsets, data.shape[1], at)
         scatter(self.bytes, offsets, data)
         self.in_flight[cells] = False

@@ -1,7 +1,4 @@
-"""PTX text to instructions with their registers, labels and source lines.
-
-Titles in quotation marks, here and in the other files of this package, are sections of NVIDIA's "PTX ISA".
-"""
+"""Parser of PTX: instructions in basic blocks, registers, labels and source lines ("Syntax")."""
 
 from __future__ import annotations
 
@@ -24,9 +21,9 @@ class Instruction:
     guard: str | None
     """Predicate that executes it, `%p1` or `!%p1`; None executes it always."""
     line: int
-    """In the PTX text, from 1."""
+    """Line of the PTX text, from 1."""
     source: str
-    """Place in the Python source, `kernels.py:42`; empty where the compiler gives none."""
+    """Line of the Python source, `forward.py:42`; empty where the compiler records none (".loc")."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -44,20 +41,20 @@ class Kernel:
 
     name: str
     target: str
-    """The architecture it was compiled for: `sm_90a`."""
+    """Target architecture, `sm_90a` (".target")."""
     threads: int | None
-    """Of a block, where the text requires a number."""
+    """Threads of a block, where the text requires a number (".reqntid")."""
     parameters: list[tuple[str, str]]
     """Name and type, in order."""
     registers: dict[str, str] = field(default_factory=dict)
-    """Type by name; `%r` stands for all of `%r<n>`."""
+    """Type by name; `%r` stands for all of `%r<n>` ("Parameterized Variable Names")."""
     blocks: list[list[Instruction]] = field(default_factory=list)
-    """Basic blocks in order: only the last instruction of one may be a branch, and labels begin one."""
+    """Basic blocks in order: a label starts one, and a branch, return or barrier ends one."""
     labels: dict[str, int] = field(default_factory=dict)
-    """Number of the block that a label begins."""
+    """Index of the block that a label starts."""
 
     def register_type(self, name: str) -> str | None:
-        """The declared type of a register; None where the name is none."""
+        """The declared type of a register; None if the name is not a register's."""
         if name in self.registers:
             return self.registers[name]
         return self.registers.get(name.rstrip("0123456789")) if name.startswith("%") else None
@@ -102,10 +99,10 @@ class _Body:
         self.targets: set[str] = set()
         kernel.blocks.append([])
 
-    def read(self, text: str, begin: int) -> None:
+    def read(self, text: str, start: int) -> None:
         self.targets = set(BRANCH.findall(text))
-        line, pending = text.count("\n", 0, begin) + 1, ""
-        for raw in text[begin:].splitlines():
+        line, pending = text.count("\n", 0, start) + 1, ""
+        for raw in text[start:].splitlines():
             code = raw.split("//", 1)[0].strip()
             if code.startswith(".loc"):
                 self._locate(code)
@@ -121,7 +118,7 @@ class _Body:
             self.source = f"{self.files.get(int(found[1]), '?')}:{found[2]}"
 
     def _statements(self, code: str, line: int) -> str | None:
-        """Take complete statements off the front; give what is left, None at the kernel's end."""
+        """Consume complete statements; return the rest of the text, or None at the kernel's end."""
         while code:
             label = re.match(r"([$\w]+):(?!:)\s*", code)
             if label:
@@ -144,7 +141,7 @@ class _Body:
         return code
 
     def _label(self, name: str) -> None:
-        if name not in self.targets:  # marks a place for debuggers
+        if name not in self.targets:  # a label for debuggers
             return
         if self.kernel.blocks[-1]:
             self.kernel.blocks.append([])
@@ -178,11 +175,11 @@ class _Body:
 
 def _operands(text: str) -> tuple[str, ...]:
     """Split at commas outside brackets."""
-    found, depth, begin = [], 0, 0
+    found, depth, start = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "{[(") - (c in "}])")
         if c == "," and not depth:
-            found.append(text[begin:i].strip())
-            begin = i + 1
-    last = text[begin:].strip()
+            found.append(text[start:i].strip())
+            start = i + 1
+    last = text[start:].strip()
     return (*found, last) if last else tuple(found)

@@ -1,7 +1,7 @@
-"""PTX to Python source: a function a kernel, in which a register is a variable and an instruction a line or two.
+"""Translation of PTX to Python source: one function per kernel, a variable per register, a line or two per instruction.
 
-Registers hold raw bits as unsigned integers, or floats where they are declared so; each instruction reads them as its
-own type says ("Type Conversion", "Operand Size Exceeding Instruction-Type Size").
+Registers hold raw bits as unsigned integers, or floats where they are declared so; each instruction reads them in its
+own type ("Type Conversion", "Operand Size Exceeding Instruction-Type Size").
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SPECIAL = {
 }  # fmt: skip
 """"Special Registers"."""
 DYNAMIC_SHARED = "global_smem"
-"""The name that Triton gives to shared memory, all of it."""
+"""Triton's name of the block's shared memory."""
 NO_EFFECT = ("nanosleep", "prefetch", "griddepcontrol", "setmaxnreg", "discard", "applypriority", "membar", "fence")
-"""Hints, and fences between programs: memory is in order here."""
+"""Hints, and fences between programs: the emulator's memory is sequentially consistent."""
 SYMBOL = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 COMPARE = {
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
@@ -44,7 +44,7 @@ ADDRESS = re.compile(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?(?:0x)?[0-9a-fA-F]+))?\s*\]"
 
 
 def kind_of(instruction: Instruction) -> str:
-    """The name under which an instruction is counted: its opcode, and the state space where it has one."""
+    """The name under which an instruction is counted: its opcode, and its state space if it has one."""
     parts = instruction.parts
     space = next((p.split("::")[0] for p in parts if p.split("::")[0] in ("global", "shared", "param")), None)
     if parts[0] == "cp":
@@ -65,20 +65,23 @@ def smallest_shared_access(kernel: Kernel) -> int:
     return min([2, *sizes])
 
 
-def translate(kernel: Kernel, threads: int, apart: bool) -> tuple[Code, list[collections.Counter[str]], np.ndarray]:
+def translate(
+    kernel: Kernel, threads: int, per_thread: bool
+) -> tuple[Code, list[collections.Counter[str]], np.ndarray]:
     """Compile a kernel to a Python function.
 
     Args:
-        threads: of a block.
-        apart: give each thread a program counter, for blocks whose threads branch apart.
+        threads: threads of a block.
+        per_thread: give each thread a program counter, for blocks whose threads diverge.
 
     Returns:
-        The function, the instructions of each basic block by kind, and the array in which it counts their runs.
+        The function, the instructions of each basic block by kind, and the array in which it counts the runs of each
+        block.
 
     Raises:
-        Unsupported: an instruction that the emulator does not have; it is named, with its line.
+        Unsupported: an instruction that the emulator does not have; the message names it, with its line.
     """
-    translator = _Translator(kernel, threads, apart)
+    translator = _Translator(kernel, threads, per_thread)
     source = translator.source()
     runs = np.zeros(len(kernel.blocks), np.int64)
     space: dict[str, Any] = {**vars(values), "np": np, "Fault": Fault, "END": END, "L": kernel.labels, "runs": runs}
@@ -88,8 +91,8 @@ def translate(kernel: Kernel, threads: int, apart: bool) -> tuple[Code, list[col
 
 
 class _Translator:
-    def __init__(self, kernel: Kernel, threads: int, apart: bool):
-        self.kernel, self.threads, self.apart = kernel, threads, apart
+    def __init__(self, kernel: Kernel, threads: int, per_thread: bool):
+        self.kernel, self.threads, self.per_thread = kernel, threads, per_thread
         self.constants: dict[str, Any] = {}
         self.constant_names: dict[tuple[object, str], str] = {}
         self.instructions: list[Instruction] = []
@@ -116,7 +119,7 @@ class _Translator:
             "  laneid = tid % np.uint32(32); warpid = tid // np.uint32(32)",
             "  cta, grid = ([np.full(T, n, U4) for n in three] for three in (cta, grid))",
         ]
-        # Registers that nothing has written hold what shows in results.
+        # Registers that were never written hold values that show in results.
         for kind in set(self.used.values()):
             names = [name for name, k in self.used.items() if k == kind]
             poison = (
@@ -124,25 +127,25 @@ class _Translator:
             )
             lines.append(f"  poison = {poison}")
             lines += [f"  {' = '.join(names[i : i + 200])} = poison" for i in range(0, len(names), 200)]
-        if self.apart:
+        if self.per_thread:
             lines += ["  P = block.counters", "  while True:", "    step = block.schedule()"]
             return [*lines, "    if step is None: return", "    pc, act = step"]
         return [*lines, "  pc = 0", "  while True:"]
 
     def _dispatch(self, bodies: list[list[str]], low: int, high: int, depth: int) -> list[str]:
-        """A tree of comparisons that leads to the block `pc`."""
+        """A binary search for the block `pc`."""
         pad = "  " * depth
         if high - low > 1:
             middle = (low + high) // 2
             below = self._dispatch(bodies, low, middle, depth + 1)
             return [f"{pad}if pc < {middle}:", *below, f"{pad}else:", *self._dispatch(bodies, middle, high, depth + 1)]
         last = low == len(bodies) - 1
-        if self.apart:
-            begin, after = f"runs[{low}] += len(np.unique(block.warp[act]))", "END" if last else str(low + 1)
+        if self.per_thread:
+            start, after = f"runs[{low}] += len(np.unique(block.warp[act]))", "END" if last else str(low + 1)
             end = f"P[act] = {after}; continue"
         else:
-            begin, end = f"runs[{low}] += W", "return" if last else f"pc = {low + 1}; continue"
-        return [pad + line for line in (begin, *bodies[low], end)]
+            start, end = f"runs[{low}] += W", "return" if last else f"pc = {low + 1}; continue"
+        return [pad + line for line in (start, *bodies[low], end)]
 
     # ---- operands ----------------------------------------------------------------------------------------------
 
@@ -169,7 +172,7 @@ class _Translator:
         return self.constant_names[key]
 
     def _read(self, operand: str, kind: np.dtype) -> str:
-        """An expression for an operand's value in a type."""
+        """An expression for an operand's value in a type ("Instruction Operands")."""
         register = self._register(operand)
         if register is not None:
             name, raw = register
@@ -243,7 +246,7 @@ class _Translator:
             if i.parts[0] in ("bra", "ret", "exit", "bar", "barrier"):
                 self._control(i, guard, block)
                 return
-            if self.apart:
+            if self.per_thread:
                 guard = f"(act & {guard})" if guard else "act"
                 if i.parts[0] in ("mma", "wgmma", "ldmatrix", "stmatrix") or i.opcode.startswith("cp.async.wait"):
                     self._emit(f"if not (act | (P == END)).all(): raise Fault(f'a part of the block at {{{self.at}}}')")
@@ -259,7 +262,7 @@ class _Translator:
         if base in ("bar", "barrier"):
             return self._barrier(i, guard, block)
         target = repr(i.operands[0]) if base == "bra" else ""
-        if self.apart:
+        if self.per_thread:
             self._emit(f"g = act & {guard}" if guard else "g = act")
             self._emit(f"P[act & ~g] = {block + 1}; P[g] = {f'L[{target}]' if target else 'END'}; continue")
         else:
@@ -270,12 +273,12 @@ class _Translator:
     def _barrier(self, i: Instruction, guard: str | None, block: int) -> None:
         parts = [p for p in i.parts[1:] if p not in ("cta", "aligned")]
         if parts == ["warp", "sync"]:
-            return  # the threads of a warp are in step
+            return  # the threads of a warp run in lockstep
         if parts != ["sync"] or guard:
             raise Unsupported("only bar.sync without a guard")
         operands = [int(o, 0) for o in i.operands]
         count = operands[1] if len(operands) > 1 else None
-        if self.apart:
+        if self.per_thread:
             self._emit(f"P[act] = {block + 1}")
             self._emit(f"block.barrier({operands[0]}, {count}, act, {self.at}); continue")
         else:
@@ -284,7 +287,7 @@ class _Translator:
     def _memory(self, i: Instruction, guard: str | None) -> None:
         parts, kind = i.parts, TYPES[i.parts[-1]]
         raw = np.dtype(f"u{kind.itemsize}")
-        # A signed value is extended by its sign where the register is wider.
+        # A signed value is sign-extended to a wider register ("Operand Size Exceeding Instruction-Type Size").
         loaded = kind if kind.kind == "i" else raw
         if "param" in parts:
             self._emit(f"v = np.full(T, parameters[{i.operands[1].strip('[] ')!r}])")
@@ -323,13 +326,14 @@ class _Translator:
     def _copy(self, i: Instruction, guard: str | None) -> None:
         if i.parts[1] != "async" or "bulk" in i.parts:
             raise Unsupported("only cp.async of threads")
-        if i.parts[2] == "commit_group":
+        kind = i.parts[2]
+        if kind == "commit_group":
             return self._emit("block.commit_copies()")
-        if i.parts[2] == "wait_group":
+        if kind == "wait_group":
             return self._emit(f"block.wait_for_copies({int(i.operands[0], 0)})")
-        if i.parts[2] == "wait_all":
+        if kind == "wait_all":
             return self._emit("block.commit_copies(); block.wait_for_copies(0)")
-        if i.parts[2] not in ("ca", "cg"):
+        if kind not in ("ca", "cg"):
             raise Unsupported("its completion mechanism")
         to, source = self._address(i.operands[0], U4), self._address(i.operands[1], U8)
         n = self._read(i.operands[3], U4) if len(i.operands) > 3 else None
@@ -603,7 +607,7 @@ def _expression(base: str, operands: Sequence[str], kind: np.dtype, i: Instructi
         name = "divide" if base == "div" else "remainder"
         return f"({operands[0]} / {operands[1]})" if is_float else f"{name}({operands[0]}, {operands[1]})"
     if base in ("min", "max"):
-        # A NaN gives way to a number unless it is asked to stay.
+        # The result is the operand that is a number, unless `.NaN` is given ("min", "max").
         name = f"np.f{base}" if is_float and "NaN" not in i.parts else f"np.{base}imum"
         return f"{name}({operands[0]}, {operands[1]})"
     if base in ("rcp", "rsqrt"):
@@ -634,7 +638,7 @@ HANDLERS: dict[str, Handler] = {
 
 
 def _accumulators(kernel: Kernel) -> set[str]:
-    """Registers that may hold the sums of a wgmma: its destinations, and what they are moved to."""
+    """Registers that may hold accumulators of a wgmma: its destinations, and the registers they are moved to."""
     moves: list[tuple[str, str]] = []
     found: set[str] = set()
     for block in kernel.blocks:

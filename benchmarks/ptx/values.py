@@ -1,7 +1,7 @@
-"""Arithmetic of PTX on NumPy arrays: registers are raw bits, and an instruction says how to read them.
+"""Arithmetic of PTX on NumPy arrays: registers are raw bits, which each instruction reads in its own type.
 
 Differences from a device: `ex2.approx`, `lg2.approx`, `rsqrt.approx` and the like are correctly rounded here, and a
-fused multiply-add of float32 is rounded through float64, which differs in the last place in rare cases.
+fused multiply-add of float32 is rounded through float64, which differs by one ulp in rare cases.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TYPES = {
     "u64": U8, "s64": I8, "f16": F2, "bf16": U2, "f32": F4, "f64": F8, "pred": BOOL, "bf16x2": U4, "f16x2": U4,
     "f32x2": U8,
 }  # fmt: skip
-""""Fundamental Types"; NumPy has no bfloat16, so its bits are kept."""
+""""Fundamental Types"; NumPy has no bfloat16, so a register holds its bits."""
 
 
 def flush_subnormal(x: Array) -> Array:
-    """Replace subnormal float32 by zero of the same sign, as `.ftz` does."""
+    """Replace subnormal float32 by zero of the same sign (`.ftz`)."""
     tiny = np.abs(x) < np.finfo(np.float32).tiny
     return np.where(tiny, np.copysign(np.float32(0), x), x)
 
@@ -55,13 +55,13 @@ def from_f16(bits: Array) -> Array:
 
 
 def to_tf32(x: Array, nearest: bool) -> Array:
-    """Round float32 to TF32 bits: 10 bits of mantissa, to nearest away from zero or cut off."""
+    """Round float32 to TF32 bits: 10 bits of mantissa, to nearest with ties away from zero, or truncated."""
     bits = np.asarray(x, F4).view(U4)
     return (bits + np.uint32(0x1000 if nearest else 0)) & np.uint32(0xFFFFE000)
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
-    """Multiply and add with one rounding; float64 has two."""
+    """Multiply and add with one rounding; in float64 with two."""
     if a.dtype != F4:
         return a * b + c
     return (a.astype(F8) * b.astype(F8) + c.astype(F8)).astype(F4)
@@ -74,21 +74,21 @@ def to_integer(x: Array, kind: np.dtype, rounding: str) -> Array:
     """Convert a float to an integer, clamped to its range; NaN gives 0."""
     x = ROUND[rounding](x.astype(F8))
     limits = np.iinfo(kind)
-    # The largest 64-bit integers are no float64: stay below.
+    # The largest 64-bit integers are not float64 values: clamp to the next one below.
     top = float(limits.max) if kind.itemsize < 8 else float(limits.max) * (1 - 2.0**-53)
     return np.clip(np.where(np.isnan(x), 0, x), float(limits.min), top).astype(kind)
 
 
 def divide(a: Array, b: Array) -> Array:
-    """Divide integers towards zero; a divisor of zero counts as one."""
+    """Divide integers, rounding towards zero; a divisor of zero counts as one."""
     b = np.where(b == 0, b.dtype.type(1), b)
     quotient = a // b
-    # NumPy rounds down: one more where the signs differ and a rest is left.
+    # NumPy rounds down: add one where the quotient is negative and inexact.
     return quotient + ((quotient < 0) & (quotient * b != a)).astype(a.dtype) if a.dtype.kind == "i" else quotient
 
 
 def remainder(a: Array, b: Array) -> Array:
-    """Rest of `divide`."""
+    """Remainder of `divide`."""
     return (a - divide(a, b) * b).astype(a.dtype)
 
 
@@ -102,27 +102,27 @@ def multiply_high(a: Array, b: Array) -> Array:
 
 
 def shift_left(a: Array, n: Array) -> Array:
-    """Shift; counts beyond the width give 0."""
+    """Shift left ("shl"); counts beyond the width give 0."""
     width = 8 * a.dtype.itemsize
     return np.where(n >= width, a.dtype.type(0), a << np.minimum(n, width - 1).astype(a.dtype))
 
 
 def shift_right(a: Array, n: Array) -> Array:
-    """Shift, a signed number by its sign; counts beyond the width give 0 or the sign."""
+    """Shift right ("shr"), arithmetically for signed types; counts beyond the width give 0 or the sign."""
     top = 8 * a.dtype.itemsize - 1
     beyond = a >> a.dtype.type(top) if a.dtype.kind == "i" else a.dtype.type(0)
     return np.where(n > top, beyond, a >> np.minimum(n, top).astype(a.dtype))
 
 
 def funnel_shift(low: Array, high: Array, n: Array, left: bool, wrap: bool) -> Array:
-    """Shift the 64 bits `high:low` and take 32 of them."""
+    """Shift the 64 bits `high:low` and take 32 of them ("shf")."""
     both = low.astype(U8) | (high.astype(U8) << np.uint64(32))
     n = (n & np.uint32(31) if wrap else np.minimum(n, np.uint32(32))).astype(U8)
     return ((both << n) >> np.uint64(32) if left else both >> n).astype(U4)
 
 
 def extract_bits(a: Array, position: Array, length: Array) -> Array:
-    """Bit field extract, sign-extended for signed types."""
+    """Extract a bit field ("bfe"), sign-extended for signed types."""
     p, n = ((x & np.uint32(0xFF)).astype(I8) for x in (position, length))
     value = (a.astype(I8) if a.dtype.kind == "i" else a.astype(U8).view(I8)) >> np.minimum(p, 63)
     mask = np.where(n >= 63, np.int64(-1), (np.int64(1) << np.minimum(n, 62)) - 1)
@@ -134,7 +134,7 @@ def extract_bits(a: Array, position: Array, length: Array) -> Array:
 
 
 def insert_bits(a: Array, b: Array, position: Array, length: Array) -> Array:
-    """Bit field insert of `a` into `b`."""
+    """Insert the bit field `a` into `b` ("bfi")."""
     p, n = position & np.uint32(0xFF), length & np.uint32(0xFF)
     ones = (np.uint64(1) << np.minimum(n, np.uint32(32)).astype(U8)) - np.uint64(1)
     mask = (ones << p.astype(U8)).astype(U4)
@@ -142,7 +142,7 @@ def insert_bits(a: Array, b: Array, position: Array, length: Array) -> Array:
 
 
 def permute_bytes(a: Array, b: Array, selectors: Array) -> Array:
-    """Pick four of the eight bytes `b:a`, each by a selector of four bits whose highest replicates the sign."""
+    """Select four of the eight bytes `b:a` by 4-bit selectors whose top bit replicates the sign ("prmt")."""
     both = a.astype(U8) | (b.astype(U8) << np.uint64(32))
     out = np.zeros(np.broadcast(a, b, selectors).shape, U4)
     for i in range(4):
@@ -154,7 +154,7 @@ def permute_bytes(a: Array, b: Array, selectors: Array) -> Array:
 
 
 def lookup3(a: Array, b: Array, c: Array, table: int) -> Array:
-    """Any bitwise function of three operands, by its truth table."""
+    """A bitwise function of three operands by its truth table ("lop3")."""
     out = np.zeros_like(a | b | c)
     for i in range(8):
         if table >> i & 1:
@@ -163,18 +163,18 @@ def lookup3(a: Array, b: Array, c: Array, table: int) -> Array:
 
 
 def leading_zeros(a: Array) -> Array:
-    """Count of zero bits above the highest one."""
+    """Number of zero bits above the highest one bit ("clz")."""
     width = 8 * a.dtype.itemsize
     return np.array([width - int(x).bit_length() for x in np.atleast_1d(a)], U4)
 
 
 def count_ones(a: Array) -> Array:
-    """Count of one bits."""
+    """Number of one bits ("popc")."""
     return np.array([int(x).bit_count() for x in np.atleast_1d(a)], U4)
 
 
-def difference_in_last_place(a: Array, b: Array) -> str:
-    """By how many units in the last place two arrays of bits differ, taken for floats, in words; empty where many."""
+def difference_in_ulps(a: Array, b: Array) -> str:
+    """Largest difference of two arrays of float bits in ulps, as text; empty if it is large."""
     signed = np.dtype(f"i{a.dtype.itemsize}")
-    most = int(np.abs(a.view(signed).astype(I8) - b.view(signed).astype(I8)).max())
-    return f", by at most {most} in the last place" if most < 64 else ""
+    ulps = int(np.abs(a.view(signed).astype(I8) - b.view(signed).astype(I8)).max())
+    return f", by at most {ulps} ulp" if ulps < 64 else ""

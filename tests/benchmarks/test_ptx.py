@@ -51,11 +51,11 @@ HEADER = """.version 8.7
 def run_ptx(body: str, out: torch.Tensor, *, threads: int = 64, number: int = 0, grid: int = 1, shared: int = 1024):
     """Run a handwritten kernel on one tensor: %rd3 is the address of this thread's element, %r3 its byte offset."""
     kernel = parse(HEADER.format(threads=threads, body=body))
-    found, counts, apart = machine.run(
+    found, counts, diverged = machine.run(
         functools.partial(translate, kernel, threads), kernel, threads // 32, shared, 2,
         allocations_of([("out", out)]), [out.data_ptr(), number], (grid, 1, 1), checks=True, seed=0,
     )  # fmt: skip
-    return dict(found), counts, apart
+    return dict(found), counts, diverged
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
@@ -160,10 +160,10 @@ $L_again:
   st.global.b32 [%rd3], %r5;"""
 
 
-def test_threads_that_branch_apart_have_a_counter_each():
+def test_diverging_threads_have_a_counter_each():
     out = torch.zeros(64, dtype=torch.int32)
-    _, _, apart = run_ptx(LOOP, out)
-    assert apart and out.tolist() == [i * (i + 1) // 2 for i in range(64)]
+    _, _, diverged = run_ptx(LOOP, out)
+    assert diverged and out.tolist() == [i * (i + 1) // 2 for i in range(64)]
 
 
 def test_threads_in_step_stay_in_step():
@@ -209,7 +209,7 @@ $L_after:
 
 def test_a_barrier_to_which_others_never_come_is_a_fault():
     body = "setp.ge.u32 %p1, %r2, 32;\n@%p1 bra $L_end;\nbar.sync 1, 64;\n$L_end:\n"
-    with pytest.raises(Fault, match="never come"):
+    with pytest.raises(Fault, match="never reach"):
         run_ptx(body, torch.zeros(64))
 
 
@@ -262,12 +262,12 @@ def test_a_copy_arrives_when_it_is_waited_for():
     assert not run_ptx(COPY.format(wait="cp.async.wait_group 0;"), out)[0]
     assert out.tolist() == list(range(1, 65))
     found, *_ = run_ptx(COPY.format(wait="cp.async.wait_group 1;"), out)
-    assert any("asynchronous copy to it is under way" in what for what in found)
+    assert any("asynchronous copy to it is in flight" in what for what in found)
 
 
 def test_threads_that_disagree_on_a_place_are_noticed():
     found, *_ = run_ptx("st.global.b32 [%rd1], %r2;", torch.zeros(64))
-    assert any("different values to one place" in what for what in found)
+    assert any("different values to one address" in what for what in found)
 
 
 def test_an_allocation_is_one_for_all_views_of_a_storage():
