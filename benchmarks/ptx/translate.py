@@ -336,8 +336,9 @@ class _Translator:
         if kind not in ("ca", "cg"):
             raise Unsupported("its completion mechanism")
         to, source = self._address(i.operands[0], U4), self._address(i.operands[1], U8)
-        n = self._read(i.operands[3], U4) if len(i.operands) > 3 else None
-        self._emit(f"block.copy_async({to}, {source}, {guard}, {int(i.operands[2], 0)}, {n}, {self.at})")
+        _, _, size, *source_size = i.operands
+        n = self._read(source_size[0], U4) if source_size else None
+        self._emit(f"block.copy_async({to}, {source}, {guard}, {int(size, 0)}, {n}, {self.at})")
         return None
 
     def _fence(self, i: Instruction, guard: str | None) -> None:
