@@ -1,4 +1,4 @@
-"""Images to the tensors that an encoder expects."""
+"""Image files and preprocessing for vision encoders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,39 +16,40 @@ from torch import Tensor
 from .limits import MAX_ENCODER_SIDE, MAX_FILE_BYTES, MAX_IMAGE_SIDE
 from .resample import Placement, resize_window
 
+Resize = Literal["naive", "crop", "crop-floor", "letterbox"]
 ImageLike = Image.Image | np.ndarray | str | Path
 """A Pillow image, a uint8 array (H, W, 3), or the path of a file."""
 
 FORMATS = ("AVIF", "BMP", "DDS", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-"""Raster formats that are read, by Pillow's names. Some of Pillow's others start programs: EPS runs Ghostscript."""
+"""Raster formats that are read, by Pillow's names. Others may start programs: EPS runs Ghostscript."""
 
 MAX_RESIZED_PIXELS = 1 << 24
-"""Pixels of a resized image or its canvas that are computed whole: four bytes each."""
+"""Largest resized image or canvas that is computed entirely, in pixels of four bytes."""
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Resize to a square and normalise, to the pixel as the published models do it.
+    """Resize to a square and normalize, equal to the pixel to the published models.
 
     Pixels become RGB by Pillow's own conversion: an alpha channel is dropped, 16-bit values above 255 become 255,
     and an orientation tag is not applied. The code of CLIP, Cobra and ML-Mamba does the same. Memory does not grow with
-    an image's aspect ratio: of a long thin image only the part that is kept is resized.
+    an image's aspect ratio: of a long thin image, only the crop is computed.
     """
 
     size: int = 224
-    resize: Literal["naive", "crop", "crop-floor", "letterbox"] = "naive"
-    """`naive` ignores the aspect ratio; `crop` brings the shorter side to `size` and takes the middle; `letterbox`
+    resize: Resize = "naive"
+    """`naive` ignores the aspect ratio; `crop` brings the shorter side to `size` and crops the center; `letterbox`
     first adds borders of the mean colour. They are Cobra's three, by torchvision's rounding. `crop-floor` is `crop` by
-    the rounding of `transformers`: where an odd number of pixels is cut away, the middle may lie a pixel higher."""
+    the rounding of `transformers`: where an odd number of pixels is cut away, the center may be one pixel higher."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize_to: int | None = None
-    """Side to resize to before the middle `size` pixels are taken; None is `size`."""
+    """Side to resize to before the center crop of `size` pixels; None is `size`."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_ENCODER_SIDE:
             raise ValueError(f"size must lie in [1, {MAX_ENCODER_SIDE}], got {self.size}")
-        if self.resize not in (known := ("naive", "crop", "crop-floor", "letterbox")):
+        if self.resize not in (known := get_args(Resize)):
             raise ValueError(f"resize must be one of {', '.join(map(repr, known))}; got {self.resize!r}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
@@ -56,20 +57,32 @@ class ImageProcessor:
             raise ValueError(f"resize_to must lie in [size = {self.size}, {MAX_ENCODER_SIDE}], got {self.resize_to}")
 
     def __call__(self, image: ImageLike) -> Tensor:
-        """An image -> (3, size, size) float32.
+        """Preprocess an image.
+
+        Args:
+            image: in any form that `as_rgb` takes.
+
+        Returns:
+            (3, size, size) float32.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: as `as_rgb`.
+            FileNotFoundError, TypeError, ValueError: see `as_rgb`.
         """
         pixels = torch.from_numpy(np.array(self.pixels(image))).permute(2, 0, 1).float() / 255  # (3, size, size)
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (pixels - mean) / std
 
     def pixels(self, image: ImageLike) -> Image.Image:
-        """RGB pixels that the encoder sees, `size` high and wide.
+        """Resize and crop an image.
+
+        Args:
+            image: in any form that `as_rgb` takes.
+
+        Returns:
+            RGB image that the encoder sees, `size` high and wide.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: as `as_rgb`.
+            FileNotFoundError, TypeError, ValueError: see `as_rgb`.
         """
         image = as_rgb(image)
         borders = _letterbox_borders(image.size) if self.resize == "letterbox" else (0, 0)
@@ -77,7 +90,7 @@ class ImageProcessor:
         side = self.resize_to or self.size
         target = (side, side) if self.resize == "naive" else _with_shorter_side((width, height), side)
         excess = [s - self.size for s in target]
-        # Python rounds a half to the even number, and so does torchvision, which is written in it.
+        # Python rounds a half to the even number, and so does torchvision.
         left, top = (e // 2 if self.resize == "crop-floor" else round(e / 2) for e in excess)
         colour = tuple(int(m * 255) for m in self.mean)
         if max(width * height, target[0] * target[1]) > max(MAX_RESIZED_PIXELS, 4 * image.width * image.height):
@@ -93,10 +106,16 @@ class ImageProcessor:
 
 
 def as_rgb(image: ImageLike) -> Image.Image:
-    """An image in any of the forms that are taken, as RGB.
+    """Convert an image to RGB.
+
+    Args:
+        image: a Pillow image, a uint8 array (H, W, 3), or the path of a file.
+
+    Returns:
+        RGB image.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_image`; or an image without pixels, or an array of another shape.
+        FileNotFoundError, ValueError: see `open_image`; or an image without pixels, or an array of another shape.
         TypeError: it is no image, or an array of another dtype.
     """
     if isinstance(image, str | Path):
@@ -115,7 +134,13 @@ def as_rgb(image: ImageLike) -> Image.Image:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read a whole image file as RGB.
+    """Read an image file as RGB.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        RGB image, decoded entirely.
 
     Raises:
         FileNotFoundError: no such file.
@@ -140,10 +165,17 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def decode_image(file: BinaryIO, name: str) -> Image.Image:
-    """Read a whole image as RGB from an open file; `name` stands for it in errors.
+    """Read an image as RGB from an open file.
+
+    Args:
+        file: opened for reading bytes.
+        name: names the file in errors.
+
+    Returns:
+        RGB image, decoded entirely.
 
     Raises:
-        ValueError: as `open_image`.
+        ValueError: see `open_image`.
     """
     try:
         image = Image.open(file, formats=_readable_formats())
@@ -156,7 +188,7 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's ending is that of one of `FORMATS`."""
+    """Return whether a file's extension is that of one of `FORMATS`."""
     return os.path.splitext(name)[1].lower() in _endings()
 
 
@@ -176,7 +208,7 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
 
 
 def _undecodable(name: str, error: Exception) -> ValueError:
-    """Decoders raise nearly every kind of exception for a file that is damaged."""
+    """Convert an exception of a decoder, which may be of nearly every kind, to a ValueError."""
     if isinstance(error, UnidentifiedImageError):
         return ValueError(f"{name} is not an image that can be read: its content is none of {', '.join(FORMATS)}")
     if isinstance(error, Image.DecompressionBombError):
@@ -186,7 +218,7 @@ def _undecodable(name: str, error: Exception) -> ValueError:
 
 @functools.cache
 def _readable_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this build of Pillow has."""
+    """Return those of `FORMATS` that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -197,16 +229,16 @@ def _endings() -> frozenset[str]:
 
 
 def _with_shorter_side(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Width and height with the same aspect ratio; the longer side is cut down to a whole number of pixels."""
+    """Return (width, height) with the same aspect ratio; the longer side is rounded down."""
     short, long = min(size), max(size)
     longer = int(side * long / short)
     return (side, longer) if size[0] == short else (longer, side)
 
 
 def _letterbox_borders(size: tuple[int, int]) -> tuple[int, int]:
-    """Width of the borders left and right, and above and below.
+    """Return the widths of the borders left and right, and above and below.
 
-    They are equal on both sides: where they would differ by a pixel, what comes out is that pixel short of square.
+    Both sides are equal: where they would differ by a pixel, the result is one pixel short of square.
     """
     across, down = ((max(size) - s) // 2 for s in size)
     return across, down

@@ -1,4 +1,4 @@
-"""A model by name, whatever it is."""
+"""Loading of any model by name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from .weights import DeviceMap
 
 
 def model_class(folder: Path) -> type[MambaLM | VLM | ViT]:
-    """The class that loads a checkpoint, told by its small files.
+    """Determine the class of a checkpoint from its small files.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        The class that loads it.
 
     Raises:
-        FileNotFoundError, ValueError: as `formats.detect_format`.
+        FileNotFoundError, ValueError: see `formats.detect_format`.
     """
     layout = detect_format(folder)
     if layout in ("ml-mamba", "cobra"):
@@ -38,13 +44,19 @@ def model_class(folder: Path) -> type[MambaLM | VLM | ViT]:
 def load_model(
     name_or_path: str | Path, *, dtype: torch.dtype | None = None, device_map: DeviceMap = "cpu", **hub: Any
 ) -> MambaLM | VLM:
-    """A language model or a vision-language model, as its own `from_pretrained` loads it.
+    """Load a language model or a vision-language model by its own `from_pretrained`.
+
+    Args:
+        name_or_path, dtype, device_map, hub: see `HubModel.from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: as `from_pretrained`; or it is an image
-            encoder by itself.
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: see `from_pretrained`; or it is a vision
+            encoder.
     """
     kind = model_class(fetch_model(name_or_path, **hub))
-    if kind is ViT:
-        raise ValueError(f"{name_or_path} is an image encoder, which gives no text")
+    if issubclass(kind, ViT):
+        raise ValueError(f"{name_or_path} is a vision encoder, which generates no text")
     return kind.from_pretrained(name_or_path, dtype=dtype, device_map=device_map, **hub)

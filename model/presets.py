@@ -1,4 +1,4 @@
-"""The papers' models as pairings of pretrained parts: what training starts from."""
+"""Presets: the papers' models as pretrained parts and a connector, the starting point of training."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..connectors import ConnectorConfig
+from ..connectors import ConnectorConfig, Kind, Scan
 from .config import VLMConfig
 from .formats import language
 from .formats.vision import VISION_ENCODERS
 from .formats.vlm import merged, open_encoders
 from .hub import fetch_model
+from .image import Resize
 from .weights import Weights
 
 CLIP = "openai/clip-vit-large-patch14-336"
@@ -30,19 +31,26 @@ class Preset:
     """Names in `VISION_ENCODERS`, in the order of their features."""
     connector: ConnectorConfig
     template: str
-    resize: str | None = None
-    """How images become squares; None is each encoder's own way."""
+    resize: Resize | None = None
+    """`ImageProcessor.resize`; None is that of each encoder."""
 
     @property
     def config(self) -> VLMConfig:
-        """As published, without looking anything up."""
+        """Config of the published parts. Needs no download."""
         vision = tuple(VISION_ENCODERS[name].config for name in self.encoders)
         if self.resize is not None:
             vision = tuple(replace(v, processor=replace(v.processor, resize=self.resize)) for v in vision)
         return VLMConfig(language.PUBLISHED[self.language].config, vision, self.connector, self.template)
 
     def open(self, **hub: Any) -> tuple[VLMConfig, Weights]:
-        """The config and the weights, still unread, of all but the connector. `hub` is as for `fetch`."""
+        """Open the pretrained parts.
+
+        Args:
+            hub: as for `hub.fetch`.
+
+        Returns:
+            The config, and the weights of everything but the connector, unread.
+        """
         config, lm = language.open_language_model(fetch_model(self.language, **hub))
         vision, encoders = open_encoders(self.encoders, self.resize, **hub)
         weights = merged({"language_model.": lm, "": encoders})
@@ -50,12 +58,20 @@ class Preset:
 
 
 def _vl_mamba(
-    language: str = "mamba-2.8b-slimpj", encoder: str = SIGLIP, kind: str = "vss-l2", scan: str = "bidirectional"
+    language: str = "mamba-2.8b-slimpj",
+    encoder: str = SIGLIP,
+    kind: Kind = "vss-l2",
+    scan: Scan = "bidirectional",
 ) -> Preset:
     return Preset(f"state-spaces/{language}", (encoder,), ConnectorConfig(kind, scan), "vicuna")
 
 
-def _ml_mamba(size: str = "2.7b", kind: str = "mamba2-advanced", scan: str = "bidirectional", encoders=DINOV2_SIGLIP):
+def _ml_mamba(
+    size: str = "2.7b",
+    kind: Kind = "mamba2-advanced",
+    scan: Scan = "bidirectional",
+    encoders: tuple[str, ...] = DINOV2_SIGLIP,
+) -> Preset:
     connector = ConnectorConfig(kind, scan, chunk_size=256)
     return Preset(f"state-spaces/mamba2-{size}", encoders, connector, "zephyr", resize="naive")
 
@@ -83,15 +99,15 @@ PRESETS = {
 
 
 def is_preset(name: str | Path) -> bool:
-    """Whether a model's name is that of a preset. A folder of that name comes first."""
+    """Return whether a model's name is that of a preset. A folder of that name takes precedence."""
     return str(name) in PRESETS and not Path(name).is_dir()
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name.
+    """Return the preset of that name.
 
     Raises:
-        ValueError: there is none; the nearest is named.
+        ValueError: there is none; the closest name is suggested.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)

@@ -1,4 +1,4 @@
-"""Text to tokens and back, on the `tokenizers` library and its `tokenizer.json` format."""
+"""Tokenizer on the `tokenizers` library and its `tokenizer.json` format."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class Tokenizer:
     >>> tokenizer = Tokenizer.train(["a red circle", "a blue circle"], vocab_size=300)
     >>> tokenizer.decode(tokenizer.encode("a red circle"))
     'a red circle'
+
+    Args:
+        inner: tokenizer of the `tokenizers` library.
+        eos: its end-of-text token.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, eos: str = END_OF_TEXT):
@@ -36,6 +40,12 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read a `tokenizer.json`. A `tokenizer_config.json` beside it may name another end-of-text token.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The tokenizer.
 
         Raises:
             FileNotFoundError: no such file.
@@ -51,7 +61,15 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """A byte-level BPE tokenizer of at most `vocab_size` tokens; any text can be encoded."""
+        """Train a byte-level BPE tokenizer, which can encode any text.
+
+        Args:
+            texts: training corpus.
+            vocab_size: most tokens.
+
+        Returns:
+            The tokenizer.
+        """
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
@@ -65,26 +83,36 @@ class Tokenizer:
         return cls(inner)
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json`; and a `tokenizer_config.json` where the end-of-text token is not the usual one."""
+        """Write a `tokenizer.json`, and a `tokenizer_config.json` if the end-of-text token is not the usual one.
+
+        Args:
+            path: of the `tokenizer.json`.
+        """
         self.inner.save(str(path))
         if self.eos != END_OF_TEXT:
             Path(path).with_name(CONFIG).write_text(json.dumps({"eos_token": self.eos}) + "\n", encoding="utf-8")
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id: ids may have gaps, where tokens were added."""
+        """Largest id plus one. Ids may have gaps where tokens were added."""
         return 1 + max(self.inner.get_vocab().values())
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """The most characters of text that one token stands for."""
+        """Most characters of a token's text."""
         return max(map(len, self.inner.get_vocab()))
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, nothing added. `<|endoftext|>` in the text is the one special token.
+        """Encode a text. Nothing is added; `<|endoftext|>` in the text is the only special token.
+
+        Args:
+            text: any text.
+
+        Returns:
+            Token ids.
 
         Raises:
-            ValueError: the text has half of a surrogate pair, which is no character; or the tokenizer cannot encode it.
+            ValueError: the text has half a surrogate pair, which is no character; or the tokenizer cannot encode it.
         """
         try:
             return self.inner.encode(text, add_special_tokens=False).ids
@@ -92,18 +120,26 @@ class Tokenizer:
             raise ValueError(f"the text cannot be tokenized: {text[:40]!a}: {e}") from e
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of tokens, special ones left out."""
+        """Decode tokens, leaving out special ones.
+
+        Args:
+            ids: token ids.
+
+        Returns:
+            The text.
+        """
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
 
 def _end_of_text(config: Path) -> str:
+    """Read the end-of-text token of a `tokenizer_config.json`, which may be absent."""
     if not config.exists():
         return END_OF_TEXT
     try:
         eos = read_json(config).get("eos_token")
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{config} is not a tokenizer's config: {e}") from e
-    if isinstance(eos, dict):  # with how the token is treated
+    if isinstance(eos, dict):  # an AddedToken with its flags
         eos = eos.get("content")
     return eos or END_OF_TEXT
 

@@ -1,7 +1,7 @@
 """The vision transformer of CLIP (2103.00020), SigLIP (2303.15343) and DINOv2 with registers (2309.16588).
 
-One class covers the three, with the parameter names of `timm`. Letters: B batch, T tokens, D width, h and w the grid
-of patches.
+One class covers the three, with the parameter names of `timm`. Letters: B batch, T tokens (prefix and patches),
+D width, h and w the grid of patches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from .weights import DeviceMap, load_into
 
 
 class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extraction"):
-    """Images to a grid of patch features, the class and register tokens left out."""
+    """Vision transformer: images to a grid of patch features, without class and register tokens.
+
+    Args:
+        config: architecture.
+    """
 
     config_class = ViTConfig
 
@@ -30,7 +34,7 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
         super().__init__()
         self.config = config
         self.processor: ImageProcessor | None = None
-        """What makes images into the pixels that the encoder expects; set by `from_pretrained`."""
+        """Preprocessing that the encoder expects; set by `from_pretrained`."""
         prefix = config.position_of_class + config.grid_size**2
         self.patch_embed = _PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
@@ -46,9 +50,15 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, height, width) normalised pixels -> (B, h, w, D).
+        """Encode images.
 
-        An image of another size than `image_size` gets the position table resampled (bicubic, antialiased, as timm).
+        For another size than `image_size`, the position table is resampled (bicubic, antialiased, as in timm).
+
+        Args:
+            pixels: (B, 3, height, width), normalized.
+
+        Returns:
+            (B, h, w, D).
 
         Raises:
             ValueError: not a batch of RGB images, or one smaller than a patch.
@@ -60,28 +70,31 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
             raise ValueError(f"pixels must be at least {size} high and wide, got {tuple(pixels.shape[2:])}")
         h, w = pixels.shape[2] // size, pixels.shape[3] // size
         x = self.patch_embed(pixels)  # (B, h * w, D)
+
         class_position, positions = self._positions(h, w, x.dtype)
-        x = x + positions
-        prefix = []
+        x = x + positions  # (B, h * w, D)
+        prefix = []  # class and register tokens, (1, n, D) each
         if self.cls_token is not None:
             prefix.append(self.cls_token if class_position is None else self.cls_token + class_position)
         if self.reg_token is not None:
             prefix.append(self.reg_token)
         n_prefix = sum(p.shape[1] for p in prefix)
-        x = torch.cat([*(p.expand(len(x), -1, -1) for p in prefix), x], dim=1)
+        x = torch.cat([*(p.expand(len(x), -1, -1) for p in prefix), x], dim=1)  # (B, T, D)
+
         x = self.norm_pre(x)
         for block in self.blocks[: self.config.depth + 1 + self.config.feature_layer]:
-            x = block(x)
+            x = block(x)  # (B, T, D)
         if self.config.feature_layer == -1:
             x = self.norm(x)
-        return x[:, n_prefix:].unflatten(1, (h, w))
+        return x[:, n_prefix:].unflatten(1, (h, w))  # (B, h, w, D)
 
     def _positions(self, h: int, w: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """Return the position of the class token (1, 1, D), if the table has one, and those of the patches."""
         table = self.pos_embed
         n = int(self.config.position_of_class)
         class_position, grid = (table[:, :n] if n else None), table[:, n:]
         side = self.config.grid_size
-        return class_position, resample_positions(grid, (side, side), (h, w)).to(dtype)
+        return class_position, resample_positions(grid, (side, side), (h, w)).to(dtype)  # (1, h * w, D)
 
     @classmethod
     def from_pretrained(
@@ -97,7 +110,7 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
         dtype: torch.dtype | None = None,
         device_map: DeviceMap = "cpu",
     ) -> ViT:
-        """A published encoder with its `processor`, ready for inference.
+        """Load a published encoder and its `processor`, ready for inference.
 
         >>> vit = ViT.from_pretrained("vit_so400m_patch14_siglip_384")  # doctest: +SKIP
         >>> vit(vit.processor("picture.png")[None]).shape  # doctest: +SKIP
@@ -106,14 +119,17 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
         Args:
             name_or_path: a name in `formats.vision.VISION_ENCODERS`; or a repository or folder with a CLIP, SigLIP or
                 DINOv2 encoder by `transformers` or `timm`, or one that `save_pretrained` wrote.
-            config: how to run the weights; by default as `VISION_ENCODERS` has it, or as the files say. At another
-                `image_size` than the file's the position table is resampled.
+            config: architecture and preprocessing; by default those of `VISION_ENCODERS`, or of the files. For
+                another `image_size` than the file's, the position table is resampled.
             revision, cache_dir, token, force_download, local_files_only, dtype, device_map: as for every model; see
                 `HubModel.from_pretrained`.
 
+        Returns:
+            The encoder, in evaluation mode.
+
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: it cannot be found, read or reached.
-            ValueError: a file is damaged or incomplete, or the encoder is none of those known.
+            ValueError: a file is damaged or incomplete, or the encoder is not a known one.
         """
         known = VISION_ENCODERS.get(str(name_or_path))
         if known is not None and not Path(name_or_path).is_dir():
@@ -145,7 +161,7 @@ class _PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, size, stride=size, bias=config.patch_bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).flatten(2).mT
+        return self.proj(pixels).flatten(2).mT  # (B, h * w, D)
 
 
 class _Block(nn.Module):
@@ -159,8 +175,8 @@ class _Block(nn.Module):
         self.ls2 = _LayerScale(config.width) if config.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1(self.attn(self.norm1(x)))  # (B, T, D)
+        return x + self.ls2(self.mlp(self.norm2(x)))  # (B, T, D)
 
 
 class _Attention(nn.Module):
@@ -172,7 +188,8 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, D)
+        return self.proj(y)
 
 
 class _MLP(nn.Module):
@@ -183,12 +200,12 @@ class _MLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+        x = self.fc1(x)  # (B, T, MLP width)
         if self.activation == "quick_gelu":
             x = x * torch.sigmoid(1.702 * x)
         else:
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.fc2(x)
+        return self.fc2(x)  # (B, T, D)
 
 
 class _LayerScale(nn.Module):
