@@ -11,6 +11,8 @@ from .fields import Interval, Size, check_fields
 from .image import ImageProcessor
 from .prompt import get_template
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
 
 @dataclass(frozen=True)
 class LMConfig:
@@ -67,7 +69,7 @@ class ViTConfig:
     depth: Annotated[int, Interval("[1, 4096]")] = 12
     heads: Size = 12
     mlp_width: Size = 3072
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    activation: Activation = "gelu"
     norm_eps: Annotated[float, Interval("[0, inf)")] = 1e-6
     class_token: bool = False
     register_tokens: Annotated[int, Interval("[0, 1048576]")] = 0

@@ -1,4 +1,4 @@
-"""Models on disk and on the Hugging Face Hub: `config.json`, weights, and what else a model brings."""
+"""Models on disk and on the Hugging Face Hub: config, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  the public base of connection errors
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -46,7 +46,7 @@ SMALL_FILES = (
     "*.index.json",
     "*/config.json",
 )
-"""What is downloaded besides weights."""
+"""Files to download besides weights."""
 WEIGHT_FILES = (
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("consolidated.safetensors", "consolidated-*-of-*.safetensors"),
@@ -55,14 +55,14 @@ WEIGHT_FILES = (
     ("open_clip_pytorch_model.bin",),
     ("*latest-checkpoint.pt",),
 )
-"""Names of weights. Of a repository that has several kinds, the first is downloaded."""
+"""Files of weights. From a repository with several kinds, the first is downloaded."""
 
 READY = ".vlmamba-new-model"
-"""Folder with the files of a saved model that are complete and not yet all in their place."""
+"""Folder with the complete files of a saved model that are not all moved to their final names yet."""
 REPLACEMENT = "replacement.json"
-"""In it: the names of all new files."""
+"""File in `READY` with the names of all new files."""
 LAST = (WEIGHTS + INDEX, CONFIG)
-"""Files that take their place last, since they speak of the others."""
+"""Files that are moved last, since they refer to the others."""
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 M = TypeVar("M", bound="HubModel")
@@ -78,16 +78,19 @@ def fetch(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
-    """A folder with the files of a model: the folder itself, or the Hub's snapshot of a repository.
+    """Return a folder with the files of a model: the folder itself, or the Hub's snapshot of a repository.
 
     Args:
         name_or_path: a folder, or a repository such as `"state-spaces/mamba-130m"`.
         patterns: of the files wanted, as `"*.json"`; those that the cache lacks are downloaded.
         revision: branch, tag or commit; the newest of the main branch by default.
-        cache_dir: where downloads are kept; the Hub's own place (`HF_HOME`) by default.
+        cache_dir: download cache; the Hub's own (`HF_HOME`) by default.
         token: for private and gated repositories; the one of `hf auth login` by default.
         force_download: download again what the cache has.
-        local_files_only: use the cache alone, as `HF_HUB_OFFLINE=1` does.
+        local_files_only: use the cache only, as `HF_HUB_OFFLINE=1` does.
+
+    Returns:
+        The folder.
 
     Raises:
         FileNotFoundError: no such folder, repository or revision, or not in the cache where nothing may be downloaded.
@@ -101,7 +104,7 @@ def fetch(
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no folder at {name}")
-    at = f"{name} at revision {revision!r}" if revision else name
+    source = f"{name} at revision {revision!r}" if revision else name
     try:
         folder = snapshot_download(
             name,
@@ -127,13 +130,17 @@ def fetch(
             "private repository run `hf auth login` or give token="
         ) from e
     except OfflineModeIsEnabled as e:
-        raise FileNotFoundError(_not_cached(at)) from e
+        raise FileNotFoundError(_not_cached(source)) from e
     except LocalEntryNotFoundError as e:
         if local_files_only or constants.HF_HUB_OFFLINE:
-            raise FileNotFoundError(_not_cached(at)) from e
-        raise ConnectionError(f"the Hub cannot be reached, and {at} is not in the local cache: {_first_line(e)}") from e
+            raise FileNotFoundError(_not_cached(source)) from e
+        raise ConnectionError(
+            f"the Hub cannot be reached, and {source} is not in the local cache: {_first_line(e)}"
+        ) from e
     except (HfHubHTTPError, HTTPError) as e:
-        raise ConnectionError(f"{at} could not be downloaded: {_first_line(e)}. Try again; what came is kept") from e
+        raise ConnectionError(
+            f"{source} could not be downloaded: {_first_line(e)}. Try again; finished files are cached"
+        ) from e
     return Path(folder)
 
 
@@ -146,7 +153,7 @@ def fetch_model(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
-    """`fetch` of `SMALL_FILES` and of one kind of weights, that which comes first in `WEIGHT_FILES`."""
+    """Fetch `SMALL_FILES` and one kind of weights: the first of `WEIGHT_FILES` that there is."""
 
     def get(patterns: Sequence[str]) -> Path:
         return fetch(
@@ -170,10 +177,10 @@ def fetch_model(
     return folder
 
 
-def _not_cached(at: str) -> str:
+def _not_cached(source: str) -> str:
     return (
-        f"{at} is not in the local cache, or not all of it, and downloads are off (local_files_only, HF_HUB_OFFLINE). "
-        "Download it once with them on, or check HF_HOME and cache_dir"
+        f"{source} is not in the local cache, or not all of it, and downloads are off (local_files_only, "
+        "HF_HUB_OFFLINE). Download it once with them on, or check HF_HOME and cache_dir"
     )
 
 
@@ -182,14 +189,15 @@ def _first_line(error: Exception) -> str:
 
 
 class HubModel(nn.Module, PyTorchModelHubMixin):
-    """A model with a `config` dataclass, saved and loaded by name.
+    """Model with a `config` dataclass, saved and loaded by name.
 
-    `save_pretrained(folder)` and `push_to_hub(name)` are the Hub's own mixin's. In a folder that is saved to, the files
-    of a model are replaced when all of the new ones are complete, so that an interrupted save leaves the one before;
-    whatever else is there stays.
+    `save_pretrained(folder)` and `push_to_hub(name)` are those of the Hub's mixin. The files of a model are replaced
+    when all of the new ones are complete, so that an interrupted save leaves the previous model; other files in the
+    folder stay.
     """
 
     config_class: ClassVar[type]
+    config: Any
 
     @classmethod
     def from_pretrained(
@@ -204,23 +212,25 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         dtype: torch.dtype | None = None,
         device_map: DeviceMap = "cpu",
     ) -> M:
-        """A model from a folder or the Hub, ready for inference.
+        """Load a model from a folder or the Hub, ready for inference.
 
         Args:
             name_or_path: a folder, or a repository such as `"state-spaces/mamba-130m"`.
             revision, cache_dir, token, force_download, local_files_only: see `fetch`.
             dtype: of the weights; None keeps the file's. Parameters that a scan is most sensitive to stay float32.
-            device_map: where the weights are to lie: a device, `"auto"` (a GPU if there is one), or beginnings of
-                parameter names to devices, as `{"": "cpu", "backbone.layers.0": "cuda:0"}`; the longest that fits
-                decides.
+            device_map: placement of the weights: a device, `"auto"` (a GPU if there is one), or a mapping from
+                prefixes of parameter names to devices, such as `{"": "cpu", "backbone.layers.0": "cuda:0"}`; the
+                longest matching prefix decides.
 
-        Weights go straight to their place, one after the other: at most one file of them is in memory besides.
+        Returns:
+            The model, in evaluation mode. Weights are loaded one after the other directly to their device: at most one
+            file of them is in memory besides.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: see `fetch`; or the folder has no config or weights.
             ValueError: a file is damaged or incomplete, the format is not known, or weights and config do not agree.
         """
-        hub = {
+        hub: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,
             "token": token,
@@ -238,30 +248,54 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[Any, Weights]:
-        """The config and the weights of a folder, both in this library's terms. `hub` is as for `load_extras`."""
+        """Open a checkpoint without reading its weights.
+
+        Args:
+            folder: with config and weights.
+            hub: as for `fetch`, for files in other repositories.
+
+        Returns:
+            The config, and the weights under the names of this class.
+        """
         if not (folder / CONFIG).exists():
             raise FileNotFoundError(f"{folder} has no {CONFIG}, so what model it holds is unknown")
         return load_config(cls.config_class, folder / CONFIG), open_weights(folder)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """As the mixin's, but all or nothing. A card (`README.md`) that is there stays.
+        """Save as the mixin does, but atomically. An existing model card (`README.md`) stays.
+
+        Args:
+            save_directory: folder, made where it does not exist.
+            kwargs: as for the mixin.
+
+        Returns:
+            URL of the commit with `push_to_hub`, else None.
 
         Raises:
-            OSError: `save_directory` cannot hold a model, or the disk is full; what was there is untouched.
+            OSError: `save_directory` cannot hold a model, or the disk is full; its content is unchanged.
         """
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing_folder(save_directory) as staged:
-            told = super().save_pretrained(staged, **kwargs)
+            url = super().save_pretrained(staged, **kwargs)
             if (Path(save_directory) / CARD).exists():
                 (staged / CARD).unlink()
-        return told
+        return url
 
     def save_extras(self, folder: Path) -> None:
-        """Write what belongs to the model besides weights and config."""
+        """Write the files of the model besides weights and config.
+
+        Args:
+            folder: to write to.
+        """
 
     def load_extras(self, folder: Path, **hub: Any) -> None:
-        """Read what `save_extras` wrote. `hub` are the arguments of `fetch`, for what lies elsewhere."""
+        """Read the files that `save_extras` wrote.
+
+        Args:
+            folder: of the checkpoint.
+            hub: as for `fetch`, for files in other repositories.
+        """
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_config(self.config, save_directory / CONFIG)
@@ -270,7 +304,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
 
 def unshared(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each tensor once: of tied parameters, the first name."""
+    """Return the state dict with each tensor once, tied parameters under their first name."""
     state, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -281,18 +315,17 @@ def unshared(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def replacing_folder(target: str | Path) -> Iterator[Path]:
-    """Give an empty folder, whose files replace those of the model in `target` when the block ends well.
+    """Yield an empty folder whose files replace those of the model in `target` when the block succeeds.
 
-    What is no file of a model stays in `target`. The files are written within it, and put on the disk, before one
-    rename says that they are complete; then each takes its place by a rename. A process that is killed before leaves
-    the old model, one that is killed later the new one: what is left to rename is found and renamed by the next
-    reader or writer (`finish_replacing`).
+    Other files in `target` stay. New files are written inside `target` and synced before one rename marks them as
+    complete; then each is renamed to its final name. A process killed before the mark leaves the old model. One killed
+    after it leaves the new model: the next reader or writer finishes the renames (`finish_replacing`).
 
     Args:
-        target: a folder, a link to one, or a mount point; it is made where it is not there.
+        target: a folder, a link to one, or a mount point; made where it does not exist.
 
     Raises:
-        OSError: `target` cannot hold a model; or as the block raised it, with a note that `target` is untouched.
+        OSError: `target` cannot hold a model; or from the block, with a note that `target` is unchanged.
     """
     check_replaceable(target)
     target = Path(os.path.realpath(target))
@@ -315,7 +348,7 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
     except OSError as e:
         if (target / READY).exists():
             raise OSError(
-                e.errno, f"{target} holds the new model, of which not all files are in their place: {e.strerror}"
+                e.errno, f"{target} holds the new model, of which not all files have their final names: {e.strerror}"
             ) from e
         raise OSError(e.errno, f"could not save {target}, which is as it was before: {e.strerror or e}") from e
     finally:
@@ -326,11 +359,11 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(target: str | Path) -> None:
-    """Refuse a place where no model can be saved.
+    """Check that a model can be saved in a folder.
 
     Raises:
-        NotADirectoryError: it is a file, or lies within one.
-        IsADirectoryError: it has a folder in the place of a model's file.
+        NotADirectoryError: it is a file, or inside one.
+        IsADirectoryError: it has a folder with the name of a model's file.
         PermissionError: it may not be written.
     """
     target = Path(os.path.realpath(target))
@@ -346,11 +379,11 @@ def check_replaceable(target: str | Path) -> None:
 
 
 def finish_replacing(target: Path) -> None:
-    """Put the files of a complete new model in their place, where a save was interrupted after it had them all.
+    """Finish a save that was interrupted after all new files were complete: rename them to their final names.
 
     Raises:
-        PermissionError: this user may not.
-        ValueError: the folder names files that lie outside of it.
+        PermissionError: this user may not write there.
+        ValueError: the folder names files outside of it.
     """
     ready = target / READY
     if not ready.is_dir():
@@ -379,7 +412,7 @@ def finish_replacing(target: Path) -> None:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of that name belongs to a model that this library saves."""
+    """Return whether a file of that name belongs to a model that this library saves."""
     return name in (CONFIG, TOKENIZER, "tokenizer_config.json", WEIGHTS, WEIGHTS + INDEX) or bool(
         _SHARD.fullmatch(name)
     )

@@ -1,4 +1,4 @@
-"""What a checkpoint is and what it takes to run it, without reading its weights."""
+"""Inspection of checkpoints: architecture, parameters, memory and FLOPs, without reading weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .config import LMConfig
 from .formats import detect_format
@@ -21,7 +22,7 @@ from .weights import Weights, check_fit, dtype_of
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations that a language model does for one token; a multiplication and an addition are two.
+    """Floating-point operations of a language model per token; a multiplication and an addition are two.
 
     Letters: D width, E = expand * D inner width, N state, R rank of dt, H heads, G groups, K width of the convolution,
     Q chunk, V rows of the embedding. A layer's
@@ -30,11 +31,11 @@ class Flops:
     - convolution: `2 K` a channel, of which there are E, or E + 2GN in Mamba-2;
     - scan of Mamba: `7 E N` (dt A, its exponential, the decay, B x, their sum, and two for C h);
     - scan of Mamba-2, decoding: `5 E N` (the same without the first two, which are one number a head);
-    - scan of Mamba-2, in a prompt, by chunks: `2 Q (G N + E) + 4 E N` (C B^T, its product with x, and the state in and
-      out; the whole square of a chunk, as it is computed).
+    - scan of Mamba-2, in prefill, by chunks: `2 Q (G N + E) + 4 E N` (C B^T, its product with x, and the state in and
+      out; the entire square of a chunk, as it is computed).
 
-    The head takes `2 D V`; in a prompt it runs on the last token alone, and is not counted. Norms, gates and
-    activations are left out: some `10 E` a layer. Nothing depends on how long the sequence is.
+    The head takes `2 D V`; in a prefill it runs on the last token only, and is not counted. Norms, gates and
+    activations are left out: about `10 E` a layer. Nothing depends on the length of the sequence.
     """
 
     projections: int
@@ -44,11 +45,20 @@ class Flops:
 
     @property
     def total(self) -> int:
+        """Sum of all parts."""
         return self.projections + self.convolution + self.scan + self.head
 
 
-def flops_a_token(config: LMConfig, prefill: bool) -> Flops:
-    """Of a token that is decoded, or of one within a long prompt."""
+def flops_per_token(config: LMConfig, prefill: bool) -> Flops:
+    """Count the operations of a decoded token, or of one within a long prompt.
+
+    Args:
+        config: of the language model.
+        prefill: a token of a prompt.
+
+    Returns:
+        Operations by part; see `Flops`.
+    """
     width, inner, state = config.d_model, config.expand * config.d_model, config.d_state
     if config.layer == "mamba":
         rank = math.ceil(width / 16) if config.dt_rank is None else config.dt_rank
@@ -67,28 +77,28 @@ def flops_a_token(config: LMConfig, prefill: bool) -> Flops:
 
 @dataclass(frozen=True)
 class Report:
-    """What `inspect` found."""
+    """Result of `inspect`."""
 
     name: str
     format: str
     model: str
-    """Class that loads it."""
+    """Name of the class that loads it."""
     parameters: dict[str, int]
-    """Of each part; tied ones are counted once."""
+    """Number of parameters of each module; tied ones are counted once."""
     dtypes: dict[str, int]
-    """Parameters of each dtype, as they would be loaded."""
+    """Number of parameters of each dtype after loading."""
     weight_bytes: int
     state_bytes: int | None
-    """Recurrent state of one sequence, whatever its length; None where there is no language model."""
+    """Recurrent state of one sequence of any length; None without a language model."""
     decode: Flops | None
-    """For one token that is written."""
+    """Per decoded token."""
     prefill: Flops | None
-    """For one token of a prompt."""
+    """Per token of a prompt."""
     image_tokens: int | None
-    """Tokens of a prompt that an image takes; None where the model sees none."""
+    """Number of tokens of an image; None without a vision encoder and a language model."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; totals are added."""
+        """Convert to plain values, with totals added."""
         flops = {
             name: {**vars(f), "total": f.total} if f else None
             for name, f in (("decode", self.decode), ("prefill", self.prefill))
@@ -114,12 +124,15 @@ class Report:
 
 
 def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> Report:
-    """Look at a checkpoint in any known format. Of the weights only names, shapes and dtypes are read.
+    """Inspect a checkpoint in any known format. Only names, shapes and dtypes of the weights are read.
 
     Args:
-        name_or_path: a folder; a preset, of which nothing is downloaded; or a repository on the Hub.
-        dtype: as if it were loaded so; None keeps the file's, and is float32 for a preset.
-        hub: `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` as `hub.fetch` takes them.
+        name_or_path: a folder; a preset, for which nothing is downloaded; or a repository on the Hub.
+        dtype: report sizes for loading in this dtype; None keeps the file's, and is float32 for a preset.
+        hub: `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` as for `hub.fetch`.
+
+    Returns:
+        The report.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.
@@ -128,14 +141,14 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
     if is_preset(name_or_path):
         kind, layout = VLM, "preset"
         with torch.device("meta"):
-            model = VLM(PRESETS[str(name_or_path)].config)
+            model: nn.Module = VLM(PRESETS[str(name_or_path)].config)
         weights = Weights.from_tensors(model.state_dict())
     else:
         folder = fetch_model(name_or_path, **hub)
         kind, layout = model_class(folder), detect_format(folder)
         config, weights = kind.open_checkpoint(folder, **hub)
         with torch.device("meta"):
-            model = kind(config)
+            model = kind(config)  # pyright: ignore[reportArgumentType]  config and class belong together
     own, tied = check_fit(model, weights, str(name_or_path))
     stored = weights.dtypes
     parameters: dict[str, int] = {}
@@ -148,15 +161,16 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         parameters[part] = parameters.get(part, 0) + n
         dtypes[label] = dtypes.get(label, 0) + n
         weight_bytes += n * loaded.itemsize
-    lm, prefix = (model.language_model, "language_model.") if kind is VLM else (model, "")
-    is_language = isinstance(lm, MambaLM)
-    state = 0
-    for i, layer in enumerate(lm.backbone.layers if is_language else ()):
-        name = f"{prefix}backbone.layers.{i}.mixer.conv1d.weight"
-        one = layer.mixer.new_state(1)
-        inputs = dtype_of(name, stored[name], dtype)
-        state += one.conv.numel() * inputs.itemsize
-        state += one.ssm.numel() * torch.promote_types(inputs, torch.float32).itemsize
+    lm, prefix = (model.language_model, "language_model.") if isinstance(model, VLM) else (model, "")
+    state_bytes = decode = prefill = None
+    if isinstance(lm, MambaLM):
+        state_bytes = 0
+        for i, one in enumerate(lm.new_state(1)):
+            name = f"{prefix}backbone.layers.{i}.mixer.conv1d.weight"
+            inputs = dtype_of(name, stored[name], dtype)
+            state_bytes += one.conv.numel() * inputs.itemsize
+            state_bytes += one.ssm.numel() * torch.promote_types(inputs, torch.float32).itemsize
+        decode, prefill = (flops_per_token(lm.config, prefill=prefill) for prefill in (False, True))
     return Report(
         str(name_or_path),
         layout,
@@ -164,15 +178,15 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         parameters,
         dtypes,
         weight_bytes,
-        state if is_language else None,
-        flops_a_token(lm.config, prefill=False) if is_language else None,
-        flops_a_token(lm.config, prefill=True) if is_language else None,
-        model.image_tokens if kind is VLM else None,
+        state_bytes,
+        decode,
+        prefill,
+        model.image_tokens if isinstance(model, VLM) else None,
     )
 
 
 def mebibytes(n: int) -> str:
-    """A size to be read; small ones in KiB, large ones in GiB."""
+    """Format a size in KiB, MiB or GiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if n >= size:
             return f"{n / size:.1f} {unit}"
@@ -184,10 +198,10 @@ def _flops(n: int) -> str:
 
 
 def _part(name: str) -> str:
-    """The part of a model that a parameter belongs to: a module two levels deep, or three in a VLM's."""
-    for whole in ("language_model.", "vision.", ""):
-        if name.startswith(whole):
-            inner = name.removeprefix(whole).split(".")
+    """Return the module that a parameter is counted under: one or two levels below its model."""
+    for prefix in ("language_model.", "vision.", ""):
+        if name.startswith(prefix):
+            inner = name.removeprefix(prefix).split(".")
             depth = 2 if inner[0] in ("backbone", "encoders") else 1
-            return whole + ".".join(inner[:depth])
+            return prefix + ".".join(inner[:depth])
     raise AssertionError(name)

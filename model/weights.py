@@ -1,4 +1,4 @@
-"""Weights in files: read lazily and put, tensor by tensor, where the model is to lie."""
+"""Weight files: lazy reading, saving, and loading into a model tensor by tensor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -29,15 +30,15 @@ SINGLE_FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-"""Where the weights of a folder are looked for, in this order; each may be the index of shards in its place."""
+"""Weight files of a folder, in the order of preference; each may be replaced by an index of shards."""
 
 DeviceMap = str | torch.device | Mapping[str, "str | int | torch.device"]
-"""A device; `"auto"`, a GPU if there is one; or beginnings of parameter names, whole parts each, to devices."""
+"""A device; `"auto"`, a GPU if there is one; or prefixes of parameter names (complete components) to devices."""
 
 MAX_SHARD_SIZE = 5_000_000_000
-"""Bytes; larger weights are saved in several files."""
+"""Bytes of a file. Larger weights are saved in several."""
 
-_KEPT_IN_FLOAT32 = re.compile(r"(?:.*\.)?(?:(?:A_logs?|Ds?|dt_bias|dt_projs_bias)(?:_\w+)?|dt_proj\.bias)")
+_ALWAYS_FLOAT32 = re.compile(r"(?:.*\.)?(?:(?:A_logs?|Ds?|dt_bias|dt_projs_bias)(?:_\w+)?|dt_proj\.bias)")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,7 +57,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is not read yet."""
+    """Tensor whose data is not read yet."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -64,10 +65,10 @@ class LazyTensor:
 
 
 class Weights(Mapping[str, Tensor]):
-    """Names to tensors. `weights[name]` reads one tensor from its file; none is kept.
+    """Mapping from names to tensors. `weights[name]` reads one tensor from its file; none is cached.
 
-    A tensor that was read may be a view of the file: copy it before the file changes. Names come in the order of the
-    files, and one file is open at a time, so that going through all of them holds one shard.
+    A tensor may be a view of the file: copy it before the file changes. Names are in the order of the files, and one
+    file is open at a time, so that iterating over all tensors holds one shard.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor]):
@@ -92,23 +93,26 @@ class Weights(Mapping[str, Tensor]):
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """The shapes, without reading data."""
+        """Shapes, without reading data."""
         return {name: t.shape for name, t in self._tensors.items()}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtypes, without reading data."""
+        """Dtypes, without reading data."""
         return {name: t.dtype for name, t in self._tensors.items()}
 
     def lazy(self, name: str) -> LazyTensor:
-        """A tensor to be read later, for weights made of several."""
+        """Return a tensor to be read later, for weights that are derived from others."""
         return self._tensors[name]
 
     def renamed(self, names: Callable[[str], str | None] | Mapping[str, str | None]) -> Weights:
-        """The same tensors by other names, still unread.
+        """Rename tensors without reading them.
 
         Args:
-            names: from an old name to the new one, or to None to leave the tensor out; names that a mapping lacks stay.
+            names: from an old name to the new one, or to None to drop the tensor; names that a mapping lacks stay.
+
+        Returns:
+            New weights.
 
         Raises:
             ValueError: two tensors would have the same name.
@@ -118,12 +122,12 @@ class Weights(Mapping[str, Tensor]):
             pairs = [(old, mapping.get(old, old)) for old in self]
         else:
             pairs = [(old, names(old)) for old in self]
-        kept = [(old, new) for old, new in pairs if new is not None]
-        twice = [new for new, n in Counter(new for _, new in kept).items() if n > 1]
-        if twice:
-            olds = [old for old, new in kept if new == twice[0]]
-            raise ValueError(f"{' and '.join(olds)} would both be named {twice[0]}")
-        return Weights({new: self._tensors[old] for old, new in kept})
+        renamed = [(old, new) for old, new in pairs if new is not None]
+        duplicates = [new for new, n in Counter(new for _, new in renamed).items() if n > 1]
+        if duplicates:
+            olds = [old for old, new in renamed if new == duplicates[0]]
+            raise ValueError(f"{' and '.join(olds)} would both be named {duplicates[0]}")
+        return Weights({new: self._tensors[old] for old, new in renamed})
 
 
 def open_weights(path: str | Path, pick: str | None = None) -> Weights:
@@ -131,10 +135,11 @@ def open_weights(path: str | Path, pick: str | None = None) -> Weights:
 
     Args:
         path: a `.safetensors` file, a pickle of tensors, or a folder with one of `SINGLE_FILES` or its shards.
-        pick: name of the file to open in a folder, where it is none of those or there are several.
+        pick: name of the file to open in a folder, if it is none of those or there are several.
 
-    A pickle of nested dictionaries gives names joined by dots. Pickles are read with `weights_only`, so that none can
-    run code, and mapped into memory as safetensors files are.
+    Returns:
+        The weights. Names in a pickle of nested dictionaries are joined by dots. Pickles are read with `weights_only`,
+        so that none can run code, and memory-mapped as safetensors files are.
 
     Raises:
         FileNotFoundError: no weights there.
@@ -193,17 +198,19 @@ def _open_files(paths: list[Path]) -> Weights:
 
 
 class _OneOpenFile:
-    """Lets go of a file when another is read."""
+    """Reader that closes a file when another one is read."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self.get: Callable[[str], Tensor] | None = None
 
     def read(self, path: Path, name: str) -> Tensor:
-        if path != self.path:
-            self.path = self.get = None
-            self.get = _safetensors(path).get_tensor if _is_safetensors(path) else _pickled(path, "cpu").__getitem__
-            self.path = path
-        return self.get(name)
+        get = self.get
+        if get is None or path != self.path:
+            self.path = self.get = get = None  # close the last file before the next one is opened
+            get = _safetensors(path).get_tensor if _is_safetensors(path) else _pickled(path, "cpu").__getitem__
+            self.path, self.get = path, get
+        return get(name)
 
 
 def _contents(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -221,7 +228,7 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
 
-def _safetensors(path: Path):
+def _safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as e:
@@ -235,7 +242,7 @@ def _pickled(path: Path, device: str) -> dict[str, Tensor]:
         # Pickles from before PyTorch 1.6 cannot be mapped.
         data = torch.load(path, map_location=device, weights_only=True, mmap=zipped and device != "meta")
     except Exception as e:  # torch.load raises many kinds for a damaged file
-        # How PyTorch speaks of a class or function that a pickle wants to call.
+        # PyTorch's wording for a class or function that a pickle calls.
         wanted = re.search(r"[^\n]*\b(?:GLOBAL|[Uu]nsupported (?:class|global))\b[^\n]*", str(e))
         if isinstance(e, pickle.UnpicklingError) and wanted:
             raise ValueError(
@@ -266,15 +273,17 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 
 def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `model.safetensors`; or, where that would be larger than `MAX_SHARD_SIZE`, shards and their index.
+    """Write `model.safetensors`; or shards and their index, if it would be larger than `MAX_SHARD_SIZE`.
 
-    Tensors are read shard by shard, and must not share memory.
+    Args:
+        weights: read shard by shard. Tensors must not share memory.
+        folder: to write to.
 
     Raises:
         OSError: a file could not be written.
     """
     shapes, dtypes = _shapes(weights), _dtypes(weights)
-    # Of no size: only the names are needed to plan the shards.
+    # Meta tensors: the plan of the shards needs no data.
     planned = {name: torch.empty(shapes[name], dtype=dtypes[name], device="meta") for name in weights}
     plan = split_torch_state_dict_into_shards(planned, max_shard_size=MAX_SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
@@ -293,11 +302,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as e:  # as the library tells of a full disk
-        told = re.search(r"os error (\d+)", str(e))
-        if told is None:
+    except SafetensorError as e:  # also raised for a full disk
+        match = re.search(r"os error (\d+)", str(e))
+        if match is None:
             raise
-        number = int(told[1])
+        number = int(match[1])
         raise OSError(number, os.strerror(number), str(path)) from e
 
 
@@ -308,18 +317,18 @@ def load_into(
     dtype: torch.dtype | None = None,
     device_map: DeviceMap = "cpu",
 ) -> None:
-    """Give a model its weights, strictly. It may have been built on the `meta` device.
+    """Load weights into a model, strictly. The model may be on the `meta` device.
 
-    Every parameter and buffer is made straight on its device and in its dtype, one after the other.
+    Parameters and buffers are allocated one after the other, directly on their device and in their dtype.
 
     Args:
         model: its parameters are replaced.
-        weights: by the names of the model's state dict. Of tied parameters one name is enough.
-        source: where the weights are from, for messages.
-        dtype: of what is floating; None keeps the file's. What a scan is most sensitive to (A_log, D and the bias of
-            the step size) is float32 at least.
-        device_map: see `DeviceMap`; the longest beginning that fits decides. Tied parameters lie where the first of
-            their names does.
+        weights: under the names of the model's state dict. Tied parameters need one name.
+        source: origin of the weights, for messages.
+        dtype: of floating-point tensors; None keeps the file's. Parameters that a scan is most sensitive to (A_log, D
+            and the bias of dt) are at least float32.
+        device_map: see `DeviceMap`; the longest matching prefix decides. Tied parameters follow the first of their
+            names.
 
     Raises:
         ValueError: lists every name that is missing, unexpected, of another shape or not a float; or tied parameters
@@ -328,7 +337,7 @@ def load_into(
     check_placement(dtype, device_map)
     own, names = check_fit(model, weights, source)
     devices = _devices(device_map, [same[0] for same in names.values()])
-    _check_whole(model, devices)
+    _check_one_device(model, devices)
 
     made: dict[int, Tensor] = {}
     with torch.no_grad():
@@ -358,10 +367,16 @@ def load_into(
 def check_fit(
     model: nn.Module, weights: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[int, list[str]]]:
-    """Compare names, shapes and dtypes, without reading: the model's own tensors, and the names of each by its id.
+    """Compare names, shapes and dtypes of a model and weights, without reading.
+
+    Args:
+        model, weights, source: see `load_into`.
+
+    Returns:
+        The model's tensors by name, and the names of each by its id.
 
     Raises:
-        ValueError: as `load_into`.
+        ValueError: see `load_into`.
     """
     own = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
@@ -396,46 +411,46 @@ def _dtypes(weights: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
 
 
 def dtype_of(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype that a parameter gets: the wanted one, but float32 at least where a scan needs it."""
+    """Return the dtype of a parameter after loading: the wanted one, but at least float32 where a scan needs it."""
     if not stored.is_floating_point:
         return stored
     dtype = wanted or stored
-    return torch.promote_types(dtype, torch.float32) if _KEPT_IN_FLOAT32.fullmatch(name) else dtype
+    return torch.promote_types(dtype, torch.float32) if _ALWAYS_FLOAT32.fullmatch(name) else dtype
 
 
 def check_placement(dtype: torch.dtype | None, device_map: DeviceMap) -> None:
-    """Refuse what no model could be loaded with.
+    """Check `dtype` and `device_map` before anything is loaded.
 
     Raises:
-        ValueError: `dtype` is not floating, or `device_map` names what is no device.
+        ValueError: `dtype` is not a floating-point dtype, or `device_map` has something that is no device.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating torch.dtype such as torch.bfloat16, or None, got {dtype!r}")
-    _by_beginning(device_map)
+    _by_prefix(device_map)
 
 
-def _by_beginning(device_map: DeviceMap) -> dict[str, torch.device]:
+def _by_prefix(device_map: DeviceMap) -> dict[str, torch.device]:
     if isinstance(device_map, str) and device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(device_map, Mapping):
         device_map = {"": device_map}
-    return {beginning: _device(beginning, device) for beginning, device in device_map.items()}
+    return {prefix: _device(prefix, device) for prefix, device in device_map.items()}
 
 
 def _devices(device_map: DeviceMap, names: list[str]) -> dict[str, torch.device]:
-    """The device of each name."""
-    devices = _by_beginning(device_map)
+    """Return the device of each parameter."""
+    devices = _by_prefix(device_map)
     placed = {}
     for name in names:
-        fitting = [b for b in devices if not b or name == b or name.startswith(b + ".")]
-        if not fitting:
+        matching = [p for p in devices if not p or name == p or name.startswith(p + ".")]
+        if not matching:
             raise ValueError(f"device_map covers {', '.join(map(repr, devices))}, but not the parameter {name}")
-        placed[name] = devices[max(fitting, key=len)]
+        placed[name] = devices[max(matching, key=len)]
     return placed
 
 
-def _check_whole(model: nn.Module, devices: Mapping[str, torch.device]) -> None:
-    """Modules with `one_device` move what comes to them to their device: they must have one."""
+def _check_one_device(model: nn.Module, devices: Mapping[str, torch.device]) -> None:
+    """Check that modules with `one_device`, to which inputs are moved, are on one device each."""
     for prefix, module in model.named_modules():
         if getattr(module, "one_device", False):
             of_module = {str(d) for name, d in devices.items() if name.startswith(prefix + ".")}
@@ -443,8 +458,8 @@ def _check_whole(model: nn.Module, devices: Mapping[str, torch.device]) -> None:
                 raise ValueError(f"device_map splits {prefix} over {', '.join(sorted(of_module))}; give it one device")
 
 
-def _device(beginning: str, device: str | int | torch.device) -> torch.device:
-    where = f"device_map[{beginning!r}]" if beginning else "device_map"
+def _device(prefix: str, device: str | int | torch.device) -> torch.device:
+    where = f"device_map[{prefix!r}]" if prefix else "device_map"
     if device == "disk":
         raise ValueError(f"{where} is 'disk': offloading to disk is not supported; give a device with enough memory")
     try:

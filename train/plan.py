@@ -14,7 +14,7 @@ from torch import nn
 
 from ..model.batch import Sample, collate
 from ..model.config import LMConfig, VisionConfig, VLMConfig
-from ..model.inspect import flops_a_token, mebibytes
+from ..model.inspect import flops_per_token, mebibytes
 from ..model.vlm import VLM
 from .config import StageConfig
 from .lora import add_lora
@@ -94,7 +94,7 @@ class Plan:
     devices: int
     n_samples: int
     size: Size
-    flops_a_token: float
+    flops_per_token: float
     """Of training, forward and backward, in the mean over tokens of text and image."""
     disk: int
     """Bytes that the checkpoints and the trained model will take."""
@@ -133,7 +133,7 @@ class Plan:
                 f"{self.tokens_an_epoch:,.0f}, {size.targets / size.tokens:.0%} of them learned "
                 f"(counted on {size.n_seen:,} of {self.n_samples:,} samples, the rest by their mean)",
             ),
-            ("operations", f"{self.flops_a_token * self.tokens_an_epoch * stage.epochs:.3g} in all"),
+            ("operations", f"{self.flops_per_token * self.tokens_an_epoch * stage.epochs:.3g} in all"),
             ("disk", mebibytes(self.disk)),
         ]
         width = max(len(label) for label, _ in rows)
@@ -192,7 +192,7 @@ def flops_of_sample(model: VLM, size: Size) -> float:
     weights = [(p.numel(), p.requires_grad) for p in model.language_model.parameters()]
     times = 2 + sum(n for n, learns in weights if learns) / sum(n for n, _ in weights)
     head = 2 * language.d_model * language.padded_vocab_size
-    lm = flops_a_token(language, prefill=True).total * size.tokens + head * size.targets
+    lm = flops_per_token(language, prefill=True).total * size.tokens + head * size.targets
     vision = size.images * sum(_encoder_flops(v) for v in model.config.vision)
     connector = 3 * image_tokens * sum(2 * m.weight.numel() for m in _linears(model.connector))
     return times * lm + vision + connector

@@ -32,7 +32,7 @@ class Tracker:
         folder: of the stage.
         name: of the stage, for the bar.
         first_step, n_steps: the step that comes next, and how many there are in all.
-        flops_a_token: operations of training on one token; with `peak_flops` it gives the utilisation.
+        flops_per_token: operations of training on one token; with `peak_flops` it gives the utilisation.
         peak_flops: operations a second of all devices together, at the precision that is trained in.
         wandb: project at Weights & Biases; None sends nothing there.
 
@@ -46,7 +46,7 @@ class Tracker:
         name: str,
         first_step: int,
         n_steps: int,
-        flops_a_token: float | None = None,
+        flops_per_token: float | None = None,
         peak_flops: float | None = None,
         wandb: str | None = None,
     ):
@@ -55,7 +55,7 @@ class Tracker:
         self.metrics = _continued(folder / "metrics.jsonl", first_step)
         self.speeds = _continued(folder / "speeds.jsonl", first_step)
         self.board = _board(folder, purge_step=first_step)
-        self.flops_a_token, self.peak_flops = flops_a_token, peak_flops
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.bar = tqdm(total=n_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, mininterval=0.5)
         self.tokens = self.seconds = 0.0
 
@@ -84,8 +84,8 @@ class Tracker:
             "data_wait": wait / seconds,
             "peak_memory": peak_memory(),
         }
-        if self.flops_a_token is not None and self.peak_flops is not None:
-            speeds["utilisation"] = self.flops_a_token * n_tokens / seconds / self.peak_flops
+        if self.flops_per_token is not None and self.peak_flops is not None:
+            speeds["utilisation"] = self.flops_per_token * n_tokens / seconds / self.peak_flops
         self.metrics.write(json.dumps({"step": step, **figures}) + "\n")
         self.speeds.write(json.dumps({"step": step, **speeds}) + "\n")
         if self.board:

@@ -26,7 +26,7 @@ from ...model.config import VisionConfig
 from ...model.formats.language import PUBLISHED
 from ...model.formats.vision import VISION_ENCODERS
 from ...model.image import ImageProcessor
-from ...model.inspect import flops_a_token
+from ...model.inspect import flops_per_token
 from ..options import Size
 from ..peers import check_installed
 
@@ -114,7 +114,7 @@ class VLMSpec:
         if isinstance(lm, TransformerConfig):
             matrices = 4 * lm.width + (3 if lm.kind == "llama" else 2) * lm.mlp_width
             return batch * tokens * 2.0 * lm.layers * lm.width * (matrices + tokens)
-        return float(batch * tokens * flops_a_token(lm, prefill=True).total)
+        return float(batch * tokens * flops_per_token(lm, prefill=True).total)
 
     def step_work(self, context: int, batch: int, dtype: torch.dtype, parameters: int) -> float:
         """Bytes that a decoding step reads; its time is predicted in proportion to them."""

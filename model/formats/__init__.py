@@ -1,9 +1,9 @@
-"""The layouts that published checkpoints come in, and how each is told from the others."""
+"""Layouts of published checkpoints, and their detection."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ FORMATS = {
     "ml-mamba": "latest-checkpoint.pt, and a config.json with llm_backbone_id mamba2-* or none",
     "cobra": "latest-checkpoint.pt, and a config.json with another llm_backbone_id",
 }
-"""Each format, and what it is told by."""
+"""Formats, and what each is detected by."""
 
 RELEASED = "latest-checkpoint.pt"
-"""The weights of ML-Mamba and Cobra, in the folder or in its `checkpoints`."""
+"""Weights file of ML-Mamba and Cobra, in the folder or in its `checkpoints`."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object from a file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -41,13 +41,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def parsing(path: Path) -> Iterator[None]:
-    """Make what goes wrong with the settings of somebody else's file an error that names it.
+    """Convert errors of malformed settings in a file into a ValueError that names the file.
 
-    Such files have dozens of settings in several spellings; one of another type, or of a size that no model has, shows
-    where it is calculated with.
+    Such files have dozens of settings in several spellings. One of another type, or of an impossible size, only shows
+    where it is used.
 
     Raises:
-        ValueError: as the block raises it, or in place of a TypeError and the like.
+        ValueError: from the block; or in place of a TypeError and the like.
     """
     try:
         yield
@@ -56,11 +56,17 @@ def parsing(path: Path) -> Iterator[None]:
 
 
 def detect_format(folder: str | Path) -> str:
-    """The format of a checkpoint, one of `FORMATS`, told by its small files alone.
+    """Detect the format of a checkpoint from its small files.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        A key of `FORMATS`.
 
     Raises:
-        FileNotFoundError: nothing there tells what it is.
-        ValueError: it is of none of the formats; the message says what was seen and what is known.
+        FileNotFoundError: there is no config.
+        ValueError: it is of no known format; the message has what was found and what is known.
     """
     folder = checkpoint_folder(folder)
     if not (folder / "config.json").exists() and (folder / RELEASED).exists():
@@ -88,7 +94,7 @@ def detect_format(folder: str | Path) -> str:
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
-    """The folder itself; or the one in it that has a `config.json`, where the folder has none: as in `han1997/cobra`.
+    """Return the folder, or the one inside it with a `config.json` where it has none itself, as in `han1997/cobra`.
 
     Raises:
         ValueError: there are several.
@@ -102,7 +108,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
     return inner[0] if inner else folder
 
 
-def _unknown(path: Path, keys) -> ValueError:
+def _unknown(path: Path, keys: Iterable[str]) -> ValueError:
     known = "\n  ".join(f"{name}: {mark}" for name, mark in FORMATS.items())
     seen = ", ".join(sorted(keys)) or "nothing"
     return ValueError(f"{path} is of no known format: it has {seen}. Known are\n  {known}")

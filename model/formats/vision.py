@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import CLIP_L_336, DINOV2_L_REG_384, SIGLIP_SO400M_384, VisionConfig, ViTConfig
+from ..config import CLIP_L_336, DINOV2_L_REG_384, SIGLIP_SO400M_384, Activation, VisionConfig, ViTConfig
 from ..config_io import load_config
 from ..hub import PROCESSOR
 from ..image import ImageProcessor
@@ -30,7 +30,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class PublishedEncoder:
-    """Where an encoder lies on the Hub, and how it is run."""
+    """Repository of an encoder on the Hub, and its config."""
 
     repo: str
     config: VisionConfig
@@ -50,17 +50,20 @@ VISION_ENCODERS = {
     "google/siglip-so400m-patch14-384": PublishedEncoder("google/siglip-so400m-patch14-384", _SIGLIP),
     "facebook/dinov2-with-registers-large": PublishedEncoder("facebook/dinov2-with-registers-large", _DINOV2),
 }
-"""The encoders of the papers by their published names, run as Cobra and ML-Mamba run them, whichever file the weights
-are from: SigLIP with the exact GELU, as `timm` has it (its `transformers` config says tanh), and DINOv2 at 384 pixels
-(its files say 518, and 224 after preprocessing). CLIP is as OpenAI published it, with quick GELU."""
+"""The papers' encoders by their published names, configured as in Cobra and ML-Mamba, whichever file the weights are
+from: SigLIP with the exact GELU of `timm` (its `transformers` config has tanh), and DINOv2 at 384 pixels (its files
+have 518, and 224 after preprocessing). CLIP is as OpenAI published it, with quick GELU."""
 
 
 def open_encoder(folder: str | Path, config: VisionConfig | None = None) -> tuple[VisionConfig, Weights]:
-    """An encoder on disk: how it is run, and its weights by `ViT`'s names, unread.
+    """Open an encoder on disk.
 
     Args:
         folder: with a config and weights.
-        config: how to run it; by default what its files say.
+        config: architecture and preprocessing; by default those of its files.
+
+    Returns:
+        The config, and the weights under the names of `ViT`, unread.
 
     Raises:
         FileNotFoundError, ValueError: see `read_vision_config`, `open_weights` and `vision_weights`.
@@ -70,14 +73,20 @@ def open_encoder(folder: str | Path, config: VisionConfig | None = None) -> tupl
 
 
 def read_vision_config(folder: str | Path) -> VisionConfig:
-    """What the small files of a checkpoint say, taken by their word.
+    """Read architecture and preprocessing from the small files of a checkpoint.
 
-    The encoder gets the size of the images that the preprocessing makes: DINOv2 by `transformers` has 224 pixels, with
-    a position table for 518.
+    The encoder's `image_size` is that of the preprocessing: DINOv2 of `transformers` has 224 pixels, with a position
+    table for 518.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        The config.
 
     Raises:
         FileNotFoundError: there is no config.
-        ValueError: it is not of a CLIP, SigLIP or DINOv2 encoder, or asks for what `ViT` or `ImageProcessor` lack.
+        ValueError: it is not of a CLIP, SigLIP or DINOv2 encoder, or needs what `ViT` or `ImageProcessor` lack.
     """
     folder = Path(folder)
     kind = detect_format(folder)
@@ -103,7 +112,7 @@ _FAMILIES = {
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
 }
-# What transformers takes where a file is silent: it leaves out what is equal to its default.
+# Defaults of transformers, whose files leave out settings that are equal to them.
 _SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "num_channels": 3}
 _MODEL_DEFAULTS = {
     "clip": {"intermediate_size": 3072, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
@@ -114,7 +123,12 @@ _MODEL_DEFAULTS = {
         "num_register_tokens": 4,
     },
 }
-_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 
 
 def _read_transformers(folder: Path) -> VisionConfig:
@@ -126,9 +140,10 @@ def _read_transformers(folder: Path) -> VisionConfig:
         raise ValueError(
             f"{path} has model_type {model_type!r}; of vision encoders, known are {', '.join(map(repr, _FAMILIES))}"
         )
-    if model_type in ("clip", "siglip"):  # with a text tower; old files of CLIP have the settings a second time
+    if model_type in ("clip", "siglip"):  # with a text tower; old CLIP files have the settings twice
         data = data.get("vision_config_dict") or data.get("vision_config") or {}
-    settings = _SIZES | _MODEL_DEFAULTS[model_type if family == "dinov2" else family] | data
+    defaults: dict[str, Any] = _SIZES | _MODEL_DEFAULTS[model_type if family == "dinov2" else family]
+    settings = defaults | data
     if settings["num_channels"] != 3:
         raise ValueError(f"{path}: num_channels must be 3, got {settings['num_channels']}")
     if settings["hidden_act"] not in _ACTIVATIONS:
@@ -172,7 +187,7 @@ def _read_transformers_processor(folder: Path, family: str, image_size: int) -> 
             "siglip": ImageProcessor(image_size),
             "dinov2": ImageProcessor(image_size, "crop-floor", IMAGENET_MEAN, IMAGENET_STD),
         }[family]
-    # The classes' own defaults.
+    # Defaults of the processor classes.
     if family == "siglip":
         defaults = {"size": {"height": 224, "width": 224}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     else:
@@ -187,7 +202,7 @@ def _read_transformers_processor(folder: Path, family: str, image_size: int) -> 
     if not math.isclose(data.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
         raise ValueError(f"{path}: rescale_factor must be 1/255, got {data['rescale_factor']}")
 
-    size, mean, std = data["size"], tuple(data["image_mean"]), tuple(data["image_std"])
+    size, mean, std = data["size"], _three(data["image_mean"]), _three(data["image_std"])
     if isinstance(size, Mapping) and size.keys() == {"shortest_edge"}:
         size = size["shortest_edge"]
     if data.get("do_center_crop"):
@@ -200,8 +215,16 @@ def _read_transformers_processor(folder: Path, family: str, image_size: int) -> 
     return ImageProcessor(_square(size, "size", path), "naive", mean, std)
 
 
+def _three(values: Iterable[float]) -> tuple[float, float, float]:
+    """Return one number per colour channel."""
+    channels = tuple(values)
+    if len(channels) != 3:
+        raise ValueError(f"mean and std must have 3 entries, got {channels}")
+    return channels
+
+
 def _square(size: Any, name: str, path: Path) -> int:
-    """One side, of a number, a pair, or height and width by name."""
+    """Return the side of a square that is given as a number, a pair, or height and width by name."""
     sides = [size]
     if isinstance(size, Mapping):
         sides = [size.get("height"), size.get("width")]
@@ -214,7 +237,7 @@ def _square(size: Any, name: str, path: Path) -> int:
 
 # -- timm --------------------------------------------------------------------------------------------------------------
 
-# The arguments that timm builds each architecture with; `norm_eps` is what its norm layer has.
+# Arguments of each architecture in timm; `norm_eps` is that of its norm layer.
 _CLIP_ARGS = {"patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16, "pre_norm": True, "norm_eps": 1e-5}
 _DINOV2_ARGS = {"patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-5}
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -231,7 +254,7 @@ _TIMM_DEFAULTS = {
     **{"mlp_ratio": 4.0, "init_values": None, "class_token": True, "no_embed_class": False, "reg_tokens": 0},
     **{"pre_norm": False, "act_layer": "gelu", "norm_eps": 1e-6},
 }
-# They change nothing about the features in evaluation.
+# Arguments that do not change the features in evaluation mode.
 _TIMM_IGNORED = re.compile(
     r"num_classes|global_pool|fc_norm|dynamic_img_size|strict_img_size|weight_init|\w+_drop_rate"
 )
@@ -294,8 +317,8 @@ def _read_timm_processor(pretrained: Mapping[str, Any], image_size: int, path: P
     return ImageProcessor(
         image_size,
         "crop" if crop_mode == "center" else "naive",
-        tuple(pretrained.get("mean") or IMAGENET_MEAN),
-        tuple(pretrained.get("std") or IMAGENET_STD),
+        _three(pretrained.get("mean") or IMAGENET_MEAN),
+        _three(pretrained.get("std") or IMAGENET_STD),
         resize_to=None if resize_to == image_size else resize_to,
     )
 
@@ -306,7 +329,7 @@ _TIMM_NAMES = re.compile(
     r"patch_embed\.proj\.(?:weight|bias)|cls_token|reg_token|pos_embed|(?:norm_pre|norm)\.(?:weight|bias)"
     r"|blocks\.\d+\.(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])\.(?:weight|bias)|blocks\.\d+\.ls[12]\.gamma"
 )
-# transformers' names, on disk and, where they differ, those of its version 5 in memory. Each: pattern, ours.
+# Names of transformers on disk and, where they differ, of its version 5 in memory: (pattern, ours).
 _TRANSFORMERS_NAMES = [
     (r"embeddings\.(?:patch_embedding|patch_embeddings\.projection)\.(weight|bias)", r"patch_embed.proj.\1"),
     (r"embeddings\.(?:class_embedding|cls_token)", "cls_token"),
@@ -327,7 +350,7 @@ _TRANSFORMERS_NAMES = [
     (r"encoder\.layers?\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
     (r"encoder\.layers?\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"blocks.\1.mlp.fc\2.\3"),
 ]
-# OpenAI's own names: `timm`'s repositories of CLIP have a second file with them, for OpenCLIP.
+# OpenAI's own names, in a second file for OpenCLIP in `timm`'s repositories of CLIP.
 _OPENAI_NAMES = [
     (r"visual\.conv1\.weight", "patch_embed.proj.weight"),
     (r"visual\.class_embedding", "cls_token"),
@@ -340,7 +363,7 @@ _OPENAI_NAMES = [
     (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
     (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
 ]
-# Text towers, what joins them to the images, and heads: features need none of it.
+# Text towers, projections and heads, which features do not need.
 _UNUSED = re.compile(
     r"(?:text_model|visual_projection|head|attn_pool|fc_norm)\..*|(?:embeddings\.)?mask_token|embeddings\.position_ids"
     r"|(?:text|transformer|token_embedding|ln_final)\..*|positional_embedding|(?:visual\.proj|text_projection)(?:\..*)?"
@@ -349,14 +372,17 @@ _UNUSED = re.compile(
 
 
 def vision_weights(weights: Weights, config: ViTConfig) -> Weights:
-    """Weights of a CLIP, SigLIP or DINOv2 encoder -> `ViT`'s, still unread.
+    """Convert the weights of a CLIP, SigLIP or DINOv2 encoder to those of `ViT`.
 
     Args:
-        weights: by the names of `transformers` or OpenCLIP (a whole model with a text tower, or the encoder alone) or
-            by `timm`'s.
-        config: the encoder that they are for. Its size may differ from the file's: the position table is resampled
-            in float32 as `timm` does it. The class token's own position is added to the token where `config` keeps
-            none, as `timm` stores DINOv2 with registers.
+        weights: under the names of `transformers` or OpenCLIP (a model with a text tower, or the encoder alone) or
+            of `timm`.
+        config: of the encoder. Its size may differ from the file's: the position table is resampled in float32, as
+            in `timm`. The position of the class token is added to the token if `config` has none for it, as `timm`
+            stores DINOv2 with registers.
+
+    Returns:
+        Weights under the names of `ViT`, unread.
 
     Raises:
         ValueError: lists the names that are not known; or the position table does not fit.
@@ -398,6 +424,7 @@ def vision_weights(weights: Weights, config: ViTConfig) -> Weights:
 
 
 def _fit_positions(out: dict[str, LazyTensor], config: ViTConfig) -> None:
+    """Bring `pos_embed` to the size of the config, in place. Modifies `cls_token` where it takes a position."""
     table = out["pos_embed"]
     rows, width = table.shape[-2:]
     of_class = int(rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)
@@ -412,19 +439,19 @@ def _fit_positions(out: dict[str, LazyTensor], config: ViTConfig) -> None:
             raise ValueError(f"pos_embed has {rows} positions, one for a class token, but there is no class token")
         token = out["cls_token"]
         out["cls_token"] = LazyTensor(token.shape, token.dtype, lambda: token.read() + table.read()[:, :1])
-    kept = int(config.position_of_class)
+    n_class = int(config.position_of_class)
     size = config.grid_size
 
     def read() -> Tensor:
-        whole = table.read()
-        grid = resample_positions(whole[:, of_class:], (side, side), (size, size))
-        return torch.cat([whole[:, :kept], grid], dim=1)
+        stored = table.read()  # (1, rows, D)
+        grid = resample_positions(stored[:, of_class:], (side, side), (size, size))  # (1, size * size, D)
+        return torch.cat([stored[:, :n_class], grid], dim=1)  # (1, n_class + size * size, D)
 
-    out["pos_embed"] = LazyTensor(torch.Size((1, kept + size**2, width)), table.dtype, read)
+    out["pos_embed"] = LazyTensor(torch.Size((1, n_class + size**2, width)), table.dtype, read)
 
 
 def _stacked(parts: list[LazyTensor]) -> LazyTensor:
-    """Several matrices or vectors as the rows of one."""
+    """Concatenate matrices or vectors along the first axis."""
     first = parts[0]
     shape = torch.Size((sum(p.shape[0] for p in parts), *first.shape[1:]))
     return LazyTensor(shape, first.dtype, lambda: torch.cat([p.read() for p in parts]))

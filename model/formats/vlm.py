@@ -1,4 +1,4 @@
-"""Cobra's and ML-Mamba's released checkpoints, both ways.
+"""Released checkpoints of Cobra and ML-Mamba, reading and writing.
 
 A checkpoint is a pickle `{"model": {"llm_backbone": ..., "projector": ..., ...}}` beside a `config.json`. It holds the
 language model and the connector. The encoders stayed frozen: `config.json` names them, and their weights are `timm`'s.
@@ -9,8 +9,8 @@ language model and the connector. The encoders stayed frozen: `config.json` name
     projector.projector.* (ML-Mamba)                       connector.projector.projector.*
     projector.projector.* (Cobra)                          connector.projector.*, or linear1 and linear2 of two layers
 
-Sources: WenjunHuang94/ML-Mamba at 5fdff98, h-zhao1997/cobra at 4b81082. The published files themselves were not opened
-in writing this: names and shapes are those that the code saves, and add up to the sizes of the files.
+Sources: WenjunHuang94/ML-Mamba at 5fdff98, h-zhao1997/cobra at 4b81082. The published files themselves were not
+opened: names and shapes are those that the code saves, and add up to the sizes of the files.
 """
 
 from __future__ import annotations
@@ -25,37 +25,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...connectors import ConnectorConfig
+from ...connectors import ConnectorConfig, Kind
 from ..config import LMConfig, VisionConfig, VLMConfig
 from ..hub import fetch_model
+from ..image import Resize
 from ..weights import Weights, open_weights
 from . import RELEASED, checkpoint_folder, detect_format, read_json
 from .language import EMBEDDING, LM_HEAD, NEOX_VOCABULARY, PUBLISHED, dump
 from .vision import VISION_ENCODERS, open_encoder
 
 PADDING = {50280: 8, 50288: 16}
-"""Rows of an embedding for that vocabulary, and what they are a multiple of, in Mamba-1's and Mamba-2's models."""
+"""Padded vocabulary sizes of Mamba-1 and Mamba-2 models, and the multiples that they are padded to."""
 ENCODERS = {
     "dinosiglip-vit-so-384px": ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384"),
     "siglip-vit-so400m-384px": ("vit_so400m_patch14_siglip_384",),
     "clip-vit-l-336px": ("vit_large_patch14_clip_336.openai",),
 }
 """`vision_backbone_id` to names in `VISION_ENCODERS`, in the order of their features."""
-RESIZE = {"resize-naive": "naive", "resize-crop": "crop", "letterbox": "letterbox"}
+RESIZE: dict[str, Resize] = {"resize-naive": "naive", "resize-crop": "crop", "letterbox": "letterbox"}
 
 _TWO_LAYERS = {"0": "linear1", "2": "linear2"}
 
 
 def open_released(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
-    """The config and the weights of a released model, its encoders' included, by our names and unread.
+    """Open a released model and its encoders.
 
     Args:
         folder: of the checkpoint.
-        hub: as for `hub.fetch`; the encoders are fetched, of the main branch.
+        hub: as for `hub.fetch`; the encoders are fetched from the main branch.
+
+    Returns:
+        The config, and the weights under the names of `VLM`, unread.
 
     Raises:
-        FileNotFoundError: no checkpoint; or as `fetch`, of an encoder.
-        ValueError: the config names what is not known, or the weights are of no known form.
+        FileNotFoundError: no checkpoint; or see `fetch`, for an encoder.
+        ValueError: the config has an unknown name, or the weights are of no known layout.
     """
     folder = checkpoint_folder(folder)
     is_ml_mamba = detect_format(folder) == "ml-mamba"
@@ -81,10 +85,16 @@ def open_released(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
 
 
 def write_released(config: VLMConfig, weights: Weights, folder: Path, model_id: str) -> None:
-    """Write a model as its authors' code reads it; the encoders' weights are left out.
+    """Write a model for its authors' code. Weights of the encoders are left out.
+
+    Args:
+        config: of the model.
+        weights: under the names of `VLM`.
+        folder: to write to.
+        model_id: name of the model in its `config.json`.
 
     Raises:
-        ValueError: the model has a part that the layout has no place for.
+        ValueError: the layout cannot hold a part of the model.
     """
     kind, names = config.connector.kind, tuple(_encoder_name(v) for v in config.vision)
     vision_id = next((key for key, known in ENCODERS.items() if known == names), None)
@@ -123,12 +133,17 @@ def write_released(config: VLMConfig, weights: Weights, folder: Path, model_id: 
 
 
 def open_encoders(
-    names: Sequence[str], resize: str | None = None, **hub: Any
+    names: Sequence[str], resize: Resize | None = None, **hub: Any
 ) -> tuple[tuple[VisionConfig, ...], Weights]:
-    """Encoders by their names in `VISION_ENCODERS`, as the parts `vision.encoders.*` of a model, unread.
+    """Open encoders by their names in `VISION_ENCODERS`.
 
     Args:
-        resize: how images become squares, in place of each encoder's own way.
+        names: of the encoders.
+        resize: `ImageProcessor.resize` in place of that of each encoder.
+        hub: as for `hub.fetch`.
+
+    Returns:
+        The configs, and the weights as `vision.encoders.*`, unread.
     """
     configs, parts = [], {}
     for i, name in enumerate(names):
@@ -136,14 +151,14 @@ def open_encoders(
         config = known.config
         if resize is not None:
             config = replace(config, processor=replace(config.processor, resize=resize))
-        folder = fetch_model(known.repo, **hub | {"revision": None})
+        folder = fetch_model(known.repo, **{**hub, "revision": None})
         config, parts[f"vision.encoders.{i}."] = open_encoder(folder, config)
         configs.append(config)
     return tuple(configs), merged(parts)
 
 
 def merged(parts: Mapping[str, Weights]) -> Weights:
-    """Several weights as one; each key is put before the names of its part."""
+    """Merge weights; each key is prefixed to the names of its part."""
     return Weights({prefix + name: part.lazy(name) for prefix, part in parts.items() for name in part})
 
 
@@ -175,14 +190,14 @@ def _language_name(name: str) -> str | None:
 
 
 def _language_config(weights: Weights, settings: Mapping[str, Any]) -> LMConfig:
-    """From names and shapes: `config.json` only names the model."""
+    """Derive the config from names and shapes: `config.json` only names the model."""
     shapes = weights.shapes
     rows, d_model = shapes[EMBEDDING]
     n_layer = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"backbone\.layers\.(\d+)\.", name)))
     mixer = {name.split(".mixer.")[1]: size for name, size in shapes.items() if ".layers.0.mixer." in name}
     inner = mixer["out_proj.weight"][1]
     tied = LM_HEAD not in shapes or torch.equal(weights[LM_HEAD], weights[EMBEDDING])
-    common = {
+    common: dict[str, Any] = {
         "d_model": d_model, "n_layer": n_layer, "d_conv": mixer["conv1d.weight"][2], "expand": inner // d_model,
         "vocab_size": NEOX_VOCABULARY if rows in PADDING else rows, "tie_embeddings": tied,
         "pad_vocab_size_multiple": PADDING.get(rows, 1),
@@ -194,7 +209,7 @@ def _language_config(weights: Weights, settings: Mapping[str, Any]) -> LMConfig:
     return LMConfig(layer="mamba2", d_state=d_state, headdim=inner // heads, chunk_size=256, **common)
 
 
-def _connector_kind(weights: Weights, settings: Mapping[str, Any], folder: Path) -> str:
+def _connector_kind(weights: Weights, settings: Mapping[str, Any], folder: Path) -> Kind:
     parts = {name.split(".")[0] for name in weights}
     layers = sorted({name.split(".")[2] for name in weights if name.startswith("projector.projector.")})
     if parts == {"mlp", "bidirectional_mamba", "projector"} and layers == ["0", "2", "4"]:
@@ -208,7 +223,7 @@ def _connector_kind(weights: Weights, settings: Mapping[str, Any], folder: Path)
     )
 
 
-def _connector_config(kind: str, weights: Weights) -> ConnectorConfig:
+def _connector_config(kind: Kind, weights: Weights) -> ConnectorConfig:
     if kind != "mamba2-advanced":
         return ConnectorConfig(kind)
     shapes = weights.shapes
@@ -241,7 +256,7 @@ def _released_connector_name(name: str, kind: str) -> str:
 
 
 def _language_id(config: VLMConfig) -> str:
-    """How the authors' code names a language model: as its repository."""
+    """Return the name of a language model in the authors' code: that of its repository."""
     own = replace(config.language, chunk_size=LMConfig.chunk_size)
     names = [repo.split("/")[1] for repo, known in PUBLISHED.items() if known.config == own]
     is_chat = config.template == "zephyr" and own.layer == "mamba"
@@ -250,7 +265,7 @@ def _language_id(config: VLMConfig) -> str:
 
 
 def _encoder_name(vision: VisionConfig) -> str | None:
-    """By which name in `VISION_ENCODERS` of `timm`'s an encoder is known, however its images are resized."""
+    """Return the `timm` name of an encoder in `VISION_ENCODERS`, whatever its `resize`; None if there is none."""
     timm = {name for names in ENCODERS.values() for name in names}
     for name in timm:
         known = VISION_ENCODERS[name].config

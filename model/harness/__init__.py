@@ -1,11 +1,11 @@
-"""Adapters for the field's evaluation harnesses. Each needs the extra of its harness's name."""
+"""Adapters for evaluation harnesses. Each needs the extra of the harness's name."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,10 +20,20 @@ M = TypeVar("M", MambaLM, VLM)
 
 
 def load(kind: type[M], pretrained: str | M, revision: str | None, dtype: str | None, device: str | None) -> M:
-    """A model by the arguments of a harness's `--model_args`, on a GPU by default, where there is one.
+    """Load a model from the arguments of a harness's `--model_args`.
+
+    Args:
+        kind: class of the model.
+        pretrained: name or folder; or a loaded model.
+        revision: of the repository.
+        dtype: name of the dtype; the checkpoint's own by default.
+        device: a GPU by default, where there is one.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
-        ValueError: `dtype` is not the name of a floating-point dtype; the model has no tokenizer; or it is there
+        ValueError: `dtype` is not the name of a floating-point dtype; the model has no tokenizer; or it is loaded
             already, and there are arguments for loading it.
     """
     if isinstance(pretrained, kind):
@@ -31,8 +41,8 @@ def load(kind: type[M], pretrained: str | M, revision: str | None, dtype: str | 
             raise ValueError("revision, dtype and device are for a model that is loaded, but pretrained is a model")
         model = pretrained
     else:
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = kind.from_pretrained(pretrained, revision=revision, dtype=_parse_dtype(dtype), device_map=place)
+        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = kind.from_pretrained(pretrained, revision=revision, dtype=_parse_dtype(dtype), device_map=target)
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: put its tokenizer.json beside the weights")
     return model.eval()
@@ -48,7 +58,7 @@ def _parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def parse_batch_size(value: int | str) -> int:
-    """Requests that are run together.
+    """Parse the number of requests per batch.
 
     Raises:
         ValueError: not a positive integer.
@@ -59,57 +69,65 @@ def parse_batch_size(value: int | str) -> int:
 
 
 def generation_config(kwargs: Mapping, max_new_tokens: int) -> GenerationConfig:
-    """A task's generation arguments as ours.
+    """Convert a task's generation arguments.
 
     Args:
         kwargs: `until`, the number of tokens by any of its four names, `do_sample`, `temperature`, `top_k`, `top_p`,
-            `repetition_penalty`, `seed`, `num_beams`. Without `do_sample`, a temperature above 0 means drawing.
-        max_new_tokens: where the task does not say.
+            `repetition_penalty`, `seed`, `num_beams`. Without `do_sample`, a temperature above 0 means sampling.
+        max_new_tokens: default of the task's number of tokens.
 
     Raises:
         ValueError: an argument that is not known, or more than one beam.
     """
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    limits = [given.pop(name) for name in _MAX_NEW_TOKENS if name in given]
-    until = given.pop("until", ())
+    options = {name: value for name, value in kwargs.items() if value is not None}
+    limits = [options.pop(name) for name in _MAX_NEW_TOKENS if name in options]
+    until = options.pop("until", ())
     until = [until] if isinstance(until, str) else until
-    temperature = float(given.pop("temperature", 1.0 if given.get("do_sample") else 0.0))
-    if not given.pop("do_sample", True):
+    temperature = float(options.pop("temperature", 1.0 if options.get("do_sample") else 0.0))
+    if not options.pop("do_sample", True):
         temperature = 0.0
-    if given.pop("num_beams", 1) != 1:
+    if options.pop("num_beams", 1) != 1:
         raise ValueError(f"num_beams must be 1: there is no beam search; got {kwargs['num_beams']}")
-    drawing = {name: given.pop(name) for name in ("top_k", "top_p", "seed") if name in given}
-    penalty = {"repetition_penalty": given.pop("repetition_penalty")} if "repetition_penalty" in given else {}
-    if given:
-        raise ValueError(f"generation arguments that are not known: {', '.join(sorted(given))}")
+    sampling = {name: options.pop(name) for name in ("top_k", "top_p", "seed") if name in options}
+    penalty = {"repetition_penalty": options.pop("repetition_penalty")} if "repetition_penalty" in options else {}
+    if options:
+        raise ValueError(f"generation arguments that are not known: {', '.join(sorted(options))}")
     return GenerationConfig(
         max_new_tokens=int(limits[0]) if limits else max_new_tokens,
         temperature=temperature,
         stop=tuple(text for text in until if text),
-        **(drawing if temperature else {}),
+        **(sampling if temperature else {}),
         **penalty,
     )
 
 
 def generation_batches(
-    requests: Sequence[tuple[object, Mapping]], max_new_tokens: int, batch_size: int
+    requests: Sequence[tuple[Any, Mapping]], max_new_tokens: int, batch_size: int
 ) -> Iterator[tuple[GenerationConfig, list[int]]]:
-    """Requests, each a prompt and its generation arguments, in batches of one configuration, by their indices.
+    """Group requests into batches with one generation config each.
 
-    A prompt that comes again with the same arguments, as in a task that votes among draws, is drawn with another seed.
+    A prompt that repeats with the same arguments, as in a task that votes among samples, takes the next seed.
+
+    Args:
+        requests: prompts with their generation arguments.
+        max_new_tokens: default number of tokens.
+        batch_size: most requests of a batch.
+
+    Yields:
+        Configs, and the indices of the requests of the batch.
 
     Raises:
-        ValueError: as `generation_config`, before the first batch.
+        ValueError: see `generation_config`; before the first batch.
     """
-    together: dict[GenerationConfig, list[int]] = {}
-    draws: Counter = Counter()
+    by_config: dict[GenerationConfig, list[int]] = {}
+    repeats: Counter = Counter()
     for i, (prompt, kwargs) in enumerate(requests):
         config = generation_config(kwargs, max_new_tokens)
         if config.temperature:
-            draw = draws[prompt, config]
-            draws[prompt, config] += 1
-            config = replace(config, seed=config.seed + draw)
-        together.setdefault(config, []).append(i)
-    for config, indices in together.items():
+            repeat = repeats[prompt, config]
+            repeats[prompt, config] += 1
+            config = replace(config, seed=config.seed + repeat)
+        by_config.setdefault(config, []).append(i)
+    for config, indices in by_config.items():
         for start in range(0, len(indices), batch_size):
             yield config, indices[start : start + batch_size]

@@ -7,16 +7,17 @@
 All arguments are `lm-eval run`'s own. Up to release 0.4.13 `lm-eval` finds no models in other packages, hence the
 module; later ones read the entry points of `lm_eval.models`, where this one is, and `lm-eval run` does as well.
 
-Some things differ from the harness's own `hf` and `mamba_ssm` models. Sequences are packed, so that none is padded. And
-no context is cut: the state is as large after a million tokens as after one, so a document is read from its beginning
-in `loglikelihood_rolling`, where those models see windows of 2,048 tokens; and the token that some tokenizers begin
-texts with is not counted there, which `hf` does. For such texts and tokenizers, perplexities are not comparable with
-theirs. All else is equal to rounding.
+Differences from the harness's `hf` and `mamba_ssm` models: sequences are packed instead of padded, and no context is
+truncated. The state has one size for any length, so `loglikelihood_rolling` conditions on the entire document, where
+those models see windows of 2,048 tokens; and the start token that some tokenizers add is not counted there, as `hf`
+does. For such texts and tokenizers, perplexities are not comparable with theirs. All other results are equal up to
+rounding.
 """
 
 from __future__ import annotations
 
 from itertools import chain, groupby
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from ..generation.generate import generate_packed
 from ..generation.prefill import packed_tokens
 from ..lm import MambaLM
 from ..score import batches, score
+from ..tokenizer import require_tokenizer
 from . import generation_batches, load, parse_batch_size
 
 try:
@@ -38,18 +40,18 @@ except ModuleNotFoundError as e:
 
 @register_model("vlmamba")
 class HarnessLM(TemplateLM):
-    """A `MambaLM` for the harness.
+    """`MambaLM` for the harness.
 
     Args:
-        pretrained: as `MambaLM.from_pretrained` takes it; or a model.
+        pretrained: name or folder for `MambaLM.from_pretrained`; or a model.
         revision: of the repository.
         dtype: name of the dtype; the checkpoint's own by default.
         device: a GPU by default, where there is one.
-        batch_size: requests that are run together.
-        max_gen_toks: tokens to generate where a task does not say.
+        batch_size: requests per batch.
+        max_gen_toks: default number of tokens to generate.
 
     Raises:
-        ValueError: as `load`, or `batch_size` is not a positive integer.
+        ValueError: see `load`; or `batch_size` is not a positive integer.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class HarnessLM(TemplateLM):
         self.batch_size = parse_batch_size(batch_size)
         self.max_gen_toks = max_gen_toks
         self.model = load(MambaLM, pretrained, revision, dtype, device)
-        self.tokenizer = self.model.tokenizer
+        self.tokenizer = require_tokenizer(self.model)
 
     @property
     def eot_token_id(self) -> int:
@@ -75,23 +77,23 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: the token that the tokenizer begins texts with, if any."""
+        """Token before a text without context: the tokenizer's start token, or else the end-of-text token."""
         return (self.tok_encode("") or [self.eot_token_id])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Tokens of a text, with those that the tokenizer's own file says to add, unless they are not wanted."""
+        """Encode a text, with the special tokens that the tokenizer's file adds, unless they are turned off."""
         return self.tokenizer.inner.encode(string, add_special_tokens=add_special_tokens is not False).ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
         results = []
-        # Answers to one context stay together: it is run once for them.
+        # Answers to one context stay together, so that it is run once.
         groups = [list(group) for _, group in groupby(requests, lambda request: request[1])]
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
-            for chosen in batches([len(group) for group in groups], self.batch_size):
-                texts, contexts, continuations = zip(*chain(*groups[chosen]), strict=True)
-                # A context of spaces alone has given them to the continuation.
+            for batch in batches([len(group) for group in groups], self.batch_size):
+                texts, contexts, continuations = zip(*chain(*groups[batch]), strict=True)
+                # The harness moves trailing spaces to the continuation, so a context of spaces is empty.
                 prompts = [context or [self.prefix_token_id] for context in contexts]
                 scores = score(self.model, prompts, continuations, self.batch_size)
                 for text, found in zip(texts, scores, strict=True):
@@ -101,7 +103,7 @@ class HarnessLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of each whole text, after `prefix_token_id`."""
+        """Compute the log-likelihood of each entire text, after `prefix_token_id`."""
         results = []
         with tqdm(total=len(requests), desc="loglikelihood_rolling", disable=disable_tqdm) as bar:
             for start in range(0, len(requests), self.batch_size):
@@ -116,9 +118,9 @@ class HarnessLM(TemplateLM):
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Go on from each context, to the first of the texts in `until` or the end-of-text token."""
+        """Continue each context until a string of `until` or the end-of-text token."""
         results = [""] * len(requests)
-        args = [request.args for request in requests]
+        args: list[Any] = [request.args for request in requests]
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for config, indices in generation_batches(args, self.max_gen_toks, self.batch_size):
                 prompts = [self.tok_encode(args[i][0]) or [self.prefix_token_id] for i in indices]
@@ -132,7 +134,7 @@ class HarnessLM(TemplateLM):
 
 
 def main() -> None:
-    """`lm-eval`'s command line, with this model."""
+    """Run `lm-eval`'s command line with this model registered."""
     cli_evaluate()
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count, groupby
 from typing import Any
 
@@ -19,34 +20,34 @@ from ..vlm import VLM
 from . import generation_batches, load, parse_batch_size
 
 try:
-    from lmms_eval.api.instance import GenerationResult, Instance
-    from lmms_eval.api.model import lmms
-    from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval.api.instance import GenerationResult, Instance  # pyright: ignore[reportMissingImports]
+    from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
+    from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as e:
     raise ModuleNotFoundError("this adapter needs lmms-eval: pip install 'vl-mamba[lmms-eval]'", name=e.name) from e
 
 MAX_NEW_TOKENS = 1024
-"""Where a task does not say, as the harness's LLaVA."""
+"""Default number of tokens to generate, that of the harness's LLaVA."""
 
 
 def manifest() -> ModelManifest:
-    """What the entry point in the group `lmms_eval.models` gives."""
+    """Return the manifest for the entry point in the group `lmms_eval.models`."""
     return ModelManifest("vlmamba", simple_class_path=f"{HarnessVLM.__module__}.{HarnessVLM.__qualname__}")
 
 
 class HarnessVLM(lmms):
-    """A `VLM` for the harness, of its kind "simple": a text and the document's image, which stands before it.
+    """`VLM` for the harness, of its kind "simple": the document's image, followed by a text.
 
     Args:
-        pretrained: as `VLM.from_pretrained` takes it; or a model.
+        pretrained: name or folder for `VLM.from_pretrained`; or a model.
         revision: of the repository.
         dtype: name of the dtype; the checkpoint's own by default.
         device: a GPU by default, where there is one.
-        batch_size: requests that are run together.
+        batch_size: requests per batch.
 
     Raises:
-        ValueError: as `load`, or `batch_size` is not a positive integer. While it runs: a document with several images
-            or something else than an image.
+        ValueError: see `load`; or `batch_size` is not a positive integer. While running: a document with several
+            images, or with something other than an image.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class HarnessVLM(lmms):
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Answer round after round, each with the text and image that the task makes of the answers before it."""
+        """Answer several rounds, each with the text and image that the task makes of the previous answers."""
         results = []
         for request in tqdm(requests, desc="generate_until_multi_round"):
             context, kwargs, doc_to_visual, doc_to_text, *place = request.args
@@ -95,9 +96,9 @@ class HarnessVLM(lmms):
         return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """For each answer, its negative log-likelihood, and whether the model would give it; its end is included.
+        """Compute the negative log-likelihood of each answer, its end included, and whether it is the greedy one.
 
-        Negative, since the harness takes the least of the choices. The choices of a document share its image and
+        Negative, since the harness takes the minimum over the choices. The choices of a document share its image and
         prompt, which are run once.
         """
         if any(len(request.args) != 6 for request in requests):
@@ -105,12 +106,12 @@ class HarnessVLM(lmms):
         results: list[GenerationResult] = []
         questions = [list(group) for _, group in groupby(requests, lambda r: (r.args[0], *r.args[3:]))]
         with tqdm(total=len(requests), desc="loglikelihood") as bar:
-            for chosen in batches([len(group) for group in questions], self.batch_size):
-                firsts = [group[0].args for group in questions[chosen]]
+            for batch in batches([len(group) for group in questions], self.batch_size):
+                firsts = [group[0].args for group in questions[batch]]
                 texts, images = zip(*(self._prompt(first[0], *first[2:]) for first in firsts), strict=True)
-                answers = [[self._continuation(*request.args) for request in group] for group in questions[chosen]]
+                answers = [[self._continuation(*request.args) for request in group] for group in questions[batch]]
                 for scores in self.model.score(texts, images, answers, self.batch_size):
-                    # The evaluator turns a bare pair into text; what is in a GenerationResult it hands on.
+                    # The evaluator converts a bare pair to text, but passes on the content of a GenerationResult.
                     results += [GenerationResult((-s.logprob, s.greedy)) for s in scores]
                     bar.update(len(scores))
         return results
@@ -121,12 +122,12 @@ class HarnessVLM(lmms):
     def _prompt(self, context: str, doc_to_visual: Any, *place: Any) -> tuple[str, Image.Image | None]:
         return context, _image(doc_to_visual(self._document(*place)), place)
 
-    def _continuation(self, context: str, target: Any, doc_to_visual: Any, *place: Any) -> str:
+    def _continuation(self, context: str, target: str | Callable[[Any], str], doc_to_visual: Any, *place: Any) -> str:
         return target(self._document(*place)) if callable(target) else target
 
 
 def _image(visuals: list | None, place: Any) -> Image.Image | None:
-    """The one image of a document, or None."""
+    """Return the image of a document, or None."""
     if not visuals:
         return None
     if len(visuals) > 1 or not isinstance(visuals[0], Image.Image):

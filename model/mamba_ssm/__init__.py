@@ -1,12 +1,12 @@
-"""The language model of `mamba_ssm` with its calls: constructor, `from_pretrained`, `generate`, caches, checkpoints.
+"""Drop-in replacement of the `mamba_ssm` language model: constructor, checkpoints, `generate` and caches.
 
 Change what is imported from `mamba_ssm.models.mixer_seq_simple`, `mamba_ssm.models.config_mamba`,
 `mamba_ssm.utils.generation` and `mamba_ssm.utils.hf`, or leave it and call `ssm_kernels.compat.install()` first::
 
     from vlmamba.model.mamba_ssm import MambaConfig, MambaLMHeadModel, InferenceParams
 
-The model is an `nn.Module` of its own: it takes and gives tokens, as the original does, and covers attention layers and
-MLPs. `vlmamba.model.MambaLM` is this library's language model, which takes and gives text.
+The model is a separate `nn.Module`: tokens in and out, as in the original, with attention layers and MLPs.
+`vlmamba.model.MambaLM` is this library's language model, with text in and out.
 """
 
 from .generation import (

@@ -1,4 +1,4 @@
-"""`mamba_ssm.utils.generation`: decoding by caches, greedy or drawn, over batches of prompts of one length."""
+"""`mamba_ssm.utils.generation`: greedy decoding or sampling with caches, for batches of prompts of one length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..generation.cuda_graph import capture, has_graphs, warm_up, warn_once
 
 
 class Streamer(Protocol):
-    """What `transformers.TextStreamer` has: takes tokens as they come."""
+    """Interface of `transformers.TextStreamer`: takes tokens as they are generated."""
 
     def put(self, value: Tensor) -> None: ...
 
@@ -25,12 +25,12 @@ class Streamer(Protocol):
 
 @dataclass
 class DecoderOnlyOutput:
-    """What `decode` gives, by attribute, name or place, as the output classes of `transformers`."""
+    """Result of `decode`, by attribute, name or index, like the output classes of `transformers`."""
 
     sequences: Tensor
-    """(B, L) tokens, the prompt's before those that follow."""
+    """(B, L) tokens, prompts included."""
     scores: tuple[Tensor, ...] | None = None
-    """Logits (B, V) before each new token; None where they are not asked for."""
+    """Logits (B, V) before each new token; None if not requested."""
 
     def __getitem__(self, key: str | int) -> Any:
         present = {name: value for name, value in vars(self).items() if value is not None}
@@ -57,15 +57,25 @@ class GenerationMixin:
         output_scores: bool = False,
         **kwargs: Any,
     ) -> Tensor | DecoderOnlyOutput:
-        """Go on from prompts (B, L) until all have `max_length` tokens.
+        """Continue prompts (B, L) until all have `max_length` tokens.
 
         Args:
-            return_dict_in_generate: give a `DecoderOnlyOutput` rather than its `sequences`.
-            output_scores: give the logits of each new token too.
-            input_ids, max_length, top_k, top_p, min_p, temperature, kwargs: as in `decode`.
+            return_dict_in_generate: return a `DecoderOnlyOutput` instead of its `sequences`.
+            output_scores: return the logits of each new token too.
+            input_ids, max_length, top_k, top_p, min_p, temperature, kwargs: see `decode`.
+
+        Returns:
+            Tokens (B, L') or a `DecoderOnlyOutput`.
         """
         output = decode(
-            input_ids, self, max_length, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature, **kwargs
+            input_ids,
+            self,  # pyright: ignore[reportArgumentType]  the class is mixed into an nn.Module
+            max_length,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            temperature=temperature,
+            **kwargs,
         )
         if not output_scores:
             output.scores = None
@@ -89,20 +99,24 @@ def decode(
     enable_timing: bool = False,
     streamer: Streamer | None = None,
 ) -> DecoderOnlyOutput:
-    """Go on from prompts of one length.
+    """Continue prompts of one length.
 
     Args:
         input_ids: (B, L) prompts.
-        model: called with `input_ids`, `position_ids`, `inference_params` and `num_last_tokens`; gives `logits`.
-        max_length: tokens of a sequence at the end, prompt included.
-        top_k, top_p, min_p, temperature: as in `sample`.
-        repetition_penalty: of tokens that a sequence has already; see `modify_logit_for_repetition_penalty`.
-        eos_token_id: ends the decoding once all sequences give it in the same step.
-        teacher_outputs: (B, L') tokens that are taken instead of drawn ones as far as they go.
-        vocab_size: only so many tokens, the first, may be chosen; all rows of the head by default.
-        cg: replay a CUDA graph for each token. On a CPU there are none; a line says so, once.
-        enable_timing: print how long it took.
-        streamer: given the prompts, and each step's tokens (B, 1) as they come.
+        model: called with `input_ids`, `position_ids`, `inference_params` and `num_last_tokens`; its result has
+            `logits`.
+        max_length: final length of a sequence in tokens, prompt included.
+        top_k, top_p, min_p, temperature: see `sample`.
+        repetition_penalty: for tokens that a sequence has already; see `modify_logit_for_repetition_penalty`.
+        eos_token_id: stops decoding once all sequences produce it in the same step.
+        teacher_outputs: (B, L') tokens to force, as far as they go.
+        vocab_size: only tokens below it may be chosen; all rows of the head by default.
+        cg: replay a CUDA graph for each token. A CPU has none, which is logged once.
+        enable_timing: print the time that decoding took.
+        streamer: receives the prompts, and each step's tokens (B, 1).
+
+    Returns:
+        Tokens, and the logits before each new one.
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
@@ -110,13 +124,15 @@ def decode(
     _check(input_ids, max_length, repetition_penalty, teacher_outputs)
     check_sampling(top_k, top_p, min_p, temperature)
     batch, length = input_ids.shape
+    run = None  # a step on static memory
     if cg:
         cache = update_graph_cache(model, getattr(model, "_decoding_cache", None), batch, length, max_length)
-        model._decoding_cache, params = cache, cache.inference_params
+        model._decoding_cache = cache  # pyright: ignore[reportArgumentType]  torch's stub takes tensors and modules
+        params, run = cache.params, cache.run
         params.reset(max_length, batch)
     else:
         params = InferenceParams(max_seqlen=max_length, max_batch_size=batch)
-    began = time.perf_counter()
+    started = time.perf_counter()
     if streamer is not None:
         streamer.put(input_ids.cpu())
     sequences, scores = [input_ids], []
@@ -127,9 +143,9 @@ def decode(
         else:
             positions = torch.full_like(last, params.seqlen_offset)
             logits = (
-                cache.run(last, positions, params.seqlen_offset)
-                if cg
-                else model(last, position_ids=positions, inference_params=params, num_last_tokens=1).logits
+                model(last, position_ids=positions, inference_params=params, num_last_tokens=1).logits
+                if run is None
+                else run(last, positions, params.seqlen_offset)
             )
         params.seqlen_offset += last.shape[1]
         logits = logits.squeeze(1)  # (B, V)
@@ -137,7 +153,7 @@ def decode(
         if teacher_outputs is not None and params.seqlen_offset < teacher_outputs.shape[1]:
             tokens = teacher_outputs[:, params.seqlen_offset]
         else:
-            if repetition_penalty != 1.0:  # before the cut, since a prompt may have any token
+            if repetition_penalty != 1.0:  # before padding rows are cut, since a prompt may have any token
                 seen = torch.cat(sequences, dim=1)
                 logits = modify_logit_for_repetition_penalty(logits.clone(), seen, repetition_penalty)
             tokens = sample(logits[:, :vocab_size], top_k, top_p, min_p, temperature)
@@ -151,21 +167,23 @@ def decode(
     if enable_timing:
         if input_ids.is_cuda:
             torch.cuda.synchronize(input_ids.device)
-        print(f"Prompt processing + decoding time: {1000 * (time.perf_counter() - began):.0f}ms")
+        print(f"Prompt processing + decoding time: {1000 * (time.perf_counter() - started):.0f}ms")
     return DecoderOnlyOutput(torch.cat(sequences, dim=1), tuple(scores))
 
 
 def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.0, temperature: float = 1.0) -> Tensor:
-    """Choose a token of each row of (B, V): (B,).
+    """Choose a token of each row, sampling with PyTorch's global generator.
 
     Args:
-        top_k: 1 takes the likeliest; else draw among so many likeliest, or among all with 0.
-        top_p: then among the likeliest that together are so probable; 0 and 1 keep all.
-        min_p: only tokens that are at least so probable as this times the likeliest, before the temperature
-            (arXiv 2407.01082). The original compares logits with this number, and disregards it with `top_k`.
+        logits: (B, V).
+        top_k: 1 is greedy; otherwise sample among the k most probable tokens, or among all with 0.
+        top_p: of these, the most probable whose cumulative probability reaches this; 0 and 1 keep all.
+        min_p: of these, tokens at least this times as probable as the most probable one, before the temperature
+            (arXiv 2407.01082). The original compares logits with this number, and ignores it with `top_k`.
         temperature: divides the logits.
 
-    Draws come from PyTorch's global generator.
+    Returns:
+        Tokens (B,).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -179,17 +197,17 @@ def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.
     modify_logits_for_min_p_filtering(logits, min_p)
     logits /= temperature
     modify_logits_for_top_p_filtering(logits, top_p)
-    drawn = torch.multinomial(logits.softmax(dim=-1), num_samples=1)
-    return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1)
+    sampled = torch.multinomial(logits.softmax(dim=-1), num_samples=1)  # (B, 1)
+    return (sampled if tokens is None else tokens.gather(-1, sampled)).squeeze(-1)  # (B,)
 
 
 def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
-    """Put all but the `top_k` likeliest of (B, V) to -inf, in place."""
+    """Set all but the `top_k` most probable of logits (B, V) to -inf, in place."""
     logits.masked_fill_(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
 
 
 def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
-    """Put all but the likeliest of (B, V) that together have a probability of `top_p` to -inf, in place."""
+    """Set logits (B, V) outside the nucleus of probability `top_p` to -inf, in place."""
     if not 0 < top_p < 1:
         return
     ordered, order = logits.sort(dim=-1)
@@ -198,7 +216,7 @@ def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
 
 
 def modify_logits_for_min_p_filtering(logits: Tensor, min_p: float) -> None:
-    """Put tokens of (B, V) less probable than `min_p` times the likeliest to -inf, in place."""
+    """Set logits (B, V) of tokens less probable than `min_p` times the most probable to -inf, in place."""
     if min_p > 0:
         probabilities = logits.softmax(dim=-1)
         logits.masked_fill_(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
@@ -207,18 +225,21 @@ def modify_logits_for_min_p_filtering(logits: Tensor, min_p: float) -> None:
 def modify_logit_for_repetition_penalty(
     logits: Tensor, prev_output_tokens: Tensor, repetition_penalty: float = 1.0
 ) -> Tensor:
-    """Make tokens that have occurred less likely, in place (arXiv 1909.05858).
+    """Penalize tokens that have occurred, in place (arXiv 1909.05858).
 
     Args:
         logits: (B, V). Positive ones are divided, negative ones multiplied.
         prev_output_tokens: (B, L).
         repetition_penalty: 1 changes nothing.
+
+    Returns:
+        `logits`.
     """
     if repetition_penalty == 1.0:
         return logits
-    seen = logits.gather(1, prev_output_tokens)
+    seen = logits.gather(1, prev_output_tokens)  # (B, L)
     seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
-    return logits.scatter_(1, prev_output_tokens, seen)
+    return logits.scatter_(1, prev_output_tokens, seen)  # (B, V)
 
 
 def check_sampling(top_k: int, top_p: float, min_p: float, temperature: float) -> None:
@@ -246,18 +267,29 @@ def _check(input_ids: Tensor, max_length: int, repetition_penalty: float, teache
 
 @dataclass
 class DecodingCGCache:
-    """Caches that stay where they are in memory, and the CUDA graphs that work on them."""
+    """Caches with fixed addresses, and the CUDA graphs that use them."""
 
     max_batch_size: int = 0
     max_seqlen: int = 0
     device: torch.device | None = None
     dtype: torch.dtype | None = None
-    callables: dict[tuple[int, int], Callable[[Tensor, Tensor, int], Tensor]] = field(default_factory=dict)
+    callables: dict[tuple[int, ...], Callable[[Tensor, Tensor, int], Tensor]] = field(default_factory=dict)
     inference_params: InferenceParams | None = None
     run: Callable[[Tensor, Tensor, int], Tensor] | None = None
-    """Tokens (B, L'), their positions, and how many are behind them: logits (B, L', V)."""
+    """Step: (tokens (B, L'), their positions, number of tokens before them) -> logits (B, L', V)."""
     weights: tuple[tuple[int, torch.dtype], ...] = ()
-    """Where the weights lay in memory; a graph reads them there, and a copied model has others."""
+    """Addresses and dtypes of the weights. A graph reads them there, and a copied model has others."""
+
+    @property
+    def params(self) -> InferenceParams:
+        """`inference_params` of a cache that `update_graph_cache` has made.
+
+        Raises:
+            ValueError: the cache is empty.
+        """
+        if self.inference_params is None:
+            raise ValueError("the cache is empty: make one by update_graph_cache")
+        return self.inference_params
 
 
 @torch.inference_mode()
@@ -271,17 +303,22 @@ def update_graph_cache(
     dtype: torch.dtype | None = None,
     n_warmups: int = 2,
 ) -> DecodingCGCache:
-    """Give caches for a batch, and a way to run a step on them: a CUDA graph, or on a CPU the model itself.
+    """Allocate caches for a batch and capture steps on them: CUDA graphs, or on a CPU the model itself.
+
+    If capture fails, the reason is logged once and steps run eagerly. Not run on a GPU.
 
     Args:
-        cache: of an earlier call, used again where it fits.
+        model: with `allocate_inference_cache`.
+        cache: of an earlier call, reused where it fits.
+        batch_size: number of sequences.
         seqlen_og: tokens of the prompt.
-        max_seqlen: of a sequence at the end.
-        decoding_seqlens: tokens of a step, for each a graph.
+        max_seqlen: final length of a sequence.
+        decoding_seqlens: tokens of a step; one graph for each.
         dtype: of the caches; that of the model's first parameter by default.
         n_warmups: steps before a graph is captured.
 
-    Where a graph cannot be had, a line says why, once. Not run on a GPU.
+    Returns:
+        The caches, with `run` for a step.
     """
     like = next(model.parameters())
     dtype = like.dtype if dtype is None else dtype
@@ -296,7 +333,7 @@ def update_graph_cache(
             max_seqlen,
             batch_size,
             seqlen_og,
-            key_value_memory_dict=model.allocate_inference_cache(batch_size, max_seqlen, dtype),
+            key_value_memory_dict=_allocate(model, batch_size, max_seqlen, dtype),
             lengths_per_sample=torch.full((batch_size,), seqlen_og, dtype=torch.int32, device=like.device),
         )
         cache = DecodingCGCache(batch_size, max_seqlen, like.device, dtype, inference_params=params, weights=weights)
@@ -308,35 +345,35 @@ def update_graph_cache(
         return cache.callables[tuple(input_ids.shape)](input_ids, position_ids, seqlen)
 
     cache.run = run
-    cache.inference_params.seqlen_offset = 0
+    cache.params.seqlen_offset = 0
     return cache
 
 
 def _make_step(
     model: nn.Module, cache: DecodingCGCache, batch: int, steps: int, n_warmups: int
 ) -> Callable[[Tensor, Tensor, int], Tensor]:
-    params = cache.inference_params
+    params, device = cache.params, next(model.parameters()).device
 
     def eager(input_ids: Tensor, position_ids: Tensor, seqlen: int) -> Tensor:
-        params.lengths_per_sample.fill_(seqlen)
+        _set_lengths(params, seqlen)
         return model(
             input_ids, position_ids=position_ids, inference_params=params, num_last_tokens=input_ids.shape[1]
         ).logits
 
-    if not has_graphs(cache.device):
-        warn_once(f"cg=True changes nothing on {cache.device}, which has no CUDA graphs")
+    if not has_graphs(device):
+        warn_once(f"cg=True changes nothing on {device}, which has no CUDA graphs")
         return eager
-    tokens, positions = (torch.zeros(batch, steps, dtype=torch.long, device=cache.device) for _ in range(2))
+    tokens, positions = (torch.zeros(batch, steps, dtype=torch.long, device=device) for _ in range(2))
     offset, params.seqlen_offset = params.seqlen_offset, cache.max_seqlen - steps
 
     def step() -> Tensor:
         return model(tokens, position_ids=positions, inference_params=params, num_last_tokens=steps).logits
 
-    params.lengths_per_sample.fill_(params.seqlen_offset)
+    _set_lengths(params, params.seqlen_offset)
     try:
         for _ in range(n_warmups):
-            warm_up(step, cache.device)
-        replay, logits = capture(step, cache.device)
+            warm_up(step, device)
+        replay, logits = capture(step, device)
     except RuntimeError as e:
         warn_once(f"decoding runs without a CUDA graph, since capture failed: {e}")
         return eager
@@ -344,10 +381,21 @@ def _make_step(
         params.seqlen_offset = offset
 
     def replayed(input_ids: Tensor, position_ids: Tensor, seqlen: int) -> Tensor:
-        params.lengths_per_sample.fill_(seqlen)
+        _set_lengths(params, seqlen)
         tokens.copy_(input_ids)
         positions.copy_(position_ids)
         replay()
         return logits.clone()
 
     return replayed
+
+
+def _set_lengths(params: InferenceParams, length: int) -> None:
+    """Set the number of tokens before the next one, in place: a captured graph reads it."""
+    if params.lengths_per_sample is not None:
+        params.lengths_per_sample.fill_(length)
+
+
+def _allocate(model: nn.Module, batch: int, max_seqlen: int, dtype: torch.dtype) -> dict[int, Any]:
+    allocate: Callable[..., dict[int, Any]] = model.allocate_inference_cache  # pyright: ignore[reportAssignmentType]
+    return allocate(batch, max_seqlen, dtype)

@@ -14,7 +14,7 @@ from ..weights import open_weights
 
 
 def load_config_hf(model_name: str | Path) -> dict[str, Any]:
-    """Give what `config.json` of a folder or repository holds.
+    """Read the `config.json` of a folder or repository.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.
@@ -26,7 +26,7 @@ def load_config_hf(model_name: str | Path) -> dict[str, Any]:
 def load_state_dict_hf(
     model_name: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Give the weights of a folder or repository; None keeps their device (the CPU) and dtype.
+    """Read the weights of a folder or repository; None keeps their device (the CPU) and dtype.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.

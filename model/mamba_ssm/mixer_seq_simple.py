@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ M = TypeVar("M", bound="MambaLMHeadModel")
 
 @dataclass
 class MambaConfig:
-    """The settings of a `MambaLMHeadModel`, as `config.json` has them."""
+    """Settings of a `MambaLMHeadModel`, with the keys of its `config.json`."""
 
     d_model: int = 2560
     d_intermediate: int = 0
@@ -43,7 +44,7 @@ class MambaConfig:
     attn_cfg: dict[str, Any] = field(default_factory=dict)
     """Arguments of `MHA`."""
     rms_norm: bool = True
-    """RMS norm; else layer norm."""
+    """RMS norm; otherwise layer norm."""
     residual_in_fp32: bool = True
     fused_add_norm: bool = True
     pad_vocab_size_multiple: int = 8
@@ -51,15 +52,17 @@ class MambaConfig:
 
 
 class CausalLMOutput(NamedTuple):
+    """Result of the forward pass."""
+
     logits: Tensor
     """(B, L, V) in the dtype of the head; V is the vocabulary rounded up."""
 
 
 class MambaLMHeadModel(nn.Module, GenerationMixin):
-    """A language model on Mamba, Mamba-2 and attention layers.
+    """Language model of Mamba, Mamba-2 and attention layers.
 
     Args:
-        config: its settings.
+        config: settings.
         initializer_cfg: arguments of `_init_weights`, such as `initializer_range`.
         device, dtype: of the parameters. `A_log` and `D` of the mixers are float32 whatever `dtype` is.
 
@@ -97,12 +100,12 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         self.tie_weights()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this object alone: decoding caches, and what compiling it made."""
+        """Leave out decoding caches and compiled code, which belong to this object only."""
         own = ("_decoding_cache", "_compiled_call_impl")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def tie_weights(self) -> None:
-        """Make the head's weight the embedding's, where the config says so."""
+        """Share the embedding's weight with the head, if the config ties them."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 
@@ -120,19 +123,22 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
             input_ids: (B, L).
             position_ids: not used, as in the original.
             inference_params: see `InferenceParams`; the mixers' caches are filled and updated in place.
-            num_last_tokens: give only the logits of so many last positions; 0 of all.
+            num_last_tokens: number of last positions whose logits are wanted; 0 for all.
             mixer_kwargs: for every mixer, such as `seq_idx` and `cu_seqlens` of Mamba-2. A mixer that does not know one
-                refuses it.
+                raises an error.
+
+        Returns:
+            Logits (B, L or num_last_tokens, V).
         """
         hidden = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)  # (B, L, D)
         if num_last_tokens > 0:
-            hidden = hidden[:, -num_last_tokens:]
+            hidden = hidden[:, -num_last_tokens:]  # (B, num_last_tokens, D)
         return CausalLMOutput(self.lm_head(hidden))
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> dict[int, tuple[Tensor, Tensor | None]]:
-        """The empty caches of each layer, for `InferenceParams.key_value_memory_dict`."""
+        """Return the empty caches of each layer, for `InferenceParams.key_value_memory_dict`."""
         return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
     @classmethod
@@ -158,6 +164,9 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
             revision, cache_dir, token, force_download, local_files_only: see `hub.fetch`.
             kwargs: for the constructor.
 
+        Returns:
+            The model, in training mode.
+
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.
             ValueError: a file is damaged, a setting is not known, or weights and config do not agree.
@@ -176,7 +185,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         return model
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `config.json` and `pytorch_model.bin`, as `mamba_ssm` reads them; each is replaced as a whole."""
+        """Write `config.json` and `pytorch_model.bin`, as `mamba_ssm` reads them; each is replaced atomically."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with writing_whole(folder / "pytorch_model.bin") as partial_file:
@@ -186,7 +195,9 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
 
 
 class MixerModel(nn.Module):
-    """The language model without its head. Arguments are settings of `MambaConfig`; `vocab_size` counts rows."""
+    """Language model without its head. Arguments are settings of `MambaConfig`; `vocab_size` counts padding rows."""
+
+    layers: Sequence[Block]
 
     def __init__(
         self,
@@ -212,7 +223,7 @@ class MixerModel(nn.Module):
         if outside:
             raise ValueError(f"attn_layer_idx must lie in [0, n_layer = {n_layer}), got {outside}")
         self.embedding = nn.Embedding(vocab_size, d_model, **like)
-        self.layers = nn.ModuleList(
+        layers = nn.ModuleList(
             create_block(
                 d_model,
                 d_intermediate,
@@ -228,6 +239,7 @@ class MixerModel(nn.Module):
             )
             for layer_idx in range(n_layer)
         )
+        self.layers = layers  # pyright: ignore[reportAttributeAccessIssue]  ModuleList is not generic in torch's stubs
         self.norm_f = (RMSNorm if rms_norm else nn.LayerNorm)(d_model, eps=norm_epsilon, **like)
         residuals = 1 if d_intermediate == 0 else 2
         options = {"n_residuals_per_layer": residuals} | (initializer_cfg or {})
@@ -236,8 +248,16 @@ class MixerModel(nn.Module):
     def forward(
         self, input_ids: Tensor, inference_params: InferenceParams | None = None, **mixer_kwargs: Any
     ) -> Tensor:
-        """(B, L) tokens -> (B, L, D) after the last norm."""
-        hidden, residual = self.embedding(input_ids), None
+        """Run all layers.
+
+        Args:
+            input_ids: (B, L).
+            inference_params, mixer_kwargs: see `MambaLMHeadModel.forward`.
+
+        Returns:
+            (B, L, D) after the final norm.
+        """
+        hidden, residual = self.embedding(input_ids), None  # (B, L, D)
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, inference_params=inference_params, **mixer_kwargs)
         return add_norm(self.norm_f, hidden, residual, self.residual_in_fp32, self.fused_add_norm)[0]
@@ -245,7 +265,7 @@ class MixerModel(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> dict[int, tuple[Tensor, Tensor | None]]:
-        """The empty caches of each layer."""
+        """Return the empty caches of each layer."""
         return {
             i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
             for i, layer in enumerate(self.layers)
@@ -266,7 +286,7 @@ def create_block(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Block:
-    """Make one layer; the arguments are settings of `MambaConfig`.
+    """Build one layer; the arguments are settings of `MambaConfig`.
 
     Raises:
         ValueError: `ssm_cfg["layer"]` is not a known mixer.
@@ -286,7 +306,7 @@ def create_block(
     if d_intermediate:
         mlp = partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **like)
     block = Block(d_model, mixer, mlp, norm, fused_add_norm, residual_in_fp32)
-    block.layer_idx = layer_idx
+    block.layer_idx = layer_idx  # pyright: ignore[reportArgumentType]  torch's stub takes tensors and modules
     return block
 
 
@@ -297,17 +317,17 @@ def _init_weights(
     rescale_prenorm_residual: bool = True,
     n_residuals_per_layer: int = 1,
 ) -> None:
-    """Draw embeddings, zero biases, and scale what adds to the residual stream down with depth (as GPT-2 does).
+    """Initialize embeddings and biases, and scale projections into the residual stream down with depth (as GPT-2 does).
 
     Args:
-        module: as `nn.Module.apply` gives each.
+        module: a module of the model, from `nn.Module.apply`.
         n_layer: layers of the model.
         initializer_range: standard deviation of embeddings.
-        rescale_prenorm_residual: draw `out_proj.weight` and `fc2.weight` anew, and divide by the root of how many such
-            there are. The original counts the MLPs in the backbone alone, and then draws again without.
-        n_residuals_per_layer: of these in a layer: 2 with MLPs.
+        rescale_prenorm_residual: initialize `out_proj.weight` and `fc2.weight` again, divided by the root of their
+            number. The original counts the MLPs in the backbone only, and then initializes again without.
+        n_residuals_per_layer: projections into the residual stream per layer: 2 with MLPs.
 
-    Biases marked `_no_reinit` (of the step sizes) stay.
+    Biases marked `_no_reinit` (of the step sizes) are left as they are.
     """
     if isinstance(module, nn.Linear):
         if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
@@ -323,7 +343,7 @@ def _init_weights(
 
 
 def _open(folder: Path) -> tuple[MambaConfig, Weights]:
-    """Config and weights of a checkpoint, the weights by the names of the model and unread."""
+    """Return the config of a checkpoint and its weights under the names of the model, unread."""
     if detect_format(folder) != "state-spaces":
         other, weights = open_language_model(folder)
         return MambaConfig(**to_state_spaces(other)), weights
@@ -331,7 +351,7 @@ def _open(folder: Path) -> tuple[MambaConfig, Weights]:
     known = {f.name for f in fields(MambaConfig)}
     if data.keys() - known:
         raise ValueError(f"{folder / CONFIG} has settings that are not known: {', '.join(sorted(data.keys() - known))}")
-    # Frequencies of rotary embeddings, which follow from the config, were saved by old releases of flash-attn.
+    # Old releases of flash-attn saved the frequencies of rotary embeddings, which follow from the config.
     weights = open_weights(folder).renamed(lambda name: None if name.endswith("rotary_emb.inv_freq") else name)
     return MambaConfig(**data), weights
 

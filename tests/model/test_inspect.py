@@ -14,7 +14,7 @@ from vlmamba.model import VLM, ImageProcessor, LMConfig, MambaLM, VisionConfig, 
 from vlmamba.model.convert import convert
 from vlmamba.model.formats.language import PUBLISHED
 from vlmamba.model.generation.decoding import state_bytes
-from vlmamba.model.inspect import flops_a_token, inspect
+from vlmamba.model.inspect import flops_per_token, inspect
 from vlmamba.model.load import load_model
 from vlmamba.model.presets import PRESETS
 
@@ -93,24 +93,24 @@ def test_operations_are_those_that_are_counted_in_a_run(config):
     lm = MambaLM(config).eval()
     with FlopCounterMode(display=False) as counter:
         lm(torch.ones(1, 1, dtype=torch.int64), state=lm.new_state(1))
-    decode = flops_a_token(config, prefill=False)
+    decode = flops_per_token(config, prefill=False)
     seen = config.n_layer * 2 * 2 * config.d_model * config.d_state if config.layer == "mamba2" else 0
     assert counter.get_total_flops() == decode.projections + decode.head + seen
     length = 64
     with FlopCounterMode(display=False) as counter:
         lm(torch.ones(1, length, dtype=torch.int64), logits_at=torch.tensor([length - 1]))
-    prefill = flops_a_token(config, prefill=True)
+    prefill = flops_per_token(config, prefill=True)
     assert counter.get_total_flops() == length * prefill.projections + decode.head
     assert prefill.head == 0
 
 
 def test_operations_of_published_sizes():
     """Twice the parameters, and the scan."""
-    mamba = flops_a_token(LMConfig(2560, 64), prefill=False)
+    mamba = flops_per_token(LMConfig(2560, 64), prefill=False)
     assert mamba.projections + mamba.head == pytest.approx(2 * 2_768_345_600, rel=0.005)
     assert mamba.scan == 64 * 7 * 5120 * 16
     mamba2 = LMConfig(2560, 64, 50277, "mamba2", d_state=128, pad_vocab_size_multiple=16, chunk_size=256)
-    step = flops_a_token(mamba2, prefill=False)
+    step = flops_per_token(mamba2, prefill=False)
     assert step.projections + step.head == pytest.approx(2 * 2_702_599_680, rel=0.005)
     assert step.scan == 64 * 5 * 80 * 64 * 128
     with torch.device("meta"):

@@ -74,7 +74,7 @@ def test_checkpointing_and_lora_take_less():
     assert frozen == 2_702_599_680
     assert trained == 64 * 16 * (2560 + 10576 + 5120 + 2560)
     assert least.memory.optimizer < 0.1 * less.memory.optimizer
-    assert least.flops_a_token < 0.75 * less.flops_a_token
+    assert least.flops_per_token < 0.75 * less.flops_per_token
 
 
 @pytest.mark.parametrize("layer", ["mamba", "mamba2"])
@@ -143,7 +143,7 @@ def test_operations_are_those_of_the_matrix_products():
         2 * m.weight.numel() for n, m in model.language_model.backbone.named_modules() if hasattr(m, "in_features")
     )
     frozen, learning = (
-        1000 * make_plan(model.config, s, 10, text).flops_a_token for s in (SMALL.align, SMALL.finetune)
+        1000 * make_plan(model.config, s, 10, text).flops_per_token for s in (SMALL.align, SMALL.finetune)
     )
     assert learning == pytest.approx(1.5 * frozen)
     assert 3 * (per_token * 1000 + head) < learning < 1.6 * 3 * (per_token * 1000 + head)

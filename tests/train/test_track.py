@@ -31,7 +31,7 @@ def run(folder, first_step, last_step, **options):
 
 
 def test_speeds_are_apart_from_what_is_reproducible(tmp_path):
-    run(tmp_path, 0, 2, flops_a_token=3e9, peak_flops=1e12)
+    run(tmp_path, 0, 2, flops_per_token=3e9, peak_flops=1e12)
     assert read_metrics(tmp_path) == [{"step": s, "loss": 2.5, "lr": 0.1, "grad_norm": 1.5} for s in (0, 1)]
     speed = lines(tmp_path / "speeds.jsonl")[1]
     assert speed.pop("peak_memory") > 2**20
@@ -41,7 +41,7 @@ def test_speeds_are_apart_from_what_is_reproducible(tmp_path):
 
 
 def test_utilisation_is_left_out_where_the_peak_is_not_known(tmp_path):
-    run(tmp_path, 0, 1, flops_a_token=3e9)
+    run(tmp_path, 0, 1, flops_per_token=3e9)
     assert "utilisation" not in lines(tmp_path / "speeds.jsonl")[0]
 
 

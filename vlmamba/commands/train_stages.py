@@ -180,7 +180,7 @@ def _train_stage(
     if command.peak_tflops is not None:
         plan = make_plan(model.config, stage, len(samples), measure(samples, 64), world_size())
         peak = command.peak_tflops * 1e12 * world_size()
-        make_tracker = functools.partial(make_tracker, flops_a_token=plan.flops_a_token, peak_flops=peak)
+        make_tracker = functools.partial(make_tracker, flops_per_token=plan.flops_per_token, peak_flops=peak)
     on_step = None
     if command.sample_every is not None:
         chosen = records[:: math.ceil(len(records) / command.samples)]
