@@ -1,8 +1,8 @@
-"""Argument checks and layouts that the functions of this package have in common."""
+"""Argument checks and layouts shared by the functions of this package."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,8 +13,16 @@ INDICES = (torch.int32, torch.int64)
 UNLIMITED = (0.0, float("inf"))
 
 
+@overload
+def time_before_channels(name: str, tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def time_before_channels(name: str, tensor: Tensor | None) -> Tensor | None: ...
+
+
 def time_before_channels(name: str, tensor: Tensor | None) -> Tensor | None:
-    """(B, D, L) -> (B, L, D)."""
+    """Transpose (B, D, L) to (B, L, D), after a check; None stays None."""
     if tensor is None:
         return None
     check_tensor(name, tensor, ("B", "D", "L"))
@@ -22,14 +30,14 @@ def time_before_channels(name: str, tensor: Tensor | None) -> Tensor | None:
 
 
 def time_before_state(matrix: Tensor) -> Tensor:
-    """(B, N, L) or (B, G, N, L) with L after B; (D, N) as it is."""
+    """Move L of (B, N, L) or (B, G, N, L) behind B; (D, N) stays as it is."""
     if not isinstance(matrix, Tensor) or matrix.dim() < 3:
         return matrix
     return matrix.movedim(-1, 1)
 
 
 def check_activation(name: str | None) -> Literal["silu"] | None:
-    """Give the name that `ssm_kernels.causal_conv1d` knows the activation by.
+    """Return the name of the activation in `ssm_kernels.causal_conv1d`.
 
     Raises:
         NotImplementedError: the originals have no such activation either.
@@ -40,10 +48,10 @@ def check_activation(name: str | None) -> Literal["silu"] | None:
 
 
 def _rows(name: str, indices: Tensor | None, state: Tensor, x: Tensor) -> int:
-    """Check indices into a pool of states, and give the number of rows that the pool must have.
+    """Check indices into a pool of states, and return the number of rows that the pool must have.
 
-    Too large an index is found on a CPU only: on a GPU, reading the indices would be a host-device synchronization.
-    What negative ones mean (`StateRows`) does not depend on this check.
+    An index that is too large is found on a CPU only: on a GPU, reading the indices would be a host-device
+    synchronization. Negative ones are padding (`StateRows`).
     """
     if indices is None:
         return x.shape[0]
@@ -53,12 +61,26 @@ def _rows(name: str, indices: Tensor | None, state: Tensor, x: Tensor) -> int:
     return len(state)
 
 
-class StateRows(NamedTuple):
-    """The rows of a pool of states that a batch reads and writes; a negative index is padding.
+def single(output: Tensor | tuple[Tensor | None, ...]) -> Tensor:
+    """Return the output of a function that returns a tensor here, and with other arguments a tuple."""
+    assert isinstance(output, Tensor)
+    return output
 
-    No value is read on the host. A padded row stands in for a valid one: it reads that row's state and writes that
-    row's result, so that both write the same to the same place. Where all rows are padding, row 0 of the pool is
-    written as it was.
+
+def pair(output: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    """Return the two outputs of a function that returns two here, and with other arguments one."""
+    assert isinstance(output, tuple)
+    first, second = output
+    assert first is not None and second is not None
+    return first, second
+
+
+class StateRows(NamedTuple):
+    """Rows of a pool of states that a batch reads and writes; a negative index is padding.
+
+    Nothing is read on the host. A padded row duplicates a valid one: it reads that row's state and writes that row's
+    result, so that both write the same values to the same row. Where all rows are padding, row 0 of the pool is
+    rewritten unchanged.
     """
 
     rows: Tensor
@@ -70,16 +92,16 @@ class StateRows(NamedTuple):
 
     @classmethod
     def of(cls, indices: Tensor) -> StateRows:
-        """Rows from (B,) indices."""
+        """Return the rows that indices (B,) select."""
         valid = indices >= 0
         here = torch.arange(len(indices), device=indices.device)
         donor = torch.where(valid, here, valid.int().argmax()) if len(indices) else here
         return cls(indices[donor].clamp(min=0).long(), donor, valid)
 
     def write(self, pool: Tensor, old: Tensor, new: Tensor) -> None:
-        """Put `new` (B, ...) into the pool, whose rows held `old` (B, ...)."""
+        """Write `new` (B, ...) to the pool, whose rows held `old` (B, ...)."""
         pool[self.rows] = torch.where(self.valid.any(), new[self.donor], old)
 
     def blank(self, y: Tensor) -> Tensor:
-        """Output (B, ...) with zeros where padded."""
+        """Return y (B, ...) with zeros where padded."""
         return y.masked_fill(~self.valid.view(-1, *(1,) * (y.dim() - 1)), 0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..._core.validation import check_tensor
 from ...norm import add_rms_norm, rms_norm
+from ._shared import pair
 
 
 def layer_norm_fn(
@@ -32,17 +33,24 @@ def layer_norm_fn(
 ) -> Tensor | tuple[Tensor | None, ...]:
     """Add to the residual stream and normalise, as a Mamba block does before its mixer.
 
-    The sum is `dropout(x * rowscale) + dropout(x1) + residual`. All of x, x1, residual: (..., D).
+    The sum is `dropout(x * rowscale) + dropout(x1) + residual`.
 
     Args:
+        x, x1, residual: (..., D).
         weight, bias, weight1, bias1: (D,); the second pair normalises the same sum once more.
-        rowscale: x's shape without D; not together with `x1`.
-        prenorm: give the sum too.
+        eps: added to the variance, or to the mean square.
+        dropout_p: probability of dropping an element of x and of x1.
+        rowscale: (...,); not together with `x1`.
+        prenorm: return the sum too.
         residual_in_fp32: keep the sum in float32 where there is no `residual`, whose dtype it takes otherwise.
         is_rms_norm: RMS norm rather than layer norm.
-        return_dropout_mask: give the masks of x and x1 too (true where kept; None without dropout).
+        return_dropout_mask: return the masks of x and x1 too (true where not dropped; None without dropout).
 
-    Gives y, or a tuple: y, the second y if `weight1`, the sum if `prenorm`, both masks if `return_dropout_mask`.
+    Returns:
+        y, or a tuple: y, the second y if `weight1`, the sum if `prenorm`, both masks if `return_dropout_mask`.
+
+    Raises:
+        ValueError: arguments exclude each other, or a shape does not fit.
     """
     check_tensor("x", x, tuple(x.shape) if isinstance(x, Tensor) else ("...", "D"))
     width = x.shape[-1:]
@@ -53,20 +61,21 @@ def layer_norm_fn(
         if tensor is not None or name == "weight":
             check_tensor(name, tensor, tuple(shape), like=x)
     if x1 is not None and rowscale is not None:
-        raise ValueError("rowscale cannot be had together with x1")
+        raise ValueError("rowscale excludes x1; got both")
     if bias1 is not None and weight1 is None:
         raise ValueError("bias1 needs weight1")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p!r}")
     compute = torch.promote_types(x.dtype, torch.float32)
-    added, masks = x, (None, None)
+    added, mask, mask1 = x, None, None
     if rowscale is not None:
         added = added.to(compute) * rowscale.to(compute).unsqueeze(-1)
     if dropout_p > 0:
-        masks = tuple(None if t is None else torch.rand(t.shape, device=t.device) > dropout_p for t in (x, x1))
-        added = added.to(compute) * masks[0] / (1 - dropout_p)
+        mask = torch.rand(x.shape, device=x.device) > dropout_p
+        mask1 = None if x1 is None else torch.rand(x1.shape, device=x1.device) > dropout_p
+        added = added.to(compute) * mask / (1 - dropout_p)
     if x1 is not None:
-        other = x1.to(compute) if masks[1] is None else x1.to(compute) * masks[1] / (1 - dropout_p)
+        other = x1.to(compute) if mask1 is None else x1.to(compute) * mask1 / (1 - dropout_p)
         added = added.to(compute) + other
     stream = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     if is_rms_norm:
@@ -74,7 +83,7 @@ def layer_norm_fn(
     else:
         total = (added if residual is None else added + residual).to(stream)
         y = F.layer_norm(total.to(compute), width, weight.to(compute), None, eps)
-    outputs = [(y if bias is None else y + bias).to(x.dtype)]
+    outputs: list[Tensor | None] = [(y if bias is None else y + bias).to(x.dtype)]
     if weight1 is not None:
         wide = total.to(compute)
         y1 = (
@@ -86,8 +95,10 @@ def layer_norm_fn(
     if prenorm:
         outputs.append(total)
     if return_dropout_mask:
-        outputs.extend(masks)
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        outputs += [mask, mask1]
+    first, *others = outputs
+    assert first is not None
+    return (first, *others) if others else first
 
 
 def rms_norm_fn(
@@ -121,7 +132,7 @@ def layer_norm_fn_v1(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor | None, ...]:
     """`layer_norm_fn` with the arguments of `mamba_ssm` 1.0 to 1.2."""
     return layer_norm_fn(
         x, weight, bias, residual, eps=eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm
@@ -136,7 +147,7 @@ def rms_norm_fn_v1(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     eps: float = 1e-6,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor | None, ...]:
     """`rms_norm_fn` with the arguments of `mamba_ssm` 1.0 to 1.2."""
     return layer_norm_fn_v1(x, weight, bias, residual, eps, prenorm, residual_in_fp32, True)
 
@@ -154,9 +165,11 @@ def layer_norm_linear_fn(
     is_rms_norm: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`layer_norm_fn` and a linear layer after it: linear_weight (width, D), linear_bias (width,)."""
-    y, total = layer_norm_fn(
-        x, norm_weight, norm_bias, residual, eps=eps, prenorm=True, residual_in_fp32=residual_in_fp32,
-        is_rms_norm=is_rms_norm,
+    y, total = pair(
+        layer_norm_fn(
+            x, norm_weight, norm_bias, residual, eps=eps, prenorm=True, residual_in_fp32=residual_in_fp32,
+            is_rms_norm=is_rms_norm,
+        )
     )  # fmt: skip
     bias = None if linear_bias is None else linear_bias.to(y.dtype)
     out = F.linear(y, linear_weight.to(y.dtype), bias)
@@ -182,7 +195,7 @@ def layer_norm_ref(
     """`layer_norm_fn` as the equations read; in float32 at least with `upcast`, else in the dtype of x.
 
     Args:
-        dropout_mask, dropout_mask1: (..., D), what of x and x1 is kept; drawn here where None.
+        dropout_mask, dropout_mask1: (..., D), true where x and x1 are not dropped; drawn here where None.
     """
     return _norm_ref(
         False, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask,
@@ -246,7 +259,7 @@ class RMSNorm(nn.Module):
     Args:
         hidden_size: D.
         eps: added to the mean square.
-        dropout_p: of the input, before it is added to the residual; in training.
+        dropout_p: dropout of the input, before it is added to the residual; in training.
         device, dtype: of the parameter `weight`.
     """
 
@@ -271,9 +284,10 @@ class RMSNorm(nn.Module):
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(..., D) -> (..., D); with `prenorm`, the sum too."""
+    ) -> Tensor | tuple[Tensor | None, ...]:
+        """Normalise the sum of x (..., D) and the residual; with `prenorm`, return the sum too."""
+        bias = self.bias if isinstance(self.bias, Tensor) else None
         return rms_norm_fn(
-            x, self.weight, self.bias, residual, eps=self.eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32,
+            x, self.weight, bias, residual, eps=self.eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32,
             dropout_p=self.drop.p if self.drop is not None and self.training else 0.0,
         )  # fmt: skip

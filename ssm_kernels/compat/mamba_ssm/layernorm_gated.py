@@ -117,13 +117,14 @@ class LayerNorm(nn.Module):
     def reset_parameters(self) -> None:
         """Set weights to one and biases to zero."""
         nn.init.ones_(self.weight)
-        if self.bias is not None:
+        if isinstance(self.bias, Tensor):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Normalise x (..., D), gated by z of the same shape."""
+        bias = self.bias if isinstance(self.bias, Tensor) else None
         options = (self.eps, self.group_size, self.norm_before_gate, self.is_rms_norm)
-        return layernorm_fn(x, self.weight, self.bias, z, *options)
+        return layernorm_fn(x, self.weight, bias, z, *options)
 
 
 class RMSNorm(LayerNorm):
