@@ -415,10 +415,12 @@ def _backward_fake(x, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seql
 
 
 def _save(ctx, inputs, outputs):
-    x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, ctx.chunk_size = inputs
     _, _, checkpoint_states = outputs
-    ctx.save_for_backward(x, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx)
-    ctx.initial_dtype = None if initial_states is None else initial_states.dtype
+    ctx.save_for_backward(
+        inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, checkpoint_states, inputs.cu_seqlens, inputs.seq_idx
+    )
+    ctx.chunk_size = inputs.chunk_size
+    ctx.initial_dtype = None if inputs.initial_states is None else inputs.initial_states.dtype
 
 
 @torch.autograd.function.once_differentiable

@@ -193,7 +193,7 @@ def test_scan_directions_over_a_grid_agree():
     tensors = make_inputs(2, height * width, heads=8, groups=4, z=False, initial_states=False)
     leaves = [t.requires_grad_() for t in tensors.values()]
 
-    def both(x, dt, A, B, C, D, dt_bias):
+    def found_and_expected(x, dt, A, B, C, D, dt_bias):
         limit, codes = (0.0, float("inf")), (3, 0, 2, 1)
         rest = (True, limit, None, None, None, 16)
         y, final = triton.ssd(x, dt, A, B, C, D, None, dt_bias, *rest, codes, height)
@@ -210,13 +210,11 @@ def test_scan_directions_over_a_grid_agree():
             finals.append(out.final_states)
         return (y, final), (torch.cat(ys, 2), torch.cat(finals, 1))
 
-    got, want = both(*leaves)
-    for one, two in zip(got, want, strict=True):
-        torch.testing.assert_close(one, two)
-    weights = [torch.randn_like(t) for t in want]
-    grads = [torch.autograd.grad(out, leaves, weights) for out in (got, want)]
-    for one, two in zip(*grads, strict=True):
-        torch.testing.assert_close(one, two)
+    found, expected = found_and_expected(*leaves)
+    torch.testing.assert_close(found, expected)
+    douts = [torch.randn_like(t) for t in expected]
+    found_grads, expected_grads = (torch.autograd.grad(outs, leaves, douts) for outs in (found, expected))
+    torch.testing.assert_close(found_grads, expected_grads)
 
 
 @needs_interpreter

@@ -38,6 +38,7 @@ def ssd(
         height: rows of that grid.
     """
     # The gate is not in the kernels: Mamba-2 has its own in the norm, and here it would cost them registers.
+    # PyTorch's silu is one launch on a GPU, that of `skip_and_gate` several.
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
     arguments = ScanArguments(
         x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_min=dt_limit[0],
@@ -69,9 +70,8 @@ def ssd_step(
 
 
 def _save(ctx, inputs, outputs):
-    arguments = ScanArguments(*inputs)
-    ctx.save_for_backward(*(getattr(arguments, name) for name in TENSORS))
-    ctx.options = arguments._replace(**dict.fromkeys(TENSORS))
+    ctx.save_for_backward(*(getattr(inputs, name) for name in TENSORS))
+    ctx.options = ScanArguments(*inputs)._replace(**dict.fromkeys(TENSORS))
 
 
 @torch.autograd.function.once_differentiable

@@ -1,6 +1,6 @@
 """Backward of SSD in Triton.
 
-Sequences are cut in short segments. States pass forward over the segments and their gradients in reverse; then each
+Sequences are divided into short segments. States pass forward over the segments, their gradients in reverse; then each
 segment is scanned both ways once more, to write the state before and the gradient after each of its chunks. With these
 the chunks are independent: one kernel computes the gradients of a head's own inputs, one those of B and C, which
 several heads share. Sums over programs are partial sums in buffers, added up at the end.
@@ -71,7 +71,7 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
     dA = inputs.empty(num_chunks, inputs.heads, num_tiles).zero_()  # (chunks, H, tiles)
     dD = inputs.empty(num_chunks, inputs.heads, 0 if inputs.D is None else inputs.headdim).zero_()  # (chunks, H, P)
 
-    # The states of the chunks take several times the memory of the inputs: not those of all segments at once.
+    # The states of all chunks would take several times the memory of the inputs: some segments at a time.
     chunk_state_dtype = CHUNK_STATE_DTYPES.get(inputs.dot, inputs.state_dtype)
     chunk_state_bytes = inputs.heads * inputs.headdim * inputs.d_state * torch.finfo(chunk_state_dtype).bits // 8
     at_once = MAX_CHUNK_STATE_BYTES // (2 * CHUNKS_PER_SEGMENT * chunk_state_bytes)
@@ -168,7 +168,7 @@ def _state_gradient_kernel(
     WRITE_DCHUNK_STATES: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr,
     DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Carry the gradient of the state through one segment in reverse, for BLOCK_P channels of one head.
+    """Pass the gradient of the state through one segment in reverse, for BLOCK_P channels of one head.
 
     Grid: segments x heads x tiles of P. Tiles: dy (Q, BLOCK_P); C (Q, BLOCK_N); dstate (BLOCK_N, BLOCK_P).
 

@@ -81,11 +81,11 @@ class ScanInputs:
         }  # fmt: skip
 
     def build_segment_table(self, size: int) -> SegmentTable:
-        """Cut the sequences in segments of `size` steps."""
+        """Divide the sequences into segments of `size` steps."""
         return build_segment_table(self.batch, self.length, size, self.cu_seqlens, self.seq_idx, self.device)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialized tensor, in the dtype of the states where none is given."""
+        """An uninitialized tensor, by default in the dtype of the states."""
         return torch.empty(shape, dtype=dtype or self.state_dtype, device=self.device)
 
     def empty_states(self, rows: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""Forward of SSD in Triton: a program carries the state of one head through the chunks of one segment of a sequence.
+"""Forward of SSD in Triton: a program passes the state of one head through the chunks of one segment of a sequence.
 
 A chunk of Q steps is a few matrix products (arXiv 2405.21060, listing 1): its own inputs yield `(L o C B^T) dt x`, and
 the state S before it `exp(a) C S`. S, (N, P), stays in registers from chunk to chunk and is never written. Where heads
-and sequences are too few to fill the device, sequences are cut in segments: a first pass computes what each segment
-adds to the state, `state_passing` turns that into the state before each segment, and a second pass scans them.
+and sequences are too few to fill the device, sequences are divided into segments: a first pass computes what each
+segment adds to the state, `state_passing` turns that into the state before each segment, and a second pass scans them.
 
-Heads whose P channels do not fit in registers are cut in tiles, which are independent but for sums over P.
+Heads whose P channels do not fit in registers are divided into tiles, which are independent but for sums over P.
 """
 
 # The stubs know neither launches nor what jit functions return.
