@@ -29,8 +29,9 @@ def step_size(
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
         dt = softplus(dt)
-    is_within = dt_limit is None or (dt_softplus and dt_limit == (0.0, float("inf")))
-    return dt if is_within else dt.clamp(*dt_limit)
+    if dt_limit is None or (dt_softplus and dt_limit == (0.0, float("inf"))):
+        return dt
+    return dt.clamp(*dt_limit)
 
 
 def skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:

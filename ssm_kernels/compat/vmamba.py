@@ -1,6 +1,6 @@
-"""VMamba's scans over images by the names that its code has for them (`csm_triton.py`, `csms6s.py`).
+"""VMamba's scans over images under the names of its code (`csm_triton.py`, `csms6s.py`).
 
-These lie in each project's own copy of the two files; point its imports here:
+Each project has its own copy of the two files; change its imports:
 
     from .csm_triton import cross_scan_fn, cross_merge_fn
     from ssm_kernels.compat.vmamba import cross_scan_fn, cross_merge_fn
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..cross_scan import CROSS, cross_merge, cross_scan
 from .mamba_ssm import selective_scan_fn as _selective_scan_fn
+from .mamba_ssm._shared import single
 
-_ROUTES = {0: CROSS, 1: ("rows",) * 4, 2: ("rows", "rows", "rows_reversed", "rows_reversed")}
+_DIRECTIONS = {0: CROSS, 1: ("rows",) * 4, 2: ("rows", "rows", "rows_reversed", "rows_reversed")}
 
 
 def cross_scan_fn(
@@ -32,18 +33,22 @@ def cross_scan_fn(
     Args:
         x: (B, C, H, W), or (B, H, W, C) where not `in_channel_first`; with `one_by_one`, a grid for each direction:
             (B, 4, C, H, W), or (B, H, W, 4, C).
-        out_channel_first: give (B, 4, C, L), rather than (B, L, 4, C).
+        out_channel_first: return (B, 4, C, L), rather than (B, L, 4, C).
         scans: 0 rows, columns and both reversed; 1 rows four times; 2 rows and reversed rows, twice each.
-        force_torch: of the original's choice of backend: no effect. See `ssm_kernels.use_backend`.
+        force_torch: the original's choice of backend; no effect here. See `ssm_kernels.use_backend`.
+
+    Returns:
+        (B, 4, C, L), or (B, L, 4, C).
     """
-    directions = _routes(scans)
+    directions = _directions(scans)
     if one_by_one:
         x = x.permute(0, 1, 3, 4, 2) if in_channel_first else x.permute(0, 3, 1, 2, 4)  # (B, 4, H, W, C)
         each = zip(x.unbind(1), directions, strict=True)
         y = torch.cat([cross_scan(grid, (direction,)) for grid, direction in each], 1)
     else:
         y = cross_scan(x.permute(0, 2, 3, 1) if in_channel_first else x, directions)
-    return y.transpose(2, 3) if out_channel_first else y.transpose(1, 2)  # from (B, 4, L, C)
+    # (B, 4, L, C) -> (B, 4, C, L) or (B, L, 4, C)
+    return y.transpose(2, 3) if out_channel_first else y.transpose(1, 2)
 
 
 def cross_merge_fn(
@@ -54,15 +59,18 @@ def cross_merge_fn(
     scans: int = 0,
     force_torch: bool = False,
 ) -> Tensor:
-    """Put what was read along four directions back in its place, and add: the adjoint of `cross_scan_fn`.
+    """Write sequences along four directions back to the grid, and sum: the adjoint of `cross_scan_fn`.
 
     Args:
-        y: (B, 4, C, H, W), or (B, H, W, 4, C) where not `out_channel_first`, as `cross_scan_fn` gave it.
-        in_channel_first: give (B, C, L), rather than (B, L, C); with `one_by_one`, a grid for each direction, not added:
-            (B, 4, C, L), or (B, L, 4, C).
+        y: (B, 4, C, H, W), or (B, H, W, 4, C) where not `out_channel_first`, as `cross_scan_fn` returns it.
+        in_channel_first: return (B, C, L), rather than (B, L, C).
+        one_by_one: return a grid for each direction, not summed: (B, 4, C, L), or (B, L, 4, C).
         scans, force_torch: as in `cross_scan_fn`.
+
+    Returns:
+        (B, C, L), or as `in_channel_first` and `one_by_one` say.
     """
-    directions = _routes(scans)
+    directions = _directions(scans)
     y = y.permute(0, 1, 3, 4, 2) if out_channel_first else y.permute(0, 3, 1, 2, 4)  # (B, 4, H, W, C)
     height, width = y.shape[2:4]
     y = y.flatten(2, 3)  # (B, 4, L, C)
@@ -109,16 +117,18 @@ def selective_scan_fn(
 
     Args:
         u, delta: (B, K C, L). A: (K C, N). B, C: (B, K, N, L). D, delta_bias: (K C,).
-        oflex: give float32 where u is narrower.
-        backend: of the original's extensions: no effect. See `ssm_kernels.use_backend`.
+        delta_softplus: pass delta (after the bias) through softplus.
+        oflex: return float32 where u is narrower.
+        backend: names an extension of the original; no effect here. See `ssm_kernels.use_backend`.
 
-    Gives (B, K C, L).
+    Returns:
+        (B, K C, L).
     """
     u = u.to(torch.promote_types(u.dtype, torch.float32)) if oflex else u
-    return _selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+    return single(_selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus))
 
 
-def _routes(scans: int) -> tuple:
-    if scans not in _ROUTES:
+def _directions(scans: int) -> tuple:
+    if scans not in _DIRECTIONS:
         raise ValueError(f"scans must be 0, 1 or 2, got {scans!r}")
-    return _ROUTES[scans]
+    return _DIRECTIONS[scans]

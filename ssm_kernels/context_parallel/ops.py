@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core.discretization import step_size
 from .._core.dispatch import Backend
-from .._core.invariant import softplus
 from .._core.sharding import local, sharded_version_of
 from .._core.validation import check_tensor
 from ..causal_conv1d import CausalConv1dOutput, causal_conv1d
@@ -87,7 +87,7 @@ def sharded_selective_scan(
         ).final_states  # (B, D, N)
 
     def dt_sum() -> Tensor:
-        return _DtSum.apply(dt, dt_bias, dt_softplus, (-math.inf, math.inf), compute)  # (B, D)
+        return _DtSum.apply(dt, dt_bias, dt_softplus, compute, None)  # (B, D)
 
     def decay(dt_sum: Tensor) -> Tensor:
         return torch.exp(dt_sum.unsqueeze(-1) * A.to(compute))  # (B, D) -> (B, D, N)
@@ -140,7 +140,7 @@ def sharded_ssd(
         ).final_states  # (B, H, P, N)
 
     def dt_sum() -> Tensor:
-        return _DtSum.apply(dt, dt_bias, dt_softplus, dt_limit, compute)  # (B, H)
+        return _DtSum.apply(dt, dt_bias, dt_softplus, compute, dt_limit)  # (B, H)
 
     def decay(dt_sum: Tensor) -> Tensor:
         return torch.exp(dt_sum * A.to(compute))[..., None, None]  # (B, H) -> (B, H, 1, 1)
@@ -247,32 +247,21 @@ def _incoming_states(shard: RankShard, incoming: int, messages: Tensor, op: _Sha
 
 
 class _DtSum(torch.autograd.Function):
-    """The sum over time of the step sizes that `dt` stands for, (B, L, ...) -> (B, ...); saves `dt` alone."""
+    """The sum over time of the step sizes, (B, L, ...) -> (B, ...); saves the raw `dt` alone."""
 
     @staticmethod
-    def forward(ctx, dt, bias, with_softplus, limit, compute):
-        ctx.save_for_backward(dt, bias)
-        ctx.options = with_softplus, limit, compute
-        return _dt_sum(dt, bias, with_softplus, limit, compute)
+    def forward(ctx, dt, dt_bias, *options):
+        ctx.save_for_backward(dt, dt_bias)
+        ctx.options = options
+        return step_size(dt, dt_bias, *options).sum(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dsum):
-        dt, bias = ctx.saved_tensors
-        inputs = [t.detach().requires_grad_() for t in (dt, bias) if t is not None]
+        dt, dt_bias = ctx.saved_tensors
+        inputs = [t.detach().requires_grad_() for t in (dt, dt_bias) if t is not None]
         with torch.enable_grad():
-            total = _dt_sum(inputs[0], inputs[1] if bias is not None else None, *ctx.options)
+            total = step_size(inputs[0], inputs[1] if dt_bias is not None else None, *ctx.options).sum(1)
         ddt, *dbias = torch.autograd.grad(total, inputs, dsum)
-        dwith_softplus = dlimit = dcompute = None
-        return ddt, dbias[0] if dbias else None, dwith_softplus, dlimit, dcompute
-
-
-def _dt_sum(
-    dt: Tensor, bias: Tensor | None, with_softplus: bool, limit: tuple[float, float], compute: torch.dtype
-) -> Tensor:
-    dt = dt.to(compute)
-    if bias is not None:
-        dt = dt + bias.to(compute)
-    if with_softplus:
-        dt = softplus(dt)
-    return dt.clamp(*limit).sum(1)
+        dsoftplus = ddtype = dlimit = None
+        return ddt, dbias[0] if dbias else None, dsoftplus, ddtype, dlimit

@@ -1,7 +1,7 @@
-"""How an implementation is held against the reference: the same calls, one tolerance rule, stated here.
+"""Comparison of an implementation with the reference: the same calls, one tolerance rule, stated here.
 
-An implementation in some dtype may be as wrong, against the reference in float64, as the reference itself is in that
-dtype, twice over, plus a few roundings of the result's scale: those of `roundings`. Nothing is tuned by hand.
+The error of an implementation against the reference in float64 may be twice that of the reference in the
+implementation's dtype, plus a few roundings of the result's scale: those of `roundings`. Nothing is tuned by hand.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from torch import Tensor
 from .._triton.device import is_interpreted
 
 ROUNDINGS = 64
-"""Roundings of the largest element that are forgiven in what sums are computed in: their order is another."""
+"""Roundings of the largest element that are allowed in the dtype of sums, whose order differs."""
 ROUNDINGS_OF_RESULT = 8
-"""And in the result's own dtype, to which operands of matrix products are rounded too."""
+"""Roundings that are allowed in the result's own dtype, to which operands of matrix products are rounded too."""
 
 
 def roundings(dtype: torch.dtype, times: int = 1, operands: torch.dtype | None = None) -> float:
-    """Share of the largest element that a result in this dtype may be off besides.
+    """Return the error that roundings allow in a result, as a share of its largest element.
 
     Args:
+        dtype: dtype of the result.
         times: factor on the roundings of sums.
         operands: dtype to which operands of matrix products are rounded, where it is coarser than the result's:
-            compiled kernels hand tensor cores what they multiply in the inputs' dtype, and sum in float32.
+            compiled kernels multiply in the inputs' dtype on tensor cores, and sum in float32.
     """
     sums = torch.promote_types(dtype, torch.float32)
     coarsest = max(torch.finfo(d).eps for d in (dtype, operands or dtype))
@@ -33,7 +34,7 @@ def roundings(dtype: torch.dtype, times: int = 1, operands: torch.dtype | None =
 
 
 def coarsest_dtype(tensors: Mapping[str, Tensor | None]) -> torch.dtype:
-    """The floating-point dtype among the tensors whose rounding is largest."""
+    """Return the floating-point dtype of the tensors that has the largest rounding error."""
     dtypes = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -55,7 +56,7 @@ def assert_agrees(
         options: its other arguments.
         backend: the implementation under test.
         gradients: whether to compare gradients.
-        oracle: the backend that is right: where the reference takes too long, `"torch"`, which is held against it.
+        oracle: the ground truth: where the reference takes too long, `"torch"`, which is tested against it.
 
     Raises:
         AssertionError: names the output or gradient that differs, by how much, and how much is allowed.
@@ -93,13 +94,12 @@ def _run(op, tensors, options, backend, dtype, gradients) -> dict[str, Tensor]:
     result = {name: t.detach() for name, t in outputs.items()}
     if gradients:
         # A weighted sum, so that a permuted or dropped gradient shows.
-        total = sum((t.double() * _weights(t)).sum() for t in outputs.values())
+        total = torch.stack([(t.double() * _weights(t)).sum() for t in outputs.values()]).sum()
         wanted = {n: t for n, t in inputs.items() if t is not None and t.requires_grad}
-        # Of no steps, the reference computes nothing that a gradient could flow through.
-        none = [None] * len(wanted)
-        grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True) if total.requires_grad else none
-        for (name, t), g in zip(wanted.items(), grads, strict=True):
-            result[f"gradient of {name}"] = torch.zeros_like(t) if g is None else g
+        grads = [torch.zeros_like(t) for t in wanted.values()]
+        if total.requires_grad:  # with no steps, the reference computes nothing that a gradient could flow through
+            grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, materialize_grads=True)
+        result |= {f"gradient of {name}": g for name, g in zip(wanted, grads, strict=True)}
     return result
 
 

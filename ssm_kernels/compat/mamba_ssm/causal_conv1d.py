@@ -25,14 +25,27 @@ def causal_conv1d_fn(
     final_states_out: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Convolve over time. x: (B, D, L); weight: (D, K); both states: (B, D, K - 1); activation: None, silu or swish.
+    """Convolve over time.
 
-    Gives y (B, D, L); with `return_final_states`, (y, final states), the latter written to `final_states_out` if given.
-    Where `seq_idx` (B, L) is negative, y is zero.
+    Args:
+        x: (B, D, L).
+        weight: (D, K).
+        bias: (D,).
+        seq_idx: (B, L) number of the sequence of each step; where negative, y is zero. Excludes states.
+        initial_states: (B, D, K - 1).
+        return_final_states: return the last K - 1 inputs too.
+        final_states_out: (B, D, K - 1) to write the final states to.
+        activation: None, `"silu"` or `"swish"`.
+
+    Returns:
+        y (B, D, L); with `return_final_states`, y and the final states (B, D, K - 1).
+
+    Raises:
+        ValueError: arguments exclude each other, or a shape does not fit.
     """
     if seq_idx is not None and (initial_states is not None or return_final_states):
         name = "return_final_states" if return_final_states else "initial_states"
-        raise ValueError(f"{name} cannot be had together with seq_idx")
+        raise ValueError(f"{name} cannot be combined with seq_idx")
     if final_states_out is not None and not return_final_states:
         raise ValueError("final_states_out needs return_final_states=True")
     states = time_before_channels("initial_states", initial_states)
@@ -58,21 +71,24 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """Convolve one step or a few, and bring `conv_state` up to date in place. Gives y like x; no gradients.
+    """Convolve one step or a few, and update `conv_state` in place. No gradients.
 
     Args:
         x: (B, D), or (B, D, L).
         conv_state: (B, D, W), the last W >= K - 1 inputs.
         weight, bias, activation: as in `causal_conv1d_fn`.
-        cache_seqlens: (B,) inputs seen before; `conv_state` is then a ring, whose next place is that modulo W.
-        conv_state_indices: (B,) rows of `conv_state` that are meant; it may then have more of them. A negative one is
-            padding: y is 0 there and no state is changed.
+        cache_seqlens: (B,) inputs so far; `conv_state` is then a ring buffer, whose next entry is that modulo W.
+        conv_state_indices: (B,) rows of `conv_state`, which may then have more of them. A negative one is padding: y is
+            0 there and no state is changed.
+
+    Returns:
+        y, of the shape of x.
     """
     if isinstance(x, Tensor) and x.dim() == 2:
-        one = causal_conv1d_update(
+        y = causal_conv1d_update(
             x.unsqueeze(-1), conv_state, weight, bias, activation, cache_seqlens, conv_state_indices
         )
-        return one.squeeze(-1)
+        return y.squeeze(-1)  # (B, D)
     check_tensor("x", x, ("B", "D", "L"))
     check_tensor("weight", weight, (x.shape[1], "K"), like=x)
     rows = _rows("conv_state_indices", conv_state_indices, conv_state, x)
@@ -88,13 +104,14 @@ def causal_conv1d_update(
     else:
         check_tensor("cache_seqlens", cache_seqlens, (x.shape[0],), like=x, dtypes=INDICES)
 
-        def places(first: int, last: int) -> Tensor:
+        def entries(first: int, last: int) -> Tensor:
+            """Entries of the ring buffer for steps `first` to `last` of x, (B, D, steps)."""
             steps = cache_seqlens.long()[:, None] + torch.arange(first, last, device=x.device)
             return (steps % size).unsqueeze(1).expand(-1, x.shape[1], -1)
 
-        window = old.gather(2, places(-before, 0))
-        kept = max(length - size, 0)
-        new = old.scatter(2, places(kept, length), x[..., kept:].to(old.dtype))
+        window = old.gather(2, entries(-before, 0))  # (B, D, K - 1)
+        first = max(length - size, 0)
+        new = old.scatter(2, entries(first, length), x[..., first:].to(old.dtype))
     y = causal_conv1d(x.transpose(1, 2), weight, bias, check_activation(activation), window.transpose(1, 2)).y
     y = y.transpose(1, 2)
     if chosen is None:

@@ -7,7 +7,6 @@ Letters: B batch, L length, D channels, N state, R rank of dt, G groups, K convo
 
 from __future__ import annotations
 
-import contextlib
 import logging
 
 import torch
@@ -20,12 +19,12 @@ from ..._core.validation import check_tensor
 from ...causal_conv1d import causal_conv1d
 from ...norm import rms_norm
 from ...selective_scan import selective_scan
-from ._shared import time_before_channels, time_before_state
+from ._shared import single, time_before_channels, time_before_state
 from .causal_conv1d import causal_conv1d_ref
 from .layernorm_gated import rms_norm_ref
 
 logger = logging.getLogger("ssm_kernels")
-_said: set[str] = set()
+_already_logged: set[str] = set()
 
 
 def selective_scan_fn(
@@ -40,18 +39,28 @@ def selective_scan_fn(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The scan of Mamba-1. u, delta, z: (B, D, L); A: (D, N); B, C: (D, N), (B, N, L) or (B, G, N, L).
+    """The scan of Mamba-1.
 
     A may be complex. Then y is twice the real part, a constant B or C is complex, one that changes in time holds
     real and imaginary parts side by side, (B, N, 2 L) or (B, G, N, 2 L), and the scan runs step by step in PyTorch:
-    right, but slow, on every backend. That is said once.
+    correct, but slow, on every backend. That is logged once.
 
-    Gives y (B, D, L); with `return_last_state`, (y, last state (B, D, N)).
+    Args:
+        u, delta, z: (B, D, L).
+        A: (D, N).
+        B, C: (D, N), (B, N, L) or (B, G, N, L).
+        D, delta_bias: (D,).
+        delta_softplus: pass delta (after the bias) through softplus.
+        return_last_state: return the final state too.
+
+    Returns:
+        y (B, D, L); with `return_last_state`, y and the final state (B, D, N).
     """
     if isinstance(A, Tensor) and A.is_complex():
-        _say_slow("selective_scan_fn")
+        _warn_slow("selective_scan_fn")
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    u, delta, z = (time_before_channels(n, t) for n, t in (("u", u), ("delta", delta), ("z", z)))
+    u, delta = time_before_channels("u", u), time_before_channels("delta", delta)  # (B, L, D)
+    z = time_before_channels("z", z)
     B, C = time_before_state(B), time_before_state(C)
     y, state = selective_scan(u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
     return (y.transpose(1, 2), state) if return_last_state else y.transpose(1, 2)
@@ -77,7 +86,7 @@ def selective_scan_ref(
     dt = F.softplus(dt) if delta_softplus else dt
 
     def of_channels(matrix: Tensor) -> Tensor:
-        """To (B or 1, D, N, L or 1)."""
+        """Expand B or C to (B or 1, D, N, L or 1)."""
         if matrix.dim() == 2:
             return matrix.to(dtype)[None, :, :, None]
         if A.is_complex():
@@ -91,7 +100,7 @@ def selective_scan_ref(
     for t in range(length):
         step = dt[..., t, None]  # (B, D, 1)
         state = torch.exp(step * A.to(dtype)) * state + step * x[..., t, None] * B[..., t]
-        y = (state * C[..., t]).sum(-1)
+        y = (state * C[..., t]).sum(-1)  # (B, D)
         ys.append(2 * y.real if A.is_complex() else y)
     y = torch.stack(ys, -1) if ys else torch.zeros_like(x)  # (B, D, L)
     y = y if D is None else y + D.to(real).unsqueeze(-1) * x
@@ -121,16 +130,24 @@ def mamba_inner_fn(
     dt_rms_weight: Tensor | None = None,
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
-    """The Mamba-1 mixer between its two projections, and the second. xz: (B, 2 D, L); gives (B, L, width).
+    """The Mamba-1 mixer after its first projection.
 
     Args:
-        conv1d_weight: (D, 1, K). x_proj_weight: (R + 2 N, D). delta_proj_weight: (D, R). out_proj_weight: (width, D).
-            Where A is complex, `x_proj_weight` is (R + 4 N, D).
+        xz: (B, 2 D, L) output of the first projection.
+        conv1d_weight: (D, 1, K).
+        x_proj_weight: (R + 2 N, D), or (R + 4 N, D) where A is complex.
+        delta_proj_weight: (D, R).
+        out_proj_weight: (width, D).
+        A, D, delta_bias, delta_softplus: as in `selective_scan_fn`.
         B, C: as in `selective_scan_fn`; None computes them from x.
         B_proj_bias, C_proj_bias: (N,), for a B and C that are computed.
         b_rms_weight, c_rms_weight: (N,), RMS norm of a B and C that change in time.
         dt_rms_weight: (D,), RMS norm of the step sizes, after `delta_proj_weight` and before `delta_bias`.
-        checkpoint_lvl: 1 computes the convolution and the step sizes again in the backward, 0 keeps them.
+        b_c_dt_rms_eps: epsilon of these norms.
+        checkpoint_lvl: 1 recomputes the convolution and the step sizes in the backward, 0 saves them.
+
+    Returns:
+        (B, L, width).
     """
     y = mamba_inner_fn_no_out_proj(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
@@ -159,20 +176,24 @@ def mamba_inner_fn_no_out_proj(
     dt_rms_weight: Tensor | None = None,
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
-    """`mamba_inner_fn` without its last projection, of Vim's fork. Gives (B, D, L)."""
+    """`mamba_inner_fn` of Vim's fork, without the last projection.
+
+    Returns:
+        (B, D, L).
+    """
     check_tensor("xz", xz, ("B", "2 D", "L"))
     check_tensor("conv1d_weight", conv1d_weight, (xz.shape[1] // 2, 1, "K"), like=xz)
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"checkpoint_lvl must be 0 or 1, got {checkpoint_lvl!r}")
     for name, matrix, bias, scale in (("B", B, B_proj_bias, b_rms_weight), ("C", C, C_proj_bias, c_rms_weight)):
         if matrix is not None and bias is not None:
-            raise ValueError(f"{name}_proj_bias is for a {name} that is computed from x, but {name} was given")
+            raise ValueError(f"{name}_proj_bias is for a {name} that is computed from x, but {name} is not None")
         if matrix is not None and matrix.dim() == 2 and scale is not None:
             raise ValueError(f"{name.lower()}_rms_weight is for a {name} that changes in time, got (D, N)")
     if dt_rms_weight is not None:
         check_tensor("dt_rms_weight", dt_rms_weight, (xz.shape[1] // 2,), like=xz)
     if A.is_complex():
-        _say_slow("mamba_inner_fn")
+        _warn_slow("mamba_inner_fn")
         return _inner_ref(
             xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
             C_proj_bias, delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps,
@@ -185,26 +206,26 @@ def mamba_inner_fn_no_out_proj(
         return causal_conv1d(x, weight, conv1d_bias, "silu").y
 
     def steps() -> Tensor:
-        # The backward may run outside of the autocast that the forward is in.
+        # The backward may run outside the autocast of the forward.
         dt = F.linear(low_rank, delta_proj_weight.to(low_rank.dtype))
         return dt if dt_rms_weight is None else rms_norm(dt, dt_rms_weight, eps=b_c_dt_rms_eps)
 
     def in_time(given: Tensor | None, part: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-        """B or C as (D, N), (B, L, N) or (B, L, G, N)."""
+        """Return B or C as (D, N), (B, L, N) or (B, L, G, N)."""
         if given is not None:
             part = time_before_state(given)
         part = part if bias is None else part + bias.to(part.dtype)
         return part if scale is None else rms_norm(part, scale, eps=b_c_dt_rms_eps)
 
-    convolved = convolve()
-    again = (convolved, bind_backend(convolve))
-    with recompute_in_backward(again) if checkpoint_lvl else contextlib.nullcontext():
+    convolved = convolve()  # (B, L, D)
+    recompute_conv = (convolved, bind_backend(convolve))
+    with recompute_in_backward(recompute_conv, enabled=checkpoint_lvl == 1):
         parts = F.linear(convolved, x_proj_weight)  # (B, L, R + 2 N)
     low_rank = parts[..., :rank]
     B = in_time(B, parts[..., rank : rank + n], B_proj_bias, b_rms_weight)
     C = in_time(C, parts[..., -n:], C_proj_bias, c_rms_weight)
-    dt = steps()
-    with recompute_in_backward(again, (dt, bind_backend(steps))) if checkpoint_lvl else contextlib.nullcontext():
+    dt = steps()  # (B, L, D)
+    with recompute_in_backward(recompute_conv, (dt, bind_backend(steps)), enabled=checkpoint_lvl == 1):
         y = selective_scan(convolved, dt, A, B, C, D, z, delta_bias, bool(delta_softplus)).y
     return y.transpose(1, 2)
 
@@ -227,9 +248,13 @@ def bimamba_inner_fn(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
 ) -> Tensor:
-    """Vim's first bidirectional mixer: one convolution, scanned forwards with A and backwards with A_b, and added.
+    """Vim's first bidirectional mixer: one convolution, scanned forward with A and backward with A_b, and added.
 
-    Arguments as in `mamba_inner_fn`; A_b: (D, N). Gives (B, L, width).
+    Args:
+        A_b: (D, N). The others are as in `mamba_inner_fn`.
+
+    Returns:
+        (B, L, width).
     """
     for name, matrix in (("B", B), ("C", C)):
         if matrix is not None:
@@ -240,12 +265,14 @@ def bimamba_inner_fn(
     low_rank, B, C = F.linear(x, x_proj_weight).split([rank, n, n], dim=-1)
     B = B if B_proj_bias is None else B + B_proj_bias.to(B.dtype)
     C = C if C_proj_bias is None else C + C_proj_bias.to(C.dtype)
-    inputs = (x, F.linear(low_rank, delta_proj_weight.to(low_rank.dtype)), B, C, z)
+    dt = F.linear(low_rank, delta_proj_weight.to(low_rank.dtype))  # (B, L, D)
 
-    def scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, A: Tensor) -> Tensor:
+    def scan(A: Tensor, inputs: list[Tensor]) -> Tensor:
+        x, dt, B, C, z = inputs
         return selective_scan(x, dt, A, B, C, D, z, delta_bias, bool(delta_softplus)).y
 
-    y = scan(*inputs, A) + scan(*(t.flip(1) for t in inputs), A_b).flip(1)
+    inputs = [x, dt, B, C, z]
+    y = scan(A, inputs) + scan(A_b, [t.flip(1) for t in inputs]).flip(1)
     return _project_out(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
@@ -300,9 +327,9 @@ def bimamba_inner_ref(
     x, dt, B, C, z = _projected(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )
-    y = selective_scan_ref(x, dt, A, B, C, D, z, delta_bias, delta_softplus)
-    flipped = (t if t.dim() == 2 else t.flip(-1) for t in (x, dt, A_b, B, C))
-    back = selective_scan_ref(*flipped, D, z.flip(-1), delta_bias, delta_softplus)
+    y = single(selective_scan_ref(x, dt, A, B, C, D, z, delta_bias, delta_softplus))
+    x, dt, B, C, z = (t if t.dim() == 2 else t.flip(-1) for t in (x, dt, B, C, z))
+    back = single(selective_scan_ref(x, dt, A_b, B, C, D, z, delta_bias, delta_softplus))
     return _project_out(y + back.flip(-1), out_proj_weight, out_proj_bias)
 
 
@@ -322,7 +349,7 @@ def _inner_ref(
     xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias,
     delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, eps,
 ) -> Tensor:  # fmt: skip
-    """The mixer up to its last projection, (B, D, L)."""
+    """Run the mixer up to its last projection, (B, D, L)."""
     x, dt, B, C, z = _projected(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )
@@ -333,15 +360,15 @@ def _inner_ref(
     if A.is_complex() and (b_rms_weight is not None or c_rms_weight is not None):
         raise NotImplementedError("b_rms_weight and c_rms_weight must be None where A is complex")
     B, C, dt = normed(B, b_rms_weight), normed(C, c_rms_weight), normed(dt, dt_rms_weight)
-    return selective_scan_ref(x, dt, A, B, C, D, z, delta_bias, delta_softplus)
+    return single(selective_scan_ref(x, dt, A, B, C, D, z, delta_bias, delta_softplus))
 
 
 def _projected(
     xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
 ) -> tuple[Tensor, ...]:
-    """x, dt, B, C and z as `selective_scan_ref` takes them."""
+    """Return x, dt, B, C and z in the layout of `selective_scan_ref`."""
     x, z = xz.chunk(2, dim=1)  # (B, D, L)
-    x = causal_conv1d_ref(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
+    x = single(causal_conv1d_ref(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu"))
     rank, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
     parts = F.linear(x.transpose(1, 2), x_proj_weight)  # (B, L, R + 2 N)
 
@@ -358,11 +385,11 @@ def _projected(
 
 
 def _project_out(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, D, L) -> (B, L, width)."""
+    """Project (B, D, L) to (B, L, width)."""
     return F.linear(y.transpose(1, 2), weight, None if bias is None else bias.to(weight.dtype))
 
 
-def _say_slow(name: str) -> None:
-    if name not in _said:
-        _said.add(name)
+def _warn_slow(name: str) -> None:
+    if name not in _already_logged:
+        _already_logged.add(name)
         logger.warning("%s with a complex A runs step by step in PyTorch: there is no fast backend for it", name)

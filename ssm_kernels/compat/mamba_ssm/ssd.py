@@ -15,7 +15,7 @@ from ..._core.recompute import recompute_in_backward
 from ..._core.validation import check_divides, check_tensor
 from ...causal_conv1d import causal_conv1d
 from ...ssd import ssd
-from ._shared import UNLIMITED, check_activation
+from ._shared import UNLIMITED, check_activation, single
 from .causal_conv1d import causal_conv1d_ref
 from .layernorm_gated import rms_norm_ref, rmsnorm_fn
 from .selective_scan import selective_scan_fn, selective_scan_ref
@@ -40,27 +40,41 @@ def mamba_chunk_scan_combined(
     return_varlen_states: bool = False,
     state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """The scan of Mamba-2. x, z: (B, L, H, P); dt: (B, L, H); A: (H,); B, C: (B, L, G, N); D: (H,) or (H, P).
-
-    Gives y (B, L, H, P), followed by the final states (B, H, P, N) with `return_final_states`, and by those of each
-    sequence (S, H, P, N) with `return_varlen_states`.
+    """The scan of Mamba-2.
 
     Args:
+        x, z: (B, L, H, P).
+        dt: (B, L, H).
+        A, dt_bias: (H,).
+        B, C: (B, L, G, N).
+        chunk_size: steps that are treated as one matrix product. Results do not depend on it.
+        D: (H,) or (H, P).
         initial_states: (B, H, P, N), of each row's first sequence.
         seq_idx: (B, L); a new sequence starts where it changes. Steps with a negative number are padding: y is 0 there
             and no state depends on them.
         cu_seqlens: (S + 1,) the same bounds, for `return_varlen_states`; B is 1. Steps after the last are padding. It
             needs `seq_idx`, since in the original `cu_seqlens` alone does not keep sequences apart.
-        state_dtype: least precision of the states between chunks. They are float32 here whatever is asked for, or
-            float64 where `x` is; asking for more is refused.
+        dt_softplus, dt_limit: as in `ssm_kernels.ssd`.
+        return_final_states: return the final state of each row too.
+        return_varlen_states: return the final state of each sequence too.
+        state_dtype: least precision of the states between chunks. They are always float32 here, or float64 where `x`
+            is; a request for more is refused.
+
+    Returns:
+        y (B, L, H, P), followed by the final states (B, H, P, N) with `return_final_states`, and by those of each
+        sequence (S, H, P, N) with `return_varlen_states`.
+
+    Raises:
+        ValueError: `return_varlen_states` without `cu_seqlens`, or `cu_seqlens` without `seq_idx`.
+        NotImplementedError: `state_dtype` is wider than the states.
     """
     _check_state_dtype(state_dtype, x)
     if return_varlen_states and cu_seqlens is None:
         raise ValueError("return_varlen_states needs cu_seqlens")
     if cu_seqlens is not None and seq_idx is None:
         raise ValueError("cu_seqlens needs seq_idx: alone, it does not keep the sequences of y apart in mamba_ssm")
-    options = (D, z, dt_bias, bool(dt_softplus), tuple(dt_limit))
-    if not return_varlen_states:
+    options = (D, z, dt_bias, bool(dt_softplus), dt_limit)
+    if not return_varlen_states or cu_seqlens is None:
         y, final = ssd(x, dt, A, B, C, *options, initial_states, chunk_size=chunk_size, seq_idx=seq_idx)
         return (y, final) if return_final_states else y
     if initial_states is not None:
@@ -93,26 +107,28 @@ def mamba_split_conv1d_scan_combined(
     norm_before_gate: bool = True,
     state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The Mamba-2 mixer between its two projections, with the second where `outproj_weight` is given.
+    """The Mamba-2 mixer after its first projection, with the second where there is an `outproj_weight`.
 
     Args:
         zxbcdt: (B, L, 2 M + 2 H P + 2 G N + H): a gated MLP of width M, mostly 0, then z, x, B, C and dt.
         conv1d_weight: (H P + 2 G N, K).
         D: (H, P), or (H,) together with `headdim`.
-        rmsnorm_weight: (H P,), norm of each group with the gate in it; without it the gate multiplies the scan's y.
+        rmsnorm_weight: (H P,), gated norm of each group; without it the gate multiplies the scan's y.
         seq_idx, state_dtype: as in `mamba_chunk_scan_combined`.
 
-    Gives (B, L, M + H P), or the projection of it; with `return_final_states`, a pair with (B, H, P, N).
+    Returns:
+        (B, L, M + H P), or its projection; with `return_final_states`, also the final states (B, H, P, N).
+
+    Raises:
+        ValueError: sizes do not fit.
     """
     check_tensor("zxbcdt", zxbcdt, ("B", "L", "2 M + 2 H P + 2 G N + H"))
     _check_state_dtype(state_dtype, zxbcdt)
     check_tensor("D", D, ("H", "P") if isinstance(D, Tensor) and D.dim() == 2 else ("H",), like=zxbcdt)
     check_tensor("conv1d_weight", conv1d_weight, ("H P + 2 G N", "K"), like=zxbcdt)
-    if D.dim() == 1 and headdim is None:
-        raise ValueError("headdim must be given where D has shape (H,)")
     if outproj_bias is not None and outproj_weight is None:
         raise ValueError("outproj_bias needs outproj_weight")
-    heads, headdim = D.shape[0], D.shape[1] if D.dim() == 2 else headdim
+    heads, headdim = D.shape[0], _headdim(D, headdim)
     inner, channels = heads * headdim, conv1d_weight.shape[0]
     n = (channels - inner) // (2 * ngroups)
     mlp = zxbcdt.shape[-1] - inner - channels - heads
@@ -126,20 +142,20 @@ def mamba_split_conv1d_scan_combined(
     def convolve() -> Tensor:
         return causal_conv1d(before, conv1d_weight, conv1d_bias, check_activation(activation), seq_idx=seq_idx).y
 
-    xBC = convolve()
+    xBC = convolve()  # (B, L, H P + 2 G N)
     with recompute_in_backward((xBC, bind_backend(convolve))):
         x, B, C = xBC.split([inner, ngroups * n, ngroups * n], dim=-1)
         y, final = ssd(
             x.unflatten(-1, (heads, headdim)), dt, A, B.unflatten(-1, (ngroups, n)), C.unflatten(-1, (ngroups, n)),
-            D, z.unflatten(-1, (heads, headdim)) if rmsnorm_weight is None else None, dt_bias, True, tuple(dt_limit),
+            D, z.unflatten(-1, (heads, headdim)) if rmsnorm_weight is None else None, dt_bias, True, dt_limit,
             initial_states, chunk_size=chunk_size, seq_idx=seq_idx,
         )  # fmt: skip
-    y = y.flatten(-2)
+    y = y.flatten(-2)  # (B, L, H P)
     if rmsnorm_weight is not None:
         y = rmsnorm_fn(y, rmsnorm_weight, None, z, rmsnorm_eps, inner // ngroups, norm_before_gate)
     if mlp:
         gate, value = gated.chunk(2, dim=-1)
-        y = torch.cat([F.silu(gate) * value, y], dim=-1)
+        y = torch.cat([F.silu(gate) * value, y], dim=-1)  # (B, L, M + H P)
     if outproj_weight is not None:
         y = F.linear(y, outproj_weight, outproj_bias)
     return (y, final) if return_final_states else y
@@ -158,7 +174,7 @@ def mamba_chunk_scan(
     dt_softplus: bool = False,
 ) -> Tensor:
     """`mamba_chunk_scan_combined` with fewer arguments."""
-    return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus=dt_softplus)
+    return single(mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus=dt_softplus))
 
 
 def ssd_selective_scan(
@@ -178,8 +194,10 @@ def ssd_selective_scan(
     Args:
         x, z: (B, L, H, P). B, C: (B, L, G, N).
         dt: (B, L, H), or (B, L, H, P). dt_bias: (H,), or (H, P). A: (H,), or (H P, N). D: (H,), or (H, P).
+        dt_softplus, dt_limit: as in `ssm_kernels.ssd`.
 
-    Gives (B, L, H, P).
+    Returns:
+        (B, L, H, P).
     """
     return _by_selective_scan(selective_scan_fn, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
 
@@ -219,9 +237,12 @@ def mamba_conv1d_scan_ref(
     """Convolution and scan of the Mamba-2 mixer, step by step; `chunk_size` has no effect.
 
     Args:
-        xBC: (B, L, H P + 2 G N). z: (B, L, H P). dt: (B, L, H). The rest as in `mamba_split_conv1d_scan_combined`.
+        xBC: (B, L, H P + 2 G N).
+        z: (B, L, H P).
+        dt: (B, L, H). The others are as in `mamba_split_conv1d_scan_combined`.
 
-    Gives (B, L, H P).
+    Returns:
+        (B, L, H P).
     """
     heads = dt.shape[2]
     if z is not None:
@@ -229,9 +250,10 @@ def mamba_conv1d_scan_ref(
     elif D is not None and D.dim() == 2:
         headdim = D.shape[1]
     elif headdim is None:
-        raise ValueError("headdim must be given where neither z nor a D of shape (H, P) is")
+        raise ValueError("headdim must not be None without z and without a D of shape (H, P)")
     inner = heads * headdim
-    xBC = causal_conv1d_ref(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, activation=activation).transpose(1, 2)
+    xBC = single(causal_conv1d_ref(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, activation=activation))
+    xBC = xBC.transpose(1, 2)  # (B, L, H P + 2 G N)
     x, B, C = xBC.split([inner, *[(xBC.shape[-1] - inner) // 2] * 2], dim=-1)
     x, B, C = x.unflatten(-1, (heads, headdim)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
     z = None if z is None else z.unflatten(-1, (heads, headdim))
@@ -258,9 +280,7 @@ def mamba_split_conv1d_scan_ref(
     norm_before_gate: bool = True,
 ) -> Tensor:
     """`mamba_split_conv1d_scan_combined` without a gated MLP, step by step; `chunk_size` has no effect."""
-    if D.dim() == 1 and headdim is None:
-        raise ValueError("headdim must be given where D has shape (H,)")
-    heads, headdim = D.shape[0], D.shape[1] if D.dim() == 2 else headdim
+    heads, headdim = D.shape[0], _headdim(D, headdim)
     z, xBC, dt = zxbcdt.split([heads * headdim, conv1d_weight.shape[0], heads], dim=-1)
     gate = z if rmsnorm_weight is None else None
     y = mamba_conv1d_scan_ref(
@@ -273,7 +293,7 @@ def mamba_split_conv1d_scan_ref(
 
 
 def segsum(x: Tensor) -> Tensor:
-    """Sums of segments, (..., L) -> (..., L, L): entry (i, j) is x_{j+1} + ... + x_i, and -inf above the diagonal."""
+    """Segment sums, (..., L) -> (..., L, L): entry (i, j) is x_{j+1} + ... + x_i, and -inf above the diagonal."""
     length = x.shape[-1]
     after = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(-1)
     sums = x.unsqueeze(-1).expand(*x.shape, length).masked_fill(~after, 0).cumsum(-2)
@@ -283,14 +303,15 @@ def segsum(x: Tensor) -> Tensor:
 def ssd_minimal_discrete(
     X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: int, initial_states: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The scan of Mamba-2 of inputs that are discretised already (arXiv 2405.21060, listing 1).
+    """The scan of Mamba-2 on discretised inputs (arXiv 2405.21060, listing 1).
 
     Args:
         X: (B, L, H, P), multiplied by dt. A: (B, L, H), multiplied by dt. B, C: (B, L, H, N).
-        block_len: a divisor of L; the result does not depend on it.
+        block_len: a divisor of L. Results do not depend on it.
         initial_states: (B, 1, H, P, N).
 
-    Gives Y (B, L, H, P) and the final states (B, H, P, N), in the dtype of X.
+    Returns:
+        Y (B, L, H, P) and the final states (B, H, P, N), in the dtype of X.
 
     Raises:
         ValueError: `block_len` does not divide L.
@@ -310,26 +331,34 @@ def ssd_minimal_discrete(
 
 
 def _by_selective_scan(scan, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit) -> Tensor:
-    """The scan of Mamba-2 as one of Mamba-1 over H P channels."""
+    """Run the scan of Mamba-2 as one of Mamba-1 over H P channels."""
     heads, headdim, n = *x.shape[2:], B.shape[-1]
     compute = torch.promote_types(x.dtype, torch.float32)
 
-    def each(t: Tensor | None, dims: int) -> Tensor | None:
-        """(..., H) or (..., H, P) -> (..., H P), where `dims` counts the dimensions of the former."""
-        if t is None:
-            return None
+    def per_channel(t: Tensor, dims: int) -> Tensor:
+        """Expand (..., H), of `dims` dimensions, or flatten (..., H, P), to (..., H P)."""
         return (t.unsqueeze(-1).expand(*t.shape, headdim) if t.dim() == dims else t).flatten(-2)
 
-    step = each(dt, 3).to(compute)  # (B, L, H P)
+    step = per_channel(dt, 3).to(compute)  # (B, L, H P)
     if dt_bias is not None:
-        step = step + each(dt_bias, 1).to(compute)
+        step = step + per_channel(dt_bias, 1).to(compute)
     step = F.softplus(step) if dt_softplus else step
     step = step.clamp(*dt_limit)
-    A = each(A, 1).unsqueeze(-1).expand(-1, n) if A.dim() == 1 else A
+    A = per_channel(A, 1).unsqueeze(-1).expand(-1, n) if A.dim() == 1 else A  # (H P, N)
+    D = None if D is None else per_channel(D, 1)
     x_flat, z = x.flatten(2).transpose(1, 2), None if z is None else z.flatten(2).transpose(1, 2)
     B, C = (m.movedim(1, -1) for m in (B, C))  # (B, G, N, L)
-    y = scan(x_flat, step.transpose(1, 2), A.to(compute), B, C, each(D, 1), z)
+    y = scan(x_flat, step.transpose(1, 2), A.to(compute), B, C, D, z)  # (B, H P, L)
     return y.transpose(1, 2).unflatten(-1, (heads, headdim))
+
+
+def _headdim(D: Tensor, headdim: int | None) -> int:
+    """Return P: of D (H, P), or as passed where D is (H,)."""
+    if D.dim() == 2:
+        return D.shape[1]
+    if headdim is None:
+        raise ValueError("headdim must not be None where D has shape (H,)")
+    return headdim
 
 
 def _check_state_dtype(state_dtype: torch.dtype | None, x: Tensor) -> None:

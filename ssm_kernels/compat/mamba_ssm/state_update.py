@@ -29,14 +29,18 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """Advance either scan by one step, and `state` in place. Gives y like x; no gradients.
+    """Advance either scan by one step, and update `state` in place. No gradients.
 
     Args:
         state: (B, D, N), or (B, H, P, N); of any floating-point dtype.
         x, dt, z: (B, D), or (B, H, P). A: (D, N), or (H, P, N). D, dt_bias: (D,), or (H, P).
         B, C: (B, N), or (B, G, N).
-        state_batch_indices: (B,) rows of `state` that are meant; it may then have more of them. A negative one is
-            padding: y is 0 there and no state is changed.
+        dt_softplus: pass dt (after the bias) through softplus.
+        state_batch_indices: (B,) rows of `state`, which may then have more of them. A negative one is padding: y is 0
+            there and no state is changed.
+
+    Returns:
+        y, of the shape of x.
     """
     heads = isinstance(state, Tensor) and state.dim() == 4
     check_tensor("x", x, ("B", "H", "P") if heads else ("B", "D"))
@@ -69,15 +73,16 @@ def selective_state_update(
         y = ssd_step(work, x, dt, A[:, 0, 0], B, C, D, z, bias, bool(dt_softplus))
     else:
         work = work.contiguous().view(x.shape[0], -1, state.shape[-1])
-        x_flat, dt, z = (t if t is None else t.flatten(1) for t in (x, dt, z))
+        dt, z = dt.flatten(1), None if z is None else z.flatten(1)  # (B, H P)
         dt = dt if chosen is None else chosen.blank(dt)
-        A, D, dt_bias = A.reshape(-1, A.shape[-1]), *(t if t is None else t.flatten() for t in (D, dt_bias))
-        y = selective_scan_step(work, x_flat, dt, A, B, C, D, z, dt_bias, bool(dt_softplus)).view(x.shape)
+        A = A.reshape(-1, A.shape[-1])  # (H P, N)
+        D, dt_bias = (t if t is None else t.flatten() for t in (D, dt_bias))
+        y = selective_scan_step(work, x.flatten(1), dt, A, B, C, D, z, dt_bias, bool(dt_softplus)).view(x.shape)
     new = work.view(old.shape).to(state.dtype)
     if chosen is not None:
         chosen.write(state, old, new)
         return chosen.blank(y)
-    state.copy_(new)  # nothing happens where it is the same memory
+    state.copy_(new)  # no copy where it is the same memory
     return y
 
 

@@ -82,7 +82,7 @@ def test_a_scan_with_a_complex_A(complex_A, kind, full):
 
 
 def test_a_complex_A_is_said_to_be_slow_once(complex_A, caplog, monkeypatch):
-    monkeypatch.setattr(scans, "_said", set())
+    monkeypatch.setattr(scans, "_already_logged", set())
     u, B = randn(1, DIM, 2), randn(1, STATE, 4)
     with caplog.at_level(logging.WARNING, "ssm_kernels"):
         for _ in range(2):
