@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from ssm_kernels.testing import BODIES, Target, fake_target, is_interpreted
 
-from ..model.files import write_whole
+from ..model.files import write_atomic
 from .cases import Case, check_ops, published, shipped
 from .environment import environment
 from .files import write_json
@@ -56,7 +56,7 @@ def run_compile_report(command: CompileReport) -> None:
     print(text)
     write_json(command.out, {"rows": [asdict(row) for row in rows], **environment()})
     if command.out is not None:
-        write_whole(command.out.with_suffix(".txt"), text + "\n")
+        write_atomic(command.out.with_suffix(".txt"), text + "\n")
     if any(row.problem for row in rows):
         sys.exit(1)
 

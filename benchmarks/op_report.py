@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..model.files import write_whole
+from ..model.files import write_atomic
 from ..model.text_files import read_json
 from . import html, plots
 from .files import write_csv, write_json
@@ -44,14 +44,14 @@ def write_all(report: Report, path: Path) -> None:
     if any("time" in row for _, row in _rows(report)):
         try:
             if report["over"] is None:
-                write_whole(path.with_suffix(".png"), plots.bars(report))
+                write_atomic(path.with_suffix(".png"), plots.bars(report))
                 pngs = [plots.bars({**report, "cases": [case]}) for case in report["cases"]]
             else:
                 pngs = [plots.lines(report)]
-                write_whole(path.with_suffix(".png"), pngs[0])
+                write_atomic(path.with_suffix(".png"), pngs[0])
         except ModuleNotFoundError as e:
             print(f"no plot: {e}")
-    write_whole(path.with_suffix(".html"), page(report, pngs))
+    write_atomic(path.with_suffix(".html"), page(report, pngs))
 
 
 def _rows(report: Report) -> list[tuple[Case, dict[str, Any]]]:

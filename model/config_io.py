@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, strictly: an unknown key is an error that names the nearest known one."""
+"""Conversion between frozen dataclasses and JSON. Unknown keys are errors that suggest the closest known one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from .fields import check_value
-from .files import write_whole
+from .files import write_atomic
 from .text_files import read_json
 
 T = TypeVar("T")
 
 
 def to_json_dict(config: Any) -> Any:
-    """Nested dataclasses as plain values. Infinities become strings, since standard JSON has none."""
+    """Convert nested dataclasses to plain values. Infinities become strings, since standard JSON has none."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_json_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, list | tuple):
@@ -30,10 +30,10 @@ def to_json_dict(config: Any) -> Any:
 
 
 def from_json_dict(cls: type[T], data: Any, where: str = "") -> T:
-    """Build `cls` from what `to_json_dict` gave.
+    """Build `cls` from the result of `to_json_dict`.
 
     Args:
-        cls: a dataclass whose fields are plain values, tuples, optional values or dataclasses again.
+        cls: a dataclass whose fields are plain values, tuples, optional values or nested dataclasses.
         data: the decoded JSON; fields that are absent take their defaults.
         where: prefix of the names in error messages.
 
@@ -46,6 +46,7 @@ def from_json_dict(cls: type[T], data: Any, where: str = "") -> T:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
+        # Dropping an unknown key would load another model than the file describes.
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(fields))}"
@@ -55,11 +56,11 @@ def from_json_dict(cls: type[T], data: Any, where: str = "") -> T:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write a config as indented JSON."""
-    write_whole(path, json.dumps(to_json_dict(config), indent=2, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(to_json_dict(config), indent=2, allow_nan=False) + "\n")
 
 
 def load_config(cls: type[T], path: str | Path) -> T:
-    """Read what `save_config` wrote.
+    """Read a config that `save_config` wrote.
 
     Raises:
         ValueError: the file is not UTF-8 or not JSON, or does not describe a `cls`; the message names the file.
@@ -72,6 +73,7 @@ def load_config(cls: type[T], path: str | Path) -> T:
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
+    """Convert a JSON value to the type of an annotation."""
     plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     origin, args = typing.get_origin(plain), typing.get_args(plain)
     if origin in (typing.Union, types.UnionType):
@@ -87,6 +89,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return tuple(_decode(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
     if dataclasses.is_dataclass(plain):
         return from_json_dict(plain, value, where)  # type: ignore[arg-type]
+    # Infinities are written as strings, see `to_json_dict`.
     if plain is float and isinstance(value, str) and value in ("inf", "-inf"):
         value = float(value)
     check_value(hint, value, where)

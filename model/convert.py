@@ -1,4 +1,4 @@
-"""Models from one layout to another, without holding them in memory."""
+"""Conversion of models between layouts, without loading them into memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import LMConfig, VLMConfig
 from .config_io import save_config, to_json_dict
-from .files import at_home, remove_partials
+from .files import expand_home, remove_partials
 from .formats import detect_format, language
 from .formats.vlm import write_released
 from .hub import CONFIG, TOKENIZER, fetch_model, replacing_folder
@@ -28,16 +28,16 @@ LAYOUTS: dict[Layout, str] = {
     "transformers": "a language model",
     "released": "a vision-language model",
 }
-"""Each layout, and what it is for."""
+"""Layouts, and the models that each can hold."""
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-"""Files that are the same in every layout."""
+"""Files that are equal in every layout, and copied."""
 
 
 def convert(
     src: str | Path, dst: str | Path, to: Layout = "own", dtype: torch.dtype | None = None, **hub: Any
 ) -> LMConfig | VLMConfig:
-    """Write a model in another layout.
+    """Convert a model to another layout.
 
     Args:
         src: a folder, or a repository on the Hub: a language model in any layout of `formats.language`, or a
@@ -45,24 +45,23 @@ def convert(
         dst: the folder to write; it must not exist, or be empty.
         to: `"own"` (`config.json`, `model.safetensors`), `"state-spaces"` (`pytorch_model.bin`, for `mamba_ssm`),
             `"transformers"`, or `"released"`, as Cobra and ML-Mamba are (see `formats.vlm`; encoders are left out).
-        dtype: of the weights; None keeps each as it is. What a scan is most sensitive to stays float32 or wider.
-        hub: `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` as `hub.fetch` takes them.
+        dtype: of the weights; None keeps each. Parameters that a scan is most sensitive to stay at least float32.
+        hub: `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` as for `hub.fetch`.
 
     Returns:
-        the model's config.
-
-    Weights are read and written file by file; a pickle is one file, and holds the whole model while it is written
-    (mapped from the source where `dtype` does not change it). `dst` appears when it is complete.
+        The model's config. Weights are read and written file by file; a pickle is one file, and needs the entire model
+        in memory (mapped from the source if `dtype` does not change it). `dst` appears when it is complete.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.
         FileExistsError: `dst` has files in it.
-        ValueError: the source is not what `to` is for, is damaged, or has a setting for which `to` has no place.
+        ValueError: the source is not what `to` is for, is damaged, or has a setting that `to` cannot hold.
     """
     if to not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}; got {to!r}")
     check_placement(dtype, "cpu")
-    dst = at_home(dst)
+    dst = expand_home(dst)
+    # An interrupted conversion may have left an incomplete folder.
     if dst.is_dir():
         remove_partials(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -75,6 +74,7 @@ def convert(
     config, weights = language.open_language_model(folder)
     weights = _in_dtype(_untied(weights, config, folder), dtype)
     special = language.special_tokens(folder)
+    # Lambdas: only the wanted layout is built, since the others may not be able to hold the settings.
     data = {
         "own": lambda: to_json_dict(config),
         "state-spaces": lambda: language.to_state_spaces(config),
@@ -86,7 +86,7 @@ def convert(
     with replacing_folder(dst) as staged:
         (staged / CONFIG).write_text(language.dump(data), encoding="utf-8")
         if to == "state-spaces":
-            torch.save(_whole(weights, config), staged / "pytorch_model.bin")
+            torch.save(_with_head(weights, config), staged / "pytorch_model.bin")
         else:
             save_weights(weights.renamed(language.transformers_name) if to == "transformers" else weights, staged)
         for name in CARRIED:
@@ -120,7 +120,7 @@ def _convert_vlm(folder: Path, dst: Path, to: Layout, dtype: torch.dtype | None,
 
 
 def _untied(weights: Weights, config: LMConfig, folder: Path) -> Weights:
-    """Without the head where it is the embedding: the layouts disagree on whether that is stored."""
+    """Drop the head if it is the embedding: the layouts disagree on whether that is stored."""
     if not config.tie_embeddings or language.LM_HEAD not in weights:
         return weights
     if not torch.equal(weights[language.LM_HEAD], weights[language.EMBEDDING]):
@@ -129,6 +129,7 @@ def _untied(weights: Weights, config: LMConfig, folder: Path) -> Weights:
 
 
 def _in_dtype(weights: Weights, dtype: torch.dtype | None) -> Weights:
+    """Cast lazily: each tensor when it is read."""
     if dtype is None:
         return weights
 
@@ -140,8 +141,8 @@ def _in_dtype(weights: Weights, dtype: torch.dtype | None) -> Weights:
     return Weights({name: cast(name) for name in weights})
 
 
-def _whole(weights: Mapping[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """All tensors, the head too: `mamba_ssm` wants it, tied or not."""
+def _with_head(weights: Mapping[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
+    """Return all tensors including the head, which `mamba_ssm` requires, tied or not."""
     state = dict(weights)
     if config.tie_embeddings:
         state[language.LM_HEAD] = state[language.EMBEDDING]

@@ -1,4 +1,4 @@
-"""Devices by their names."""
+"""Devices by name."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 
 
 def device_named(name: str) -> torch.device:
-    """Find a device: `auto` is a GPU where there is one, and else the CPU.
+    """Return a device by name; `auto` is a GPU where there is one, otherwise the CPU.
 
     Raises:
-        ValueError: it is no name of a device that models run on, or there is no such device here.
+        ValueError: the name is not that of a device that models run on, or there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")  # refused below, as every device that computes nothing
+        device = torch.device("meta")  # rejected below
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device must be auto, cpu, cuda, mps, or one of several such as cuda:1; got {name!r}")
     if device.type == "mps":

@@ -1,4 +1,4 @@
-"""Checks of a dataclass's values by its annotations: their types, and the intervals that numbers lie in.
+"""Validation of dataclass fields by their annotations: types, and intervals of numbers.
 
 >>> @dataclass(frozen=True)
 ... class Settings:
@@ -24,15 +24,16 @@ from typing import Annotated, Any
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Numbers that a field may take, in the notation of mathematics: `Interval("(0, 1]")` leaves out 0.
+    """Range of a numeric field in mathematical notation: `Interval("(0, 1]")` excludes 0.
 
-    Infinity and NaN belong to no interval, but for an end that is closed at infinity, as in `"[0, inf]"`.
+    Infinity and NaN are in no interval, except an end that is closed at infinity, as in `"[0, inf]"`.
     """
 
     text: str
 
     @functools.cached_property
     def ends(self) -> tuple[float, float]:
+        """Lower and upper bound."""
         low, high = self.text[1:-1].split(",")
         return float(low), float(high)
 
@@ -42,7 +43,7 @@ class Interval:
         return bool(above and (value <= high if self.text[-1] == "]" else value < high))
 
     def why_not(self, value: Any) -> str:
-        """The rule that a number breaks, to follow the name of its field."""
+        """Describe the rule that a number breaks, as a phrase after the name of its field."""
         low, high = self.ends
         if math.isfinite(low) and math.isfinite(high):
             return f"must lie in {self.text}"
@@ -55,11 +56,11 @@ class Interval:
 
 Finite = Interval("(-inf, inf)")
 Count = Annotated[int, Interval("[1, inf)")]
-"""A number of things."""
+"""Positive integer."""
 Seed = Annotated[int, Interval(f"[0, {2**63})")]
 Size = Annotated[int, Interval("[1, 1048576]")]
-"""A dimension of a model. The limit refuses a damaged config before memory is asked for; published sizes end below
-20,000, and a vocabulary at some 300,000."""
+"""Dimension of a model. The limit rejects a damaged config before memory is allocated; published sizes are below
+20,000, and vocabularies below 300,000."""
 
 
 def check_fields(config: Any, named: Callable[[str], str] = str) -> None:
@@ -68,11 +69,11 @@ def check_fields(config: Any, named: Callable[[str], str] = str) -> None:
     Args:
         config: the dataclass; its annotations are plain types, `Literal`, tuples, optional ones, dataclasses, or an
             `Annotated` number with an `Interval`. A number without one must be finite.
-        named: the name that a field has in errors.
+        named: converts the name of a field to that in errors.
 
     Raises:
-        ValueError: a value has another type, or lies outside its interval. The field, the value and what was expected
-            are named.
+        ValueError: a value has another type, or is outside its interval. The message has the field, the value and the
+            expectation.
     """
     for name, hint in _hints(type(config)).items():
         check_value(hint, getattr(config, name), named(name))
@@ -107,8 +108,10 @@ def check_value(hint: Any, value: Any, name: str) -> None:
             check_value(inner, v, f"{name}[{i}]")
     elif hint in (int, float):
         kind = numbers.Integral if hint is int else numbers.Real
+        # bool is an int to Python, but not in a config.
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} must be {hint.__name__}, got {value!r}")
+        # An integer beyond the range of float passes every comparison.
         too_long = hint is float and isinstance(value, int) and not _is_finite(value)
         if value not in interval or too_long:
             raise ValueError(f"{name} {interval.why_not(value)}, got {_shown(value)}")
@@ -130,5 +133,5 @@ def _is_finite(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A number as it came; a very long one by its size."""
+    """Format a number; a very long one by its size."""
     return repr(value) if abs(value) < 10**30 or not isinstance(value, int) else "an integer beyond 10**30"

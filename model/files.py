@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole: written beside and renamed, or appended to and cut at a line."""
+"""Crash-safe files: written to a temporary name and renamed, or appended to and truncated at a line."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from typing import Any, NamedTuple, TextIO
 logger = logging.getLogger("vlmamba.model")
 
 PARTIAL = ".vlmamba-partial"
-"""Ending of the names of files and folders that are not complete yet."""
+"""Suffix of incomplete files and folders."""
 
 
-def write_whole(path: str | Path, content: bytes | str) -> None:
-    """Write a file that is there as a whole or not at all; one that is replaced stays whole until then.
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Write a file atomically: it has either the old content or the new one.
 
     Args:
         path: a symbolic link is followed, and stays one.
         content: text is written as UTF-8.
     """
-    with writing_whole(path) as partial:
+    with writing_atomic(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def writing_whole(path: str | Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; the file takes the place of `path` when the block ends well.
+def writing_atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; the file replaces `path` when the block succeeds.
 
-    It is on the disk, not in the system's memory alone, before it is renamed.
+    Its data is synced to the disk before the rename.
     """
     path = Path(os.path.realpath(path))
+    # The same folder, since a rename across file systems is not atomic.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    # With the permissions that the umask allows, unlike tempfile's 0o600.
     os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield partial
@@ -44,13 +46,14 @@ def writing_whole(path: str | Path) -> Iterator[Path]:
             shutil.copymode(path, partial)
         sync(partial)
         os.replace(partial, path)
+        # The rename itself is on the disk once the folder is.
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -59,7 +62,7 @@ def sync(path: Path) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Delete what killed processes left half written in a folder. Nobody may be writing there."""
+    """Delete incomplete files that killed processes left in a folder. No other process may be writing there."""
     for path in folder.glob(f".*{PARTIAL}"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -68,21 +71,21 @@ def remove_partials(folder: Path) -> None:
 
 
 class JsonLine(NamedTuple):
-    """A line of a JSONL file."""
+    """Line of a JSONL file."""
 
     number: int
-    """From 1."""
+    """Line number, from 1."""
     end: int
     """Offset of the byte after it."""
     value: dict[str, Any] | None
-    """None where the line is damaged."""
+    """None if the line is damaged."""
 
 
 def json_lines(path: Path) -> Iterator[JsonLine]:
-    """Read the objects of a JSONL file, one a line; no file is no lines.
+    """Read the objects of a JSONL file, one per line; a missing file has no lines.
 
-    A last line without its end is one whose writing was cut short, and is left out. Other lines that are no JSON
-    object are damaged: each is told in a warning with file and line.
+    A last line without a line feed was cut short, and is dropped. Other lines without a JSON object are damaged: each
+    is logged with file and line.
     """
     if not path.exists():
         return
@@ -102,15 +105,16 @@ def json_lines(path: Path) -> Iterator[JsonLine]:
 
 
 def continue_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> TextIO:
-    """Open a JSONL file to append to, cut before its first line that is not to be kept.
+    """Open a JSONL file for appending, truncated before the first line to drop.
 
-    What is kept is never written again, so that no crash can lose it. Damaged lines before the cut stay.
+    Earlier lines are not rewritten, so that no crash can lose them. Damaged lines among them stay.
 
     Args:
-        keep: of the object of a line.
+        path: of the file.
+        keep: whether to keep a line, by its object.
 
     Returns:
-        The file, opened for appending; each line is handed to the system as it is written.
+        The file, opened for appending and line-buffered.
     """
     end = 0
     for line in json_lines(path):
@@ -122,8 +126,8 @@ def continue_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> T
     return open(path, "a", buffering=1, encoding="utf-8", newline="\n")
 
 
-def at_home(path: str | Path) -> Path:
-    """A path with `~` or `~user` at its beginning replaced by the home folder.
+def expand_home(path: str | Path) -> Path:
+    """Expand `~` or `~user` at the start of a path.
 
     Raises:
         ValueError: there is no such user.

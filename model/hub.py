@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 
 from .config_io import load_config, save_config
-from .files import PARTIAL, at_home, sync, write_whole
+from .files import PARTIAL, expand_home, sync, write_atomic
 from .weights import INDEX, WEIGHTS, DeviceMap, Weights, check_placement, load_into, open_weights, save_weights
 
 CONFIG = "config.json"
@@ -97,7 +97,7 @@ def fetch(
         PermissionError: the repository is gated.
         ConnectionError: the Hub cannot be reached, or fails.
     """
-    path = at_home(name_or_path)
+    path = expand_home(name_or_path)
     if path.is_dir():
         finish_replacing(path)
         return path
@@ -167,7 +167,7 @@ def fetch_model(
         )
 
     folder = get(SMALL_FILES)
-    if at_home(name_or_path).is_dir():
+    if expand_home(name_or_path).is_dir():
         return folder
     for kind in WEIGHT_FILES:
         with contextlib.suppress(FileNotFoundError):  # offline, where the cache has another kind
@@ -340,7 +340,7 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
         for file in new:
             sync(file)
         names = sorted((file.relative_to(staged).as_posix() for file in new), key=lambda n: (n in LAST, n))
-        write_whole(staged / REPLACEMENT, json.dumps(names))
+        write_atomic(staged / REPLACEMENT, json.dumps(names))
         sync(staged)
         os.replace(staged, target / READY)
         sync(target)

@@ -133,6 +133,14 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
 
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[LMConfig, Weights]:
+        """Open a checkpoint in any format that this class reads.
+
+        Args:
+            folder, hub: see `HubModel.open_checkpoint`.
+
+        Returns:
+            The config, and the weights under the names of this class, unread.
+        """
         return open_language_model(folder)
 
     def save_extras(self, folder: Path) -> None:

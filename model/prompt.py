@@ -1,7 +1,7 @@
-"""How a conversation about an image becomes tokens: one place for training, inference and evaluation.
+"""Prompt templates: conversations about an image to tokens, for training, inference and evaluation.
 
-The tokens of the image stand first, without a token before them. Each turn is tokenised by itself, so that a prompt
-has the same tokens whether or not the answer follows.
+The tokens of the image come first, without a token before them. Each turn is tokenized by itself, so that a prompt has
+the same tokens whether or not the answer follows.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Literal
 from .tokenizer import END_OF_TEXT, Tokenizer
 
 IMAGE_TOKEN = -200
-"""In `input_ids`: a place that a feature of the image takes."""
+"""Value in `input_ids` at the positions of image features."""
 IGNORE = -100
-"""In `labels`: a place that is not learned."""
+"""Value in `labels` at positions that are not targets."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says."""
+    """Message of one side."""
 
     role: Literal["user", "assistant"]
     text: str
@@ -28,11 +28,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Text of the turns.
+    """Text of the turns of a conversation.
 
     Args:
-        user: text of a user turn, given the message and whether it is the first one.
-        answer: text of an assistant turn.
+        user: (message, whether it is the first turn) -> text of a user turn.
+        answer: message -> text of an assistant turn.
         has_turns: whether a conversation may go on after the first answer.
     """
 
@@ -43,32 +43,39 @@ class PromptTemplate:
     def encode(
         self, tokenizer: Tokenizer, turns: Sequence[Turn], n_image_tokens: int = 0
     ) -> tuple[list[int], list[int]]:
-        """Turns -> input_ids and labels, equally long; only answers are learned.
+        """Encode a conversation. Only answers are targets.
 
-        The last answer may be absent: the tokens are then a prompt for it.
+        Args:
+            tokenizer: encodes each turn by itself.
+            turns: user and assistant alternating, the user first. Without the last answer, the result is its prompt.
+            n_image_tokens: number of tokens of the image, 0 without one.
+
+        Returns:
+            `input_ids` and `labels`, of equal length.
 
         Raises:
-            ValueError: no turns, or turns that do not alternate beginning with the user.
+            ValueError: no turns, or turns that do not alternate starting with the user.
         """
         check_turns(turns)
+        # The image comes first and is never a target.
         ids, labels = [IMAGE_TOKEN] * n_image_tokens, [IGNORE] * n_image_tokens
         for i, turn in enumerate(turns):
             is_answer = turn.role == "assistant"
             if is_answer:
                 tokens = self.encode_answer(tokenizer, turn.text)
             else:
-                tokens = tokenizer.encode(self.user(cleaned(turn.text), i == 0))
+                tokens = tokenizer.encode(self.user(strip_image_tag(turn.text), i == 0))
             ids += tokens
             labels += tokens if is_answer else [IGNORE] * len(tokens)
         return ids, labels
 
     def encode_answer(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """An answer as it follows its prompt, its end included."""
-        return tokenizer.encode(self.answer(cleaned(text)))
+        """Encode an answer as it follows its prompt, its end-of-text token included."""
+        return tokenizer.encode(self.answer(strip_image_tag(text)))
 
 
-def cleaned(text: str) -> str:
-    """A turn's text without `<image>`, whose place is always the beginning, and without space around it."""
+def strip_image_tag(text: str) -> str:
+    """Remove `<image>`, since the image always comes first, and surrounding space."""
     return text.replace("<image>", "").strip()
 
 
@@ -122,21 +129,21 @@ def _vicuna_answer(answer: str) -> str:
 
 # Functions by name, so that templates can be pickled for processes that do not fork.
 TEMPLATES: dict[str, PromptTemplate] = {
-    # Of ML-Mamba and Cobra.
+    # ML-Mamba and Cobra.
     "zephyr": PromptTemplate(_zephyr_user, _answer_or_space),
-    # Of Cobra's models whose language model was not tuned to chat.
+    # Cobra with language models that were not tuned for chat.
     "in-out": PromptTemplate(_in_out_user, _answer_or_space),
-    # Of LLaVA-1.5, whose recipe VL-Mamba follows.
+    # LLaVA-1.5, whose recipe VL-Mamba follows.
     "vicuna": PromptTemplate(_vicuna_user, _vicuna_answer),
-    # Of the align stage: a caption and nothing else, the request for it left out.
+    # Align stage: a caption only, without the request for it.
     "caption": PromptTemplate(_no_user, _answer, has_turns=False),
-    # Of the demo.
+    # Demo.
     "qa": PromptTemplate(_qa_user, _answer),
 }
 
 
 def get_template(name: str) -> PromptTemplate:
-    """The template of that name.
+    """Return the template of that name.
 
     Raises:
         ValueError: there is none.

@@ -1,7 +1,7 @@
 """Text and JSON files: UTF-8 with or without a byte order mark, and errors that name the file and its line.
 
-Data, prompts and configs are all decoded here. Lines end at a line feed alone, so `str.splitlines` is not used on them:
-it cuts at characters such as U+2028, U+0085 and the form feed, which JSON leaves unescaped inside a string.
+All data, prompts and configs are decoded here. Only a line feed ends a line, so `str.splitlines` is not used: it splits
+at characters such as U+2028, U+0085 and the form feed, which JSON leaves unescaped inside a string.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _FOREIGN = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-"""Byte order marks of other encodings, the longer before those that they begin with."""
+"""Byte order marks of other encodings, longer ones before their prefixes."""
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file whole, without its byte order mark and with its line ends as they are.
+    """Read a UTF-8 file, without its byte order mark and with unchanged line ends.
 
     Raises:
         OSError: it cannot be read.
@@ -31,7 +31,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a file that holds one JSON value.
+    """Read a file with one JSON value.
 
     Raises:
         OSError: it cannot be read.
@@ -45,7 +45,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Decode JSON that somebody else wrote. Every fault in it is a ValueError.
+    """Decode untrusted JSON. Every fault in it is a ValueError.
 
     Raises:
         ValueError: it is not JSON or not UTF-8; it is nested too deeply, or has a number of too many digits; or a
@@ -62,7 +62,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_characters(text: str, value: Any) -> None:
-    """Hold what JSON text was decoded to against what UTF-8 can encode.
+    """Check that UTF-8 can encode JSON text and its decoded value.
 
     Raises:
         ValueError: a string has half a surrogate pair, or a byte that the "surrogateescape" handler let through.
@@ -81,10 +81,10 @@ def check_characters(text: str, value: Any) -> None:
 
 
 def skip_byte_order_mark(file: BinaryIO, name: str | Path) -> None:
-    """Go past the byte order mark of a UTF-8 file that was just opened, if it has one.
+    """Skip the byte order mark of a UTF-8 file that was just opened, if it has one.
 
     Raises:
-        ValueError: it has that of another encoding.
+        ValueError: it has the mark of another encoding.
     """
     start = file.read(4)
     _check_encoding(start, f"{name}: ")
@@ -95,8 +95,8 @@ def decode(data: bytes, name: str = "") -> str:
     """Decode UTF-8, without its byte order mark.
 
     Args:
-        data: a whole file, or a line or a record of one.
-        name: the file, where `data` is a whole one; it stands in errors, with the line.
+        data: a file, or a line or record of one.
+        name: of the file for errors, if `data` is a complete one; the line is added.
 
     Raises:
         ValueError: it is not UTF-8.

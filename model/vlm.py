@@ -316,6 +316,14 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
 
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
+        """Open a checkpoint in any format that this class reads.
+
+        Args:
+            folder, hub: see `HubModel.open_checkpoint`.
+
+        Returns:
+            The config, and the weights under the names of this class, unread.
+        """
         if detect_format(folder) in ("ml-mamba", "cobra"):
             return open_released(folder, **hub)
         return super().open_checkpoint(folder, **hub)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import write_whole
+from .files import write_atomic
 from .text_files import read_json
 
 WEIGHTS = "model.safetensors"
@@ -291,7 +291,7 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        write_whole(folder / (WEIGHTS + INDEX), text)
+        write_atomic(folder / (WEIGHTS + INDEX), text)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

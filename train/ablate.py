@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..connectors import ConnectorConfig, Kind
 from ..model.batch import collate
-from ..model.files import write_whole
+from ..model.files import write_atomic
 from ..model.hub import unshared
 from ..model.weights import load_into
 from . import easy_vqa, plots
@@ -68,7 +68,7 @@ def run_ablation(
                 train_stage(model, stage, Conversations(records, model, True), collate, here / stage.name, device)
             answers = kept_answers(here / "answers.json", model, test)
             table.setdefault(name, []).append(easy_vqa.scores(test, answers)["overall"])
-    write_whole(folder / "ablation.json", json.dumps(table, indent=2) + "\n")
+    write_atomic(folder / "ablation.json", json.dumps(table, indent=2) + "\n")
     plots.ablation_bars(table, folder / "ablation.png")
     print(ablation_table(table))
     return table

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.config_io import to_json_dict
-from ..model.files import write_whole
+from ..model.files import write_atomic
 from .config import StageConfig
 from .identity import Fingerprint
 from .track import read_metrics
@@ -42,7 +42,7 @@ def write_card(folder: Path, base: str, recipe: str, stages: Sequence[TrainedSta
     for trained in stages:
         parts.append(_stage(trained))
     parts.append("## Made with\n\n" + _table({"": "version", **versions()}))
-    write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
+    write_atomic(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..model.files import PARTIAL, remove_partials, sync, write_whole
+from ..model.files import PARTIAL, remove_partials, sync, write_atomic
 from ..model.weights import save_tensors
 from .config import Changeable
 from .distributed import gather_over_ranks, local, on_first_rank, rank, world_size
@@ -231,7 +231,7 @@ class Checkpoints:
                 files = {name: {"bytes": size, "crc32": crc} for name, size, crc, _ in told}
                 contents = {"format": FORMAT, "step": step, "run": self.run, "files": files, "tensors": stored}
                 text = json.dumps(contents)
-                write_whole(partial / CONTENTS, f"{text}\n{zlib.crc32(text.encode()):08x}\n")
+                write_atomic(partial / CONTENTS, f"{text}\n{zlib.crc32(text.encode()):08x}\n")
                 sync(partial)
                 os.replace(partial, path)
                 sync(self.folder)
@@ -307,7 +307,7 @@ def _put_aside(path: Path, reason: str) -> None:
         n += 1
         aside = path.with_name(f"damaged-{path.name}-{n}")
     os.replace(path, aside)
-    write_whole(aside / "damage.txt", reason + "\n")
+    write_atomic(aside / "damage.txt", reason + "\n")
     logger.warning("checkpoint %s is damaged (%s), and is now %s; trying the one before it", path, reason, aside.name)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ..connectors import ConnectorConfig
 from ..model.batch import collate
-from ..model.files import write_whole, writing_whole
+from ..model.files import write_atomic, writing_atomic
 from ..model.hub import unshared
 from ..model.text_files import read_json
 from ..model.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def run_demo(
         results[f"{family}, blind"] = easy_vqa.scores(test, blind)
         results[family] = easy_vqa.scores(test, answers[family])
 
-    write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomic(folder / "results.json", json.dumps(results, indent=2) + "\n")
     curves = {
         stage: {f: [m["loss"] for m in read_metrics(folder / f / stage)] for f in FAMILIES}
         for stage in ("language", "align", "finetune")
@@ -75,7 +75,7 @@ def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.exists():
         texts = [t.text for r in [*train, *easy_vqa.captions(train)] for t in r.turns]
-        with writing_whole(path) as partial:
+        with writing_atomic(path) as partial:
             Tokenizer.train(texts, vocab_size=400).save(partial)
     return Tokenizer.from_file(path)
 
@@ -133,7 +133,7 @@ def kept_answers(path: Path, model: VLM, test: Sequence[Record], with_images: bo
     """A model's answers, given once and kept in a file."""
     if not path.exists():
         answers = answer_all(model, test, with_images=with_images)
-        write_whole(path, json.dumps(answers))
+        write_atomic(path, json.dumps(answers))
     return read_json(path)
 
 

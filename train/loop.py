@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ssm_kernels import NonFiniteError
 from ssm_kernels.context_parallel import SequenceSharding, context_parallel
 
-from ..model.files import writing_whole
+from ..model.files import writing_atomic
 from ..model.vlm import VLM
 from .checkpoint import Checkpoints
 from .config import Changeable, StageConfig
@@ -178,7 +178,7 @@ class Trainer:
     def non_finite(self, batch: Any, what: str) -> FloatingPointError:
         """Save a batch, and build the error that names it."""
         path = self.folder / f"bad-batch-{rank()}.pt"
-        with writing_whole(path) as partial:
+        with writing_atomic(path) as partial:
             torch.save(vars(batch), partial)
         return FloatingPointError(
             f"stage {self.stage.name!r} {what}; the worst batch is saved in {path}. A lower lr or grad_clip may help: "

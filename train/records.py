@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
-from ..model.files import write_whole
+from ..model.files import write_atomic
 from ..model.image import is_image
 from ..model.prompt import Turn, check_turns
 from ..model.text_files import parse_json
@@ -199,7 +199,7 @@ def write_llava(records: Sequence[Record], path: str | Path, images: str | Path)
             if not _mentions_image(record.turns):
                 turns[0]["value"] = "<image>\n" + turns[0]["value"]
         items.append(item)
-    write_whole(path, json.dumps(items))
+    write_atomic(path, json.dumps(items))
 
 
 def _name_in(image: Path | Member, images: Path) -> str:

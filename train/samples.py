@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..model.batch import Sample
-from ..model.prompt import IGNORE, Turn, cleaned
+from ..model.prompt import IGNORE, Turn, strip_image_tag
 from ..model.vlm import VLM
 from .errors import ChangedDataError
 from .records import Record, Records
@@ -72,7 +72,7 @@ class Conversations:
             return turns
         left, truncated = self.max_tokens * self.tokenizer.longest_token, []
         for i, turn in enumerate(turns):
-            text = cleaned(turn.text)[:left]
+            text = strip_image_tag(turn.text)[:left]
             truncated.append(Turn(turn.role, text))
             is_answer = turn.role == "assistant"
             left -= len(self.template.answer(text) if is_answer else self.template.user(text, i == 0))

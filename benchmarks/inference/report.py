@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...model.files import write_whole
+from ...model.files import write_atomic
 from .. import html, plots
 from ..files import write_csv, write_json
 from ..op_report import spread
@@ -39,10 +39,10 @@ def write_all(result: Result, path: Path) -> None:
     if any("time" in row for row in result["rows"]):
         try:
             png = plot(result)
-            write_whole(path.with_suffix(".png"), png)
+            write_atomic(path.with_suffix(".png"), png)
         except ModuleNotFoundError as e:
             print(f"no plot: {e}")
-    write_whole(path.with_suffix(".html"), page(result, png))
+    write_atomic(path.with_suffix(".html"), page(result, png))
     print(f"wrote {path}")
 
 

@@ -222,7 +222,8 @@ def from_transformers(data: Mapping[str, Any]) -> LMConfig:
         ValueError: a model type or setting that is not supported, by name.
     """
     model_type = data["model_type"]
-    if model_type not in TRANSFORMERS:
+    # A list, since the value in a damaged file may not be hashable.
+    if model_type not in list(TRANSFORMERS):
         raise ValueError(f"model_type must be 'mamba', 'mamba2' or 'falcon_mamba', got {model_type!r}")
     mamba2 = model_type == "mamba2"
     settings = _Settings(data, "config.json")

@@ -1,4 +1,4 @@
-"""What generation and scoring need of a language model. `MambaLM` has it."""
+"""Interface of a language model for generation and scoring. `MambaLM` implements it."""
 
 from __future__ import annotations
 

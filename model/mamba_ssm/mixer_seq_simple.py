@@ -18,7 +18,7 @@ from ssm_kernels.compat.mamba_ssm import MHA, Block, GatedMLP, InferenceParams, 
 from ssm_kernels.compat.mamba_ssm.layer_norm import RMSNorm
 from ssm_kernels.compat.mamba_ssm.modules import add_norm
 
-from ..files import writing_whole
+from ..files import writing_atomic
 from ..formats import detect_format, read_json
 from ..formats.language import EMBEDDING, GENERIC, LM_HEAD, open_language_model, to_state_spaces
 from ..hub import CONFIG, fetch_model
@@ -188,9 +188,9 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         """Write `config.json` and `pytorch_model.bin`, as `mamba_ssm` reads them; each is replaced atomically."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with writing_whole(folder / "pytorch_model.bin") as partial_file:
+        with writing_atomic(folder / "pytorch_model.bin") as partial_file:
             torch.save(self.state_dict(), partial_file)
-        with writing_whole(folder / CONFIG) as partial_file:
+        with writing_atomic(folder / CONFIG) as partial_file:
             partial_file.write_text(json.dumps(vars(self.config), indent=4) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from vlmamba.model import files
-from vlmamba.model.files import PARTIAL, continue_json_lines, json_lines, remove_partials, write_whole, writing_whole
+from vlmamba.model.files import PARTIAL, continue_json_lines, json_lines, remove_partials, write_atomic, writing_atomic
 
 
 def names(folder):
@@ -21,12 +21,12 @@ def names(folder):
 
 def test_a_file_is_replaced_as_a_whole_and_keeps_its_mode(tmp_path):
     path = tmp_path / "file"
-    write_whole(path, "one")
+    write_atomic(path, "one")
     path.chmod(0o640)
-    write_whole(path, b"two")
+    write_atomic(path, b"two")
     assert path.read_bytes() == b"two"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    with pytest.raises(RuntimeError), writing_whole(path) as partial:
+    with pytest.raises(RuntimeError), writing_atomic(path) as partial:
         partial.write_text("half")
         raise RuntimeError
     assert path.read_bytes() == b"two" and names(tmp_path) == ["file"]
@@ -36,19 +36,19 @@ def test_a_link_stays_one_and_its_target_is_replaced(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there/file")
     for text in ("one", "two"):
-        write_whole(tmp_path / "link", text)
+        write_atomic(tmp_path / "link", text)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there" / "file").read_text() == "two"
 
 
 def die_before_the_rename(path):
     files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    write_whole(path, "new")
+    write_atomic(path, "new")
 
 
 def test_a_kill_before_the_rename_leaves_the_old_file_and_a_partial_that_is_removed(tmp_path):
     path = tmp_path / "file"
-    write_whole(path, "old")
+    write_atomic(path, "old")
     process = multiprocessing.get_context("fork").Process(target=die_before_the_rename, args=(path,))
     process.start()
     process.join()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..command_line import describe, printable
-from ..model.files import at_home
+from ..model.files import expand_home
 from ..model.generation.config import GenerationConfig
 from ..model.prompt import TEMPLATES, get_template
 from .options import DtypeName, Positional, Sampling
@@ -129,10 +129,10 @@ def pasted_path(text: str) -> Path:
     Raises:
         ValueError: it names the home folder of an unknown user.
     """
-    path = at_home(text)
+    path = expand_home(text)
     if not path.exists():
         with contextlib.suppress(ValueError):  # an unclosed quote
             words = shlex.split(text)
             if len(words) == 1:
-                return at_home(words[0])
+                return expand_home(words[0])
     return path

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..command_line import describe
 from ..model.config_io import to_json_dict
-from ..model.files import json_lines, write_whole
+from ..model.files import json_lines, write_atomic
 from ..model.generation.config import GenerationConfig
 from ..model.hub import fetch_model
 from ..model.image import open_image
@@ -256,7 +256,7 @@ def _truncate_output(output: Path, settings: dict[str, Any], prompts: Sequence[P
         if output.exists() and output.stat().st_size:
             raise ValueError(f"--output {output} was not written by this command: there is no {beside}")
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(beside, json.dumps(settings, indent=2) + "\n")
+        write_atomic(beside, json.dumps(settings, indent=2) + "\n")
         return 0, 0
     old = read_json(beside)
     for name, value in settings.items():
