@@ -407,15 +407,3 @@ def check_ops(ops: tuple[str, ...]) -> None:
     """
     if unknown := [op for op in ops if op not in OPS]:
         raise ValueError(f"op must be among {', '.join(OPS)}; got {', '.join(unknown)}")
-
-
-def make_inputs(
-    op: str, dtype: str = "fp32", device: torch.device | str = "cpu", seed: int = 0, **options: Any
-) -> dict[str, Tensor]:
-    """Random tensor arguments of an op by name, for tests.
-
-    Args:
-        options: sizes of `Shape` and options of `Case`, by name.
-    """
-    sizes = {f.name: options.pop(f.name) for f in fields(Shape) if f.name in options}
-    return Case(op, Shape(**sizes), dtype, **options).inputs(device, seed)

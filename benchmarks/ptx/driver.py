@@ -159,12 +159,12 @@ class _Driver:
     def get_device_properties(self, device: str) -> dict[str, int]:
         return self.properties
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple[str, str, int, int, int]:
-        """A module, a function, registers, spills and the most threads of a block: only the last is read."""
-        return name, name, 0, 0, 1024
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple[None, str, int, int, int]:
+        """A module, a function, registers, spills and the most threads of a block: only the last is read.
 
-    def unload_module(self, module: str) -> None:
-        pass
+        Without a module nothing is unloaded at exit, when no driver is active any more (Triton 3.9).
+        """
+        return None, name, 0, 0, 1024
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
         """A benchmarker for which all configurations of an autotuned kernel take the same time."""
@@ -172,17 +172,11 @@ class _Driver:
 
 
 class _Launcher:
-    """Created once per compiled kernel, called once per launch."""
+    """Created for a compiled kernel, called once per launch."""
 
     def __init__(self, src: Any, metadata: Any):
-        from triton.runtime.cache import get_cache_manager
-
         self.signature, self.metadata = dict(src.signature), metadata
-        group = get_cache_manager(metadata.hash).get_group(f"{src.name[:150]}.json") or {}
-        text = next((path for name, path in group.items() if name.endswith(".ptx")), None)
-        if text is None:
-            raise RuntimeError(f"Triton's cache holds no PTX of {src.name}")
-        self.ptx = Path(text).read_text()
+        self.ptx = _read_ptx(metadata.hash, src.name)
 
     def __call__(
         self,
@@ -222,6 +216,18 @@ class _Launcher:
                 time.process_time() - start,
             )
         )  # fmt: skip
+
+
+@functools.lru_cache(256)
+def _read_ptx(key: str, kernel: str) -> str:
+    """The PTX of a kernel in Triton's cache."""
+    from triton.runtime.cache import get_cache_manager
+
+    group = get_cache_manager(key).get_group(f"{kernel[:150]}.json") or {}
+    path = next((path for name, path in group.items() if name.endswith(".ptx")), None)
+    if path is None:
+        raise RuntimeError(f"Triton's cache holds no PTX of {kernel}")
+    return Path(path).read_text()
 
 
 @functools.lru_cache(256)

@@ -137,20 +137,7 @@ def test_a_run_prints_and_writes_everything(tmp_path, capsys):
 
 def test_a_run_measures_memory(tmp_path):
     out = tmp_path / "run.json"
-    command = [
-        "run",
-        "ssd",
-        "--impl",
-        "ours",
-        "--mode",
-        "fwd",
-        "--metric",
-        "memory",
-        "--batch",
-        "1",
-        "--length",
-        "4096",
-    ]
+    command = "run ssd --impl ours --mode fwd --metric memory --batch 1 --length 4096".split()
     cli.main([*command, "--batch", "1", "--chunk-size", "32", "--out", str(out)])
     (case,) = json.loads(out.read_text())["cases"]
     assert case["chunk_size"] == 32
@@ -259,18 +246,7 @@ def test_what_fails_when_called_has_a_line_that_says_so(tmp_path, monkeypatch):
         return work._replace(run=run) if impl == "torch" else work
 
     monkeypatch.setattr(run, "build", failing)
-    command = [
-        "run",
-        "causal_conv1d",
-        "--length",
-        "8",
-        "--mode",
-        "fwd",
-        "--calls",
-        "1",
-        "--out",
-        str(tmp_path / "a.json"),
-    ]
+    command = [*"run causal_conv1d --length 8 --mode fwd --calls 1 --out".split(), str(tmp_path / "a.json")]
     cli.main([*command, "--impl", "torch", "ours"])
     bad, good = json.loads((tmp_path / "a.json").read_text())["cases"][0]["rows"]
     assert bad["missing"] == "no kernel image" and "time" not in bad and "time" in good

@@ -1,4 +1,4 @@
-"""What two files of a run say beside each other."""
+"""ssm-bench compare: regressions between two files, matched rows, and the statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compile report sees every kernel, and says so where one spills or asks for too much; what ships does neither."""
+"""The compile report covers every kernel, and reports one that spills or needs too much shared memory."""
 
 from __future__ import annotations
 

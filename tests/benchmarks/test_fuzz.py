@@ -1,4 +1,4 @@
-"""ssm-bench fuzz: a seed says everything, faults are found and made small, and infinities are compared as stated."""
+"""ssm-bench fuzz: a seed determines a trial, faults are found and shrunk, infinities are compared as documented."""
 
 from __future__ import annotations
 

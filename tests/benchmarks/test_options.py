@@ -1,4 +1,4 @@
-"""Options of `ssm-bench`: numbers that are none are refused by name, before anything is measured."""
+"""Options of `ssm-bench`: values out of range are refused by name, before anything is measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmamba.model.fields import Interval
 
 @pytest.mark.parametrize("commands", [options.COMMANDS, VLMAMBA_COMMANDS], ids=["ssm-bench", "vlmamba"])
 def test_every_number_has_its_interval(commands):
-    """One that may be below zero, or infinite without a meaning, would be found here."""
+    """Finds an option that accepts a negative number, or infinity without a meaning."""
     for name, command in commands.items():
         for field, hint in typing.get_type_hints(command, include_extras=True).items():
             for number, interval in numbers(hint):

@@ -1,4 +1,4 @@
-"""Peers compute what we do, so that their times are of the same thing. Those not installed are skipped."""
+"""Peers compute the same results as our ops, so that their times compare. Those not installed are skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The PTX emulator: what it computes, and that its checks notice what they are for."""
+"""The PTX emulator: its arithmetic, and the faults that its checks detect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ssm_kernels.testing import assert_agrees, is_interpreted
-from vlmamba.benchmarks.cases import Case, Shape
+from vlmamba.benchmarks.cases import DTYPES, Case, Shape
 from vlmamba.benchmarks.options import EmulatedTarget
 from vlmamba.benchmarks.ptx import Fault, Unsupported, emulated, machine, values
 from vlmamba.benchmarks.ptx.driver import TARGETS
@@ -305,18 +305,14 @@ def running_sum_beyond(x_ptr, out_ptr, BLOCK: tl.constexpr):
 )  # fmt: skip
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_are_those_of_torch(target, dtype, transposed):
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+    if dtype == "fp64" and triton.__version__.startswith("3.4."):
+        pytest.skip("tl.dot of float64 does not compile with Triton 3.4")
     torch.manual_seed(0)
-    a, b = torch.randn(64, 64).to(kinds[dtype]), torch.randn(64, 64).to(kinds[dtype])
+    a, b = torch.randn(64, 64).to(DTYPES[dtype]), torch.randn(64, 64).to(DTYPES[dtype])
     out = torch.empty(64, 64, dtype=torch.float64 if dtype == "fp64" else torch.float32)
     with emulated(target) as report:
-        product[(1,)](
-            a,
-            b.mT.contiguous().mT if transposed else b,
-            out,
-            *(b.mT.contiguous().mT if transposed else b).stride(),
-            N=64,
-        )
+        right = b.mT.contiguous().mT if transposed else b
+        product[(1,)](a, right, out, *right.stride(), N=64)
     report.assert_clean()
     want = a.double() @ b.double()
     # TF32 has 10 bits of mantissa.
@@ -465,7 +461,7 @@ ORDER = re.compile(
 
 
 def noticed(case: Case, target: str, kernel: str) -> Sequence[bool]:
-    """Whether the removal of each barrier, wait and fence of a kernel, in turn, is noticed."""
+    """Removes each barrier, wait and fence of a kernel in turn, and returns whether the removal is detected."""
 
     def run(which: int | None) -> tuple[int, bool]:
         places = 0

@@ -1,4 +1,4 @@
-"""What a run writes, and what two of them say beside each other."""
+"""Files of ssm-bench run and sweep: JSON, CSV, plots and page; errors and the roofline in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = ["--batch", "1", "--length", "20", "--channels", "8", "--calls", "3", "-
 
 
 class Sources(HTMLParser):
-    """What a page asks for."""
+    """Collects the addresses that a page loads."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Sources(HTMLParser):
         self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
 
 
-def test_a_run_writes_json_csv_png_and_a_page_that_asks_for_nothing(tmp_path, capsys, monkeypatch):
+def test_a_run_writes_json_csv_png_and_a_page_that_loads_nothing(tmp_path, capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mamba_ssm" else found(name, *a))
     out = tmp_path / "new" / "run.json"
@@ -117,7 +117,7 @@ def test_what_is_not_finite_or_of_another_shape_or_lacks_a_gradient_is_wrong():
     assert (found["error"], found["gradient_error"], found["is_right"]) == (0.0, math.inf, False)
 
 
-def test_where_the_reference_would_take_long_it_is_the_torch_backend_and_said_to_be(tmp_path, capsys, monkeypatch):
+def test_the_torch_backend_is_the_ground_truth_where_the_reference_would_take_long(tmp_path, capsys, monkeypatch):
     shape = replace(named_shape("selective_scan", "default"), batch=1, length=300, channels=8)
     by_reference = ground_truth("selective_scan", shape, torch.float32)
     for limit in ("SECONDS", "BYTES"):
@@ -133,12 +133,12 @@ def test_where_the_reference_would_take_long_it_is_the_torch_backend_and_said_to
     assert "(length 40: the torch backend, the reference taking too long)" in (tmp_path / "a.html").read_text()
 
 
-def test_a_half_type_is_not_forgiven_half_of_the_result():
+def test_the_allowed_error_of_a_half_type_is_small():
     assert allowed_error(0.0, torch.bfloat16) < 0.1
     assert allowed_error(1e-7, torch.float32) < 1e-5
 
 
-def test_the_roofline_is_given_where_the_device_is_known(monkeypatch):
+def test_the_roofline_is_reported_where_the_device_is_known(monkeypatch):
     shape = named_shape("ssd", "2.7b")
     assert (shape.batch, shape.length, shape.channels, shape.heads, shape.d_state) == (8, 2048, 5120, 80, 128)
     case = Case("ssd", shape, "bf16", chunk_size=32)
@@ -151,24 +151,11 @@ def test_the_roofline_is_given_where_the_device_is_known(monkeypatch):
     assert roofline_share(replace(case, dtype="fp64"), "fwd", 1.0, "cuda")["share"] is None
 
 
-def test_a_run_asks_for_the_roofline_of_what_it_times(tmp_path, monkeypatch):
+def test_a_run_reports_the_roofline_of_the_op_it_times(tmp_path, monkeypatch):
     asked = []
     share = {"floor": 0.25, "bound": "memory", "share": 0.5}
     monkeypatch.setattr(run, "roofline_share", lambda case, mode, seconds, device: asked.append((case, mode)) or share)
-    command = [
-        "run",
-        "ssd",
-        "--impl",
-        "ours",
-        "--mode",
-        "bwd",
-        "--chunk-size",
-        "32",
-        "--metric",
-        "time",
-        "--length",
-        "20",
-    ]
+    command = "run ssd --impl ours --mode bwd --chunk-size 32 --metric time --length 20".split()
     cli.main([*command, "--out", str(tmp_path / "a.json")])
     ((case, mode),) = asked
     assert (case.op, case.shape.length, case.chunk_size, case.dtype, mode) == ("ssd", 20, 32, "fp32", "bwd")
@@ -178,7 +165,7 @@ def test_a_run_asks_for_the_roofline_of_what_it_times(tmp_path, monkeypatch):
 
 
 def written(rows, *, over=None, truth="reference"):
-    """A report as `run` and `sweep` write them: for each given list of rows a case."""
+    """A report of `run` or `sweep` with a case for each list of rows."""
     cases = [
         {"name": f"case {i}", "value": 2**i, "shape": {"batch": 1, "length": 2**i}, "truth": truth, "rows": some}
         | {"allowed_error": 1e-5, "allowed_gradient_error": 1e-5}
@@ -220,7 +207,7 @@ def test_the_page_shows_shares_of_the_roofline_and_which_error_is_wrong():
 
 
 def drawn(monkeypatch):
-    """The axes of the figures that are made from here on."""
+    """Axes of the figures that are drawn from now on."""
     found, png = [], plots.png
     monkeypatch.setattr(plots, "png", lambda figure, title: found.extend(figure.axes) or png(figure, title))
     return found

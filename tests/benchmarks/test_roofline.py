@@ -1,4 +1,4 @@
-"""The roofline's counts, against arithmetic written out by hand and against what is executed on small shapes."""
+"""The roofline's counts equal arithmetic written out by hand, and the operations executed on small shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = Shape(batch=2, length=32, channels=6, d_state=8, heads=4, headdim=8, gro
 
 
 class Executed(TorchDispatchMode):
-    """Counts the elements that some operations give."""
+    """Counts the elements that some operations compute."""
 
     def __init__(self, *names: str):
         super().__init__()
@@ -135,7 +135,7 @@ def test_bytes_are_those_of_the_arguments_and_results(case):
     assert found.written == sum(t.numel() * t.element_size() for t in outputs)
 
 
-def test_every_op_has_a_floor_on_every_device():
+def test_every_op_has_a_least_time_on_every_device():
     assert {c.op for c in published()} == set(OPS)
     for device in DEVICES.values():
         for case in published("bf16") + published("fp32"):

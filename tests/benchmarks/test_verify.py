@@ -1,4 +1,4 @@
-"""ssm-bench verify: a right function passes, and each way of being wrong is found and made small."""
+"""ssm-bench verify: a correct function passes, and each kind of fault is found and shrunk."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_the_report_has_what_repeats_the_case(file):
     assert made == verdict.smallest
 
 
-def test_what_is_left_out_is_said(file):
+def test_cases_that_are_not_tested_are_reported(file):
     verdict = verify(load(f"{file}:only_silu"), "causal_conv1d", ("fp32",))
     assert verdict.is_right
     assert verdict.skipped["NotImplementedError: no activation but silu"] == 1

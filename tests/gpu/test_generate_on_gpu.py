@@ -46,7 +46,7 @@ def lm(request):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """The numbers of sequences whose step was captured."""
+    """Batch sizes of the steps that were captured."""
     sizes, capture = [], decoding.capture
 
     def watched(step, device):
@@ -91,7 +91,7 @@ def test_no_graph_under_autocast(lm, captures):
     assert not captures
 
 
-def test_a_step_does_not_make_the_host_wait(lm):
+def test_a_step_does_not_synchronize_host_and_device(lm):
     decoder, last = Decoder(lm, 2), torch.tensor([3, 4], device="cuda")
     for _ in range(Decoder.WARM_UP + 1):
         decoder(last)
@@ -118,16 +118,16 @@ def test_two_streams_at_once_do_not_mix(lm):
     lm.tokenizer = Tokenizer.train(["once upon a time", "and it did not"], 300)
     texts = ["once upon", "and it"]
     want = [lm.generate([t], GREEDY)[0] for t in texts]
-    pieces = [[], []]
+    texts_streamed = [[], []]
     streams = [lm.stream(t, GREEDY) for t in texts]
     while streams[0] is not None or streams[1] is not None:
         for i, stream in enumerate(streams):
-            piece = None if stream is None else next(stream, None)
-            if piece is None:
+            text = None if stream is None else next(stream, None)
+            if text is None:
                 streams[i] = None
             else:
-                pieces[i].append(piece)
-    assert ["".join(p) for p in pieces] == want
+                texts_streamed[i].append(text)
+    assert ["".join(t) for t in texts_streamed] == want
 
 
 def test_where_capture_fails_the_tokens_are_the_same(lm, monkeypatch, caplog):
@@ -145,10 +145,10 @@ def test_where_capture_fails_the_tokens_are_the_same(lm, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert tokens(lm, GREEDY) == want
     assert sum("without a CUDA graph" in r.message for r in caplog.records) == 1
-    torch.cuda.synchronize()  # the device is well
+    torch.cuda.synchronize()  # no error is pending on the device
 
 
-def test_a_long_prompt_takes_the_memory_of_a_piece(lm):
+def test_a_long_prompt_takes_the_memory_of_a_prefill_chunk(lm):
     peaks = []
     for length in (20_000, 131_072):
         prompt = [7] * length

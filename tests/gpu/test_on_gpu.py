@@ -1,4 +1,4 @@
-"""What only a GPU can show: realistic sizes, CUDA graphs, other streams and devices, offsets beyond 31 bits."""
+"""Tests that need a GPU: realistic sizes, CUDA graphs, other streams and devices, offsets beyond 31 bits."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def results(case: Case, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    """To the bit: nothing that these tests change may change an operation or its order."""
+    """Bit-equal: no change that these tests make may change an operation or its order."""
     assert len(found) == len(expected)
     for got, want in zip(found, expected, strict=True):
         assert torch.equal(got.to(want.device), want)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_every_op_is_right(case):
+def test_every_op_agrees_with_its_reference(case):
     check(case, "cuda")
 
 
@@ -59,7 +59,7 @@ def test_forward_and_backward_are_captured_in_a_graph(case):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles, and lets autograd make what it makes once
+        for _ in range(2):  # compiles, and allocates autograd's buffers
             results(case, static)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -75,7 +75,7 @@ def test_forward_and_backward_are_captured_in_a_graph(case):
 
 @pytest.mark.parametrize("case", [c for c in DENSE if not c.is_step], ids=str)
 def test_a_capture_that_is_not_replayed_leaves_nothing_behind(case):
-    """What is worked out once for a shape and kept must not be what a graph was to compute, and never did."""
+    """A value cached per shape must not come from a graph that was captured and never replayed."""
     results(case, case.inputs("cuda"))  # compiles
     new = replace(case, shape=replace(case.shape, batch=case.shape.batch + 1))
     inputs = new.inputs("cuda")
@@ -89,7 +89,7 @@ def test_a_capture_that_is_not_replayed_leaves_nothing_behind(case):
 
 @pytest.mark.parametrize("case", DENSE + PACKED, ids=str)
 def test_kernels_run_on_the_current_stream(case):
-    """Inputs arrive late on another stream: kernels that were started elsewhere would not wait for them."""
+    """Inputs are written late on another stream: kernels on the default stream would not wait for them."""
     expected = results(case, case.inputs("cuda", seed=1))
     late, other = case.inputs("cuda", seed=0), case.inputs("cuda", seed=1)
     torch.cuda.synchronize()
@@ -106,7 +106,7 @@ def test_kernels_run_on_the_current_stream(case):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 @pytest.mark.parametrize("case", DENSE + PACKED, ids=str)
-def test_tensors_on_a_second_device_are_worked_on_there(case):
+def test_kernels_run_on_the_device_of_their_tensors(case):
     first = case.inputs("cuda:0")
     expected = results(case, first)
     inputs = {name: t.detach().to("cuda:1").requires_grad_(t.requires_grad) for name, t in first.items()}
@@ -117,7 +117,7 @@ def test_tensors_on_a_second_device_are_worked_on_there(case):
 
 
 def far_apart(inputs: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """The inputs by batch and step, with more than 2**31 elements between one row of the batch and the next."""
+    """Inputs by batch and step with a batch stride of more than 2**31 elements."""
     batch, length = case.shape.batch, case.shape.length
     moved = {n: t for n, t in inputs.items() if t.dtype == inputs_dtype(case) and t.shape[:2] == (batch, length)}
     between = 2**31 + 64
@@ -146,12 +146,12 @@ def test_offsets_beyond_31_bits(case):
 
 @pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
 def test_results_of_more_than_31_bits_of_elements(op):
-    """4.3 GB in bf16; the last rows are as when they are all."""
+    """4.3 GB in bf16; the last rows equal those of a call on them alone."""
     case = Case(op, cases.Shape(batch=1, length=2**21 + 8, channels=1024), "bf16")
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
-        pytest.skip("needs kernels, and 60 GiB that are free")
-    whole = {name: t.detach() for name, t in case.inputs("cuda").items()}
-    last = {name: t[:, -8:] if t.dim() == 3 else t for name, t in whole.items()}
+        pytest.skip("needs 60 GiB of free memory")
+    complete = {name: t.detach() for name, t in case.inputs("cuda").items()}
+    last = {name: t[:, -8:] if t.dim() == 3 else t for name, t in complete.items()}
     with torch.no_grad():
-        for got, want in zip(case.call(whole, "triton"), case.call(last, "triton"), strict=True):
+        for got, want in zip(case.call(complete, "triton"), case.call(last, "triton"), strict=True):
             assert torch.equal(got[:, -8:], want)
