@@ -140,7 +140,7 @@ class Case:
         s = self.shape
         d, n = s.channels, s.d_state
         rows = self.sequences or s.batch
-        steps = (s.batch,) if self.is_step else (s.batch, s.length)
+        steps = (s.batch,) if self.is_step else (s.batch, s.length)  # (B,) or (B, L)
         if self.op == "causal_conv1d_step":
             return {"state": (s.batch, s.width - 1, d), "x": (s.batch, d), "weight": (d, s.width), "bias": (d,)}
         if self.op == "causal_conv1d":
@@ -150,7 +150,7 @@ class Case:
             return {"x": (*steps, d), "weight": (d,)} | ({"z": (*steps, d)} if self.z else {})
         if self.op == "add_rms_norm":
             return {"x": (*steps, d), "weight": (d,), "residual": (*steps, d)}
-        grid = (s.batch, s.height, s.length // s.height)
+        grid = (s.batch, s.height, s.length // s.height)  # (B, h, w)
         if self.op == "cross_scan":
             return {"x": (*grid, d)}
         if self.op == "cross_merge":
@@ -162,17 +162,21 @@ class Case:
             # A step recognizes B and C that are constant in time by their two dimensions.
             groups = () if s.groups == 1 and not self.is_step else (s.groups,)
             matrix = (d, n) if self.constant else (*steps, *groups, n)
+            # u, dt: (B, L, D); A: (D, N); B, C: (B, L, N), (B, L, G, N) or (D, N)
             sizes = {"u": (*steps, d), "dt": (*steps, d), "A": state, "B": matrix, "C": matrix}
         elif self.op in ("ssd", "ssd_step"):
             channels, heads, state = (s.heads, s.headdim), (s.heads,), (s.heads, s.headdim, n)
+            # x: (B, L, H, P); dt: (B, L, H); A: (H,); B, C: (B, L, G, N)
             matrix = (*steps, s.groups, n)
             sizes = {"x": (*steps, *channels), "dt": (*steps, s.heads), "A": heads, "B": matrix, "C": matrix}
         elif self.op == "cross_selective_scan":
             channels, heads, state = (DIRECTIONS, d), (DIRECTIONS, d), (DIRECTIONS, d, n)
+            # u: (B, h, w, D); dt: (B, h, w, K, D); A: (K, D, N); B, C: (B, h, w, K, N), over K directions
             matrix = (*grid, DIRECTIONS, n)
             sizes = {"u": (*grid, d), "dt": (*grid, *channels), "A": state, "B": matrix, "C": matrix}
         elif self.op == "cross_ssd":
             channels, heads, state = (DIRECTIONS, s.heads, s.headdim), (DIRECTIONS, s.heads), ()
+            # x: (B, h, w, K, H, P); dt: (B, h, w, K, H); A: (K, H); B, C: (B, h, w, K, G, N)
             matrix = (*grid, DIRECTIONS, s.groups, n)
             sizes = {"x": (*grid, *channels), "dt": (*grid, *heads), "A": heads, "B": matrix, "C": matrix}
         else:
@@ -188,12 +192,12 @@ class Case:
         batch, length = self.shape.batch, self.shape.length
         if self.seq_idx:
             position = torch.arange(length, device=device, dtype=torch.int32)
-            return {"seq_idx": (position >= length // 3).int().expand(batch, length)}
+            return {"seq_idx": (position >= length // 3).int().expand(batch, length)}  # (B, L)
         if self.sequences:
             # Of unequal lengths; the first of more than two is empty.
             shares = (torch.arange(self.sequences + 1, device=device) / self.sequences).square()
             bounds = (shares * (shares > shares[1] * (self.sequences > 2)) * length).round().int()
-            return {"cu_seqlens": bounds}
+            return {"cu_seqlens": bounds}  # (S + 1,)
         return {}
 
     def run(self, inputs: Mapping[str, Tensor], backend: Backend) -> Tensor | tuple[Tensor, ...]:
@@ -223,9 +227,11 @@ def _draw(case: Case, name: str, size: tuple[int, ...], device: torch.device, ge
         value = value - 4  # softplus of it is about 0.02
         value = value if case.dt_softplus else torch.nn.functional.softplus(value)
     elif name == "A" and case.folder == "selective_scan":
-        value = -torch.arange(1.0, size[-1] + 1, device=device).repeat(*size[:-1], 1)
+        # S4D-real initialization: A_n = -(n + 1)
+        value = -torch.arange(1.0, size[-1] + 1, device=device).repeat(*size[:-1], 1)  # (D, N)
     elif name == "A":
-        value = -1 - 15 * torch.rand(size, device=device, generator=generator)
+        # Mamba-2 initializes -A uniformly in [1, 16].
+        value = -1 - 15 * torch.rand(size, device=device, generator=generator)  # (H,)
     dtype = DTYPES[case.dtype]
     scan_parameters = ("A", "D", "dt_bias", "initial_states", "state")
     if name == "residual" or case.folder in ("selective_scan", "ssd") and name in scan_parameters:

@@ -266,6 +266,7 @@ def compile_one(request: Request) -> Row:
     except Exception as e:  # any failure of the compiler is a row
         row.problem = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
         return row
+    # The compiler does not check the limits of the target: a launch would.
     row.shared = compiled.metadata.shared
     if architecture.backend == "cuda":
         _read_cubin(row, compiled.asm["cubin"])
@@ -343,7 +344,7 @@ def _occupancy(row: Row, a: Architecture) -> float:
     Registers are allocated in units of 256 per warp of 65,536 (NVIDIA), or of 8 per lane of 512 for each of four SIMDs
     (AMD).
     """
-    blocks = min(a.blocks, a.warps // row.warps)
+    blocks = min(a.blocks, a.warps // row.warps)  # resident blocks by blocks and warps
     if a.backend == "cuda":
         blocks = min(blocks, 65536 // (-(-row.registers * 32 // 256) * 256 * row.warps))
         blocks = min(blocks, a.shared // (row.shared + 1024))  # 1 KB of each block is reserved by the system

@@ -98,6 +98,7 @@ def build_model(model_type: str, width: int, layers: int) -> torch.nn.Module:
     """
     import transformers
 
+    # heads of the state-space layers' inner width, and of attention
     inner, heads = 2 * width // HEADDIM, width // HEADDIM
     attention = {"num_attention_heads": heads, "num_key_value_heads": heads, "intermediate_size": 2 * width}
     mamba2 = {"mamba_n_heads": inner, "mamba_d_head": HEADDIM, "mamba_d_state": 128, "mamba_n_groups": 1}

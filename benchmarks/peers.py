@@ -59,7 +59,7 @@ def _mamba_ssm_scan(case: Case, t: Mapping[str, Tensor]) -> Call:
         u, dt, z = (None if (m := t.get(k)) is None else m.transpose(1, 2) for k in ("u", "dt", "z"))
         B, C = (t[k].movedim(1, -1) for k in ("B", "C"))  # (B, N, L) or (B, G, N, L)
         y = selective_scan_fn(u, dt, t["A"], B, C, t["D"], z, t.get("dt_bias"), case.dt_softplus)
-        return y.transpose(1, 2)
+        return y.transpose(1, 2)  # (B, L, D)
 
     return run
 
@@ -133,7 +133,7 @@ def _fla_ssd(case: Case, t: Mapping[str, Tensor]) -> Call:
         dt = t["dt"].float() + t.get("dt_bias", 0)
         dt = F.softplus(dt) if case.dt_softplus else dt
         keys, queries = (t[k].repeat_interleave(repeats, dim=2) for k in ("B", "C"))  # (B, L, H, N)
-        values = (t["x"] * dt.unsqueeze(-1)).to(t["x"].dtype)
+        values = (t["x"] * dt.unsqueeze(-1)).to(t["x"].dtype)  # (B, L, H, P)
         y, _ = chunk_simple_gla(queries, keys, values, dt * t["A"], scale=1.0)
         return y + (t["D"][:, None] * t["x"]).to(y.dtype)
 

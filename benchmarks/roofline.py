@@ -224,6 +224,7 @@ def _selective_scan(case: Case, mode: Mode) -> tuple[int, int, int]:
     s += B g, dA += p dt, q += A p, a multiply-add each, and a g, p = (a g) h: 14.
     """
     s = case.shape
+    # B * L * D channel steps
     steps = s.batch * (1 if case.is_step else s.length) * s.channels
     states = steps * s.d_state
     if mode == "fwd":

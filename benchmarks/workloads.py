@@ -127,7 +127,7 @@ def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[
         block = Mamba(width, shape.d_state, shape.width)
     else:
         block = Mamba2(width, shape.d_state, shape.width, headdim=shape.headdim, ngroups=shape.groups)
-    x = torch.randn(shape.batch, shape.length, width)
+    x = torch.randn(shape.batch, shape.length, width)  # (B, L, D)
     return block.to(device, dtype), x.to(device, dtype).requires_grad_()
 
 

@@ -37,14 +37,14 @@ class Block:
     def __init__(self, warps: int, memory: GlobalMemory, shared: SharedMemory, findings: Findings):
         self.warps, self.threads = warps, 32 * warps
         self.memory, self.shared, self.findings = memory, shared, findings
-        self.warp = np.repeat(np.arange(warps), 32)
-        self.all_threads = np.ones(self.threads, bool)
+        self.warp = np.repeat(np.arange(warps), 32)  # (threads,)
+        self.all_threads = np.ones(self.threads, bool)  # (threads,)
 
     def start(self) -> None:
         """Start a program."""
         self.shared.start_program()
-        self.counters = np.zeros(self.threads, np.int64)
-        self.is_blocked = np.zeros(self.threads, bool)
+        self.counters = np.zeros(self.threads, np.int64)  # (threads,)
+        self.is_blocked = np.zeros(self.threads, bool)  # (threads,)
         self.at_barrier: dict[int, NDArray[np.bool_]] = {}
         self.copies: list[list[tuple[Array, NDArray[np.uint8], Array, Instruction]]] = []
         self.open_copies: list[tuple[Array, NDArray[np.uint8], Array, Instruction]] = []
@@ -115,13 +115,13 @@ class Block:
     def load(self, space: str, addresses: Array, active: Mask, size: int, count: int, at: Instruction) -> list[Array]:
         """Load `count` values of `size` bytes at each thread's address ("ld"); inactive threads get 0."""
         chosen, addresses = self._chosen(addresses, active)
-        out = np.zeros((count, self.threads), np.dtype(f"u{size}"))
+        out = np.zeros((count, self.threads), np.dtype(f"u{size}"))  # (count, threads)
         if len(chosen):
             if space == "global":
                 data = self.memory.read(addresses, size * count, at)
             else:
                 data = self.shared.read(addresses.astype(np.int64), size * count, self.warp[chosen], at)
-            out[:, chosen] = np.ascontiguousarray(data).view(out.dtype).T
+            out[:, chosen] = np.ascontiguousarray(data).view(out.dtype).T  # (count, chosen)
         return list(out)
 
     def store(self, space: str, addresses: Array, active: Mask, values: Sequence[Array], at: Instruction) -> None:
@@ -129,8 +129,8 @@ class Block:
         chosen, addresses = self._chosen(addresses, active)
         if not len(chosen):
             return
-        rows = np.stack([np.broadcast_to(v, (self.threads,))[chosen] for v in values], 1)
-        data = np.ascontiguousarray(rows).view(np.uint8)
+        rows = np.stack([np.broadcast_to(v, (self.threads,))[chosen] for v in values], 1)  # (chosen, values)
+        data = np.ascontiguousarray(rows).view(np.uint8)  # (chosen, bytes)
         if space == "global":
             self.memory.write(addresses, data, at)
         else:
@@ -155,7 +155,7 @@ class Block:
         if not len(chosen):
             return
         source = np.broadcast_to(source, (self.threads,))[chosen]
-        wanted = np.full(len(chosen), size)
+        wanted = np.full(len(chosen), size)  # (chosen,)
         if source_size is not None:
             wanted = np.broadcast_to(source_size, (self.threads,))[chosen].astype(np.int64)
         data = np.zeros((len(chosen), size), np.uint8)  # bytes beyond the source's size are zero
@@ -163,7 +163,7 @@ class Block:
             rows = wanted == n
             data[rows, :n] = self.memory.read(source[rows], n, at)
         to = to.astype(np.int64)
-        cells = self.shared.cells(to, size, at)
+        cells = self.shared.cells(to, size, at)  # (chosen, cells)
         self.shared.note_write(cells, self.warp[chosen], at)
         self.shared.in_flight[cells] = True
         self.open_copies.append((to, data, self.warp[chosen], at))
@@ -183,7 +183,7 @@ class Block:
 
     def shuffle(self, mode: str, value: Array, b: Array, c: Array) -> tuple[Array, Array]:
         """Exchange registers within warps ("shfl.sync"): values, and whether the source lane is in range."""
-        rows = np.broadcast_to(value, (self.threads,)).reshape(self.warps, 32)
+        rows = np.broadcast_to(value, (self.threads,)).reshape(self.warps, 32)  # (warps, 32)
         b, c = (np.broadcast_to(x, (self.threads,)).astype(np.int64).reshape(self.warps, 32) for x in (b, c))
         lane, b = matrix.LANE, b & 31
         segment_mask, clamp = c >> 8 & 31, c & 31
@@ -199,7 +199,7 @@ class Block:
 
     def vote(self, mode: str, predicate: Array) -> Array:
         """Reduce a predicate over each warp ("vote.sync"): the lanes' bits, or one predicate."""
-        rows = np.broadcast_to(predicate, (self.threads,)).reshape(self.warps, 32)
+        rows = np.broadcast_to(predicate, (self.threads,)).reshape(self.warps, 32)  # (warps, 32)
         if mode == "ballot":
             bits = (rows.astype(U4) << np.arange(32, dtype=U4)).sum(1, dtype=U4)
             return np.repeat(bits, 32)
@@ -216,10 +216,10 @@ class Block:
     def load_matrix(self, addresses: Array, count: int, transposed: bool, at: Instruction) -> list[Array]:
         """Read 8 x 8 matrices of 16-bit values ("ldmatrix")."""
         offsets, warps = self._matrix_rows(addresses, count)
-        data = self.shared.read(offsets, 16, warps, at)
-        tiles = np.ascontiguousarray(data).view(np.uint16).reshape(self.warps, count, 8, 8)
+        data = self.shared.read(offsets, 16, warps, at)  # (rows, 16)
+        tiles = np.ascontiguousarray(data).view(np.uint16).reshape(self.warps, count, 8, 8)  # (warps, count, 8, 8)
         tiles = tiles.swapaxes(2, 3) if transposed else tiles
-        words = np.ascontiguousarray(tiles).view(U4).reshape(self.warps, count, 32)
+        words = np.ascontiguousarray(tiles).view(U4).reshape(self.warps, count, 32)  # (warps, count, 32)
         return [np.ascontiguousarray(words[:, i]).reshape(-1) for i in range(count)]
 
     def store_matrix(self, addresses: Array, values: Sequence[Array], transposed: bool, at: Instruction) -> None:
@@ -261,6 +261,7 @@ class Block:
         _, n, k = matrix.shape_of(shape)
         _, kind, _ = kinds
         read: list[Array] = []
+        # A in registers: (warps, 16, K).
         fragment = None if isinstance(a, np.ndarray) else matrix.left_fragment(a, kind, 16, k, self.warps)
         before = [self._accumulator(r) for r in accumulators]
         after = [np.empty(self.threads, F4) for _ in accumulators]
@@ -305,14 +306,14 @@ class Block:
         size = 4 if kind == "tf32" else 2
         descriptor = int(np.broadcast_to(descriptors, (self.threads,))[first])
         offsets = matrix.shared_tile_offsets(descriptor, rows, k, size, k_major)
-        cells = self.shared.cells(offsets.ravel(), size, at)
+        cells = self.shared.cells(offsets.ravel(), size, at)  # (rows * K, cells)
         for warp in range(first // 32, first // 32 + 4):
             self.shared.note_read(cells, np.full(len(cells), warp), at)
         if self.shared.unfenced[cells].any():
             self.findings.add_at("wgmma reads memory that generic-proxy stores wrote, with no proxy fence between", at)
         read.append(np.unique(cells))
         self.shared.tensor_core_reads[read[-1]] += 1
-        raw = gather(self.shared.bytes, offsets.ravel(), size)
+        raw = gather(self.shared.bytes, offsets.ravel(), size)  # (rows * K, size)
         return matrix.from_shared(np.ascontiguousarray(raw), kind).reshape(rows, k)
 
     def fence_wgmma(self) -> None:

@@ -38,7 +38,7 @@ def elements(registers: Sequence[Array], kind: str, warps: int) -> NDArray[np.fl
     """Values in registers: (warps, 32, registers, values per register)."""
     raw = _stacked(registers, warps)  # (warps, 32, registers)
     if kind in ("bf16", "f16"):
-        halves = raw.view(U2).reshape(*raw.shape, 2)
+        halves = raw.view(U2).reshape(*raw.shape, 2)  # (warps, 32, registers, 2)
         return (from_bf16(halves) if kind == "bf16" else halves.view(F2)).astype(F8)
     if kind == "tf32":
         return (raw & np.uint32(0xFFFFE000)).view(F4).astype(F8)[..., None]
@@ -48,7 +48,7 @@ def elements(registers: Sequence[Array], kind: str, warps: int) -> NDArray[np.fl
 def left_fragment(registers: Sequence[Array], kind: str, m: int, k: int, warps: int) -> NDArray[np.float64]:
     """The A operand of mma, and of wgmma with 16 rows per warp: (warps, M, K)."""
     values = elements(registers, kind, warps)
-    out = np.zeros((warps, m, k))
+    out = np.zeros((warps, m, k))  # (warps, M, K)
     width = values.shape[3]  # values per register, adjacent in a row
     for r in range(len(registers)):
         for i in range(width):
@@ -59,7 +59,7 @@ def left_fragment(registers: Sequence[Array], kind: str, m: int, k: int, warps: 
 def right_fragment(registers: Sequence[Array], kind: str, k: int, n: int, warps: int) -> NDArray[np.float64]:
     """The B operand of mma: (warps, K, N)."""
     values = elements(registers, kind, warps)
-    out = np.zeros((warps, k, n))
+    out = np.zeros((warps, k, n))  # (warps, K, N)
     width = values.shape[3]
     for r in range(len(registers)):
         for i in range(width):
@@ -83,13 +83,13 @@ def mma(
         raise Unsupported(f"mma of {a_kind} and {b_kind} to {d_kind}")
     left = left_fragment(a, a_kind, m, k, warps)  # (warps, M, K)
     right = right_fragment(b, b_kind, k, n, warps)  # (warps, K, N)
-    before = elements(c, c_kind, warps)[..., 0]
+    before = elements(c, c_kind, warps)[..., 0]  # (warps, 32, registers)
     product = left @ right  # (warps, M, N)
     kind, raw = (F8, U8) if d_kind == "f64" else (F4, U4)
     out = []
     for r in range(len(c)):
         rows, columns = accumulator_elements(r)
-        value = (product[:, rows, columns] + before[:, :, r]).astype(kind)
+        value = (product[:, rows, columns] + before[:, :, r]).astype(kind)  # (warps, 32)
         out.append(np.ascontiguousarray(value).reshape(-1).view(raw))
     return out
 
@@ -107,7 +107,8 @@ def shared_tile_offsets(descriptor: int, rows: int, k: int, size: int, k_major: 
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     swizzle = {0: 0, 1: 3, 2: 2, 3: 1}[descriptor >> 62 & 3]  # bits: none, 128, 64, 32 bytes
     width = 16 << swizzle  # bytes of a row of the swizzled atom
-    row, column = np.meshgrid(np.arange(rows), np.arange(k), indexing="ij")
+    row, column = np.meshgrid(np.arange(rows), np.arange(k), indexing="ij")  # (rows, K)
+    # Core matrices are 8 rows of 16 bytes, or of the swizzle's width.
     if k_major:
         byte = column * size
         if swizzle:
@@ -120,6 +121,7 @@ def shared_tile_offsets(descriptor: int, rows: int, k: int, size: int, k_major: 
             offset = byte // width * leading + byte % width + column // 8 * stride + column % 8 * width
         else:
             offset = byte // 16 * stride + byte % 16 + column // 8 * leading + column % 8 * 16
+    # The swizzle exchanges 16-byte units: bits 4 to 6 by bits 7 to 9.
     address = start + offset
     return address ^ ((address >> 7 & ((1 << swizzle) - 1)) << 4)
 

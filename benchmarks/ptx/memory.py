@@ -145,7 +145,7 @@ class GlobalMemory:
 
     def read(self, addresses: Array, size: int, at: Instruction) -> NDArray[np.uint8]:
         """Bytes at each address: (addresses, size)."""
-        out = np.empty((len(addresses), size), np.uint8)
+        out = np.empty((len(addresses), size), np.uint8)  # (addresses, size)
         for allocation, indices in self.split(addresses, size, at):
             offsets = (addresses[indices] - np.uint64(allocation.base)).astype(np.int64)
             if self.checks:
@@ -195,7 +195,7 @@ ATOMICS = {
     "add": lambda old, x: old + x, "min": min, "max": max, "exch": lambda old, x: x, "and": lambda old, x: old & x,
     "or": lambda old, x: old | x, "xor": lambda old, x: old ^ x,
 }  # fmt: skip
-""""Parallel Synchronization and Communication Instructions: atom"."""
+"""Operations of "Parallel Synchronization and Communication Instructions: atom"."""
 
 
 def _pairs(offsets: Array, size: int) -> NDArray[np.int64]:
@@ -227,11 +227,11 @@ class SharedMemory:
         self.size, self.cell, self.findings, self.checks = size, cell, findings, checks
         self.bytes = np.zeros(-(-size // 16) * 16, np.uint8)
         n = len(self.bytes) // cell
-        self.clock = np.ones((warps, warps), np.int64)
-        self.writer, self.write_clock = np.zeros(n, np.intp), np.zeros(n, np.int64)
-        self.read_clock = np.zeros((warps, n), np.int64)
+        self.clock = np.ones((warps, warps), np.int64)  # (warps, warps)
+        self.writer, self.write_clock = np.zeros(n, np.intp), np.zeros(n, np.int64)  # (cells,)
+        self.read_clock = np.zeros((warps, n), np.int64)  # (warps, cells)
         self.is_written, self.in_flight, self.unfenced = (np.zeros(n, bool) for _ in range(3))
-        self.tensor_core_reads = np.zeros(n, np.int32)
+        self.tensor_core_reads = np.zeros(n, np.int32)  # (cells,)
         """Number of wgmma in flight that read a cell."""
 
     def start_program(self) -> None:
@@ -292,6 +292,7 @@ class SharedMemory:
             return
         cells, warps = cells.ravel(), np.repeat(warps, cells.shape[1])
         self._check_writer(cells, warps, "written", at)
+        # A race: a read of some warp is newer than the count of it that this warp knows.
         if (self.read_clock[:, cells] > self.clock[warps].T).any():
             self.findings.add_at(
                 "shared memory is read by one warp and written by another, with no barrier between", at
@@ -302,7 +303,8 @@ class SharedMemory:
         self.is_written[cells] = True
 
     def _check_writer(self, cells: Array, warps: Array, how: str, at: Instruction) -> None:
-        writer = self.writer[cells]
+        writer = self.writer[cells]  # (cells,)
+        # A race: the last write is newer than the count of the writer that this warp knows.
         if ((writer != warps) & (self.write_clock[cells] > self.clock[warps, writer])).any():
             what = f"shared memory is written by one warp and {how} by another, with no barrier between"
             self.findings.add_at(what, at)

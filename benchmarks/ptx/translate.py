@@ -24,7 +24,7 @@ SPECIAL = {
     "%ctaid.x": "cta[0]", "%ctaid.y": "cta[1]", "%ctaid.z": "cta[2]", "%nctaid.x": "grid[0]", "%nctaid.y": "grid[1]",
     "%nctaid.z": "grid[2]", "%clusterid.x": "cta[0]", "%cluster_ctarank": "zero", "%cluster_ctaid.x": "zero",
 }  # fmt: skip
-""""Special Registers"."""
+"""Expressions of the "Special Registers"."""
 DYNAMIC_SHARED = "global_smem"
 """Triton's name of the block's shared memory."""
 NO_EFFECT = ("nanosleep", "prefetch", "griddepcontrol", "setmaxnreg", "discard", "applypriority", "membar", "fence")
@@ -235,6 +235,7 @@ class _Translator:
     # ---- instructions ------------------------------------------------------------------------------------------
 
     def _instruction(self, i: Instruction, block: int) -> None:
+        """Translate one instruction; raises `Unsupported` with its text where the emulator does not have it."""
         self.at = f"I[{len(self.instructions)}]"
         self.instructions.append(i)
         self.is_checked = i.parts[0] not in ("mov", "wgmma")
@@ -258,6 +259,7 @@ class _Translator:
             raise Unsupported(f"the emulator does not have: {i} ({e})") from e
 
     def _control(self, i: Instruction, guard: str | None, block: int) -> None:
+        """Section "Control Flow Instructions": bra, ret, exit."""
         base = i.parts[0]
         if base in ("bar", "barrier"):
             return self._barrier(i, guard, block)
@@ -271,6 +273,7 @@ class _Translator:
         return None
 
     def _barrier(self, i: Instruction, guard: str | None, block: int) -> None:
+        """Section "Parallel Synchronization and Communication Instructions: bar, barrier"."""
         parts = [p for p in i.parts[1:] if p not in ("cta", "aligned")]
         if parts == ["warp", "sync"]:
             return  # the threads of a warp run in lockstep
@@ -285,6 +288,7 @@ class _Translator:
             self._emit(f"block.barrier({operands[0]}, {count}, None, {self.at})")
 
     def _memory(self, i: Instruction, guard: str | None) -> None:
+        """Section "Data Movement and Conversion Instructions: ld, st"."""
         parts, kind = i.parts, TYPES[i.parts[-1]]
         raw = np.dtype(f"u{kind.itemsize}")
         # A signed value is sign-extended to a wider register ("Operand Size Exceeding Instruction-Type Size").
@@ -306,6 +310,7 @@ class _Translator:
         return None
 
     def _space(self, i: Instruction) -> str:
+        """The state space of an access ("State Spaces")."""
         if any(p in ("shared", "shared::cta") for p in i.parts):
             return "shared"
         if "global" in i.parts:
@@ -313,6 +318,7 @@ class _Translator:
         raise Unsupported("its state space")
 
     def _atomic(self, i: Instruction, guard: str | None) -> None:
+        """Section "Parallel Synchronization and Communication Instructions: atom, red"."""
         operation = next(p for p in i.parts[1:] if p in ("add", "min", "max", "exch", "and", "or", "xor"))
         kind = TYPES[i.parts[-1]]
         if self._space(i) != "global" or i.parts[-1] in HALF_TYPES:
@@ -324,6 +330,7 @@ class _Translator:
         self._write(to, "v", kind, guard)
 
     def _copy(self, i: Instruction, guard: str | None) -> None:
+        """Section "Data Movement and Conversion Instructions: Non-bulk copy": cp.async."""
         if i.parts[1] != "async" or "bulk" in i.parts:
             raise Unsupported("only cp.async of threads")
         kind = i.parts[2]
@@ -342,17 +349,21 @@ class _Translator:
         return None
 
     def _fence(self, i: Instruction, guard: str | None) -> None:
+        """Section "Parallel Synchronization and Communication Instructions: membar / fence"."""
         if "proxy" in i.parts:
             self._emit(f"block.fence_proxy({guard})")
 
     def _nothing(self, i: Instruction, guard: str | None) -> None:
+        """An instruction without effect in the emulator."""
         pass
 
     def _trap(self, i: Instruction, guard: str | None) -> None:
+        """Section "Miscellaneous Instructions: trap"."""
         condition = f"np.any({guard})" if guard else "True"
         self._emit(f"if {condition}: raise Fault(f'trap: {{{self.at}}}')")
 
     def _move(self, i: Instruction, guard: str | None) -> None:
+        """Section "Data Movement and Conversion Instructions: mov, cvta"; packs and unpacks vectors."""
         to, source = i.operands
         kind = TYPES[i.parts[-1]]
         raw = kind if kind == BOOL else np.dtype(f"u{kind.itemsize}")
@@ -374,6 +385,7 @@ class _Translator:
             self._write(to, self._read(source, raw), raw, guard)
 
     def _shuffle(self, i: Instruction, guard: str | None) -> None:
+        """Section "Data Movement and Conversion Instructions: shfl.sync"."""
         value, b, c = (self._read(o, U4) for o in i.operands[1:4])
         self._emit(f"v, w = block.shuffle({i.parts[2]!r}, {value}, {b}, {c})")
         to, *in_range = i.operands[0].split("|")
@@ -382,16 +394,19 @@ class _Translator:
             self._write(predicate, "w", BOOL, guard)
 
     def _vote(self, i: Instruction, guard: str | None) -> None:
+        """Section "Parallel Synchronization and Communication Instructions: vote.sync"."""
         predicate = i.operands[1]
         value = f"(~{self._read(predicate[1:], BOOL)})" if predicate.startswith("!") else self._read(predicate, BOOL)
         kind = U4 if i.parts[2] == "ballot" else BOOL
         self._write(i.operands[0], f"block.vote({i.parts[2]!r}, {value})", kind, guard)
 
     def _elect(self, i: Instruction, guard: str | None) -> None:
+        """Section "Parallel Synchronization and Communication Instructions: elect.sync"; lane 0 is elected."""
         _, predicate = i.operands[0].split("|")
         self._write(predicate, "(laneid == np.uint32(0))", BOOL, guard)
 
     def _ldmatrix(self, i: Instruction, guard: str | None) -> None:
+        """Section "Warp-level matrix load instruction: ldmatrix"."""
         registers = _many(i.operands[0])
         address = self._address(i.operands[1], U4)
         self._emit(f"v = block.load_matrix({address}, {len(registers)}, {'trans' in i.parts}, {self.at})")
@@ -399,10 +414,12 @@ class _Translator:
             self._write(register, f"v[{n}]", U4, guard)
 
     def _stmatrix(self, i: Instruction, guard: str | None) -> None:
+        """Section "Warp-level matrix store instruction: stmatrix"."""
         address, registers = self._address(i.operands[0], U4), self._tuple(_many(i.operands[1]), U4)
         self._emit(f"block.store_matrix({address}, {registers}, {'trans' in i.parts}, {self.at})")
 
     def _mma(self, i: Instruction, guard: str | None) -> None:
+        """Section "Multiply-and-Accumulate Instruction: mma"."""
         if i.parts[1] != "sync" or "sp" in i.parts:
             raise Unsupported("only mma.sync of dense matrices")
         kinds = i.parts[-4:]
@@ -415,6 +432,7 @@ class _Translator:
             self._write(register, f"v[{n}]", raw, guard)
 
     def _wgmma(self, i: Instruction, guard: str | None) -> None:
+        """Section "Asynchronous Warpgroup Level Matrix Instructions": wgmma."""
         what = i.parts[1]
         if what == "fence":
             return self._emit("block.fence_wgmma()")
@@ -429,29 +447,28 @@ class _Translator:
             return self._emit("  block.finished.clear()")
         if what != "mma_async" or "sp" in i.parts or i.parts[-3] != "f32" or i.parts[-2] not in ("bf16", "f16", "tf32"):
             raise Unsupported("only dense wgmma of bf16, f16 and tf32 to f32")
-        to, a_operand, b_operand, added, *immediate = i.operands
+        to, a_operand, b_operand, scale_d, *immediate = i.operands
         registers = _many(to)
         numbers = [int(n, 0) for n in immediate]
-        a = (
-            self._tuple(_many(a_operand), U4)
-            if a_operand.startswith("{")
-            else f"np.asarray({self._read(a_operand, U8)})"
-        )
-        # After the signs: whether A, if in memory, and B have M or N with_contiguous_last_dim.
-        transposed = [bool(n) for n in numbers[2:]]
-        with_contiguous_last_dim = tuple(not t for t in ([False] * (2 - len(transposed)) + transposed))
-        predicate = (
-            self._read(added, BOOL) if not NUMBER.fullmatch(added) else self._constant(bool(int(added, 0)), BOOL)
-        )
+        if a_operand.startswith("{"):
+            a = self._tuple(_many(a_operand), U4)  # registers of the A fragment
+        else:
+            a = f"np.asarray({self._read(a_operand, U8)})"  # a matrix descriptor
+        # imm-scale-a, imm-scale-b, then imm-trans-a (if A is in shared memory) and imm-trans-b.
+        signs, transposed = tuple(numbers[:2]), [bool(n) for n in numbers[2:]]
+        k_major = tuple(not t for t in ([False] * (2 - len(transposed)) + transposed))
+        is_number = NUMBER.fullmatch(scale_d)
+        scale = self._constant(bool(int(scale_d, 0)), BOOL) if is_number else self._read(scale_d, BOOL)
         self._emit(
             f"v = block.wgmma({i.parts[4]!r}, {i.parts[-3:]!r}, {self._tuple(registers, U4)}, {a}, "
-            f"{self._read(b_operand, U8)}, {predicate}, {tuple(numbers[:2])}, {with_contiguous_last_dim}, {self.at})"
+            f"{self._read(b_operand, U8)}, {scale}, {signs}, {k_major}, {self.at})"
         )
         for n, register in enumerate(registers):
             self._write(register, f"v[{n}]", U4, guard)
         return None
 
     def _compare(self, i: Instruction, guard: str | None) -> None:
+        """Section "Comparison and Selection Instructions: setp"."""
         how, kind = i.parts[1], i.parts[-1]
         x, y = (self._number(o, kind, i) for o in i.operands[1:3])
         is_float = kind in ("f16", "bf16", "f32", "f64")
@@ -476,11 +493,13 @@ class _Translator:
             self._write(register, value + combined, BOOL, guard)
 
     def _select(self, i: Instruction, guard: str | None) -> None:
+        """Section "Comparison and Selection Instructions: selp"."""
         kind = TYPES[i.parts[-1]]
         a, b = (self._read(o, kind) for o in i.operands[1:3])
         self._write(i.operands[0], f"np.where({self._read(i.operands[3], BOOL)}, {a}, {b})", kind, guard)
 
     def _bitwise(self, i: Instruction, guard: str | None) -> None:
+        """Section "Logic and Shift Instructions: and, or, xor, not"."""
         kind = TYPES[i.parts[-1]]
         a = self._read(i.operands[1], kind)
         if i.parts[0] == "not":
@@ -490,12 +509,14 @@ class _Translator:
         self._write(i.operands[0], expression, kind, guard)
 
     def _shift(self, i: Instruction, guard: str | None) -> None:
+        """Section "Logic and Shift Instructions: shl, shr"."""
         kind = TYPES[i.parts[-1]]
         name = "shift_left" if i.parts[0] == "shl" else "shift_right"
         a, n = self._read(i.operands[1], kind), self._read(i.operands[2], U4)
         self._write(i.operands[0], f"{name}({a}, {n})", kind, guard)
 
     def _bits(self, i: Instruction, guard: str | None) -> None:
+        """Bit manipulation: bfe, bfi, clz, popc ("Integer Arithmetic Instructions"), lop3, shf, prmt."""
         kind, base = TYPES[i.parts[-1]], i.parts[0]
         of = [kind, kind if base == "bfi" else U4, U4, U4]
         if base == "lop3":
@@ -522,6 +543,7 @@ class _Translator:
         return f"flush_subnormal({value})" if kind == "f32" and "ftz" in i.parts else value
 
     def _arithmetic(self, i: Instruction, guard: str | None) -> None:
+        """Sections "Integer Arithmetic Instructions" and "Floating-Point Instructions"."""
         base, kind_name = i.parts[0], i.parts[-1]
         if kind_name in (*HALF_TYPES, "f32x2"):
             return self._packed(i, guard)
@@ -570,6 +592,7 @@ class _Translator:
         return self._write(i.operands[0], f"{low} | ({high} << {self._constant(lane, register)})", register, guard)
 
     def _convert(self, i: Instruction, guard: str | None) -> None:
+        """Section "Data Movement and Conversion Instructions: cvt"."""
         to, source = i.parts[-2:]
         how = i.parts[1:-2]
         if "relu" in how or "satfinite" in how or "sat" in how:

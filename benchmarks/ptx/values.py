@@ -22,7 +22,7 @@ TYPES = {
     "u64": U8, "s64": I8, "f16": F2, "bf16": U2, "f32": F4, "f64": F8, "pred": BOOL, "bf16x2": U4, "f16x2": U4,
     "f32x2": U8,
 }  # fmt: skip
-""""Fundamental Types"; NumPy has no bfloat16, so a register holds its bits."""
+"""Types of the "Fundamental Types"; NumPy has no bfloat16, so a register holds its bits."""
 
 
 def flush_subnormal(x: Array) -> Array:
