@@ -154,8 +154,8 @@ def test_cases_that_are_not_tested_are_reported(file):
     assert verdict.is_right and verdict.not_compared == ("final_states",)
 
 
-def test_a_kernel_that_is_not_there_is_refused(file):
-    for kernel, text in (("absent.py:f", "with a file that is there"), (f"{file}:f", "has no function 'f'; it has")):
+def test_a_missing_kernel_is_refused(file):
+    for kernel, text in (("absent.py:f", "with a file that exists"), (f"{file}:f", "has no function 'f'; it has")):
         with pytest.raises(SystemExit, match=text):
             cli.main(["verify", "--kernel", kernel, "causal_conv1d"])
     with pytest.raises(SystemExit, match="op must be among"):
