@@ -1,4 +1,4 @@
-"""The papers' ablations in miniature: which connector, and which scan, on the same seeds."""
+"""The papers' ablations in miniature: connectors and scans, each with the same seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..model.files import write_atomic
 from ..model.hub import unshared
 from ..model.weights import load_into
 from . import easy_vqa, plots
-from .demo import demo_tokenizer, kept_answers, new_model, train_encoder
+from .demo import cached_answers, demo_tokenizer, new_model, train_encoder
 from .loop import train_stage
 from .recipes import TURNS, DemoRecipe, Family, tiny_config
 from .records import Record
@@ -27,7 +27,8 @@ KINDS: dict[Family, tuple[Kind, ...]] = {
 
 
 def variants(family: Family) -> dict[str, ConnectorConfig]:
-    """Connectors by scan; an MLP has no scan."""
+    """Connector of each variant. An MLP has no scan."""
+    # Only kind and scan vary; widths and state sizes are the demo's.
     base = tiny_config(family, 1).connector
     table = {}
     for kind in KINDS[family]:
@@ -42,7 +43,15 @@ def variants(family: Family) -> dict[str, ConnectorConfig]:
 def run_ablation(
     family: Family, recipe: DemoRecipe, folder: Path, seeds: Sequence[int], n_test: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Train every variant with every seed from one encoder and one language model, and compare their accuracy.
+    """Train every variant with every seed from the same encoder and language model, and compare their accuracy.
+
+    Args:
+        family: kind of model.
+        recipe: the stages.
+        folder: folder of the run; an interrupted one resumes.
+        seeds: seeds of the connector and of the order of the samples.
+        n_test: number of test questions.
+        device: device to train on.
 
     Returns:
         For each variant its accuracy with each seed, on the first `n_test` test questions.
@@ -53,20 +62,20 @@ def run_ablation(
     questions = easy_vqa.conversations(train, TURNS)
     tokenizer = demo_tokenizer(folder, train)
     encoder = train_encoder(recipe, folder / "vision", train, test, device)
-    # The language model does not depend on the connector: all variants go on from one.
+    # The language model does not depend on the connector: all variants start from the same one.
     language = new_model(family, tokenizer, encoder, recipe.finetune.seed)
     text = Conversations([Record(r.turns) for r in [*train, *described]], language)
     train_stage(language, recipe.language, text, collate, folder / "language", device)
     table: dict[str, list[float]] = {}
     for name, connector in variants(family).items():
         for seed in seeds:
-            here = folder / name.replace(", ", "-") / f"seed-{seed}"
+            run_folder = folder / name.replace(", ", "-") / f"seed-{seed}"
             model = new_model(family, tokenizer, encoder, seed, connector)
             load_into(model.language_model, unshared(language.language_model), "the trained language model")
             for stage, records in ((recipe.align, described), (recipe.finetune, questions)):
                 stage = replace(stage, seed=seed)
-                train_stage(model, stage, Conversations(records, model, True), collate, here / stage.name, device)
-            answers = kept_answers(here / "answers.json", model, test)
+                train_stage(model, stage, Conversations(records, model, True), collate, run_folder / stage.name, device)
+            answers = cached_answers(run_folder / "answers.json", model, test)
             table.setdefault(name, []).append(easy_vqa.scores(test, answers)["overall"])
     write_atomic(folder / "ablation.json", json.dumps(table, indent=2) + "\n")
     plots.ablation_bars(table, folder / "ablation.png")
@@ -75,7 +84,7 @@ def run_ablation(
 
 
 def ablation_table(table: dict[str, list[float]]) -> str:
-    """Mean and spread of each variant as lines of text."""
+    """Format the mean and standard deviation of each variant as a table of text."""
     width = max(map(len, table))
     lines = [f"{'':<{width}}  accuracy  spread over seeds"]
     for name, values in table.items():

@@ -1,4 +1,4 @@
-"""Training a tiny image encoder from nothing, since none of this size is published."""
+"""Attribute classification, which trains a tiny image encoder from scratch: none of this size is published."""
 
 from __future__ import annotations
 
@@ -38,7 +38,13 @@ class LabelledImages:
 
 
 class AttributeImages:
-    """Images with attributes by name, prepared once and kept."""
+    """Training set of images with named attributes, processed once and held in memory.
+
+    Args:
+        attributes: image file -> its value of each attribute.
+        classes: possible values of each attribute.
+        processor: image processor of the encoder.
+    """
 
     def __init__(
         self,
@@ -46,9 +52,9 @@ class AttributeImages:
         classes: Sequence[Sequence[str]],
         processor: ImageProcessor,
     ):
-        self.pixels = torch.stack([processor(path) for path in attributes])
+        self.pixels = torch.stack([processor(path) for path in attributes])  # (N, 3, height, width)
         rows = [[names.index(v) for names, v in zip(classes, a, strict=True)] for a in attributes.values()]
-        self.labels = torch.tensor(rows)
+        self.labels = torch.tensor(rows)  # (N, attributes)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -57,14 +63,14 @@ class AttributeImages:
         return self.pixels[index], self.labels[index]
 
 
-def collate_moved(samples: Sequence[tuple[Tensor, Tensor]], by: int = 4) -> LabelledImages:
-    """Stack images, half of them mirrored, and the whole batch moved by up to `by` pixels either way."""
-    pixels = torch.stack([p for p, _ in samples])
+def collate_augmented(samples: Sequence[tuple[Tensor, Tensor]], max_shift: int = 4) -> LabelledImages:
+    """Stack images, flip each with probability 1/2, and shift the batch by up to `max_shift` pixels along each axis."""
+    pixels = torch.stack([p for p, _ in samples])  # (B, 3, height, width)
     mirrored = torch.rand(len(pixels)) < 0.5
     pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
-    top, left = torch.randint(0, 2 * by + 1, (2,)).tolist()
+    top, left = torch.randint(0, 2 * max_shift + 1, (2,)).tolist()
     height, width = pixels.shape[2:]
-    pixels = F.pad(pixels, (by,) * 4, mode="replicate")[:, :, top : top + height, left : left + width]
+    pixels = F.pad(pixels, (max_shift,) * 4, mode="replicate")[:, :, top : top + height, left : left + width]
     return LabelledImages(pixels, torch.stack([labels for _, labels in samples]))
 
 
@@ -74,7 +80,7 @@ class ClassifierOutput(NamedTuple):
 
 
 class AttributeClassifier(nn.Module):
-    """An encoder under a linear classifier of several attributes."""
+    """An encoder with a linear classifier of several attributes on its mean feature."""
 
     def __init__(self, config: ViTConfig, n_classes: Sequence[int]):
         super().__init__()
@@ -84,16 +90,18 @@ class AttributeClassifier(nn.Module):
 
     def forward(self, batch: LabelledImages) -> ClassifierOutput:
         logits = self.classify(batch.pixels)
+        # Equal weight for each attribute, whatever its number of classes.
         losses = [F.cross_entropy(a, batch.labels[:, i]) for i, a in enumerate(logits)]
         return ClassifierOutput(torch.stack(losses).mean(), batch.n_targets)
 
     def classify(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Logits of each attribute."""
-        return self.head(self.encoder(pixels).flatten(1, 2).mean(1)).split(self.n_classes, dim=-1)
+        """Logits of each attribute, (B, classes) each."""
+        features = self.encoder(pixels).flatten(1, 2)  # (B, patches, width)
+        return self.head(features.mean(1)).split(self.n_classes, dim=-1)
 
     @torch.no_grad()
     def accuracy(self, images: AttributeImages) -> float:
-        """Share of images of which every attribute is right."""
+        """Fraction of images with every attribute correct."""
         self.eval()
-        right = [a.argmax(-1) == images.labels[:, i] for i, a in enumerate(self.classify(images.pixels))]
-        return torch.stack(right).all(0).float().mean().item()
+        correct = [a.argmax(-1) == images.labels[:, i] for i, a in enumerate(self.classify(images.pixels))]
+        return torch.stack(correct).all(0).float().mean().item()

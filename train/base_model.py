@@ -30,6 +30,7 @@ def model_config(name: str) -> VLMConfig:
     """
     if is_preset(name):
         return PRESETS[name].config
+    # A name with a slash may be on the Hub; any other must be a folder.
     if "/" not in name and not Path(name).is_dir():
         raise ValueError(f"no folder, preset or recipe {name!r}{nearest(name, [*PRESETS, *RECIPES])}")
     return _open(name)[0]
@@ -56,6 +57,7 @@ def check_checkpoint(name: str, model: VLM) -> list[str]:
     Raises:
         ValueError: weights and config do not agree, or a file is damaged.
     """
+    # A saved model is on this machine, or was just downloaded.
     if not is_preset(name):
         check_fit(model, _open(name)[1], name)
         return []
@@ -66,6 +68,7 @@ def check_checkpoint(name: str, model: VLM) -> list[str]:
         return [f"the weights of {preset.language} and its encoders are not all here; training downloads them"]
     if config != model.config:
         raise ValueError(f"the files of {preset.language} are not those that preset {name} expects")
+    # A preset's connector is untrained: only language model and encoders have weights to compare.
     for part in (model.language_model, model.vision):
         prefix = "language_model." if part is model.language_model else "vision."
         inner = weights.renamed(lambda n, p=prefix: n.removeprefix(p) if n.startswith(p) else None)

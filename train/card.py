@@ -1,4 +1,4 @@
-"""The card of a trained model: its recipe, data, versions and last figures, as the Hub shows them."""
+"""Model card of a trained model: recipe, data, versions and final metrics, for the Hub."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ from .track import read_metrics
 
 PACKAGES = ("vl-mamba", "torch", "triton", "numpy", "tokenizers", "safetensors")
 LAST = 50
-"""Steps over which the last loss is averaged."""
+"""Number of final steps that metrics are averaged over."""
 
 
 @dataclass(frozen=True)
 class TrainedStage:
-    """A stage that is done: its folder holds the metrics."""
+    """A finished stage."""
 
     stage: StageConfig
     n_records: int
     data: tuple[Fingerprint, ...]
     folder: Path
+    """Folder of the stage, with its metrics."""
 
 
 def write_card(folder: Path, base: str, recipe: str, stages: Sequence[TrainedStage], template: str) -> None:
     """Write `README.md` into the folder of a saved model.
 
     Args:
-        base: what the training began with.
-        template: name of the prompt template that the model is asked with.
+        folder: folder of the model.
+        base: folder, name or preset of the model that training started from.
+        recipe: name of the recipe.
+        stages: finished stages, in order.
+        template: name of the model's prompt template.
     """
     parts = [_front_matter(base), _usage(folder.name, base, recipe, template)]
     for trained in stages:
@@ -46,7 +50,7 @@ def write_card(folder: Path, base: str, recipe: str, stages: Sequence[TrainedSta
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of the packages, and the commit of the code where it lies in a git checkout."""
+    """Versions of Python and the packages, and the commit where the code is a git checkout."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -58,6 +62,7 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
+    # A wheel has no commit; the version stands for it.
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -72,7 +77,7 @@ def _commit() -> str | None:
 
 
 def _front_matter(base: str) -> str:
-    # The Hub reads `base_model` as one of its own names; a folder is none.
+    # The Hub takes `base_model` for one of its names, so a local folder is left out.
     on_hub = not Path(base).exists() and base.count("/") == 1
     lines = ["library_name: vl-mamba", "pipeline_tag: image-text-to-text", "tags:", "- mamba", "- vision-language"]
     return "\n".join(["---", *lines, *([f"base_model: {base}"] if on_hub else []), "---"])
@@ -80,8 +85,8 @@ def _front_matter(base: str) -> str:
 
 def _usage(name: str, base: str, recipe: str, template: str) -> str:
     return (
-        f"# {name}\n\nTrained from `{base}` by the recipe `{recipe}`; its prompts are those of the template "
-        f"`{template}`.\n\n"
+        f"# {name}\n\nTrained from `{base}` by the recipe `{recipe}`; its prompt "
+        f"template is `{template}`.\n\n"
         "```python\nfrom vlmamba.model import VLM\n\n"
         'model = VLM.from_pretrained("this folder")\nprint(model.generate(["What is this?"], ["picture.png"]))\n```'
     )
@@ -94,21 +99,21 @@ def _stage(trained: TrainedStage) -> str:
     data += [f"| {f.name} | {f.n_bytes:,} | `{f.sha256}` |" for f in trained.data]
     metrics = read_metrics(trained.folder)
     last = metrics[-LAST:]
-    figures = {
-        "in the end": "",
+    summary = {
+        "result": "",
         "records": f"{trained.n_records:,}",
         "steps": f"{len(metrics):,}",
     }
-    if last:  # the file may have been lost
-        figures |= {
+    if last:  # the file may be missing
+        summary |= {
             f"loss, mean of the last {len(last)} steps": f"{sum(m['loss'] for m in last) / len(last):.4f}",
-            "norm of the gradient, likewise": f"{sum(m['grad_norm'] for m in last) / len(last):.4f}",
+            "gradient norm, likewise": f"{sum(m['grad_norm'] for m in last) / len(last):.4f}",
         }
-    return "\n\n".join([f"## Stage {name}", "\n".join(data), _table({"setting": "", **settings}), _table(figures)])
+    return "\n\n".join([f"## Stage {name}", "\n".join(data), _table({"setting": "", **settings}), _table(summary)])
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    """Rows of two columns; the first is the head."""
+    """Format rows of two columns; the first is the header."""
     lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
     return "\n".join([lines[0], "|---|---|", *lines[1:]])
 

@@ -1,4 +1,4 @@
-"""The whole path on real data: a VL-Mamba and an ML-Mamba from nothing to answers about images."""
+"""Demo on real data: a VL-Mamba and an ML-Mamba from scratch to answers about images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..model.vit import ViT
 from ..model.vlm import VLM
 from ..model.weights import load_into
 from . import easy_vqa, plots
-from .attribute_classifier import AttributeClassifier, AttributeImages, collate_moved
+from .attribute_classifier import AttributeClassifier, AttributeImages, collate_augmented
 from .evaluate import answer_all
 from .loop import train_stage
 from .recipes import FAMILIES, TINY_VISION, TURNS, DemoRecipe, Family, tiny_config
@@ -33,12 +33,18 @@ CATEGORIES = ("overall", "yes/no", "colour", "shape")
 def run_demo(
     recipe: DemoRecipe, folder: Path, device: str = "cpu", sample_seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Train both models on easy-VQA, evaluate them on its test questions, and leave everything in `folder`.
+    """Train both models on easy-VQA, evaluate them on its test questions, and write everything to `folder`.
 
-    Interrupted, it goes on where it was when it is called again.
+    An interrupted run resumes when it is called again.
+
+    Args:
+        recipe: the stages.
+        folder: folder of the run.
+        device: device to train on.
+        sample_seed: seed that selects the test questions of the sample page.
 
     Returns:
-        Accuracy by category of each model, of the same language model without images, and of always saying "yes".
+        Accuracy by category of each model, of the same language model without images, and of always answering "yes".
     """
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +57,7 @@ def run_demo(
     for family in FAMILIES:
         model = train_family(family, recipe, folder / family, train, tokenizer, encoder, device)
         blind = read_json(folder / family / "blind.json")
-        answers[family] = kept_answers(folder / family / "answers.json", model, test)
+        answers[family] = cached_answers(folder / family / "answers.json", model, test)
         results[f"{family}, blind"] = easy_vqa.scores(test, blind)
         results[family] = easy_vqa.scores(test, answers[family])
 
@@ -65,13 +71,13 @@ def run_demo(
     plots.sample_page([test[i] for i in chosen], {f: [a[i] for i in chosen] for f, a in answers.items()},
                       folder / "samples.png")  # fmt: skip
     print(results_table(results))
-    print(f"\n{time.perf_counter() - start:.0f} s. Curves and samples: {folder}/*.png. Talk to a model:")
+    print(f"\n{time.perf_counter() - start:.0f} s. Curves and samples: {folder}/*.png. Chat with a model:")
     print(f"  vlmamba chat {folder / FAMILIES[0] / 'model'} --image {test[chosen[0]].image}")
     return results
 
 
 def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:
-    """A tokenizer trained on the questions and answers, kept in the folder."""
+    """Load the tokenizer in the folder; at first, train it on the questions and answers."""
     path = folder / "tokenizer.json"
     if not path.exists():
         texts = [t.text for r in [*train, *easy_vqa.captions(train)] for t in r.turns]
@@ -83,14 +89,14 @@ def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:
 def train_encoder(
     recipe: DemoRecipe, folder: Path, train: Sequence[Record], test: Sequence[Record], device: str
 ) -> ViT:
-    """The image encoder, trained on the colours and shapes that the training questions tell."""
+    """Train the image encoder on the colours and shapes that the training questions determine."""
     torch.manual_seed(recipe.vision.seed)
     classes = (easy_vqa.COLOURS, easy_vqa.SHAPES)
     model = AttributeClassifier(TINY_VISION.encoder, [len(c) for c in classes])
     images, held_out = (
         AttributeImages(easy_vqa.attributes(records), classes, TINY_VISION.processor) for records in (train, test)
     )
-    train_stage(model, recipe.vision, images, collate_moved, folder, device)
+    train_stage(model, recipe.vision, images, collate_augmented, folder, device)
     model.to("cpu")
     print(f"vision encoder: colour and shape right on {model.accuracy(held_out):.1%} of {len(held_out)} test images")
     return model.encoder
@@ -105,13 +111,14 @@ def train_family(
     encoder: ViT,
     device: str,
 ) -> VLM:
-    """One model through its stages; `folder/model` holds it in the end, `folder/blind.json` the blind answers."""
+    """Train one model through its stages and save it in `folder/model`; answers without images go to `blind.json`."""
     model = new_model(family, tokenizer, encoder, recipe.finetune.seed)
     described = easy_vqa.captions(train)
 
+    # A language model from scratch first sees text alone; pretrained ones start at the align stage.
     text = Conversations([Record(r.turns) for r in [*train, *described]], model)
     train_stage(model, recipe.language, text, collate, folder / "language", device)
-    kept_answers(folder / "blind.json", model, easy_vqa.load("test"), with_images=False)
+    cached_answers(folder / "blind.json", model, easy_vqa.load("test"), with_images=False)
     train_stage(model, recipe.align, Conversations(described, model, True), collate, folder / "align", device)
     questions = Conversations(easy_vqa.conversations(train, TURNS), model, True)
     train_stage(model, recipe.finetune, questions, collate, folder / "finetune", device)
@@ -122,15 +129,15 @@ def train_family(
 def new_model(
     family: Family, tokenizer: Tokenizer, encoder: ViT, seed: int, connector: ConnectorConfig | None = None
 ) -> VLM:
-    """An untrained model around a trained encoder."""
+    """Build a model with a trained encoder and random weights otherwise."""
     torch.manual_seed(seed)
     model = VLM(tiny_config(family, tokenizer.vocab_size, connector), tokenizer)
     load_into(model.vision.encoders[0], unshared(encoder), "the trained encoder")
     return model
 
 
-def kept_answers(path: Path, model: VLM, test: Sequence[Record], with_images: bool = True) -> list[str]:
-    """A model's answers, given once and kept in a file."""
+def cached_answers(path: Path, model: VLM, test: Sequence[Record], with_images: bool = True) -> list[str]:
+    """Load a model's answers from a file; at first, generate and save them."""
     if not path.exists():
         answers = answer_all(model, test, with_images=with_images)
         write_atomic(path, json.dumps(answers))
@@ -138,7 +145,7 @@ def kept_answers(path: Path, model: VLM, test: Sequence[Record], with_images: bo
 
 
 def results_table(results: dict[str, dict[str, float]]) -> str:
-    """Accuracies as lines of text."""
+    """Format accuracies as a table of text."""
     width = max(map(len, results))
     lines = [" " * width + "".join(f"{c:>10}" for c in CATEGORIES)]
     lines += [f"{name:<{width}}" + "".join(f"{row[c]:>10.1%}" for c in CATEGORIES) for name, row in results.items()]

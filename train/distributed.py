@@ -1,4 +1,4 @@
-"""Several processes that train one model: `torchrun` starts them, and each holds a share of the weights (FSDP2)."""
+"""Distributed training: `torchrun` starts the processes, and each holds a shard of the weights (FSDP2)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ from ..model.weights import dtype_of
 
 logger = logging.getLogger("vlmamba.train")
 T = TypeVar("T")
-# Of a block's output that is a view; nothing here is added to it in place.
+# It warns of blocks whose output is a view, which must not be changed in place. Nothing here does.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
 
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""With 1, ranks that start again do not find the addresses of those that died (torch 2.13)."""
+"""Set to 1, restarted ranks do not read the addresses of those that died (torch 2.13)."""
 
 
 @contextlib.contextmanager
 def processes(device: str | torch.device = "cpu") -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, and leave them in the end. Started otherwise, this is the only one.
+    """Join the process group of `torchrun`, and leave it at the end. Without `torchrun` this is the only process.
 
-    Gives the device of this process: where `device` is a GPU, the one of its place on the machine.
+    Args:
+        device: type of the devices to train on.
+
+    Yields:
+        The device of this process: for GPUs, the one of its local rank.
     """
     device = torch.device(device)
     if not dist.is_torchelastic_launched():
@@ -46,13 +50,14 @@ def processes(device: str | torch.device = "cpu") -> Iterator[torch.device]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ.get(FRESH_STORE) != "1":
-        logger.warning("ranks that start again may fail to find each other: set %s=1 before torchrun", FRESH_STORE)
-    # gloo in any case: figures and checkpoints pass from rank to rank on the CPU.
+        logger.warning("restarted ranks may fail to find each other: set %s=1 before torchrun", FRESH_STORE)
+    # gloo in any case: metrics and the names of checkpoints are exchanged on the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     except Exception:
-        raise  # no farewell: the other ranks may wait where this one will not come
+        # Destroying the group would wait for the other ranks, which may be in a collective that this one never joins.
+        raise
     except BaseException:
         dist.destroy_process_group()
         raise
@@ -60,26 +65,27 @@ def processes(device: str | torch.device = "cpu") -> Iterator[torch.device]:
 
 
 def rank() -> int:
-    """Number of this process; the first is 0, and writes what is written once."""
+    """Rank of this process. Rank 0 writes what is written once."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_ranks(*values: float) -> list[float]:
-    """Each value summed over all ranks, which must all call this."""
+    """Sum each value over all ranks. A collective: every rank must call it."""
     if world_size() == 1:
         return list(values)
+    # float64, so that sums of token counts are exact.
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
 
 def gather_over_ranks(value: T) -> list[T]:
-    """The values of all ranks, which must all call this."""
+    """Gather the values of all ranks, in their order. A collective: every rank must call it."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -88,45 +94,61 @@ def gather_over_ranks(value: T) -> list[T]:
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """Call a function on rank 0, and give its result to all ranks; what it raises is raised on all of them."""
+    """Call a function on rank 0, and return its result or raise its exception on all ranks."""
     if world_size() == 1:
         return function()
-    told: list[Any] = [None, None]
+    result: list[Any] = [None, None]  # value, exception
     if rank() == 0:
         try:
-            told[0] = function()
+            result[0] = function()
         except Exception as e:
-            told[1] = e
-    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            result[1] = e
+    dist.broadcast_object_list(result, 0, device=torch.device("cpu"))
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
 
 
 def context_group(size: int) -> dist.ProcessGroup | None:
-    """The `size` neighbouring ranks that split their batches with this one; None where each has its own.
+    """Make the groups of `size` consecutive ranks that split their batches along the tokens.
+
+    Returns:
+        The group of this rank; None where each rank has batches of its own.
 
     Raises:
         ValueError: `size` does not divide the number of ranks.
     """
     if world_size() % size:
         raise ValueError(f"context_parallel must divide the {world_size()} ranks, got {size}")
-    return None if size == 1 else dist.new_subgroups(size)[0]
+    if size == 1:
+        return None
+    group = dist.new_subgroups(size)[0]
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in one
+    return group
 
 
 def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"]) -> nn.Module:
-    """A copy of a model, of which each rank holds a share, with the weights of rank 0.
+    """Copy a model, with the weights of rank 0, and shard the copy over the ranks.
 
-    Only rank 0's model needs weights: that of the others may be on the `meta` device, and of any dtype. The copy is
+    Only rank 0's model needs weights: those of the others may be on the `meta` device, and of any dtype. The copy is
     filled parameter by parameter, so that no device ever holds all of them. With `bf16` blocks are gathered in bfloat16
-    and gradients are summed in float32; inputs are not cast, so that a float32 residual stays so. What a scan is most
-    sensitive to (A_log, D, the bias of the step size) is small: each rank has it whole, in float32 (see
+    and gradients are reduced in float32; inputs are not cast, so that a float32 residual stays so. The parameters that
+    a scan is most sensitive to (A_log, D, the bias of dt) are small: every rank has all of them in float32 (see
     `average_replicated_gradients`).
+
+    Args:
+        model: model of this rank, which does not change.
+        device: device of this rank.
+        precision: `bf16` gathers blocks in bfloat16.
+
+    Returns:
+        The sharded copy.
 
     Raises:
         ValueError: the ranks have different models.
         RuntimeError: this PyTorch does not average gradients over the ranks (see `check_gradient_average`).
     """
+    # Names, shapes and dtypes of rank 0, to compare with and to take the dtypes from.
     own = {n: (tuple(p.shape), p.dtype) for n, p in model.named_parameters()}
     described = [own]
     dist.broadcast_object_list(described, 0, device=torch.device("cpu"))
@@ -136,31 +158,35 @@ def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf
         raise ValueError(f"the model of rank {rank()} is not that of rank 0: {', '.join(sorted(other))}")
     mesh = init_device_mesh(device.type, (world_size(),))
     check_gradient_average(mesh)
-    hollow = {
+    # deepcopy takes these parameters, which have no memory, in place of the model's own.
+    empty = {
         id(p): nn.Parameter(torch.empty(p.shape, dtype=first[n][1], device="meta"), p.requires_grad)
         for n, p in model.named_parameters()
     }
-    sharded = copy.deepcopy(model, hollow)
-    whole = {p for n, p in sharded.named_parameters() if dtype_of(n, torch.float32, torch.bfloat16) == torch.float32}
+    sharded = copy.deepcopy(model, empty)
+    in_float32 = {n for n in own if dtype_of(n, torch.float32, torch.bfloat16) == torch.float32}
+    replicated = {p for n, p in sharded.named_parameters() if n in in_float32}
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # Inner blocks first: the parameters of each become one all-gather, the rest belong to the module around them.
     for module in [*blocks(sharded), sharded]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=replicated)
     sharded.to_empty(device=device)
 
     if isinstance(sharded, VLM):
+        # Every rank must gather the encoders' weights in the same steps, also one whose batch has no image.
         sharded.always_encodes = True
         for name in ("generate", "score"):
             register_fsdp_forward_method(sharded, name)
+    # Broadcast one parameter at a time, and keep this rank's rows.
     originals = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, tensor in [*sharded.named_parameters(), *sharded.named_buffers()]:
-            full = (
-                originals[name].to(device)
-                if rank() == 0
-                else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            )
+            if rank() == 0:
+                full = originals[name].to(device)
+            else:
+                full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             dist.broadcast(full, 0)
             if isinstance(tensor, DTensor):
                 full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -171,17 +197,20 @@ def shard(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf
 def check_gradient_average(mesh: DeviceMesh) -> None:
     """Check that FSDP averages gradients over the ranks of a mesh, by one step of a layer with a weight for each rank.
 
-    With torch 2.8 and gloo, gradients come out as the sum over the ranks, and nothing says so.
+    With torch 2.8 and gloo, gradients are silently the sum over the ranks.
 
     Raises:
-        RuntimeError: they are no average; raised on every rank.
+        RuntimeError: they are not the average; raised on every rank.
     """
     ranks = mesh.size()
     layer = nn.Linear(1, ranks, bias=False, device=mesh.device_type)
     fully_shard(layer, mesh=mesh)
-    inputs = torch.full((1, 1), mesh.get_local_rank() + 1.0, device=mesh.device_type)  # the gradient of each weight
+    # The gradient of a weight is its input: rank + 1, whose mean over the ranks is (ranks + 1) / 2.
+    inputs = torch.full((1, 1), mesh.get_local_rank() + 1.0, device=mesh.device_type)  # (1, 1)
     layer(inputs).sum().backward()
-    found = layer.weight.grad.full_tensor().flatten()  # (ranks,)
+    gradient = layer.weight.grad
+    assert isinstance(gradient, DTensor)
+    found = gradient.full_tensor().flatten()  # (ranks,)
     average = (ranks + 1) / 2
     if not torch.allclose(found, torch.full_like(found, average)):
         raise RuntimeError(
@@ -192,7 +221,7 @@ def check_gradient_average(mesh: DeviceMesh) -> None:
 
 @torch.no_grad()
 def gather_into(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
-    """Give a model the parameters that its sharded copy has learned. A model on the `meta` device stays empty."""
+    """Copy the trained parameters of its sharded copy to a model. Parameters on the `meta` device are left out."""
     own = dict(model.named_parameters())
     for name, p in trained.items():
         full = p.full_tensor() if isinstance(p, DTensor) else p
@@ -201,25 +230,26 @@ def gather_into(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
 
 
 def average_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average over ranks the gradients of parameters that each rank has whole, as FSDP does those that it shards."""
-    whole = [p for p in parameters if not isinstance(p, DTensor)]
-    if world_size() == 1 or not whole:
+    """Average the gradients of parameters that FSDP does not shard over the ranks, in place."""
+    replicated = [p for p in parameters if not isinstance(p, DTensor)]
+    if world_size() == 1 or not replicated:
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole]
-    flat = torch.cat([g.flatten() for g in gradients])
+    # One all-reduce for all of them. A parameter that this rank's batch did not use has a gradient of zero.
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in replicated]
+    flat = torch.cat([g.flatten() for g in gradients])  # (elements,)
     dist.all_reduce(flat)
     flat /= world_size()
-    for p, g in zip(whole, flat.split([g.numel() for g in gradients]), strict=True):
+    for p, g in zip(replicated, flat.split([g.numel() for g in gradients]), strict=True):
         p.grad = g.view_as(p)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor."""
+    """This rank's shard of a tensor; a tensor that is not sharded as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What is gathered, or computed again, as one: layers, encoders and their blocks, scans. Inner ones come first."""
+    """Units of sharding and recomputation: layers, encoders and their blocks, scans. Inner ones come first."""
     found: list[nn.Module] = []
     for module in reversed(list(model.modules())):
         if isinstance(module, nn.ModuleList):
@@ -231,8 +261,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def recomputed_blocks(model: nn.Module) -> Iterator[None]:
-    """Within, the innermost blocks keep their inputs alone, and the backward computes the rest again."""
+    """Activation checkpointing: save only the inputs of the innermost blocks, and recompute the rest in backward."""
     found = blocks(model)
+    # Nested checkpoints would run a block a third time.
     innermost = [b for b in found if not any(m in found for m in b.modules() if m is not b)]
     for block in innermost:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -240,4 +271,4 @@ def recomputed_blocks(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for block in innermost:
-            del block.forward
+            del block.forward  # the class's own again

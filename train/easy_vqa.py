@@ -79,6 +79,7 @@ def attributes(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
         question, answer = (t.text for t in record.turns)
         if category(answer) != "yes/no":
             found[_path(record)][category(answer)] = answer
+        # "is it a red circle?" yes, and "is there no triangle?" no, state what is in the image.
         elif (answer == "yes") != bool({"no", "not"} & set(words := question.rstrip("?").split())):
             for word in words:
                 if word in SHAPES or word in COLOURS:
@@ -111,6 +112,7 @@ def conversations(records: Sequence[Record], n_turns: int, seed: int = 0) -> lis
 
 def scores(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
     """Exact-match accuracy, overall and by category."""
+    # The category follows from the correct answer.
     correct, total = Counter(), Counter()
     for record, answer in zip(records, answers, strict=True):
         truth = record.turns[1].text

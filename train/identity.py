@@ -1,4 +1,4 @@
-"""Identity of a run: everything that decides which steps a stage takes, so that only the same run is resumed."""
+"""Identity of a run: everything that determines the steps of a stage, so that only the same run is resumed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from ..model.config_io import to_json_dict
 from ..model.vlm import VLM
-from .config import FREE, Changeable, StageConfig
+from .config import RESUME_FREE, Changeable, StageConfig
 from .loader import Samples
 
 PROBES = 64
-"""Samples that are looked at, evenly spread."""
+"""Number of samples that are compared, evenly spaced."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A file of annotations, told apart by its content."""
+    """An annotation file or shard, identified by its content."""
 
     name: str
     n_bytes: int
@@ -33,7 +33,7 @@ class Fingerprint:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Read a file of annotations whole; a shard holds its images too."""
+    """Hash an annotation file or shard; a shard's images are part of it."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -47,13 +47,16 @@ def run_identity(
     """Describe a run as JSON.
 
     Args:
-        model: as it is before the stage begins, with all of its weights.
-        data: the files that `samples` are read from.
+        model: model at the start of the stage, with all of its weights.
+        stage: settings of the stage.
+        samples: the training set.
+        data: fingerprints of the files that `samples` are read from.
 
     Returns:
-        Names to values: the settings of the stage that change its steps; hashes of the weights, the data and some
+        Names to values: the settings of the stage that affect its steps; hashes of the weights, the data and some
         prepared samples; for a VLM its config and template.
     """
+    # Keys are shown in the error of a resume that differs, so they are worded for users.
     run: dict[str, Any] = {"weights": weights_hash(model)}
     if isinstance(model, VLM):
         run["config"] = _sha256(json.dumps(to_json_dict(model.config)))
@@ -61,23 +64,29 @@ def run_identity(
     run["data"] = [f"{f.name} (sha256 {f.sha256})" for f in data]
     run["number of samples"] = len(samples)
     run["prepared samples"] = _probes(samples)
+    # Settings that do not affect the steps may differ on resume.
     settings = to_json_dict(stage)
-    return run | {name: value for name, value in settings.items() if name not in FREE}
+    return run | {name: value for name, value in settings.items() if name not in RESUME_FREE}
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Compare two identities; what differs is named with both values."""
+    """Compare two identities.
+
+    Returns:
+        Names that differ, each with both values as text.
+    """
     found = {}
     for name in dict.fromkeys([*stored, *now]):
         old, new = stored.get(name), now.get(name)
         if name == "data":
+            # Names of files may change, their content and order may not.
             is_same = _contents(old) == _contents(new)
         elif name == "prepared samples":
-            # A sample that could not be read then or cannot now tells nothing.
+            # Samples that could not be read then, or cannot be now, are not compared.
             both = [(o, n) for o, n in zip(old or [], new or [], strict=False) if o is not None and n is not None]
             is_same = all(o == n for o, n in both)
             changed = sum(o != n for o, n in both)
-            old, new = f"{len(both)} looked at", f"{changed} of them are others (images, tokenizer or processing)"
+            old, new = f"{len(both)} compared", f"{changed} of them differ (images, tokenizer or processing)"
         else:
             is_same = old == new
         if not is_same:
@@ -86,10 +95,10 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def check_changeable(names: Sequence[str]) -> None:
-    """Refuse names of settings that no resume may change.
+    """Check names of settings that a resume is to change.
 
     Raises:
-        ValueError: a name is none of `Changeable`.
+        ValueError: a name is not in `Changeable`.
     """
     unknown = set(names) - set(get_args(Changeable))
     if unknown:
@@ -103,14 +112,15 @@ def weights_hash(model: nn.Module) -> str:
         name, tensor = item
         return _sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}", _bytes(tensor))
 
-    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+    with ThreadPoolExecutor() as threads:  # hashlib releases the GIL
         return _sha256(*threads.map(digest, model.state_dict().items()))
 
 
 def _probes(samples: Samples) -> list[str | None]:
-    """Hashes of some prepared samples; None for one that is broken."""
+    """Hash some prepared samples; None stands for a broken one."""
     found: list[str | None] = []
     n = min(PROBES, len(samples))
+    # Samples may draw random numbers, for augmentation: from a fixed seed, and not from the caller's generator.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         for i in range(n):
@@ -125,6 +135,7 @@ def _probes(samples: Samples) -> list[str | None]:
 
 def _update(digest: Any, value: object) -> None:
     """Add a sample to a hash: tensors and plain values in tuples, lists, dicts and dataclasses."""
+    # The type first, so that a tuple and a list, or 1 and True, differ.
     digest.update(type(value).__name__.encode())
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
@@ -144,7 +155,7 @@ def _update(digest: Any, value: object) -> None:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sha256(*parts: str | memoryview) -> str:

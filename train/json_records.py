@@ -66,6 +66,7 @@ def json_list_entries(path: Path) -> Iterator[Entry]:
         if first != "[":
             raise ValueError(f"{path} must hold a list of records, but starts with {first!r}")
         text.skip()
+        # `[` value `,` value ... `]`, with white space anywhere.
         number = 0
         while text.peek() != "]" or number:
             start = text.byte
@@ -118,6 +119,8 @@ class _JsonText:
         """
         self.peek()
         while True:
+            # raw_decode parses one value and returns where it ends. It is retried with more text while the value may
+            # be incomplete.
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as e:
@@ -159,6 +162,7 @@ class _JsonText:
                     raise self.error(number, "is truncated")
                 self._read_more()
                 continue
+            # Outside of strings brackets and quotes count; inside, the closing quote and backslashes.
             mark = found[0]
             if not in_string and not depth and mark in ",]}":  # the character after a number
                 self._advance(found.start())
@@ -176,6 +180,7 @@ class _JsonText:
                 return error
 
     def _advance(self, end: int) -> None:
+        # Offsets are in bytes, the buffer in characters.
         passed = self.text[self.at : end]
         self.byte += len(passed) if passed.isascii() else len(passed.encode("utf-8", "surrogateescape"))
         self.at = end
@@ -185,6 +190,7 @@ class _JsonText:
         return ValueError(f"{self.path} {what} (record {number}, after byte {self.byte:,})")
 
     def _read_more(self) -> None:
+        # Read at least as much as is left, so that a long value is scanned O(log n) times.
         rest = self.text[self.at :]
         data = self.file.read(max(READ_BYTES, len(rest)))
         self.ended = not data

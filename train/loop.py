@@ -96,8 +96,10 @@ def train_stage(
         raise ValueError(f"stage {stage.name!r} has no samples to train on")
     if stage.context_parallel > 1 and not isinstance(model, VLM):
         raise ValueError(f"context_parallel is for a VLM, and stage {stage.name!r} trains a {type(model).__name__}")
+    # Ranks that share batches count as one reader of the data.
     context = context_group(stage.context_parallel)
     n_steps = stage.steps(len(samples))
+    # Before LoRA and sharding change the model: a resume computes the identity from the same weights.
     run = on_first_rank(lambda: run_identity(model, stage, samples, data))
     torch.manual_seed(stage.seed)
     trainer = _set_up(model, stage, n_steps, folder, device, context)
@@ -127,6 +129,7 @@ def train_stage(
             rank=rank() // stage.context_parallel, world_size=world_size() // stage.context_parallel, folder=folder,
         )  # fmt: skip
         steps = stack.enter_context(contextlib.closing(iter(loader)))
+        # The optimizer, the parameters and the loader are at first_step now.
         for step in range(first_step, n_steps):
             step_data, n_targets = _next_data(steps, step, stage, checkpoints)
             start = time.perf_counter()
@@ -149,6 +152,7 @@ def train_stage(
             _raise_if_signalled(result.signals)
     # A signal may have come since the last step.
     _raise_if_signalled(sum_over_ranks(*(received.count(s) for s in SIGNALS)))
+    # From the sharded copy back to the caller's model, then LoRA into its weights.
     if trainer.model is not model:
         gather_into(model, parameters)
     merge_lora(model)
@@ -220,14 +224,18 @@ def train_step(
     lr = learning_rate(stage, step, trainer.n_steps)
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr
+    # Dropout draws from a generator that depends on the step alone, so that a resumed step is the same.
     torch.manual_seed(_step_seed(stage.seed, step))
     losses = _accumulate_gradients(trainer, micro_batches, n_targets)
+    # One all-reduce for the loss, the token count and the signals, so that all ranks stop after the same step.
     loss, n_tokens, *signals = sum_over_ranks(
         sum(losses), sum(b.n_tokens for b in micro_batches), *(received.count(s) for s in SIGNALS)
     )
+    # FSDP has averaged the sharded gradients in the backward; these are the others.
     average_replicated_gradients(trainer.parameters.values())
     norm = clip_gradients(list(trainer.parameters.values()), stage.grad_clip)
     if not (math.isfinite(loss) and loss <= stage.max_loss and math.isfinite(norm)):
+        # The batch with the largest loss, a non-finite one before all others, is saved for inspection.
         worst = max(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
         what = f"has a loss of {loss:.4g} (max_loss is {stage.max_loss:g}) and a gradient of norm {norm:.4g}"
         raise trainer.non_finite(micro_batches[worst], what)
@@ -254,9 +262,11 @@ def _accumulate_gradients(trainer: Trainer, micro_batches: Sequence[Any], n_targ
             except NonFiniteError as e:
                 # Only scans on a CPU check their values; elsewhere the loss shows it.
                 raise trainer.non_finite(batch, f"met a non-finite value ({e})") from e
+            # A mean over the target tokens of all batches and ranks: batches with more targets weigh more.
             loss = out.loss * (out.n_targets / n_targets)
-            (loss * world_size()).backward()  # gradients are averaged over ranks
+            (loss * world_size()).backward()  # gradients are averaged over the ranks, and this undoes the division
             losses.append(loss.detach())
+    # One host-device synchronization for all batches.
     return torch.stack(losses).tolist()
 
 

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685) for the language model: low-rank changes of its projections learn, and are merged in the end.
+"""LoRA (arXiv 2106.09685) for the language model: low-rank adapters on its projections, merged after training.
 
-`peft` refuses `out_proj` and `conv1d` of Mamba models, since fused kernels read their weights past the module. The
-mixers here call all their projections as modules.
+`peft` refuses `out_proj` and `conv1d` of Mamba models, since fused kernels read their weights without calling the
+module. The mixers here call all their projections as modules.
 """
 
 from __future__ import annotations
@@ -17,44 +17,46 @@ from ssm_kernels.modules import Mamba, Mamba2
 
 from .config import LoraConfig, Target
 
-WITHIN = "language_model."
-"""Beginning of the names of the modules that are changed."""
+PREFIX = "language_model."
+"""Prefix of the names of the modules that may get an adapter."""
 
 
 class LoraLinear(nn.Module):
-    """A linear layer, frozen, and a change of low rank: `base(x) + alpha / rank * B A x`. B begins as zero."""
+    """A frozen linear layer with a low-rank adapter (eq. 3): `base(x) + alpha / rank * B A x`. B starts at zero."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig):
         super().__init__()
         self.base, self.dropout, self.scale = base, config.dropout, config.alpha / config.rank
         like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **like))
+        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **like))  # (rank, in)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **like))  # (out, rank)
+        # The initialization of nn.Linear, as in the paper's code.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        return self.base(x) + self.scale * F.linear(low, self.lora_B)
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., rank)
+        return self.base(x) + self.scale * F.linear(low, self.lora_B)  # (..., out)
 
     def merged_weight(self) -> Tensor:
-        """The weight with its change, (out, in)."""
+        """The weight with its adapter, (out, in)."""
         return self.base.weight + self.scale * (self.lora_B @ self.lora_A)
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
-    """Put a change that is still nothing on each target within `model.language_model`.
+    """Add an adapter to each target projection of `model.language_model`, in place. Outputs do not change yet.
 
     Raises:
-        ValueError: there is no such projection, or there is LoRA already.
+        ValueError: no layer has a target projection, or the model has LoRA already.
     """
     if any(isinstance(m, LoraLinear) for m in model.modules()):
         raise ValueError("the model has LoRA already: merge it first")
-    mixers = [(n, m) for n, m in model.named_modules() if n.startswith(WITHIN) and isinstance(m, Mamba | Mamba2)]
+    mixers = [(n, m) for n, m in model.named_modules() if n.startswith(PREFIX) and isinstance(m, Mamba | Mamba2)]
     for target in config.targets:
         if not any(hasattr(m, target) for _, m in mixers):
             known = sorted({t for t in get_args(Target) for _, m in mixers if hasattr(m, t)})
             raise ValueError(f"LoRA's target {target!r} is in no layer of the language model, which has {known}")
+    # All targets are known to exist in some layer before any layer changes.
     for _, mixer in mixers:
         for target in config.targets:
             setattr(mixer, target, LoraLinear(getattr(mixer, target), config))
@@ -62,7 +64,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add the changes to the weights, so that the model is again what it was before `add_lora`, but has learned."""
+    """Add the adapters to the weights and remove them, so that the model has the structure it had before `add_lora`."""
     for mixer in model.modules():
         for name, layer in list(mixer.named_children()):
             if isinstance(layer, LoraLinear):
@@ -70,6 +72,6 @@ def merge_lora(model: nn.Module) -> None:
                 setattr(mixer, name, layer.base)
 
 
-def lora_learns(name: str) -> bool:
-    """Whether a parameter may learn in a stage with LoRA: within the language model only LoRA's own."""
-    return not name.startswith(WITHIN) or name.endswith((".lora_A", ".lora_B"))
+def is_trainable_with_lora(name: str) -> bool:
+    """Whether a parameter may be trainable in a stage with LoRA: in the language model only the adapters."""
+    return not name.startswith(PREFIX) or name.endswith((".lora_A", ".lora_B"))

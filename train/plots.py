@@ -21,6 +21,7 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], path: P
     for axis, (stage, lines) in zip(axes[0], curves.items(), strict=True):
         for name, losses in lines.items():
             axis.plot(_smooth(losses), label=name, linewidth=1.2)
+        # A log scale where losses span more than a decade.
         low, high = axis.get_ylim()
         axis.set(title=stage, xlabel="step", ylabel="loss", yscale="log" if low <= 0 or high > 10 * low else "linear")
         axis.grid(alpha=0.3)
@@ -71,6 +72,7 @@ def ablation_bars(table: Mapping[str, Sequence[float]], path: Path) -> None:
         axis.bar(x, 100 * sum(values) / len(values), color="tab:blue", alpha=0.5)
         axis.plot([x] * len(values), [100 * v for v in values], "k.", markersize=5)
     axis.set_xticks(range(len(table)), list(table), rotation=30, ha="right")
+    # The axis starts below the lowest accuracy, so that small differences are visible.
     lowest = min(v for values in table.values() for v in values)
     axis.set(ylabel="accuracy, %", ylim=(max(0, 100 * lowest - 10), 100))
     axis.grid(axis="y", alpha=0.3)
@@ -89,7 +91,7 @@ def _pyplot():
         import matplotlib
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'vl-mamba[demo]'") from e
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot
 
     return pyplot

@@ -1,4 +1,4 @@
-"""What is trained, in plain Python: models, the stages that they go through, and on what data."""
+"""Recipes in plain Python: models, their training stages, and the data of each."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FAMILIES: tuple[Family, ...] = ("vl-mamba", "ml-mamba")
 
 @dataclass(frozen=True)
 class DataFile:
-    """Annotations in LLaVA's format, and the images that they are about."""
+    """Annotations in LLaVA's format, and their images."""
 
     annotations: str
-    """Path under the folder of all data, as `images`."""
+    """Path under the folder of all data, like `images`."""
     images: str
     """Folder or archive that the annotations' paths are relative to."""
     n_records: int
-    """About as many."""
+    """Approximate number of records."""
     source: str
-    """Where to get it."""
+    """Source to download it from."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Recipe:
     """The stages of a model whose language model and encoders are pretrained."""
 
     model: str | None
-    """Name of the preset in `model.presets` that it begins with; None is any saved model."""
+    """Preset in `model.presets` that training starts from; None is any saved model."""
     align: StageConfig
-    """The connector learns to caption; encoder and language model are frozen."""
+    """Train the connector on captions; encoder and language model are frozen."""
     finetune: StageConfig
-    """Connector and language model learn to answer; the encoder is frozen."""
+    """Train connector and language model on conversations; the encoder is frozen."""
     align_data: tuple[DataFile, ...] = ()
     finetune_data: tuple[DataFile, ...] = ()
     align_template: str | None = None
     """Prompt template of the align stage; None is the model's own."""
 
 
-# 558,128 captions of LAION, CC3M and SBU by BLIP; the names of the files as they are published.
+# 558,128 captions of LAION, CC3M and SBU by BLIP; file names as published.
 LLAVA_558K = DataFile(
     "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images.zip", 558_128,
     "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain",
@@ -65,8 +65,8 @@ LLAVA_LVIS_LRV = DataFile(
 )  # fmt: skip
 
 VL_MAMBA = Recipe(
-    # VL-Mamba (2403.13600): LLaVA-1.5's two stages and data. The paper states no settings. All are LLaVA-1.5's (its
-    # scripts pretrain.sh and finetune.sh; betas and clip are the defaults of transformers' Trainer, which they use).
+    # VL-Mamba (2403.13600): LLaVA-1.5's two stages and data. The paper states no settings, so all are LLaVA-1.5's
+    # (scripts pretrain.sh and finetune.sh; betas and clip are the defaults of transformers' Trainer, which they use).
     "vl-mamba-2.8b",
     align=StageConfig(
         "align", ("connector",), lr=1e-3, batch_size=256, micro_batch_size=16, precision="bf16",
@@ -103,17 +103,17 @@ SMALL = Recipe(
     align=StageConfig("align", ("connector",), lr=1e-3, batch_size=64),
     finetune=StageConfig("finetune", ("connector", "language_model"), lr=1e-3, batch_size=64),
 )
-"""For models as small as the demo's, which learn at rates that would ruin a large one."""
+"""For models as small as the demo's, with learning rates at which a large one would diverge."""
 RECIPES: dict[str, Recipe] = {"vl-mamba": VL_MAMBA, "ml-mamba": ML_MAMBA, "small": SMALL}
 SMALL_WIDTH = 256
-"""Language models up to this width are small."""
+"""Largest width of a language model that the recipe `small` is for."""
 
 
 def recipe_named(name: str) -> Recipe:
-    """The recipe of that name.
+    """Look up a recipe.
 
     Raises:
-        ValueError: there is none; the nearest name is given.
+        ValueError: there is none of that name; the message has the nearest.
     """
     if name not in RECIPES:
         raise ValueError(f"no recipe {name!r}{nearest(name, RECIPES)}")
@@ -121,14 +121,14 @@ def recipe_named(name: str) -> Recipe:
 
 
 def recipe_for(config: VLMConfig) -> str:
-    """Name of the recipe for a model: `small`, or that of the paper whose kind of language model it has."""
+    """Name of the recipe for a model: `small`, or that of the paper with its kind of language model."""
     if config.language.d_model <= SMALL_WIDTH:
         return "small"
     return {"mamba": "vl-mamba", "mamba2": "ml-mamba"}[config.language.layer]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What an error says after an unknown name."""
+    """Suggestion to append to an error about an unknown name."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
@@ -136,29 +136,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class DemoRecipe:
-    """The stages of a tiny model trained from nothing."""
+    """The stages of a tiny model trained from scratch."""
 
     vision: StageConfig
-    """The encoder learns attributes of the images."""
+    """Train the encoder to classify attributes of the images."""
     language: StageConfig
-    """The language model learns from text alone."""
+    """Train the language model on text alone."""
     align: StageConfig
-    """The connector learns to caption; encoder and language model are frozen."""
+    """Train the connector on captions; encoder and language model are frozen."""
     finetune: StageConfig
-    """Connector and language model learn to answer; the encoder is frozen."""
+    """Train connector and language model on conversations; the encoder is frozen."""
 
     def faster(self, factor: float) -> DemoRecipe:
-        """The same with so many times fewer epochs."""
+        """The same stages with epochs divided by `factor`."""
         stages = (self.vision, self.language, self.align, self.finetune)
         return DemoRecipe(*(replace(s, epochs=s.epochs / factor) for s in stages))
 
 
-# Features of the last block: this encoder was trained for just what is asked.
+# Features of the last block, since this encoder is trained for just the attributes that are asked for.
 TINY_VISION = VisionConfig(ViTConfig(48, 8, 64, 3, 4, 128, feature_layer=-1), ImageProcessor(48))
 
 
 def tiny_config(family: Family, vocab_size: int, connector: ConnectorConfig | None = None) -> VLMConfig:
-    """A VL-Mamba (Mamba-1, VSS-L2) or ML-Mamba (Mamba-2, scan connector) small enough for a laptop."""
+    """Config of a VL-Mamba (Mamba-1, VSS-L2) or ML-Mamba (Mamba-2, scan connector) small enough for a laptop."""
     if family == "vl-mamba":
         language = LMConfig(64, 2, vocab_size, "mamba", d_state=8)
         connector = connector or ConnectorConfig("vss-l2", "bidirectional", d_state=4, expand=1)
@@ -170,10 +170,10 @@ def tiny_config(family: Family, vocab_size: int, connector: ConnectorConfig | No
     return VLMConfig(language, (TINY_VISION,), connector, template="qa")
 
 
-# The short memory of squared gradients (0.95) is what lets so few steps do.
+# A faster second moment (0.95): the stages are too short for 0.999.
 BETAS = (0.9, 0.95)
 TURNS = 6
-"""Questions about an image in one conversation, in the finetune stage: the image's tokens then serve them all."""
+"""Questions about an image in one conversation of the finetune stage, which share the image's tokens."""
 QUICK = DemoRecipe(
     vision=StageConfig("vision", ("",), lr=3e-3, epochs=22, batch_size=64, weight_decay=0.05),
     language=StageConfig("language", ("language_model",), lr=3e-3, epochs=0.5, batch_size=128, betas=BETAS),

@@ -76,6 +76,7 @@ class Records(Sequence[Record]):
             file = open(path, "rb")
         except FileNotFoundError as e:
             raise ChangedDataError(f"{path} does not exist any more") from e
+        # Offsets are valid only for the file that was indexed.
         with file:
             if stamp(file) != indexed_stamp:
                 raise ChangedDataError(f"{path} has changed since it was read")
@@ -145,6 +146,7 @@ def read_llava(
     sources = [images] * len(paths) if images is None or isinstance(images, str | Path) else list(images)
     if len(sources) != len(paths):
         raise ValueError(f"images must be one for all paths or one for each of {len(paths)}, got {len(sources)}")
+    # Several annotation files may share a source of images, which is indexed once.
     opened: dict[Path, Images] = {}
     files: list[_AnnotationFile] = []
     tables: list[np.ndarray] = []
@@ -196,6 +198,7 @@ def write_llava(records: Sequence[Record], path: str | Path, images: str | Path)
         item: dict[str, Any] = {"id": str(i), "conversations": turns}
         if record.image is not None:
             item["image"] = _name_in(record.image, Path(images))
+            # LLaVA marks the place of the image in the first question.
             if not _mentions_image(record.turns):
                 turns[0]["value"] = "<image>\n" + turns[0]["value"]
         items.append(item)
@@ -221,6 +224,7 @@ def _index(file: _AnnotationFile, file_number: int) -> tuple[np.ndarray, list[st
     else:
         entries = json_lines_entries(file.path) if file.path.suffix == ".jsonl" else json_list_entries(file.path)
     rows, broken = [], []
+    # Every record is parsed now, so that errors are reported before training; only its place is stored.
     for entry in entries:
         try:
             if isinstance(entry.value, Exception):
@@ -228,6 +232,7 @@ def _index(file: _AnnotationFile, file_number: int) -> tuple[np.ndarray, list[st
             turns, name = _parse(entry.value)
             image = entry.image
             if not file.is_shard and name is not None:
+                # A lookup in the listing; the image itself is decoded when its sample is prepared.
                 if name not in file.images:
                     raise ValueError(file.images.missing(name))
                 image = 0
@@ -255,6 +260,7 @@ def _parse(item: object) -> tuple[tuple[Turn, ...], str | None]:
     """
     if not isinstance(item, dict) or not isinstance(item.get("conversations"), list):
         raise ValueError("a record must be an object with a list `conversations`")
+    # LLaVA's `from` is human or gpt, and turns alternate.
     turns = []
     for turn in item["conversations"]:
         role = turn.get("from") if isinstance(turn, dict) else None
@@ -291,6 +297,7 @@ def _check_no_image(item: Mapping[str, Any], turns: Sequence[Turn], name: str | 
         raise ValueError(f"it names the image {name}, but the shard has none for it")
     if _mentions_image(turns):
         raise ValueError("a question has <image>, but the record names no image")
+    # Other keys that hold an image, such as img or image_path: by their name, or by a value that is an image's name.
     for key, value in item.items():
         texts = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
         names_one = bool(value) and isinstance(value, str | list | dict) and _IMAGE_KEY.search(key)

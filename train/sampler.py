@@ -1,4 +1,4 @@
-"""Which samples make up a step: a function of the seed and the step alone, so that resuming needs no state."""
+"""Order of the samples: a function of the seed and the step alone, so that a resume needs no state."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import numpy as np
 def samples_of_step(n_samples: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Indices of the samples of one step. Epochs follow each other without a gap, each in an order of its own.
 
-    Records of all lengths, about images and text alone, lie in one step. ML-Mamba's code groups them by length, each
-    batch all with images or all without, because it pads; packed samples have no padding to save, and an order that
-    depends on nothing but the seed mixes better.
+    A step mixes samples of all lengths, with and without images. ML-Mamba's code groups them by length and by having an
+    image, because it pads; packed samples have no padding to save, and an order that depends on the seed alone mixes
+    better.
     """
-    begin = step * batch_size
+    # A step may span two epochs: its samples are consecutive in the concatenation of all epochs.
+    start = step * batch_size
     return [
         int(_order(n_samples, seed, position // n_samples)[position % n_samples])
-        for position in range(begin, begin + batch_size)
+        for position in range(start, start + batch_size)
     ]
 
 
 @functools.lru_cache(maxsize=2)
 def _order(n_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of the samples in an epoch, (n_samples,). Two are cached for a step that spans two epochs."""
     return np.random.default_rng((seed, epoch)).permutation(n_samples)

@@ -59,6 +59,7 @@ class Conversations:
 
     def _sample(self, record: Record) -> Sample:
         n_image_tokens = 0 if record.image is None else self.image_tokens
+        # Image tokens come first. Labels are IGNORE outside of answers.
         ids, labels = self.template.encode(self.tokenizer, self._truncated(record.turns), n_image_tokens)
         if self.max_tokens is not None:
             ids, labels = (tokens[: n_image_tokens + self.max_tokens] for tokens in (ids, labels))
@@ -70,6 +71,7 @@ class Conversations:
         """Cut the text that is beyond `max_tokens` for any tokenization, so that it is not tokenized in vain."""
         if self.max_tokens is None:
             return turns
+        # No token is longer than longest_token characters, so text beyond this many cannot be within max_tokens.
         left, truncated = self.max_tokens * self.tokenizer.longest_token, []
         for i, turn in enumerate(turns):
             text = strip_image_tag(turn.text)[:left]

@@ -20,6 +20,7 @@ from .sources import TarImages
 
 def shard_entries(shard: TarImages) -> Iterator[Entry]:
     """Yield the records of a shard. An error that concerns one record is its entry's value."""
+    # a/000.json and a/000.jpg are a sample, keyed a/000; 000.seg.json has the extension seg.json and is no record.
     samples: dict[str, list[str]] = {}
     for name in [*shard.names, *shard.problems]:
         folder, base = os.path.split(name)
@@ -28,7 +29,9 @@ def shard_entries(shard: TarImages) -> Iterator[Entry]:
     for parts in samples.values():
         records = [name for name in parts if _is_record(os.path.basename(name))]
         images = [name for name in parts if is_image(name)]
+        # Number of the file to report an error with: the record if there is one.
         number = next((shard.names[name] for name in [*records, *parts] if name in shard.names), -1)
+        # Exactly one record and at most one image, all of them readable.
         try:
             for name in parts:
                 if name in shard.problems:
@@ -74,6 +77,7 @@ def shard_paths(path: Path) -> list[Path]:
     Raises:
         FileNotFoundError: the folder has no `.tar`.
     """
+    # Zero padding is that of the first number, as in a shell.
     pattern = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
     if pattern:
         before, first, last, after = pattern.groups()

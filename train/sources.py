@@ -196,6 +196,7 @@ class _IndexedArchive(abc.ABC):
         self.problems[name] = problem
 
     def _bytes(self, start: int, size: int) -> bytes:
+        # Opened for each read: a shared file offset would need a lock between threads and forked workers.
         try:
             file = open(self.path, "rb")
         except FileNotFoundError as e:
@@ -226,6 +227,7 @@ class TarImages(_IndexedArchive):
                 if _is_metadata(name):
                     continue
                 symlinks.pop(name, None)
+                # A symbolic link may precede its target, so it is a problem until all entries are known.
                 if entry.kind == "symlink":
                     self._add_problem(name, f"a link to {entry.target}, which is not in the archive")
                     if not entry.target.startswith("/"):
@@ -235,9 +237,10 @@ class TarImages(_IndexedArchive):
                 if entry.kind == "file":
                     span = (entry.start, entry.size)
                 elif target in self.names:
-                    span = spans[self.names[target]]
+                    span = spans[self.names[target]]  # a hard link: its content is that of an earlier entry
                 else:
                     self._add_problem(name, f"a link to {entry.target}, which does not come before it in the archive")
+                    # A hard link to a symbolic link is that symbolic link.
                     if target in symlinks:
                         symlinks[name] = symlinks[target]
                     continue
@@ -247,6 +250,7 @@ class TarImages(_IndexedArchive):
             raise ValueError(f"{self.path} is damaged or truncated, or not an uncompressed tar: {e}") from e
         if not self.names and not self.problems:
             raise ValueError(f"{self.path} is damaged or truncated: it is a tar without any file")
+        # Follow chains of symbolic links to a file.
         for name in symlinks:
             target, visited = name, set()
             while target in symlinks and target not in visited:  # a cycle ends at a name that is no file
@@ -276,6 +280,7 @@ class ZipImages(_IndexedArchive):
             raise
         except Exception as e:  # zipfile raises many kinds for a damaged directory
             raise ValueError(f"{self.path} is damaged or truncated, or not a zip: {e}") from e
+        # zipfile stops silently at a damaged entry of the directory.
         if n_files != len(listed):
             raise ValueError(
                 f"{self.path} is damaged or truncated: its directory has {len(listed):,} of {n_files:,} files"
@@ -285,11 +290,13 @@ class ZipImages(_IndexedArchive):
             name = _normalized(entry.filename)
             if entry.is_dir() or _is_metadata(name):
                 continue
+            # Bit 0 of the flags is encryption.
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 self._add_problem(name, "encrypted, or neither stored nor deflated")
             elif not 0 <= entry.header_offset <= total - entry.compress_size:
                 self._add_problem(name, "damaged: the directory places it outside of the archive")
             elif self._add(name, len(entries), max(entry.file_size, entry.compress_size)):
+                # The name as bytes, to recognize the file's local header. Bit 11 of the flags is UTF-8.
                 raw_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
                 sizes = entry.compress_size, entry.file_size
                 entries.append((entry.header_offset, *sizes, entry.compress_type, entry.CRC, zlib.crc32(raw_name)))
@@ -303,6 +310,7 @@ class ZipImages(_IndexedArchive):
         if mark != b"PK\3\4" or zlib.crc32(self._bytes(start + 30, name_size)) != name_checksum:
             raise self._damaged(number, "its header is not at the offset in the directory")
         data = self._bytes(start + 30 + name_size + extra, size)
+        # Raw deflate data, without a zlib header.
         if method == zipfile.ZIP_DEFLATED:
             inflater = zlib.decompressobj(-zlib.MAX_WBITS)
             try:
@@ -337,6 +345,8 @@ def _is_metadata(name: str) -> bool:
 
 def _zip_file_count(file: BinaryIO) -> int:
     """File count in the end of a zip's directory (APPNOTE 4.3.16, or 4.3.14 where it does not fit there)."""
+    # The end record is 22 bytes and a comment of up to 64 KiB, at the end of the file. 16 bits count the files;
+    # 0xFFFF means that the zip64 end record has the count, which a locator of 20 bytes before the end record points to.
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - (1 << 16) - 22))
     tail = file.read()

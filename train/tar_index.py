@@ -23,6 +23,16 @@ _FILES, _LINKS, _NO_CONTENT = b"07\0", b"12", b"3456"
 """Entry types: files; links; devices, folders and pipes."""
 
 
+# Header block, 512 bytes (IEEE Std 1003.1, ustar interchange format):
+#     0 name          100 bytes
+#   124 size           12 octal digits; GNU: base 256 where the first byte is 0x80
+#   148 checksum        8 octal digits
+#   156 type            1
+#   157 link name     100
+#   257 magic           6 "ustar\0" (POSIX) or "ustar " (GNU)
+#   345 prefix        155 in POSIX, to be put before the name
+
+
 class TarEntry(NamedTuple):
     """A file or a link in a tar."""
 
@@ -49,7 +59,7 @@ def tar_entries(file: BinaryIO) -> Iterator[TarEntry]:
     Raises:
         TarError: on reaching the damage.
     """
-    total = os.fstat(file.fileno()).st_size
+    total = os.fstat(file.fileno()).st_size  # bytes
     global_settings: dict[str, str] = {}  # pax settings of all entries that follow
     next_settings: dict[str, str] = {}  # pax settings of the next entry alone
     extension, at = -1, 0  # offset of an extension header that still lacks its entry; offset of the next header
@@ -64,6 +74,7 @@ def tar_entries(file: BinaryIO) -> Iterator[TarEntry]:
             _check_end(file, at, total)
             return
         _check_sum(block, at)
+        # Extension headers hold settings of the next entry, or with type g of all that follow. X is Solaris' x.
         kind, size = block[156:157], _number(block[124:136], at)
         start = at + BLOCK
         if kind in (b"x", b"g", b"X", b"L", b"K"):
@@ -72,6 +83,7 @@ def tar_entries(file: BinaryIO) -> Iterator[TarEntry]:
             content = _read(file, start, size)
             if len(content) < size:
                 raise TarError(at, "the end of the file within the header")
+            # GNU: a long name (L) or link name (K) as the content. pax: records.
             if kind in (b"L", b"K"):
                 next_settings["path" if kind == b"L" else "linkpath"] = _text(content)
             else:
@@ -80,6 +92,7 @@ def tar_entries(file: BinaryIO) -> Iterator[TarEntry]:
                 extension = header
             at = start + _padded(size)
             continue
+        # A regular entry: settings of the next entry take precedence over global ones, and are used up.
         settings = {**global_settings, **next_settings}
         next_settings, extension = {}, -1
         if any(key.startswith("GNU.sparse.") for key in settings) or kind == b"S":

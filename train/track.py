@@ -1,4 +1,4 @@
-"""Where a stage's figures go: JSONL always, TensorBoard where it is installed, W&B where asked, and a progress bar."""
+"""Metrics of a stage: JSONL, TensorBoard where it is installed, Weights & Biases on request, and a progress bar."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from .sources import read_image
 
 
 class Tracker:
-    """Writes the figures of each step. After a resume the curves go on as if nothing had happened.
+    """Logger of the metrics of each step. After a resume the curves continue without a gap or overlap.
 
-    `metrics.jsonl` has what is reproducible (loss, rate, norm of the gradient), `speeds.jsonl` what is not.
+    `metrics.jsonl` has the reproducible metrics (loss, learning rate, gradient norm), `speeds.jsonl` the others.
 
     Args:
-        folder: of the stage.
-        name: of the stage, for the bar.
-        first_step, n_steps: the step that comes next, and how many there are in all.
-        flops_per_token: operations of training on one token; with `peak_flops` it gives the utilisation.
-        peak_flops: operations a second of all devices together, at the precision that is trained in.
-        wandb: project at Weights & Biases; None sends nothing there.
+        folder: folder of the stage.
+        name: name of the stage, for the progress bar.
+        first_step: step to start at.
+        n_steps: number of steps of the stage.
+        flops_per_token: FLOPs of training on one token; with `peak_flops` the utilization is logged.
+        peak_flops: peak FLOPs a second of all devices together, at the training precision.
+        wandb: Weights & Biases project; None logs nothing there.
 
     Raises:
-        ModuleNotFoundError: `wandb` is asked for and not installed.
+        ModuleNotFoundError: `wandb` is not None and the package is not installed.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class Tracker:
     ):
         self.wandb = None if wandb is None else _start_wandb(wandb, folder, name)
         folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = _continued(folder / "metrics.jsonl", first_step)
-        self.speeds = _continued(folder / "speeds.jsonl", first_step)
+        self.metrics = _resume_lines(folder / "metrics.jsonl", first_step)
+        self.speeds = _resume_lines(folder / "speeds.jsonl", first_step)
         self.board = _board(folder, purge_step=first_step)
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.bar = tqdm(total=n_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, mininterval=0.5)
@@ -71,13 +72,19 @@ class Tracker:
         wait: float,
         seconds: float,
     ) -> None:
-        """Record one step; the counts are of all ranks.
+        """Log one step.
 
         Args:
-            wait: seconds of `seconds` that the loop waited for data.
-            seconds: that the step took in all.
+            step: step number, from 0.
+            n_tokens: tokens of all ranks.
+            n_samples: samples of all ranks.
+            loss: mean over the target tokens.
+            lr: learning rate.
+            grad_norm: norm of the gradient before clipping.
+            wait: seconds that the loop waited for data.
+            seconds: duration of the step, `wait` included.
         """
-        figures = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+        metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         speeds = {
             "tokens_per_second": n_tokens / seconds,
             "samples_per_second": n_samples / seconds,
@@ -85,25 +92,25 @@ class Tracker:
             "peak_memory": peak_memory(),
         }
         if self.flops_per_token is not None and self.peak_flops is not None:
-            speeds["utilisation"] = self.flops_per_token * n_tokens / seconds / self.peak_flops
-        self.metrics.write(json.dumps({"step": step, **figures}) + "\n")
+            speeds["utilization"] = self.flops_per_token * n_tokens / seconds / self.peak_flops
+        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self.speeds.write(json.dumps({"step": step, **speeds}) + "\n")
         if self.board:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
             for name, value in speeds.items():
                 self.board.add_scalar(f"speed/{name}", value, step)
         if self.wandb:
-            self.wandb.log({**figures, **{f"speed/{n}": v for n, v in speeds.items()}}, step=step)
+            self.wandb.log({**metrics, **{f"speed/{n}": v for n, v in speeds.items()}}, step=step)
         self.tokens += n_tokens
         self.seconds += seconds
-        self.bar.set_postfix_str(self._line(figures, speeds), refresh=False)
+        self.bar.set_postfix_str(self._line(metrics, speeds), refresh=False)
         self.bar.update()
 
-    def _line(self, figures: Mapping[str, float], speeds: Mapping[str, float]) -> str:
-        parts = [f"loss {figures['loss']:.3f}", f"{self.tokens / self.seconds:,.0f} tokens/s"]
-        if "utilisation" in speeds:
-            parts.append(f"{speeds['utilisation']:.0%} of peak")
+    def _line(self, metrics: Mapping[str, float], speeds: Mapping[str, float]) -> str:
+        parts = [f"loss {metrics['loss']:.3f}", f"{self.tokens / self.seconds:,.0f} tokens/s"]
+        if "utilization" in speeds:
+            parts.append(f"{speeds['utilization']:.0%} of peak")
         if speeds["data_wait"] >= 0.05:
             parts.append(f"{speeds['data_wait']:.0%} waiting for data")
         return ", ".join(parts)
@@ -119,14 +126,16 @@ class Tracker:
 
 
 class SampleAnswers:
-    """What a model answers to the same questions as it learns: lines of `answers.jsonl`, and text in TensorBoard.
+    """Answers of a model to fixed questions during training: lines of `answers.jsonl`, and text in TensorBoard.
 
-    It is an `on_step` of `train_stage`, to be called on every rank; the first one writes.
+    An `on_step` of `train_stage`. It is called on every rank, and rank 0 writes.
 
     Args:
-        records: whose first questions are asked, and whose first answers are the truth.
-        every: steps between; the first answers come after so many.
-        precision: of the stage.
+        folder: folder of the stage.
+        records: conversations; their first questions are asked, and their first answers are the correct ones.
+        every: steps between answers.
+        precision: precision of the stage.
+        max_new_tokens: longest answer, in tokens.
     """
 
     def __init__(
@@ -145,12 +154,12 @@ class SampleAnswers:
     def __call__(self, step: int, model: nn.Module) -> None:
         if (step + 1) % self.every:
             return
-        answers = self._ask(model)
+        answers = self._answer(model)
         if rank():
             return
         board = _board(self.folder)
-        # A step that is taken again after a resume has its answers written again.
-        with _continued(self.folder / "answers.jsonl", step) as file:
+        # After a resume a step is taken again, and its answers replace the earlier ones.
+        with _resume_lines(self.folder / "answers.jsonl", step) as file:
             for i, (record, answer) in enumerate(zip(self.records, answers, strict=True)):
                 question, truth = (t.text for t in record.turns[:2])
                 image = None if record.image is None else str(record.image)
@@ -161,13 +170,13 @@ class SampleAnswers:
         if board:
             board.close()
 
-    def _ask(self, model: nn.Module) -> list[str]:
+    def _answer(self, model: Any) -> list[str]:
         was_training, shards = model.training, [m for m in model.modules() if isinstance(m, FSDPModule)]
         device = next((p.device.type for p in model.parameters()), "cpu")
         images = [r.image and read_image(r.image) for r in self.records]
         for module in shards:
-            module.unshard()  # what is read past a module's forward too
-        # Gathered weights do not stay in their place, as a graph would need them to; under autocast there is none.
+            module.unshard()  # generation also reads weights without calling their module
+        # Gathered weights change their addresses, so no CUDA graph can be used; under autocast generation uses none.
         half = self.precision == "bf16" or (bool(shards) and device == "cuda")
         model.eval()
         try:
@@ -180,36 +189,37 @@ class SampleAnswers:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The figures of every step of a stage; a damaged line is told and left out."""
+    """Read the metrics of every step of a stage; damaged lines are skipped with a warning."""
     return [line.value for line in json_lines(folder / "metrics.jsonl") if line.value is not None]
 
 
 def peak_memory() -> int:
-    """Most bytes that were in use at once: of the GPU where there is one, else of the process."""
+    """Peak memory in bytes: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # In KiB, but on macOS.
+    # In KiB, on macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _start_wandb(project: str, folder: Path, name: str) -> Any:
     if importlib.util.find_spec("wandb") is None:
         raise ModuleNotFoundError("wandb is not installed: pip install wandb")
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  optional
 
-    # One run for one folder, so that a resume goes on in it.
+    # The id is derived from the folder, so that a resume continues the same run.
     run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=f"{folder.parent.name}/{name}", id=run_id, resume="allow")
 
 
-def _board(folder: Path, **options: int) -> Any:
+def _board(folder: Path, purge_step: int | None = None) -> Any:
+    """TensorBoard writer that hides logged steps from `purge_step` on; None where TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder / "tensorboard", **options)
+    return SummaryWriter(folder / "tensorboard", purge_step=purge_step)
 
 
-def _continued(path: Path, first_step: int) -> TextIO:
-    """A file of lines to go on with. Steps taken after the checkpoint will be taken, and written, again."""
+def _resume_lines(path: Path, first_step: int) -> TextIO:
+    """Open a file of lines to append to, without the steps after the checkpoint, which are taken again."""
     return continue_json_lines(path, lambda line: line.get("step", -1) < first_step)

@@ -224,7 +224,7 @@ def test_a_full_disk_is_told_and_leaves_those_before(saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
     try:
         training.checkpoints.save(7)
-        with pytest.raises(OSError, match="could not save .*step-00000007; those before are as they were: File too"):
+        with pytest.raises(OSError, match="could not save .*step-00000007; earlier checkpoints stay: File too"):
             training.checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -23,7 +23,7 @@ from vlmamba.model.image import open_image
 from vlmamba.model.prompt import IGNORE, get_template
 from vlmamba.train import easy_vqa, json_records
 from vlmamba.train.ablate import ablation_table, variants
-from vlmamba.train.attribute_classifier import AttributeClassifier, AttributeImages, collate_moved
+from vlmamba.train.attribute_classifier import AttributeClassifier, AttributeImages, collate_augmented
 from vlmamba.train.config import StageConfig
 from vlmamba.train.demo import results_table
 from vlmamba.train.errors import BrokenDataError, ChangedDataError
@@ -407,7 +407,7 @@ def test_an_encoder_learns_attributes(images, tmp_path):
     data = AttributeImages(attributes, [("blue", "red")], tiny_config("vl-mamba", 1).vision[0].processor)
     model = AttributeClassifier(tiny_config("vl-mamba", 1).vision[0].encoder, [2])
     stage = StageConfig("vision", ("",), lr=1e-3, epochs=20, batch_size=2)
-    train_stage(model, stage, data, collate_moved, tmp_path / "vision")
+    train_stage(model, stage, data, collate_augmented, tmp_path / "vision")
     assert model.accuracy(data) == 1
 
 

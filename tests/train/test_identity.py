@@ -11,7 +11,7 @@ from torch import nn
 
 from vlmamba.model import VLM, Tokenizer
 from vlmamba.model.prompt import get_template
-from vlmamba.train.config import FREE, LoraConfig, StageConfig
+from vlmamba.train.config import RESUME_FREE, LoraConfig, StageConfig
 from vlmamba.train.identity import differences, fingerprint, run_identity, weights_hash
 from vlmamba.train.recipes import tiny_config
 
@@ -52,7 +52,7 @@ def test_every_setting_is_either_compared_or_free():
     assert set(CHANGES) == {f.name for f in fields(StageConfig)}
     for name, value in CHANGES.items():
         found = differences(identity(), identity(replace(STAGE, **{name: value})))
-        assert set(found) == (set() if name in FREE else {name}), name
+        assert set(found) == (set() if name in RESUME_FREE else {name}), name
 
 
 def test_data_are_told_apart_by_their_content(tmp_path):
@@ -74,7 +74,7 @@ def test_samples_are_told_apart_and_one_that_was_broken_may_be_repaired():
     assert not differences(first, broken) and not differences(broken, first)
     others.items[100] = Item(torch.tensor([100]), ("a", 101))
     assert differences(first, identity(samples=others)) == {
-        "prepared samples": "64 looked at in the checkpoint, 1 of them are others (images, tokenizer or processing) now"
+        "prepared samples": "64 compared in the checkpoint, 1 of them differ (images, tokenizer or processing) now"
     }
 
 

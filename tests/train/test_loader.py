@@ -325,7 +325,7 @@ def test_a_worker_without_shared_memory_is_an_error_and_no_endless_wait():
     before = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(60)
     try:
-        with pytest.raises(OSError, match="no shared memory for a batch: .*With workers=0 none is needed"):
+        with pytest.raises(OSError, match="no shared memory for a batch: .*workers=0 needs none"):
             steps(replace(STAGE, workers=1), NoRoom())
     finally:
         signal.alarm(0)

@@ -254,7 +254,7 @@ def test_an_epoch_shows_every_sample_once():
         ({"max_loss": 0.0}, "max_loss of stage 'test' must be positive"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"warmup_ratio": 2.0}, "warmup_ratio of stage .test. must lie in"),
-        ({"trainable": ()}, "must name at least one part"),
+        ({"trainable": ()}, "must have at least one prefix"),
         ({"precision": "fp8"}, "precision of stage .test. must be one of"),
     ],
 )
@@ -383,7 +383,7 @@ def test_another_base_and_other_data_are_refused_and_nothing_is_touched(tmp_path
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
     other = Data()
     other.x[11] += 1
-    with pytest.raises(ValueError, match="prepared samples: 40 looked at in the checkpoint, 1 of them"):
+    with pytest.raises(ValueError, match="prepared samples: 40 compared in the checkpoint, 1 of them"):
         train(tmp_path, data=other)
     with pytest.raises(ValueError, match="number of samples: 40 in the checkpoint, 39 now"):
         train(tmp_path, replace(STAGE, epochs=4.1), data=Data(39))

@@ -20,12 +20,12 @@ from vlmamba.model.presets import PRESETS
 from vlmamba.model.prompt import Turn
 from vlmamba.train import plan
 from vlmamba.train.lora import LoraConfig
-from vlmamba.train.plan import Size, disk_problem, make_plan, measure
+from vlmamba.train.plan import SampleSize, disk_problem, make_plan, measure
 from vlmamba.train.recipes import ML_MAMBA, SMALL, VL_MAMBA, tiny_config
 from vlmamba.train.records import Record
 from vlmamba.train.samples import Conversations
 
-SIZE = Size(256, tokens=800, targets=100, images=0.9)
+SIZE = SampleSize(256, tokens=800, targets=100, images=0.9)
 
 
 def test_the_published_sizes_are_planned_without_weights():
@@ -39,7 +39,12 @@ def test_the_published_sizes_are_planned_without_weights():
     trained = sum(n for n, _ in finetune.parameters.values())
     assert (finetune.memory.gradients, finetune.memory.optimizer) == (4 * trained, 8 * trained)
     text = str(finetune)
-    for part in ("2,768,345,600 trained", "412,987,248 frozen", "5,198 (1 epochs of 665,298", "8 at once, 16 times"):
+    for part in (
+        "2,768,345,600 trainable",
+        "412,987,248 frozen",
+        "5,198 (1 epochs of 665,298",
+        "16 a device",
+    ):
         assert part in text
 
 
@@ -48,7 +53,7 @@ def test_devices_share_what_is_sharded_and_keep_the_batch():
     assert eight.memory.optimizer == one.memory.optimizer // 8
     assert eight.memory.activations == one.memory.activations
     assert eight.n_steps == one.n_steps
-    assert "128 samples: 8 devices, 8 at once, 2 times" in str(eight)
+    assert "128 samples: 8 devices, micro batches of 8, 2 a device" in str(eight)
     with pytest.raises(ValueError, match="divisible by the 3 devices, got 128"):
         make_plan(PRESETS["vl-mamba-2.8b"].config, VL_MAMBA.finetune, 1000, SIZE, devices=3)
 
@@ -59,7 +64,7 @@ def test_devices_that_split_batches_share_activations_and_not_samples():
         make_plan(model, replace(VL_MAMBA.finetune, context_parallel=n), 1000, SIZE, devices=8) for n in (1, 4)
     )
     assert split.memory.activations == round(apart.memory.activations / 4)
-    assert "128 samples: 8 devices, each batch over 4, 8 at once, 8 times" in str(split)
+    assert "128 samples: 8 devices, each batch split over 4, micro batches of 8, 8 a device" in str(split)
     with pytest.raises(ValueError, match="context_parallel must divide the 8 ranks, got 3"):
         make_plan(model, replace(VL_MAMBA.finetune, context_parallel=3), 1000, SIZE, devices=8)
 
@@ -136,7 +141,7 @@ def test_operations_are_those_of_the_matrix_products():
         model.vision([images])
     patches = 2 * 36 * 2 * 3 * 64 * 8 * 8  # of the embedding of patches, left out
     assert 2 * plan._encoder_flops(model.config.vision[0]) == counter.get_total_flops() - patches
-    text = Size(1, tokens=1000, targets=10, images=0)
+    text = SampleSize(1, tokens=1000, targets=10, images=0)
     lm = model.config.language
     head = 2 * 64 * lm.padded_vocab_size * 10
     per_token = sum(

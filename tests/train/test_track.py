@@ -36,13 +36,13 @@ def test_speeds_are_apart_from_what_is_reproducible(tmp_path):
     speed = lines(tmp_path / "speeds.jsonl")[1]
     assert speed.pop("peak_memory") > 2**20
     assert speed == {
-        "step": 1, "tokens_per_second": 50, "samples_per_second": 2, "data_wait": 0.25, "utilisation": 0.15,
+        "step": 1, "tokens_per_second": 50, "samples_per_second": 2, "data_wait": 0.25, "utilization": 0.15,
     }  # fmt: skip
 
 
-def test_utilisation_is_left_out_where_the_peak_is_not_known(tmp_path):
+def test_utilization_is_left_out_where_the_peak_is_not_known(tmp_path):
     run(tmp_path, 0, 1, flops_per_token=3e9)
-    assert "utilisation" not in lines(tmp_path / "speeds.jsonl")[0]
+    assert "utilization" not in lines(tmp_path / "speeds.jsonl")[0]
 
 
 def test_after_a_resume_both_files_go_on_at_the_checkpoint(tmp_path):

@@ -84,7 +84,7 @@ def test_both_stages_train_what_they_should_and_leave_a_card(model, data):
     for stage in ("align", "finetune"):
         assert len(read_metrics(data.parent / "run" / stage)) == 6
         assert len((data.parent / "run" / stage / "answers.jsonl").read_text().splitlines()) == 4
-        assert '"utilisation"' in (data.parent / "run" / stage / "speeds.jsonl").read_text()
+        assert '"utilization"' in (data.parent / "run" / stage / "speeds.jsonl").read_text()
 
     card = (data.parent / "run" / "model" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: vl-mamba\npipeline_tag: image-text-to-text\n")
@@ -119,8 +119,8 @@ def test_a_dry_run_tells_and_leaves_nothing(model, data, capsys):
     train(model, data / "train.json", "--images", data / "images", "--batch-size", "8", "--dry-run")
     out = capsys.readouterr().out
     for part in (
-        "recipe small", "vision", "frozen", "connector", "trained", "memory a device", "3 (1 epochs of 24 samples)",
-        "counted on 24 of 24 samples", "data and checkpoints are in order",
+        "recipe small", "vision", "frozen", "connector", "trainable", "memory a device", "3 (1 epochs of 24 samples)",
+        "measured on 24 of 24 samples", "data and checkpoints are in order",
     ):  # fmt: skip
         assert part in out, part
     assert not (data.parent / "run").exists()
@@ -131,7 +131,7 @@ def test_a_dry_run_of_a_paper_needs_neither_weights_nor_a_network(data, capsys, 
     train("vl-mamba", data / "train.json", "--images", data / "images", "--stage", "both", "--dry-run")
     out = capsys.readouterr().out
     assert "model vl-mamba-2.8b, recipe vl-mamba" in out
-    assert "2,768,345,600 frozen" in out and "2,768,345,600 trained" in out
+    assert "2,768,345,600 frozen" in out and "2,768,345,600 trainable" in out
     assert "are not all here; training downloads them" in out
     assert "a token is estimated as four characters" in out
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
@@ -11,5 +11,5 @@ from ..model.generation.config import GenerationConfig
 Positional = tyro.conf.Positional
 DemoPreset = Literal["quick", "full"]
 DtypeName = Literal["fp32", "bf16", "fp16"]
-Sampling = Annotated[GenerationConfig, tyro.conf.arg(name="")]
+Sampling: TypeAlias = Annotated[GenerationConfig, tyro.conf.arg(name="")]
 """Options of generation, without a prefix."""
