@@ -1,16 +1,19 @@
-"""Stateless modules of the functions that `transformers` names in `use_kernels`, on the ops of this package.
+"""Stateless modules for the functions that `transformers` lists in `use_kernels`, on the ops of this package.
 
-The layout of the Hub (`integrations.hub_kernel`) has this file as its `layers`; a `LayerRepository` or a
-`KernelConfig` asks for a class of it by the function's name. Each takes the arguments of the library's function, in
-its order: `kernels` compares the two signatures, and allows a class no member of its own but those it knows.
+The kernel repository of the Hub (`integrations.hub_kernel`) has this file as its `layers`; a `LayerRepository` or a
+`KernelConfig` looks a class up by the function's name. Each takes the arguments of the library's function, in its
+order: `kernels` compares the two signatures, and allows a class no member besides those it knows.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .compat import mamba_ssm as ops
+from .compat.mamba_ssm._shared import pair, single
 
 __all__ = [
     "causal_conv1d_fn",
@@ -24,7 +27,7 @@ __all__ = [
 
 
 class causal_conv1d_fn(nn.Module):
-    """The convolution over a whole sequence, channels before length."""
+    """Causal convolution over complete sequences, (B, D, L)."""
 
     can_torch_compile = True
 
@@ -37,12 +40,12 @@ class causal_conv1d_fn(nn.Module):
         **kwargs,
     ) -> Tensor:
         seq_idx = kwargs.pop("seq_idx", None)
-        _refuse_bounds(kwargs)
-        return ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation)
+        refuse_cu_seqlens(kwargs)
+        return single(ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation))
 
 
 class causal_conv1d_update(nn.Module):
-    """The convolution of new steps, in front of which stands `conv_state`, which is updated in place."""
+    """Causal convolution of new steps (B, D, L) after `conv_state` (B, D, W), which is updated in place."""
 
     can_torch_compile = True
     has_backward = False
@@ -55,12 +58,12 @@ class causal_conv1d_update(nn.Module):
         bias: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        _refuse_gradients(hidden_states, conv_state, weight, bias)
+        _check_no_gradients(hidden_states, conv_state, weight, bias)
         return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
 
 
 class selective_scan_fn(nn.Module):
-    """Selective scan, channels before length."""
+    """Selective scan, (B, D, L)."""
 
     can_torch_compile = True
 
@@ -80,10 +83,10 @@ class selective_scan_fn(nn.Module):
         use_associative_scan: bool = False,
         **kwargs,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        # The last two choose between the library's own implementations.
+        # use_mambapy and use_associative_scan choose between the library's own implementations.
         if kwargs.get("seq_idx") is not None:
-            raise ValueError("seq_idx cannot be honoured: the convolution before this scan does not know of it")
-        _refuse_bounds(kwargs)
+            raise ValueError("seq_idx must be None: the convolution before this scan does not take it")
+        refuse_cu_seqlens(kwargs)
         return ops.selective_scan_fn(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
@@ -107,12 +110,12 @@ class selective_state_update(nn.Module):
         z: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        _refuse_gradients(state, hidden_states, dt, A, B, C, D, dt_bias, z)
+        _check_no_gradients(state, hidden_states, dt, A, B, C, D, dt_bias, z)
         return ops.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
 class mamba_chunk_scan_combined(nn.Module):
-    """SSD."""
+    """SSD, (B, L, H, P)."""
 
     can_torch_compile = True
 
@@ -132,16 +135,17 @@ class mamba_chunk_scan_combined(nn.Module):
         return_final_states: bool = False,
         **kwargs,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        _refuse_bounds(kwargs)
-        return ops.mamba_chunk_scan_combined(
+        refuse_cu_seqlens(kwargs)
+        out = ops.mamba_chunk_scan_combined(
             hidden_states, dt, A, B, C, chunk_size, D=D, z=kwargs.get("z"), dt_bias=dt_bias,
             initial_states=initial_states, dt_softplus=dt_softplus, dt_limit=dt_limit,
             return_final_states=return_final_states, seq_idx=kwargs.get("seq_idx"),
         )  # fmt: skip
+        return pair(out) if return_final_states else single(out)
 
 
 class mamba_inner_fn(nn.Module):
-    """None, which sends a mixer through its single functions: a fused one would skip its mask of padding."""
+    """Returns None, so that a mixer calls its separate functions: a fused one would skip its padding mask."""
 
     can_torch_compile = True
 
@@ -170,7 +174,7 @@ class mamba_inner_fn(nn.Module):
 
 
 class mamba_split_conv1d_scan_combined(nn.Module):
-    """None, as `mamba_inner_fn`."""
+    """Returns None, as `mamba_inner_fn` does."""
 
     can_torch_compile = True
 
@@ -199,11 +203,17 @@ class mamba_split_conv1d_scan_combined(nn.Module):
         return None
 
 
-def _refuse_gradients(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+def _check_no_gradients(*tensors: Tensor | None) -> None:
+    if needs_gradients(*tensors):
         raise RuntimeError("a decoding step has no gradients: run it under torch.no_grad()")
 
 
-def _refuse_bounds(kwargs: dict) -> None:
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a function of these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_cu_seqlens(kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError for a `cu_seqlens` that the library passes, which these functions do not take."""
     if kwargs.get("cu_seqlens") is not None:
-        raise ValueError("cu_seqlens cannot be honoured here: give the model seq_idx in its place")
+        raise ValueError("cu_seqlens must be None here: pass seq_idx to the model instead")

@@ -1,7 +1,7 @@
-"""Other packages' names and signatures on the ops of this one.
+"""Names and signatures of other packages on the ops of this one.
 
-`ssm_kernels.compat.mamba_ssm` and `ssm_kernels.compat.vmamba` are imported in place of the originals. Code that is not
-to be changed finds the originals' own names after
+`ssm_kernels.compat.mamba_ssm` and `ssm_kernels.compat.vmamba` are imported instead of the originals. Unmodified code
+finds the originals' own names after
 
     import ssm_kernels.compat
 
@@ -29,55 +29,56 @@ _finders: list[Finder] = []
 
 @dataclass(frozen=True)
 class Installed:
-    """What `install` did, by distribution."""
+    """Result of `install`, by distribution."""
 
-    answered: tuple[str, ...]
-    """Those whose modules come from this package now."""
-    left: dict[str, str]
-    """Those that are installed themselves, and where: they are left alone."""
+    provided: tuple[str, ...]
+    """Distributions whose modules come from this package now."""
+    skipped: dict[str, str]
+    """Distributions that are installed themselves, and their locations."""
 
     def __str__(self) -> str:
         parts = [
-            f"{name} {ORIGINALS[name].version} ({', '.join(ORIGINALS[name].import_names)}) is answered by {__name__}"
-            for name in self.answered
+            f"{name} {ORIGINALS[name].version} ({', '.join(ORIGINALS[name].import_names)}) is provided by {__name__}"
+            for name in self.provided
         ]
-        parts += [f"{name} is left alone: it is installed in {where}" for name, where in self.left.items()]
+        parts += [f"{name} is skipped: it is installed in {where}" for name, where in self.skipped.items()]
         return "; ".join(parts)
 
 
 def install(*, shadow: bool = False) -> Installed:
-    """Answer `import mamba_ssm`, `import causal_conv1d`, `import selective_scan_cuda` and VMamba's extensions.
+    """Provide `import mamba_ssm`, `import causal_conv1d`, `import selective_scan_cuda` and VMamba's extensions.
 
     Modules are found by `import` and `importlib.util.find_spec`, versions by `importlib.metadata`. A name is imported
-    when it is first asked for. A distribution that is installed itself is left alone with all its names, one that is
-    installed later comes first too; calling again looks anew.
+    on first access. A distribution that is installed itself is skipped with all its names; one that is installed later
+    takes precedence too. A second call checks again.
 
     Args:
-        shadow: answer those that are installed as well. Modules of theirs that are imported already stay as they are
-            where they were bound, and are replaced for later imports.
+        shadow: provide those that are installed as well. Modules of theirs that are already imported stay where they
+            are bound, and are replaced for later imports.
 
     Returns:
-        What was done. It is logged too, as a warning where an original is left alone or shadowed.
+        the distributions that are provided and skipped. It is logged too, as a warning where an original is skipped or
+        shadowed.
     """
     uninstall()
-    there = {name: where for name in ORIGINALS if (where := _installed_in(name)) is not None}
-    left = {} if shadow else there
-    originals = {name: original for name, original in ORIGINALS.items() if name not in left}
+    found = {name: where for name in ORIGINALS if (where := _installed_in(name)) is not None}
+    skipped = {} if shadow else found
+    originals = {name: original for name, original in ORIGINALS.items() if name not in skipped}
     if shadow:
-        tops = {top for name in there for top in ORIGINALS[name].import_names}
+        tops = {top for name in found for top in ORIGINALS[name].import_names}
         for name in [m for m in sys.modules if m.split(".")[0] in tops]:
             del sys.modules[name]
     finder = Finder(originals)
     _finders.append(finder)
     sys.meta_path.insert(0 if shadow else len(sys.meta_path), finder)
     importlib.invalidate_caches()
-    done = Installed(tuple(originals), left)
-    logger.log(logging.WARNING if there else logging.INFO, "%s%s", done, "; originals are shadowed" if shadow else "")
+    done = Installed(tuple(originals), skipped)
+    logger.log(logging.WARNING if found else logging.INFO, "%s%s", done, "; originals are shadowed" if shadow else "")
     return done
 
 
 def uninstall() -> None:
-    """Undo `install`: the originals' names are no longer answered. What was imported stays where it was bound."""
+    """Undo `install`: the originals' names are no longer provided. Imported objects stay where they are bound."""
     while _finders:
         finder = _finders.pop()
         if finder in sys.meta_path:
@@ -86,7 +87,7 @@ def uninstall() -> None:
 
 
 def _installed_in(distribution: str) -> str | None:
-    """Where one of the import names of a distribution is found, if it is."""
+    """Return the location of one of the import names of a distribution, or None."""
     for name in ORIGINALS[distribution].import_names:
         module = sys.modules.get(name)
         spec = importlib.util.find_spec(name) if module is None else getattr(module, "__spec__", None)

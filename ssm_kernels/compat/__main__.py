@@ -1,11 +1,11 @@
-"""Run a program that is not to be changed with the originals' names answered by this package.
+"""Run an unmodified program with the originals' names provided by this package.
 
     python -m ssm_kernels.compat [--shadow] script.py args…
     python -m ssm_kernels.compat [--shadow] -m module args…
 
 The program sees its own `sys.argv`, `sys.path[0]` and `__main__`; its exit status is that of the command, and a
-traceback begins in it. One line on stderr says what is answered. Processes that it forks have the names too; those that
-it starts anew have to be started in this way themselves (`torchrun -m ssm_kernels.compat script.py`).
+traceback starts in it. One line on stderr lists what is provided. Processes that it forks have the names too; new
+processes have to be started by this command themselves (`torchrun -m ssm_kernels.compat script.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NoReturn
 from . import install
 
 HIDDEN = (__file__, runpy.__file__)
-"""Files whose frames are not the program's."""
+"""Files whose frames are left out of a traceback."""
 
 
 def main(argv: list[str]) -> None:
@@ -32,25 +32,25 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ssm_kernels.compat", description="Run a program under the originals' names."
     )
-    parser.add_argument("--shadow", action="store_true", help="answer originals that are installed as well")
+    parser.add_argument("--shadow", action="store_true", help="provide originals that are installed as well")
     parser.add_argument("-m", dest="is_module", action="store_true", help="the program is a module")
     parser.add_argument("program", help="script, or module with -m")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the program")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
 
-    print(install(shadow=given.shadow), file=sys.stderr)
+    print(install(shadow=options.shadow), file=sys.stderr)
     sys.excepthook = show_traceback_of_program
     main_module = ModuleType("__main__")
-    if given.is_module:
+    if options.is_module:
         _set_first_path(os.getcwd())
-        spec, code = code_of_module(given.program)
+        spec, code = code_of_module(options.program)
         main_module.__file__, main_module.__package__ = spec.origin, spec.parent
         main_module.__spec__, main_module.__loader__ = spec, spec.loader
     else:
-        _set_first_path(os.path.dirname(os.path.abspath(given.program)))
-        code = code_of_script(given.program)
-        main_module.__file__ = given.program
-    sys.argv = [main_module.__file__, *given.args]
+        _set_first_path(os.path.dirname(os.path.abspath(options.program)))
+        code = code_of_script(options.program)
+        main_module.__file__ = options.program
+    sys.argv = [main_module.__file__, *options.args]
     sys.modules["__main__"] = main_module
     exec(code, main_module.__dict__)
 

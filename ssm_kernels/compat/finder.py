@@ -1,4 +1,4 @@
-"""The import system's side of the drop-in: a finder on `sys.meta_path` and modules whose names are looked up lazily."""
+"""The drop-in's part of the import system: a finder on `sys.meta_path`, and modules with lazy names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE = __name__.rpartition(".")[0]
 
 
 class Finder(MetaPathFinder):
-    """Answers the modules of originals, and `importlib.metadata`'s question for their versions."""
+    """Finds the modules of originals, and their versions for `importlib.metadata`."""
 
     def __init__(self, originals: dict[str, Original]):
         self.originals = originals
@@ -25,17 +25,17 @@ class Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Spec of a module of an original.
+        """Return the spec of a module of an original, or None for other modules.
 
         Raises:
-            ModuleNotFoundError: an original's module that is not provided; the message says what is.
+            ModuleNotFoundError: an original's module that is not provided; the message lists those that are.
         """
         original = self._original_of(fullname)
         if original is None:
             return None
         names = names_of(original, fullname)
         if names is not None:
-            # Every module is a package, so that `from module import name` asks here for a name that is missing.
+            # Every module is a package, so that `from module import name` looks up a missing name here.
             return ModuleSpec(fullname, ModuleLoader(original, names), origin=PACKAGE, is_package=True)
         if "." not in fullname:
             return None
@@ -44,7 +44,7 @@ class Finder(MetaPathFinder):
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context | None = None
     ) -> Iterable[importlib.metadata.Distribution]:
-        """Metadata of the originals: name, version and who answers."""
+        """Yield the metadata of the originals: name, version and provider."""
         wanted = None if context is None or context.name is None else normalized(context.name)
         for name, original in self.originals.items():
             if wanted in (None, normalized(name)):
@@ -59,19 +59,19 @@ class Finder(MetaPathFinder):
 
 
 class ModuleLoader(Loader):
-    """Makes a module whose names are looked up when they are asked for."""
+    """Creates modules whose names are imported on first access."""
 
     def __init__(self, original: Original, names: dict[str, str | Refused]):
         self.original, self.names = original, names
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """None: an ordinary module."""
+        """Return None, for an ordinary module."""
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module its version, its docstring and its lookup."""
+        """Set the module's version, docstring and lookup."""
         fullname, original, names = module.__name__, self.original, self.names
-        module.__doc__ = f"{fullname}, answered by {PACKAGE}."
+        module.__doc__ = f"{fullname}, provided by {PACKAGE}."
         submodules = set(submodules_of(original, fullname))
         provided = sorted(name for name, target in names.items() if not isinstance(target, Refused))
 
@@ -95,44 +95,44 @@ class ModuleLoader(Loader):
 
 
 class Distribution(importlib.metadata.Distribution):
-    """Metadata that says which release is answered, and by whom."""
+    """Metadata of a provided release."""
 
     def __init__(self, name: str, original: Original):
         self._name, self._original = name, original
 
     def read_text(self, filename: str) -> str | None:
-        """METADATA and top_level.txt; None for other files."""
+        """Return METADATA or top_level.txt; None for other files."""
         if filename == "METADATA":
-            summary = f"Summary: answered by {PACKAGE}; the original is not installed"
+            summary = f"Summary: provided by {PACKAGE}; the original is not installed"
             return f"Metadata-Version: 2.1\nName: {self._name}\nVersion: {self._original.version}\n{summary}\n"
         if filename == "top_level.txt":
             return "\n".join(self._original.import_names) + "\n"
         return None
 
     def locate_file(self, path: Any) -> Any:
-        """No file is installed.
+        """Refuse, since no file is installed.
 
         Raises:
             FileNotFoundError: always.
         """
-        raise FileNotFoundError(f"{self._name} is answered by {PACKAGE}: {path} is not installed")
+        raise FileNotFoundError(f"{self._name} is provided by {PACKAGE}: {path} is not installed")
 
 
 def names_of(original: Original, fullname: str) -> dict[str, str | Refused] | None:
-    """Names of a module, of which a package that only holds others has none; None for a module that is not answered."""
+    """Return the names of a module, none for a package that only holds others; None for an unknown module."""
     if fullname in original.modules:
         return original.modules[fullname]
     return {} if any(True for _ in submodules_of(original, fullname)) else None
 
 
 def submodules_of(original: Original, fullname: str) -> Iterator[str]:
-    """Names of the modules that are answered directly inside a package."""
+    """Yield the names of the modules directly inside a package."""
     prefix = fullname + "."
     yield from dict.fromkeys(m.removeprefix(prefix).split(".")[0] for m in original.modules if m.startswith(prefix))
 
 
 def missing(original: Original, fullname: str) -> str:
-    """Why a module or a name is not there, and what is in its place."""
+    """Return the message for a missing module or name: the reason, and what its parent has."""
     parent, _, name = fullname.rpartition(".")
     target = (names_of(original, parent) or {}).get(name)
     reason = target.reason if isinstance(target, Refused) else None
@@ -146,7 +146,11 @@ def missing(original: Original, fullname: str) -> str:
 
 
 def resolve(target: str, asked: str) -> Any:
-    """Import what a name stands for.
+    """Import the object that a name refers to.
+
+    Args:
+        target: `module:name`.
+        asked: full name under which it was looked up, for the message.
 
     Raises:
         ImportError: it is in a package that is not installed, or too old; the message names it.
@@ -161,12 +165,12 @@ def resolve(target: str, asked: str) -> Any:
 
 
 def normalized(name: str) -> str:
-    """The name of a distribution as PEP 503 compares it."""
+    """Normalise the name of a distribution as in PEP 503."""
     return name.replace("-", "_").replace(".", "_").lower()
 
 
 def forget(originals: dict[str, Original]) -> None:
-    """Take the originals' modules that were made here out of `sys.modules`."""
+    """Remove the originals' modules that were created here from `sys.modules`."""
     for name, module in list(sys.modules.items()):
         loader = getattr(getattr(module, "__spec__", None), "loader", None)
         if isinstance(loader, ModuleLoader) and loader.original in originals.values():

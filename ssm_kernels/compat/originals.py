@@ -1,7 +1,7 @@
-"""What is answered in the originals' place: their modules, the names in each, and where each is here.
+"""Table of what is provided for the originals: their modules, the names in each, and the object here.
 
-A value is `module:name`, where a module that begins with a dot is one of this package, or a `Refused`. Nothing is
-imported before it is asked for. The language model lives in `vlmamba`, which `ssm_kernels` does not need.
+A value is `module:name`, where a module that starts with a dot is one of this package, or a `Refused`. Nothing is
+imported before first access. The language model is in `vlmamba`, which `ssm_kernels` does not need.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Refused:
-    """A name of the originals that cannot be had here."""
+    """A name of the originals that is not provided."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Original:
-    """A distribution: its import names are answered all together or not at all.
+    """A distribution: its import names are provided all together or not at all.
 
     Args:
-        version: the release whose names and signatures are answered; what `__version__` and `importlib.metadata` say.
+        version: the release whose names and signatures are provided, in `__version__` and `importlib.metadata`.
         modules: names in each module. A package's submodules are not among its names.
-        refused: modules that cannot be had, each with the reason. Those inside them are refused with them.
+        refused: modules that are not provided, each with the reason. Those inside them are refused with them.
     """
 
     version: str
@@ -37,7 +37,7 @@ class Original:
 
 
 def _here(module: str, *names: str, **renamed: str) -> dict[str, str | Refused]:
-    """Names of one module, under their own name or renamed."""
+    """Return the table of one module's names, under their own name or renamed."""
     found: dict[str, str | Refused] = {name: f"{module}:{name}" for name in names}
     return found | {new: f"{module}:{old}" for new, old in renamed.items()}
 
@@ -131,7 +131,7 @@ MAMBA_SSM = Original(
         "mamba_ssm.ops.triton.mamba3": _MAMBA_3,
         "mamba_ssm.modules.moe": "mixtures of experts are not offered",
         **{
-            f"mamba_ssm.ops.triton.ssd_{part}": "the kernels here are not cut in these parts; use ssd_combined"
+            f"mamba_ssm.ops.triton.ssd_{part}": "the kernels here are not split in these parts; use ssd_combined"
             for part in ("bmm", "chunk_scan", "chunk_state", "state_passing")
         },
     },
@@ -169,4 +169,4 @@ VMAMBA = Original(
 )
 
 ORIGINALS = {"mamba_ssm": MAMBA_SSM, "causal_conv1d": CAUSAL_CONV1D, "selective_scan": VMAMBA}
-"""By the name of the distribution."""
+"""The originals by the name of their distribution."""

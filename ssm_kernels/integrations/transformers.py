@@ -1,4 +1,4 @@
-"""`transformers`' state-space models on the ops of this package, on a CPU as on a GPU.
+"""State-space models of `transformers` on the ops of this package, on CPUs and GPUs.
 
 .. code-block:: python
 
@@ -10,20 +10,20 @@
     with on_these_ops.enabled():
         ...
 
-A modelling file of `transformers` 5.23 or 5.24 reaches its kernels through functions of the module, each of which
-stands for an op of `mamba_ssm` or `causal_conv1d`. `enable` puts this package's op in the place of each. In a graph
-that is being exported, for an activation other than silu, and for a decoding step that needs gradients, the library's
-own function runs as before.
+A modelling file of `transformers` 5.23 or 5.24 calls its kernels through functions of the module, each of which wraps
+an op of `mamba_ssm` or `causal_conv1d`. `enable` replaces each by this package's op. In a graph that is being exported,
+for an activation other than silu, and for a decoding step that needs gradients, the library's own function runs as
+before.
 
 **Packed sequences.** No model of the library keeps packed sequences apart by `position_ids` alone: each of
 `MODEL_TYPES` runs its scan and its convolution across the bounds, with `enable` and without. With `seq_idx` and
 `position_ids` together, Bamba, Falcon-H1, Zamba2 and Nemotron-H keep them apart on these ops (without `mamba_ssm` the
 library refuses `seq_idx` there); in GraniteMoeHybrid the attention layers still mix them. `Mamba2ForCausalLM` drops
-`seq_idx` without a word, `Mamba2Model` honours it. Mamba, Falcon-Mamba and Jamba drop it too, and Zamba refuses it.
+`seq_idx` silently, `Mamba2Model` takes it. Mamba, Falcon-Mamba and Jamba drop it too, and Zamba refuses it.
 
-**A prompt in segments.** Given a cache and several tokens at once, Mamba, Falcon-Mamba, Jamba and Zamba begin their scan
-anew, since its function takes no initial state, and Bamba's logits are off too: so it is in the library itself, and
-`enable` gives the same. One token at a time is right everywhere.
+**Prefill in chunks.** With a cache and several tokens at once, Mamba, Falcon-Mamba, Jamba and Zamba restart their scan
+from a zero state, since its function takes no initial state, and Bamba's logits are wrong too. This is so in the
+library itself, and `enable` does not change it. One token at a time is right everywhere.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ..compat import mamba_ssm as ops
+from ..compat.mamba_ssm._shared import pair, single
+from ..layers import needs_gradients, refuse_cu_seqlens
 
 
 def enable() -> None:
-    """Run the models of `MODEL_TYPES` on the ops of this package. Nothing happens where it is so already.
+    """Run the models of `MODEL_TYPES` on the ops of this package. A second call has no effect.
 
     Raises:
         ImportError: `transformers` is not installed.
-        RuntimeError: its version reaches kernels in another way; nothing has been changed.
+        RuntimeError: its version calls kernels differently; nothing has been changed.
     """
     if _originals:
         return
@@ -75,14 +76,14 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Put the library's own functions back. Nothing happens where `enable` was not called."""
+    """Restore the library's own functions. Without `enable` before, it has no effect."""
     while _originals:
         setattr(*_originals.pop())
 
 
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
-    """`enable` inside; afterwards it is as it was before."""
+    """`enable` inside the `with` block, and restore the state before it afterwards."""
     before = bool(_originals)
     enable()
     try:
@@ -105,11 +106,11 @@ def _convolution(original: Callable, *, packs: bool = True) -> Callable:
         **kwargs,
     ) -> Tensor:
         if seq_idx is not None and not packs:
-            raise ValueError("seq_idx cannot be honoured: this model does not pass it on to the scan")
-        _refuse_bounds(kwargs)
-        if _leaves(activation):
+            raise ValueError("seq_idx must be None: this model does not pass it to the scan")
+        refuse_cu_seqlens(kwargs)
+        if _keeps_original(activation):
             return original(hidden_states, weight, bias, activation, seq_idx=seq_idx, **kwargs)
-        return ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation)
+        return single(ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation))
 
     return causal_conv1d_fn
 
@@ -122,7 +123,7 @@ def _convolution_step(original: Callable) -> Callable:
         bias: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        if _leaves(activation) or _needs_gradients(hidden_states, conv_state, weight, bias):
+        if _keeps_original(activation) or needs_gradients(hidden_states, conv_state, weight, bias):
             return original(hidden_states, conv_state, weight, bias, activation)
         return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
 
@@ -143,7 +144,7 @@ def _scan_step(original: Callable) -> Callable:
         z: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        if _leaves() or _needs_gradients(state, hidden_states, dt, A, B, C, D, dt_bias, z):
+        if _keeps_original() or needs_gradients(state, hidden_states, dt, A, B, C, D, dt_bias, z):
             return original(
                 state, hidden_states, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs
             )
@@ -168,7 +169,7 @@ def _mamba_scan(original: Callable) -> Callable:
     ) -> Tensor | tuple[Tensor, Tensor]:
         arguments = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
         # The other arguments choose between the library's own implementations.
-        return original(*arguments, **kwargs) if _leaves() else ops.selective_scan_fn(*arguments)
+        return original(*arguments, **kwargs) if _keeps_original() else ops.selective_scan_fn(*arguments)
 
     return selective_scan
 
@@ -193,16 +194,17 @@ def _mamba2_scan(original: Callable) -> Callable:
     ) -> Tensor | tuple[Tensor, Tensor]:
         options = {"D": D, "z": z, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
         options |= {"dt_limit": dt_limit, "return_final_states": return_final_states, "seq_idx": seq_idx}
-        _refuse_bounds(kwargs)
-        if _leaves():
+        refuse_cu_seqlens(kwargs)
+        if _keeps_original():
             return original(hidden_states, dt, A, B, C, chunk_size, **options, **kwargs)
-        return ops.mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size, **options)
+        out = ops.mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size, **options)
+        return pair(out) if return_final_states else single(out)
 
     return chunk_scan
 
 
-def _no_shortcut(original: Callable) -> Callable:
-    """None sends a mixer through its single functions. The fused ones skip the padding mask after the convolution."""
+def _no_fused_path(original: Callable) -> Callable:
+    """Return None, so that a mixer calls its separate functions: the fused ones skip the padding mask."""
 
     def fused(*args, **kwargs) -> None:
         return None
@@ -210,32 +212,23 @@ def _no_shortcut(original: Callable) -> Callable:
     return fused
 
 
-def _leaves(activation: str | None = None) -> bool:
-    """Whether the library's own function is to run."""
+def _keeps_original(activation: str | None = None) -> bool:
+    """Whether the library's own function runs."""
     from transformers.utils.import_utils import is_torchdynamo_exporting
 
     return activation not in (None, "silu", "swish") or is_torchdynamo_exporting()
 
 
-def _needs_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _refuse_bounds(kwargs: dict) -> None:
-    if kwargs.get("cu_seqlens") is not None:
-        raise ValueError("cu_seqlens cannot be honoured here: give the model seq_idx in its place")
-
-
 _SHARED = {"causal_conv1d_update": _convolution_step}
 _MAMBA = _SHARED | {
     "causal_conv1d_fn": functools.partial(_convolution, packs=False),
-    "mamba_inner_fn": _no_shortcut,
+    "mamba_inner_fn": _no_fused_path,
     "mamba_selective_state_update": _scan_step,
     "mamba_selective_scan": _mamba_scan,
 }
 _MAMBA2 = _SHARED | {
     "causal_conv1d_fn": _convolution,
-    "mamba2_split_conv1d_scan_combined": _no_shortcut,
+    "mamba2_split_conv1d_scan_combined": _no_fused_path,
     "mamba2_selective_state_update": _scan_step,
     "mamba2_chunk_scan": _mamba2_scan,
 }
@@ -252,10 +245,10 @@ MODEL_TYPES: dict[str, dict[str, Callable[[Callable], Callable]]] = {
     "nemotron_h": _MAMBA2,
     "granitemoehybrid": _MAMBA2,
 }
-"""What is replaced: the functions of each model type's module, by name."""
+"""Replacements of the functions of each model type's module, by name."""
 
 CONVOLUTION_ALONE: tuple[str, ...] = (
     "bailing_hybrid", "glm5_next", "inkling", "inkling2", "inkling2_loop", "kimi_linear", "lara_mini", "lfm2",
     "lfm2_moe", "lfm3", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp",
 )  # fmt: skip
-"""Model types that are left alone: of the ops here they have the convolution, but no scan."""
+"""Model types that are not changed: they use the convolution, but no scan."""

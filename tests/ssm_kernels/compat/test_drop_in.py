@@ -20,7 +20,7 @@ from ssm_kernels.compat.originals import ORIGINALS, Refused
 @pytest.fixture
 def installed():
     done = ssm_kernels.compat.install()
-    if done.left:
+    if done.skipped:
         ssm_kernels.compat.uninstall()
         pytest.skip(str(done))
     yield done
@@ -535,8 +535,8 @@ def test_every_name_of_the_table(installed, module, name, target):
 
 
 def test_what_is_found(installed):
-    assert installed.answered == tuple(ORIGINALS) and not installed.left
-    assert "mamba_ssm 2.3.0 (mamba_ssm, selective_scan_cuda) is answered by ssm_kernels.compat" in str(installed)
+    assert installed.provided == tuple(ORIGINALS) and not installed.skipped
+    assert "mamba_ssm 2.3.0 (mamba_ssm, selective_scan_cuda) is provided by ssm_kernels.compat" in str(installed)
     for name in ("mamba_ssm", "causal_conv1d", "selective_scan_cuda", "mamba_ssm.ops.triton.ssd_combined"):
         assert importlib.util.find_spec(name).origin == "ssm_kernels.compat"
     import causal_conv1d
@@ -546,9 +546,9 @@ def test_what_is_found(installed):
     for name in ("mamba_ssm", "mamba-ssm"):
         assert importlib.metadata.version(name) == "2.3.0"
     distribution = importlib.metadata.distribution("mamba-ssm")
-    assert "answered by ssm_kernels.compat" in distribution.metadata["Summary"]
+    assert "provided by ssm_kernels.compat" in distribution.metadata["Summary"]
     assert distribution.files is None and not distribution.requires
-    with pytest.raises(FileNotFoundError, match="mamba_ssm is answered by"):
+    with pytest.raises(FileNotFoundError, match="mamba_ssm is provided by"):
         distribution.locate_file("x")
     assert importlib.metadata.packages_distributions()["selective_scan_cuda"] == ["mamba_ssm"]
     assert {"ops", "modules", "Mamba", "selective_scan_fn"} <= set(dir(mamba_ssm))
@@ -583,7 +583,7 @@ def test_a_name_whose_package_is_missing_names_it(installed, monkeypatch):
         run("from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel")
 
 
-def test_after_uninstall_nothing_is_answered():
+def test_after_uninstall_nothing_is_provided():
     before = list(sys.meta_path)
     ssm_kernels.compat.install()
     run("from mamba_ssm.ops.triton import ssd_combined")
@@ -613,11 +613,11 @@ def original(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_an_original_that_is_installed_is_left_alone(original, caplog):
+def test_an_original_that_is_installed_is_skipped(original, caplog):
     with caplog.at_level(logging.INFO, "ssm_kernels"):
         done = ssm_kernels.compat.install()
-    assert "mamba_ssm" not in done.answered and done.left == {"mamba_ssm": str(original / "__init__.py")}
-    assert caplog.records[0].levelname == "WARNING" and "mamba_ssm is left alone" in caplog.messages[0]
+    assert "mamba_ssm" not in done.provided and done.skipped == {"mamba_ssm": str(original / "__init__.py")}
+    assert caplog.records[0].levelname == "WARNING" and "mamba_ssm is skipped" in caplog.messages[0]
     namespace = run("import mamba_ssm, causal_conv1d")
     assert namespace["mamba_ssm"].WHO == "the original" and namespace["causal_conv1d"].__version__ == "1.6.1"
     # All of its names: its own module asks for an extension that it may do without.
@@ -631,7 +631,7 @@ def test_an_original_that_is_installed_is_shadowed_when_told(original, caplog):
     before = run("import mamba_ssm")["mamba_ssm"]
     with caplog.at_level(logging.INFO, "ssm_kernels"):
         done = ssm_kernels.compat.install(shadow=True)
-    assert done.answered == tuple(ORIGINALS) and "originals are shadowed" in caplog.messages[0]
+    assert done.provided == tuple(ORIGINALS) and "originals are shadowed" in caplog.messages[0]
     namespace = run("import mamba_ssm\nfrom mamba_ssm.ops.selective_scan_interface import selective_scan_fn")
     assert namespace["mamba_ssm"].__version__ == "2.3.0" and before.WHO == "the original"
     ssm_kernels.compat.uninstall()
@@ -731,10 +731,10 @@ def test_a_program_that_is_not_there(tmp_path, args, message):
 
 def test_the_documentation_has_the_whole_table():
     page = (Path(__file__).parents[3] / "docs" / "drop-in.md").read_text()
-    answered, refused = page.split("## What is refused")
+    provided, refused = page.split("## What is refused")
     for original in ORIGINALS.values():
         for module, names in original.modules.items():
-            row = next((line for line in answered.splitlines() if line.startswith(f"| `{module}`")), "")
+            row = next((line for line in provided.splitlines() if line.startswith(f"| `{module}`")), "")
             assert row, module
             if "functions that it imports" not in row:
                 assert {n for n, t in names.items() if not isinstance(t, Refused)} == {
