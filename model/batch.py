@@ -90,6 +90,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         The batch, on the CPU.
     """
     lengths = torch.tensor([0, *(len(s.input_ids) for s in samples)])
+    # Samples without images are skipped: their tokens have no image positions.
     with_image = [s.images for s in samples if s.images]
     return Batch(
         torch.tensor([t for s in samples for t in s.input_ids], dtype=torch.int64),

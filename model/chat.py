@@ -131,12 +131,14 @@ class Conversation:
         started = time.perf_counter()
         decoder, n_seen = self._rewind(ids)
         embeds, bounds = self._embed(turns, ids, n_seen)
+        # Seeds wrap around at the end of their range.
         config = replace(self.config, seed=(self.config.seed + self._n_asked) % 2**63)
         self._n_asked += 1
         steps = generate_packed(self.lm, embeds, bounds, [ids], self.tokenizer, config, decoder)
         answer: Completion | None = None
         emitted, first_token = "", started
         try:
+            # Generation ends even if the caller stops early.
             with contextlib.closing(steps):
                 for (answer,) in steps:
                     now = time.perf_counter()
@@ -152,13 +154,16 @@ class Conversation:
                     if new:
                         yield new
             assert answer is not None  # the last step yields even where max_new_tokens is 0
+            # Not reached when the caller stops early: the state is then unknown until the next rewind.
             self._state_tokens = ids + answer.ids[:-1]  # the last token was chosen, but not run
         finally:
+            # An interrupted answer counts with the text so far.
             if self.history and answer is not None:
                 self.turns = [*turns, Turn("assistant", answer.text)]
 
     def _tokens(self, turns: list[Turn]) -> list[int]:
         if self.template is None:
+            # Without a template, the text itself is continued.
             return self.tokenizer.encode(turns[-1].text) or [self.tokenizer.eos_id]
         n_image_tokens = self.model.image_tokens if self.image is not None and isinstance(self.model, VLM) else 0
         return self.template.encode(self.tokenizer, turns, n_image_tokens)[0]
@@ -177,6 +182,7 @@ class Conversation:
         if current is not None and is_prefix(current):
             return decoder, len(current)
         if self._checkpoint is not None and is_prefix(self._checkpoint.tokens):
+            # In place: captured graphs read the state at these addresses.
             for layer, saved in zip(decoder.state, self._checkpoint.state, strict=True):
                 for t, s in zip(layer, saved, strict=True):
                     t.copy_(s)
@@ -186,6 +192,7 @@ class Conversation:
 
     def _embed(self, turns: list[Turn], ids: list[int], n_seen: int) -> tuple[EmbedFn, Tensor]:
         """Return a function that embeds the tokens after the first `n_seen`, and their bounds."""
+        # Later turns find the image in the state.
         if self.image is not None and n_seen == 0 and isinstance(self.model, VLM):
             return self.model.packed([self.model.prepare(turns, self.image)])
         return packed_tokens(self.lm, [ids[n_seen:]])

@@ -46,6 +46,7 @@ class LMConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        # Relations between fields; the annotations check each by itself.
         low, high = self.dt_limit
         if low > high:
             raise ValueError(f"dt_limit must be a lower and an upper bound, got {self.dt_limit}")
@@ -137,6 +138,7 @@ class VLMConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         get_template(self.template)
+        # Features of the same patch are concatenated.
         grids = {(v.encoder.grid_size, v.encoder.grid_size) for v in self.vision}
         if len(grids) != 1:
             raise ValueError(f"all vision encoders must give the same grid of patches, got {sorted(grids)}")

@@ -97,11 +97,13 @@ def fetch(
         PermissionError: the repository is gated.
         ConnectionError: the Hub cannot be reached, or fails.
     """
+    # A folder always comes before a repository of the same name.
     path = expand_home(name_or_path)
     if path.is_dir():
         finish_replacing(path)
         return path
     name = str(name_or_path)
+    # Such a name can only be a path: do not ask the Hub for it.
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no folder at {name}")
     source = f"{name} at revision {revision!r}" if revision else name
@@ -115,6 +117,7 @@ def fetch(
             local_files_only=local_files_only,
             allow_patterns=list(patterns),
         )
+    # The Hub's errors become built-in ones with the remedy in the message.
     except HFValidationError as e:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a name of the form 'owner/model'") from e
     except GatedRepoError as e:
@@ -129,9 +132,11 @@ def fetch(
             f"{name!r} is neither a folder nor a repository on the Hub that you may read. Check the spelling; for a "
             "private repository run `hf auth login` or give token="
         ) from e
+    # HF_HUB_OFFLINE is set and the revision is not cached.
     except OfflineModeIsEnabled as e:
         raise FileNotFoundError(_not_cached(source)) from e
     except LocalEntryNotFoundError as e:
+        # The Hub raises the same error for a missing cache entry and for a failed connection.
         if local_files_only or constants.HF_HUB_OFFLINE:
             raise FileNotFoundError(_not_cached(source)) from e
         raise ConnectionError(
@@ -166,7 +171,9 @@ def fetch_model(
             local_files_only=local_files_only,
         )
 
+    # Small files first, then one kind of weights after the other until one exists.
     folder = get(SMALL_FILES)
+    # A local folder has its weights already.
     if expand_home(name_or_path).is_dir():
         return folder
     for kind in WEIGHT_FILES:
@@ -237,9 +244,11 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             "force_download": force_download,
             "local_files_only": local_files_only,
         }
+        # Before the download, which may take minutes.
         check_placement(dtype, device_map)
         folder = fetch_model(name_or_path, **hub)
         config, weights = cls.open_checkpoint(folder, **hub)
+        # No memory until the weights arrive, each directly in its final dtype and place.
         with torch.device("meta"):
             model = cls(config)
         load_into(model, weights, str(folder), dtype, device_map)
@@ -274,6 +283,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         Raises:
             OSError: `save_directory` cannot hold a model, or the disk is full; its content is unchanged.
         """
+        # The mixin would name the repository after the temporary folder.
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing_folder(save_directory) as staged:
@@ -305,6 +315,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
 def unshared(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict with each tensor once, tied parameters under their first name."""
+    # safetensors refuses tensors that share memory.
     state, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -329,9 +340,11 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
     """
     check_replaceable(target)
     target = Path(os.path.realpath(target))
+    # A folder made here is removed again if the save fails.
     is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     finish_replacing(target)
+    # Inside the target: the same file system, so that files can be renamed.
     staged = target / f".{secrets.token_hex(4)}{PARTIAL}"
     staged.mkdir()
     try:
@@ -339,13 +352,16 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
         new = [file for file in staged.rglob("*") if file.is_file()]
         for file in new:
             sync(file)
+        # Index and config last: a reader that finds them finds the files that they refer to.
         names = sorted((file.relative_to(staged).as_posix() for file in new), key=lambda n: (n in LAST, n))
         write_atomic(staged / REPLACEMENT, json.dumps(names))
         sync(staged)
+        # The mark: from here on the new model is the one that counts.
         os.replace(staged, target / READY)
         sync(target)
         finish_replacing(target)
     except OSError as e:
+        # Past the mark, the error must not claim that the old model is still there.
         if (target / READY).exists():
             raise OSError(
                 e.errno, f"{target} holds the new model, of which not all files have their final names: {e.strerror}"
@@ -367,6 +383,7 @@ def check_replaceable(target: str | Path) -> None:
         PermissionError: it may not be written.
     """
     target = Path(os.path.realpath(target))
+    # The closest existing folder decides whether the missing ones can be made.
     there = next(p for p in (target, *target.parents) if p.exists())
     if not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{target} must be a folder, but {there} is a file")
@@ -391,6 +408,7 @@ def finish_replacing(target: Path) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):  # another process does the same
             names = json.loads((ready / REPLACEMENT).read_text(encoding="utf-8"))
+            # The list may have been written by someone else: never rename outside of the folder.
             inside = target.resolve()
             for name in names:
                 place = (target / name).parent
@@ -399,6 +417,7 @@ def finish_replacing(target: Path) -> None:
                 place.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(ready / name, target / name)
+            # Files of the old model that the new one lacks, such as further shards.
             for file in target.iterdir():
                 if is_model_file(file.name) and file.name not in names:
                     file.unlink()

@@ -69,7 +69,7 @@ class ImageProcessor:
             FileNotFoundError, TypeError, ValueError: see `as_rgb`.
         """
         pixels = torch.from_numpy(np.array(self.pixels(image))).permute(2, 0, 1).float() / 255  # (3, size, size)
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))  # (3, 1, 1) each
         return (pixels - mean) / std
 
     def pixels(self, image: ImageLike) -> Image.Image:
@@ -85,18 +85,22 @@ class ImageProcessor:
             FileNotFoundError, TypeError, ValueError: see `as_rgb`.
         """
         image = as_rgb(image)
+        # Width and height after the letterbox, and after resizing.
         borders = _letterbox_borders(image.size) if self.resize == "letterbox" else (0, 0)
         width, height = (s + 2 * border for s, border in zip(image.size, borders, strict=True))
         side = self.resize_to or self.size
         target = (side, side) if self.resize == "naive" else _with_shorter_side((width, height), side)
+        # Pixels to crop away on each axis.
         excess = [s - self.size for s in target]
         # Python rounds a half to the even number, and so does torchvision.
         left, top = (e // 2 if self.resize == "crop-floor" else round(e / 2) for e in excess)
         colour = tuple(int(m * 255) for m in self.mean)
         if max(width * height, target[0] * target[1]) > max(MAX_RESIZED_PIXELS, 4 * image.width * image.height):
+            # Only the crop of a very long image is computed, with equal pixels.
             placement = Placement((width, height), borders, target, (left, top), self.size)
             return Image.fromarray(resize_window(np.asarray(image), placement, colour))
         if any(borders):
+            # Letterbox borders have the mean colour.
             canvas = Image.new("RGB", (width, height), colour)
             canvas.paste(image, borders)
             image = canvas
@@ -121,6 +125,7 @@ def as_rgb(image: ImageLike) -> Image.Image:
     if isinstance(image, str | Path):
         return open_image(image)
     if isinstance(image, np.ndarray):
+        # Floats could be in [0, 1] or in [0, 255]: not guessed.
         if image.dtype != np.uint8:
             raise TypeError(f"an image as an array must be uint8, got {image.dtype}")
         if image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -178,6 +183,7 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
         ValueError: see `open_image`.
     """
     try:
+        # Reads the header only; pixels are decoded by the conversion below.
         image = Image.open(file, formats=_readable_formats())
     except MemoryError:
         raise
@@ -195,6 +201,7 @@ def is_image(name: str) -> bool:
 def _convert(image: Image.Image, name: str) -> Image.Image:
     if not image.width * image.height:
         raise ValueError(f"{name} has no pixels: its size is {image.width} x {image.height}")
+    # Checked before decoding allocates memory.
     if max(image.size) > MAX_IMAGE_SIDE:
         raise ValueError(
             f"{name} is too large: {image.width} x {image.height} pixels, a side beyond {MAX_IMAGE_SIDE:,}"
@@ -219,6 +226,7 @@ def _undecodable(name: str, error: Exception) -> ValueError:
 @functools.cache
 def _readable_formats() -> tuple[str, ...]:
     """Return those of `FORMATS` that this build of Pillow supports."""
+    # Loads all plugins.
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

@@ -60,6 +60,7 @@ def flops_per_token(config: LMConfig, prefill: bool) -> Flops:
         Operations by part; see `Flops`.
     """
     width, inner, state = config.d_model, config.expand * config.d_model, config.d_state
+    # The formulas of `Flops`.
     if config.layer == "mamba":
         rank = math.ceil(width / 16) if config.dt_rank is None else config.dt_rank
         projections = 2 * (2 * width * inner + inner * (rank + 2 * state) + rank * inner + inner * width)
@@ -118,6 +119,7 @@ class Report:
                 rows.append((f"{name}, a token", f"{_flops(flops.total)} ({shares})"))
         if self.image_tokens is not None:
             rows.append(("an image", f"{self.image_tokens} tokens"))
+        # Two columns.
         width = max(len(label) for label, _ in rows)
         lines = [f"{label:<{width}}  {value}" for label, value in rows]
         return "\n".join([f"{self.name}: {self.model}, format {self.format}", *lines])
@@ -142,6 +144,7 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         kind, layout = VLM, "preset"
         with torch.device("meta"):
             model: nn.Module = VLM(PRESETS[str(name_or_path)].config)
+        # Meta tensors in place of the weights of a preset, which are not downloaded.
         weights = Weights.from_tensors(model.state_dict())
     else:
         folder = fetch_model(name_or_path, **hub)
@@ -149,11 +152,13 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         config, weights = kind.open_checkpoint(folder, **hub)
         with torch.device("meta"):
             model = kind(config)  # pyright: ignore[reportArgumentType]  config and class belong together
+    # The same check as loading, so that a report means that the model loads.
     own, tied = check_fit(model, weights, str(name_or_path))
     stored = weights.dtypes
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     weight_bytes = 0
+    # Once per tensor: tied parameters have several names.
     for names in tied.values():
         loaded = dtype_of(names[0], next(stored[n] for n in names if n in stored), dtype)
         n = own[names[0]].numel()
@@ -167,6 +172,7 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         state_bytes = 0
         for i, one in enumerate(lm.new_state(1)):
             name = f"{prefix}backbone.layers.{i}.mixer.conv1d.weight"
+            # The convolution's state has the dtype of its weight, the SSM state is at least float32.
             inputs = dtype_of(name, stored[name], dtype)
             state_bytes += one.conv.numel() * inputs.itemsize
             state_bytes += one.ssm.numel() * torch.promote_types(inputs, torch.float32).itemsize

@@ -117,6 +117,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
                 it by itself.
         """
         rows = self.config.padded_vocab_size
+        # Reading values would synchronize a GPU, and break a traced graph.
         if has_readable_values(input_ids) and input_ids.numel():
             low, high = input_ids.aminmax()
             if low < 0 or high >= rows:
@@ -150,6 +151,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
     def load_extras(self, folder: Path, **hub: Any) -> None:
         if (folder / TOKENIZER).exists():
             self.tokenizer = Tokenizer.from_file(folder / TOKENIZER)
+        # Their repositories have no tokenizer.
         elif detect_format(folder) == "state-spaces" and self.config.vocab_size == NEOX_VOCABULARY:
             self.tokenizer = neox_tokenizer(**hub)
         elif detect_format(folder) != "own":
@@ -168,6 +170,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         Raises:
             ValueError: the model has no tokenizer.
         """
+        # A string is a sequence of strings, and would be read as one prompt per character.
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be a list of texts, got the text {prompts!r}")
         *_, completions = generate_texts(self, prompts, config)

@@ -30,6 +30,7 @@ def model_class(folder: Path) -> type[MambaLM | VLM | ViT]:
     layout = detect_format(folder)
     if layout in ("ml-mamba", "cobra"):
         return VLM
+    # timm's repositories that are known have encoders only.
     if layout == "timm":
         return ViT
     if layout in ("own", "transformers"):

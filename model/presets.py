@@ -51,6 +51,7 @@ class Preset:
         Returns:
             The config, and the weights of everything but the connector, unread.
         """
+        # The file's config rather than the published one, in case the repository differs.
         config, lm = language.open_language_model(fetch_model(self.language, **hub))
         vision, encoders = open_encoders(self.encoders, self.resize, **hub)
         weights = merged({"language_model.": lm, "": encoders})

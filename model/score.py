@@ -175,5 +175,5 @@ def _score_after(
 def _target_logprob(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return each target's log-probability (T,) in float64, and 1 where it is the argmax of logits (T, V)."""
     at_target = logits.gather(1, targets[:, None]).squeeze(1)  # (T,)
-    logprob = at_target.double() - logits.logsumexp(1).double()
+    logprob = at_target.double() - logits.logsumexp(1).double()  # (T,)
     return logprob, (logits.argmax(1) == targets).long()

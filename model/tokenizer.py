@@ -71,6 +71,7 @@ class Tokenizer:
             The tokenizer.
         """
         inner = tokenizers.Tokenizer(models.BPE())
+        # Bytes as the alphabet, so that no text is unknown.
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -89,6 +90,7 @@ class Tokenizer:
             path: of the `tokenizer.json`.
         """
         self.inner.save(str(path))
+        # The default name needs no config.
         if self.eos != END_OF_TEXT:
             Path(path).with_name(CONFIG).write_text(json.dumps({"eos_token": self.eos}) + "\n", encoding="utf-8")
 

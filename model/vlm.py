@@ -119,6 +119,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         targets = batch.next_tokens()  # (T,)
         if (targets == IGNORE).all():
             raise ValueError("the batch has no target: every label is IGNORE")
+        # Tokens of this rank within context parallelism, else all.
         sharding = current_sharding()
         start, end = (0, batch.n_tokens) if sharding is None else sharding.span
         targets = targets[start:end]  # (T of this rank,)
@@ -150,6 +151,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         n_positions = int(positions.sum())
         features = None
         images = batch.images
+        # Features of the blank image are used by no position.
         if not images and self.always_encodes:
             sizes = [v.encoder.image_size for v in self.config.vision]
             images = tuple(torch.zeros(1, 3, size, size, device=positions.device) for size in sizes)
@@ -164,6 +166,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             is_image = positions[start:end]  # (end - start,)
             embeds = self.language_model.embed(batch.input_ids[start:end].masked_fill(is_image, 0))
             if features is not None:
+                # Features of the images before this range are skipped.
                 n_before = int(positions[:start].sum()) if start else 0
                 embeds = embeds.masked_scatter(is_image[:, None], features[n_before:].to(embeds))
             return embeds.unsqueeze(0)  # (1, end - start, D)
@@ -309,6 +312,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             A function that embeds ranges of the packed tokens, and the bounds (S + 1,) of the samples.
         """
         batch = collate(samples)
+        # Encoders may have another device and dtype than the language model.
         encoder = next(self.vision.parameters())
         images = tuple(i.to(encoder.device, encoder.dtype) for i in batch.images)
         batch = replace(batch.to(self.language_model.backbone.embedding.weight.device), images=images)
@@ -368,6 +372,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         config, pretrained = preset.open(**hub)
         with torch.device("meta"):
             vlm = cls(config, neox_tokenizer(**hub))
+        # The seed of the caller's generator is left alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             connector = build_connector(config.connector, vlm.vision.width, config.language.d_model)

@@ -118,11 +118,13 @@ class Weights(Mapping[str, Tensor]):
             ValueError: two tensors would have the same name.
         """
         if isinstance(names, Mapping):
+            # A function decides about every name, a mapping only about those that it has.
             mapping = names
             pairs = [(old, mapping.get(old, old)) for old in self]
         else:
             pairs = [(old, names(old)) for old in self]
         renamed = [(old, new) for old, new in pairs if new is not None]
+        # Two names that map to one would silently drop a tensor.
         duplicates = [new for new, n in Counter(new for _, new in renamed).items() if n > 1]
         if duplicates:
             olds = [old for old, new in renamed if new == duplicates[0]]
@@ -170,6 +172,7 @@ def _open_shards(index: Path) -> Weights:
         shards = sorted(set(shard_of.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index} is not an index of shards: {type(e).__name__}: {e}") from e
+    # The index is untrusted: a shard must be a file next to it.
     outside = [s for s in shards if not isinstance(s, str) or Path(s).name != s]
     if outside:
         raise ValueError(f"{index} names a shard outside its folder: {outside[0]!r}")
@@ -179,6 +182,7 @@ def _open_shards(index: Path) -> Weights:
             f"{index} names {len(absent)} of {len(shards)} shards that are not there, so the download is incomplete: "
             + ", ".join(absent)
         )
+    # Only headers are read here.
     weights = _open_files([index.parent / s for s in shards])
     lost = [f"{name} in {shard}" for name, shard in shard_of.items() if name not in weights]
     if lost:
@@ -214,9 +218,11 @@ class _OneOpenFile:
 
 
 def _contents(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    # A pickle has no header: it is unpickled onto the meta device.
     if not _is_safetensors(path):
         return {name: (t.shape, t.dtype) for name, t in _pickled(path, "meta").items()}
     file = _safetensors(path)
+    # Slices carry shape and dtype without reading data.
     slices = {name: file.get_slice(name) for name in file.keys()}
     unknown = {s.get_dtype() for s in slices.values()} - _DTYPES.keys()
     if unknown:
@@ -237,6 +243,7 @@ def _safetensors(path: Path) -> Any:
 
 def _pickled(path: Path, device: str) -> dict[str, Tensor]:
     with open(path, "rb") as f:
+        # The magic number of a zip archive, the pickle format since PyTorch 1.6.
         zipped = f.read(4) == b"PK\x03\x04"
     try:
         # Pickles from before PyTorch 1.6 cannot be mapped.
@@ -249,6 +256,7 @@ def _pickled(path: Path, device: str) -> dict[str, Tensor]:
                 f"{path} is a pickle of more than tensors. Reading it could run code, so it is refused: {wanted[0]}"
             ) from e
         raise _damaged(path, e) from e
+    # Other objects, such as step counters, are ignored.
     tensors = dict(_flattened(data, ""))
     if not tensors:
         raise ValueError(f"{path} holds no tensors")
@@ -265,6 +273,7 @@ def _flattened(data: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 def _damaged(path: Path, error: Exception) -> ValueError:
     with open(path, "rb") as f:
+        # A clone without Git LFS has a text file of some 130 bytes in place of the weights.
         pointer = f.read(32).startswith(b"version https://git-lfs")
     if pointer:
         return ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
@@ -285,6 +294,7 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     shapes, dtypes = _shapes(weights), _dtypes(weights)
     # Meta tensors: the plan of the shards needs no data.
     planned = {name: torch.empty(shapes[name], dtype=dtypes[name], device="meta") for name in weights}
+    # The Hub's own splitting, so that shards are named as everywhere else.
     plan = split_torch_state_dict_into_shards(planned, max_shard_size=MAX_SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
         save_tensors({name: weights[name].contiguous() for name in names}, folder / file)
@@ -335,10 +345,12 @@ def load_into(
             that differ; or a name that `device_map` does not cover.
     """
     check_placement(dtype, device_map)
+    # All mismatches are reported at once, before anything is allocated.
     own, names = check_fit(model, weights, source)
     devices = _devices(device_map, [same[0] for same in names.values()])
     _check_one_device(model, devices)
 
+    # By the id of the model's own tensor, so that tied parameters are loaded once.
     made: dict[int, Tensor] = {}
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -346,6 +358,7 @@ def load_into(
             new = torch.empty(
                 tensor.shape, dtype=dtype_of(name, tensor.dtype, dtype), device=devices[names[id(old)][0]]
             ).copy_(tensor)
+            # The second name of a tied parameter must hold the same values.
             if id(old) not in made:
                 made[id(old)] = new
             elif not torch.equal(made[id(old)], new.to(made[id(old)].device)):
@@ -356,6 +369,7 @@ def load_into(
     for key, same in names.items():
         old, new = own[same[0]], made[key]
         if isinstance(old, nn.Parameter):
+            # Attributes of parameters are lost with the replaced object.
             marks = vars(old)  # such as `_no_weight_decay`
             new = nn.Parameter(new, requires_grad=old.requires_grad)
             vars(new).update(marks)
@@ -383,6 +397,7 @@ def check_fit(
     for name, old in own.items():
         names.setdefault(id(old), []).append(name)
     shapes, dtypes = _shapes(weights), _dtypes(weights)
+    # A tied parameter is missing only if all of its names are.
     problems = [f"missing: {same[0]}" for same in names.values() if not any(name in shapes for name in same)]
     problems += [f"unexpected: {name}" for name in shapes if name not in own]
     known = [name for name in own if name in shapes]
@@ -415,6 +430,7 @@ def dtype_of(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torc
     if not stored.is_floating_point:
         return stored
     dtype = wanted or stored
+    # promote_types keeps float64.
     return torch.promote_types(dtype, torch.float32) if _ALWAYS_FLOAT32.fullmatch(name) else dtype
 
 
@@ -445,6 +461,7 @@ def _devices(device_map: DeviceMap, names: list[str]) -> dict[str, torch.device]
         matching = [p for p in devices if not p or name == p or name.startswith(p + ".")]
         if not matching:
             raise ValueError(f"device_map covers {', '.join(map(repr, devices))}, but not the parameter {name}")
+        # The longest prefix is the most specific one.
         placed[name] = devices[max(matching, key=len)]
     return placed
 
@@ -453,6 +470,7 @@ def _check_one_device(model: nn.Module, devices: Mapping[str, torch.device]) -> 
     """Check that modules with `one_device`, to which inputs are moved, are on one device each."""
     for prefix, module in model.named_modules():
         if getattr(module, "one_device", False):
+            # Mixers and norms of a layer run as one fused sequence without moves in between.
             of_module = {str(d) for name, d in devices.items() if name.startswith(prefix + ".")}
             if len(of_module) > 1:
                 raise ValueError(f"device_map splits {prefix} over {', '.join(sorted(of_module))}; give it one device")
@@ -460,6 +478,7 @@ def _check_one_device(model: nn.Module, devices: Mapping[str, torch.device]) -> 
 
 def _device(prefix: str, device: str | int | torch.device) -> torch.device:
     where = f"device_map[{prefix!r}]" if prefix else "device_map"
+    # accelerate's name for offloading.
     if device == "disk":
         raise ValueError(f"{where} is 'disk': offloading to disk is not supported; give a device with enough memory")
     try:

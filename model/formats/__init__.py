@@ -69,15 +69,18 @@ def detect_format(folder: str | Path) -> str:
         ValueError: it is of no known format; the message has what was found and what is known.
     """
     folder = checkpoint_folder(folder)
+    # ML-Mamba's repository has no config.
     if not (folder / "config.json").exists() and (folder / RELEASED).exists():
         return "ml-mamba"
     if not (folder / "config.json").exists() and (folder / "params.json").exists():
+        # Mistral's transformers have a params.json too, without n_groups.
         keys = read_json(folder / "params.json").keys()
         if {"dim", "n_layers", "n_groups"} <= keys:
             return "mistral"
         raise _unknown(folder / "params.json", keys)
     data = read_json(folder / "config.json")
     keys = data.keys()
+    # From the most specific to the least: own configs share keys with the others.
     if "model_type" in keys:
         return "transformers"
     if "architecture" in keys and ("pretrained_cfg" in keys or "num_features" in keys):
@@ -85,6 +88,7 @@ def detect_format(folder: str | Path) -> str:
     if {"d_model", "n_layer", "ssm_cfg"} <= keys:
         return "state-spaces"
     if (folder / RELEASED).exists() or (folder / "checkpoints" / RELEASED).exists() or "model" in keys:
+        # Cobra nests the settings of the model among those of its training run.
         settings = data["model"] if isinstance(data.get("model"), dict) else data
         if "llm_backbone_id" in settings:
             return "ml-mamba" if str(settings["llm_backbone_id"]).startswith("mamba2") else "cobra"
@@ -102,6 +106,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if any((folder / name).exists() for name in ("config.json", "params.json", RELEASED)):
         return folder
+    # Cobra's repository has one folder per model.
     inner = sorted(path.parent for path in folder.glob("*/config.json"))
     if len(inner) > 1:
         raise ValueError(f"{folder} holds several models: give the folder of one, as {inner[0]}")

@@ -37,6 +37,7 @@ _REQUIRED = object()
 Table = Mapping[str, tuple[str, Any]]
 """Settings of a layout: field of `LMConfig` -> (key in the file, default of the layout)."""
 
+# Defaults are those of `mamba_ssm`'s MambaConfig.
 STATE_SPACES: Table = {
     "d_model": ("d_model", 2560),
     "n_layer": ("n_layer", 64),
@@ -45,6 +46,7 @@ STATE_SPACES: Table = {
     "tie_embeddings": ("tie_embeddings", True),
     "pad_vocab_size_multiple": ("pad_vocab_size_multiple", 8),
 }
+# Arguments of both mixers of `mamba_ssm`.
 _SSM_CFG: Table = {
     "d_conv": ("d_conv", 4),
     "expand": ("expand", 2),
@@ -55,6 +57,7 @@ STATE_SPACES_SSM_CFG: dict[str, Table] = {
     "mamba": {
         "d_state": ("d_state", 16),
         **_SSM_CFG,
+        # ceil(d_model / 16)
         "dt_rank": ("dt_rank", "auto"),
     },
     "mamba2": {
@@ -67,6 +70,7 @@ STATE_SPACES_SSM_CFG: dict[str, Table] = {
 }
 """Keys inside `ssm_cfg`, by `LMConfig.layer`."""
 
+# Defaults are those of the configuration classes of `transformers`.
 _TRANSFORMERS: Table = {
     "d_conv": ("conv_kernel", 4),
     "bias": ("use_bias", False),
@@ -98,6 +102,7 @@ TRANSFORMERS: dict[str, Table] = {
 }
 """Keys by `model_type`. Of `vocab_size`, `expand` and `num_heads` the meaning differs: see `from_transformers`."""
 
+# The file has all of its settings.
 MISTRAL: Table = {
     "d_model": ("dim", _REQUIRED),
     "n_layer": ("n_layers", _REQUIRED),
@@ -123,6 +128,7 @@ def open_language_model(folder: Path) -> tuple[LMConfig, Weights]:
         ValueError: it is no language model, or one that is not supported; or a file is damaged.
     """
     layout = detect_format(folder)
+    # This library's own config needs no conversion.
     if layout == "own":
         if "d_model" not in read_json(folder / "config.json"):
             raise ValueError(f"{folder} holds another model of this library, not a language model")
@@ -160,6 +166,7 @@ def from_state_spaces(data: Mapping[str, Any]) -> LMConfig:
         ValueError: a setting that is not supported or not known, by name.
     """
     settings = _Settings(data, "config.json")
+    # Architectures that only the drop-in class has: layer norm, MLPs, attention.
     for key, supported in (("rms_norm", True), ("d_intermediate", 0), ("attn_layer_idx", [])):
         settings.require(key, supported, _ANY_LAYER)
     settings.ignore("attn_cfg", "fused_add_norm", *GENERIC)
@@ -167,14 +174,18 @@ def from_state_spaces(data: Mapping[str, Any]) -> LMConfig:
     kind = ssm.take("layer", "Mamba1")
     if kind not in ("Mamba1", "Mamba2"):
         raise ValueError(f"ssm_cfg.layer must be 'Mamba1' or 'Mamba2', got {kind!r}")
+    # Initialization and placement.
     ssm.ignore("dt_min", "dt_max", "dt_init_floor", "conv_init", "device", "dtype")
     if kind == "Mamba1":
+        # Initialization, and a switch between equal implementations.
         ssm.ignore("dt_init", "dt_scale", "use_fast_path")
     else:
+        # Results do not depend on chunking or parallelism.
         ssm.ignore("chunk_size", "A_init_range", "use_mem_eff_path", "process_group", "sequence_parallel")
         for key, supported in (("rmsnorm", True), ("norm_before_gate", False), ("D_has_hdim", False), ("d_ssm", None)):
             ssm.require(key, supported, _ANY_LAYER)
     layer = "mamba" if kind == "Mamba1" else "mamba2"
+    # The rest is one to one.
     values = settings.take_table(STATE_SPACES) | ssm.take_table(STATE_SPACES_SSM_CFG[layer])
     config = LMConfig(layer=layer, **_decoded(values))
     ssm.reject_unread()
@@ -191,6 +202,7 @@ def to_state_spaces(config: LMConfig) -> dict[str, Any]:
     Raises:
         ValueError: a setting that the format cannot hold, by name.
     """
+    # mamba_ssm has no keys for these.
     for name, supported in (("norm_eps", 1e-5), ("dt_bc_norm_eps", None)):
         value = getattr(config, name)
         if value != supported:
@@ -199,6 +211,7 @@ def to_state_spaces(config: LMConfig) -> dict[str, Any]:
     ssm: dict[str, Any] = {"layer": "Mamba2"} if mamba2 else {}
     for ours, (theirs, default) in STATE_SPACES_SSM_CFG[config.layer].items():
         value = "auto" if ours == "dt_rank" and config.dt_rank is None else getattr(config, ours)
+        # Published files hold only what differs from the defaults.
         if value != default:
             ssm[theirs] = value
     data = {theirs: getattr(config, ours) for ours, (theirs, _) in STATE_SPACES.items()}
@@ -231,8 +244,10 @@ def from_transformers(data: Mapping[str, Any]) -> LMConfig:
     if act not in ("silu", "swish"):
         raise ValueError(f"hidden_act must be 'silu', got {act!r}")
     settings.require("rms_norm", True)
+    # Quantized weights have other names and shapes.
     settings.require("quantization_config", None)
     values = settings.take_table(TRANSFORMERS[model_type])
+    # The inner width has its own key for Mamba-1, and follows from expand for Mamba-2.
     d_model = values["d_model"]
     inner = int(settings.take("expand", 2) * d_model)
     if not mamba2:
@@ -266,6 +281,7 @@ def to_transformers(config: LMConfig, special: Mapping[str, Any] | None = None) 
         config: of the model.
         special: `bos_token_id`, `eos_token_id` and `pad_token_id`; 0 where absent, as in GPT-NeoX.
     """
+    # Falcon-Mamba is a Mamba-1 with norms of dt, B and C.
     model_type = config.layer if config.dt_bc_norm_eps is None else "falcon_mamba"
     architecture = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba"}[model_type]
     inner = config.expand * config.d_model
@@ -280,6 +296,7 @@ def to_transformers(config: LMConfig, special: Mapping[str, Any] | None = None) 
     }
     if model_type == "mamba2":
         data |= {"num_heads": inner // config.headdim, "chunk_size": 256}
+        # Written only if it differs from the default.
         low_high = data.pop("time_step_limit")
         if low_high != (0.0, math.inf):
             # Standard JSON has no infinity; this is how `transformers` writes one.
@@ -302,6 +319,7 @@ def from_mistral(data: Mapping[str, Any]) -> LMConfig:
     settings.require("model_type", "mamba")
     settings.require("rms_norm", True)
     settings.ignore("fused_add_norm")
+    # The state size is not in the file: it is the default of mamba_ssm's Mamba2.
     config = LMConfig(layer="mamba2", d_state=128, **settings.take_table(MISTRAL))
     settings.reject_unread()
     return config
@@ -328,6 +346,7 @@ class _Settings:
         if value is _REQUIRED:
             raise ValueError(f"{self.where} has no {key}")
         kind = type(default)
+        # type(), since True is an int to isinstance.
         if kind in (int, bool) and type(value) is not kind:
             raise ValueError(f"{self.where}: {key} must be {kind.__name__}, got {value!r}")
         if kind is int:  # all of them are sizes; LMConfig has limits of its own for each
@@ -368,6 +387,7 @@ def _decoded(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dt_rank(value: Any, d_model: int) -> int | None:
+    # None is stored for the automatic value, so that equal models have equal configs.
     auto = math.ceil(d_model / 16)
     if value in ("auto", auto):
         return None
@@ -394,6 +414,7 @@ def special_tokens(folder: Path) -> dict[str, int]:
         Those of `SPECIAL_TOKENS` that the files have.
     """
     found = {}
+    # The later file takes precedence.
     for file in ("config.json", "generation_config.json"):
         data = read_json(folder / file) if (folder / file).exists() else {}
         found |= {name: data[name] for name in SPECIAL_TOKENS if data.get(name) is not None}
@@ -423,6 +444,7 @@ def _mamba2(d_model: int, n_layer: int, vocab_size: int = NEOX_VOCABULARY, multi
     return LMConfig(d_model, n_layer, vocab_size, "mamba2", d_state=128, pad_vocab_size_multiple=multiple)
 
 
+# size: (d_model, n_layer, parameters)
 _MAMBA = {
     "130m": (768, 24, 129_135_360),
     "370m": (1024, 48, 371_516_416),
@@ -437,6 +459,7 @@ _MAMBA2 = {
     "1.3b": (2048, 48, 1_343_757_312),
     "2.7b": (2560, 64, 2_702_599_680),
 }
+# 7B models with vocabularies of their own.
 _FALCON = LMConfig(4096, 64, 65024, dt_bc_norm_eps=1e-6, tie_embeddings=False, pad_vocab_size_multiple=1)
 _CODESTRAL = LMConfig(
     4096, 64, 32768, "mamba2", d_state=128, ngroups=8, tie_embeddings=False, pad_vocab_size_multiple=1

@@ -94,6 +94,7 @@ def read_vision_config(folder: str | Path) -> VisionConfig:
         with parsing(folder):
             return _read_transformers(folder) if kind == "transformers" else _read_timm(folder)
     if kind == "own":
+        # Written by ViT.save_pretrained, with or without preprocessing.
         encoder = load_config(ViTConfig, folder / "config.json")
         processor = folder / PROCESSOR
         if processor.exists():
@@ -152,6 +153,7 @@ def _read_transformers(folder: Path) -> VisionConfig:
     for name, wanted in (("use_swiglu_ffn", False), ("qkv_bias", True)):
         if settings.get(name, wanted) is not wanted:
             raise ValueError(f"{path}: {name} = {settings[name]} is not supported, only {wanted}")
+    # DINOv2 gives the MLP's width as a ratio. SigLIP has no class token, CLIP no patch bias.
     width = settings["hidden_size"]
     encoder = ViTConfig(
         image_size=_square(settings["image_size"], "image_size", path),
@@ -181,6 +183,7 @@ def _read_transformers_processor(folder: Path, family: str, image_size: int) -> 
     elif (folder / "processor_config.json").exists():
         path = folder / "processor_config.json"
         data = read_json(path).get("image_processor")
+    # No preprocessing file: the defaults of each family.
     if data is None:
         return {
             "clip": ImageProcessor(image_size, "crop-floor", CLIP_MEAN, CLIP_STD),
@@ -203,6 +206,7 @@ def _read_transformers_processor(folder: Path, family: str, image_size: int) -> 
         raise ValueError(f"{path}: rescale_factor must be 1/255, got {data['rescale_factor']}")
 
     size, mean, std = data["size"], _three(data["image_mean"]), _three(data["image_std"])
+    # A shortest edge is resized to; with height and width, the aspect ratio is ignored.
     if isinstance(size, Mapping) and size.keys() == {"shortest_edge"}:
         size = size["shortest_edge"]
     if data.get("do_center_crop"):
@@ -268,6 +272,7 @@ def _read_timm(folder: Path) -> VisionConfig:
     architecture = data["architecture"]
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"{path} has architecture {architecture!r}; known are {', '.join(_ARCHITECTURES)}")
+    # Architecture, then the changes that the file makes to it.
     args = _TIMM_DEFAULTS | _ARCHITECTURES[architecture]
     # OpenAI's weights want quick GELU, which the plain architecture lacks.
     if architecture == "vit_large_patch14_clip_336" and pretrained.get("tag") == "openai":
@@ -282,6 +287,7 @@ def _read_timm(folder: Path) -> VisionConfig:
     args |= changes
     if args["act_layer"] not in ("gelu", "quick_gelu", "gelu_tanh"):
         raise ValueError(f"{path}: act_layer must be 'gelu', 'quick_gelu' or 'gelu_tanh', got {args['act_layer']!r}")
+    # With no_embed_class = False, timm's table has positions for the registers too.
     if args["reg_tokens"] and not args["no_embed_class"]:
         raise ValueError(f"{path}: reg_tokens = {args['reg_tokens']} with no_embed_class = False is not supported")
     channels, *size = pretrained.get("input_size", (3, 224, 224))
@@ -313,6 +319,7 @@ def _read_timm_processor(pretrained: Mapping[str, Any], image_size: int, path: P
     crop_mode = pretrained.get("crop_mode") or "center"
     if crop_mode not in ("center", "squash"):
         raise ValueError(f"{path}: crop_mode must be 'center' or 'squash', got {crop_mode!r}")
+    # timm resizes to the side divided by the crop ratio, then crops the center.
     resize_to = math.floor(image_size / (pretrained.get("crop_pct") or 0.875))
     return ImageProcessor(
         image_size,
@@ -387,6 +394,7 @@ def vision_weights(weights: Weights, config: ViTConfig) -> Weights:
     Raises:
         ValueError: lists the names that are not known; or the position table does not fit.
     """
+    # All unknown names are reported at once.
     unknown: list[str] = []
 
     def ours(name: str) -> str | None:
@@ -410,6 +418,7 @@ def vision_weights(weights: Weights, config: ViTConfig) -> Weights:
         part = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])(\.\w+)", name)
         if part is None:
             out[name] = renamed.lazy(name)
+        # timm has one projection for q, k and v, transformers three.
         elif part[2] == "q":
             parts = [part[1] + p + part[3] for p in "qkv"]
             absent = [p for p in parts if p not in renamed]
@@ -427,16 +436,18 @@ def _fit_positions(out: dict[str, LazyTensor], config: ViTConfig) -> None:
     """Bring `pos_embed` to the size of the config, in place. Modifies `cls_token` where it takes a position."""
     table = out["pos_embed"]
     rows, width = table.shape[-2:]
+    # A table of n * n + 1 rows has one for the class token, one of n * n rows has none.
     of_class = int(rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)
     side = math.isqrt(rows - of_class)
     if side**2 != rows - of_class:
         raise ValueError(f"pos_embed must have a square of positions, and maybe the class token's; it has {rows}")
     if config.position_of_class and not of_class:
         raise ValueError(f"pos_embed must have a position for the class token; it has {rows} = {side} x {side}")
-    table = _reshaped(table, (1, rows, width))
+    table = _reshaped(table, (1, rows, width))  # (1, rows, D)
     if of_class and not config.position_of_class:
         if "cls_token" not in out:
             raise ValueError(f"pos_embed has {rows} positions, one for a class token, but there is no class token")
+        # Adding the position to the token once is equal to adding it at each forward pass.
         token = out["cls_token"]
         out["cls_token"] = LazyTensor(token.shape, token.dtype, lambda: token.read() + table.read()[:, :1])
     n_class = int(config.position_of_class)

@@ -64,6 +64,7 @@ def open_released(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
     folder = checkpoint_folder(folder)
     is_ml_mamba = detect_format(folder) == "ml-mamba"
     settings = _settings(folder)
+    # The pickle has the parts of the model under the key `model`.
     weights = open_weights(_checkpoint(folder)).renamed(lambda name: name.removeprefix("model."))
     language = weights.renamed(_language_name)
     if EMBEDDING not in language:
@@ -71,8 +72,10 @@ def open_released(folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
     language_config = _language_config(language, settings)
     connector = weights.renamed(lambda name: None if name.startswith("llm_backbone.") else name)
     kind = _connector_kind(connector, settings, folder)
+    # Everything but the language model is the connector: encoders stayed frozen and were not saved.
     names = {name: _own_connector_name(name, kind) for name in connector}
 
+    # ML-Mamba's code has these values built in.
     vision_id = _known(settings, "vision_backbone_id", ENCODERS, "dinosiglip-vit-so-384px", folder)
     resize = _known(settings, "image_resize_strategy", RESIZE, "resize-naive", folder)
     vision, encoders = open_encoders(ENCODERS[vision_id], RESIZE[resize], **hub)
@@ -96,11 +99,13 @@ def write_released(config: VLMConfig, weights: Weights, folder: Path, model_id: 
     Raises:
         ValueError: the layout cannot hold a part of the model.
     """
+    # Encoders and resizing must be combinations that the authors' code has names for.
     kind, names = config.connector.kind, tuple(_encoder_name(v) for v in config.vision)
     vision_id = next((key for key, known in ENCODERS.items() if known == names), None)
     resize = {key for key, ours in RESIZE.items() if all(v.processor.resize == ours for v in config.vision)}
     if kind not in ("mlp", "mamba2-mlp", "mamba2-advanced"):
         raise ValueError(f"the released layouts have no connector {kind!r}, only mlp, mamba2-mlp and mamba2-advanced")
+    # Their code loads encoders by name from timm, so other encoders cannot be stored.
     if vision_id is None or not resize:
         raise ValueError(
             "the released layouts know these encoders, as `VISION_ENCODERS` has them: "
@@ -118,6 +123,7 @@ def write_released(config: VLMConfig, weights: Weights, folder: Path, model_id: 
         model.setdefault(part, OrderedDict())[key] = tensor
     llm = model["llm_backbone"]
     prefix = "" if is_ml_mamba else "llm."
+    # Their loader is strict, and expects the head even if it is tied.
     llm.setdefault(prefix + LM_HEAD, llm[prefix + EMBEDDING])
     settings = {
         "model_id": model_id,
@@ -145,6 +151,7 @@ def open_encoders(
     Returns:
         The configs, and the weights as `vision.encoders.*`, unread.
     """
+    # Weights stay unread: only names, shapes and dtypes are needed until loading.
     configs, parts = [], {}
     for i, name in enumerate(names):
         known = VISION_ENCODERS[name]
@@ -192,9 +199,11 @@ def _language_name(name: str) -> str | None:
 def _language_config(weights: Weights, settings: Mapping[str, Any]) -> LMConfig:
     """Derive the config from names and shapes: `config.json` only names the model."""
     shapes = weights.shapes
+    # Every size follows from a shape.
     rows, d_model = shapes[EMBEDDING]
     n_layer = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"backbone\.layers\.(\d+)\.", name)))
     mixer = {name.split(".mixer.")[1]: size for name, size in shapes.items() if ".layers.0.mixer." in name}
+    # out_proj is (D, E).
     inner = mixer["out_proj.weight"][1]
     tied = LM_HEAD not in shapes or torch.equal(weights[LM_HEAD], weights[EMBEDDING])
     common: dict[str, Any] = {
@@ -202,14 +211,17 @@ def _language_config(weights: Weights, settings: Mapping[str, Any]) -> LMConfig:
         "vocab_size": NEOX_VOCABULARY if rows in PADDING else rows, "tie_embeddings": tied,
         "pad_vocab_size_multiple": PADDING.get(rows, 1),
     }  # fmt: skip
+    # Only Mamba-1 projects dt, B and C from x.
     if "x_proj.weight" in mixer:
         return LMConfig(layer="mamba", d_state=mixer["A_log"][1], dt_rank=mixer["dt_proj.weight"][1], **common)
     heads = mixer["D"][0]
+    # The convolution has E + 2GN channels, with G = 1.
     d_state = (mixer["conv1d.weight"][0] - inner) // 2
     return LMConfig(layer="mamba2", d_state=d_state, headdim=inner // heads, chunk_size=256, **common)
 
 
 def _connector_kind(weights: Weights, settings: Mapping[str, Any], folder: Path) -> Kind:
+    # Kinds differ in their parts and numbers of layers.
     parts = {name.split(".")[0] for name in weights}
     layers = sorted({name.split(".")[2] for name in weights if name.startswith("projector.projector.")})
     if parts == {"mlp", "bidirectional_mamba", "projector"} and layers == ["0", "2", "4"]:
@@ -257,6 +269,7 @@ def _released_connector_name(name: str, kind: str) -> str:
 
 def _language_id(config: VLMConfig) -> str:
     """Return the name of a language model in the authors' code: that of its repository."""
+    # The chunk size changes no result, and is not part of a published name.
     own = replace(config.language, chunk_size=LMConfig.chunk_size)
     names = [repo.split("/")[1] for repo, known in PUBLISHED.items() if known.config == own]
     is_chat = config.template == "zephyr" and own.layer == "mamba"

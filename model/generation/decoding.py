@@ -39,7 +39,7 @@ class Decoder:
         with torch.inference_mode(False):  # a state made in inference mode could not be updated outside of it
             self.buffers = lm.new_state(batch)
             self.device = lm.device
-            self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+            self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)  # (batch, 1)
         self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         # No graph spans several devices. Under autocast, cast copies of the weights do not last until a replay.
         self.may_capture = (
@@ -78,11 +78,13 @@ class Decoder:
             except RuntimeError as e:
                 self.may_capture = False
                 warn_once(f"decoding runs without a CUDA graph, since capture failed: {e}")
+        # Eager steps until the graph exists, replays afterwards.
         if self.batch in self.graphs:
             replay, logits = self.graphs[self.batch]
             replay()
             return logits
         self.steps += 1
+        # Warm-up steps count towards the generated text.
         return warm_up(self.step, self.device) if self.may_capture else self.step()
 
     def step(self) -> Tensor:
@@ -96,6 +98,7 @@ _decoders: weakref.WeakKeyDictionary[LanguageModel, Decoder] = weakref.WeakKeyDi
 
 def acquire_decoder(lm: LanguageModel, batch: int) -> Decoder:
     """Take the model's cached decoder where it fits, or make one. Its state is reset."""
+    # Two generators at once must not share buffers.
     decoder = _decoders.pop(lm, None)
     if decoder is None or len(decoder.tokens) < batch or decoder.graph_key != graph_key(lm):
         decoder = Decoder(lm, batch)
@@ -115,6 +118,7 @@ def graph_key(lm: LanguageModel) -> tuple:
     device = lm.device
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     backend = resolve_backend("auto", device, "ssd")
+    # Weights changed in place keep the key: a graph reads their new values.
     weights = tuple((t.data_ptr(), t.dtype) for t in itertools.chain(lm.parameters(), lm.buffers()))
     return device, autocast, backend, torch.get_float32_matmul_precision(), weights
 

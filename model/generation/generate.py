@@ -54,6 +54,7 @@ def generate_tokens(
     if config.max_new_tokens == 0 or not n:
         return
     device = lm.device
+    # Only a decoder that was acquired here is released.
     owned = None
     if decoder is None:
         decoder = owned = acquire_decoder(lm, n)
@@ -65,14 +66,16 @@ def generate_tokens(
         for step in range(config.max_new_tokens):
             tokens = sampler(logits)  # (rows,)
             last = last.index_copy(0, rows, tokens)
+            # The only synchronization of a step: the host needs the tokens to find the end.
             yield last.tolist(), last
+            # The last token is not run: no logits are needed after it.
             if step + 1 == config.max_new_tokens:
                 return
             if finished is not None and any(finished):
                 indices = rows_to_keep([finished[i] for i in rows.tolist()])
                 if len(indices) < len(rows):
-                    keep = torch.tensor(indices, device=device)
-                    rows, tokens = rows[keep], tokens[keep]
+                    keep = torch.tensor(indices, device=device)  # (rows,)
+                    rows, tokens = rows[keep], tokens[keep]  # (rows,) each
                     decoder.select(keep)
                     sampler.select(keep)
             logits = decoder(tokens)  # (rows, V)
@@ -117,6 +120,7 @@ class Completion:
             return
         self.stream.push(token)
         text = self.stream.text
+        # The first stop string in the text, not the first of the list.
         cut = min((i for s in self.stop if (i := text.find(s)) >= 0), default=-1)
         if cut >= 0:
             self.text, self.finished = text[:cut], True
@@ -156,6 +160,7 @@ def generate_packed(
     Raises:
         ValueError: see `generate_tokens` and `check_tokens`.
     """
+    # Before the prefill, which embeds tokens in chunks.
     check_tokens(lm, prompt_ids)
     completions = [Completion(tokenizer, config.stop) for _ in prompt_ids]
     finished = [False] * len(completions)

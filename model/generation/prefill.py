@@ -54,7 +54,9 @@ def prefill_chunks(cu_seqlens: Tensor, chunk_size: int) -> Iterator[PrefillChunk
             raise ValueError(f"a prompt needs at least one token: prompt {i} has none")
     for start in range(0, bounds[-1], chunk_size):
         end = min(start + chunk_size, bounds[-1])
+        # Sequences first, ..., after - 1 overlap the chunk.
         first, after = bisect.bisect_right(bounds, start) - 1, bisect.bisect_left(bounds, end)
+        # Bounds clipped to the chunk and relative to its start.
         inside = [min(max(b - start, 0), end - start) for b in bounds[first : after + 1]]
         last_positions = [b - start - 1 for b in bounds[first + 1 : after + 1] if b <= end]
         yield PrefillChunk(start, end, slice(first, after), torch.tensor(inside, dtype=torch.int32), last_positions)
@@ -110,6 +112,7 @@ def packed_tokens(lm: LanguageModel, tokens: Sequence[Sequence[int]]) -> tuple[E
     Returns:
         A function that embeds a range of them, and their bounds (S + 1,), int32.
     """
+    # On the CPU: one chunk at a time moves to the device.
     ids = torch.tensor([t for sequence in tokens for t in sequence], dtype=torch.int64)  # (total,)
     bounds = torch.tensor([0, *itertools.accumulate(len(t) for t in tokens)], dtype=torch.int32)
 

@@ -59,7 +59,7 @@ class Sampler:
         `torch.multinomial` would synchronize host and device. One draw serves all sequences, so that each sequence
         samples what it would sample alone.
         """
-        noise = torch.empty_like(logits[0]).exponential_(generator=self.generator)
+        noise = torch.empty_like(logits[0]).exponential_(generator=self.generator)  # (V,)
         return noise.clamp_(min=torch.finfo(noise.dtype).tiny)
 
 

@@ -80,10 +80,12 @@ def generation_config(kwargs: Mapping, max_new_tokens: int) -> GenerationConfig:
         ValueError: an argument that is not known, or more than one beam.
     """
     options = {name: value for name, value in kwargs.items() if value is not None}
+    # Names of the limit differ between harnesses and tasks.
     limits = [options.pop(name) for name in _MAX_NEW_TOKENS if name in options]
     until = options.pop("until", ())
     until = [until] if isinstance(until, str) else until
     temperature = float(options.pop("temperature", 1.0 if options.get("do_sample") else 0.0))
+    # do_sample=False takes precedence over any temperature.
     if not options.pop("do_sample", True):
         temperature = 0.0
     if options.pop("num_beams", 1) != 1:
@@ -123,6 +125,7 @@ def generation_batches(
     repeats: Counter = Counter()
     for i, (prompt, kwargs) in enumerate(requests):
         config = generation_config(kwargs, max_new_tokens)
+        # Greedy repeats are equal anyway.
         if config.temperature:
             repeat = repeats[prompt, config]
             repeats[prompt, config] += 1

@@ -33,6 +33,7 @@ class DecoderOnlyOutput:
     """Logits (B, V) before each new token; None if not requested."""
 
     def __getitem__(self, key: str | int) -> Any:
+        # Absent fields have no index, as in `transformers`.
         present = {name: value for name, value in vars(self).items() if value is not None}
         return present[key] if isinstance(key, str) else tuple(present.values())[key]
 
@@ -121,6 +122,7 @@ def decode(
     Raises:
         ValueError: an argument is out of its range; the message names it.
     """
+    # Everything is checked before the model runs.
     _check(input_ids, max_length, repetition_penalty, teacher_outputs)
     check_sampling(top_k, top_p, min_p, temperature)
     batch, length = input_ids.shape
@@ -138,33 +140,38 @@ def decode(
     sequences, scores = [input_ids], []
     while params.seqlen_offset < max_length - 1:
         last = sequences[-1]
+        # The first call is the prefill; each further one takes one token.
         if params.seqlen_offset == 0:
             logits = model(last, position_ids=None, inference_params=params, num_last_tokens=1).logits
         else:
-            positions = torch.full_like(last, params.seqlen_offset)
+            positions = torch.full_like(last, params.seqlen_offset)  # (B, 1)
             logits = (
                 model(last, position_ids=positions, inference_params=params, num_last_tokens=1).logits
                 if run is None
                 else run(last, positions, params.seqlen_offset)
             )
         params.seqlen_offset += last.shape[1]
+        # One position remains: the last.
         logits = logits.squeeze(1)  # (B, V)
         scores.append(logits[:, :vocab_size])
+        # Teacher forcing as far as the given tokens go.
         if teacher_outputs is not None and params.seqlen_offset < teacher_outputs.shape[1]:
-            tokens = teacher_outputs[:, params.seqlen_offset]
+            tokens = teacher_outputs[:, params.seqlen_offset]  # (B,)
         else:
             if repetition_penalty != 1.0:  # before padding rows are cut, since a prompt may have any token
-                seen = torch.cat(sequences, dim=1)
+                seen = torch.cat(sequences, dim=1)  # (B, L)
                 logits = modify_logit_for_repetition_penalty(logits.clone(), seen, repetition_penalty)
-            tokens = sample(logits[:, :vocab_size], top_k, top_p, min_p, temperature)
-        sequences.append(tokens.unsqueeze(1))
+            tokens = sample(logits[:, :vocab_size], top_k, top_p, min_p, temperature)  # (B,)
+        sequences.append(tokens.unsqueeze(1))  # (B, 1)
         if streamer is not None:
             streamer.put(sequences[-1].cpu())
+        # All sequences in the same step, as in the original: none is tracked on its own.
         if eos_token_id is not None and (tokens == eos_token_id).all():
             break
     if streamer is not None:
         streamer.end()
     if enable_timing:
+        # Kernels run asynchronously.
         if input_ids.is_cuda:
             torch.cuda.synchronize(input_ids.device)
         print(f"Prompt processing + decoding time: {1000 * (time.perf_counter() - started):.0f}ms")
@@ -189,12 +196,14 @@ def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.
         ValueError: an argument is out of its range.
     """
     check_sampling(top_k, top_p, min_p, temperature)
+    # Greedy, whatever the temperature.
     if top_k == 1:
         return logits.argmax(dim=-1)
     logits, tokens = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True), None
     if top_k > 0:
         logits, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
     modify_logits_for_min_p_filtering(logits, min_p)
+    # min_p is relative to the distribution at temperature 1.
     logits /= temperature
     modify_logits_for_top_p_filtering(logits, top_p)
     sampled = torch.multinomial(logits.softmax(dim=-1), num_samples=1)  # (B, 1)
@@ -210,7 +219,8 @@ def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
     """Set logits (B, V) outside the nucleus of probability `top_p` to -inf, in place."""
     if not 0 < top_p < 1:
         return
-    ordered, order = logits.sort(dim=-1)
+    ordered, order = logits.sort(dim=-1)  # (B, V) each
+    # Ascending: the tail whose cumulative probability is at most 1 - top_p.
     unlikely = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
     logits.masked_fill_(unlikely.scatter(-1, order, unlikely), -torch.inf)
 
@@ -218,7 +228,7 @@ def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
 def modify_logits_for_min_p_filtering(logits: Tensor, min_p: float) -> None:
     """Set logits (B, V) of tokens less probable than `min_p` times the most probable to -inf, in place."""
     if min_p > 0:
-        probabilities = logits.softmax(dim=-1)
+        probabilities = logits.softmax(dim=-1)  # (B, V)
         logits.masked_fill_(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
 
 
@@ -320,12 +330,14 @@ def update_graph_cache(
     Returns:
         The caches, with `run` for a step.
     """
+    # The first parameter has the device and dtype of the model.
     like = next(model.parameters())
     dtype = like.dtype if dtype is None else dtype
     weights = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
     if (
         cache is None
         or (cache.device, cache.dtype, cache.max_batch_size) != (like.device, dtype, batch_size)
+        # A graph reads the weights at the addresses of its capture.
         or cache.weights != weights
         or max_seqlen > cache.max_seqlen
     ):
@@ -337,10 +349,12 @@ def update_graph_cache(
             lengths_per_sample=torch.full((batch_size,), seqlen_og, dtype=torch.int32, device=like.device),
         )
         cache = DecodingCGCache(batch_size, max_seqlen, like.device, dtype, inference_params=params, weights=weights)
+    # One graph per shape; graphs of an earlier call are kept.
     for steps in decoding_seqlens:
         if (batch_size, steps) not in cache.callables:
             cache.callables[batch_size, steps] = _make_step(model, cache, batch_size, steps, n_warmups)
 
+    # Picks the graph by the shape of the tokens.
     def run(input_ids: Tensor, position_ids: Tensor, seqlen: int) -> Tensor:
         return cache.callables[tuple(input_ids.shape)](input_ids, position_ids, seqlen)
 
@@ -363,7 +377,9 @@ def _make_step(
     if not has_graphs(device):
         warn_once(f"cg=True changes nothing on {device}, which has no CUDA graphs")
         return eager
+    # Static inputs of the graph.
     tokens, positions = (torch.zeros(batch, steps, dtype=torch.long, device=device) for _ in range(2))
+    # Capture at the last position, so that caches of attention are large enough for any replay.
     offset, params.seqlen_offset = params.seqlen_offset, cache.max_seqlen - steps
 
     def step() -> Tensor:
@@ -385,6 +401,7 @@ def _make_step(
         tokens.copy_(input_ids)
         positions.copy_(position_ids)
         replay()
+        # The next replay overwrites the static logits.
         return logits.clone()
 
     return replayed

@@ -80,6 +80,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
     ):
         super().__init__()
         self.config = config
+        # Padding rows make the head's matrix product faster; sampling cuts them by `vocab_size`.
         rows = math.ceil(config.vocab_size / config.pad_vocab_size_multiple) * config.pad_vocab_size_multiple
         self.backbone = MixerModel(
             config.d_model,
@@ -101,6 +102,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out decoding caches and compiled code, which belong to this object only."""
+        # Neither can be pickled or copied.
         own = ("_decoding_cache", "_compiled_call_impl")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
@@ -219,6 +221,7 @@ class MixerModel(nn.Module):
         super().__init__()
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
+        # Layers beyond the last one would be ignored without an error.
         outside = [i for i in attn_layer_idx or [] if not 0 <= i < n_layer]
         if outside:
             raise ValueError(f"attn_layer_idx must lie in [0, n_layer = {n_layer}), got {outside}")
@@ -241,6 +244,7 @@ class MixerModel(nn.Module):
         )
         self.layers = layers  # pyright: ignore[reportAttributeAccessIssue]  ModuleList is not generic in torch's stubs
         self.norm_f = (RMSNorm if rms_norm else nn.LayerNorm)(d_model, eps=norm_epsilon, **like)
+        # Mixer, and MLP where there is one.
         residuals = 1 if d_intermediate == 0 else 2
         options = {"n_residuals_per_layer": residuals} | (initializer_cfg or {})
         self.apply(partial(_init_weights, n_layer=n_layer, **options))
@@ -258,8 +262,11 @@ class MixerModel(nn.Module):
             (B, L, D) after the final norm.
         """
         hidden, residual = self.embedding(input_ids), None  # (B, L, D)
+        # Pre-norm blocks: the residual is added by the next block's norm.
         for layer in self.layers:
-            hidden, residual = layer(hidden, residual, inference_params=inference_params, **mixer_kwargs)
+            hidden, residual = layer(
+                hidden, residual, inference_params=inference_params, **mixer_kwargs
+            )  # (B, L, D) each
         return add_norm(self.norm_f, hidden, residual, self.residual_in_fp32, self.fused_add_norm)[0]
 
     def allocate_inference_cache(
@@ -296,12 +303,14 @@ def create_block(
     if layer_idx in (attn_layer_idx or []):
         mixer = partial(MHA, layer_idx=layer_idx, **(attn_cfg or {}), **like)
     else:
+        # `layer` is removed below; the config keeps it.
         options = copy.deepcopy(ssm_cfg or {})
         kind = options.pop("layer", "Mamba1")
         if kind not in ("Mamba1", "Mamba2"):
             raise ValueError(f"ssm_cfg: layer must be 'Mamba1' or 'Mamba2', got {kind!r}")
         mixer = partial(Mamba2 if kind == "Mamba2" else Mamba, layer_idx=layer_idx, **options, **like)
     norm = partial(RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **like)
+    # Block adds no MLP for nn.Identity.
     mlp = nn.Identity
     if d_intermediate:
         mlp = partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **like)
@@ -334,6 +343,7 @@ def _init_weights(
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=initializer_range)
+    # GPT-2, section 2.3: each projection into the residual stream is scaled by 1 / sqrt(their number).
     if rescale_prenorm_residual:
         for name, p in module.named_parameters():
             if name in ("out_proj.weight", "fc2.weight"):
@@ -345,6 +355,7 @@ def _init_weights(
 def _open(folder: Path) -> tuple[MambaConfig, Weights]:
     """Return the config of a checkpoint and its weights under the names of the model, unread."""
     if detect_format(folder) != "state-spaces":
+        # Any other layout is converted to the settings of `mamba_ssm`.
         other, weights = open_language_model(folder)
         return MambaConfig(**to_state_spaces(other)), weights
     data = {name: value for name, value in read_json(folder / CONFIG).items() if name not in GENERIC}
@@ -358,8 +369,10 @@ def _open(folder: Path) -> tuple[MambaConfig, Weights]:
 
 @torch.no_grad()
 def _copy_into(model: MambaLMHeadModel, weights: Weights, source: str) -> None:
+    # Shapes first, so that a mismatch lists every parameter.
     own, _ = check_fit(model, weights, source)
     if model.config.tie_embeddings and LM_HEAD in weights and EMBEDDING in weights:
+        # Loading either one would silently change the model.
         if not torch.equal(weights[LM_HEAD], weights[EMBEDDING]):
             raise ValueError(f"{source}: tie_embeddings is true, but {LM_HEAD} and {EMBEDDING} differ")
     for name, tensor in weights.items():
