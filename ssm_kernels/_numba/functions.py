@@ -17,7 +17,7 @@ from .lanes import (
     constant,
     fma_value,
     polynomial,
-)  # fmt: skip
+)
 
 LOG2_E = math.log2(math.e)
 LOG2_E_LOW = 2.0355273740931033e-17

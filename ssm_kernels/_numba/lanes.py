@@ -16,9 +16,9 @@ from numba.core.datamodel import models
 from numba.core.extending import intrinsic, lower_builtin, register_model
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
+from .launch import BLOCK
+
 BYTES = 64
-BLOCK = 64
-"""Channels of a tile."""
 
 
 class Lanes(types.Type):
@@ -283,6 +283,17 @@ def fill(tile, value):
 
 
 @njit
+def locate_tile(tile, dim, groups):
+    """Return the sequence of a tile, its first channel, and its number of channels."""
+    per_group = dim // groups
+    blocks = (per_group + BLOCK - 1) // BLOCK
+    sequence, block = tile // (groups * blocks), tile % (groups * blocks)
+    group, block = block // blocks, block % blocks
+    channel = group * per_group + block * BLOCK
+    return sequence, channel, min(BLOCK, (group + 1) * per_group - channel)
+
+
+@njit
 def read_rows(source, i, first, count, channel, width, tile):
     """Copy source[i, first : first + count, channel : channel + width] to the rows of a tile (count, BLOCK).
 
@@ -291,6 +302,13 @@ def read_rows(source, i, first, count, channel, width, tile):
     row_stride, stride = source.strides[1] // source.itemsize, source.strides[2] // source.itemsize
     offset = i * (source.strides[0] // source.itemsize) + first * row_stride + channel * stride
     n = lane_count(tile)
+    if row_stride == 1 and stride != 1:  # neighbours in memory are neighbours in time
+        for r in range(count):
+            store(tile, r * BLOCK + (width - 1) // n * n, splat(tile, 0.0))
+        for k in range(width):
+            for r in range(count):
+                set_element(tile, r * BLOCK + k, element(source, offset + k * stride + r))
+        return
     n_vectors = width // n if stride == 1 else 0
     for r in range(count):
         at = r * BLOCK
@@ -309,6 +327,11 @@ def write_rows(tile, target, i, first, count, channel, width):
     row_stride, stride = target.strides[1] // target.itemsize, target.strides[2] // target.itemsize
     offset = i * (target.strides[0] // target.itemsize) + first * row_stride + channel * stride
     n = lane_count(tile)
+    if row_stride == 1 and stride != 1:
+        for k in range(width):
+            for r in range(count):
+                set_element(target, offset + k * stride + r, element(tile, r * BLOCK + k))
+        return
     n_vectors = width // n if stride == 1 else 0
     for r in range(count):
         at = r * BLOCK

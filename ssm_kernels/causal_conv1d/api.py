@@ -12,7 +12,7 @@ from .._core.invariant import silu
 from .._core.sharding import shardable
 from .._core.validation import check_tensor
 from .._core.varlen import check_packing
-from . import pytorch, reference, triton
+from . import numba, pytorch, reference, triton
 
 
 class CausalConv1dOutput(NamedTuple):
@@ -75,7 +75,7 @@ def causal_conv1d(
             x.unsqueeze(2), weight, bias, activation == "silu", initial_states, cu_seqlens, seq_idx
         )
         return CausalConv1dOutput(y.squeeze(2), final_states)
-    conv = {"torch": pytorch.conv, "reference": reference.conv}[chosen]
+    conv = {"numba": numba.conv, "torch": pytorch.conv, "reference": reference.conv}[chosen]
     y, final_states = conv(x, weight, bias, activation == "silu", initial_states, cu_seqlens, seq_idx)
     return CausalConv1dOutput(y.to(x.dtype), final_states.to(x.dtype))
 
@@ -102,9 +102,11 @@ def causal_conv1d_step(
     check_tensor("x", x, ("B", "D"))
     _check_weights(x, weight, bias, activation)
     check_tensor("state", state, (x.shape[0], weight.shape[1] - 1, x.shape[1]), like=x)
-    if resolve_backend(backend, x.device, "causal_conv1d") == "triton":
+    chosen = resolve_backend(backend, x.device, "causal_conv1d")
+    if chosen in ("triton", "numba"):
+        conv_step = {"triton": triton.conv_step, "numba": numba.conv_step}[chosen]
         with torch.no_grad():
-            return triton.conv_step(state, x, weight, bias, activation == "silu")
+            return conv_step(state, x, weight, bias, activation == "silu")
     compute = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad():
         window = torch.cat([state, x.unsqueeze(1).to(state.dtype)], dim=1)  # (B, K, D)

@@ -16,6 +16,11 @@ FEWER = settings(max_examples=3 if is_interpreted() else 25)  # each program is 
 needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
 
 
+@pytest.fixture(scope="module")
+def backend(compiled_or_not):
+    return compiled_or_not
+
+
 def make(batch=2, length=7, dim=3, width=4, dtype=torch.float64, rows=None, seed=0, **without):
     g = torch.Generator().manual_seed(seed)
 
@@ -190,6 +195,20 @@ def test_chunked_ops_pass_opcheck():
     torch.library.opcheck(torch.ops.ssm_kernels.causal_conv1d_torch.default, args)
     y, final = torch.ops.ssm_kernels.causal_conv1d_torch(*args)
     torch.library.opcheck(torch.ops.ssm_kernels.causal_conv1d_torch_backward.default, (*args, y, final))
+
+
+@pytest.mark.parametrize("layout", ["dense", "steps first"])
+def test_numba_ops_pass_opcheck(layout):
+    pytest.importorskip("numba")
+    from ssm_kernels.causal_conv1d import numba
+
+    t = {k: v.float() for k, v in make(2, 40, 6).items()}
+    arguments = (LAYOUTS[layout](t["x"]), t["weight"], t["bias"], True, t["initial_states"], None, None)
+    torch.library.opcheck(numba._forward_op, arguments)
+    dy, dfinal = (m.clone() for m in numba._forward_op(*arguments))
+    torch.library.opcheck(numba._backward_op, (*arguments, dy, dfinal))
+    torch.library.opcheck(numba._backward_op, (*arguments, dy, None))
+    torch.library.opcheck(numba._step_op, (torch.randn(2, 3, 6), t["x"][:, 0], t["weight"], None, True))
 
 
 def kernel_arguments(layout="dense", **without):

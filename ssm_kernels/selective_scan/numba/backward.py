@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
@@ -14,7 +12,6 @@ from ..._core.varlen import parse_sequences
 from ..._numba.compile import Kernel
 from ..._numba.functions import LOG2_E, exp2, sigmoid
 from ..._numba.lanes import (
-    BLOCK,
     add_totals,
     aligned_empty,
     element,
@@ -22,30 +19,18 @@ from ..._numba.lanes import (
     fma,
     lane_count,
     load,
+    locate_tile,
     read_rows,
     splat,
     store,
     write_rows,
-)  # fmt: skip
+)
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, sequence_table, split_sequences, sum_parts
 from ..._numba.threads import run_tiles
 from . import INTERVAL
-from .tiles import (
-    as_array,
-    as_row,
-    count_tiles,
-    locate_part,
-    locate_tile,
-    n_groups,
-    prepare_steps,
-    read_coefficients,
-    sequence_table,
-    with_four_dims,
-    write_coefficients,
-)  # fmt: skip
+from .tiles import locate_part, n_groups, prepare_steps, read_coefficients, with_four_dims, write_coefficients
 
 LN_2 = math.log(2)
-MAX_SLOTS = 16
-"""Runs of sequences whose shares of a common gradient are summed apart: at most so many copies of it."""
 
 
 def backward(
@@ -55,8 +40,7 @@ def backward(
     (batch, length, dim), n = u.shape, A.shape[1]
     compute = checkpoints.dtype
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
-    n_sequences = len(sequences.lengths)
-    groups, n_slots = n_groups(B, C), min(n_sequences, MAX_SLOTS)
+    groups, n_slots = n_groups(B, C), split_sequences(len(sequences.lengths))
     new = u.new_zeros if sequences.padding_runs(batch * length) else u.new_empty
 
     def results(like: Tensor | None, *shape: int) -> Tensor:
@@ -80,28 +64,23 @@ def backward(
     rows = [m if m.dim() == 4 else m.flatten(0, 1) for m in (dB, dC)]
     outputs = [du, ddt, dA, *rows, dD, dz, ddt_bias, dinitial.transpose(1, 2)]
     args = (
-        *inputs, sequence_table(sequences, length), *(as_array(x, compute, 3) for x in grads),
+        *inputs, sequence_table(sequences, length, INTERVAL), *(as_array(x, compute, 3) for x in grads),
         *(x.numpy() for x in outputs), groups, n_slots, B.dim() == 2, C.dim() == 2, dt_softplus,
     )  # fmt: skip
     n_tiles = n_slots * count_tiles(dim, groups)
     run_tiles(lambda first, end: scan_tiles_backward(*args, first, end), n_tiles, 3 * u.numel() * n)
 
     def shared(parts: Tensor, like: Tensor | None) -> Tensor:
-        return u.new_empty(0) if like is None else _sum_parts(parts).to(like.dtype)
+        return u.new_empty(0) if like is None else sum_parts(parts).to(like.dtype)
 
     dB, dC = (
-        (_sum_parts(parts)[0] if m.dim() == 2 else _sum_parts(parts)).to(m.dtype) for parts, m in ((dB, B), (dC, C))
+        (sum_parts(parts)[0] if m.dim() == 2 else sum_parts(parts)).to(m.dtype) for parts, m in ((dB, B), (dC, C))
     )
     return (
         du.to(u.dtype), ddt.to(dt.dtype), shared(dA, A).T.contiguous(), dB, dC, shared(dD, D).flatten(),
         u.new_empty(0) if z is None else dz.to(z.dtype), shared(ddt_bias, dt_bias).flatten(),
         u.new_empty(0) if initial_states is None else dinitial.to(initial_states.dtype),
     )  # fmt: skip
-
-
-def _sum_parts(parts: Tensor) -> Tensor:
-    """The sum over the first dimension in order, which `sum` does not promise for all sizes alike."""
-    return functools.reduce(torch.add, parts.unbind()) if len(parts) else parts.new_zeros(parts.shape[1:])
 
 
 @Kernel

@@ -11,31 +11,22 @@ from ..._core.varlen import parse_sequences
 from ..._numba.compile import Kernel
 from ..._numba.functions import LOG2_E, exp2, sigmoid
 from ..._numba.lanes import (
-    BLOCK,
     aligned_empty,
     element,
     fill,
     fma,
     lane_count,
     load,
+    locate_tile,
     read_rows,
     splat,
     store,
     write_rows,
-)  # fmt: skip
+)
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, sequence_table
 from ..._numba.threads import run_tiles
 from . import INTERVAL, n_checkpoints
-from .tiles import (
-    as_array,
-    as_row,
-    count_tiles,
-    locate_tile,
-    n_groups,
-    prepare_steps,
-    read_coefficients,
-    sequence_table,
-    with_four_dims,
-)  # fmt: skip
+from .tiles import n_groups, prepare_steps, read_coefficients, with_four_dims
 
 
 def forward(
@@ -58,7 +49,7 @@ def forward(
     inputs += [as_array(x, compute, 3) for x in (as_row(D), z, as_row(dt_bias), initial)]
     outputs = [y.numpy(), final_states.transpose(1, 2).numpy(), checkpoints.flatten(0, 1)[None].numpy()]
     args = (
-        *inputs, sequence_table(sequences, length), *outputs, groups, B.dim() == 2, C.dim() == 2, dt_softplus
+        *inputs, sequence_table(sequences, length, INTERVAL), *outputs, groups, B.dim() == 2, C.dim() == 2, dt_softplus
     )  # fmt: skip
     n_tiles = n_sequences * count_tiles(dim, groups)
     run_tiles(lambda first, end: scan_tiles(*args, first, end), n_tiles, u.numel() * n)

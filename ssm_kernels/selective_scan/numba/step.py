@@ -9,22 +9,23 @@ from torch import Tensor
 from ..._numba.compile import Kernel
 from ..._numba.functions import LOG2_E, exp2, sigmoid
 from ..._numba.lanes import (
-    BLOCK,
     aligned_empty,
     element,
     fill,
     fma,
     lane_count,
     load,
+    locate_tile,
     read_rows,
     set_element,
     splat,
     store,
     total,
     write_rows,
-)  # fmt: skip
+)
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles
 from ..._numba.threads import run_tiles
-from .tiles import as_array, as_row, count_tiles, locate_tile, prepare_steps
+from .tiles import prepare_steps
 
 
 def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Tensor:

@@ -6,25 +6,12 @@ contiguous tiles of (steps, BLOCK) that stay in the first-level cache. States ar
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
-from ..._core.varlen import Sequences
 from ..._numba.functions import softplus
 from ..._numba.lanes import BLOCK, element, lane_count, load, set_element, store
 from . import INTERVAL
-
-
-def as_array(x: Tensor | None, dtype: torch.dtype, n_dims: int) -> np.ndarray:
-    """The tensor's memory where it has the dtype; without a tensor, an array of no elements."""
-    return torch.empty((0,) * n_dims, dtype=dtype).numpy() if x is None else x.detach().to(dtype).numpy()
-
-
-def as_row(x: Tensor | None) -> Tensor | None:
-    """(D,) -> (1, 1, D)"""
-    return None if x is None else x[None, None]
 
 
 def with_four_dims(m: Tensor) -> Tensor:
@@ -37,36 +24,7 @@ def n_groups(B: Tensor, C: Tensor) -> int:
     return max(m.shape[2] if m.dim() == 4 else 1 for m in (B, C))
 
 
-def count_tiles(dim: int, groups: int) -> int:
-    """Tiles of a sequence with so many channels."""
-    return groups * -(-(dim // groups) // BLOCK)
-
-
-def sequence_table(sequences: Sequences, length: int) -> np.ndarray:
-    """(S, 6) int64: row of the batch, first step, steps, rows of initial and final states or -1, first checkpoint."""
-    n = len(sequences.lengths)
-    table = np.full((n, 6), -1, np.int64)
-    starts = np.array(sequences.starts, np.int64)
-    table[:, 0], table[:, 1] = np.divmod(starts, max(length, 1))
-    table[:, 2] = sequences.lengths
-    for column, rows in ((3, sequences.initial_sequences), (4, sequences.final_sequences)):
-        table[list(rows), column] = np.arange(len(rows))
-    table[:, 5] = starts // INTERVAL + np.arange(n)
-    return table
-
-
 # --- compiled -------------------------------------------------------------------------------------------------------
-
-
-@njit
-def locate_tile(tile, dim, groups):
-    """The sequence of a tile, its first channel, and how many channels it has."""
-    per_group = dim // groups
-    blocks = (per_group + BLOCK - 1) // BLOCK
-    sequence, block = tile // (groups * blocks), tile % (groups * blocks)
-    group, block = block // blocks, block % blocks
-    channel = group * per_group + block * BLOCK
-    return sequence, channel, min(BLOCK, (group + 1) * per_group - channel)
 
 
 @njit

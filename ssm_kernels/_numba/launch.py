@@ -1,0 +1,69 @@
+"""What launches of compiled kernels share: tensors as arrays, tiles, and lists of sequences. numba is not needed."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._core.varlen import Sequences
+
+BLOCK = 64
+"""Channels of a tile."""
+MAX_RUNS = 16
+"""Copies of a gradient that sequences share, at most."""
+
+
+def as_array(x: Tensor | None, dtype: torch.dtype, n_dims: int) -> np.ndarray:
+    """Return the tensor's memory where it has the dtype, else a copy; without a tensor, an array of no elements."""
+    if x is None:
+        return _nothing(dtype, n_dims)
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x.detach().numpy() if x.requires_grad else x.numpy()
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, n_dims: int) -> np.ndarray:
+    return torch.empty((0,) * n_dims, dtype=dtype).numpy()
+
+
+def as_row(x: Tensor | None) -> Tensor | None:
+    """(D,) -> (1, 1, D)"""
+    return None if x is None else x[None, None]
+
+
+def count_tiles(dim: int, groups: int = 1) -> int:
+    """Return the number of tiles of a sequence: blocks of channels that lie in one group."""
+    return groups * -(-(dim // groups) // BLOCK)
+
+
+def sequence_table(sequences: Sequences, length: int, interval: int) -> np.ndarray:
+    """List sequences for a kernel, (S, 6) int64.
+
+    Columns: row of the batch, first step, steps, rows of initial and final states or -1, and the first of the blocks of
+    `interval` steps into which the sequence is divided, of which all sequences have different ones.
+    """
+    n = len(sequences.lengths)
+    table = np.full((n, 6), -1, np.int64)
+    starts = np.array(sequences.starts, np.int64)
+    table[:, 0], table[:, 1] = np.divmod(starts, max(length, 1))
+    table[:, 2] = sequences.lengths
+    for column, rows in ((3, sequences.initial_sequences), (4, sequences.final_sequences)):
+        table[list(rows), column] = np.arange(len(rows))
+    table[:, 5] = starts // interval + np.arange(n)
+    return table
+
+
+def split_sequences(n_sequences: int) -> int:
+    """Return the number of runs of sequences whose shares of a common gradient are summed apart.
+
+    It does not depend on the number of threads, so that no sum does.
+    """
+    return min(n_sequences, MAX_RUNS)
+
+
+def sum_parts(parts: Tensor) -> Tensor:
+    """Sum over the first dimension in order, which `torch.sum` does not promise for all sizes alike."""
+    return functools.reduce(torch.add, parts.unbind()) if len(parts) else parts.new_zeros(parts.shape[1:])

@@ -1,0 +1,77 @@
+"""Causal convolution in numba on a CPU: registration of the ops. The kernels are imported when an op first runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._core.library import Gradient, define_op, lazy_function
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """x (B, L, D), weight (D, K) -> y (B, L, D) and the final states (rows, K - 1, D), in x's dtype."""
+    return _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
+
+
+def conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """Advance the convolution by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
+    return _step_op(state, x, weight, bias, silu)
+
+
+def _save(ctx, inputs, outputs):
+    x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx = inputs
+    ctx.save_for_backward(x, weight, bias, initial_states, cu_seqlens, seq_idx)
+
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, dy, dfinal_states):
+    x, weight, bias, initial_states, cu_seqlens, seq_idx = ctx.saved_tensors
+    dy = x.new_zeros(x.shape) if dy is None else dy
+    dx, dweight, dbias, dinitial_states = _backward_op(
+        x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states
+    )
+    return {
+        "x": dx,
+        "weight": dweight,
+        "bias": None if bias is None else dbias,
+        "initial_states": None if initial_states is None else dinitial_states,
+    }
+
+
+def _forward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx):
+    rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return x.new_empty(x.shape), x.new_empty(rows, weight.shape[1] - 1, x.shape[2])
+
+
+def _backward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states):
+    dbias, dinitial_states = (x.new_empty(0) if m is None else m.new_empty(m.shape) for m in (bias, initial_states))
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial_states
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, Tensor? cu_seqlens, Tensor? seq_idx"
+)
+_forward_op = define_op(
+    f"causal_conv1d_numba({_ARGUMENTS}) -> (Tensor, Tensor)",
+    lazy_function(f"{__name__}.forward", "forward"),
+    _forward_fake,
+    Gradient(_save, _gradients, 2, materialize_grads=False),  # most callers do not use the final states
+)
+_backward_op = define_op(
+    f"causal_conv1d_numba_backward({_ARGUMENTS}, Tensor dy, Tensor? dfinal_states) -> (Tensor, Tensor, Tensor, Tensor)",
+    lazy_function(f"{__name__}.backward", "backward"),
+    _backward_fake,
+)
+_step_op = define_op(
+    "causal_conv1d_numba_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+    lazy_function(f"{__name__}.step", "step"),
+    lambda state, x, weight, bias, silu: x.new_empty(x.shape),
+)

@@ -1,0 +1,150 @@
+"""Backward of the compiled convolution."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..._core.varlen import parse_sequences
+from ..._numba.compile import Kernel
+from ..._numba.functions import sigmoid
+from ..._numba.lanes import aligned_empty, fill, fma, lane_count, load, locate_tile, read_rows, splat, store, write_rows
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, sequence_table, split_sequences, sum_parts
+from ..._numba.threads import run_tiles
+from .tiles import STEPS, convolve_rows, move_rows
+
+
+def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states) -> tuple[Tensor, ...]:
+    """Return the gradients of x, weight, bias and initial_states in their dtypes; empty where there is none."""
+    (batch, length, dim), n_taps = x.shape, weight.shape[1]
+    compute = torch.promote_types(x.dtype, torch.float32)
+    sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
+    n_runs = split_sequences(len(sequences.lengths))
+    new = x.new_zeros if sequences.padding_runs(batch * length) else x.new_empty
+    dx = new(x.shape, dtype=compute)
+    dweight, dbias = (x.new_empty(n_runs, n, dim, dtype=compute) for n in (n_taps, 1))
+    dinitial = torch.empty((0, 0, 0) if initial_states is None else initial_states.shape, dtype=compute)
+    inputs = (
+        as_array(m, compute, 3)
+        for m in (x, weight.T[None], as_row(bias), initial_states, dy, dfinal_states)
+    )  # fmt: skip
+    outputs = (m.numpy() for m in (dx, dweight, dbias, dinitial))
+    args = (*inputs, sequence_table(sequences, length, STEPS), *outputs, silu, n_runs)
+    n_tiles = n_runs * count_tiles(dim)
+    run_tiles(lambda first, end: convolve_tiles_backward(*args, first, end), n_tiles, 3 * x.numel())
+    return (
+        dx.to(x.dtype),
+        sum_parts(dweight).T.contiguous().to(weight.dtype),
+        x.new_empty(0) if bias is None else sum_parts(dbias)[0].to(bias.dtype),
+        x.new_empty(0) if initial_states is None else dinitial.to(initial_states.dtype),
+    )
+
+
+@Kernel
+def convolve_tiles_backward(
+    x, weight, bias, initial_states, dy, dfinal, sequences, dx, dweight, dbias, dinitial, silu, n_runs, first, end
+):  # fmt: skip
+    """Gradients of the tiles from `first` to `end` - 1. A tile takes the sequences of one of `n_runs` runs in turn.
+
+    Inputs are as in `convolve_tiles`, and dy (B, L, D), dfinal (rows, K - 1, D). dx (B, L, D); dweight (runs, K, D);
+    dbias (runs, 1, D); dinitial (rows, K - 1, D).
+    """
+    zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
+    n_taps, dim = weight.shape[1:]
+    before = n_taps - 1
+    size = (before + max(STEPS, before)) * BLOCK
+    # `dsum_tile` is the gradient of the sums: its first rows are those before the block, as in `x_tile`.
+    x_tile, dsum_tile, dx_tile = aligned_empty(x, size), aligned_empty(x, size), aligned_empty(x, size)
+    sum_tile = aligned_empty(x, one * STEPS * BLOCK)
+    w_tile, reversed_tile, dw_tile = (
+        aligned_empty(x, n_taps * BLOCK), aligned_empty(x, n_taps * BLOCK), aligned_empty(x, n_taps * BLOCK),
+    )  # fmt: skip
+    b_tile, db_tile, no_bias = (
+        aligned_empty(x, one * BLOCK),
+        aligned_empty(x, one * BLOCK),
+        aligned_empty(x, one * BLOCK),
+    )
+    fill(b_tile, 0.0)
+    fill(no_bias, 0.0)
+    for tile in range(first, end):
+        run, channel, width = locate_tile(tile, dim, one)
+        read_rows(weight, zero, zero, n_taps, channel, width, w_tile)
+        for k in range(n_taps):
+            for i in range(0, BLOCK, lane_count(x)):
+                store(reversed_tile, k * BLOCK + i, load(w_tile, (before - k) * BLOCK + i))
+        if bias.size:
+            read_rows(bias, zero, zero, one, channel, width, b_tile)
+        fill(dw_tile, 0.0)
+        fill(db_tile, 0.0)
+        for s in range(run * len(sequences) // n_runs, (run + 1) * len(sequences) // n_runs):
+            row, start, length, initial, final = (
+                sequences[s, 0], sequences[s, 1], sequences[s, 2], sequences[s, 3], sequences[s, 4],
+            )  # fmt: skip
+            initial = initial if dinitial.size else -1
+            fill(x_tile, 0.0)
+            fill(dsum_tile, 0.0)
+            if initial >= 0:
+                read_rows(initial_states, initial, zero, before, channel, width, x_tile)
+            for t0 in range(0, length, STEPS):
+                count = min(STEPS, length - t0)
+                read_rows(x, row, start + t0, count, channel, width, x_tile[before * BLOCK :])
+                read_rows(dy, row, start + t0, count, channel, width, dsum_tile[before * BLOCK :])
+                if silu:
+                    convolve_rows(x_tile, w_tile, b_tile, n_taps, count, width, sum_tile)
+                    multiply_by_d_silu(sum_tile, dsum_tile[before * BLOCK :], count, width)
+                add_weight_gradients(x_tile, dsum_tile, dw_tile, db_tile, n_taps, count, width)
+                # dx_{t - K + 1} = sum_k w_{K - 1 - k} dsum_{t - K + 1 + k}: these are complete with step t.
+                convolve_rows(dsum_tile, reversed_tile, no_bias, n_taps, count, width, dx_tile)
+                write_input_gradients(dx_tile, dx, dinitial, row, start, t0 - before, initial, count, channel, width)
+                move_rows(x_tile, count, before, width)
+                move_rows(dsum_tile, count, before, width)
+            # No sums come after the last K - 1 inputs, which are the final state.
+            for i in range(before * BLOCK, 2 * before * BLOCK, lane_count(x)):
+                store(dsum_tile, i, splat(x, 0.0))
+            convolve_rows(dsum_tile, reversed_tile, no_bias, n_taps, before, width, dx_tile)
+            if final >= 0 and dfinal.size:
+                read_rows(dfinal, final, zero, before, channel, width, x_tile)
+                for r in range(before):
+                    for i in range(r * BLOCK, r * BLOCK + width, lane_count(x)):
+                        store(dx_tile, i, load(dx_tile, i) + load(x_tile, i))
+            write_input_gradients(dx_tile, dx, dinitial, row, start, length - before, initial, before, channel, width)
+        write_rows(dw_tile, dweight, run, zero, n_taps, channel, width)
+        write_rows(db_tile, dbias, run, zero, one, channel, width)
+
+
+@njit
+def multiply_by_d_silu(sums, gradients, count, width):
+    """Multiply gradients by the derivative of silu at the sums: s (1 + x (1 - s)), where s = sigmoid(x)."""
+    for t in range(count):
+        for i in range(t * BLOCK, t * BLOCK + width, lane_count(sums)):
+            x = load(sums, i)
+            s = sigmoid(x)
+            store(gradients, i, load(gradients, i) * (s * fma(x, 1.0 - s, splat(sums, 1.0))))
+
+
+@njit
+def add_weight_gradients(x_tile, dsum_tile, dw_tile, db_tile, n_taps, count, width):
+    """dw_k += sum_t dsum_t x_{t - K + 1 + k} and db += sum_t dsum_t over a block."""
+    for i in range(0, width, lane_count(x_tile)):
+        for k in range(n_taps):
+            result = splat(x_tile, 0.0)
+            for t in range(count):
+                result = fma(load(dsum_tile, (t + n_taps - 1) * BLOCK + i), load(x_tile, (t + k) * BLOCK + i), result)
+            store(dw_tile, k * BLOCK + i, load(dw_tile, k * BLOCK + i) + result)
+        result = splat(x_tile, 0.0)
+        for t in range(count):
+            result = result + load(dsum_tile, (t + n_taps - 1) * BLOCK + i)
+        store(db_tile, i, load(db_tile, i) + result)
+
+
+@njit
+def write_input_gradients(tile, dx, dinitial, row, start, position, initial, count, channel, width):
+    """Write `count` rows from a position of a sequence on; positions before its start belong to the initial state."""
+    n_before = min(max(-position, 0), count)
+    if initial >= 0 and n_before:
+        write_rows(tile, dinitial, initial, dinitial.shape[1] + position, n_before, channel, width)
+    if n_before < count:
+        rest = tile[n_before * BLOCK :]
+        write_rows(rest, dx, row, start + position + n_before, count - n_before, channel, width)
