@@ -38,8 +38,8 @@ def selective_scan_fwd(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus: as in `selective_scan_fn`.
 
     Returns:
-        y without the gate (B, D, L), and x (B, D, 1, 2 N), where `x[:, :, -1, 1::2]` is the last state as in the
-        original; with z, the gated y too.
+        y without the gate (B, D, L), and x (B, D, 1, 2 N), whose odd entries are the last state as in the original;
+        with z, the gated y too.
     """
     y, last = pair(selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus, True))
     x = torch.stack([torch.zeros_like(last), last], -1).flatten(-2).unsqueeze(2)  # (B, D, 1, 2 N)

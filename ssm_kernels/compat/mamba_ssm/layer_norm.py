@@ -47,7 +47,7 @@ def layer_norm_fn(
         return_dropout_mask: return the masks of x and x1 too (true where not dropped; None without dropout).
 
     Returns:
-        y, or a tuple: y, the second y if `weight1`, the sum if `prenorm`, both masks if `return_dropout_mask`.
+        y, or a tuple of y, the second y if `weight1`, the sum if `prenorm`, both masks if `return_dropout_mask`.
 
     Raises:
         ValueError: arguments exclude each other, or a shape does not fit.
