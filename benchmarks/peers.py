@@ -6,8 +6,10 @@ contains the views that a peer needs and the preparation that its own callers do
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ PACKAGES = {
 
 Call = Callable[[], Tensor]
 """A bound call, which returns y."""
+Peer = Callable[..., Any]
+"""A function or module class of a peer."""
 
 
 def bind_peer(name: str, case: Case, t: Mapping[str, Tensor]) -> Call:
@@ -35,11 +39,12 @@ def bind_peer(name: str, case: Case, t: Mapping[str, Tensor]) -> Call:
         ValueError: the peer does not have the op, or not with these options.
     """
     check_installed(name)
-    bind = CALLS[name].get(case.op)
     lacks = case.initial_states or case.sequences or case.seq_idx or case.constant or not case.D
-    if bind is None or lacks or (name == "transformers" and case.norm_before_gate):
+    if case.op not in CALLS[name] or lacks or (name == "transformers" and case.norm_before_gate):
         raise ValueError(f"{name} is not compared on {case}")
-    return bind(case, t)
+    bind, path = CALLS[name][case.op]
+    module, function = path.split(":")
+    return bind(getattr(importlib.import_module(f"{name}{module}"), function), case, t)
 
 
 def check_installed(name: str) -> None:
@@ -52,81 +57,86 @@ def check_installed(name: str) -> None:
         raise ModuleNotFoundError(f"{name} is not installed: pip install {PACKAGES[name]}")
 
 
-def _mamba_ssm_scan(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
-
+def _scan(selective_scan: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
     def run() -> Tensor:
-        u, dt, z = (None if (m := t.get(k)) is None else m.transpose(1, 2) for k in ("u", "dt", "z"))
+        u, dt, z = (None if (m := t.get(k)) is None else m.transpose(1, 2) for k in ("u", "dt", "z"))  # (B, D, L)
         B, C = (t[k].movedim(1, -1) for k in ("B", "C"))  # (B, N, L) or (B, G, N, L)
-        y = selective_scan_fn(u, dt, t["A"], B, C, t["D"], z, t.get("dt_bias"), case.dt_softplus)
+        y = selective_scan(u, dt, t["A"], B, C, t["D"], z, t.get("dt_bias"), delta_softplus=case.dt_softplus)
         return y.transpose(1, 2)  # (B, L, D)
 
     return run
 
 
-def _mamba_ssm_ssd(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore[reportMissingImports]
-
+def _ssd(chunk_scan: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
     arguments = [t[k] for k in ("x", "dt", "A", "B", "C")]
-    options = {"D": t["D"], "z": t.get("z"), "dt_bias": t.get("dt_bias"), "dt_softplus": case.dt_softplus}
-    return lambda: mamba_chunk_scan_combined(*arguments, 256, **options)  # chunk_size of its own modules
+    options = {"D": t["D"], "dt_bias": t.get("dt_bias"), "dt_softplus": case.dt_softplus}
+    options |= {"z": t["z"]} if case.z else {}
+
+    def run() -> Tensor:
+        out = chunk_scan(*arguments, chunk_size=256, **options)  # chunk_size of the peers' own modules
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
 
 
-def _mamba_ssm_scan_step(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from mamba_ssm.ops.triton.selective_state_update import selective_state_update  # pyright: ignore[reportMissingImports]
-
+def _scan_step(state_update: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
     state = t["state"].clone()
-    arguments = [t[k] for k in ("u", "dt", "A", "B", "C", "D")] + [t.get("z"), t.get("dt_bias")]
-    return lambda: selective_state_update(state, *arguments, dt_softplus=case.dt_softplus)
+    B, C = (t[k].squeeze(1) for k in ("B", "C"))  # (B, 1, N) -> (B, N)
+    options = {"z": t.get("z"), "dt_bias": t.get("dt_bias"), "dt_softplus": case.dt_softplus}
+    return lambda: state_update(state, t["u"], t["dt"], t["A"], B, C, t["D"], **options)
 
 
-def _mamba_ssm_ssd_step(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from mamba_ssm.ops.triton.selective_state_update import selective_state_update  # pyright: ignore[reportMissingImports]
-
-    return _ssd_step(selective_state_update, case, t)
-
-
-def _ssd_step(selective_state_update: Callable[..., Tensor], case: Case, t: Mapping[str, Tensor]) -> Call:
+def _ssd_step(state_update: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
     """A step of Mamba-2 by one of Mamba-1, whose parameters are per channel."""
     state, p = t["state"].clone(), case.shape.headdim
     A = t["A"][:, None, None].expand(state.shape[1:])  # (H, P, N)
     dt, D = (t[k].unsqueeze(-1).expand(*t[k].shape, p) for k in ("dt", "D"))  # (B, H, P), (H, P)
-    bias = None if (m := t.get("dt_bias")) is None else m.unsqueeze(-1).expand(-1, p)
+    bias = None if (m := t.get("dt_bias")) is None else m.unsqueeze(-1).expand(-1, p)  # (H, P)
     options = {"D": D, "z": t.get("z"), "dt_bias": bias, "dt_softplus": case.dt_softplus}
-    return lambda: selective_state_update(state, t["x"], dt, A, t["B"], t["C"], **options)
+    return lambda: state_update(state, t["x"], dt, A, t["B"], t["C"], **options)
 
 
-def _mamba_ssm_norm(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn  # pyright: ignore[reportMissingImports]
-
-    return lambda: rmsnorm_fn(t["x"], t["weight"], None, z=t.get("z"), eps=1e-5, **case.options)
-
-
-def _mamba_ssm_add_norm(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn  # pyright: ignore[reportMissingImports]
-
-    options = {"residual": t["residual"], "eps": 1e-5, "prenorm": True, "residual_in_fp32": True}
-    return lambda: rms_norm_fn(t["x"], t["weight"], None, **options)[0]
-
-
-def _causal_conv1d(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
-
+def _conv(causal_conv1d_fn: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
     activation = case.options["activation"]
     return lambda: causal_conv1d_fn(t["x"].transpose(1, 2), t["weight"], t["bias"], activation=activation).mT
 
 
-def _causal_conv1d_step(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from causal_conv1d import causal_conv1d_update  # pyright: ignore[reportMissingImports]
-
+def _causal_conv1d_step(causal_conv1d_update: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
     window = F.pad(t["state"], (0, 0, 1, 0)).transpose(1, 2).contiguous()  # (B, D, K)
     return lambda: causal_conv1d_update(t["x"], window, t["weight"], t["bias"], case.options["activation"])
 
 
-def _fla_ssd(case: Case, t: Mapping[str, Tensor]) -> Call:
-    """SSD as gated linear attention with one decay per head: queries C, keys B, values dt x."""
-    from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
+def _transformers_conv_step(causal_conv1d_update: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
+    window, activation = t["state"].transpose(1, 2).contiguous(), case.options["activation"]  # (B, D, K - 1)
+    return lambda: causal_conv1d_update(t["x"].unsqueeze(-1), window, t["weight"], t["bias"], activation).squeeze(-1)
 
+
+def _mamba_ssm_norm(rmsnorm_fn: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
+    return lambda: rmsnorm_fn(t["x"], t["weight"], None, z=t.get("z"), eps=1e-5, **case.options)
+
+
+def _mamba_ssm_add_norm(rms_norm_fn: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
+    options = {"residual": t["residual"], "eps": 1e-5, "prenorm": True, "residual_in_fp32": True}
+    return lambda: rms_norm_fn(t["x"], t["weight"], None, **options)[0]
+
+
+def _transformers_norm(norm_class: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
+    norm = norm_class(case.shape.channels, case.options["group_size"], eps=1e-5)
+    return lambda: torch.func.functional_call(norm, {"weight": t["weight"]}, (t["x"], t.get("z")))
+
+
+def _transformers_add_norm(norm_class: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
+    norm = norm_class(case.shape.channels, eps=1e-5)
+
+    def run() -> Tensor:
+        residual = t["x"] + t["residual"]
+        return torch.func.functional_call(norm, {"weight": t["weight"]}, (residual.to(t["weight"].dtype),))
+
+    return run
+
+
+def _fla_ssd(chunk_simple_gla: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
+    """SSD as gated linear attention with one decay per head: queries C, keys B, values dt x."""
     repeats = case.shape.heads // case.shape.groups
 
     def run() -> Tensor:
@@ -140,91 +150,31 @@ def _fla_ssd(case: Case, t: Mapping[str, Tensor]) -> Call:
     return run
 
 
-def _transformers_scan(case: Case, t: Mapping[str, Tensor]) -> Call:
-    """The code that `transformers` runs where no kernels are installed, like the other functions of it here."""
-    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-
-    def run() -> Tensor:
-        u, dt, B, C, z = (None if (m := t.get(k)) is None else m.transpose(1, 2) for k in ("u", "dt", "B", "C", "z"))
-        y = mamba_selective_scan(u, dt, t["A"], B, C, t["D"], z, t.get("dt_bias"), delta_softplus=case.dt_softplus)
-        return y.transpose(1, 2)
-
-    return run
-
-
-def _transformers_ssd(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
-
-    options = {"D": t["D"], "dt_bias": t.get("dt_bias"), "dt_softplus": case.dt_softplus}
-
-    def run() -> Tensor:
-        out = mamba2_chunk_scan(t["x"], t["dt"], t["A"], t["B"], t["C"], chunk_size=256, **options)
-        return out[0] if isinstance(out, tuple) else out
-
-    return run
-
-
-def _transformers_conv(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from transformers.models.mamba.modeling_mamba import causal_conv1d_fn
-
-    activation = case.options["activation"]
-    return lambda: causal_conv1d_fn(t["x"].transpose(1, 2), t["weight"], t["bias"], activation=activation).mT
-
-
-def _transformers_scan_step(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from transformers.models.mamba.modeling_mamba import mamba_selective_state_update
-
-    state = t["state"].clone()
-    B, C = (t[k].squeeze(1) for k in ("B", "C"))  # (B, 1, N) -> (B, N)
-    arguments = [t["u"], t["dt"], t["A"], B, C, t["D"]]
-    options = {"dt_bias": t.get("dt_bias"), "dt_softplus": case.dt_softplus, "z": t.get("z")}
-    return lambda: mamba_selective_state_update(state, *arguments, **options)
-
-
-def _transformers_ssd_step(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
-
-    return _ssd_step(mamba2_selective_state_update, case, t)
-
-
-def _transformers_conv_step(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from transformers.models.mamba.modeling_mamba import causal_conv1d_update
-
-    window, activation = t["state"].transpose(1, 2).contiguous(), case.options["activation"]
-    return lambda: causal_conv1d_update(t["x"].unsqueeze(-1), window, t["weight"], t["bias"], activation).squeeze(-1)
-
-
-def _transformers_norm(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
-
-    norm = MambaRMSNormGated(case.shape.channels, case.options["group_size"], eps=1e-5)
-    return lambda: torch.func.functional_call(norm, {"weight": t["weight"]}, (t["x"], t.get("z")))
-
-
-def _transformers_add_norm(case: Case, t: Mapping[str, Tensor]) -> Call:
-    from transformers.models.mamba.modeling_mamba import MambaRMSNorm
-
-    norm = MambaRMSNorm(case.shape.channels, eps=1e-5)
-
-    def run() -> Tensor:
-        residual = t["x"] + t["residual"]
-        return torch.func.functional_call(norm, {"weight": t["weight"]}, (residual.to(t["weight"].dtype),))
-
-    return run
-
-
-CALLS: dict[str, dict[str, Callable[[Case, Mapping[str, Tensor]], Call]]] = {
+MAMBA, MAMBA2 = ".models.mamba.modeling_mamba", ".models.mamba2.modeling_mamba2"
+"""Modules of `transformers` with the functions that it runs where no kernels are installed."""
+CALLS: dict[str, dict[str, tuple[Callable[[Peer, Case, Mapping[str, Tensor]], Call], str]]] = {
     "mamba_ssm": {
-        "selective_scan": _mamba_ssm_scan, "ssd": _mamba_ssm_ssd, "rms_norm": _mamba_ssm_norm,
-        "add_rms_norm": _mamba_ssm_add_norm, "selective_scan_step": _mamba_ssm_scan_step,
-        "ssd_step": _mamba_ssm_ssd_step,
+        "selective_scan": (_scan, ".ops.selective_scan_interface:selective_scan_fn"),
+        "selective_scan_step": (_scan_step, ".ops.triton.selective_state_update:selective_state_update"),
+        "ssd": (_ssd, ".ops.triton.ssd_combined:mamba_chunk_scan_combined"),
+        "ssd_step": (_ssd_step, ".ops.triton.selective_state_update:selective_state_update"),
+        "rms_norm": (_mamba_ssm_norm, ".ops.triton.layernorm_gated:rmsnorm_fn"),
+        "add_rms_norm": (_mamba_ssm_add_norm, ".ops.triton.layer_norm:rms_norm_fn"),
     },
-    "causal_conv1d": {"causal_conv1d": _causal_conv1d, "causal_conv1d_step": _causal_conv1d_step},
-    "fla": {"ssd": _fla_ssd},
+    "causal_conv1d": {
+        "causal_conv1d": (_conv, ":causal_conv1d_fn"),
+        "causal_conv1d_step": (_causal_conv1d_step, ":causal_conv1d_update"),
+    },
+    "fla": {"ssd": (_fla_ssd, ".ops.simple_gla:chunk_simple_gla")},
     "transformers": {
-        "selective_scan": _transformers_scan, "ssd": _transformers_ssd, "causal_conv1d": _transformers_conv,
-        "selective_scan_step": _transformers_scan_step, "ssd_step": _transformers_ssd_step,
-        "causal_conv1d_step": _transformers_conv_step, "rms_norm": _transformers_norm,
-        "add_rms_norm": _transformers_add_norm,
+        "selective_scan": (_scan, f"{MAMBA}:mamba_selective_scan"),
+        "selective_scan_step": (_scan_step, f"{MAMBA}:mamba_selective_state_update"),
+        "ssd": (_ssd, f"{MAMBA2}:mamba2_chunk_scan"),
+        "ssd_step": (_ssd_step, f"{MAMBA2}:mamba2_selective_state_update"),
+        "causal_conv1d": (_conv, f"{MAMBA}:causal_conv1d_fn"),
+        "causal_conv1d_step": (_transformers_conv_step, f"{MAMBA}:causal_conv1d_update"),
+        "rms_norm": (_transformers_norm, f"{MAMBA2}:MambaRMSNormGated"),
+        "add_rms_norm": (_transformers_add_norm, f"{MAMBA}:MambaRMSNorm"),
     },
-}  # fmt: skip
+}
+"""The ops of each peer: the function that binds a case's inputs, and the module and name of the peer's own."""

@@ -94,8 +94,8 @@ def test_the_request_is_the_launcher_s():
     found = {r.kernel: r for r in record([NORM], "sm_90")}
     assert found.keys() == {"_forward_kernel", "_backward_kernel"}
     forward = found["_forward_kernel"]
-    assert forward.signature["x"] == "*bf16"
-    assert forward.signature["residual"] == "constexpr"  # None
+    assert forward.signature["x_ptr"] == "*bf16"
+    assert forward.signature["residual_ptr"] == "constexpr"  # None
     assert forward.constants[(12,)] == 1024  # SIZE
     assert forward.attributes[(0,)] == [["tt.divisibility", 16]]
     assert forward.options["num_warps"] == 4

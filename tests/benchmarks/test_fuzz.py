@@ -21,7 +21,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.stride() == b.stride() and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
 
 
-def test_a_seed_says_everything():
+def test_a_seed_determines_a_trial():
     for seed in range(40):
         trial = draw(seed)
         assert trial == draw(seed)
@@ -53,14 +53,14 @@ def test_arguments_that_must_be_finite_are():
     assert {("ssd", "z"), ("selective_scan", "B"), ("rms_norm", "x"), ("ssd_step", "x")} <= seen
 
 
-def test_what_is_right_passes(tmp_path, capsys):
+def test_correct_backends_pass(tmp_path, capsys):
     out = tmp_path / "found.json"
     cli.main(["fuzz", "--seed", "0", "--trials", "40", "--minutes", "5", "--op", *QUICK, "--out", str(out)])
     assert "40 trials from seed 0; 0 kinds of disagreement" in capsys.readouterr().out
     assert json.loads(out.read_text())["findings"] == []
 
 
-def test_a_fault_is_found_repeated_by_its_seed_and_made_small(monkeypatch, capsys):
+def test_a_fault_is_found_repeated_by_its_seed_and_shrunk(monkeypatch, capsys):
     right = pytorch.conv
 
     def wrong(x, weight, bias, *rest):  # only for a packed sequence does the bias get lost
@@ -89,28 +89,28 @@ def judged(x: torch.Tensor, actual: torch.Tensor) -> str:
     return disagreement(expected(lambda x: x * 2, {"x": x}, gradients=False), {"y": actual})
 
 
-def test_infinities_are_compared_by_place():
+def test_infinities_are_compared_by_position():
     x = torch.tensor([1.0, math.inf, 3.0])
     assert judged(x, torch.tensor([2.0, math.inf, 6.0])) == ""
     assert judged(x, torch.tensor([2.0, math.nan, 6.0])) == ""
     assert "finite where the reference is not at 1 of 3" in judged(x, torch.tensor([2.0, 4.0, 6.0]))
-    assert "not finite at 1 of 3 places, the worst (0,)" in judged(x, torch.tensor([math.nan, math.inf, 6.0]))
-    assert "off at 1 of 3 places, the worst (2,)" in judged(x, torch.tensor([2.0, math.inf, 6.1]))
+    assert "not finite at 1 of 3 elements, the worst (0,)" in judged(x, torch.tensor([math.nan, math.inf, 6.0]))
+    assert "off at 1 of 3 elements, the worst (2,)" in judged(x, torch.tensor([2.0, math.inf, 6.1]))
 
 
-def test_what_the_dtype_cannot_hold_is_forgiven():
+def test_values_that_the_dtype_cannot_hold_are_allowed():
     x = torch.tensor([1.0, 60000.0], dtype=torch.float16)
     for got in (math.inf, 65504.0, math.nan):
         assert judged(x, torch.tensor([2.0, got], dtype=torch.float16)) == ""
 
 
-def test_a_shape_or_dtype_that_differs_is_said():
+def test_a_shape_or_dtype_that_differs_is_reported():
     x = torch.ones(3)
     assert "shape (2,), expected (3,)" in judged(x, torch.ones(2))
     assert "dtype torch.float64, expected torch.float32" in judged(x, 2 * torch.ones(3, dtype=torch.float64))
 
 
-def test_cancellation_is_forgiven_as_far_as_the_definition_has_it():
+def test_cancellation_of_the_definition_is_allowed():
     x = torch.linspace(1, 2, 64)
     x[-1] = 0
     x[-1] = -x.double().sum().float()
