@@ -70,6 +70,7 @@ def run_ablation(
     for name, connector in variants(family).items():
         for seed in seeds:
             run_folder = folder / name.replace(", ", "-") / f"seed-{seed}"
+            # Only the connector is untrained here, so a difference between variants is the connector's.
             model = new_model(family, tokenizer, encoder, seed, connector)
             load_into(model.language_model, unshared(language.language_model), "the trained language model")
             for stage, records in ((recipe.align, described), (recipe.finetune, questions)):
@@ -88,6 +89,7 @@ def ablation_table(table: dict[str, list[float]]) -> str:
     width = max(map(len, table))
     lines = [f"{'':<{width}}  accuracy  spread over seeds"]
     for name, values in table.items():
+        # Sample standard deviation; one seed has none.
         spread = statistics.stdev(values) if len(values) > 1 else float("nan")
         lines.append(f"{name:<{width}}  {statistics.mean(values):>8.1%}  {spread:.1%} ({len(values)})")
     return "\n".join(lines)

@@ -53,6 +53,7 @@ class AttributeImages:
         processor: ImageProcessor,
     ):
         self.pixels = torch.stack([processor(path) for path in attributes])  # (N, 3, height, width)
+        # A value's index among the classes of its attribute.
         rows = [[names.index(v) for names, v in zip(classes, a, strict=True)] for a in attributes.values()]
         self.labels = torch.tensor(rows)  # (N, attributes)
 
@@ -68,6 +69,7 @@ def collate_augmented(samples: Sequence[tuple[Tensor, Tensor]], max_shift: int =
     pixels = torch.stack([p for p, _ in samples])  # (B, 3, height, width)
     mirrored = torch.rand(len(pixels)) < 0.5
     pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+    # One shift for the batch: padding and cropping are two operations for all of its images.
     top, left = torch.randint(0, 2 * max_shift + 1, (2,)).tolist()
     height, width = pixels.shape[2:]
     pixels = F.pad(pixels, (max_shift,) * 4, mode="replicate")[:, :, top : top + height, left : left + width]

@@ -42,6 +42,7 @@ def write_card(folder: Path, base: str, recipe: str, stages: Sequence[TrainedSta
         stages: finished stages, in order.
         template: name of the model's prompt template.
     """
+    # The Hub reads the YAML front matter for tags and search.
     parts = [_front_matter(base), _usage(folder.name, base, recipe, template)]
     for trained in stages:
         parts.append(_stage(trained))
@@ -62,7 +63,7 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    # A wheel has no commit; the version stands for it.
+    # A wheel has no commit, only a version.
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -97,6 +98,7 @@ def _stage(trained: TrainedStage) -> str:
     name = settings.pop("name")
     data = ["| data | bytes | sha256 |", "|---|---|---|"]
     data += [f"| {f.name} | {f.n_bytes:,} | `{f.sha256}` |" for f in trained.data]
+    # From the file rather than from memory, since a resumed run has only its own steps in memory.
     metrics = read_metrics(trained.folder)
     last = metrics[-LAST:]
     summary = {

@@ -41,6 +41,7 @@ class StageConfig:
     """One stage: trainable parameters, optimizer, schedule, batch, checkpoints."""
 
     name: str
+    # Parameters and optimizer
     trainable: tuple[str, ...]
     """Prefixes of trainable parameter names; everything else is frozen. An empty prefix is all of them."""
     lr: Annotated[float, Interval("(0, 1000000]")]
@@ -57,6 +58,7 @@ class StageConfig:
     """Fraction of the steps with linear warm-up; the learning rate then decays to zero along a cosine."""
     grad_clip: Annotated[float, Interval("(0, inf]")] = 1.0
     """Gradient norm to clip to."""
+    # Execution: none of these changes the steps, except for precision
     max_loss: Annotated[float, Interval("(0, inf]")] = 25.0
     """A larger loss stops the stage, as a non-finite one does. Guessing among 50,000 tokens has a loss of 11."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -79,10 +81,12 @@ class StageConfig:
     """Adapters to train in place of the language model's weights; they are merged at the end. None is full training."""
 
     def __post_init__(self) -> None:
+        # Every number is checked against the interval in its annotation.
         check_fields(self, lambda name: f"{name} of stage {self.name!r}")
         if not self.trainable:
             raise ValueError(f"trainable of stage {self.name!r} must have at least one prefix")
 
     def steps(self, n_samples: int) -> int:
         """Number of steps of the stage over a dataset of `n_samples`."""
+        # An epoch need not end with a step: the sampler continues into the next one.
         return max(1, round(self.epochs * n_samples / self.batch_size))

@@ -52,6 +52,7 @@ def run_demo(
     tokenizer = demo_tokenizer(folder, train)
     encoder = train_encoder(recipe, folder / "vision", train, test, device)
 
+    # The most frequent answer is the baseline to beat, and the model without images the next one.
     results = {"always 'yes'": easy_vqa.scores(test, ["yes"] * len(test))}
     answers = {}
     for family in FAMILIES:
@@ -62,6 +63,7 @@ def run_demo(
         results[family] = easy_vqa.scores(test, answers[family])
 
     write_atomic(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    # From the metrics on disk, so that an interrupted run has complete curves.
     curves = {
         stage: {f: [m["loss"] for m in read_metrics(folder / f / stage)] for f in FAMILIES}
         for stage in ("language", "align", "finetune")
@@ -90,6 +92,7 @@ def train_encoder(
     recipe: DemoRecipe, folder: Path, train: Sequence[Record], test: Sequence[Record], device: str
 ) -> ViT:
     """Train the image encoder on the colours and shapes that the training questions determine."""
+    # Seeded before the weights are drawn, so that a resume builds the same model.
     torch.manual_seed(recipe.vision.seed)
     classes = (easy_vqa.COLOURS, easy_vqa.SHAPES)
     model = AttributeClassifier(TINY_VISION.encoder, [len(c) for c in classes])
@@ -130,6 +133,7 @@ def new_model(
     family: Family, tokenizer: Tokenizer, encoder: ViT, seed: int, connector: ConnectorConfig | None = None
 ) -> VLM:
     """Build a model with a trained encoder and random weights otherwise."""
+    # The seed of the connector and the language model; the encoder is the same in all runs.
     torch.manual_seed(seed)
     model = VLM(tiny_config(family, tokenizer.vocab_size, connector), tokenizer)
     load_into(model.vision.encoders[0], unshared(encoder), "the trained encoder")

@@ -215,7 +215,7 @@ def check_gradient_average(mesh: DeviceMesh) -> None:
     if not torch.allclose(found, torch.full_like(found, average)):
         raise RuntimeError(
             f"gradients must be averaged over {ranks} ranks: their average is {average}, and torch {torch.__version__} "
-            f"on {mesh.device_type} gives {found.tolist()}; 2.9.0 is the first release that averages on a CPU"
+            f"on {mesh.device_type} computes {found.tolist()}; 2.9.0 is the first release that averages on a CPU"
         )
 
 
@@ -244,7 +244,7 @@ def average_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor; a tensor that is not sharded as it is."""
+    """Return this rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -50,6 +50,7 @@ def export(folder: str | Path, n_turns: int = 6) -> list[Path]:
     train, test = load("train"), load("test")
     for split in ("train", "test"):
         shutil.copytree(_folder() / split / "images", folder / "images" / split, dirs_exist_ok=True)
+    # Captions and train share the training images, test has its own.
     written = []
     for name, split, records in (
         ("captions", "train", captions(train)),
@@ -84,6 +85,7 @@ def attributes(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
             for word in words:
                 if word in SHAPES or word in COLOURS:
                     found[_path(record)][category(word)] = word
+    # Images with only one of the two known are left out.
     return {image: (a["colour"], a["shape"]) for image, a in found.items() if len(a) == 2}
 
 
@@ -98,6 +100,7 @@ def captions(records: Sequence[Record]) -> list[Record]:
 
 def conversations(records: Sequence[Record], n_turns: int, seed: int = 0) -> list[Record]:
     """Join questions about the same image, in an order drawn from the seed, to conversations of `n_turns` questions."""
+    # Grouped by image, in the order of the images' first questions.
     about: dict[Path, list[Record]] = defaultdict(list)
     for record in records:
         about[_path(record)].append(record)

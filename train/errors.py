@@ -10,6 +10,9 @@ class Interrupted(SystemExit):
     """
 
 
+# Raised between steps, by the loader or while samples are read.
+
+
 class DataError(Exception):
     """Base class of errors in a run's data. The model is unchanged, so the loop saves a checkpoint before it raises."""
 

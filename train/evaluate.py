@@ -36,6 +36,7 @@ def answer_all(
     with tqdm(total=len(records), desc="evaluate", unit="question", dynamic_ncols=True) as bar:
         for start in range(0, len(records), batch_size):
             chosen = order[start : start + batch_size]
+            # The first turn alone: later questions would need the answers before them.
             questions = [records[i].turns[:1] for i in chosen]
             images = [_image(records[i]) if with_images else None for i in chosen]
             for i, answer in zip(chosen, model.generate(questions, images, config), strict=True):

@@ -137,12 +137,14 @@ class Loader:
         self.samples, self.stage, self.collate = samples, stage, collate
         self.first_step, self.n_steps = first_step, n_steps
         self.rank, self.world_size = rank, world_size
-        self.n_samples = stage.batch_size // world_size
+        self.n_samples = stage.batch_size // world_size  # of this rank in a step
+        # One report a rank: several processes do not append to the same file.
         self.report = None
         if folder is not None:
             self.report = Path(folder) / ("broken.jsonl" if rank == 0 else f"broken-{rank}.jsonl")
 
     def __iter__(self) -> Generator[StepData, None, None]:
+        # Broken samples count over the entire stage, also over interruptions.
         n_broken = self._resume_report()
         n_micro_batches = -(-self.n_samples // self._micro_batch_size)  # the last may be smaller
         prepared = self._start()
@@ -195,6 +197,7 @@ class Loader:
                     process.join()  # the sentinel is ready a moment before the exit code
                     raise WorkerDiedError(self._death_message(process.exitcode or 0)) from e
             raise
+        # The worker's traceback becomes the cause of its error.
         if got.error is not None:
             raise got.error from (RuntimeError(f"in a worker:\n{got.trace}") if got.trace else None)
         return got

@@ -53,6 +53,7 @@ def _lock(folder: Path) -> int | None:
             raise BlockingIOError(
                 e.errno, f"{folder} is in use by another run {holder}. Wait for its end, or name another folder"
             ) from e
+        # Network file systems may lack locks: one run is safe, and a second one is the user's care.
         if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         logger.warning("%s: this file system has no locks (%s); a second run here would not be noticed", folder, e)

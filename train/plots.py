@@ -67,6 +67,7 @@ def ablation_bars(table: Mapping[str, Sequence[float]], path: Path) -> None:
         path: image file to write.
     """
     plt = _pyplot()
+    # Each bar has the same width, whatever their number.
     figure, axis = plt.subplots(figsize=(1.6 + 1.1 * len(table), 3.6))
     for x, values in enumerate(table.values()):
         axis.bar(x, 100 * sum(values) / len(values), color="tab:blue", alpha=0.5)

@@ -83,7 +83,7 @@ VL_MAMBA = Recipe(
 ML_MAMBA = Recipe(
     # ML-Mamba (2407.19832). Finetune by the paper: AdamW, 2e-5, global batch 64, weight decay 0.1, cosine, warm-up 3 %,
     # two epochs (so its text; its table of settings says one). Its code has a batch of 128. Clip and seed, and all of
-    # align, which the paper leaves out in the end and gives no other settings for, are its code's. Betas are PyTorch's.
+    # align, which the paper finally leaves out and has no settings for, are its code's. Betas are PyTorch's.
     # Not followed: batches of images alone or text alone, of like lengths. Packed samples have no padding to save.
     "ml-mamba-3b",
     align=StageConfig(

@@ -167,6 +167,7 @@ def read_llava(
             table, broken_here = _index(files[-1], len(files) - 1)
             tables.append(table)
             broken += broken_here
+    # Records hold paths and archive members from here on.
     for source in opened.values():  # the listings are not needed any more
         if isinstance(source, FolderImages):
             source.clear_cache()
@@ -174,6 +175,7 @@ def read_llava(
     if broken:
         text = f"{len(broken):,} of {len(table) + len(broken):,} records are broken"
         first = "; ".join(broken[:5]) + (f"; and {len(broken) - 5:,} more" if len(broken) > 5 else "")
+        # All of them are counted before the decision, so that the message has the total.
         if len(broken) > max_broken * (len(table) + len(broken)):
             raise BrokenDataError(f"{text}, more than max_broken = {max_broken} allows: {first}")
         logger.warning("%s and left out: %s", text, first)
@@ -195,6 +197,7 @@ def write_llava(records: Sequence[Record], path: str | Path, images: str | Path)
     items = []
     for i, record in enumerate(records):
         turns = [{"from": names[t.role], "value": t.text} for t in record.turns]
+        # Only what `read_llava` reads, and an id, which other programs expect.
         item: dict[str, Any] = {"id": str(i), "conversations": turns}
         if record.image is not None:
             item["image"] = _name_in(record.image, Path(images))

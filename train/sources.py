@@ -99,6 +99,7 @@ def open_source(path: str | Path) -> Images:
         return FolderImages(path)
     if not path.exists():
         raise FileNotFoundError(f"no image folder or archive at {path}")
+    # By the name: a damaged archive should be an error, and not an unknown format.
     if path.suffix == ".zip":
         return ZipImages(path)
     if path.suffix == ".tar":
@@ -122,6 +123,7 @@ class FolderImages:
 
     def __contains__(self, name: str) -> bool:
         folder, _, base = name.rpartition("/")
+        # A folder that cannot be listed has no images; it is not asked for again.
         if folder not in self._listed:
             try:
                 self._listed[folder] = frozenset(os.listdir(self.path / folder))

@@ -51,6 +51,7 @@ class Tracker:
         peak_flops: float | None = None,
         wandb: str | None = None,
     ):
+        # First, since it may raise: a missing package leaves no files behind.
         self.wandb = None if wandb is None else _start_wandb(wandb, folder, name)
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics = _resume_lines(folder / "metrics.jsonl", first_step)
@@ -91,6 +92,7 @@ class Tracker:
             "data_wait": wait / seconds,
             "peak_memory": peak_memory(),
         }
+        # Model FLOPs utilization (arXiv 2204.02311, appendix B), without recomputation.
         if self.flops_per_token is not None and self.peak_flops is not None:
             speeds["utilization"] = self.flops_per_token * n_tokens / seconds / self.peak_flops
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -154,6 +156,7 @@ class SampleAnswers:
     def __call__(self, step: int, model: nn.Module) -> None:
         if (step + 1) % self.every:
             return
+        # On every rank, since generation gathers sharded weights.
         answers = self._answer(model)
         if rank():
             return

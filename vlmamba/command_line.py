@@ -35,6 +35,7 @@ def run_commands(
     if arguments[0] == "--version":
         print(prog, version("vl-mamba"))
         return
+    # An unknown command gets a suggestion in place of tyro's list of all options.
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         near = difflib.get_close_matches(arguments[0], commands, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(commands)}"
@@ -63,6 +64,7 @@ def run_commands(
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, MemoryError) as e:
         sys.exit(f"{prog}: {printable(describe(e))}")
     except RuntimeError as e:
+        # Without importing torch: what did not import it cannot have raised its error.
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(e, torch.OutOfMemoryError):
             raise

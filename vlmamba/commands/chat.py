@@ -71,6 +71,7 @@ class Chat:
                 continue
             if line == "/quit":
                 return
+            # Everything but a closed pipe ends the turn alone.
             try:
                 self._run_line(conversation, line)
             except KeyboardInterrupt:
@@ -112,6 +113,7 @@ class Chat:
                     print()
                 raise
         print()
+        # On stderr, so that piped output has the answers alone.
         if self.verbose:
             from ..model.inspect import mebibytes
 

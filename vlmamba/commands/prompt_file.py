@@ -100,6 +100,7 @@ def read_prompts(path: Path, image: Path | None = None) -> list[Prompt]:
             prompts.append(Prompt(shown, None, f"{path}:{number}: {e}"))
             continue
         if prompt.image is not None:
+            # Many prompts may share an image, which is opened once.
             if prompt.image not in opened:
                 opened[prompt.image] = _why_unreadable(prompt.image)
             if why := opened[prompt.image]:
@@ -173,6 +174,7 @@ def _open_output(output: Path | None) -> contextlib.AbstractContextManager[TextI
 
 def _records(model: MambaLM | VLM, prompts: Sequence[Prompt], config: GenerationConfig) -> Iterator[dict[str, str]]:
     """The record of each prompt of a batch."""
+    # Broken prompts are left out of the batch, and get their record in place.
     answers = iter(_answers(model, [p for p in prompts if p.error is None], config))
     for prompt in prompts:
         record = {"prompt": prompt.text} | (next(answers) if prompt.error is None else {"error": prompt.error})
@@ -258,6 +260,7 @@ def _truncate_output(output: Path, settings: dict[str, Any], prompts: Sequence[P
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(beside, json.dumps(settings, indent=2) + "\n")
         return 0, 0
+    # Settings that differ would mix answers of two kinds in one file.
     old = read_json(beside)
     for name, value in settings.items():
         if not isinstance(old, dict) or old.get(name) != value:
@@ -265,6 +268,7 @@ def _truncate_output(output: Path, settings: dict[str, Any], prompts: Sequence[P
             raise ValueError(
                 f"--output {output} was made with another {name}: {stored!r}, and not {value!r}. Name another file"
             )
+    # An answer counts if its line is complete and its prompt is the one at that place.
     done = failed = end = 0
     for line, prompt in zip(json_lines(output), prompts, strict=False):
         if line.value is None or line.value.get("prompt") != prompt.text:

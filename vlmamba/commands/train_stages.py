@@ -52,6 +52,7 @@ def run_training(command: Train) -> None:
 
 
 def _run(command: Train, device: torch.device) -> None:
+    # A recipe's name is its paper's model, unless a folder has that name.
     model = command.model
     if model in RECIPES and not Path(model).is_dir():
         model = RECIPES[model].model or model
@@ -178,11 +179,13 @@ def _train_stage(
     folder, samples = command.output / stage.name, Conversations(records, model)
     make_tracker = functools.partial(Tracker, wandb=command.wandb)
     if command.peak_tflops is not None:
+        # FLOPs a token, from a few samples; utilization needs no more.
         plan = make_plan(model.config, stage, len(samples), measure(samples, 64), world_size())
         peak = command.peak_tflops * 1e12 * world_size()
         make_tracker = functools.partial(make_tracker, flops_per_token=plan.flops_per_token, peak_flops=peak)
     on_step = None
     if command.sample_every is not None:
+        # Evenly spaced over the data.
         chosen = records[:: math.ceil(len(records) / command.samples)]
         on_step = SampleAnswers(folder, chosen, command.sample_every, stage.precision)
     train_stage(model, stage, samples, collate, folder, device, on_step, make_tracker, files, command.may_change)
