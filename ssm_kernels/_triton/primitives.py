@@ -122,30 +122,35 @@ def grid_offset(step, direction, length, height):
 
 @triton.jit
 def _zero_padding_kernel(
-    x, gaps, length, width, n_channels, x_row, x_step, x_group, x_channel, STEPS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, gaps_ptr, length, channels, n_channels, x_strides, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Zero BLOCK channels of one gap, STEPS steps at a time. Grid: (gaps, programs of a gap, tiles of channels)."""
-    gap = gaps + 2 * tl.program_id(0)
-    first, end = tl.load(gap), tl.load(gap + 1)
-    channel = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
-    x += channel // width * x_group + channel % width * x_channel
-    zeros = tl.zeros((STEPS, BLOCK), x.dtype.element_ty)
-    for tile in range(tl.program_id(1), tl.cdiv(end - first, STEPS), tl.num_programs(1)):
-        position = first + tile * STEPS + tl.arange(0, STEPS)[:, None]
-        at = position // length * x_row + position % length * x_step
-        tl.store(x + at, zeros, (position < end) & (channel < n_channels))
+    """Zero BLOCK channels of one gap, STEPS positions at a time.
+
+    Grid: (gaps, programs of a gap, channel tiles). Tiles are (STEPS, BLOCK). x is (B, L, G, E).
+    """
+    x_batch, x_step, x_group, x_channel = x_strides
+    gap_ptr = gaps_ptr + 2 * tl.program_id(0)
+    start, end = tl.load(gap_ptr), tl.load(gap_ptr + 1)
+    channel = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)  # (1, BLOCK)
+    x_ptr += channel // channels * x_group + channel % channels * x_channel
+    zeros = tl.zeros((STEPS, BLOCK), x_ptr.dtype.element_ty)
+    for tile in range(tl.program_id(1), tl.cdiv(end - start, STEPS), tl.num_programs(1)):
+        position = start + tile * STEPS + tl.arange(0, STEPS)[:, None]  # (STEPS, 1)
+        offset = position // length * x_batch + position % length * x_step
+        tl.store(x_ptr + offset, zeros, (position < end) & (channel < n_channels))
 
 
 def zero_padding(segments: SegmentTable, *tensors: Tensor) -> None:
-    """Zero what belongs to no sequence in tensors (B, L, H) or (B, L, G, E) of any strides, which no segment writes."""
+    """Zero the padding of tensors (B, L, H) or (B, L, G, E) of any strides; no segment writes it."""
     for x in tensors:
         x = x.unsqueeze(3) if x.dim() == 3 else x
-        batch, length, groups, width = x.shape
+        batch, length, groups, channels = x.shape
         if not (len(segments.gaps) and x.numel()):
             continue
-        steps, block = 16, min(128, triton.next_power_of_2(groups * width))
+        steps, block = 16, min(128, triton.next_power_of_2(groups * channels))
         programs = min(32, triton.cdiv(batch * length, steps))
         with on_device(x):
-            _zero_padding_kernel[len(segments.gaps), programs, triton.cdiv(groups * width, block)](
-                x, segments.gaps, length, width, groups * width, *x.stride(), STEPS=steps, BLOCK=block, num_warps=4
-            )
+            _zero_padding_kernel[len(segments.gaps), programs, triton.cdiv(groups * channels, block)](
+                x, segments.gaps, length, channels, groups * channels, x.stride(),
+                STEPS=steps, BLOCK=block, num_warps=4,
+            )  # fmt: skip

@@ -1,4 +1,13 @@
-"""States carried over the segments of a sequence: the sequential part between two parallel passes."""
+"""State passing: the sequential pass between two parallel passes over the segments of a sequence.
+
+A parallel pass computes the contribution of each segment to the state, from a state of zero. State passing
+(arXiv 2405.21060, section 6, step 3) combines these to the state before each segment,
+
+    h_{m+1} = exp(A dt_sum_m) h_m + S_m,
+
+with S_m the contribution and dt_sum_m the sum of dt of segment m; a second parallel pass starts from h_m. In the
+backward the same recurrence runs from the last segment to the first, over gradients.
+"""
 
 from __future__ import annotations
 
@@ -15,62 +24,70 @@ from .segment_table import SegmentTable
 
 @triton.jit
 def _state_passing_kernel(
-    segment_states, rate, dt_sum, before, after, first, before_row, after_row,
-    size, RATE: tl.constexpr, TIME: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_BEFORE: tl.constexpr, COMPUTE: tl.constexpr,
+    segment_states_ptr, A_ptr, dt_sum_ptr, incoming_ptr, outgoing_ptr,
+    first_segment_ptr, incoming_rows_ptr, outgoing_rows_ptr, size,
+    ELEMENTS_PER_A: tl.constexpr, ELEMENTS_PER_DT: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_INCOMING: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Carry a tile of one sequence's state over its segments. Grid: (sequences, tiles of the state).
+    """Pass BLOCK elements of one sequence's state through its segments.
 
-    `segment_states` (M, size) holds what each segment adds, and is overwritten by what each segment finds; a segment lets
-    `exp(rate[e // RATE] * dt_sum[segment, e // TIME])` of element e pass.
+    Grid: (sequences, tiles of the state). Tiles are (BLOCK,). Replaces `segment_states` (M, size), the contribution of
+    each segment, by the state before it. Element e decays by `exp(A[e // ELEMENTS_PER_A] * dt_sum[m, e //
+    ELEMENTS_PER_DT])` in segment m.
     """
     sequence = tl.program_id(0)
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     mask = e < size
-    rates = tl.load(rate + e // RATE, mask, other=0.0).to(COMPUTE)
-    times = (size + TIME - 1) // TIME
-    row = tl.load(before_row + sequence).to(tl.int64)
+    a = tl.load(A_ptr + e // ELEMENTS_PER_A, mask, other=0.0).to(COMPUTE)
+    dt_size = (size + ELEMENTS_PER_DT - 1) // ELEMENTS_PER_DT
+
+    row = tl.load(incoming_rows_ptr + sequence).to(tl.int64)
     h = tl.zeros((BLOCK,), COMPUTE)
-    if HAS_BEFORE:
-        h = tl.load(before + row * size + e, and_scalar(mask, row >= 0), other=0.0).to(COMPUTE)
-    begin, end = tl.load(first + sequence), tl.load(first + sequence + 1)
-    for i in range(end - begin):
-        segment = (end - 1 - i if REVERSE else begin + i).to(tl.int64)
-        arrived = tl.load(segment_states + segment * size + e, mask, other=0.0).to(COMPUTE)
-        passed = tl.load(dt_sum + segment * times + e // TIME, mask, other=0.0).to(COMPUTE)
-        tl.store(segment_states + segment * size + e, h.to(segment_states.dtype.element_ty), mask)
-        h = tl.exp(rates * passed) * h + arrived
-    row = tl.load(after_row + sequence).to(tl.int64)
-    tl.store(after + row * size + e, h.to(after.dtype.element_ty), and_scalar(mask, row >= 0))
+    if HAS_INCOMING:
+        h = tl.load(incoming_ptr + row * size + e, and_scalar(mask, row >= 0), other=0.0).to(COMPUTE)
+
+    first, after = tl.load(first_segment_ptr + sequence), tl.load(first_segment_ptr + sequence + 1)
+    for i in range(after - first):
+        segment = (after - 1 - i if REVERSE else first + i).to(tl.int64)
+        contribution = tl.load(segment_states_ptr + segment * size + e, mask, other=0.0).to(COMPUTE)
+        dt_sum = tl.load(dt_sum_ptr + segment * dt_size + e // ELEMENTS_PER_DT, mask, other=0.0).to(COMPUTE)
+        tl.store(segment_states_ptr + segment * size + e, h.to(segment_states_ptr.dtype.element_ty), mask)
+        h = tl.exp(a * dt_sum) * h + contribution
+
+    row = tl.load(outgoing_rows_ptr + sequence).to(tl.int64)
+    tl.store(outgoing_ptr + row * size + e, h.to(outgoing_ptr.dtype.element_ty), and_scalar(mask, row >= 0))
 
 
 def state_passing(
     segments: SegmentTable,
     segment_states: Tensor,
-    rate: Tensor,
+    A: Tensor,
     dt_sum: Tensor,
-    before: Tensor | None,
-    after: Tensor,
+    incoming: Tensor | None,
+    outgoing: Tensor,
     reverse: bool,
 ) -> None:
-    """Turn what each segment adds to a state into what each segment finds, in place, and write what is left at the end.
+    """Replace the contribution of each segment by the state before it, in place, and write the states at the other end.
 
     Args:
-        segment_states: (M, ...) what each segment adds.
-        rate, dt_sum: the segment lets `exp(rate * dt_sum)` pass; rate (r,) and time (M, t) are spread over the state.
-        before: (rows, ...) where each sequence begins: initial states, or in `reverse` gradients of final states.
-        after: (rows, ...) of the other end, written.
-        reverse: whether to go from the last segment to the first.
+        segments: the segments of all sequences.
+        segment_states: (M, ...) the contribution of each segment; overwritten.
+        A: (a,) decay rates, each of as many consecutive elements of a state.
+        dt_sum: (M, t) sums of dt over each segment, each for as many consecutive elements of a state.
+        incoming: (rows, ...) states before the first segment: initial states; gradients of final states in `reverse`.
+        outgoing: (rows, ...) states after the last segment: final states, or gradients of initial states; written.
+        reverse: visit the segments from last to first.
     """
-    size = math.prod(after.shape[1:])
+    size = math.prod(outgoing.shape[1:])
     n_sequences = len(segments.initial_state_rows)
     if n_sequences == 0 or size == 0:
         return
     block = min(256, triton.next_power_of_2(size))
     rows = (segments.initial_state_rows, segments.final_state_rows)
-    with on_device(after):
+    with on_device(outgoing):
         _state_passing_kernel[n_sequences, triton.cdiv(size, block)](
-            segment_states, rate, dt_sum, before, after, segments.first_segment, *(reversed(rows) if reverse else rows),
-            size, RATE=size // rate.numel(), TIME=size // dt_sum.shape[1], BLOCK=block, REVERSE=reverse,
-            HAS_BEFORE=before is not None, COMPUTE=compute_type(segment_states.dtype), num_warps=4,
+            segment_states, A, dt_sum, incoming, outgoing,
+            segments.first_segment, *(reversed(rows) if reverse else rows), size,
+            ELEMENTS_PER_A=size // A.numel(), ELEMENTS_PER_DT=size // dt_sum.shape[1], BLOCK=block, REVERSE=reverse,
+            HAS_INCOMING=incoming is not None, COMPUTE=compute_type(segment_states.dtype), num_warps=4,
         )  # fmt: skip
