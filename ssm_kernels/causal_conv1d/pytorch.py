@@ -1,8 +1,8 @@
-"""The causal convolution in pure PyTorch at speed, on any device.
+"""The causal convolution in fast PyTorch, on any device, with its own backward.
 
-All sequences are laid one after the other, each with its K - 1 earlier inputs before it; padding is left out.
-Then one shifted multiply-add a tap serves every sequence, no window of a wanted output leaves its sequence, and the
-last K - 1 inputs of a sequence are its final state, however short it is. The backward computes the sums again.
+All sequences are concatenated, each after its K - 1 earlier inputs; padding is left out. One shifted multiply-add per
+tap then serves every sequence. No window of a wanted output leaves its sequence, and the last K - 1 inputs of a
+sequence are its final state, however short it is. The backward recomputes the sums.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import itertools
 import torch
 from torch import Tensor
 
-from .._core.invariant import silu as _silu
+from .._core.invariant import silu as invariant_silu
 from .._core.invariant import silu_backward
 from .._core.library import Gradient, define_op
 from .._core.varlen import parse_sequences
 
 
-def conv(
+def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -28,59 +28,71 @@ def conv(
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x (B, L, D); weight (D, K) -> y (B, L, D) and the last inputs of each sequence (rows, K - 1, D)."""
-    return _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
+    """Convolve with arguments in the canonical form of `reference.causal_conv1d`, and the same results."""
+    y, final_states = _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
+    return y.to(x.dtype), final_states.to(x.dtype)
 
 
-class _Line:
-    """Where everything stands on the line of all sequences with their earlier inputs, M positions long."""
+def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """Advance by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    window = torch.cat([state, x.unsqueeze(1).to(state.dtype)], dim=1)  # (B, K, D)
+    y = (window.to(dtype) * weight.to(dtype).T).sum(1)  # (B, D)
+    if bias is not None:
+        y = y + bias
+    state.copy_(window[:, 1:])
+    return (invariant_silu(y) if silu else y).to(x.dtype)
+
+
+class _Concatenation:
+    """The layout of all sequences in one (M, D) tensor, each after its K - 1 earlier inputs. T steps in sequences."""
 
     def __init__(self, x: Tensor, width: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None):
         sequences = parse_sequences(*x.shape[:2], cu_seqlens, seq_idx)
-        self.length = sum(sequences.lengths) + len(sequences.lengths) * (width - 1)
-        has_gaps = bool(sequences.padding_runs(x.shape[0] * x.shape[1]))
-        self.positions = sequences.positions(x.device) if has_gaps else None
-        self.inputs, self.before, self.after = _positions(sequences.lengths, width, x.device)
-        first, last = sequences.state_indices(x.device)
-        self.before, self.after = self.before[first], self.after[last]  # (rows, K - 1)
+        self.length = sum(sequences.lengths) + len(sequences.lengths) * (width - 1)  # M
+        has_padding = bool(sequences.padding_runs(x.shape[0] * x.shape[1]))
+        # (T,) rows of the flattened (B * L) tensor that are no padding.
+        self.source_rows = sequences.positions(x.device) if has_padding else None
+        self.steps, earlier, last = _positions(sequences.lengths, width, x.device)  # (T,), (S, K - 1), (S, K - 1)
+        initial, final = sequences.state_indices(x.device)
+        self.initial_states, self.final_states = earlier[initial], last[final]  # (rows, K - 1)
 
-    def take(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (T, D) without padding."""
         rows = x.flatten(0, 1)
-        return rows if self.positions is None else rows.index_select(0, self.positions)
+        return rows if self.source_rows is None else rows.index_select(0, self.source_rows)
 
-    def put(self, rows: Tensor, shape: torch.Size) -> Tensor:
+    def scatter(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """(T, D) -> (B, L, D), zero in padding."""
-        if self.positions is None:
+        if self.source_rows is None:
             return rows.view(shape)
         padded = rows.new_zeros(shape)
-        padded.view(-1, shape[2]).index_copy_(0, self.positions, rows)
+        padded.view(-1, shape[2]).index_copy_(0, self.source_rows, rows)
         return padded
+
+    def inputs(self, x: Tensor, initial_states: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Concatenate x (B, L, D) and the initial states (rows, K - 1, D): (M, D), zero where no state is before."""
+        inputs = x.new_zeros(self.length, x.shape[2], dtype=dtype)
+        inputs.index_copy_(0, self.steps, self.gather(x).to(dtype))
+        if initial_states is not None:
+            inputs[self.initial_states] = initial_states.to(dtype)
+        return inputs
 
 
 @functools.lru_cache(maxsize=64)
 def _positions(lengths: tuple[int, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of each input (T,), and of the K - 1 inputs before and at the end of each sequence (S, K - 1)."""
-    begins = torch.tensor(list(itertools.accumulate((n + width - 1 for n in lengths), initial=0))[:-1])
-    begins, n = begins.to(torch.int64), torch.tensor(lengths, dtype=torch.int64)
+    """Positions of all steps (T,), and of the K - 1 inputs before and at the end of each sequence (S, K - 1)."""
+    offsets = torch.tensor(list(itertools.accumulate((n + width - 1 for n in lengths), initial=0))[:-1])
+    offsets, n_steps = offsets.to(torch.int64), torch.tensor(lengths, dtype=torch.int64)  # (S,)
     window = torch.arange(width - 1)
-    before, after = begins[:, None] + window, (begins + n)[:, None] + window
-    total = sum(lengths)
-    inputs = torch.arange(total) + (torch.arange(1, len(lengths) + 1) * (width - 1)).repeat_interleave(n)
-    return inputs.to(device), before.to(device), after.to(device)
-
-
-def _lay_out(line: _Line, x: Tensor, initial_states: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The inputs and what stands before them, (M, D)."""
-    out = x.new_zeros(line.length, x.shape[2], dtype=dtype)
-    out.index_copy_(0, line.inputs, line.take(x).to(dtype))
-    if initial_states is not None:
-        out[line.before] = initial_states.to(dtype)
-    return out
+    earlier, last = offsets[:, None] + window, (offsets + n_steps)[:, None] + window  # (S, K - 1)
+    skipped = torch.arange(1, len(lengths) + 1) * (width - 1)
+    steps = torch.arange(sum(lengths)) + skipped.repeat_interleave(n_steps)  # (T,)
+    return steps.to(device), earlier.to(device), last.to(device)
 
 
 def _sums(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of the whole line, (M - K + 1, D): entry i from inputs i to i + K - 1."""
+    """Convolve the concatenation (M, D): (M - K + 1, D), row i from inputs i to i + K - 1."""
     n = max(len(inputs) - weight.shape[1] + 1, 0)
     taps = weight.T.contiguous()  # (K, D)
     out = inputs[:n] * taps[0] if bias is None else torch.addcmul(bias, inputs[:n], taps[0])
@@ -92,39 +104,39 @@ def _sums(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx):
     dtype = torch.promote_types(x.dtype, torch.float32)
     width = weight.shape[1]
-    line = _Line(x, width, cu_seqlens, seq_idx)
-    inputs = _lay_out(line, x, initial_states, dtype)
+    layout = _Concatenation(x, width, cu_seqlens, seq_idx)
+    inputs = layout.inputs(x, initial_states, dtype)  # (M, D)
     sums = _sums(inputs, weight.to(dtype), None if bias is None else bias.to(dtype))
-    y = sums.index_select(0, line.inputs - (width - 1))  # (T, D)
-    return line.put(_silu(y) if silu else y, x.shape), inputs[line.after]
+    y = sums.index_select(0, layout.steps - (width - 1))  # (T, D)
+    return layout.scatter(invariant_silu(y) if silu else y, x.shape), inputs[layout.final_states]
 
 
-def _backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal):
+def _backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states):
     dtype = torch.promote_types(x.dtype, torch.float32)
     width = weight.shape[1]
-    line = _Line(x, width, cu_seqlens, seq_idx)
-    inputs = _lay_out(line, x, initial_states, dtype)
+    layout = _Concatenation(x, width, cu_seqlens, seq_idx)
+    inputs = layout.inputs(x, initial_states, dtype)  # (M, D)
     taps = weight.to(dtype)
-    at = line.inputs - (width - 1)
+    outputs = layout.steps - (width - 1)  # (T,) rows of the sums that are outputs
 
-    dy = line.take(dy)
+    dy = layout.gather(dy)  # (T, D)
     if silu:
-        sums = _sums(inputs, taps, None if bias is None else bias.to(dtype)).index_select(0, at)
+        sums = _sums(inputs, taps, None if bias is None else bias.to(dtype)).index_select(0, outputs)
         dy = silu_backward(dy, sums)
-    dsums = dy.new_zeros(max(line.length - width + 1, 0), x.shape[2]).index_copy_(0, at, dy)
+    dsums = dy.new_zeros(max(layout.length - width + 1, 0), x.shape[2]).index_copy_(0, outputs, dy)
     n = len(dsums)
-    dinputs = torch.zeros_like(inputs)
+    dinputs = torch.zeros_like(inputs)  # (M, D)
     for k in range(width):
         dinputs[k : k + n].addcmul_(dsums, taps[:, k])
-    dweight = torch.stack([(dsums * inputs[k : k + n]).sum(0) for k in range(width)], dim=1)
-    dinputs.index_put_((line.after,), dfinal.to(dtype), accumulate=True)
+    dweight = torch.stack([(dsums * inputs[k : k + n]).sum(0) for k in range(width)], dim=1)  # (D, K)
+    dinputs.index_put_((layout.final_states,), dfinal_states.to(dtype), accumulate=True)
 
-    dx = line.put(dinputs.index_select(0, line.inputs), x.shape)
+    dx = layout.scatter(dinputs.index_select(0, layout.steps), x.shape)  # (B, L, D)
     dbias = dy.sum(0) if bias is None else dy.sum(0).to(bias.dtype)
-    dinitial = dinputs[line.before]
+    dinitial_states = dinputs[layout.initial_states]
     if initial_states is not None:
-        dinitial = dinitial.to(initial_states.dtype)
-    return dx.to(x.dtype), dweight.to(weight.dtype), dbias, dinitial
+        dinitial_states = dinitial_states.to(initial_states.dtype)
+    return dx.to(x.dtype), dweight.to(weight.dtype), dbias, dinitial_states
 
 
 def _forward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx):
@@ -133,10 +145,14 @@ def _forward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(rows, weight.shape[1] - 1, x.shape[2], dtype=dtype)
 
 
-def _backward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal):
+def _backward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states):
     dbias = dy.new_empty(x.shape[2]) if bias is None else torch.empty_like(bias)
-    dinitial = dfinal.new_empty(dfinal.shape) if initial_states is None else initial_states.new_empty(dfinal.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial
+    dinitial_states = (
+        dfinal_states.new_empty(dfinal_states.shape)
+        if initial_states is None
+        else initial_states.new_empty(dfinal_states.shape)
+    )
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial_states
 
 
 def _save(ctx, inputs, outputs):
@@ -145,16 +161,16 @@ def _save(ctx, inputs, outputs):
 
 
 @torch.autograd.function.once_differentiable
-def _gradients(ctx, dy, dfinal):
+def _gradients(ctx, dy, dfinal_states):
     x, weight, bias, initial_states, cu_seqlens, seq_idx = ctx.saved_tensors
-    dx, dweight, dbias, dinitial = _backward_op(
-        x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, dy, dfinal
+    dx, dweight, dbias, dinitial_states = _backward_op(
+        x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states
     )
     return {
         "x": dx,
         "weight": dweight,
         "bias": None if bias is None else dbias,
-        "initial_states": None if initial_states is None else dinitial,
+        "initial_states": None if initial_states is None else dinitial_states,
     }
 
 
@@ -167,7 +183,7 @@ _forward_op = define_op(
 )
 _backward_op = define_op(
     "causal_conv1d_torch_backward(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states,"
-    " Tensor? cu_seqlens, Tensor? seq_idx, Tensor dy, Tensor dfinal) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? cu_seqlens, Tensor? seq_idx, Tensor dy, Tensor dfinal_states) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

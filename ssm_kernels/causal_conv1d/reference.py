@@ -1,4 +1,4 @@
-"""The causal convolution as it is defined: each output from its own window. The ground truth of the other backends."""
+"""The causal convolution as it is defined, window by window. The ground truth of the other backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from .._core.varlen import parse_sequences
 
 
-def conv(
+def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -18,26 +18,39 @@ def conv(
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x (B, L, D); weight (D, K) -> y (B, L, D) and the last inputs of each sequence (rows, K - 1, D)."""
+    """Convolve step by step: y_t = silu(bias + sum_k weight_k x_{t - K + 1 + k}).
+
+    Args:
+        x: (B, L, D).
+        weight: (D, K).
+        bias: (D,).
+        silu: whether the sums pass through SiLU.
+        initial_states: (rows, K - 1, D) inputs before the first step of each sequence that starts a row.
+        cu_seqlens, seq_idx: as in `ssm_kernels.causal_conv1d`.
+
+    Returns:
+        y (B, L, D) and the final states, the last inputs of each row (rows, K - 1, D), in the dtype of x.
+    """
     batch, length, dim = x.shape
     width = weight.shape[1]
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    rows = x.to(dtype).flatten(0, 1)
+    rows = x.to(dtype).flatten(0, 1)  # (B * L, D)
     weight = weight.to(dtype)
 
-    begins = {s: row for row, s in enumerate(sequences.initial_sequences)}
-    ys, ends = [rows.new_zeros(dim)] * len(rows), []
+    row_of_start = {s: row for row, s in enumerate(sequences.initial_sequences)}
+    ys, final_states = [rows.new_zeros(dim)] * len(rows), []
     for s, (start, n_steps) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
-        before = rows.new_zeros(width - 1, dim)
-        if initial_states is not None and s in begins:
-            before = initial_states[begins[s]].to(dtype)
-        inputs = torch.cat([before, rows[start : start + n_steps]])
+        state = rows.new_zeros(width - 1, dim)
+        if initial_states is not None and s in row_of_start:
+            state = initial_states[row_of_start[s]].to(dtype)
+        inputs = torch.cat([state, rows[start : start + n_steps]])  # (K - 1 + n_steps, D)
         for t in range(n_steps):
-            y = (inputs[t : t + width] * weight.T).sum(0)
+            y = (inputs[t : t + width] * weight.T).sum(0)  # (D,)
             y = y if bias is None else y + bias.to(dtype)
             ys[start + t] = F.silu(y) if silu else y
-        ends.append(inputs[n_steps:])
-    y = torch.stack(ys).unflatten(0, (batch, length)) if ys else rows.new_zeros(batch, length, dim)
-    states = [ends[s] for s in sequences.final_sequences]
-    return y, torch.stack(states) if states else rows.new_zeros(0, width - 1, dim)
+        final_states.append(inputs[n_steps:])  # (K - 1, D)
+    y = torch.stack(ys).unflatten(0, (batch, length)) if ys else rows.new_zeros(batch, length, dim)  # (B, L, D)
+    states = [final_states[s] for s in sequences.final_sequences]
+    final = torch.stack(states) if states else rows.new_zeros(0, width - 1, dim)
+    return y.to(x.dtype), final.to(x.dtype)

@@ -111,8 +111,8 @@ def cross_causal_conv1d(
     chosen = resolve_backend(backend, x.device, "causal_conv1d")
     if chosen == "triton":
         shared = x.flatten(1, 2).unsqueeze(2).expand(-1, -1, k, -1)  # (B, L, K, E)
-        y, _ = triton_conv.conv(
-            shared, weight.flatten(0, 1), bias, activation == "silu", directions=_codes(directions), height=height
+        y = triton_conv.grouped_causal_conv1d(
+            shared, weight.flatten(0, 1), bias, activation == "silu", _codes(directions), height
         )
         return y.unflatten(1, (height, width))
     copies = "torch" if chosen == "numba" else chosen

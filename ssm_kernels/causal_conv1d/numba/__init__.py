@@ -8,7 +8,7 @@ from torch import Tensor
 from ..._core.library import Gradient, define_op, lazy_function
 
 
-def conv(
+def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -17,11 +17,11 @@ def conv(
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x (B, L, D), weight (D, K) -> y (B, L, D) and the final states (rows, K - 1, D), in x's dtype."""
+    """Convolve with arguments in the canonical form of `reference.causal_conv1d`, and the same results."""
     return _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
 
 
-def conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """Advance the convolution by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
     return _step_op(state, x, weight, bias, silu)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,29 +11,46 @@ from ..._core.library import Gradient, define_op, lazy_function
 from ..._triton.device import empty_like
 
 
-def conv(
+def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     silu: bool,
-    initial_states: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    directions: tuple[int, ...] = (),
-    height: int = 1,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x (B, L, G, E), weight (G * E, K) -> y (B, L, G, E) and the final states (rows, K - 1, G * E), in x's dtype.
+    """Convolve with arguments in the canonical form of `reference.causal_conv1d`, and the same results."""
+    y, final_states = _forward_op(
+        x.unsqueeze(2), weight, _contiguous(bias), silu, initial_states, cu_seqlens, seq_idx, [], 1
+    )
+    return y.squeeze(2), final_states
 
-    With `directions`, one code a group, L is a grid of `height` rows in row-major order, and each group is convolved
-    along its own direction; y is row-major too. Codes are indices in `cross_scan.CROSS`. Not with packed sequences.
+
+def grouped_causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, directions: Sequence[int], height: int
+) -> Tensor:
+    """Convolve each of G groups of channels along its own scan direction.
+
+    Args:
+        x: (B, L, G, E), where L is a grid of `height` rows in row-major order.
+        weight: (G * E, K).
+        bias: (G * E,).
+        directions: an index in `cross_scan.CROSS` for each group.
+
+    Returns:
+        y (B, L, G, E) in row-major order, in the dtype of x.
     """
-    bias = None if bias is None else bias.contiguous()
-    return _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, list(directions), height)
+    return _forward_op(x, weight, _contiguous(bias), silu, None, None, None, list(directions), height)[0]
 
 
-def conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """Advance the convolution by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
-    return _step_op(state, x, weight, None if bias is None else bias.contiguous(), silu)
+def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """Advance by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
+    return _step_op(state, x, weight, _contiguous(bias), silu)
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _save(ctx, inputs, outputs):
