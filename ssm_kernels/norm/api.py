@@ -13,13 +13,13 @@ from . import pytorch, reference, triton
 
 
 class AddRMSNormOutput(NamedTuple):
-    """What `add_rms_norm` gives."""
+    """The result of `add_rms_norm`."""
 
     y: Tensor
-    """The normalised sum, in the dtype of `x`."""
+    """(..., D) the normalized sum, in the dtype of `x`."""
     residual: Tensor
-    """The sum itself, in `residual_dtype`; `x` itself where there is nothing to add and it has that dtype already. The
-    backward may read it: autograd refuses to go back after it was changed in place."""
+    """(..., D) the sum, in `residual_dtype`; `x` itself where nothing is added and it has that dtype. The backward may
+    read it, so autograd raises after it was changed in place."""
 
 
 def rms_norm(
@@ -39,11 +39,12 @@ def rms_norm(
         weight: (D,).
         z: (..., D) gate. It multiplies `x` before the norm, or the result where `norm_before_gate`.
         eps: added to the mean square.
-        group_size: normalise each run of so many channels by itself; all D by default.
+        group_size: channels that are normalized together, a divisor of D; all D by default.
         norm_before_gate: see `z`.
         backend: see `ssm_kernels.use_backend`.
 
-    Computed in float32 (float64 where `x` is), under autocast too.
+    Returns:
+        (..., D) in the dtype of `x`. It is computed in float32 (float64 where `x` is), under autocast too.
 
     Raises:
         TypeError: an argument is not a tensor or has a dtype that is not supported.
@@ -56,7 +57,7 @@ def rms_norm(
     group_size = x.shape[-1] if group_size is None else check_integer("group_size", group_size, 1)
     check_divides("group_size", group_size, "D", x.shape[-1])
     chosen = resolve_backend(backend, x.device, "rms_norm")
-    norm = {"torch": pytorch.norm, "reference": reference.norm, "triton": triton.norm}[chosen]
+    norm = {"triton": triton.rms_norm, "torch": pytorch.rms_norm, "reference": reference.rms_norm}[chosen]
     return norm(x, weight, z, eps, group_size, norm_before_gate)
 
 
@@ -69,15 +70,18 @@ def add_rms_norm(
     residual_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> AddRMSNormOutput:
-    """Add `x` to the residual stream and normalise the sum: the step between two layers.
+    """Add `x` to the residual stream and normalize the sum: the step between two layers.
 
     Args:
         x: (..., D) output of the layer before.
         weight: (D,).
-        residual: (..., D) the stream; None at its beginning.
+        residual: (..., D) the residual stream; None before the first layer.
         eps: added to the mean square.
-        residual_dtype: dtype of the new stream; that of `residual`, or of `x` without one, by default.
+        residual_dtype: dtype of the sum; that of `residual`, or of `x` without one, by default.
         backend: see `ssm_kernels.use_backend`.
+
+    Returns:
+        The normalized sum and the sum.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `rms_norm`.
@@ -88,12 +92,12 @@ def add_rms_norm(
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
     chosen = resolve_backend(backend, x.device, "add_rms_norm")
-    if chosen == "triton" and residual is not None:
-        return AddRMSNormOutput(*triton.add_norm(x, residual, weight, eps, residual_dtype))
-    total = x.to(residual_dtype) if residual is None else (residual + x).to(residual_dtype)
-    norm = {"torch": pytorch.norm, "reference": reference.norm, "triton": triton.norm}[chosen]
-    y = norm(total, weight, None, eps, x.shape[-1], False)
-    return AddRMSNormOutput(y.to(x.dtype), total)
+    add_norm = {
+        "triton": triton.add_rms_norm,
+        "torch": pytorch.add_rms_norm,
+        "reference": reference.add_rms_norm,
+    }[chosen]
+    return AddRMSNormOutput(*add_norm(x, residual, weight, eps, residual_dtype))
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:

@@ -1,7 +1,7 @@
-"""RMSNorm in pure PyTorch, with a backward of its own.
+"""The norms in fast PyTorch, with their own backward.
 
-It keeps its input and one number a row. PyTorch's `rms_norm` is slower on a CPU and, since its backward takes that
-number to the third power, wrong beyond |x| = 1e14.
+It saves its input and one number a row. PyTorch's `rms_norm` is slower on a CPU, and wrong beyond |x| = 1e14, since its
+backward takes the third power of that number.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from .._core.invariant import silu
 from .._core.library import autocast_off
 
 
-def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
-    """x, z (..., D); weight (D,) -> (..., D)."""
+def rms_norm(
+    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
+) -> Tensor:
+    """Normalize with arguments in the canonical form of `reference.rms_norm`, and the same results."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with autocast_off(x.device):
         y = x.to(dtype)
@@ -24,29 +26,38 @@ def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: in
         if group_size == x.shape[-1]:
             y = _Norm.apply(y, weight.to(dtype), eps)
         else:
-            groups = (m.unflatten(-1, (-1, group_size)) for m in (y, weight.to(dtype)))
-            y = _Norm.apply(*groups, eps).flatten(-2)
+            groups = (m.unflatten(-1, (-1, group_size)) for m in (y, weight.to(dtype)))  # (..., groups, group_size)
+            y = _Norm.apply(*groups, eps).flatten(-2)  # (..., D)
         if gate is not None and norm_before_gate:
             y = y * gate
     return y.to(x.dtype)
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, residual_out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Add and normalize with arguments in the canonical form of `reference.add_rms_norm`, and the same results."""
+    residual_out = (x if residual is None else residual + x).to(residual_out_dtype)
+    return rms_norm(residual_out, weight, None, eps, x.shape[-1], False).to(x.dtype), residual_out
+
+
 class _Norm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension, all of weight's among those of x."""
+    """x * rstd * weight, with rstd = 1 / sqrt(mean(x^2) + eps) over the last dimension; weight broadcasts to x."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.rsqrt(length.square() / x.shape[-1] + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, scale = ctx.saved_tensors
-        normal = x * scale
-        slope = dy * normal
-        dweight = slope.sum_to_size(weight.shape)
-        mean = (slope * weight).mean(-1, keepdim=True)
-        return torch.addcmul(dy * weight, normal, mean, value=-1).mul_(scale), dweight, None
+        x, weight, rstd = ctx.saved_tensors
+        normalized = x * rstd
+        product = dy * normalized
+        dweight = product.sum_to_size(weight.shape)
+        # dx = rstd (w dy - x_hat mean(w dy x_hat)), x_hat = x rstd
+        mean = (product * weight).mean(-1, keepdim=True)  # (..., 1)
+        return torch.addcmul(dy * weight, normalized, mean, value=-1).mul_(rstd), dweight, None

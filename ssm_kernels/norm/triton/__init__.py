@@ -8,15 +8,20 @@ from torch import Tensor
 from ..._core.library import Gradient, define_op, lazy_function
 
 
-def norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
-    """x, z (..., D); weight (D,) -> (..., D)."""
+def rms_norm(
+    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
+) -> Tensor:
+    """Normalize with arguments in the canonical form of `reference.rms_norm`, and the same results."""
     return _forward_op(x, None, weight, z, eps, group_size, norm_before_gate, x.dtype)[0]
 
 
-def add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, residual_out_dtype: torch.dtype
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, residual_out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """x, residual (..., D); weight (D,) -> the norm of their sum in the dtype of x, and the sum."""
+    """Add and normalize with arguments in the canonical form of `reference.add_rms_norm`, and the same results."""
+    if residual is None:
+        residual_out = x.to(residual_out_dtype)
+        return rms_norm(residual_out, weight, None, eps, x.shape[-1], False).to(x.dtype), residual_out
     y, residual_out, _ = _forward_op(x, residual, weight, None, eps, x.shape[-1], False, residual_out_dtype)
     return y, residual_out
 
