@@ -70,8 +70,8 @@ def test_crossing_blocks_of_two_threads_do_not_meet():
 
 def test_compiled_code_follows_the_choice(monkeypatch):
     """Inside the graph, around it, and in another thread."""
-    monkeypatch.setattr(pytorch, "scan", lambda x, directions: x + 1)
-    monkeypatch.setattr(reference, "scan", lambda x, directions: x + 10)
+    monkeypatch.setattr(pytorch, "cross_scan", lambda x, directions: x + 1)
+    monkeypatch.setattr(reference, "cross_scan", lambda x, directions: x + 10)
     x = torch.zeros(1, 1, 1, 1)
 
     def both(x):
