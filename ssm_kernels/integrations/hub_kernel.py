@@ -1,4 +1,4 @@
-"""This package as a kernel of the Hub, for `kernels.get_kernel`: the layout that the `kernels` package loads.
+"""Builds this package as a kernel repository of the Hub, in the layout that `kernels.get_kernel` loads.
 
 .. code-block:: shell
 
@@ -8,7 +8,7 @@
 
     kernels.get_local_kernel(Path("OUT")).ssd(...)
 
-`transformers`' `KernelConfig` names the classes of `ssm_kernels.layers` in it:
+The `KernelConfig` of `transformers` refers to the classes of `ssm_kernels.layers` in it:
 
 .. code-block:: python
 
@@ -16,11 +16,11 @@
     config = KernelConfig({name: f"/abs/OUT:{name}" for name in names}, use_local_kernel=True)
     MambaForCausalLM.from_pretrained(model, use_kernels=True, kernel_config=config)
 
-Its versions 5.23 and 5.24 do so with `kernels` 0.18.2 or later and on a GPU alone; on a CPU, use
+Versions 5.23 and 5.24 do so with `kernels` 0.18.2 or later and on a GPU only; on a CPU, use
 `ssm_kernels.integrations.transformers`.
 
-A folder for each backend of PyTorch holds the whole package, which is Python alone, and is loaded under a name of its
-own: its ops are registered under that name, so that several versions live in one process, beside an installed one.
+A folder for each backend of PyTorch holds the complete package, which is pure Python, and is loaded under a unique
+name. Its ops are registered under that name, so that several versions coexist in one process, beside an installed one.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from pathlib import Path
 
 NAME = "ssm-kernels"
 VERSION = 1
-"""Of the interface: a later one that breaks callers has the next number. Callers name it in `get_kernel`."""
+"""Version of the interface, incremented by a breaking change. Callers pass it to `get_kernel`."""
 BACKENDS = ("cpu", "cuda", "rocm")
-LEFT_OUT = ("integrations",)
-"""What needs the package under its own name."""
+EXCLUDED = ("integrations",)
+"""Subpackages that need the package under its own name."""
 
 CARD = """---
 library_name: kernels
@@ -63,6 +63,9 @@ It has {ops}. Each has its contract in its docstring.
 def build(out: Path) -> None:
     """Write the folder that is uploaded as a kernel repository.
 
+    Args:
+        out: a new or empty folder.
+
     Raises:
         FileExistsError: `out` exists and is not empty.
     """
@@ -72,7 +75,7 @@ def build(out: Path) -> None:
     files = sorted(
         path.relative_to(source)
         for path in source.rglob("*.py")
-        if path.relative_to(source).parts[0] not in LEFT_OUT and "__pycache__" not in path.parts
+        if path.relative_to(source).parts[0] not in EXCLUDED and "__pycache__" not in path.parts
     )
     digest = hashlib.sha256(b"".join(str(f).encode() + (source / f).read_bytes() for f in files)).hexdigest()[:10]
     for backend in BACKENDS:
@@ -99,7 +102,7 @@ def build(out: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Parse the command line and build."""
     parser = argparse.ArgumentParser(description="Write this package in the layout of the Hub's kernels.")
     parser.add_argument("out", type=Path, help="a new folder; upload it with `hf upload` as a kernel repository")
     out = parser.parse_args().out

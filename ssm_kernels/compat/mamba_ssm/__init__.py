@@ -1,16 +1,16 @@
 """The names, signatures and layouts of `mamba_ssm` 2.3 and `causal_conv1d` 1.6 on the ops of this package.
 
-To move existing code over, change what it imports from:
+To port existing code, change its imports:
 
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     from ssm_kernels.compat.mamba_ssm import selective_scan_fn
 
-Code that is not to be changed finds them under the original names after `ssm_kernels.compat.install()`.
+Unmodified code finds them under the original names after `ssm_kernels.compat.install()`.
 
-Everything runs on a CPU too. An argument that these ops cannot honour is refused by name, with a `ValueError` where
-the original refuses it too and a `NotImplementedError` where it does not. Where the originals drop a gradient
-(`return_last_state`), it flows here. As there, the two `*_update` functions have none. Each function whose name ends in
-`_ref` computes the same as plainly as its equation reads, in float32 at least: slow, and what the others are held to.
+Everything runs on a CPU too. An unsupported argument is refused by name, with a `ValueError` where the original refuses
+it too and a `NotImplementedError` where it does not. Where the originals drop a gradient (`return_last_state`), it
+flows here. As there, the two `*_update` functions have none. Each function whose name ends in `_ref` computes the same
+as its equation reads, in float32 at least: slow, and the ground truth of the others' tests.
 """
 
 from ._shared import _rows as _rows

@@ -1,4 +1,4 @@
-"""`mamba_ssm.utils.torch`: decorators of autograd functions that keep to the autocast of their forward."""
+"""`mamba_ssm.utils.torch`: decorators that run the backward of an autograd function under its forward's autocast."""
 
 from __future__ import annotations
 

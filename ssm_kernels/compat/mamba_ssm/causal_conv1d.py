@@ -125,12 +125,12 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     """Collect the last inputs of each sequence of a pack, as `causal_conv1d_update` continues from.
 
     Args:
-        x: (T, D), the sequences one after the other.
+        x: (T, D), the sequences packed.
         cu_seqlens: (S + 1,) their bounds, from 0.
-        state_len: W, inputs to keep of each.
+        state_len: W, inputs to collect from each.
 
     Returns:
-        (S, D, W): zeros before a sequence that is shorter than W.
+        (S, D, W), with zeros before a sequence that is shorter than W.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -150,8 +150,8 @@ def causal_conv1d_varlen_states_ref(x: Tensor, cu_seqlens: Tensor, state_len: in
     bounds = cu_seqlens.tolist()
     states = x.new_zeros(len(bounds) - 1, x.shape[1], state_len)
     for s, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        kept = x[max(first, last - state_len) : last]
-        states[s, :, state_len - len(kept) :] = kept.T
+        inputs = x[max(first, last - state_len) : last]
+        states[s, :, state_len - len(inputs) :] = inputs.T  # (D, W)
     return states
 
 

@@ -1,7 +1,7 @@
-"""`mamba_ssm.distributed`: names that copies of Mamba-2 import, and use where they are given a `process_group`.
+"""`mamba_ssm.distributed`: names that copies of Mamba-2 import, and use with a `process_group`.
 
 They can be imported, so that such a copy runs on one device. Each use of one is refused: tensor parallelism is not
-offered. `ssm_kernels.context_parallel` splits long sequences over devices.
+offered. `ssm_kernels.context_parallel` shards long sequences over devices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _ADVICE = "tensor parallelism is not offered; ssm_kernels.context_parallel split
 
 
 class ColumnParallelLinear:
-    """A linear layer whose outputs are split over devices.
+    """A linear layer whose outputs are sharded over devices.
 
     Raises:
         NotImplementedError: always.
@@ -23,7 +23,7 @@ class ColumnParallelLinear:
 
 
 class RowParallelLinear:
-    """A linear layer whose inputs are split over devices.
+    """A linear layer whose inputs are sharded over devices.
 
     Raises:
         NotImplementedError: always.
@@ -43,7 +43,7 @@ def all_reduce(*args, **kwargs) -> NoReturn:
 
 
 def reduce_scatter(*args, **kwargs) -> NoReturn:
-    """Sum over devices, and keep a part on each, with a gradient.
+    """Sum over devices, and leave a shard on each, with a gradient.
 
     Raises:
         NotImplementedError: always.
