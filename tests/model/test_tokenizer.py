@@ -1,0 +1,70 @@
+"""Tokenizer and incremental decoding."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlmamba.model import MambaLM, Tokenizer
+from vlmamba.model.config import LMConfig
+from vlmamba.model.tokenizer import TextStream, require_tokenizer
+
+TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
+
+
+@pytest.mark.parametrize("text", ["a red circle", "", "  spaces \n lines", "Grüße, 世界 🐍", "<|endofte"])
+def test_any_text_comes_back(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_end_of_text_is_one_token():
+    assert TOKENIZER.encode("a<|endoftext|>")[-1] == TOKENIZER.eos_id == 0
+
+
+def test_saved_and_read(tmp_path):
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert again.encode("a red shape") == TOKENIZER.encode("a red shape")
+    assert again.vocab_size == TOKENIZER.vocab_size
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        Tokenizer.from_file(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer.json"):
+        Tokenizer.from_file(tmp_path / "tokenizer.json")
+
+
+def test_a_stream_never_gives_half_a_character():
+    text = "a 世界 🐍 red"
+    stream = TextStream(TOKENIZER)
+    parts = [stream.push(t) for t in TOKENIZER.encode(text)]
+    assert "".join(parts) + stream.finish() == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in p for p in parts)
+    cut = TextStream(TOKENIZER)
+    half = TOKENIZER.encode("🐍")[:-1]
+    assert [cut.push(t) for t in half] == [""] * len(half)
+    assert cut.finish() != ""
+
+
+def test_a_model_without_a_tokenizer_is_named():
+    model = MambaLM(LMConfig(16, 1, 50))
+    with pytest.raises(ValueError, match="the model has no tokenizer: set model.tokenizer"):
+        require_tokenizer(model)
+    model.tokenizer = TOKENIZER
+    assert require_tokenizer(model) is TOKENIZER
+
+
+def test_another_end_of_text_token_is_saved_beside(tmp_path):
+    inner = TOKENIZER.inner
+    other = Tokenizer(inner, "a")
+    other.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.from_file(tmp_path / "tokenizer.json").eos_id == inner.token_to_id("a")
+    with pytest.raises(ValueError, match="the tokenizer has no token '<end>'"):
+        Tokenizer(inner, "<end>")
+
+
+def test_sizes_cover_every_token():
+    vocabulary = TOKENIZER.inner.get_vocab()
+    assert TOKENIZER.vocab_size == len(vocabulary)
+    assert TOKENIZER.longest_token == max(map(len, vocabulary))
