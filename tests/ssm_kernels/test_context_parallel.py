@@ -60,7 +60,7 @@ def random(*shape: int) -> Tensor:
 
 
 GROUPS: dict[int, dist.ProcessGroup | None] = {}
-"""By how many ranks they have."""
+"""Process groups by their number of ranks."""
 
 
 def shard_over(lengths: tuple[int, ...]) -> SequenceSharding | None:
@@ -71,21 +71,21 @@ def shard_over(lengths: tuple[int, ...]) -> SequenceSharding | None:
 
 
 def gradient(t: Tensor) -> Tensor:
-    """A rank that has no step gives none."""
+    """Gradient of a leaf; zeros on a rank that has no step."""
     return torch.zeros_like(t) if t.grad is None else t.grad
 
 
 def weighted(t: Tensor) -> Tensor:
-    """Weights of the elements of a loss."""
+    """Weights of the elements in a loss."""
     return torch.cos(torch.arange(t.numel(), dtype=t.dtype)).view(t.shape)
 
 
 # --- the ops ----------------------------------------------------------------------------------------------------
 
-SPLITS = [(5, 3, 4), (7, 0, 5), (1, 1, 10), (0, 2, 10), (6, 6)]
+LENGTHS = [(5, 3, 4), (7, 0, 5), (1, 1, 10), (0, 2, 10), (6, 6)]
 BOUNDS = [None, (0, 12), (0, 2, 9, 9, 12), (0, 5, 7, 8, 12)]
-GRID = [(s, b, (i + j) % 2 == 0) for i, s in enumerate(SPLITS) for j, b in enumerate(BOUNDS)]
-GRID += [(SPLITS[1], b, i == 0) for i, b in enumerate(BOUNDS[:2])]
+GRID = [(s, b, (i + j) % 2 == 0) for i, s in enumerate(LENGTHS) for j, b in enumerate(BOUNDS)]
+GRID += [(LENGTHS[1], b, i == 0) for i, b in enumerate(BOUNDS[:2])]
 
 
 def scan_inputs(rows: int, batch: int, initial: bool) -> tuple[dict[str, Tensor], dict]:

@@ -1,4 +1,4 @@
-"""What a mixer keeps for its backward, and that computing the rest again changes no gradient."""
+"""Memory that a mixer saves for its backward, and gradients that recomputation does not change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIXERS = [(Mamba, {}), (Mamba2, {"headdim": 16, "d_state": 16})]
 
 
 class Allocations(TorchDispatchMode):
-    """Every storage that is made inside."""
+    """Records every storage that is allocated inside."""
 
     def __init__(self):
         super().__init__()
@@ -39,8 +39,8 @@ class Allocations(TorchDispatchMode):
         return sum(size for ref, size in self.made.values() if not ref.expired())
 
 
-def kept_by(mixer, x) -> int:
-    """Bytes that a forward leaves behind for the backward, and its result."""
+def saved_by(mixer, x) -> int:
+    """Bytes of a forward that are alive until the backward: saved tensors and the result."""
     with Allocations() as allocations:
         y = mixer(x)
     kept = allocations.alive()
@@ -78,26 +78,26 @@ def test_gradients_are_the_same(kind, options):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_mamba2_block_keeps_its_projection_and_its_scan():
+def test_a_mamba2_block_saves_its_projection_and_its_scan():
     """No more than `mamba_split_conv1d_scan_combined`: zxbcdt and the scan's output, and what is small beside them."""
     mixer = Mamba2(64, headdim=16, d_state=16)
     x = torch.randn(2, 512, 64, requires_grad=True)
     steps, inner = 2 * 512, mixer.d_inner
     projected, scanned, result = (4 * steps * width for width in (mixer.in_proj.out_features, inner, 64))
     small = 4 * (3 * steps * mixer.nheads + 4 * mixer.nheads * 16 * 16) + 4096  # step sizes; states; weights
-    kept = kept_by(mixer, x)
+    kept = saved_by(mixer, x)
     assert kept <= projected + scanned + result + small
     mixer.use_mem_eff_path = False
-    assert kept_by(mixer, x) > 1.5 * kept
+    assert saved_by(mixer, x) > 1.5 * kept
 
 
 @pytest.mark.parametrize(("kind", "options"), MIXERS)
-def test_lean_mixers_keep_less(kind, options):
+def test_recomputing_mixers_save_less(kind, options):
     mixer = kind(64, **options)
     x = torch.randn(1, 256, 64, requires_grad=True)
-    lean = kept_by(mixer, x)
+    lean = saved_by(mixer, x)
     mixer.use_mem_eff_path = False
-    assert lean <= kept_by(mixer, x) - 4 * 256 * mixer.d_inner  # at least the convolution's result
+    assert lean <= saved_by(mixer, x) - 4 * 256 * mixer.d_inner  # at least the convolution's result
 
 
 @pytest.mark.parametrize(("kind", "options"), MIXERS)
@@ -129,7 +129,7 @@ def test_checkpointing_a_mixer_still_works(kind, options):
 
 
 @pytest.mark.parametrize(("kind", "options"), MIXERS)
-def test_what_is_computed_again_runs_on_the_backend_of_the_forward(kind, options):
+def test_recomputation_runs_on_the_backend_of_the_forward(kind, options):
     torch.manual_seed(0)
     mixer = kind(24, **options).double()
     x = torch.randn(1, 9, 24, dtype=torch.float64, requires_grad=True)
@@ -149,7 +149,7 @@ def test_a_tensor_changed_in_place_is_noticed():
         y.backward()
 
 
-def test_what_is_not_kept_is_gone_and_computed_once():
+def test_a_discarded_activation_is_freed_and_recomputed_once():
     x = torch.randn(3, requires_grad=True)
     calls = []
     y = x * 2
