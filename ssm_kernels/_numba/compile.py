@@ -31,7 +31,7 @@ class Kernel:
         self._dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
         self._compiled: dict[np.dtype, Callable] = {}
         try:
-            self._dispatcher._cache = _Cache(function)
+            self._dispatcher._cache = _Cache(function)  # pyright: ignore[reportAttributeAccessIssue]
         except RuntimeError as error:  # neither the package's folder nor the user's can be written
             logger.warning("kernels for the CPU are compiled in every process: %s", error)
 

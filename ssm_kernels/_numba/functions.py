@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.core.extending import intrinsic
 
 from .lanes import (
     Lanes,
@@ -16,6 +16,7 @@ from .lanes import (
     call,
     constant,
     fma_value,
+    intrinsic,
     polynomial,
 )
 
@@ -42,7 +43,7 @@ ATANH = {  # 2 atanh(s) / s as a polynomial in s^2, on [0, 1/9]
 }  # fmt: skip
 
 
-def _exp2_value(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value) -> ir.Value:
+def _exp2_value(builder: Any, lanes: Lanes, x: Any) -> Any:
     bias = BIAS[lanes.dtype.bitwidth]
     # At -bias the exponent's bits are those of zero, at bias + 1 those of infinity.
     for predicate, limit in (("<", -bias), (">", bias + 1)):
@@ -52,7 +53,7 @@ def _exp2_value(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value) -> ir.Value:
     return _power_of_two(builder, lanes, shifted, builder.fsub(x, nearest))
 
 
-def _exp_value(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value) -> ir.Value:
+def _exp_value(builder: Any, lanes: Lanes, x: Any) -> Any:
     bias = BIAS[lanes.dtype.bitwidth]
     scaled = builder.fmul(x, constant(lanes, LOG2_E))
     shifted, nearest = _to_integer(builder, lanes, scaled)
@@ -67,14 +68,14 @@ def _exp_value(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value) -> ir.Value:
     return result
 
 
-def _to_integer(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _to_integer(builder: Any, lanes: Lanes, x: Any) -> tuple[Any, Any]:
     """The nearest integer, as the lowest bits of a number and as a number."""
     magic = constant(lanes, 1.5 * 2.0 ** MANTISSA[lanes.dtype.bitwidth])
     shifted = builder.fadd(x, magic)
     return shifted, builder.fsub(shifted, magic)
 
 
-def _power_of_two(builder: ir.IRBuilder, lanes: Lanes, shifted: ir.Value, r: ir.Value) -> ir.Value:
+def _power_of_two(builder: Any, lanes: Lanes, shifted: Any, r: Any) -> Any:
     """2^(n + r), with n in the lowest bits of `shifted` and r in [-1/2, 1/2]."""
     bits = lanes.dtype.bitwidth
     power = polynomial(builder, lanes, r, EXP2[bits])

@@ -7,18 +7,22 @@ on whether LLVM's loop vectorizer sees that arrays do not overlap. Offsets count
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit
-from numba.core import cgutils, types
+from numba.core import cgutils, extending, types
 from numba.core.datamodel import models
-from numba.core.extending import intrinsic, lower_builtin, register_model
+from numba.core.extending import lower_builtin, register_model
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from .launch import BLOCK
 
 BYTES = 64
+intrinsic: Callable[..., Any] = extending.intrinsic
+"""The decorator; what it makes of a function takes no `typingctx`, which type checkers do not know."""
 
 
 class Lanes(types.Type):
@@ -54,7 +58,7 @@ def constant(lanes: Lanes, value: float | int, *, integer: bool = False) -> ir.C
     return ir.Constant(kind, [ir.Constant(kind.element, value)] * lanes.count)
 
 
-def splat_value(builder: ir.IRBuilder, lanes: Lanes, scalar: ir.Value) -> ir.Value:
+def splat_value(builder: Any, lanes: Lanes, scalar: Any) -> Any:
     """A scalar of the element's type in all lanes."""
     undefined = ir.Constant(_vector(lanes), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.IntType(32)(0))
@@ -62,23 +66,23 @@ def splat_value(builder: ir.IRBuilder, lanes: Lanes, scalar: ir.Value) -> ir.Val
     return builder.shuffle_vector(first, undefined, zeros)
 
 
-def _shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, indices: list[int]) -> ir.Value:
+def _shuffle(builder: Any, a: Any, b: Any, indices: list[int]) -> Any:
     mask = ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), indices)
     return builder.shuffle_vector(a, b, mask)
 
 
-def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+def call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
     """Call an LLVM intrinsic."""
     function = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
 
 
-def fma_value(builder: ir.IRBuilder, lanes: Lanes, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+def fma_value(builder: Any, lanes: Lanes, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once where the processor can."""
     return call(builder, f"llvm.fmuladd.v{lanes.count}f{lanes.dtype.bitwidth}", _vector(lanes), a, b, c)
 
 
-def polynomial(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
+def polynomial(builder: Any, lanes: Lanes, x: Any, coefficients: tuple[float, ...]) -> Any:
     """Evaluate a polynomial by Horner's rule; the constant term comes first."""
     result = constant(lanes, coefficients[-1])
     for c in reversed(coefficients[:-1]):
@@ -86,12 +90,12 @@ def polynomial(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value, coefficients: t
     return result
 
 
-def as_integers(builder: ir.IRBuilder, lanes: Lanes, x: ir.Value) -> ir.Value:
+def as_integers(builder: Any, lanes: Lanes, x: Any) -> Any:
     """The bits of the numbers."""
     return builder.bitcast(x, _integers(lanes))
 
 
-def as_floats(builder: ir.IRBuilder, lanes: Lanes, bits: ir.Value) -> ir.Value:
+def as_floats(builder: Any, lanes: Lanes, bits: Any) -> Any:
     """The numbers of the bits."""
     return builder.bitcast(bits, _vector(lanes))
 
@@ -110,7 +114,7 @@ class _Arithmetic(AbstractTemplate):
 
 
 def _define(op, instruction: str) -> None:
-    infer_global(op)(type(f"_{instruction}", (_Arithmetic,), {}))
+    infer_global(op)(type(f"_{instruction}", (_Arithmetic,), {}))  # pyright: ignore[reportOptionalCall]
 
     def lower(context, builder, sig, args):
         lanes = sig.return_type
@@ -131,7 +135,7 @@ for _op, _instruction in (
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def _address(context, builder, array_type, array, offset, kind):
+def _address(context, builder, array_type, kind, array, offset):
     """Pointer to something of an LLVM type at an offset."""
     data = cgutils.create_struct_proxy(array_type)(context, builder, value=array).data
     return builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
@@ -143,7 +147,7 @@ def load(typingctx, array, offset):
     lanes = Lanes(array.dtype)
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[0], *args, _vector(lanes))
+        pointer = _address(context, builder, sig.args[0], _vector(lanes), *args)
         return builder.load(pointer, align=lanes.dtype.bitwidth // 8)
 
     return lanes(array, types.intp), codegen
@@ -154,7 +158,7 @@ def store(typingctx, array, offset, value):
     """Write consecutive elements from an offset on."""
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[0], *args[:2], args[2].type)
+        pointer = _address(context, builder, sig.args[0], args[2].type, *args[:2])
         builder.store(args[2], pointer, align=value.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
@@ -166,7 +170,7 @@ def element(typingctx, array, offset):
     """One element, whatever the array's dimensions."""
 
     def codegen(context, builder, sig, args):
-        return builder.load(_address(context, builder, sig.args[0], *args, context.get_data_type(array.dtype)))
+        return builder.load(_address(context, builder, sig.args[0], context.get_data_type(array.dtype), *args))
 
     return array.dtype(array, types.intp), codegen
 
@@ -176,7 +180,7 @@ def set_element(typingctx, array, offset, value):
     """Write one element."""
 
     def codegen(context, builder, sig, args):
-        builder.store(args[2], _address(context, builder, sig.args[0], *args[:2], args[2].type))
+        builder.store(args[2], _address(context, builder, sig.args[0], args[2].type, *args[:2]))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, array.dtype), codegen
@@ -245,7 +249,7 @@ def add_totals(typingctx, array, offset, x, y):
             half //= 2
             value = builder.fadd(value, _shuffle(builder, value, value, [i ^ half for i in range(n)]))
         sums = _shuffle(builder, value, value, [0, n // 2])
-        pointer = _address(context, builder, sig.args[0], *args[:2], sums.type)
+        pointer = _address(context, builder, sig.args[0], sums.type, *args[:2])
         align = lanes.dtype.bitwidth // 8
         builder.store(builder.fadd(builder.load(pointer, align=align), sums), pointer, align=align)
         return context.get_dummy_value()

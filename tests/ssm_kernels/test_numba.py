@@ -1,0 +1,95 @@
+"""What the compiled CPU kernels share: functions of vectors, and the pool of threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from ssm_kernels._numba import threads
+
+np = pytest.importorskip("numpy")
+numba = pytest.importorskip("numba")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_functions_are_right_to_two_roundings(dtype):
+    from ssm_kernels._numba.functions import exp2, sigmoid, softplus
+    from ssm_kernels._numba.lanes import load, store
+
+    @numba.njit
+    def run(x, power, plus, gate):
+        for i in range(0, x.size, 64 // x.itemsize):
+            store(power, i, exp2(load(x, i)))
+            store(plus, i, softplus(load(x, i)))
+            store(gate, i, sigmoid(load(x, i)))
+
+    x = np.concatenate([np.linspace(-80, 80, 1600), np.linspace(-2, 2, 1600)]).astype(dtype)
+    got = [np.empty_like(x) for _ in range(3)]
+    run(x, *got)
+    exact = x.astype(np.longdouble)
+    want = (2**exact, np.log1p(np.exp(-abs(exact))) + np.maximum(exact, 0), 1 / (1 + np.exp(-exact)))
+    for one, two in zip(got, want, strict=True):
+        assert abs(one / two - 1).max() < 2.5 * np.finfo(dtype).eps
+
+    edges = np.array([np.nan, np.inf, -np.inf, 1e4, -1e4, 0, -0.0, 1] * 2, dtype)
+    got = [np.empty_like(edges) for _ in range(3)]
+    run(edges, *got)
+    for one, two in zip(got, ([np.inf, 0, np.inf, 0], [np.inf, 0, 1e4, 0], [1, 0, 1, 0]), strict=True):
+        assert np.isnan(one[0]) and list(one[1:5]) == two
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_tile_runs_once_while_several_threads_call(four_threads):
+    wrong = []
+
+    def call(n_tiles):
+        counts = [0] * n_tiles
+
+        def run(first, end):
+            time.sleep(0.001)
+            for i in range(first, end):
+                counts[i] += 1
+
+        threads.run_tiles(run, n_tiles, 100 * threads.MIN_WORK)
+        if counts != [1] * n_tiles:
+            wrong.append(counts)
+
+    callers = [threading.Thread(target=call, args=(n,)) for n in (1, 3, 17, 40, 64)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_an_error_in_a_thread_is_raised_by_the_caller(four_threads):
+    def run(first, end):
+        if first:
+            raise KeyError(first)
+
+    with pytest.raises(KeyError):
+        threads.run_tiles(run, 64, 100 * threads.MIN_WORK)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_process_has_a_pool_of_its_own(four_threads):
+    done = []
+    threads.run_tiles(lambda first, end: done.extend(range(first, end)), 16, 100 * threads.MIN_WORK)
+    child = os.fork()
+    if not child:
+        done.clear()
+        threads.run_tiles(lambda first, end: done.extend(range(first, end)), 16, 100 * threads.MIN_WORK)
+        os._exit(sorted(done) != list(range(16)))
+    assert os.waitpid(child, 0)[1] == 0
