@@ -1,4 +1,4 @@
-"""What the Triton launches share. Nothing here imports Triton."""
+"""Devices and launch options of the Triton kernels. Nothing here imports Triton."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def is_interpreted() -> bool:
 
 
 class Target(NamedTuple):
-    """What launches ask of a device."""
+    """The properties of a device on which launches depend."""
 
     architecture: tuple[str, int | str]
     num_sms: int
@@ -25,14 +25,16 @@ class Target(NamedTuple):
 
 _fake_target: Target | None = None
 _device_type = "meta"
-"""Of the tensors that stand for those of the pretended GPU."""
+"""Device type of the tensors that are taken for tensors on the fake target."""
 
 
 @contextlib.contextmanager
 def fake_target(target: Target, device_type: str = "meta") -> Iterator[None]:
-    """Take tensors on the meta device for tensors on such a GPU: to see what would be launched, without one.
+    """Take tensors on the meta device for tensors on such a GPU, to see what would be launched, without one.
 
-    With `device_type="cpu"` it is CPU tensors: for a Triton driver that emulates that GPU.
+    Args:
+        target: the GPU.
+        device_type: "cpu" takes CPU tensors instead, for a Triton driver that emulates the GPU.
     """
     global _fake_target, _device_type
     _fake_target, _device_type = target, device_type
@@ -49,7 +51,7 @@ def can_launch(device: torch.device) -> bool:
 
 
 def num_sms(device: torch.device) -> int:
-    """How many programs run at once, at least; two in the interpreter, so that sums over programs are tested."""
+    """Streaming multiprocessors of a device; two in the interpreter, so that sums over programs are tested."""
     if _fake_target:
         return _fake_target.num_sms
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
@@ -68,7 +70,7 @@ def capability(device: torch.device) -> tuple[str, int | str]:
 
 
 def maxnreg_option(count: int, device: torch.device) -> dict[str, int]:
-    """A launch option for NVIDIA: so many registers a thread. Told nothing, its compiler may spill to use fewer."""
+    """A launch option for NVIDIA: `count` registers a thread. Without it, ptxas may spill to reach a lower count."""
     return {"maxnreg": count} if capability(device)[0] == "cuda" else {}
 
 
@@ -78,13 +80,13 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(..., D) -> (rows, D) with with_contiguous_last_dim channels: a view where strides allow."""
+    """(..., D) -> (rows, D) with contiguous channels: a view where strides allow."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def with_contiguous_last_dim(x: Tensor) -> Tensor:
-    """The tensor itself where its last dimension lies side by side, else a copy."""
+    """The tensor itself where its last dimension is contiguous, else a copy."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -107,10 +109,11 @@ def empty_like(x: Tensor, empty: Callable[..., Tensor] | None = None) -> Tensor:
 
 
 MAX_DIRECTIONS = 15
+"""Two bits each in an int32, which has a sign."""
 
 
 def pack_directions(directions: Sequence[int]) -> int:
-    """ScanDirection codes in two bits each, the first lowest, as an integer that a kernel takes."""
+    """Pack codes of scan directions in an integer, two bits each, the first lowest; see `unpack_direction`."""
     if len(directions) > MAX_DIRECTIONS:
         raise ValueError(f"directions must be at most {MAX_DIRECTIONS}, got {len(directions)}")
     return sum(code << 2 * k for k, code in enumerate(directions))

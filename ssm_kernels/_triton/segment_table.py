@@ -1,8 +1,8 @@
-"""Sequences cut in segments, for the Triton kernels: tables on the device, made without waiting for it.
+"""Sequences cut in segments for the Triton kernels: tables on the device, built without host-device synchronization.
 
-A program of a kernel works on one segment: some steps of one sequence. So no kernel knows of batches, `cu_seqlens` or
-`seq_idx`; they all become the same table. How many segments there are must be known before the table is, so with
-`cu_seqlens` it holds as many as there could be, and those to spare belong to no sequence.
+A program of a kernel works on one segment, a run of steps of one sequence. So no kernel depends on batches,
+`cu_seqlens` or `seq_idx`, which all become the same table. The number of entries must be known without the values, so
+with `cu_seqlens` the table has as many as there could be segments, and unused entries belong to no sequence.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SegmentTable(NamedTuple):
 def max_segments(
     batch: int, length: int, n_sequences: int | torch.SymInt, size: int, packed: bool
 ) -> int | torch.SymInt:
-    """How many segments `build_segment_table` gives, told from shapes alone as tracing needs."""
+    """Number of entries of the table that `build_segment_table` returns, from shapes alone, as tracing needs."""
     return batch * length // size + n_sequences if packed else batch * -(-length // size)
 
 
@@ -63,15 +63,15 @@ def build_segment_table(
 ) -> SegmentTable:
     """Cut the sequences of a (B, L) tensor in segments of `size` steps, the last of each being shorter.
 
-    Bounds on the CPU are read there. On a GPU they are not looked at, since the host would have to wait; only
-    `seq_idx` makes it wait, since how many sequences it describes is in its values.
+    Boundaries on the CPU are read. On a GPU they are not, to avoid a host-device synchronization; `seq_idx` costs one,
+    since the number of sequences is in its values.
 
     Raises:
         TypeError, ValueError: as `parse_sequences`; where `cu_seqlens` is on a GPU, values that are wrong are found
             by the device, which then raises at the next synchronisation.
     """
     if cu_seqlens is None and seq_idx is None:
-        # A table that is made while a graph is captured is not there until the graph is replayed: not for others.
+        # A table that is built while a graph is captured has no values before its replay: other calls must not get it.
         return (_table_of_rows if _is_captured(device) else _cached_table_of_rows)(batch, length, size, device)
     if cu_seqlens is not None and seq_idx is None and cu_seqlens.device.type != "cpu":
         return _build_on_device(batch, length, size, cu_seqlens)
@@ -104,12 +104,12 @@ def _table_of_sequences(sequences: Sequences, batch: int, length: int, size: int
     return _build(row, starts - row * length, lengths, rows, count, size, gaps)
 
 
-# Every layer of a model cuts the same bounds.
+# Every layer of a model cuts the same sequences.
 _tables_by_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _build_on_device(batch: int, length: int, size: int, cu_seqlens: Tensor) -> SegmentTable:
-    # What a graph that is being captured computes must be in the graph: its bounds may change before it is replayed.
+    # A captured graph must compute its own table: the boundaries may change before it is replayed.
     known = {} if _is_captured(cu_seqlens.device) else _tables_by_bounds.setdefault(cu_seqlens, {})
     key = (cu_seqlens._version, batch, length, size)
     if key not in known:

@@ -49,7 +49,7 @@ def test_agrees_with_the_reference(backend, batch, height, width, directions, dt
 
 @pytest.mark.parametrize("dim", [1, 260])
 def test_large_grids_of_any_strides_agree(backend, dim):
-    """Several tiles of places and of channels, and images whose channels do not lie side by side."""
+    """Several tiles of positions and of channels, and images whose channels are not contiguous."""
     x = randn(2, dim, 5, 7, dtype=torch.float32).permute(0, 2, 3, 1)
     assert_agrees(cross_scan, {"x": x}, backend=backend)
     y = randn(2, 35, dim, 4, dtype=torch.float32).permute(0, 3, 1, 2)
@@ -65,7 +65,7 @@ def test_merge_is_the_adjoint_of_scan(backend, batch, height, width, directions)
     torch.testing.assert_close(one, two)
 
 
-def test_routes_of_a_small_grid(backend):
+def test_directions_of_a_small_grid(backend):
     x = torch.arange(6.0).view(1, 2, 3, 1)  # 0 1 2 / 3 4 5
     rows, columns, rows_reversed, columns_reversed = cross_scan(x, CROSS, backend=backend)[0, :, :, 0].tolist()
     assert rows == [0, 1, 2, 3, 4, 5]
@@ -102,7 +102,7 @@ def make(name, batch, height, width, k, dtype=torch.float64, seed=0, heads=4, gr
 @pytest.mark.parametrize("name", ALONG)
 @FEWER
 @given(**GRIDS, dtype=DTYPES, optional=st.booleans(), seed=st.integers(0, 99))
-def test_ops_along_routes_agree_with_the_reference(
+def test_ops_along_directions_agree_with_the_reference(
     backend, name, batch, height, width, directions, dtype, optional, seed
 ):
     op, options = ALONG[name]
@@ -111,17 +111,17 @@ def test_ops_along_routes_agree_with_the_reference(
 
 
 @pytest.mark.parametrize("name", ALONG)
-def test_ops_along_routes_agree_over_several_segments(backend, name):
+def test_ops_along_directions_agree_over_several_segments(backend, name):
     op, options = ALONG[name]
     tensors = make(name, 1, *((12, 25) if name == "cross_causal_conv1d" else (7, 10)), 4, torch.float32)
     first = next(iter(tensors))
-    tensors[first] = tensors[first].movedim(-1, 1).contiguous().movedim(1, -1)  # channels do not lie side by side
+    tensors[first] = tensors[first].movedim(-1, 1).contiguous().movedim(1, -1)  # channels are not contiguous
     assert_agrees(op, tensors, options, backend=backend)
 
 
 @pytest.mark.parametrize("name", ALONG)
-def test_ops_along_routes_are_the_ops_in_time(backend, name):
-    """Each direction by a table of positions, through the op that knows no grid."""
+def test_ops_along_directions_are_the_ops_in_time(backend, name):
+    """Each direction by a table of positions, through the op in time."""
     op, options = ALONG[name]
     t = make(name, 2, 3, 4, 4)
     got = op(**t, **options, backend=backend)
@@ -143,14 +143,14 @@ def test_ops_along_routes_are_the_ops_in_time(backend, name):
             x, dt, B, C = (along(direction, t[n], k) for n in ("x", "dt", "B", "C"))
             bias = {"dt_bias": t["dt_bias"][k], "dt_softplus": True, "dt_limit": (0.2, 2.0)}
             y, _ = ssd(x, dt, t["A"][k], B, C, t["D"][k], **bias)
-        place = torch.tensor(positions(direction, 3, 4))
-        parts.append(torch.empty_like(y).index_copy(1, place, y).unflatten(1, (3, 4)))
+        index = torch.tensor(positions(direction, 3, 4))
+        parts.append(torch.empty_like(y).index_copy(1, index, y).unflatten(1, (3, 4)))
     want = sum(parts) if name == "cross_selective_scan" else torch.stack(parts, 3)
     torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", ALONG)
-def test_ops_along_routes_compile_to_one_graph(backend, name):
+def test_ops_along_directions_compile_to_one_graph(backend, name):
     op, options = ALONG[name]
     t = make(name, 1, 3, 4, 4, torch.float64)
     grads = []
@@ -223,6 +223,6 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "wrong", "message"), WRONG)
-def test_bad_arguments_of_ops_along_routes_are_named(name, wrong, message):
+def test_bad_arguments_of_ops_along_directions_are_named(name, wrong, message):
     with pytest.raises(ValueError, match=message):
         ALONG[name][0](**(make(name, 1, 2, 3, 4, torch.float32) | wrong))
