@@ -1,6 +1,6 @@
-"""A sequence sharding over ranks gives what one rank gives: outputs, final states, every gradient.
+"""A sequence sharded over ranks has the results of one rank: outputs, final states, every gradient.
 
-Three processes are started once, and run every case of `CASES`; each computes the whole by itself too, and compares.
+Three processes are started once, and run every case of `CASES`; each also computes the complete sequence itself.
 """
 
 from __future__ import annotations

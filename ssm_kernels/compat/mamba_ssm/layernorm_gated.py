@@ -80,9 +80,9 @@ def rms_norm_ref(
     compute = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
     wide, gate = x.to(compute), None if z is None else F.silu(z.to(compute))
     wide = wide if gate is None or norm_before_gate else wide * gate
-    groups = wide.unflatten(-1, (-1, group_size or x.shape[-1]))
+    groups = wide.unflatten(-1, (-1, group_size or x.shape[-1]))  # (..., D / group_size, group_size)
     normal = groups / torch.sqrt(groups.square().mean(-1, keepdim=True) + eps)
-    y = normal.flatten(-2) * weight.to(compute)
+    y = normal.flatten(-2) * weight.to(compute)  # (..., D)
     y = y if bias is None else y + bias.to(compute)
     return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)
 

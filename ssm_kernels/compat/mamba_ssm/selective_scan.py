@@ -99,6 +99,7 @@ def selective_scan_ref(
     ys = []
     for t in range(length):
         step = dt[..., t, None]  # (B, D, 1)
+        # Equation 2: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, (B, D, N)
         state = torch.exp(step * A.to(dtype)) * state + step * x[..., t, None] * B[..., t]
         y = (state * C[..., t]).sum(-1)  # (B, D)
         ys.append(2 * y.real if A.is_complex() else y)
@@ -221,7 +222,7 @@ def mamba_inner_fn_no_out_proj(
     recompute_conv = (convolved, bind_backend(convolve))
     with recompute_in_backward(recompute_conv, enabled=checkpoint_lvl == 1):
         parts = F.linear(convolved, x_proj_weight)  # (B, L, R + 2 N)
-    low_rank = parts[..., :rank]
+    low_rank = parts[..., :rank]  # (B, L, R)
     B = in_time(B, parts[..., rank : rank + n], B_proj_bias, b_rms_weight)
     C = in_time(C, parts[..., -n:], C_proj_bias, c_rms_weight)
     dt = steps()  # (B, L, D)
@@ -262,7 +263,7 @@ def bimamba_inner_fn(
     x, z = xz.transpose(1, 2).chunk(2, dim=-1)  # (B, L, D)
     x = causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, "silu").y
     rank, n = delta_proj_weight.shape[1], A.shape[1]
-    low_rank, B, C = F.linear(x, x_proj_weight).split([rank, n, n], dim=-1)
+    low_rank, B, C = F.linear(x, x_proj_weight).split([rank, n, n], dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
     B = B if B_proj_bias is None else B + B_proj_bias.to(B.dtype)
     C = C if C_proj_bias is None else C + C_proj_bias.to(C.dtype)
     dt = F.linear(low_rank, delta_proj_weight.to(low_rank.dtype))  # (B, L, D)

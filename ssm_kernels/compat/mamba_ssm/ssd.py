@@ -321,11 +321,14 @@ def ssd_minimal_discrete(
     X, B, C = (t.unflatten(1, (blocks, block_len)) for t in (X, B, C))  # (B, c, l, H, ...)
     decay = A.unflatten(1, (blocks, block_len)).permute(0, 3, 1, 2)  # (B, H, c, l)
     summed = decay.cumsum(-1)
+    # Outputs from inputs of the same block: the diagonal blocks of listing 1.
     within = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, segsum(decay).exp(), X)
     arriving = torch.einsum("bclhn,bhcl,bclhp->bchpn", B, (summed[..., -1:] - summed).exp(), X)  # (B, c, H, P, N)
     first = torch.zeros_like(arriving[:, :1]) if initial_states is None else initial_states
+    # States passed from block to block.
     between = segsum(F.pad(summed[..., -1], (1, 0))).exp()  # (B, H, c + 1, c + 1)
     states = torch.einsum("bhzc,bchpn->bzhpn", between, torch.cat([first, arriving], 1))
+    # Outputs from the state before each block.
     before = torch.einsum("bclhn,bchpn,bhcl->bclhp", C, states[:, :-1], summed.exp())
     return (within + before).flatten(1, 2), states[:, -1]
 

@@ -61,7 +61,7 @@ def selective_state_update(
             check_tensor(name, tensor, (x.shape[0], state.shape[-1]), like=x)
         else:
             check_tensor(name, tensor, (x.shape[0], "G", state.shape[-1]), like=x)
-    B, C = (m.unsqueeze(1) if m.dim() == 2 else m for m in (B, C))
+    B, C = (m.unsqueeze(1) if m.dim() == 2 else m for m in (B, C))  # (B, G, N)
     # A head's channels share A and dt where these were expanded from (H,): Mamba-2.
     tied = heads and all(t is None or t.stride(-1) == 0 for t in (A, dt, dt_bias)) and A.stride(1) == 0
     chosen = None if state_batch_indices is None else StateRows.of(state_batch_indices)
@@ -72,7 +72,7 @@ def selective_state_update(
         dt = dt[..., 0] if chosen is None else chosen.blank(dt[..., 0])
         y = ssd_step(work, x, dt, A[:, 0, 0], B, C, D, z, bias, bool(dt_softplus))
     else:
-        work = work.contiguous().view(x.shape[0], -1, state.shape[-1])
+        work = work.contiguous().view(x.shape[0], -1, state.shape[-1])  # (B, H P, N)
         dt, z = dt.flatten(1), None if z is None else z.flatten(1)  # (B, H P)
         dt = dt if chosen is None else chosen.blank(dt)
         A = A.reshape(-1, A.shape[-1])  # (H P, N)
@@ -105,6 +105,7 @@ def selective_state_update_ref(
     B, C = (m.view(state.shape).to(compute) for m in (B, C))  # (B, D, N) or (B, H, P, N)
     step = dt.to(compute) if dt_bias is None else dt.to(compute) + dt_bias.to(compute)
     step = F.softplus(step) if dt_softplus else step
+    # h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t
     new = torch.exp(step.unsqueeze(-1) * A.to(compute)) * state.to(compute)
     new = new + (step * x).unsqueeze(-1) * B
     state.copy_(new)
