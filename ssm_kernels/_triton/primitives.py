@@ -1,4 +1,6 @@
 """Jit functions and kernels shared by the ops. Imports Triton; only modules that hold kernels import it."""
+# Constexpr arguments and tuples of strides, which stubs of Triton do not know.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ with `cu_seqlens` the table has as many as there could be segments, and unused e
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def _is_captured(device: torch.device) -> bool:
 def _table_of_rows(batch: int, length: int, size: int, device: torch.device) -> SegmentTable:
     rows = torch.arange(batch, device=device)
     lengths = torch.full_like(rows, length)
-    count = max_segments(batch, length, batch, size, False)
+    count = int(max_segments(batch, length, batch, size, False))
     no_gaps = rows.new_empty(0, 2)
     return _build(rows, torch.zeros_like(rows), lengths, [rows.int(), rows.int()], count, size, no_gaps)
 
@@ -99,7 +99,7 @@ def _table_of_sequences(sequences: Sequences, batch: int, length: int, size: int
     # A sequence without steps may start where the last row ends.
     row = (starts // max(length, 1)).clamp(max=max(batch - 1, 0))
     rows = [_row_of(r, len(starts), device) for r in (sequences.initial_sequences, sequences.final_sequences)]
-    count = max_segments(batch, length, len(starts), size, True)
+    count = int(max_segments(batch, length, len(starts), size, True))
     gaps = torch.tensor(sequences.padding_runs(batch * length), dtype=torch.int64, device=device).view(-1, 2)
     return _build(row, starts - row * length, lengths, rows, count, size, gaps)
 
@@ -110,16 +110,17 @@ _tables_by_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _build_on_device(batch: int, length: int, size: int, cu_seqlens: Tensor) -> SegmentTable:
     # A captured graph must compute its own table: the boundaries may change before it is replayed.
-    known = {} if _is_captured(cu_seqlens.device) else _tables_by_bounds.setdefault(cu_seqlens, {})
+    known: Any = {} if _is_captured(cu_seqlens.device) else _tables_by_bounds.setdefault(cu_seqlens, {})
     key = (cu_seqlens._version, batch, length, size)
     if key not in known:
         check_packing(batch, length, cu_seqlens, None)
         bounds = cu_seqlens.long()
         begin, lengths = bounds[:-1], bounds.diff()
         is_right = (bounds[0] == 0) & (bounds[-1] <= length) & (lengths >= 0).all()
-        torch._assert_async(is_right, f"cu_seqlens must run from 0 to L = {length} at most and never decrease")
+        message = f"cu_seqlens must run from 0 to L = {length} at most and never decrease"
+        torch._assert_async(is_right, message)  # pyright: ignore[reportPrivateImportUsage]
         everyone = torch.arange(len(begin), dtype=torch.int32, device=bounds.device)
-        count = max_segments(batch, length, len(begin), size, True)
+        count = int(max_segments(batch, length, len(begin), size, True))
         gaps = torch.nn.functional.pad(bounds[-1:], (0, 1), value=length).unsqueeze(0)  # (1, 2)
         known[key] = _build(torch.zeros_like(begin), begin, lengths, [everyone, everyone], count, size, gaps)
     return known[key]

@@ -8,6 +8,8 @@ A parallel pass computes the contribution of each segment to the state, from a s
 with S_m the contribution and dt_sum_m the sum of dt of segment m; a second parallel pass starts from h_m. In the
 backward the same recurrence runs from the last segment to the first, over gradients.
 """
+# Constexpr arguments and tuples of strides, which stubs of Triton do not know.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def causal_conv1d(
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
     check_tensor("x", x, ("B", "L", "D"))
-    check_packing(*x.shape[:2], cu_seqlens, seq_idx)
+    check_packing(x.shape[0], x.shape[1], cu_seqlens, seq_idx)
     _check_weights(x, weight, bias, activation)
     if initial_states is not None:
         rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1

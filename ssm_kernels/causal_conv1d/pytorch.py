@@ -48,7 +48,7 @@ class _Concatenation:
     """The layout of all sequences in one (M, D) tensor, each after its K - 1 earlier inputs. T steps in sequences."""
 
     def __init__(self, x: Tensor, width: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None):
-        sequences = parse_sequences(*x.shape[:2], cu_seqlens, seq_idx)
+        sequences = parse_sequences(x.shape[0], x.shape[1], cu_seqlens, seq_idx)
         self.length = sum(sequences.lengths) + len(sequences.lengths) * (width - 1)  # M
         has_padding = bool(sequences.padding_runs(x.shape[0] * x.shape[1]))
         # (T,) rows of the flattened (B * L) tensor that are no padding.

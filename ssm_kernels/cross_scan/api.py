@@ -142,7 +142,8 @@ def cross_selective_scan(
         if m is not None:
             check_tensor(name, m, (k, dim), like=u)
     check_no_nan("dt", dt)
-    A, D, dt_bias = (m if m is None else m.flatten(0, 1) for m in (A, D, dt_bias))  # (K * E, ...)
+    A = A.flatten(0, 1)  # (K * E, N)
+    D, dt_bias = (None if m is None else m.flatten() for m in (D, dt_bias))  # (K * E,)
     chosen = resolve_backend(backend, u.device, "selective_scan")
     if chosen == "triton":
         return triton.cross_selective_scan(u, dt, A, B, C, D, dt_bias, dt_softplus, directions)
@@ -198,7 +199,8 @@ def cross_ssd(
     dt_limit = check_dt_limit(dt_limit)
     chunk_size = check_integer("chunk_size", chunk_size, 1)
     check_no_nan("dt", dt)
-    A, D, dt_bias = (m if m is None else m.flatten(0, 1) for m in (A, D, dt_bias))  # (K * H,), D also (K * H, P)
+    A = A.flatten()  # (K * H,)
+    D, dt_bias = (None if m is None else m.flatten(0, 1) for m in (D, dt_bias))  # (K * H,), D also (K * H, P)
     chosen = resolve_backend(backend, x.device, "ssd")
     if chosen == "triton":
         return triton.cross_ssd(

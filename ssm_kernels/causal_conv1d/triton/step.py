@@ -1,4 +1,6 @@
 """The kernel of a decoding step of the convolution and its launch."""
+# Constexpr arguments and tuples of strides, which stubs of Triton do not know.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ Where steps are (TIME_FIRST) it is (BLOCK_E, RUNS), and a run is loaded and stor
 Values of consecutive steps are tuples of tiles: `window` starts WIDTH - 1 steps before the first step computed. `grid`
 is (direction, length, height) of a scan direction, or None where steps are positions.
 """
+# Constexpr arguments and tuples of strides, which stubs of Triton do not know.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from __future__ import annotations
 

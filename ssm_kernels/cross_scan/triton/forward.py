@@ -1,4 +1,6 @@
 """The kernel of the cross-scan and its launch. It is the backward of the cross-merge too."""
+# Constexpr arguments and tuples of strides, which stubs of Triton do not know.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
 """A tile of a grid: BLOCK_L positions of one image and BLOCK_D channels."""
+# Constexpr arguments and tuples of strides, which stubs of Triton do not know.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def _save(ctx, inputs, outputs):
     ctx.save_for_backward(x if residual is None else residual_out, inputs.weight, inputs.z, rstd)
     ctx.group_size, ctx.norm_before_gate = inputs.group_size, inputs.norm_before_gate
     ctx.has_residual = residual is not None
-    ctx.dtypes = x.dtype, residual.dtype if ctx.has_residual else x.dtype
+    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
 
 
 @torch.autograd.function.once_differentiable

@@ -3,6 +3,8 @@
 A row of D channels has D / SIZE groups of SIZE channels. A program takes BLOCK_ROWS rows of one group. A group that is
 wider than the widest tile is cut in several tiles, and each is read twice: for the mean, and for the result.
 """
+# Constexpr arguments and tuples of strides, which stubs of Triton do not know.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from __future__ import annotations
 
