@@ -22,9 +22,10 @@ test: $(VENV)/.test lint  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ptx
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m triton
 
-lint: $(VENV)/.test  ## ruff: rules and format
+lint: $(VENV)/.test  ## ruff: rules and format; pyright: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 docs: $(VENV)/.docs  ## the documentation, as pages in docs/_build/html
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

@@ -48,7 +48,7 @@ def bounds(lengths):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 24, 112, 200])
-def test_pieces_cover_the_pack_and_name_its_sequences(size):
+def test_prefill_chunks_cover_the_pack_and_name_its_sequences(size):
     owner = [s for s, n in enumerate(LENGTHS) for _ in range(n)]
     end_places = (bounds(LENGTHS)[1:] - 1).tolist()
     at, ends = 0, []
@@ -71,7 +71,7 @@ def test_an_empty_prompt_is_named():
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 3, 8, 30, 111])
-def test_a_prompt_in_pieces_is_a_prompt(lm, size):
+def test_a_prompt_in_prefill_chunks_is_a_prompt(lm, size):
     embeds, cu_seqlens = packed_tokens(lm, PROMPTS)
     whole, cut = lm.new_state(len(PROMPTS)), lm.new_state(len(PROMPTS))
     want = prefill(lm, embeds, cu_seqlens, whole, 10_000)
@@ -85,7 +85,7 @@ def test_a_prompt_in_pieces_is_a_prompt(lm, size):
 
 
 @torch.no_grad()
-def test_in_bfloat16_a_prompt_in_pieces_agrees_to_rounding(lm):
+def test_in_bfloat16_a_prompt_in_prefill_chunks_agrees_to_rounding(lm):
     lm = lm.bfloat16()
     embeds, cu_seqlens = packed_tokens(lm, PROMPTS)
     whole, cut = lm.new_state(len(PROMPTS)), lm.new_state(len(PROMPTS))

@@ -114,7 +114,7 @@ def test_answers_in_a_batch_are_those_given_alone(vlm, config):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 5, 16, 21])
-def test_prompts_in_pieces_cut_through_images_and_bounds(vlm, size):
+def test_prompts_in_prefill_chunks_cut_through_images_and_bounds(vlm, size):
     samples = [vlm.prepare([Turn("user", q)], p) for q, p in zip(QUESTIONS, PICTURES, strict=True)]
     embed, bounds = vlm.packed(samples)
     total = int(bounds[-1])
