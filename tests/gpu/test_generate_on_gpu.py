@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ssm_kernels.testing import is_interpreted
-from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
+from tests.makers import random_prompts, sharpened_lm
+from vlmamba.model import GenerationConfig, LMConfig, Tokenizer
 from vlmamba.model.generation import cuda_graph, decoding
 from vlmamba.model.generation.decoding import Decoder
 from vlmamba.model.generation.generate import generate_tokens
@@ -26,7 +27,7 @@ CONFIGS = {
     "mamba2": LMConfig(128, 4, 300, "mamba2", d_state=64, headdim=32),
 }
 LENGTHS = (5, 1, 230, 64, 2, 17)
-PROMPTS = [torch.randint(1, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
+PROMPTS = random_prompts(LENGTHS)
 ENDS = (6, 40, 10, 3, 18, 40)
 GREEDY = GenerationConfig(40)
 SAMPLED = GenerationConfig(40, temperature=1.0, top_k=50, repetition_penalty=1.1, seed=3)
@@ -34,14 +35,7 @@ SAMPLED = GenerationConfig(40, temperature=1.0, top_k=50, repetition_penalty=1.1
 
 @pytest.fixture(params=CONFIGS)
 def lm(request):
-    torch.manual_seed(0)
-    model = MambaLM(CONFIGS[request.param]).eval()
-    with torch.no_grad():
-        model.backbone.embedding.weight.mul_(30)  # answers that differ
-        for layer in model.backbone.layers:
-            layer.mixer.out_proj.weight.mul_(10)
-            layer.mixer.A_log.sub_(4)
-    return model.cuda()
+    return sharpened_lm(CONFIGS[request.param], embedding=30, out_proj=10).cuda()
 
 
 @pytest.fixture

@@ -8,49 +8,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 
+from tests.makers import BLUE, LAYERS, RED, VISION, language_config, shape_tokenizer, sharpened_lm, sharpened_vlm
 from vlmamba.connectors import ConnectorConfig
-from vlmamba.model import (
-    VLM,
-    GenerationConfig,
-    ImageProcessor,
-    LMConfig,
-    MambaLM,
-    Tokenizer,
-    Turn,
-    VisionConfig,
-    ViTConfig,
-    VLMConfig,
-)
+from vlmamba.model import GenerationConfig, Turn, VLMConfig
 from vlmamba.model.chat import Conversation
 from vlmamba.model.prompt import get_template
 
-TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
-RED, BLUE = Image.new("RGB", (50, 40), "red"), Image.new("RGB", (32, 32), "blue")
-LAYERS = {"mamba": {"d_state": 4}, "mamba2": {"d_state": 8, "headdim": 16}}
+TOKENIZER = shape_tokenizer()
 QUESTIONS = ["what color?", "and the shape", "tell me more, please", "a"]
-
-
-def lively(lm):
-    """Answers differ, and depend on more than the last tokens."""
-    with torch.no_grad():
-        lm.lm_head.weight.mul_(20)
-        lm.backbone.embedding.weight.mul_(20)
-        for layer in lm.backbone.layers:
-            layer.mixer.out_proj.weight.mul_(20)
-            layer.mixer.A_log.sub_(4)
 
 
 @pytest.fixture(params=[("mamba", "qa"), ("mamba2", "zephyr"), ("mamba", "vicuna")], ids=str)
 def vlm(request):
     layer, template = request.param
-    vision = VisionConfig(ViTConfig(32, 8, 16, 2, 2, 32), ImageProcessor(32))
-    language = LMConfig(32, 2, 320, layer, tie_embeddings=False, **LAYERS[layer])
-    torch.manual_seed(0)
-    model = VLM(VLMConfig(language, (vision,), ConnectorConfig("mlp"), template=template), TOKENIZER).eval()
-    lively(model.language_model)
-    return model
+    config = VLMConfig(language_config(layer), (VISION,), ConnectorConfig("mlp"), template=template)
+    return sharpened_vlm(config, TOKENIZER)
 
 
 def tokens_run(lm):
@@ -232,8 +205,7 @@ def test_the_state_has_one_size(vlm):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_language_models_go_on_from_a_text_or_by_a_template(layer):
-    lm = MambaLM(LMConfig(32, 2, 320, layer, tie_embeddings=False, **LAYERS[layer])).eval()
-    lively(lm)
+    lm = sharpened_lm(language_config(layer))
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         Conversation(lm)
     lm.tokenizer = TOKENIZER

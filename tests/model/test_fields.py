@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 import numpy as np
 import pytest
 
+from tests.makers import VISION
 from vlmamba.connectors import ConnectorConfig
-from vlmamba.model import VLM, GenerationConfig, ImageProcessor, LMConfig, MambaLM, VisionConfig, ViTConfig, VLMConfig
+from vlmamba.model import VLM, GenerationConfig, LMConfig, MambaLM, ViTConfig, VLMConfig
 from vlmamba.model.config_io import from_json_dict, to_json_dict
 from vlmamba.model.convert import convert
 from vlmamba.model.fields import Count, Interval, check_fields
@@ -83,10 +84,9 @@ def test_numbers_of_numpy_and_infinite_limits_are_taken():
 def test_a_damaged_config_of_a_model_is_a_value_error_before_memory_is_asked_for(tmp_path):
     """Every key with every wrong value: a ValueError that names the file, and the key where the value cannot be one."""
     language = LMConfig(32, 1, 300, "mamba2", d_state=8, headdim=16)
-    vision = VisionConfig(ViTConfig(32, 8, 16, 2, 2, 32), ImageProcessor(32))
     MambaLM(language).save_pretrained(tmp_path / "own")
     MambaLM(LMConfig(32, 1, 300, d_state=8)).save_pretrained(tmp_path / "own-mamba")
-    VLM(VLMConfig(language, (vision,), ConnectorConfig("mlp"))).save_pretrained(tmp_path / "vlm")
+    VLM(VLMConfig(language, (VISION,), ConnectorConfig("mlp"))).save_pretrained(tmp_path / "vlm")
     for name in ("state-spaces", "transformers"):
         convert(tmp_path / "own", tmp_path / name, to=name)
         convert(tmp_path / "own-mamba", tmp_path / f"{name}-mamba", to=name)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from tests.model.originals import random_original
 from vlmamba.model import LMConfig, MambaLM, Tokenizer
 from vlmamba.model.convert import convert
 from vlmamba.model.formats import detect_format
@@ -60,23 +61,11 @@ ORIGINALS = {
 }  # fmt: skip
 
 
-def new_original(config):
-    """A model of `transformers` with no parameter at its initial value."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.05))
-            if "embeddings" in name:
-                p.mul_(3)
-    return model
-
-
 @pytest.fixture(scope="module")
 def original(request, tmp_path_factory, skip_ignored_norm_groups):
     """A model of `transformers`, and its folder, in shards."""
     skip_ignored_norm_groups(ORIGINALS[request.param])
-    model = new_original(ORIGINALS[request.param])
+    model = random_original(ORIGINALS[request.param])
     folder = tmp_path_factory.mktemp("original") / "model"
     model.save_pretrained(folder, max_shard_size="30KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
@@ -162,7 +151,7 @@ def test_bfloat16_is_as_near_to_the_exact_model_as_theirs(original):
 @pytest.mark.parametrize("original", ["mamba2"], indirect=True)
 def test_the_dtype_of_the_file_is_kept_but_for_what_a_scan_needs(original, tmp_path):
     theirs, _ = original
-    new_original(theirs.config).bfloat16().save_pretrained(tmp_path / "half")
+    random_original(theirs.config).bfloat16().save_pretrained(tmp_path / "half")
     lm = MambaLM.from_pretrained(tmp_path / "half")
     kinds = {name: p.dtype for name, p in lm.backbone.layers[0].named_parameters()}
     assert {n for n, d in kinds.items() if d == torch.float32} == {"mixer.A_log", "mixer.D", "mixer.dt_bias"}
@@ -228,7 +217,7 @@ def test_codestral_in_its_own_layout_agrees(tmp_path, skip_ignored_norm_groups):
         chunk_size=8, **TOKENS,
     )  # fmt: skip
     skip_ignored_norm_groups(config)
-    theirs = new_original(config)
+    theirs = random_original(config)
     write_by_hand(tmp_path / "codestral", theirs, "mistral")
     assert detect_format(tmp_path / "codestral") == "mistral"
     ours = MambaLM.from_pretrained(tmp_path / "codestral")
@@ -236,7 +225,7 @@ def test_codestral_in_its_own_layout_agrees(tmp_path, skip_ignored_norm_groups):
 
 
 def test_a_head_that_is_tied_by_the_config_but_differs_is_an_error(tmp_path):
-    theirs = new_original(ORIGINALS["mamba"])
+    theirs = random_original(ORIGINALS["mamba"])
     theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach() + 1)
     write_by_hand(tmp_path / "untied", theirs, "state-spaces")
     with pytest.raises(ValueError, match=r"embedding.weight and lm_head.weight are tied in the model but differ"):

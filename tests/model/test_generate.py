@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssm_kernels.testing import Target, fake_target
+from tests.makers import random_prompts, sharpened_lm
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
 from vlmamba.model.generation import cuda_graph, decoding
 from vlmamba.model.generation.decoding import Decoder, state_bytes
@@ -27,20 +28,12 @@ CONFIGS = {
     "mamba2": LMConfig(32, 2, 300, "mamba2", d_state=8, headdim=16, chunk_size=8),
 }
 LENGTHS = (5, 1, 23, 64, 2, 17)
-PROMPTS = [torch.randint(1, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
+PROMPTS = random_prompts(LENGTHS)
 
 
 @pytest.fixture(params=CONFIGS)
 def lm(request):
-    torch.manual_seed(0)
-    model = MambaLM(CONFIGS[request.param]).eval()
-    model.tokenizer = TOKENIZER
-    with torch.no_grad():
-        model.backbone.embedding.weight.mul_(30)
-        for layer in model.backbone.layers:
-            layer.mixer.out_proj.weight.mul_(10)
-            layer.mixer.A_log.sub_(4)  # a slow decay: the first tokens still count at the end
-    return model
+    return sharpened_lm(CONFIGS[request.param], TOKENIZER, embedding=30, out_proj=10)
 
 
 def bounds(lengths):

@@ -13,20 +13,16 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from PIL import Image
 from tokenizers import processors
 
+from tests.makers import VISION, language_config, save_images, sharpen
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import (
     VLM,
     GenerationConfig,
-    ImageProcessor,
-    LMConfig,
     MambaLM,
     Tokenizer,
     Turn,
-    VisionConfig,
-    ViTConfig,
     VLMConfig,
     collate,
 )
@@ -41,15 +37,12 @@ WORDS = ["red", "green", "blue", "circle", "square", "a long, dark line"]
 TOKENIZER = Tokenizer.train([f"What is it? {word}.\n" for word in WORDS] * 3, 300)
 
 
-def sharpened(lm: MambaLM) -> None:
-    """So that answers differ, and depend on more than the last token."""
+def sharpen_with_large_steps(lm: MambaLM) -> None:
+    """Make answers differ, and every token count for much in them."""
+    sharpen(lm)
     with torch.no_grad():
-        lm.lm_head.weight.mul_(20)
-        lm.backbone.embedding.weight.mul_(20)
         for layer in lm.backbone.layers:
-            layer.mixer.out_proj.weight.mul_(20)
-            layer.mixer.A_log.sub_(4)  # a slow decay: the first tokens still count at the end
-            layer.mixer.dt_proj.bias.add_(3)  # and each leaves much behind
+            layer.mixer.dt_proj.bias.add_(3)
 
 
 def write_task(folder: Path, docs: list[dict], task: dict) -> None:
@@ -116,8 +109,8 @@ def test_batch_size():
 @pytest.fixture(scope="module")
 def lm() -> MambaLM:
     torch.manual_seed(0)
-    model = MambaLM(LMConfig(32, 2, 300, "mamba", d_state=4, tie_embeddings=False), TOKENIZER).eval()
-    sharpened(model)
+    model = MambaLM(language_config("mamba", 300), TOKENIZER).eval()
+    sharpen_with_large_steps(model)
     return model
 
 
@@ -358,10 +351,9 @@ COLOURS = ["red", "green", "blue", "yellow", "purple"]
 @pytest.fixture(scope="module")
 def vlm() -> VLM:
     torch.manual_seed(0)
-    vision = VisionConfig(ViTConfig(32, 8, 16, 2, 2, 32), ImageProcessor(32))
-    language = LMConfig(32, 2, 300, "mamba", d_state=4, tie_embeddings=False)
-    model = VLM(VLMConfig(language, (vision,), ConnectorConfig("vss-l2", d_state=4), template="qa"), TOKENIZER).eval()
-    sharpened(model.language_model)
+    connector = ConnectorConfig("vss-l2", d_state=4)
+    model = VLM(VLMConfig(language_config("mamba", 300), (VISION,), connector, template="qa"), TOKENIZER).eval()
+    sharpen_with_large_steps(model.language_model)
     with torch.no_grad():
         model.connector.linear2.weight.mul_(20)
     return model
@@ -390,10 +382,7 @@ def images(tmp_path) -> list[Path]:
         "def process_rounds(doc, results):\n"
         "    return {'acc': float(results[0] == doc['answer'])}\n"
     )
-    paths = [tmp_path / f"{colour}.png" for colour in COLOURS]
-    for path, colour in zip(paths, COLOURS, strict=True):
-        Image.new("RGB", (40, 30), colour).save(path)
-    return paths
+    return save_images(tmp_path, COLOURS)
 
 
 def evaluate_vlm(model, folder: Path, task: str, **kwargs) -> tuple[dict, list[dict]]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.makers import VISION
 from vlmamba.connectors import ConnectorConfig
-from vlmamba.model import VLM, ImageProcessor, LMConfig, MambaLM, VisionConfig, ViT, ViTConfig, VLMConfig
+from vlmamba.model import VLM, LMConfig, MambaLM, ViT, VLMConfig
 from vlmamba.model.convert import convert
 from vlmamba.model.formats.language import PUBLISHED
 from vlmamba.model.generation.decoding import state_bytes
@@ -22,7 +23,6 @@ LANGUAGES = {
     "mamba": LMConfig(32, 3, 101, "mamba", d_state=8),
     "mamba2": LMConfig(32, 2, 101, "mamba2", d_state=16, headdim=16, ngroups=2, tie_embeddings=False),
 }
-ENCODER = ViTConfig(32, 8, 16, 2, 2, 32)
 
 
 @pytest.fixture(params=["lm mamba", "lm mamba2", "vlm", "transformers", "state-spaces"])
@@ -31,8 +31,7 @@ def saved(request, tmp_path):
     torch.manual_seed(0)
     kind, _, layer = request.param.partition(" ")
     if kind == "vlm":
-        vision = VisionConfig(ENCODER, ImageProcessor(32))
-        model = VLM(VLMConfig(LANGUAGES["mamba2"], (vision, vision), ConnectorConfig("vss-l2", d_state=4)))
+        model = VLM(VLMConfig(LANGUAGES["mamba2"], (VISION, VISION), ConnectorConfig("vss-l2", d_state=4)))
     else:
         model = MambaLM(LANGUAGES[layer or "mamba"])
     model.save_pretrained(tmp_path / "own")
@@ -77,7 +76,7 @@ def test_the_state_is_constant_and_shown(saved):
 
 
 def test_an_encoder_has_no_state(tmp_path):
-    ViT(ENCODER).save_pretrained(tmp_path)
+    ViT(VISION.encoder).save_pretrained(tmp_path)
     report = inspect(tmp_path)
     assert report.model == "ViT"
     assert report.state_bytes is report.decode is report.image_tokens is None

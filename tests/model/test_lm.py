@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from tests.model.originals import random_original, with_weights_of
 from vlmamba.model import LMConfig, MambaLM
 
 CONFIGS = {
@@ -37,17 +38,8 @@ def pair(request, skip_ignored_norm_groups):
     """Our model and theirs with the same weights, none at its initial value."""
     ours_config, theirs_config = CONFIGS[request.param]
     skip_ignored_norm_groups(theirs_config)
-    torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(theirs_config).eval()
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.05))
-            if "embeddings" in name:
-                p.mul_(3)
-    ours = MambaLM(ours_config).eval()
-    state = {k.replace("backbone.embeddings.", "backbone.embedding."): v for k, v in theirs.state_dict().items()}
-    ours.load_state_dict(state)
-    return ours, theirs
+    theirs = random_original(theirs_config)
+    return with_weights_of(theirs, ours_config), theirs
 
 
 IDS = torch.randint(0, 101, (2, 21), generator=torch.Generator().manual_seed(1))

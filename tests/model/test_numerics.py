@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from ssm_kernels.modules import MixerState
+from tests.makers import random_prompts
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM
 from vlmamba.model.generation.generate import generate_tokens
 from vlmamba.model.generation.prefill import packed_tokens, prefill
 
 LENGTHS = (64, 5, 23, 130, 4, 31, 100, 17)
-PROMPTS = [torch.randint(1, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
+PROMPTS = random_prompts(LENGTHS)
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 """Share of the largest logit that a language model's logits may differ by, as docs/numerics.md says."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from vlmamba.model import IGNORE, IMAGE_TOKEN, Tokenizer, Turn
+from tests.makers import shape_tokenizer
+from vlmamba.model import IGNORE, IMAGE_TOKEN, Turn
 from vlmamba.model.prompt import get_template
 
-TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
+TOKENIZER = shape_tokenizer()
 TURNS = [Turn("user", "What is this?"), Turn("assistant", "A circle"), Turn("user", "Red?"), Turn("assistant", "yes")]
 
 

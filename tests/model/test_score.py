@@ -8,21 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from PIL import Image
 
+from tests.makers import BLUE, RED, VISION, language_config, shape_tokenizer, sharpened_vlm
+from tests.model.originals import random_original, with_weights_of
 from vlmamba.connectors import ConnectorConfig
-from vlmamba.model import (
-    VLM,
-    ImageProcessor,
-    LMConfig,
-    MambaLM,
-    Tokenizer,
-    Turn,
-    VisionConfig,
-    ViTConfig,
-    VLMConfig,
-    collate,
-)
+from vlmamba.model import LMConfig, Turn, VLMConfig, collate
 from vlmamba.model.score import Score, pick, score
 
 CONFIGS = {
@@ -46,17 +36,8 @@ CONFIGS = {
 def pair(request):
     """Our model and theirs with the same weights."""
     ours_config, theirs_config = CONFIGS[request.param]
-    torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(theirs_config).eval()
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.05))
-            if "embeddings" in name:
-                p.mul_(10)
-    ours = MambaLM(ours_config).eval()
-    state = {k.replace("backbone.embeddings.", "backbone.embedding."): v for k, v in theirs.state_dict().items()}
-    ours.load_state_dict(state)
-    return ours, theirs
+    theirs = random_original(theirs_config, embedding_scale=10)
+    return with_weights_of(theirs, ours_config), theirs
 
 
 def tokens(*lengths):
@@ -131,20 +112,13 @@ def test_pick_takes_the_likeliest():
         pick([])
 
 
-TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
-RED, BLUE = Image.new("RGB", (50, 40), "red"), Image.new("RGB", (32, 32), "blue")
+TOKENIZER = shape_tokenizer()
 
 
 @pytest.fixture(params=["qa", "zephyr"])
 def vlm(request):
-    vision = VisionConfig(ViTConfig(32, 8, 16, 2, 2, 32), ImageProcessor(32))
-    language = LMConfig(32, 2, 320, "mamba2", d_state=8, headdim=16, tie_embeddings=False)
-    torch.manual_seed(0)
-    model = VLM(VLMConfig(language, (vision,), ConnectorConfig("mlp"), template=request.param), TOKENIZER).eval()
-    with torch.no_grad():
-        model.language_model.lm_head.weight.mul_(20)
-        model.language_model.backbone.embedding.weight.mul_(20)
-    return model
+    config = VLMConfig(language_config("mamba2"), (VISION,), ConnectorConfig("mlp"), template=request.param)
+    return sharpened_vlm(config, TOKENIZER)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])

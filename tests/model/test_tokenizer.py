@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.makers import shape_tokenizer
 from vlmamba.model import MambaLM, Tokenizer
 from vlmamba.model.config import LMConfig
 from vlmamba.model.tokenizer import TextStream, require_tokenizer
 
-TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
+TOKENIZER = shape_tokenizer()
 
 
 @pytest.mark.parametrize("text", ["a red circle", "", "  spaces \n lines", "Grüße, 世界 🐍", "<|endofte"])

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 
+from tests.makers import BLUE, RED, VISION, language_config, shape_tokenizer, sharpened_vlm
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import (
     VLM,
@@ -17,10 +17,8 @@ from vlmamba.model import (
     ImageProcessor,
     LMConfig,
     MambaLM,
-    Tokenizer,
     Turn,
     VisionConfig,
-    ViTConfig,
     VLMConfig,
     collate,
     hub,
@@ -30,37 +28,26 @@ from vlmamba.model.config_io import from_json_dict, to_json_dict
 from vlmamba.model.generation.generate import Completion
 from vlmamba.model.generation.sampling import filter_logits
 
-TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
-VISION = VisionConfig(ViTConfig(32, 8, 16, 2, 2, 32), ImageProcessor(32))
+TOKENIZER = shape_tokenizer()
 CONFIGS = {
     "vl-mamba": VLMConfig(
-        LMConfig(32, 2, 320, "mamba", d_state=4, tie_embeddings=False),
+        language_config("mamba"),
         (VISION,),
         ConnectorConfig("vss-l2", d_state=4),
         template="qa",
     ),
     "ml-mamba": VLMConfig(
-        LMConfig(32, 2, 320, "mamba2", d_state=8, headdim=16, tie_embeddings=False),
+        language_config("mamba2"),
         (VISION, replace(VISION, encoder=replace(VISION.encoder, width=24))),
         ConnectorConfig("mamba2-advanced", "cross", d_state=8, headdim=16),
         template="zephyr",
     ),
 }
-RED, BLUE = Image.new("RGB", (50, 40), "red"), Image.new("RGB", (32, 32), "blue")
 
 
 @pytest.fixture(params=CONFIGS)
 def vlm(request):
-    torch.manual_seed(0)
-    model = VLM(CONFIGS[request.param], TOKENIZER).eval()
-    with torch.no_grad():
-        # So that answers differ, and depend on more than the last token.
-        model.language_model.lm_head.weight.mul_(20)
-        model.language_model.backbone.embedding.weight.mul_(20)
-        for layer in model.language_model.backbone.layers:
-            layer.mixer.out_proj.weight.mul_(20)
-            layer.mixer.A_log.sub_(4)  # a slow decay: the first tokens still count at the end
-    return model
+    return sharpened_vlm(CONFIGS[request.param], TOKENIZER)
 
 
 def conversation(question, answer):

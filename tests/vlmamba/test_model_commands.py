@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
+from tests.makers import VISION, language_config, save_images, shape_tokenizer, sharpen
 from vlmamba import cli
 from vlmamba.command_line import printable
 from vlmamba.commands import prompt_file
@@ -29,19 +29,14 @@ from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import (
     VLM,
     GenerationConfig,
-    ImageProcessor,
-    LMConfig,
     MambaLM,
-    Tokenizer,
     Turn,
-    VisionConfig,
-    ViTConfig,
     VLMConfig,
 )
 from vlmamba.model.chat import Conversation
 from vlmamba.model.inspect import inspect
 
-TOKENIZER = Tokenizer.train(["what color is the shape?", "a red circle", "a blue triangle"] * 5, 320)
+TOKENIZER = shape_tokenizer()
 FEW = GenerationConfig(6)
 
 
@@ -49,23 +44,16 @@ FEW = GenerationConfig(6)
 def folder(tmp_path_factory) -> Path:
     """Two images and two saved models, one of which sees images."""
     folder = tmp_path_factory.mktemp("cli")
-    for colour in ("red", "blue"):
-        Image.new("RGB", (40, 30), colour).save(folder / f"{colour}.png")
-    Image.new("RGB", (40, 30), "red").save(folder / "two words.png")
+    red, _ = save_images(folder, ("red", "blue"))
+    shutil.copy(red, folder / "two words.png")
     torch.manual_seed(0)
-    language = LMConfig(32, 2, 320, "mamba2", d_state=8, headdim=16, tie_embeddings=False)
-    vision = VisionConfig(ViTConfig(32, 8, 16, 2, 2, 32), ImageProcessor(32))
-    vlm = VLM(VLMConfig(language, (vision,), ConnectorConfig("mlp"), template="zephyr"), TOKENIZER)
-    lm = MambaLM(language)
-    lm.tokenizer = TOKENIZER
-    with torch.no_grad():
-        for model in (vlm.language_model, lm):
-            model.lm_head.weight.mul_(20)
+    language = language_config("mamba2")
+    vlm = VLM(VLMConfig(language, (VISION,), ConnectorConfig("mlp"), template="zephyr"), TOKENIZER)
+    lm = MambaLM(language, TOKENIZER)
+    for model in (vlm.language_model, lm):
+        sharpen(model)
+        with torch.no_grad():
             model.lm_head.weight[TOKENIZER.eos_id] = 0
-            model.backbone.embedding.weight.mul_(20)
-            for layer in model.backbone.layers:
-                layer.mixer.out_proj.weight.mul_(20)
-                layer.mixer.A_log.sub_(4)  # a slow decay: what was said before still counts
     vlm.save_pretrained(folder / "vlm")
     lm.save_pretrained(folder / "lm")
     return folder
