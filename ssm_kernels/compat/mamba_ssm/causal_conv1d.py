@@ -146,7 +146,15 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
 
 
 def causal_conv1d_varlen_states_ref(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
-    """`causal_conv1d_varlen_states`, sequence by sequence."""
+    """`causal_conv1d_varlen_states`, sequence by sequence.
+
+    Args:
+        x: (T, D). cu_seqlens: (S + 1,).
+        state_len: W, inputs to collect from each sequence.
+
+    Returns:
+        (S, D, W).
+    """
     bounds = cu_seqlens.tolist()
     states = x.new_zeros(len(bounds) - 1, x.shape[1], state_len)
     for s, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -164,7 +172,15 @@ def causal_conv1d_ref(
     final_states_out: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`causal_conv1d_fn` by PyTorch's own convolution, in float32 at least. It takes no `seq_idx`, as the original."""
+    """`causal_conv1d_fn` by PyTorch's own convolution, in float32 at least. It takes no `seq_idx`, as the original.
+
+    Args:
+        x: (B, D, L). weight: (D, K). bias: (D,). initial_states, final_states_out: (B, D, K - 1).
+        return_final_states, activation: as in `causal_conv1d_fn`.
+
+    Returns:
+        y (B, D, L); with `return_final_states`, y and the final states (B, D, K - 1).
+    """
     compute = torch.promote_types(x.dtype, torch.float32)
     before = weight.shape[1] - 1
     start = x.new_zeros(*x.shape[:2], before) if initial_states is None else initial_states.to(x.dtype)
@@ -186,7 +202,15 @@ def causal_conv1d_update_ref(
     activation: str | None = None,
     cache_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """`causal_conv1d_update`, step by step. `conv_state` is updated in place."""
+    """`causal_conv1d_update`, step by step. `conv_state` is updated in place.
+
+    Args:
+        x: (B, D), or (B, D, L). conv_state: (B, D, W). weight: (D, K). bias: (D,).
+        activation, cache_seqlens: as in `causal_conv1d_update`.
+
+    Returns:
+        y, of the shape of x.
+    """
     if x.dim() == 2:
         y = causal_conv1d_update_ref(x.unsqueeze(-1), conv_state, weight, bias, activation, cache_seqlens)
         return y.squeeze(-1)

@@ -116,7 +116,15 @@ def rms_norm_fn(
     residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
 ) -> Tensor | tuple[Tensor | None, ...]:
-    """`layer_norm_fn` with `is_rms_norm`."""
+    """`layer_norm_fn` with `is_rms_norm`.
+
+    Args:
+        x, x1, residual: (..., D). weight, bias, weight1, bias1: (D,). rowscale: (...,).
+        eps, dropout_p, prenorm, residual_in_fp32, return_dropout_mask: as in `layer_norm_fn`.
+
+    Returns:
+        as `layer_norm_fn`: y (..., D), or a tuple that starts with it.
+    """
     return layer_norm_fn(
         x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True,
         return_dropout_mask,
@@ -164,7 +172,17 @@ def layer_norm_linear_fn(
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`layer_norm_fn` and a linear layer after it: linear_weight (width, D), linear_bias (width,)."""
+    """`layer_norm_fn` and a linear layer after it.
+
+    Args:
+        x, residual: (..., D).
+        norm_weight, norm_bias: (D,).
+        linear_weight: (width, D). linear_bias: (width,).
+        eps, prenorm, residual_in_fp32, is_rms_norm: as in `layer_norm_fn`.
+
+    Returns:
+        (..., width); with `prenorm`, also the sum (..., D).
+    """
     y, total = pair(
         layer_norm_fn(
             x, norm_weight, norm_bias, residual, eps=eps, prenorm=True, residual_in_fp32=residual_in_fp32,
@@ -192,10 +210,16 @@ def layer_norm_ref(
     dropout_mask1: Tensor | None = None,
     upcast: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """`layer_norm_fn` as the equations read; in float32 at least with `upcast`, else in the dtype of x.
+    """`layer_norm_fn` as the equations read.
 
     Args:
+        x, x1, residual: (..., D). weight, bias, weight1, bias1: (D,). rowscale: (...,).
+        eps, dropout_p, prenorm: as in `layer_norm_fn`.
         dropout_mask, dropout_mask1: (..., D), true where x and x1 are not dropped; drawn here where None.
+        upcast: compute in float32 at least, rather than in the dtype of x.
+
+    Returns:
+        y (..., D), or a tuple of y, the second y if `weight1`, the sum if `prenorm`.
     """
     return _norm_ref(
         False, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask,
@@ -219,7 +243,15 @@ def rms_norm_ref(
     dropout_mask1: Tensor | None = None,
     upcast: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """`layer_norm_ref` without the mean: RMS norm."""
+    """`layer_norm_ref` without the mean: RMS norm.
+
+    Args:
+        x, x1, residual: (..., D). weight, bias, weight1, bias1: (D,). rowscale: (...,).
+        eps, dropout_p, prenorm, dropout_mask, dropout_mask1, upcast: as in `layer_norm_ref`.
+
+    Returns:
+        as `layer_norm_ref`: y (..., D), or a tuple that starts with it.
+    """
     return _norm_ref(
         True, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask,
         dropout_mask1, upcast,
@@ -285,7 +317,15 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
     ) -> Tensor | tuple[Tensor | None, ...]:
-        """Normalise the sum of x (..., D) and the residual; with `prenorm`, return the sum too."""
+        """Normalise the sum of x and the residual.
+
+        Args:
+            x, residual: (..., D).
+            prenorm, residual_in_fp32: as in `layer_norm_fn`.
+
+        Returns:
+            y (..., D); with `prenorm`, also the sum (..., D).
+        """
         bias = self.bias if isinstance(self.bias, Tensor) else None
         return rms_norm_fn(
             x, self.weight, bias, residual, eps=self.eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32,

@@ -22,7 +22,18 @@ def layernorm_fn(
 ) -> Tensor:
     """Layer norm, or RMS norm with `is_rms_norm`, of each run of `group_size` channels, gated by `silu(z)`.
 
-    The gate multiplies the result, or x where not `norm_before_gate`. Computed in float32 at least.
+    Computed in float32 at least.
+
+    Args:
+        x, z: (..., D).
+        weight, bias: (D,).
+        eps: added to the variance, or to the mean square.
+        group_size: channels that are normalised together, a divisor of D; None is D.
+        norm_before_gate: the gate multiplies the result, rather than x.
+        is_rms_norm: RMS norm rather than layer norm.
+
+    Returns:
+        (..., D) in the dtype of x.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -54,7 +65,15 @@ def rmsnorm_fn(
     group_size: int | None = None,
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """RMS norm with a gate: `layernorm_fn` with `is_rms_norm`."""
+    """RMS norm with a gate: `layernorm_fn` with `is_rms_norm`.
+
+    Args:
+        x, z: (..., D). weight, bias: (D,).
+        eps, group_size, norm_before_gate: as in `layernorm_fn`.
+
+    Returns:
+        (..., D) in the dtype of x.
+    """
     if bias is None:
         return rms_norm(x, weight, z=z, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate)
     check_tensor("bias", bias, (x.shape[-1],), like=x)
@@ -76,7 +95,16 @@ def rms_norm_ref(
     norm_before_gate: bool = True,
     upcast: bool = True,
 ) -> Tensor:
-    """`rmsnorm_fn` as the equation reads; in float32 at least with `upcast`, else in the dtype of x."""
+    """`rmsnorm_fn` as the equation reads.
+
+    Args:
+        x, z: (..., D). weight, bias: (D,).
+        eps, group_size, norm_before_gate: as in `layernorm_fn`.
+        upcast: compute in float32 at least, rather than in the dtype of x.
+
+    Returns:
+        (..., D) in the dtype of x.
+    """
     compute = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
     wide, gate = x.to(compute), None if z is None else F.silu(z.to(compute))
     wide = wide if gate is None or norm_before_gate else wide * gate

@@ -78,7 +78,14 @@ def selective_scan_ref(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_scan_fn` step by step (arXiv 2312.00752, algorithm 2), in float32 or complex64 at least."""
+    """`selective_scan_fn` step by step (arXiv 2312.00752, algorithm 2), in float32 or complex64 at least.
+
+    Args:
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state: as in `selective_scan_fn`.
+
+    Returns:
+        y (B, D, L) in the dtype of u; with `return_last_state`, y and the final state (B, D, N).
+    """
     real = torch.promote_types(u.dtype, torch.float32)
     dtype = torch.promote_types(real, torch.complex64) if A.is_complex() else real
     batch, dim, length = u.shape
@@ -178,6 +185,9 @@ def mamba_inner_fn_no_out_proj(
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
     """`mamba_inner_fn` of Vim's fork, without the last projection.
+
+    Args:
+        xz: (B, 2 D, L) output of the first projection. The others are as in `mamba_inner_fn`.
 
     Returns:
         (B, D, L).
@@ -298,7 +308,17 @@ def mamba_inner_ref(
     dt_rms_weight: Tensor | None = None,
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
-    """`mamba_inner_fn` from `causal_conv1d_ref`, `selective_scan_ref` and linear layers; norms as there."""
+    """`mamba_inner_fn` from `causal_conv1d_ref`, `selective_scan_ref`, linear layers and `rms_norm_ref`.
+
+    Args:
+        xz: (B, 2 D, L) output of the first projection. The others are as in `mamba_inner_fn`.
+
+    Returns:
+        (B, L, width).
+
+    Raises:
+        NotImplementedError: A is complex, with a norm of B or C.
+    """
     y = _inner_ref(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
         C_proj_bias, delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps,
@@ -324,7 +344,16 @@ def bimamba_inner_ref(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
 ) -> Tensor:
-    """`bimamba_inner_fn` from `causal_conv1d_ref`, `selective_scan_ref` and linear layers."""
+    """`bimamba_inner_fn` from `causal_conv1d_ref`, `selective_scan_ref` and linear layers.
+
+    Args:
+        xz: (B, 2 D, L) output of the first projection.
+        A, A_b: (D, N), of the forward and the backward scan.
+        B, C: as in `selective_scan_fn`; None computes them from x. The others are as in `mamba_inner_fn`.
+
+    Returns:
+        (B, L, width).
+    """
     x, dt, B, C, z = _projected(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )

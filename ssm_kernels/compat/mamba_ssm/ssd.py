@@ -173,7 +173,15 @@ def mamba_chunk_scan(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """`mamba_chunk_scan_combined` with fewer arguments."""
+    """`mamba_chunk_scan_combined` with fewer arguments.
+
+    Args:
+        x, z: (B, L, H, P). dt: (B, L, H). A, dt_bias: (H,). B, C: (B, L, G, N). D: (H,) or (H, P).
+        chunk_size, dt_softplus: as in `mamba_chunk_scan_combined`.
+
+    Returns:
+        (B, L, H, P).
+    """
     return single(mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus=dt_softplus))
 
 
@@ -214,7 +222,16 @@ def ssd_chunk_scan_combined_ref(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """`mamba_chunk_scan_combined` step by step; `chunk_size` has no effect."""
+    """`mamba_chunk_scan_combined` step by step, in float32 at least.
+
+    Args:
+        x, z: (B, L, H, P). dt: (B, L, H). A, dt_bias: (H,). B, C: (B, L, G, N). D: (H,) or (H, P).
+        chunk_size: no effect.
+        dt_softplus: pass dt (after the bias) through softplus.
+
+    Returns:
+        (B, L, H, P).
+    """
     return _by_selective_scan(selective_scan_ref, x, dt, A, B, C, D, z, dt_bias, dt_softplus, UNLIMITED)
 
 
@@ -279,7 +296,15 @@ def mamba_split_conv1d_scan_ref(
     ngroups: int = 1,
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """`mamba_split_conv1d_scan_combined` without a gated MLP, step by step; `chunk_size` has no effect."""
+    """`mamba_split_conv1d_scan_combined` without a gated MLP, step by step.
+
+    Args:
+        zxbcdt: (B, L, 2 H P + 2 G N + H): z, x, B, C and dt.
+        chunk_size: no effect. The others are as in `mamba_split_conv1d_scan_combined`.
+
+    Returns:
+        (B, L, H P), or its projection.
+    """
     heads, headdim = D.shape[0], _headdim(D, headdim)
     z, xBC, dt = zxbcdt.split([heads * headdim, conv1d_weight.shape[0], heads], dim=-1)
     gate = z if rmsnorm_weight is None else None

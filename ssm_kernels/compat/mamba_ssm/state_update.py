@@ -98,7 +98,17 @@ def selective_state_update_ref(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """`selective_state_update` as the equation reads, in float32 at least. `state` is updated in place."""
+    """`selective_state_update` as the equation reads, in float32 at least. `state` is updated in place.
+
+    Args:
+        state: (B, D, N), or (B, H, P, N).
+        x, dt, z: (B, D), or (B, H, P). A: (D, N), or (H, P, N). D, dt_bias: (D,), or (H, P).
+        B, C: (B, N), or (B, G, N).
+        dt_softplus: pass dt (after the bias) through softplus.
+
+    Returns:
+        y, of the shape of x.
+    """
     compute = torch.promote_types(x.dtype, torch.float32)
     groups, channels = (1 if B.dim() == 2 else B.shape[1]), x[0].numel()
     B, C = (m.view(len(x), groups, -1).repeat_interleave(channels // groups, 1) for m in (B, C))

@@ -78,7 +78,11 @@ class Block(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the mixer's caches."""
+        """Return the mixer's caches.
+
+        Args:
+            batch_size, max_seqlen, dtype, kwargs: for the mixer.
+        """
         allocate: Callable[..., tuple[Tensor, Tensor | None]] = self.mixer.allocate_inference_cache  # pyright: ignore[reportAssignmentType]
         return allocate(batch_size, max_seqlen, dtype=dtype, **kwargs)
 

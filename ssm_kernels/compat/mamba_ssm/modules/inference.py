@@ -29,7 +29,11 @@ class InferenceParams:
     """(B,) `seqlen_offset` of each sequence, on the device."""
 
     def reset(self, max_seqlen: int, max_batch_size: int) -> None:
-        """Start again in the same memory."""
+        """Start again in the same memory.
+
+        Args:
+            max_seqlen, max_batch_size: tokens and sequences of the next batch, at most.
+        """
         self.max_seqlen, self.max_batch_size, self.seqlen_offset = max_seqlen, max_batch_size, 0
         if self.lengths_per_sample is not None:
             self.lengths_per_sample.zero_()

@@ -146,9 +146,20 @@ class Mamba2(CachedMixer, modules.Mamba2):
         return self._prefill(projected, self.split_projected(projected)[2], caches, cu_seqlens)
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Advance by one token: (B, 1, D) -> (B, 1, D), and the caches, updated in place. No gradients.
+        """Advance by one token, and update the caches in place. No gradients.
 
         `dt_limit` and `D_has_hdim` apply here too; the original's step ignores the first and fails on the second.
+
+        Args:
+            hidden_states: (B, 1, D).
+            conv_state: (B, channels, K) last inputs of the convolution.
+            ssm_state: (B, H, P, N).
+
+        Returns:
+            (B, 1, D), and the two caches.
+
+        Raises:
+            ValueError: `hidden_states` holds more than one token.
         """
         check_one_token(hidden_states)
         mlp, z, xBC, dt = self.split_projected(self.in_proj(hidden_states.squeeze(1)))  # (B, ...) each
@@ -166,7 +177,14 @@ class Mamba2(CachedMixer, modules.Mamba2):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return zeros: conv_state (B, channels, K) and ssm_state (B, H, P, N), whatever `max_seqlen` is."""
+        """Return zeros: conv_state (B, channels, K) and ssm_state (B, H, P, N).
+
+        Args:
+            batch_size: B.
+            max_seqlen: no effect: the size of a state does not depend on the length.
+            dtype: of the caches; that of the convolution's weight by default.
+            kwargs: ignored, as in the original.
+        """
         zeros = self.conv1d.weight.new_zeros
         return (
             zeros(batch_size, self.d_conv, self.d_conv_channels, dtype=dtype).transpose(1, 2),

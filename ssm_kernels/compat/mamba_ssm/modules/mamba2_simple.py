@@ -64,7 +64,15 @@ class Mamba2Simple(Mamba2):
             self.init_states = modules.without_weight_decay(torch.zeros(shape, device=device, dtype=dtype))
 
     def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """Mix (B, L, D) over time; `seq_idx` as in `Mamba2`."""
+        """Mix over time.
+
+        Args:
+            u: (B, L, D).
+            seq_idx: (B, L) number of the sequence that a step belongs to, as in `Mamba2`.
+
+        Returns:
+            (B, L, D).
+        """
         if not self.learnable_init_states:
             return super().forward(u, seq_idx=seq_idx)
         if seq_idx is not None:

@@ -70,7 +70,15 @@ class Mamba(CachedMixer, modules.Mamba):
         self.use_mem_eff_path = value
 
     def forward(self, hidden_states: Tensor, inference_params: InferenceParams | None = None) -> Tensor:
-        """Mix (B, L, D) over time; with `inference_params`, a prompt where its `seqlen_offset` is 0, else one step."""
+        """Mix over time.
+
+        Args:
+            hidden_states: (B, L, D).
+            inference_params: run a prompt where its `seqlen_offset` is 0, else one step.
+
+        Returns:
+            (B, L, D).
+        """
         if inference_params is None:
             return super().forward(hidden_states)
         caches = self._get_states_from_cache(inference_params, hidden_states.shape[0])
@@ -80,7 +88,19 @@ class Mamba(CachedMixer, modules.Mamba):
         return self._prefill(projected, projected[..., : self.d_inner], caches)
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Advance by one token: (B, 1, D) -> (B, 1, D), and the caches, updated in place. No gradients."""
+        """Advance by one token, and update the caches in place. No gradients.
+
+        Args:
+            hidden_states: (B, 1, D).
+            conv_state: (B, E, K) last inputs of the convolution.
+            ssm_state: (B, E, N).
+
+        Returns:
+            (B, 1, D), and the two caches.
+
+        Raises:
+            ValueError: `hidden_states` holds more than one token.
+        """
         check_one_token(hidden_states)
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (B, E) each
         x = causal_conv1d_update(x, conv_state, *conv_weight("conv1d", self.conv1d), self.activation)
@@ -93,7 +113,14 @@ class Mamba(CachedMixer, modules.Mamba):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return zeros: conv_state (B, E, K) and ssm_state (B, E, N), whatever `max_seqlen` is."""
+        """Return zeros: conv_state (B, E, K) and ssm_state (B, E, N).
+
+        Args:
+            batch_size: B.
+            max_seqlen: no effect: the size of a state does not depend on the length.
+            dtype: of the caches; that of the convolution's weight by default.
+            kwargs: ignored, as in the original.
+        """
         zeros = self.conv1d.weight.new_zeros
         return (
             zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype),

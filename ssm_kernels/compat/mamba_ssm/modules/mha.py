@@ -84,7 +84,14 @@ class MHA(nn.Module):
         self.out_proj = nn.Linear(self.head_dim * num_heads + self.mlp_dim // 2, embed_dim, bias=out_proj_bias, **like)
 
     def forward(self, x: Tensor, inference_params: InferenceParams | None = None) -> Tensor:
-        """Attend over (B, L, D); with `inference_params`, a prompt where its `seqlen_offset` is 0, else later tokens.
+        """Attend over a sequence, or over the cached tokens and the new ones.
+
+        Args:
+            x: (B, L, D).
+            inference_params: run a prompt where its `seqlen_offset` is 0, else later tokens.
+
+        Returns:
+            (B, L, D).
 
         Raises:
             ValueError: without a `layer_idx`, beyond `max_seqlen`, or several tokens after a prompt with `d_conv`.
@@ -125,7 +132,15 @@ class MHA(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return zeros: keys and values (B, max_seqlen, 2, heads, P); inputs of the convolution (B, channels, K)."""
+        """Return empty caches.
+
+        Args:
+            batch_size, max_seqlen: sequences, and tokens of each, that fit.
+            dtype: of the caches; that of the parameters by default.
+
+        Returns:
+            zeros: keys and values (B, max_seqlen, 2, heads, P); inputs of the convolution (B, channels, K), or None.
+        """
         like = next(self.out_proj.parameters())
         shape = (batch_size, max_seqlen, 2, self.num_heads_kv, self.head_dim)
         conv = like.new_zeros(batch_size, self.conv1d.in_channels, self.d_conv, dtype=dtype) if self.d_conv else None

@@ -44,6 +44,13 @@ class GatedMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, in_features if out_features is None else out_features, bias=bias, **like)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in_features) to (..., out_features)."""
+        """Run both layers.
+
+        Args:
+            x: (..., in_features).
+
+        Returns:
+            (..., out_features).
+        """
         y, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(y * self.activation(gate))
