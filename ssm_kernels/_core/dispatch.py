@@ -47,6 +47,9 @@ def use_backend(backend: Backend) -> Iterator[None]:
     Args:
         backend: one of the names of `Backend`.
 
+    Returns:
+        a context manager; the backend before it is set again after the `with` block.
+
     Raises:
         ValueError: `backend` is not one of the known names.
     """

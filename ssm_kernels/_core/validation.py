@@ -86,10 +86,16 @@ class NonFiniteError(ValueError):
 
 
 def has_readable_values(x: Tensor) -> bool:
-    """Whether checks may read the values of a tensor: of a CPU tensor outside of tracing.
+    """Whether checks may read the values of a tensor.
 
     On a GPU it would be a host-device synchronization; in a compiled or exported graph, and in `FakeTensorMode`, there
     are no values.
+
+    Args:
+        x: any tensor.
+
+    Returns:
+        True for a CPU tensor outside of tracing.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
@@ -98,6 +104,7 @@ def check_no_nan(name: str, value: Tensor) -> None:
     """Raise a `NonFiniteError` with the index of the first NaN, where values can be read."""
     if not has_readable_values(value) or not value.numel():
         return
+    # One number to test, and no mask of the size of the tensor unless there is a NaN.
     if torch.isnan(value.detach().sum()):
         indices = torch.isnan(value).nonzero()
         # The sum of infinities of both signs is NaN too.

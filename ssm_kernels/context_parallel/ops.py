@@ -241,13 +241,13 @@ def _incoming_states(shard: RankShard, incoming: int, messages: Tensor, op: _Sha
     for rank in range(first_rank + 1, shard.rank):
         if shard.sharding.lengths[rank]:
             end, dt_sum = messages[rank].split([size, op.n_decays], 1)
-            # exp(A sum dt) h + e
+            # exp(A sum dt) h + e: the recurrence (arXiv 2312.00752, equation 2) over all steps of a rank
             states = torch.addcmul(end.unflatten(1, op.state_shape), op.decay(dt_sum), states)
     return states
 
 
 class _DtSum(torch.autograd.Function):
-    """The sum over time of the step sizes, (B, L, ...) -> (B, ...); saves the raw `dt` alone."""
+    """Sum of the step sizes over time, (B, L, ...) -> (B, ...). It saves the raw `dt` alone."""
 
     @staticmethod
     def forward(ctx, dt, dt_bias, *options):

@@ -48,7 +48,19 @@ class SequenceSharding:
 
     @classmethod
     def even(cls, length: int, group: dist.ProcessGroup | None = None) -> SequenceSharding:
-        """Shard `length` steps so that no two shards differ by more than one step."""
+        """Shard a sequence so that no two shards differ by more than one step.
+
+        Args:
+            length: steps of the complete sequence.
+            group: process group; None is the group of all ranks.
+
+        Returns:
+            the sharding, whose longer shards are on the first ranks.
+
+        Raises:
+            RuntimeError: `torch.distributed` has not been initialised.
+        """
+        # ceil((length - r) / world) steps on rank r
         world = _world_size(group)
         return cls(tuple((length + world - 1 - r) // world for r in range(world)), group)
 
@@ -68,7 +80,14 @@ class SequenceSharding:
         return self.offsets[self.rank], self.offsets[self.rank + 1]
 
     def shard(self, full: Tensor, dim: int = 1) -> Tensor:
-        """Return this rank's shard, a view, of a tensor that holds the complete sequence along `dim`.
+        """Take this rank's shard of a tensor.
+
+        Args:
+            full: tensor that holds the complete sequence along `dim`.
+            dim: dimension of time.
+
+        Returns:
+            a view of this rank's steps.
 
         Raises:
             ValueError: its length is not that of the sequence.
@@ -104,6 +123,9 @@ def context_parallel(sharding: SequenceSharding) -> Iterator[None]:
 
     Args:
         sharding: steps of each rank.
+
+    Returns:
+        a context manager; the sharding before it is in force again after the `with` block.
 
     Raises:
         TypeError: not a `SequenceSharding`.
@@ -207,11 +229,13 @@ def _read_bounds(cu_seqlens: Tensor, batch: int, length: int) -> tuple[int, ...]
 @functools.lru_cache(maxsize=64)
 def _layout(sharding: SequenceSharding, rank: int, bounds: tuple[int, ...], batch: int, is_packed: bool) -> RankShard:
     start, stop = sharding.offsets[rank], sharding.offsets[rank + 1]
+    # At most one sequence crosses each edge of the shard: sequences are contiguous, and in order.
     incoming, outgoing = _sequence_across(bounds, start), _sequence_across(bounds, stop)
     incoming_length = 0 if incoming is None else min(bounds[incoming + 1], stop) - start
     first = bisect_left(bounds, start) if incoming is None else incoming + 1
     started = (first, max(first, bisect_left(bounds, stop)))
-    cu_seqlens = torch.tensor([min(max(b, start), stop) - start for b in bounds]) if is_packed else None
+    # Bounds before or after the shard move to its edges, so that sequences without a step here are empty.
+    cu_seqlens = torch.tensor([min(max(b, start), stop) - start for b in bounds]) if is_packed else None  # (S + 1,)
     return RankShard(sharding, rank, bounds, batch, cu_seqlens, incoming, outgoing, started, incoming_length)
 
 

@@ -16,21 +16,32 @@ from .parameters import call_extras
 
 
 def depthwise_conv(channels: int, width: int, bias: bool) -> nn.Conv1d:
-    """Return a layer with weight (channels, 1, width) and bias under the checkpoints' names; see `conv_weight`.
+    """Make the layer that holds the weights of a causal convolution under the checkpoints' names; see `conv_weight`.
 
     Called with (B, channels, L), its first L results are those of the causal convolution.
+
+    Args:
+        channels: channels of the input and of the output.
+        width: K, taps of each channel.
+        bias: whether the layer has a bias (channels,).
+
+    Returns:
+        a layer with weight (channels, 1, K).
     """
     return nn.Conv1d(channels, channels, width, groups=channels, padding=width - 1, bias=bias)
 
 
 def conv_weight(name: str, conv: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return weight (channels, K) and bias of a `depthwise_conv`, for the op that convolves in its place.
+    """Read the weight and bias of a `depthwise_conv`, for the op that convolves in its place.
 
     Hooks that are registered for all modules at once (flop counters, profilers) see the mixer, and not this layer.
 
     Args:
         name: attribute that holds the layer, for the message of an error.
         conv: the layer.
+
+    Returns:
+        weight (channels, K), and bias (channels,) or None.
 
     Raises:
         TypeError: the layer has been replaced, or has hooks of its own, which the op would bypass.
@@ -65,6 +76,9 @@ def convolve(conv: nn.Module, x: Tensor, initial_states: Tensor | None, cu_seqle
         x: (B, L, channels) input; within `context_parallel`, this rank's steps.
         initial_states: (B or S, K - 1, channels) inputs before the first step, or None.
         cu_seqlens: (S + 1,) bounds of packed sequences, or None.
+
+    Returns:
+        the output, the final states, and a function that computes the output again.
     """
     weight, bias = conv_weight("conv1d", conv)
     # The op would exchange its halo again when it recomputes: exchange it here, and call the local op twice.

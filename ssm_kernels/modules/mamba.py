@@ -71,7 +71,14 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
     def new_state(self, batch: int) -> MixerState:
-        """Return the state before the first token of `batch` sequences, zeros on the mixer's device."""
+        """Make the state before the first token.
+
+        Args:
+            batch: number of sequences.
+
+        Returns:
+            zeros on the mixer's device.
+        """
         return zero_state(self.conv1d.weight, batch, (self.d_inner, self.d_state))
 
     def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -88,7 +95,15 @@ class Mamba(nn.Module):
         return self.mix(self.in_proj(hidden), state, cu_seqlens)
 
     def mix(self, projected: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Run everything after `in_proj`, on its output (B, L, 2 E); the rest as in `forward`."""
+        """Run everything after `in_proj`.
+
+        Args:
+            projected: (B, L, 2 E) output of `in_proj`: x, then the gate z.
+            state, cu_seqlens: as in `forward`.
+
+        Returns:
+            (B, L, D).
+        """
         x, z = projected.chunk(2, dim=-1)  # (B, L, E) each
         if state is not None and is_decoding_step(projected, cu_seqlens):
             return self.out_proj(self._step(x[:, 0], z[:, 0], state).unsqueeze(1))
@@ -121,7 +136,14 @@ class Mamba(nn.Module):
         return selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, dt_bias, dt_softplus=True)
 
     def ssm_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project x (..., E) to dt of rank R (..., R), B (..., N) and C (..., N)."""
+        """Project the convolution's output to the input-dependent parameters (arXiv 2312.00752, algorithm 2).
+
+        Args:
+            x: (..., E) output of the convolution.
+
+        Returns:
+            dt of rank R (..., R), B (..., N) and C (..., N).
+        """
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return self._normalised(dt), self._normalised(B), self._normalised(C)
 
@@ -132,7 +154,14 @@ class Mamba(nn.Module):
         return F.rms_norm(part.to(compute), part.shape[-1:], eps=self.dt_bc_norm_eps).to(part.dtype)
 
     def expand_dt(self, low_rank_dt: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Project dt (..., R) to step sizes before softplus (..., E), and return the bias that the scan has to add."""
+        """Project dt to the step sizes before softplus.
+
+        Args:
+            low_rank_dt: (..., R).
+
+        Returns:
+            dt (..., E), and the bias (E,) that the scan has to add; None where dt includes it.
+        """
         if is_plain(self.dt_proj, nn.Linear):
             # The backward may run this outside the autocast of the forward.
             return F.linear(low_rank_dt, self.dt_proj.weight.to(low_rank_dt.dtype)), self.dt_proj.bias

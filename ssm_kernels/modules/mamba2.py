@@ -99,7 +99,14 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
     def new_state(self, batch: int) -> MixerState:
-        """Return the state before the first token of `batch` sequences, zeros on the mixer's device."""
+        """Make the state before the first token.
+
+        Args:
+            batch: number of sequences.
+
+        Returns:
+            zeros on the mixer's device.
+        """
         return zero_state(self.conv1d.weight, batch, (self.nheads, self.headdim, self.d_state))
 
     def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -116,7 +123,15 @@ class Mamba2(nn.Module):
         return self.mix(self.in_proj(hidden), state, cu_seqlens)
 
     def mix(self, projected: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Run everything after `in_proj`, on its output (B, L, ...); the rest as in `forward`."""
+        """Run everything after `in_proj`.
+
+        Args:
+            projected: (B, L, ...) output of `in_proj`; see `split_projected`.
+            state, cu_seqlens: as in `forward`.
+
+        Returns:
+            (B, L, D).
+        """
         mlp, z, xBC, dt = self.split_projected(projected)  # (B, L, ...), (B, L, H P), (B, L, channels), (B, L, H)
         if state is not None and is_decoding_step(projected, cu_seqlens):
             y = self._step(z[:, 0], xBC[:, 0], dt[:, 0], state).unsqueeze(1)  # (B, 1, H, P)
@@ -147,23 +162,53 @@ class Mamba2(nn.Module):
         return self.D.view(self.nheads, self.headdim) if self.D_has_hdim else self.D
 
     def split_projected(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Split the output of `in_proj` into the MLP's (gate, up), z, (x, B, C) and dt."""
+        """Split the output of `in_proj`.
+
+        Args:
+            projected: (..., 2 E_mlp + H P + channels + H), where E_mlp = E - H P.
+
+        Returns:
+            the MLP's (gate, up) (..., 2 E_mlp), z (..., H P), (x, B, C) (..., channels) and dt (..., H).
+        """
         mlp, z, xBC, dt = projected.split([2 * self.d_mlp, self.d_ssm, self.d_conv_channels, self.nheads], dim=-1)
         return mlp, z, xBC, dt
 
     def ssm_inputs(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split the convolution's output (..., channels) into x (..., H, P), B (..., G, N) and C (..., G, N)."""
+        """Split the convolution's output into the inputs of the scan.
+
+        Args:
+            xBC: (..., channels), where channels = H P + 2 G N.
+
+        Returns:
+            x (..., H, P), B (..., G, N) and C (..., G, N).
+        """
         shared = self.ngroups * self.d_state
         x, B, C = xBC.split([self.d_ssm, shared, shared], dim=-1)
         groups = (self.ngroups, self.d_state)
         return x.unflatten(-1, (self.nheads, self.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     def scan_gate(self, z: Tensor) -> Tensor | None:
-        """Return z (..., H, P) for the scan to gate by, or None where the gated norm does."""
+        """Return the gate of the scan.
+
+        Args:
+            z: (..., H P).
+
+        Returns:
+            z (..., H, P), or None where the gated norm applies it.
+        """
         return None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim))
 
     def gate(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
-        """Return the input of `out_proj`, (..., E): the MLP's output and the scan's, y (..., H, P), normalised."""
+        """Return the input of `out_proj`: the MLP's output and the scan's, normalised and gated.
+
+        Args:
+            y: (..., H, P) output of the scan.
+            z: (..., H P) gate of the norm.
+            mlp: (..., 2 E_mlp) the MLP's (gate, up).
+
+        Returns:
+            (..., E).
+        """
         y = y.flatten(-2)  # (..., H P)
         if self.rmsnorm:
             y = self.norm(y, z)

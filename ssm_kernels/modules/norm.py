@@ -24,7 +24,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Normalise x (..., width), gated by z of the same shape."""
+        """Normalise, and gate.
+
+        Args:
+            x: (..., width).
+            z: (..., width) gate, or None.
+
+        Returns:
+            (..., width) in the dtype of `x`.
+        """
         return rms_norm(
             x, self.weight, z=z, eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate
         )

@@ -10,23 +10,46 @@ from torch.nn.modules import module as torch_module
 
 
 def without_weight_decay(value: Tensor) -> nn.Parameter:
-    """Return a parameter with the mark that training code written for `mamba_ssm` looks for."""
+    """Make a parameter with the mark that training code written for `mamba_ssm` looks for.
+
+    Args:
+        value: initial value.
+
+    Returns:
+        a parameter whose `_no_weight_decay` is True.
+    """
     parameter = nn.Parameter(value)
     parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
     return parameter
 
 
 def initial_dt_bias(shape: tuple[int, ...], dt_min: float, dt_max: float, floor: float) -> Tensor:
-    """Return the inverse softplus of step sizes drawn log-uniformly from [dt_min, dt_max], at least `floor`."""
+    """Draw the initial bias of the step sizes (arXiv 2312.00752, section 3.6).
+
+    Args:
+        shape: shape of the result, one entry for each channel or head.
+        dt_min, dt_max: range from which step sizes are drawn log-uniformly.
+        floor: least step size.
+
+    Returns:
+        the inverse softplus of the step sizes.
+    """
     dt = torch.exp(torch.rand(shape) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=floor)
+    # softplus^-1(dt) = log(exp(dt) - 1) = dt + log(1 - exp(-dt)), the form that keeps small steps exact
     return dt + torch.log(-torch.expm1(-dt))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module runs `kind.forward` and nothing else, so that an op may read its weights instead.
 
-    False for an adapter or a quantised layer that replaces it, and with hooks. A parametrisation is computed whenever
-    its weight is read, and does no harm.
+    A parametrisation is computed whenever its weight is read, and does no harm.
+
+    Args:
+        module: the layer.
+        kind: class whose `forward` the op replaces.
+
+    Returns:
+        False for an adapter or a quantised layer that replaces the layer, and with hooks.
     """
     return type(module).forward is kind.forward and not call_extras(module) and not torch_module._has_any_global_hook()
 

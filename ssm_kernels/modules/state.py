@@ -1,4 +1,4 @@
-"""The recurrent state of a mixer: its initial value, what a forward starts from, and its update in place."""
+"""The recurrent state of a mixer: its initial value, the states that a forward starts from, its update in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MixerState(NamedTuple):
 
 
 class InitialStates(NamedTuple):
-    """What the ops of one forward start from; None is zeros."""
+    """States that the ops of one forward start from; None is zeros."""
 
     conv: Tensor | None
     ssm: Tensor | None

@@ -32,7 +32,7 @@ def rms_norm(
     norm_before_gate: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight`, with an optional gate `silu(z)`, in the dtype of `x`.
+    """Normalize: `x / sqrt(mean(x^2) + eps) * weight`, with an optional gate `silu(z)`.
 
     Args:
         x: (..., D).
