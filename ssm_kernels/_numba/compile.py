@@ -43,6 +43,7 @@ class Kernel:
 
     def _compile(self, args: tuple) -> Callable:
         global _is_logged
+        # One thread compiles; those that wait for it find its result.
         with _lock:
             start = time.perf_counter()
             compiled = self._dispatcher.compile(tuple(map(_type_of, args)))

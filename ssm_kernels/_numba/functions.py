@@ -22,7 +22,7 @@ from .lanes import (
 
 LOG2_E = math.log2(math.e)
 LOG2_E_LOW = 2.0355273740931033e-17
-"""What float64 leaves of log2(e)."""
+"""Remainder of log2(e) that float64 does not hold."""
 MANTISSA = {32: 23, 64: 52}
 BIAS = {32: 127, 64: 1023}
 
@@ -62,6 +62,7 @@ def _exp_value(builder: Any, lanes: Lanes, x: Any) -> Any:
     r = fma_value(builder, lanes, x, constant(lanes, high), builder.fneg(nearest))
     r = fma_value(builder, lanes, x, constant(lanes, LOG2_E_LOW if high == LOG2_E else LOG2_E - high), r)
     result = _power_of_two(builder, lanes, shifted, r)
+    # Beyond these limits the exponent does not fit its bits.
     for predicate, limit, value in (("<", -bias, 0.0), (">", bias + 1, math.inf)):
         is_beyond = builder.fcmp_ordered(predicate, scaled, constant(lanes, float(limit)))
         result = builder.select(is_beyond, constant(lanes, value), result)
@@ -69,7 +70,8 @@ def _exp_value(builder: Any, lanes: Lanes, x: Any) -> Any:
 
 
 def _to_integer(builder: Any, lanes: Lanes, x: Any) -> tuple[Any, Any]:
-    """The nearest integer, as the lowest bits of a number and as a number."""
+    """Round to the nearest integer, as the lowest bits of a number and as a number."""
+    # At 1.5 * 2^mantissa neighbouring numbers differ by one: the sum is rounded to an integer, of either sign.
     magic = constant(lanes, 1.5 * 2.0 ** MANTISSA[lanes.dtype.bitwidth])
     shifted = builder.fadd(x, magic)
     return shifted, builder.fsub(shifted, magic)
@@ -78,6 +80,7 @@ def _to_integer(builder: Any, lanes: Lanes, x: Any) -> tuple[Any, Any]:
 def _power_of_two(builder: Any, lanes: Lanes, shifted: Any, r: Any) -> Any:
     """2^(n + r), with n in the lowest bits of `shifted` and r in [-1/2, 1/2]."""
     bits = lanes.dtype.bitwidth
+    # 2^r is in [1/sqrt(2), sqrt(2)]: adding n to the bits of its exponent multiplies it by 2^n.
     power = polynomial(builder, lanes, r, EXP2[bits])
     exponent = builder.shl(as_integers(builder, lanes, shifted), constant(lanes, MANTISSA[bits], integer=True))
     return as_floats(builder, lanes, builder.add(as_integers(builder, lanes, power), exponent))

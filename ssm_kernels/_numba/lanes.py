@@ -61,6 +61,7 @@ def constant(lanes: Lanes, value: float | int, *, integer: bool = False) -> ir.C
 def splat_value(builder: Any, lanes: Lanes, scalar: Any) -> Any:
     """A scalar of the element's type in all lanes."""
     undefined = ir.Constant(_vector(lanes), ir.Undefined)
+    # LLVM recognises an insertion into lane 0 that is shuffled to all lanes as a broadcast.
     first = builder.insert_element(undefined, scalar, ir.IntType(32)(0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes.count), None)
     return builder.shuffle_vector(first, undefined, zeros)
@@ -147,6 +148,7 @@ def load(typingctx, array, offset):
     lanes = Lanes(array.dtype)
 
     def codegen(context, builder, sig, args):
+        # Aligned to an element only: an offset may be any, and processors load a vector from any address.
         pointer = _address(context, builder, sig.args[0], _vector(lanes), *args)
         return builder.load(pointer, align=lanes.dtype.bitwidth // 8)
 
@@ -222,6 +224,7 @@ def total(typingctx, x):
         value, n = args[0], lanes.count
         while n > 1:
             n //= 2
+            # A fixed order of additions: LLVM's reduction is sequential, or with `reassoc` in any order.
             halves = (_shuffle(builder, value, value, [*part]) for part in (range(n), range(n, 2 * n)))
             value = builder.fadd(*halves)
         return builder.extract_element(value, ir.IntType(32)(0))
@@ -247,6 +250,7 @@ def add_totals(typingctx, array, offset, x, y):
         value = builder.fadd(low, high)
         while half > 1:
             half //= 2
+            # Lane i ^ half is in the same half as lane i, so that x and y stay apart.
             value = builder.fadd(value, _shuffle(builder, value, value, [i ^ half for i in range(n)]))
         sums = _shuffle(builder, value, value, [0, n // 2])
         pointer = _address(context, builder, sig.args[0], sums.type, *args[:2])
@@ -289,6 +293,7 @@ def fill(tile, value):
 @njit
 def locate_tile(tile, dim, groups):
     """Return the sequence of a tile, its first channel, and its number of channels."""
+    # Tiles in the order sequence, group, block of channels: (S, G, blocks).
     per_group = dim // groups
     blocks = (per_group + BLOCK - 1) // BLOCK
     sequence, block = tile // (groups * blocks), tile % (groups * blocks)
@@ -319,6 +324,7 @@ def read_rows(source, i, first, count, channel, width, tile):
         for v in range(n_vectors):
             store(tile, at + v * n, load(source, offset + v * n))
         if n_vectors * n < width:
+            # Kernels compute complete vectors, and some sum their lanes: nothing may remain of the tile before.
             store(tile, at + (width - 1) // n * n, splat(tile, 0.0))
         for k in range(n_vectors * n, width):
             set_element(tile, at + k, element(source, offset + k * stride))
@@ -331,7 +337,7 @@ def write_rows(tile, target, i, first, count, channel, width):
     row_stride, stride = target.strides[1] // target.itemsize, target.strides[2] // target.itemsize
     offset = i * (target.strides[0] // target.itemsize) + first * row_stride + channel * stride
     n = lane_count(tile)
-    if row_stride == 1 and stride != 1:
+    if row_stride == 1 and stride != 1:  # as in `read_rows`
         for k in range(width):
             for r in range(count):
                 set_element(target, offset + k * stride + r, element(tile, r * BLOCK + k))

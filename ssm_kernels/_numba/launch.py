@@ -1,4 +1,4 @@
-"""What launches of compiled kernels share: tensors as arrays, tiles, and lists of sequences. numba is not needed."""
+"""Parts that launches of compiled kernels share: arrays, tiles, and lists of sequences. numba is not needed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def as_array(x: Tensor | None, dtype: torch.dtype, n_dims: int) -> np.ndarray:
     """Return the tensor's memory where it has the dtype, else a copy; without a tensor, an array of no elements."""
     if x is None:
         return _nothing(dtype, n_dims)
+    # numpy shares the memory, and the strides: kernels read any.
     x = x if x.dtype == dtype else x.to(dtype)
     return x.detach().numpy() if x.requires_grad else x.numpy()
 
@@ -46,12 +47,14 @@ def sequence_table(sequences: Sequences, length: int, interval: int) -> np.ndarr
     `interval` steps into which the sequence is divided, of which all sequences have different ones.
     """
     n = len(sequences.lengths)
+    # -1 stays for a sequence without a row: with `seq_idx`, one that is not the first or the last of its batch row.
     table = np.full((n, 6), -1, np.int64)
     starts = np.array(sequences.starts, np.int64)
     table[:, 0], table[:, 1] = np.divmod(starts, max(length, 1))
     table[:, 2] = sequences.lengths
     for column, rows in ((3, sequences.initial_sequences), (4, sequences.final_sequences)):
         table[list(rows), column] = np.arange(len(rows))
+    # `+ s` makes up for the rounding down: the next sequence's is at least ceil(steps / interval) blocks later.
     table[:, 5] = starts // interval + np.arange(n)
     return table
 

@@ -44,6 +44,7 @@ def run_tiles(run: Callable[[int, int], object], n_tiles: int, work: int) -> Non
             run(first, min(first + size, n_tiles))
 
     pool = _get_pool(n_threads - 1)
+    # This thread works too, so that a caller never waits for a busy pool.
     helpers = [pool.submit(work_off) for _ in range(n_threads - 1)]
     try:
         work_off()

@@ -23,8 +23,9 @@ def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfi
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     n_runs = split_sequences(len(sequences.lengths))
     new = x.new_zeros if sequences.padding_runs(batch * length) else x.new_empty
-    dx = new(x.shape, dtype=compute)
-    dweight, dbias = (x.new_empty(n_runs, n, dim, dtype=compute) for n in (n_taps, 1))
+    dx = new(x.shape, dtype=compute)  # (B, L, D)
+    # A part for each run of sequences, so that tiles of different threads share no memory.
+    dweight, dbias = (x.new_empty(n_runs, n, dim, dtype=compute) for n in (n_taps, 1))  # (runs, K or 1, D)
     dinitial = torch.empty((0, 0, 0) if initial_states is None else initial_states.shape, dtype=compute)
     inputs = (
         as_array(m, compute, 3)
@@ -36,7 +37,7 @@ def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfi
     run_tiles(lambda first, end: convolve_tiles_backward(*args, first, end), n_tiles, 3 * x.numel())
     return (
         dx.to(x.dtype),
-        sum_parts(dweight).T.contiguous().to(weight.dtype),
+        sum_parts(dweight).T.contiguous().to(weight.dtype),  # (D, K)
         x.new_empty(0) if bias is None else sum_parts(dbias)[0].to(bias.dtype),
         x.new_empty(0) if initial_states is None else dinitial.to(initial_states.dtype),
     )
@@ -92,6 +93,7 @@ def convolve_tiles_backward(
                 read_rows(x, row, start + t0, count, channel, width, x_tile[before * BLOCK :])
                 read_rows(dy, row, start + t0, count, channel, width, dsum_tile[before * BLOCK :])
                 if silu:
+                    # The sums before silu are computed again rather than saved.
                     convolve_rows(x_tile, w_tile, b_tile, n_taps, count, width, sum_tile)
                     multiply_by_d_silu(sum_tile, dsum_tile[before * BLOCK :], count, width)
                 add_weight_gradients(x_tile, dsum_tile, dw_tile, db_tile, n_taps, count, width)
@@ -129,6 +131,7 @@ def add_weight_gradients(x_tile, dsum_tile, dw_tile, db_tile, n_taps, count, wid
     """dw_k += sum_t dsum_t x_{t - K + 1 + k} and db += sum_t dsum_t over a block."""
     for i in range(0, width, lane_count(x_tile)):
         for k in range(n_taps):
+            # In a register over the block, so that the sum in memory is read and written once.
             result = splat(x_tile, 0.0)
             for t in range(count):
                 result = fma(load(dsum_tile, (t + n_taps - 1) * BLOCK + i), load(x_tile, (t + k) * BLOCK + i), result)

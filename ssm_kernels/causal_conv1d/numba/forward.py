@@ -21,8 +21,9 @@ def forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx) -> tuple
     compute = torch.promote_types(x.dtype, torch.float32)
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     new = x.new_zeros if sequences.padding_runs(batch * length) else x.new_empty
-    y = new(x.shape, dtype=compute)
+    y = new(x.shape, dtype=compute)  # (B, L, D)
     final_states = x.new_empty(len(sequences.final_sequences), n_taps - 1, dim, dtype=compute)
+    # Channels are the last dimension of all arrays: a vector holds neighbouring ones.
     inputs = (as_array(m, compute, 3) for m in (x, weight.T[None], as_row(bias), initial_states))
     args = (*inputs, sequence_table(sequences, length, STEPS), y.numpy(), final_states.numpy(), silu)
     n_tiles = len(sequences.lengths) * count_tiles(dim)
@@ -53,6 +54,7 @@ def convolve_tiles(x, weight, bias, initial_states, sequences, y, final_states, 
         fill(x_tile, 0.0)
         if initial >= 0 and initial_states.size:
             read_rows(initial_states, initial, zero, before, channel, width, x_tile)
+        # y_t = silu(bias + sum_k w_k x_{t - K + 1 + k})
         for at in range(start, start + length, STEPS):
             count = min(STEPS, start + length - at)
             read_rows(x, row, at, count, channel, width, x_tile[before * BLOCK :])
@@ -64,5 +66,6 @@ def convolve_tiles(x, weight, bias, initial_states, sequences, y, final_states, 
                         store(y_tile, i, value * sigmoid(value))
             write_rows(y_tile, y, row, at, count, channel, width)
             move_rows(x_tile, count, before, width)
+        # The first rows hold the last K - 1 inputs; in a shorter sequence, the initial state comes before.
         if final >= 0:
             write_rows(x_tile, final_states, final, zero, before, channel, width)

@@ -18,7 +18,7 @@ def step(state, x, weight, bias, silu) -> Tensor:
     """Return y (B, D) in the dtype of x. `state` (B, K - 1, D) is updated in place."""
     batch, dim = x.shape
     compute = torch.promote_types(x.dtype, torch.float32)
-    y = x.new_empty(1, batch, dim, dtype=compute)
+    y = x.new_empty(1, batch, dim, dtype=compute)  # (1, B, D)
     new_state = state.to(compute)  # the state itself where it has this dtype
     # The state takes x in its own dtype, and the sum reads it from there.
     inputs = (as_array(m, compute, 3) for m in (new_state, x.to(state.dtype)[None], weight.T[None], as_row(bias)))
@@ -45,6 +45,7 @@ def step_tiles(state, x, weight, bias, y, silu, first, end):
         read_rows(weight, zero, zero, n_taps, channel, width, w_tile)
         if bias.size:
             read_rows(bias, zero, zero, one, channel, width, b_tile)
+        # Rows of `x_tile` are the window (x_{t - K + 1}, ..., x_t); all but the first are the next state.
         read_rows(state, row, zero, n_taps - 1, channel, width, x_tile)
         read_rows(x, zero, row, one, channel, width, x_tile[(n_taps - 1) * BLOCK :])
         convolve_rows(x_tile, w_tile, b_tile, n_taps, one, width, y_tile)

@@ -26,6 +26,7 @@ def convolve_rows(x_tile, w_tile, bias, n_taps, count, width, out_tile):
                 load(w_tile, i), load(w_tile, BLOCK + i), load(w_tile, 2 * BLOCK + i), load(w_tile, 3 * BLOCK + i),
             )  # fmt: skip
             x0, x1, x2 = load(x_tile, i), load(x_tile, BLOCK + i), load(x_tile, 2 * BLOCK + i)
+            # Each input is loaded once: the window of K inputs moves along in registers.
             for t in range(count):
                 x3 = load(x_tile, (t + 3) * BLOCK + i)
                 store(out_tile, t * BLOCK + i, fma(w3, x3, fma(w2, x2, fma(w1, x1, fma(w0, x0, b)))))
@@ -41,6 +42,7 @@ def convolve_rows(x_tile, w_tile, bias, n_taps, count, width, out_tile):
 @njit
 def move_rows(tile, source, count, width):
     """Copy `count` rows from row `source` on to the first rows of a tile."""
+    # In ascending order, since the two runs of rows may overlap where a block is shorter than K - 1.
     for r in range(count):
         for i in range(r * BLOCK, r * BLOCK + width, lane_count(tile)):
             store(tile, i, load(tile, source * BLOCK + i))

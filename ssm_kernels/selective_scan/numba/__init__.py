@@ -27,6 +27,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """u, dt, z (B, L, D), A (D, N), B, C (B, L, G, N) or (D, N) -> y (B, L, D) and final states (rows, D, N)."""
     floats = (u, dt, A, B, C, D, z, dt_bias, initial_states)
+    # Inside the op autograd is off: whether to save checkpoints is decided here.
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
     y, final_states, _ = _forward_op(*floats, cu_seqlens, seq_idx, dt_softplus, keep)
     return y, final_states

@@ -46,10 +46,11 @@ def backward(
     def results(like: Tensor | None, *shape: int) -> Tensor:
         return u.new_empty(shape if like is not None else (0,) * len(shape), dtype=compute)
 
-    du, ddt = (new(u.shape, dtype=compute) for _ in range(2))
+    du, ddt = (new(u.shape, dtype=compute) for _ in range(2))  # (B, L, D) each
     dz = new(u.shape if z is not None else (0, 0, 0), dtype=compute)
-    dA = results(A, n_slots, n, dim)
-    dD, ddt_bias = (u.new_empty(n_slots, 1, dim, dtype=compute) for _ in range(2))
+    # Gradients of inputs that sequences share have a part for each slot, so that threads share no memory.
+    dA = results(A, n_slots, n, dim)  # (slots, N, D)
+    dD, ddt_bias = (u.new_empty(n_slots, 1, dim, dtype=compute) for _ in range(2))  # (slots, 1, D) each
     dinitial = results(initial_states, *(dfinal.shape if initial_states is not None else (0, 0, 0)))
     dB, dC = (
         u.new_empty(n_slots, 1, dim, n, dtype=compute)
@@ -57,6 +58,7 @@ def backward(
         else new(count_tiles(dim // m.shape[2], groups // m.shape[2]), *m.shape, dtype=compute)
         for m in (B, C)
     )
+    # The order of `scan_tiles`' arguments; states have channels last, (rows, N, D).
     inputs = [as_array(x, compute, 3) for x in (u, dt, A.T[None])]
     inputs += [as_array(with_four_dims(m), compute, 4) for m in (B, C)]
     inputs += [as_array(x, compute, 3) for x in (as_row(D), z, as_row(dt_bias), checkpoints.flatten(0, 1)[None])]
@@ -138,6 +140,7 @@ def scan_tiles_backward(
                 read_rows(dfinal, final, zero, n, channel, width, g_tile)
 
             n_blocks = (length + INTERVAL - 1) // INTERVAL
+            # Blocks backward in time, each from the state that the forward saved before it.
             for k in range(n_blocks - 1, -1, -1):
                 at = start + k * INTERVAL
                 count = min(INTERVAL, start + length - at)
@@ -148,6 +151,7 @@ def scan_tiles_backward(
                 prepare_steps(count, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
                 read_coefficients(B, row, at, count, B_group, B_is_constant, channel, width, B_steps, B_lanes)
                 read_coefficients(C, row, at, count, C_group, C_is_constant, channel, width, C_steps, C_lanes)
+                # d(y before the gate) = dy silu(z)
                 if z.size:
                     read_rows(z, row, at, count, channel, width, z_tile)
                     for t in range(count):
@@ -172,6 +176,7 @@ def scan_tiles_backward(
                     write_coefficients(dBC_steps, one, dC, C_part * u.shape[0] + row, at, count, C_group)
 
                 # From here on `input_tile` holds du, `dlog_tile` ddt.
+                # du = dt d(dt u) + D dy, ddt = u d(dt u) + sum_n A dlog (its factor log2(e) taken back), dD += dy u
                 for t in range(count):
                     for i in range(0, width, lane_count(u)):
                         j = t * BLOCK + i
@@ -179,6 +184,7 @@ def scan_tiles_backward(
                         store(input_tile, j, fma(dinput, load(dt_tile, j), d * load(skip, i)))
                         store(dlog_tile, j, fma(dinput, x, LN_2 * load(dlog_tile, j)))
                         store(dskip, i, fma(d, x, load(dskip, i)))
+                # softplus' = sigmoid, of the raw step: `dt_tile` holds the step after softplus, so it is read again.
                 if dt_softplus:
                     read_rows(dt, row, at, count, channel, width, dt_tile)
                     for t in range(count):
@@ -190,6 +196,7 @@ def scan_tiles_backward(
                         store(dbias, i, load(dbias, i) + load(dlog_tile, t * BLOCK + i))
                 write_rows(input_tile, du, row, at, count, channel, width)
                 write_rows(dlog_tile, ddt, row, at, count, channel, width)
+                # dz = dy y silu'(z), of the dy that the gate has not multiplied
                 if z.size:
                     read_rows(dy, row, at, count, channel, width, dy_tile)
                     for t in range(count):
@@ -238,6 +245,7 @@ def differentiate_steps(
             at_state = j * BLOCK + i
             a, h = load(a_tile, at_state), load(h_tile, at_state)
             b, c = load(B_lanes, at_state), load(C_lanes, at_state)
+            # The states h_t and decays of the block again, from the checkpoint; the backward below reads both.
             store(history, 0, h)
             for t in range(count):
                 if not B_is_constant:
@@ -253,6 +261,7 @@ def differentiate_steps(
 
             g, dA = load(g_tile, at_state), load(dA_tile, at_state)
             dB, dC = load(dB_lanes, at_state), load(dC_lanes, at_state)
+            # Adjoint of equation 2: dL/dh_t = C_t dy_t + exp(dt_{t+1} A) dL/dh_{t+1}
             for t in range(count - 1, -1, -1):
                 if not B_is_constant:
                     b = splat(a_tile, element(B_steps, j * INTERVAL + t))
@@ -261,6 +270,7 @@ def differentiate_steps(
                 at = t * BLOCK + i
                 dy = load(dy_tile, at)
                 g = fma(c, dy, g)  # dL/dh_t
+                # dB_t = sum over channels of dL/dh_t dt_t u_t, dC_t = sum over channels of dy_t h_t
                 if B_is_constant or C_is_constant:
                     dB = fma(g, load(input_tile, at), dB)
                     dC = fma(dy, load(history, (t + 1) * lanes), dC)

@@ -38,11 +38,12 @@ def forward(
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     groups, n_sequences = n_groups(B, C), len(sequences.lengths)
     new = u.new_zeros if sequences.padding_runs(batch * length) else u.new_empty
-    y = new(u.shape, dtype=compute)
+    y = new(u.shape, dtype=compute)  # (B, L, D)
     final_states = u.new_empty(len(sequences.final_sequences), dim, n, dtype=compute)
     n_saved = n_checkpoints(batch * length, n_sequences) if keep else 0
     checkpoints = u.new_zeros(n_saved, n, dim, dtype=compute)  # zero, since a few of them are not used
 
+    # States and A with channels last, (rows, N, D) and (1, N, D): a vector holds neighbouring channels.
     inputs = [as_array(x, compute, 3) for x in (u, dt, A.T[None])]
     inputs += [as_array(with_four_dims(m), compute, 4) for m in (B, C)]
     initial = None if initial_states is None else initial_states.transpose(1, 2)
@@ -85,6 +86,7 @@ def scan_tiles(
         row, start, length = sequences[s, 0], sequences[s, 1], sequences[s, 2]
         initial, final, saved = sequences[s, 3], sequences[s, 4], sequences[s, 5]
         read_rows(A, zero, zero, n, channel, width, a_tile)
+        # exp(dt A) = 2^(dt A log2(e)): the factor once a tile
         for i in range(0, states, lane_count(u)):
             store(a_tile, i, LOG2_E * load(a_tile, i))
         fill(h_tile, 0.0)
@@ -106,6 +108,7 @@ def scan_tiles(
             read_coefficients(B, row, at, count, B_group, B_is_constant, channel, width, B_steps, B_lanes)
             read_coefficients(C, row, at, count, C_group, C_is_constant, channel, width, C_steps, C_lanes)
 
+            # y_t = C_t h_t + D u_t starts with its second term.
             for t in range(count):
                 for i in range(0, width, lane_count(u)):
                     store(y_tile, t * BLOCK + i, load(skip, i) * load(u_tile, t * BLOCK + i))
@@ -132,6 +135,7 @@ def scan_steps(
 ):  # fmt: skip
     """Advance the states (N, BLOCK) by a block of steps, and add their outputs to y (INTERVAL, BLOCK)."""
     for i in range(0, width, lane_count(a_tile)):
+        # One state over all steps of the block at a time: h stays in a register.
         for j in range(h_tile.size // BLOCK):
             a, h = load(a_tile, j * BLOCK + i), load(h_tile, j * BLOCK + i)
             b, c = load(B_lanes, j * BLOCK + i), load(C_lanes, j * BLOCK + i)
@@ -143,5 +147,6 @@ def scan_steps(
                 at = t * BLOCK + i
                 # h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t (equation 2)
                 h = fma(exp2(load(dt_tile, at) * a), h, load(input_tile, at) * b)
+                # y_t += C_t h_t, state by state
                 store(y_tile, at, fma(c, h, load(y_tile, at)))
             store(h_tile, j * BLOCK + i, h)

@@ -31,7 +31,7 @@ from .tiles import prepare_steps
 def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Tensor:
     """state (B, D, N), updated in place; u, dt, z (B, D); B, C (B, G, N) or (D, N) -> y (B, D) in the dtype of u."""
     (batch, dim), compute = u.shape, state.dtype
-    y = u.new_empty(1, batch, dim, dtype=compute)
+    y = u.new_empty(1, batch, dim, dtype=compute)  # (1, B, D)
     inputs = [as_array(x, compute, 3) for x in (state, u[None], dt[None], A[None])]
     # (B, G, N), or a group for each channel that all sequences share
     inputs += [as_array(m.expand(batch, *m.shape) if m.dim() == 2 else m, compute, 3) for m in (B, C)]
@@ -69,11 +69,13 @@ def step_tiles(state, u, dt, A, B, C, D, z, dt_bias, y, dt_softplus, first, end)
             for j in range(0, n, lane_count(u)):
                 a, b = read_lanes(A, zero, channel + i, j, scratch), read_lanes(B, row, B_group, j, scratch)
                 h, c = read_lanes(state, row, channel + i, j, scratch), read_lanes(C, row, C_group, j, scratch)
+                # h = exp(dt A) h + dt B u, y = C h (equation 2)
                 h = fma(exp2(a * step_size), h, b * dt_u)
                 result = fma(c, h, result)
                 write_lanes(h, state, row, channel + i, j, scratch)
             set_element(y_tile, i, total(result))
         if D.size:
+            # `dt_tile` is free: it holds D from here on.
             read_rows(D, zero, zero, one, channel, width, dt_tile)
             for i in range(0, width, lane_count(u)):
                 store(y_tile, i, fma(load(dt_tile, i), load(u_tile, i), load(y_tile, i)))

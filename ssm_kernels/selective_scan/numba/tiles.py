@@ -30,6 +30,7 @@ def n_groups(B: Tensor, C: Tensor) -> int:
 @njit
 def locate_part(channel, dim, groups, matrix_groups):
     """The group of B or C that a tile's channels read, and the number of the tile among those that read it."""
+    # B and C may have different G: a group of tiles is a part of a group of either matrix.
     per_group, per_matrix = dim // groups, dim // matrix_groups
     blocks = (per_group + BLOCK - 1) // BLOCK
     matrix_group, offset = channel // per_matrix, channel % per_matrix
@@ -49,6 +50,7 @@ def read_coefficients(source, i, first, count, group, is_constant, channel, widt
                 value = element(source, (channel + k) * row + j * column) if k < width else 0.0
                 set_element(lanes_tile, j * BLOCK + k, value)
         return
+    # Transposed, so that the steps of one state are neighbours.
     offset = i * batch + first * step + group * row
     for t in range(count):
         for j in range(source.shape[3]):
@@ -61,6 +63,7 @@ def prepare_steps(count, width, bias, dt_softplus, u, dt, dt_input):
     for t in range(count):
         for i in range(0, width, lane_count(u)):
             at = t * BLOCK + i
+            # dt_t = softplus(dt + dt_bias) (algorithm 2)
             step = load(dt, at) + load(bias, i)
             if dt_softplus:
                 step = softplus(step)
