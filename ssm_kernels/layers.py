@@ -31,6 +31,7 @@ class causal_conv1d_fn(nn.Module):
 
     can_torch_compile = True
 
+    # The library passes `seq_idx` among **kwargs.
     def forward(
         self,
         hidden_states: Tensor,
@@ -41,7 +42,7 @@ class causal_conv1d_fn(nn.Module):
     ) -> Tensor:
         seq_idx = kwargs.pop("seq_idx", None)
         refuse_cu_seqlens(kwargs)
-        return single(ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation))
+        return single(ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation))  # (B, D, L)
 
 
 class causal_conv1d_update(nn.Module):
@@ -58,8 +59,9 @@ class causal_conv1d_update(nn.Module):
         bias: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
+        # `kernels` heeds `has_backward` in its training mode alone.
         _check_no_gradients(hidden_states, conv_state, weight, bias)
-        return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
+        return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)  # (B, D, L)
 
 
 class selective_scan_fn(nn.Module):
@@ -87,6 +89,7 @@ class selective_scan_fn(nn.Module):
         if kwargs.get("seq_idx") is not None:
             raise ValueError("seq_idx must be None: the convolution before this scan does not take it")
         refuse_cu_seqlens(kwargs)
+        # (B, D, L), and the last state (B, D, N) where asked for
         return ops.selective_scan_fn(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
@@ -111,6 +114,7 @@ class selective_state_update(nn.Module):
         **kwargs,
     ) -> Tensor:
         _check_no_gradients(state, hidden_states, dt, A, B, C, D, dt_bias, z)
+        # `mamba_ssm` has z before dt_bias, the library after dt_softplus.
         return ops.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
@@ -136,6 +140,7 @@ class mamba_chunk_scan_combined(nn.Module):
         **kwargs,
     ) -> Tensor | tuple[Tensor, Tensor]:
         refuse_cu_seqlens(kwargs)
+        # The library passes z and seq_idx by name, or not at all. (B, L, H, P), and final states (B, H, P, N)
         out = ops.mamba_chunk_scan_combined(
             hidden_states, dt, A, B, C, chunk_size, D=D, z=kwargs.get("z"), dt_bias=dt_bias,
             initial_states=initial_states, dt_softplus=dt_softplus, dt_limit=dt_limit,
@@ -178,6 +183,7 @@ class mamba_split_conv1d_scan_combined(nn.Module):
 
     can_torch_compile = True
 
+    # None is used, but `kernels` compares the number and kinds of parameters.
     def forward(
         self,
         zxbcdt: Tensor,
@@ -204,6 +210,7 @@ class mamba_split_conv1d_scan_combined(nn.Module):
 
 
 def _check_no_gradients(*tensors: Tensor | None) -> None:
+    # The op updates its state in place, which a backward of the step before would need as it was.
     if needs_gradients(*tensors):
         raise RuntimeError("a decoding step has no gradients: run it under torch.no_grad()")
 

@@ -24,11 +24,13 @@ def step_size(
         dtype: dtype of the arithmetic and of the result.
         dt_limit: lowest and highest step, or None for no limit.
     """
+    # Algorithm 2 of arXiv 2312.00752: dt = softplus(parameter + projection).
     dt = dt.to(dtype)
     if dt_bias is not None:
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
         dt = softplus(dt)
+    # softplus is in (0, inf): limits of that range need no pass over memory.
     if dt_limit is None or (dt_softplus and dt_limit == (0.0, float("inf"))):
         return dt
     return dt.clamp(*dt_limit)

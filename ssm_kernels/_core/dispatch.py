@@ -62,6 +62,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 def bind_backend(function: Callable) -> Callable:
     """Return the function bound to the current backend, for a backward outside of the `use_backend` of the forward."""
+    # The choice is thread-local, and autograd may run a backward in a thread of its own.
     backend = _choice.backend
 
     def run(*args):
@@ -91,6 +92,7 @@ def resolve_backend(
     """
     if _known(backend) == "auto":
         backend = _choice.backend
+    # Pure PyTorch runs on every device.
     if backend in ("torch", "reference"):
         return backend
     if backend == "numba":
@@ -108,6 +110,7 @@ def resolve_backend(
     if device.type == "cpu" and op in NUMBA_SPEEDUPS:
         if HAS_NUMBA:
             return "numba"
+        # A log record would break the graph that is traced.
         if not torch.compiler.is_compiling():
             _log_once(f"{_why_not_numba(device, op)}, and would make it about {NUMBA_SPEEDUPS[op]} faster", op, device)
     elif device.type == "cuda":

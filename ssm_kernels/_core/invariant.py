@@ -70,6 +70,7 @@ class _SiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
+        # x / (1 + exp(-x)); `neg` makes the one copy, on which the other steps work in place
         return x / x.neg().exp_().add_(1)
 
     @staticmethod
@@ -82,9 +83,11 @@ class _Softplus(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
+        # log1p(exp(-|x|)) + max(x, 0), which no x overflows
         return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        # softplus' = sigmoid
         return dy * sigmoid(*ctx.saved_tensors)

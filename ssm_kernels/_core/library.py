@@ -68,6 +68,7 @@ def define_op(schema: str, body: Callable, fake: Callable, gradient: Gradient | 
 
 def unknown_size(like: Tensor) -> int | torch.SymInt:
     """Return, for a fake, a size that depends on the values of an argument; 0 where nothing traced depends on it."""
+    # Only a tracer with symbolic shapes can give out a size that nothing determines yet.
     if isinstance(like, FakeTensor) and like.fake_mode.shape_env is not None:
         return torch.library.get_ctx().new_dynamic_size()
     return 0
@@ -90,6 +91,7 @@ def lazy_function(module: str, name: str) -> Callable:
     """
 
     def body(*args):
+        # After the first call an import is one look-up in `sys.modules`.
         return getattr(importlib.import_module(module), name)(*args)
 
     return body
@@ -112,6 +114,7 @@ def _autograd_formula(gradient: Gradient, argument_names: list[str]) -> tuple[Ca
         # Zeros for the outputs that are for the backward alone would be as large as those.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[n:])
+        # Shapes rather than the outputs, which the context would keep alive.
         ctx.differentiable = [(t.shape, t.dtype, t.device) for t in outputs[:n]]
         gradient.save(ctx, inputs_type(*inputs), outputs)
 

@@ -24,6 +24,7 @@ def recompute_in_backward(*activations: tuple[Tensor, Callable[[], Tensor]], ena
     if not enabled or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_hooks():
         yield
         return
+    # By storage, so that views of an activation are recognised too.
     discarded = {_storage(out): RecomputedTensor(recompute) for out, recompute in activations}
 
     def pack(t: Tensor) -> SavedTensor | RecomputedView:
@@ -87,6 +88,7 @@ class RecomputedTensor:
 
     def restore_view(self, view: RecomputedView) -> Tensor:
         if self.tensor is None:
+            # The gradient flows through the graph of the forward: this is only its value again.
             with torch.no_grad():
                 self.tensor = self.recompute()
         restored = self.tensor.as_strided(view.size, view.stride, view.offset)

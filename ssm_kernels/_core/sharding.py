@@ -51,6 +51,7 @@ def sharded_version_of(op: Callable) -> Callable[[Callable], Callable]:
 def use_sharding(sharding: Any) -> Iterator[None]:
     """Put a sharding in force inside the `with` block."""
     global _current
+    # Contexts may be nested: the outer one is in force again afterwards.
     before, _current = _current, sharding
     try:
         yield

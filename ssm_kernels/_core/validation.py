@@ -77,6 +77,7 @@ def check_integer(name: str, value: object, low: int) -> int:
 
 def check_divides(small_name: str, small: int, big_name: str, big: int) -> None:
     """Raise a ValueError unless `small` divides `big`."""
+    # No remainder by zero: `small` is often the size of a dimension, which may be empty.
     if small <= 0 or big % small:
         raise ValueError(f"{small_name} must divide {big_name}: got {small_name} = {small}, {big_name} = {big}")
 
@@ -105,6 +106,7 @@ def check_no_nan(name: str, value: Tensor) -> None:
     if not has_readable_values(value) or not value.numel():
         return
     # One number to test, and no mask of the size of the tensor unless there is a NaN.
+    # One pass, and no mask of the tensor's size unless the sum is NaN.
     if torch.isnan(value.detach().sum()):
         indices = torch.isnan(value).nonzero()
         # The sum of infinities of both signs is NaN too.

@@ -81,6 +81,7 @@ def parse_sequences(
         rows = tuple(range(batch))
         return Sequences(tuple(b * length for b in rows), (length,) * batch, rows, rows)
 
+    # A sequence starts with each row, and where the number changes along it.
     is_start = torch.ones(batch, length, dtype=torch.bool, device=seq_idx.device)
     is_start[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     run_starts = is_start.flatten().nonzero().flatten()  # (runs,)
@@ -111,6 +112,7 @@ def without_padding(x: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None
     if seq_idx is not None:
         is_padding = seq_idx < 0  # (B, L)
     elif cu_seqlens is not None:
+        # On the device of `cu_seqlens`: its last value is compared, and never read by the host.
         is_padding = (torch.arange(x.shape[1], device=cu_seqlens.device) >= cu_seqlens[-1]).unsqueeze(0)  # (1, L)
     else:
         return x
@@ -175,6 +177,7 @@ class Blocks(NamedTuple):
         """Gather block k from a tensor (B * L, ...): (active[k], steps, ...), zero where padded."""
         if self.uniform:
             return self._view(k, flat, *self.uniform).to(dtype)
+        # Padding is read from position 0, and cleared: NaN there must not reach the states.
         rows = flat.index_select(0, self.positions[k]).to(dtype).index_fill_(0, self.padding[k], 0)
         return rows.unflatten(0, (self.active[k], self.size))
 
@@ -185,11 +188,11 @@ class Blocks(NamedTuple):
             rows.copy_(block[:, : rows.shape[1]])
         else:
             valid = self.valid[k]
-            rows = block.flatten(0, 1).index_select(0, valid).to(flat.dtype)
+            rows = block.flatten(0, 1).index_select(0, valid).to(flat.dtype)  # (valid steps, ...)
             flat.index_copy_(0, self.positions[k].index_select(0, valid), rows)
 
     def _view(self, k: int, flat: Tensor, start: int, n: int, length: int) -> Tensor:
-        rows = flat[start : start + n * length].unflatten(0, (n, length))
+        rows = flat[start : start + n * length].unflatten(0, (n, length))  # (S, L, ...)
         return rows[:, k * self.size : (k + 1) * self.size]
 
 
@@ -230,8 +233,9 @@ def make_blocks(starts: tuple[int, ...], lengths: tuple[int, ...], size: int, de
     longest = max(lengths, default=0)
     size = max(1, min(size, longest))
     start, length = (torch.tensor(t, dtype=torch.int64) for t in (starts, lengths))
-    order = torch.argsort(length, descending=True, stable=True)
-    n_blocks = -(-length // size)
+    # Stable: sequences of one length stay in the order in which they are in memory.
+    order = torch.argsort(length, descending=True, stable=True)  # (S,)
+    n_blocks = -(-length // size)  # (S,)
     active = tuple(int((n_blocks > k).sum()) for k in range(-(-longest // size)))
     if starts and starts == tuple(starts[0] + i * longest for i in range(len(starts))) and min(lengths) == longest:
         return Blocks(size, active, order.to(device), (starts[0], len(starts), longest), (), (), ())
@@ -239,7 +243,7 @@ def make_blocks(starts: tuple[int, ...], lengths: tuple[int, ...], size: int, de
     positions, padding, valid = [], [], []
     for k, n in enumerate(active):
         members = order[:n, None]  # (n, 1)
-        step = k * size + torch.arange(size)
+        step = k * size + torch.arange(size)  # (size,)
         is_valid = (step < length[members]).flatten()  # (n * size,)
         positions.append(torch.where(is_valid, (start[members] + step).flatten(), 0).to(device))
         padding.append((~is_valid).nonzero().flatten().to(device))

@@ -109,12 +109,14 @@ class _Arithmetic(AbstractTemplate):
         lanes = next((a for a in args if isinstance(a, Lanes)), None)
         if lanes is None or len(args) != 2:
             return None
+        # A number takes the vector's dtype: float64 literals do not widen float32.
         if all(a == lanes or isinstance(a, (types.Float, types.Integer)) for a in args):
             return signature(lanes, *(a if a == lanes else lanes.dtype for a in args))
         return None
 
 
 def _define(op, instruction: str) -> None:
+    # Typing and lowering are registered apart: numba looks for a signature first, then for code of that signature.
     infer_global(op)(type(f"_{instruction}", (_Arithmetic,), {}))  # pyright: ignore[reportOptionalCall]
 
     def lower(context, builder, sig, args):
@@ -278,6 +280,7 @@ def lane_count(typingctx, array):
 @njit
 def aligned_empty(like, size):
     """Memory for tiles that starts at a multiple of a vector's size."""
+    # One vector more than asked for, so that an aligned start is among its elements.
     memory = np.empty(size + lane_count(like), like.dtype)
     start = -(memory.ctypes.data // memory.itemsize) % lane_count(like)
     return memory[start : start + size]

@@ -33,7 +33,7 @@ def cross_scan(x: Tensor, directions: Sequence[ScanDirection] = CROSS, *, backen
     check_directions(directions)
     chosen = resolve_backend(backend, x.device, "cross_scan")
     scan = {"triton": triton.cross_scan, "torch": pytorch.cross_scan, "reference": reference.cross_scan}[chosen]
-    return scan(x, tuple(directions))
+    return scan(x, tuple(directions))  # (B, K, height * width, D)
 
 
 def cross_merge(
@@ -58,7 +58,7 @@ def cross_merge(
     check_tensor("y", y, ("B", len(directions), height * width, "D"))
     chosen = resolve_backend(backend, y.device, "cross_merge")
     merge = {"triton": triton.cross_merge, "torch": pytorch.cross_merge, "reference": reference.cross_merge}[chosen]
-    return merge(y, height, width, tuple(directions))
+    return merge(y, height, width, tuple(directions))  # (B, height, width, D)
 
 
 def cross_causal_conv1d(
@@ -94,6 +94,7 @@ def cross_causal_conv1d(
         check_tensor("bias", bias, (k, dim), like=x)
     check_activation(activation)
     chosen = resolve_backend(backend, x.device, "causal_conv1d")
+    # Chosen as for `causal_conv1d`: its Triton kernels take directions, its other backends run on permuted copies.
     if chosen == "triton":
         return triton.cross_causal_conv1d(x, weight, bias, activation == "silu", directions)
     return permuted.cross_causal_conv1d(x, weight, bias, activation, directions, chosen)
@@ -141,7 +142,9 @@ def cross_selective_scan(
     for name, m in (("D", D), ("dt_bias", dt_bias)):
         if m is not None:
             check_tensor(name, m, (k, dim), like=u)
+    # NaN in dt would reach every later position of each direction.
     check_no_nan("dt", dt)
+    # As one scan over the K * E channels of all directions.
     A = A.flatten(0, 1)  # (K * E, N)
     D, dt_bias = (None if m is None else m.flatten() for m in (D, dt_bias))  # (K * E,)
     chosen = resolve_backend(backend, u.device, "selective_scan")
@@ -199,6 +202,7 @@ def cross_ssd(
     dt_limit = check_dt_limit(dt_limit)
     chunk_size = check_integer("chunk_size", chunk_size, 1)
     check_no_nan("dt", dt)
+    # As one scan over the K * H heads of all directions.
     A = A.flatten()  # (K * H,)
     D, dt_bias = (None if m is None else m.flatten(0, 1) for m in (D, dt_bias))  # (K * H,), D also (K * H, P)
     chosen = resolve_backend(backend, x.device, "ssd")

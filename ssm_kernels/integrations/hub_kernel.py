@@ -77,7 +77,9 @@ def build(out: Path) -> None:
         for path in source.rglob("*.py")
         if path.relative_to(source).parts[0] not in EXCLUDED and "__pycache__" not in path.parts
     )
+    # Names and contents, so that a build of other sources has another id, and the same sources have the same.
     digest = hashlib.sha256(b"".join(str(f).encode() + (source / f).read_bytes() for f in files)).hexdigest()[:10]
+    # Pure Python, so that the folders differ in their metadata alone.
     for backend in BACKENDS:
         folder = out / "build" / f"torch-{backend}"
         for file in files:
@@ -95,6 +97,7 @@ def build(out: Path) -> None:
             "backend": {"type": backend},
         }
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    # Ops are functions, whose names are lower case; classes are their results and options.
     from .. import __all__ as ops
 
     names = ", ".join(f"`{name}`" for name in ops if name[0].islower())

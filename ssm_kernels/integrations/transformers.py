@@ -53,11 +53,13 @@ def enable() -> None:
         return
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("enable() needs transformers (pip install 'transformers>=5.23')")
+    # All functions are looked up before the first is replaced, so that a failure leaves nothing half done.
     found, missing = [], []
     for model_type, replacements in MODEL_TYPES.items():
         name = f"transformers.models.{model_type}.modeling_{model_type}"
         try:
             module = importlib.import_module(name)
+        # An older or newer version may have no such model type.
         except ModuleNotFoundError:
             missing.append(name)
             continue
@@ -72,6 +74,7 @@ def enable() -> None:
     for module, function, replacement in found:
         original = getattr(module, function)
         _originals.append((module, function, original))
+        # With the original's name and signature, for code that inspects either.
         setattr(module, function, functools.wraps(original)(replacement(original)))
 
 
@@ -84,6 +87,7 @@ def disable() -> None:
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
     """`enable` inside the `with` block, and restore the state before it afterwards."""
+    # Within an `enable` of the caller's own, nothing is restored on leaving.
     before = bool(_originals)
     enable()
     try:
@@ -105,11 +109,13 @@ def _convolution(original: Callable, *, packs: bool = True) -> Callable:
         seq_idx: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
+        # Half of a mixer that keeps sequences apart would be wrong without notice.
         if seq_idx is not None and not packs:
             raise ValueError("seq_idx must be None: this model does not pass it to the scan")
         refuse_cu_seqlens(kwargs)
         if _keeps_original(activation):
             return original(hidden_states, weight, bias, activation, seq_idx=seq_idx, **kwargs)
+        # (B, D, L)
         return single(ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation))
 
     return causal_conv1d_fn
@@ -124,6 +130,7 @@ def _convolution_step(original: Callable) -> Callable:
         activation: str | None = None,
     ) -> Tensor:
         if _keeps_original(activation) or needs_gradients(hidden_states, conv_state, weight, bias):
+            # The library's own step is differentiable, and takes other activations.
             return original(hidden_states, conv_state, weight, bias, activation)
         return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
 
@@ -148,6 +155,7 @@ def _scan_step(original: Callable) -> Callable:
             return original(
                 state, hidden_states, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs
             )
+        # z comes before dt_bias here.
         return ops.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
     return selective_state_update
@@ -192,11 +200,13 @@ def _mamba2_scan(original: Callable) -> Callable:
         seq_idx: Tensor | None = None,
         **kwargs,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        # By name: the two functions order them differently after `initial_states`.
         options = {"D": D, "z": z, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
         options |= {"dt_limit": dt_limit, "return_final_states": return_final_states, "seq_idx": seq_idx}
         refuse_cu_seqlens(kwargs)
         if _keeps_original():
             return original(hidden_states, dt, A, B, C, chunk_size, **options, **kwargs)
+        # (B, L, H, P), and final states (B, H, P, N) where asked for
         out = ops.mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size, **options)
         return pair(out) if return_final_states else single(out)
 
@@ -214,6 +224,7 @@ def _no_fused_path(original: Callable) -> Callable:
 
 def _keeps_original(activation: str | None = None) -> bool:
     """Whether the library's own function runs."""
+    # Here, since this module imports without transformers.
     from transformers.utils.import_utils import is_torchdynamo_exporting
 
     return activation not in (None, "silu", "swish") or is_torchdynamo_exporting()
@@ -232,6 +243,7 @@ _MAMBA2 = _SHARED | {
     "mamba2_selective_state_update": _scan_step,
     "mamba2_chunk_scan": _mamba2_scan,
 }
+# Zamba's mixer has no fused function.
 _ZAMBA = {name: replacement for name, replacement in _MAMBA.items() if name != "mamba_inner_fn"}
 MODEL_TYPES: dict[str, dict[str, Callable[[Callable], Callable]]] = {
     "mamba": _MAMBA,

@@ -62,10 +62,12 @@ def assert_agrees(
         AssertionError: names the output or gradient that differs, by how much, and how much is allowed.
     """
     options = dict(options or {})
+    # The oracle twice: in float64 for the truth, in the inputs' dtype for the error that rounding alone makes.
     exact = _run(op, tensors, options, oracle, torch.float64, gradients)
     rounded = _run(op, tensors, options, oracle, None, gradients)
     actual = _run(op, tensors, options, backend, None, gradients)
     is_compiled = backend == "triton" and not is_interpreted()
+    # Only compiled kernels round the operands of products: the interpreter has the tighter limit.
     operands = coarsest_dtype(tensors) if is_compiled else None
     assert actual.keys() == exact.keys(), f"outputs differ: {sorted(actual)} against {sorted(exact)}"
     for name, want in exact.items():
@@ -76,6 +78,7 @@ def assert_agrees(
             continue
         assert got.isfinite().all() or not want.isfinite().all(), f"{name}: not finite"
         error, peer_error = ((t.double() - want).abs().max().item() for t in (got, peer))
+        # At least 1e-3 of scale: results that cancel to about zero have the roundings of their terms.
         allowed = 2 * peer_error + roundings(got.dtype, operands=operands) * max(want.abs().max().item(), 1e-3)
         assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g} in {got.dtype}"
 
@@ -104,4 +107,5 @@ def _run(op, tensors, options, backend, dtype, gradients) -> dict[str, Tensor]:
 
 
 def _weights(t: Tensor) -> Tensor:
+    # Of both signs and without a period, so that no two elements have the same weight.
     return torch.cos(torch.arange(t.numel(), device=t.device, dtype=torch.float64)).view(t.shape)
