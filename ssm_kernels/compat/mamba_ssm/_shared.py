@@ -26,14 +26,14 @@ def time_before_channels(name: str, tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     check_tensor(name, tensor, ("B", "D", "L"))
-    return tensor.transpose(1, 2)
+    return tensor.transpose(1, 2)  # (B, L, D)
 
 
 def time_before_state(matrix: Tensor) -> Tensor:
     """Move L of (B, N, L) or (B, G, N, L) behind B; (D, N) stays as it is."""
     if not isinstance(matrix, Tensor) or matrix.dim() < 3:
         return matrix
-    return matrix.movedim(-1, 1)
+    return matrix.movedim(-1, 1)  # (B, L, N) or (B, L, G, N)
 
 
 def check_activation(name: str | None) -> Literal["silu"] | None:
@@ -95,6 +95,7 @@ class StateRows(NamedTuple):
         """Return the rows that indices (B,) select."""
         valid = indices >= 0
         here = torch.arange(len(indices), device=indices.device)
+        # `argmax` finds a valid row, and row 0 where there is none.
         donor = torch.where(valid, here, valid.int().argmax()) if len(indices) else here
         return cls(indices[donor].clamp(min=0).long(), donor, valid)
 

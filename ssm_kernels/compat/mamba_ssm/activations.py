@@ -14,5 +14,5 @@ def swiglu(xy: Tensor) -> Tensor:
     """
     if xy.dim() == 0 or xy.shape[-1] % 2:
         raise ValueError(f"xy must have shape (..., 2 D), got {tuple(xy.shape)}")
-    x, y = xy.chunk(2, dim=-1)
+    x, y = xy.chunk(2, dim=-1)  # (..., D) each
     return F.silu(x) * y

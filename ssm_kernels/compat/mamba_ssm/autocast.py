@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+# PyTorch's decorators take the device when they are applied, before any tensor is seen.
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 custom_fwd = functools.partial(torch.amp.custom_fwd, device_type=_DEVICE)

@@ -52,7 +52,7 @@ def causal_conv1d_fn(
     y, final_states = causal_conv1d(
         time_before_channels("x", x), weight, bias, check_activation(activation), states, seq_idx=seq_idx
     )  # fmt: skip
-    y, final_states = y.transpose(1, 2), final_states.transpose(1, 2)
+    y, final_states = y.transpose(1, 2), final_states.transpose(1, 2)  # (B, D, L), (B, D, K - 1)
     if seq_idx is not None:
         y = y.masked_fill((seq_idx < 0).unsqueeze(1), 0)
     if final_states_out is not None:
@@ -110,10 +110,11 @@ def causal_conv1d_update(
             return (steps % size).unsqueeze(1).expand(-1, x.shape[1], -1)
 
         window = old.gather(2, entries(-before, 0))  # (B, D, K - 1)
+        # Inputs beyond the buffer's size would write to one entry twice, in no order: the oldest are left out.
         first = max(length - size, 0)
         new = old.scatter(2, entries(first, length), x[..., first:].to(old.dtype))
     y = causal_conv1d(x.transpose(1, 2), weight, bias, check_activation(activation), window.transpose(1, 2)).y
-    y = y.transpose(1, 2)
+    y = y.transpose(1, 2)  # (B, D, L)
     if chosen is None:
         conv_state.copy_(new)
         return y
@@ -139,10 +140,10 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     check_tensor("cu_seqlens", cu_seqlens, ("S + 1",), like=x, dtypes=INDICES)
     if state_len < 1:
         raise ValueError(f"state_len must be at least 1, got {state_len}")
-    first, last = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    first, last = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()  # (S, 1) each
     step = last + torch.arange(-state_len, 0, device=x.device)  # (S, W)
     padded = F.pad(x, (0, 0, 1, 0))  # (1 + T, D): step -1 is zeros
-    return padded[torch.where(step >= first, step + 1, 0)].transpose(1, 2)
+    return padded[torch.where(step >= first, step + 1, 0)].transpose(1, 2)  # (S, D, W)
 
 
 def causal_conv1d_varlen_states_ref(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
@@ -190,7 +191,7 @@ def causal_conv1d_ref(
     y = (y if check_activation(activation) is None else F.silu(y)).to(x.dtype)
     if not return_final_states:
         return y
-    final_states = padded[..., padded.shape[-1] - before :]
+    final_states = padded[..., padded.shape[-1] - before :]  # (B, D, K - 1)
     return y, final_states if final_states_out is None else final_states_out.copy_(final_states)
 
 
@@ -224,9 +225,9 @@ def causal_conv1d_update_ref(
             conv_state.copy_(torch.cat([conv_state, x[..., t : t + 1].to(conv_state.dtype)], -1)[..., 1:])
         else:
             rows = torch.arange(len(x), device=x.device)
-            steps = (seen + t)[:, None] + torch.arange(1 - width, 0, device=x.device)
+            steps = (seen + t)[:, None] + torch.arange(1 - width, 0, device=x.device)  # (B, K - 1)
             old = conv_state[rows[:, None], :, steps % size].transpose(1, 2)  # (B, D, K - 1)
-            recent = torch.cat([old, x[..., t : t + 1].to(old.dtype)], -1)
+            recent = torch.cat([old, x[..., t : t + 1].to(old.dtype)], -1)  # (B, D, K)
             conv_state[rows, :, (seen + t) % size] = x[..., t].to(conv_state.dtype)
         y = (recent.to(compute) * weight.to(compute)).sum(-1)  # (B, D)
         y = y if bias is None else y + bias.to(compute)

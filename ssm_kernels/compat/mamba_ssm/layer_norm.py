@@ -69,22 +69,26 @@ def layer_norm_fn(
     compute = torch.promote_types(x.dtype, torch.float32)
     added, mask, mask1 = x, None, None
     if rowscale is not None:
-        added = added.to(compute) * rowscale.to(compute).unsqueeze(-1)
+        added = added.to(compute) * rowscale.to(compute).unsqueeze(-1)  # (..., D) * (..., 1)
     if dropout_p > 0:
+        # What remains is divided by its probability, so that the expectation does not change.
         mask = torch.rand(x.shape, device=x.device) > dropout_p
         mask1 = None if x1 is None else torch.rand(x1.shape, device=x1.device) > dropout_p
         added = added.to(compute) * mask / (1 - dropout_p)
     if x1 is not None:
         other = x1.to(compute) if mask1 is None else x1.to(compute) * mask1 / (1 - dropout_p)
         added = added.to(compute) + other
+    # From block to block, the stream does not change its dtype.
     stream = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     if is_rms_norm:
-        y, total = add_rms_norm(added, weight, residual, eps=eps, residual_dtype=stream)
+        y, total = add_rms_norm(added, weight, residual, eps=eps, residual_dtype=stream)  # (..., D) each
     else:
         total = (added if residual is None else added + residual).to(stream)
+        # The bias is added below, as for RMS norm, whose op has none.
         y = F.layer_norm(total.to(compute), width, weight.to(compute), None, eps)
     outputs: list[Tensor | None] = [(y if bias is None else y + bias).to(x.dtype)]
     if weight1 is not None:
+        # The second norm of parallel blocks, on the same sum.
         wide = total.to(compute)
         y1 = (
             rms_norm(wide, weight1, eps=eps)
@@ -92,6 +96,7 @@ def layer_norm_fn(
             else F.layer_norm(wide, width, weight1.to(compute), None, eps)
         )
         outputs.append((y1 if bias1 is None else y1 + bias1).to(x.dtype))
+    # The original's order: y, the second y, the sum, the masks.
     if prenorm:
         outputs.append(total)
     if return_dropout_mask:
@@ -190,7 +195,7 @@ def layer_norm_linear_fn(
         )
     )  # fmt: skip
     bias = None if linear_bias is None else linear_bias.to(y.dtype)
-    out = F.linear(y, linear_weight.to(y.dtype), bias)
+    out = F.linear(y, linear_weight.to(y.dtype), bias)  # (..., width)
     return (out, total) if prenorm else out
 
 
@@ -269,12 +274,14 @@ def _norm_ref(
         return t * mask / (1 - dropout_p)
 
     total = x.to(compute) if rowscale is None else x.to(compute) * rowscale.to(compute).unsqueeze(-1)
-    total = dropped(total, mask)
+    total = dropped(total, mask)  # (..., D)
     if x1 is not None:
         total = total + dropped(x1.to(compute), mask1)
     total = total if residual is None else total + residual.to(compute)
+    # Layer norm: y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias (arXiv 1607.06450).
+    # RMS norm leaves the mean out (arXiv 1910.07467, equation 4).
     centred = total if is_rms_norm else total - total.mean(-1, keepdim=True)
-    normal = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normal = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)  # (..., D) / (..., 1)
     outputs = []
     for scale, shift in ((weight, bias), (weight1, bias1)):
         if scale is not None:

@@ -50,7 +50,7 @@ def layernorm_fn(
     compute = torch.promote_types(x.dtype, torch.float32)
     gate = None if z is None else F.silu(z.to(compute))
     wide = x.to(compute) if gate is None or norm_before_gate else x.to(compute) * gate
-    normal = F.layer_norm(wide.unflatten(-1, (-1, group_size)), (group_size,), eps=eps).flatten(-2)
+    normal = F.layer_norm(wide.unflatten(-1, (-1, group_size)), (group_size,), eps=eps).flatten(-2)  # (..., D)
     y = normal * weight.to(compute)
     y = y if bias is None else y + bias.to(compute)
     return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)
@@ -76,6 +76,7 @@ def rmsnorm_fn(
     """
     if bias is None:
         return rms_norm(x, weight, z=z, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate)
+    # The op has no bias. A gate after the norm multiplies the bias too, so that it is applied here.
     check_tensor("bias", bias, (x.shape[-1],), like=x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = rms_norm(wide, weight, z=None if norm_before_gate else z, eps=eps, group_size=group_size) + bias
@@ -107,8 +108,10 @@ def rms_norm_ref(
     """
     compute = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
     wide, gate = x.to(compute), None if z is None else F.silu(z.to(compute))
+    # The gate first: norm(x silu(z)); or last: norm(x) silu(z).
     wide = wide if gate is None or norm_before_gate else wide * gate
     groups = wide.unflatten(-1, (-1, group_size or x.shape[-1]))  # (..., D / group_size, group_size)
+    # arXiv 1910.07467, equation 4, in each group
     normal = groups / torch.sqrt(groups.square().mean(-1, keepdim=True) + eps)
     y = normal.flatten(-2) * weight.to(compute)  # (..., D)
     y = y if bias is None else y + bias.to(compute)

@@ -89,7 +89,7 @@ def selective_scan_ref(
     real = torch.promote_types(u.dtype, torch.float32)
     dtype = torch.promote_types(real, torch.complex64) if A.is_complex() else real
     batch, dim, length = u.shape
-    dt = delta.to(real) if delta_bias is None else delta.to(real) + delta_bias.to(real).unsqueeze(-1)
+    dt = delta.to(real) if delta_bias is None else delta.to(real) + delta_bias.to(real).unsqueeze(-1)  # (B, D, L)
     dt = F.softplus(dt) if delta_softplus else dt
 
     def of_channels(matrix: Tensor) -> Tensor:
@@ -98,17 +98,18 @@ def selective_scan_ref(
             return matrix.to(dtype)[None, :, :, None]
         if A.is_complex():
             matrix = torch.view_as_complex(matrix.to(real).unflatten(-1, (length, 2)).contiguous())
-        grouped = matrix.to(dtype) if matrix.dim() == 4 else matrix.to(dtype).unsqueeze(1)
+        grouped = matrix.to(dtype) if matrix.dim() == 4 else matrix.to(dtype).unsqueeze(1)  # (B, G, N, L)
         return grouped.repeat_interleave(dim // grouped.shape[1], 1)
 
     B, C, x = of_channels(B).expand(-1, -1, -1, length), of_channels(C).expand(-1, -1, -1, length), u.to(real)
-    state = torch.zeros(batch, *A.shape, dtype=dtype, device=u.device)
+    state = torch.zeros(batch, *A.shape, dtype=dtype, device=u.device)  # (B, D, N)
     ys = []
     for t in range(length):
         step = dt[..., t, None]  # (B, D, 1)
         # Equation 2: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, (B, D, N)
         state = torch.exp(step * A.to(dtype)) * state + step * x[..., t, None] * B[..., t]
         y = (state * C[..., t]).sum(-1)  # (B, D)
+        # Complex states come in conjugate pairs, of which one is computed: the sum of both is twice the real part.
         ys.append(2 * y.real if A.is_complex() else y)
     y = torch.stack(ys, -1) if ys else torch.zeros_like(x)  # (B, D, L)
     y = y if D is None else y + D.to(real).unsqueeze(-1) * x
@@ -211,7 +212,7 @@ def mamba_inner_fn_no_out_proj(
         )  # fmt: skip
     rank, n = delta_proj_weight.shape[1], A.shape[1]
     x, z = xz.transpose(1, 2).chunk(2, dim=-1)  # (B, L, D)
-    weight = conv1d_weight.squeeze(1)
+    weight = conv1d_weight.squeeze(1)  # (D, K)
 
     def convolve() -> Tensor:
         return causal_conv1d(x, weight, conv1d_bias, "silu").y
@@ -229,6 +230,7 @@ def mamba_inner_fn_no_out_proj(
         return part if scale is None else rms_norm(part, scale, eps=b_c_dt_rms_eps)
 
     convolved = convolve()  # (B, L, D)
+    # A short convolution costs little to compute again, and its output as much memory as x.
     recompute_conv = (convolved, bind_backend(convolve))
     with recompute_in_backward(recompute_conv, enabled=checkpoint_lvl == 1):
         parts = F.linear(convolved, x_proj_weight)  # (B, L, R + 2 N)
@@ -238,7 +240,7 @@ def mamba_inner_fn_no_out_proj(
     dt = steps()  # (B, L, D)
     with recompute_in_backward(recompute_conv, (dt, bind_backend(steps)), enabled=checkpoint_lvl == 1):
         y = selective_scan(convolved, dt, A, B, C, D, z, delta_bias, bool(delta_softplus)).y
-    return y.transpose(1, 2)
+    return y.transpose(1, 2)  # (B, D, L)
 
 
 def bimamba_inner_fn(
@@ -271,7 +273,7 @@ def bimamba_inner_fn(
         if matrix is not None:
             raise NotImplementedError(f"{name} must be None here: it is computed from x")
     x, z = xz.transpose(1, 2).chunk(2, dim=-1)  # (B, L, D)
-    x = causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, "silu").y
+    x = causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, "silu").y  # (B, L, D)
     rank, n = delta_proj_weight.shape[1], A.shape[1]
     low_rank, B, C = F.linear(x, x_proj_weight).split([rank, n, n], dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
     B = B if B_proj_bias is None else B + B_proj_bias.to(B.dtype)
@@ -283,6 +285,7 @@ def bimamba_inner_fn(
         return selective_scan(x, dt, A, B, C, D, z, delta_bias, bool(delta_softplus)).y
 
     inputs = [x, dt, B, C, z]
+    # Time is reversed after the convolution, which is causal in the forward direction for both scans.
     y = scan(A, inputs) + scan(A_b, [t.flip(1) for t in inputs]).flip(1)
     return _project_out(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
@@ -358,6 +361,7 @@ def bimamba_inner_ref(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )
     y = single(selective_scan_ref(x, dt, A, B, C, D, z, delta_bias, delta_softplus))
+    # A constant B or C has no time to reverse.
     x, dt, B, C, z = (t if t.dim() == 2 else t.flip(-1) for t in (x, dt, B, C, z))
     back = single(selective_scan_ref(x, dt, A_b, B, C, D, z, delta_bias, delta_softplus))
     return _project_out(y + back.flip(-1), out_proj_weight, out_proj_bias)
@@ -389,6 +393,7 @@ def _inner_ref(
 
     if A.is_complex() and (b_rms_weight is not None or c_rms_weight is not None):
         raise NotImplementedError("b_rms_weight and c_rms_weight must be None where A is complex")
+    # The norms are over N and D, which are before L here.
     B, C, dt = normed(B, b_rms_weight), normed(C, c_rms_weight), normed(dt, dt_rms_weight)
     return single(selective_scan_ref(x, dt, A, B, C, D, z, delta_bias, delta_softplus))
 
@@ -398,7 +403,7 @@ def _projected(
 ) -> tuple[Tensor, ...]:
     """Return x, dt, B, C and z in the layout of `selective_scan_ref`."""
     x, z = xz.chunk(2, dim=1)  # (B, D, L)
-    x = single(causal_conv1d_ref(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu"))
+    x = single(causal_conv1d_ref(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu"))  # (B, D, L)
     rank, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
     parts = F.linear(x.transpose(1, 2), x_proj_weight)  # (B, L, R + 2 N)
 
@@ -410,7 +415,7 @@ def _projected(
 
     B = in_time(parts[..., rank : rank + n], B_proj_bias) if B is None else B
     C = in_time(parts[..., -n:], C_proj_bias) if C is None else C
-    dt = F.linear(parts[..., :rank], delta_proj_weight.to(parts.dtype)).transpose(1, 2)
+    dt = F.linear(parts[..., :rank], delta_proj_weight.to(parts.dtype)).transpose(1, 2)  # (B, D, L)
     return x, dt, B, C, z
 
 

@@ -79,9 +79,11 @@ def mamba_chunk_scan_combined(
         return (y, final) if return_final_states else y
     if initial_states is not None:
         check_tensor("initial_states", initial_states, (1, *x.shape[2:], B.shape[-1]), like=x)
+        # The state is that of the first sequence; the others start from zeros.
         others = initial_states.new_zeros(len(cu_seqlens) - 2, *initial_states.shape[1:])
-        initial_states = torch.cat([initial_states, others])
+        initial_states = torch.cat([initial_states, others])  # (S, H, P, N)
     y, states = ssd(x, dt, A, B, C, *options, initial_states, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+    # The row ends with its last sequence.
     return (y, states[-1:], states) if return_final_states else (y, states)
 
 
@@ -137,6 +139,7 @@ def mamba_split_conv1d_scan_combined(
             f"zxbcdt of width {zxbcdt.shape[-1]} and conv1d_weight of {channels} channels do not fit {heads} heads of "
             f"headdim {headdim} in ngroups {ngroups}"
         )
+    # (B, L, 2 M), (B, L, H P), (B, L, H P + 2 G N), (B, L, H)
     gated, z, before, dt = zxbcdt.split([mlp, inner, channels, heads], dim=-1)
 
     def convolve() -> Tensor:
@@ -145,6 +148,7 @@ def mamba_split_conv1d_scan_combined(
     xBC = convolve()  # (B, L, H P + 2 G N)
     with recompute_in_backward((xBC, bind_backend(convolve))):
         x, B, C = xBC.split([inner, ngroups * n, ngroups * n], dim=-1)
+        # The gated norm below takes z; without it, the scan does.
         y, final = ssd(
             x.unflatten(-1, (heads, headdim)), dt, A, B.unflatten(-1, (ngroups, n)), C.unflatten(-1, (ngroups, n)),
             D, z.unflatten(-1, (heads, headdim)) if rmsnorm_weight is None else None, dt_bias, True, dt_limit,
@@ -157,7 +161,7 @@ def mamba_split_conv1d_scan_combined(
         gate, value = gated.chunk(2, dim=-1)
         y = torch.cat([F.silu(gate) * value, y], dim=-1)  # (B, L, M + H P)
     if outproj_weight is not None:
-        y = F.linear(y, outproj_weight, outproj_bias)
+        y = F.linear(y, outproj_weight, outproj_bias)  # (B, L, width)
     return (y, final) if return_final_states else y
 
 
@@ -273,9 +277,9 @@ def mamba_conv1d_scan_ref(
     xBC = xBC.transpose(1, 2)  # (B, L, H P + 2 G N)
     x, B, C = xBC.split([inner, *[(xBC.shape[-1] - inner) // 2] * 2], dim=-1)
     x, B, C = x.unflatten(-1, (heads, headdim)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
-    z = None if z is None else z.unflatten(-1, (heads, headdim))
+    z = None if z is None else z.unflatten(-1, (heads, headdim))  # (B, L, H, P)
     y = _by_selective_scan(selective_scan_ref, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
-    return y.flatten(-2)
+    return y.flatten(-2)  # (B, L, H P)
 
 
 def mamba_split_conv1d_scan_ref(
@@ -321,7 +325,8 @@ def segsum(x: Tensor) -> Tensor:
     """Segment sums, (..., L) -> (..., L, L): entry (i, j) is x_{j+1} + ... + x_i, and -inf above the diagonal."""
     length = x.shape[-1]
     after = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(-1)
-    sums = x.unsqueeze(-1).expand(*x.shape, length).masked_fill(~after, 0).cumsum(-2)
+    # Each segment is summed by itself: differences of one running sum would cancel.
+    sums = x.unsqueeze(-1).expand(*x.shape, length).masked_fill(~after, 0).cumsum(-2)  # (..., L, L)
     return sums.masked_fill(~(after | torch.eye(length, dtype=torch.bool, device=x.device)), -torch.inf)
 
 
@@ -345,16 +350,16 @@ def ssd_minimal_discrete(
     blocks = X.shape[1] // block_len
     X, B, C = (t.unflatten(1, (blocks, block_len)) for t in (X, B, C))  # (B, c, l, H, ...)
     decay = A.unflatten(1, (blocks, block_len)).permute(0, 3, 1, 2)  # (B, H, c, l)
-    summed = decay.cumsum(-1)
+    summed = decay.cumsum(-1)  # (B, H, c, l)
     # Outputs from inputs of the same block: the diagonal blocks of listing 1.
-    within = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, segsum(decay).exp(), X)
+    within = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, segsum(decay).exp(), X)  # (B, c, l, H, P)
     arriving = torch.einsum("bclhn,bhcl,bclhp->bchpn", B, (summed[..., -1:] - summed).exp(), X)  # (B, c, H, P, N)
-    first = torch.zeros_like(arriving[:, :1]) if initial_states is None else initial_states
+    first = torch.zeros_like(arriving[:, :1]) if initial_states is None else initial_states  # (B, 1, H, P, N)
     # States passed from block to block.
     between = segsum(F.pad(summed[..., -1], (1, 0))).exp()  # (B, H, c + 1, c + 1)
-    states = torch.einsum("bhzc,bchpn->bzhpn", between, torch.cat([first, arriving], 1))
+    states = torch.einsum("bhzc,bchpn->bzhpn", between, torch.cat([first, arriving], 1))  # (B, c + 1, H, P, N)
     # Outputs from the state before each block.
-    before = torch.einsum("bclhn,bchpn,bhcl->bclhp", C, states[:, :-1], summed.exp())
+    before = torch.einsum("bclhn,bchpn,bhcl->bclhp", C, states[:, :-1], summed.exp())  # (B, c, l, H, P)
     return (within + before).flatten(1, 2), states[:, -1]
 
 
@@ -377,7 +382,7 @@ def _by_selective_scan(scan, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limi
     x_flat, z = x.flatten(2).transpose(1, 2), None if z is None else z.flatten(2).transpose(1, 2)
     B, C = (m.movedim(1, -1) for m in (B, C))  # (B, G, N, L)
     y = scan(x_flat, step.transpose(1, 2), A.to(compute), B, C, D, z)  # (B, H P, L)
-    return y.transpose(1, 2).unflatten(-1, (heads, headdim))
+    return y.transpose(1, 2).unflatten(-1, (heads, headdim))  # (B, L, H, P)
 
 
 def _headdim(D: Tensor, headdim: int | None) -> int:

@@ -68,8 +68,8 @@ def selective_state_update(
     old = state if chosen is None else state[chosen.rows]  # (B, ..., N)
     work = old.to(torch.promote_types(state.dtype, torch.float32), copy=chosen is not None)
     if tied:
-        bias = None if dt_bias is None else dt_bias[:, 0]
-        dt = dt[..., 0] if chosen is None else chosen.blank(dt[..., 0])
+        bias = None if dt_bias is None else dt_bias[:, 0]  # (H,)
+        dt = dt[..., 0] if chosen is None else chosen.blank(dt[..., 0])  # (B, H)
         y = ssd_step(work, x, dt, A[:, 0, 0], B, C, D, z, bias, bool(dt_softplus))
     else:
         work = work.contiguous().view(x.shape[0], -1, state.shape[-1])  # (B, H P, N)
@@ -119,6 +119,6 @@ def selective_state_update_ref(
     new = torch.exp(step.unsqueeze(-1) * A.to(compute)) * state.to(compute)
     new = new + (step * x).unsqueeze(-1) * B
     state.copy_(new)
-    y = (new * C).sum(-1)
+    y = (new * C).sum(-1)  # (B, D) or (B, H, P)
     y = y if D is None else y + D.to(compute) * x
     return (y if z is None else y * F.silu(z.to(compute))).to(x.dtype)

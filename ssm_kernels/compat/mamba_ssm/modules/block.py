@@ -42,6 +42,7 @@ class Block(nn.Module):
         super().__init__()
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
         self.norm, self.mixer, self.mlp = norm_cls(dim), mixer_cls(dim), None
+        # Without an MLP the parameters have the names of release 1, which has no `norm2`.
         if mlp_cls is not nn.Identity:
             self.norm2, self.mlp = norm_cls(dim), mlp_cls(dim)
         if fused_add_norm and not isinstance(self.norm, (nn.LayerNorm, RMSNorm)):
@@ -73,6 +74,7 @@ class Block(nn.Module):
                 self.norm2, hidden_states, residual, self.residual_in_fp32, self.fused_add_norm
             )
             hidden_states = self.mlp(hidden_states)
+        # The next block adds the output in one op with its norm.
         return hidden_states, residual
 
     def allocate_inference_cache(
@@ -117,6 +119,7 @@ def add_norm(
     total = hidden if residual is None else hidden + residual
     weight = norm.weight
     assert isinstance(weight, Tensor)
+    # The stream may be wider than the norm's weight.
     y = norm(total.to(weight.dtype))
     return y, total.to(torch.promote_types(total.dtype, torch.float32)) if residual_in_fp32 else total
 

@@ -7,6 +7,7 @@ import contextlib
 import torch
 from torch import nn
 
+# A recurrence is sensitive to the rounding of A; the original holds these two in float32.
 _AT_LEAST_FLOAT32 = ("A_log", "D")
 
 

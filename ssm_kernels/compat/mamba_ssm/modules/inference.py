@@ -95,6 +95,7 @@ class CachedMixer:
             (B, L, D).
         """
         conv_state, ssm_state = caches
+        # A state holds K - 1 inputs in the parameters' dtype; the caches hold K, in any.
         state = self.new_state(len(conv_state))
         out = self.mix(projected, state, cu_seqlens)
         width, conv_inputs = conv_state.shape[2], conv_inputs.detach()

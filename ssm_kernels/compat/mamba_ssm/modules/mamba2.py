@@ -99,7 +99,7 @@ class Mamba2(CachedMixer, modules.Mamba2):
         Raises:
             ValueError: `cu_seqlens` or `seq_idx` without the other argument that it needs.
         """
-        hidden = u if seqlen is None else u.unflatten(0, (-1, seqlen))
+        hidden = u if seqlen is None else u.unflatten(0, (-1, seqlen))  # (B, L, D)
         if seq_idx is not None:
             check_tensor("seq_idx", seq_idx, tuple(hidden.shape[:2]), like=u, dtypes=INDICES)
         if inference_params is not None:
@@ -121,14 +121,15 @@ class Mamba2(CachedMixer, modules.Mamba2):
         Returns:
             (1, B * L, D).
         """
-        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True).flatten().nonzero().flatten()
-        bounds = F.pad(starts, (0, 1), value=seq_idx.numel())
+        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True).flatten().nonzero().flatten()  # (S,)
+        bounds = F.pad(starts, (0, 1), value=seq_idx.numel())  # (S + 1,)
         state = None
         if init_states is not None:
             state = self.new_state(len(starts))
             is_row_start = (starts % seq_idx.shape[1] == 0).view(-1, 1, 1, 1)  # (S, 1, 1, 1)
             state = MixerState(state.conv, torch.where(is_row_start, init_states.to(state.ssm), state.ssm))
         out = modules.Mamba2.forward(self, hidden.flatten(0, 1).unsqueeze(0), state, bounds)  # (1, B * L, D)
+        # Padding has run as sequences of its own.
         return out.masked_fill((seq_idx < 0).view(1, -1, 1), 0)
 
     def _infer(
@@ -142,7 +143,7 @@ class Mamba2(CachedMixer, modules.Mamba2):
             raise ValueError("seq_idx needs cu_seqlens with inference_params: the caches have a row for each sequence")
         if cu_seqlens is not None and hidden.shape[0] != 1:
             raise ValueError(f"cu_seqlens needs a batch of 1 with inference_params, got {hidden.shape[0]}")
-        projected = self.in_proj(hidden)
+        projected = self.in_proj(hidden)  # (B, L, 2 M + 2 H P + 2 G N + H)
         return self._prefill(projected, self.split_projected(projected)[2], caches, cu_seqlens)
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,11 +166,12 @@ class Mamba2(CachedMixer, modules.Mamba2):
         mlp, z, xBC, dt = self.split_projected(self.in_proj(hidden_states.squeeze(1)))  # (B, ...) each
         xBC = causal_conv1d_update(xBC, conv_state, *conv_weight("conv1d", self.conv1d), self.activation)
         x, B, C = self.ssm_inputs(xBC)  # (B, H, P), (B, G, N), (B, G, N)
-        state = ssm_state.to(torch.promote_types(ssm_state.dtype, torch.float32))
+        state = ssm_state.to(torch.promote_types(ssm_state.dtype, torch.float32))  # (B, H, P, N)
         y = ssd_step(
             state, x, dt, -torch.exp(self.A_log.float()), B, C, self.skip_weight,
             self.scan_gate(z), self.dt_bias, True, self.dt_limit,
         )  # fmt: skip
+        # The op updates a float32 cache in place; the copy of a narrower one is written back.
         if state is not ssm_state:
             ssm_state.copy_(state)
         return self.out_proj(self.gate(y, z, mlp)).unsqueeze(1), conv_state, ssm_state
@@ -185,6 +187,7 @@ class Mamba2(CachedMixer, modules.Mamba2):
             dtype: of the caches; that of the convolution's weight by default.
             kwargs: ignored, as in the original.
         """
+        # Channels are contiguous in conv_state, as in the original.
         zeros = self.conv1d.weight.new_zeros
         return (
             zeros(batch_size, self.d_conv, self.d_conv_channels, dtype=dtype).transpose(1, 2),

@@ -60,7 +60,7 @@ class Mamba2Simple(Mamba2):
         if not use_mem_eff_path:
             self.norm.group_size = self.d_inner
         if learnable_init_states:
-            shape = (self.nheads, self.headdim, d_state)
+            shape = (self.nheads, self.headdim, d_state)  # (H, P, N)
             self.init_states = modules.without_weight_decay(torch.zeros(shape, device=device, dtype=dtype))
 
     def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:
@@ -78,5 +78,6 @@ class Mamba2Simple(Mamba2):
         if seq_idx is not None:
             return self._packed(u, seq_idx, self.init_states).view(u.shape)
         state = self.new_state(u.shape[0])
-        ssm = self.init_states.to(state.ssm).expand_as(state.ssm).clone()
+        # The forward updates the state in place, which must not reach the parameter.
+        ssm = self.init_states.to(state.ssm).expand_as(state.ssm).clone()  # (B, H, P, N)
         return modules.Mamba2.forward(self, u, MixerState(state.conv, ssm))

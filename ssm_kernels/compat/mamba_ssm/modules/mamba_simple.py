@@ -84,7 +84,7 @@ class Mamba(CachedMixer, modules.Mamba):
         caches = self._get_states_from_cache(inference_params, hidden_states.shape[0])
         if inference_params.seqlen_offset > 0:
             return self.step(hidden_states, *caches)[0]
-        projected = self.in_proj(hidden_states)
+        projected = self.in_proj(hidden_states)  # (B, L, 2 E)
         return self._prefill(projected, projected[..., : self.d_inner], caches)
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:

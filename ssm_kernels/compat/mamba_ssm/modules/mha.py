@@ -126,7 +126,7 @@ class MHA(nn.Module):
         context = context.transpose(1, 2).flatten(2)  # (B, L, H P)
         if self.mlp_dim:
             up, gate = mlp.chunk(2, dim=-1)
-            context = torch.cat([context, up * F.silu(gate)], dim=-1)
+            context = torch.cat([context, up * F.silu(gate)], dim=-1)  # (B, L, H P + mlp_dim / 2)
         return self.out_proj(context)
 
     def allocate_inference_cache(
@@ -179,11 +179,12 @@ class MHA(nn.Module):
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate pairs of channels of (B, L, heads, P) by angles in proportion to the position."""
         size, compute = self.rotary_emb_dim, torch.promote_types(x.dtype, torch.float32)
-        exponents = torch.arange(0, size, 2, device=x.device, dtype=compute) / size
+        exponents = torch.arange(0, size, 2, device=x.device, dtype=compute) / size  # (size / 2,)
         angles = positions.to(compute).unsqueeze(-1) / self.rotary_emb_base**exponents  # (..., L, size / 2)
-        cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+        cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)  # (..., L, 1, size / 2) each
         rotated, rest = x[..., :size].to(compute), x[..., size:]
         a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1) if self.rotary_emb_interleaved else rotated.chunk(2, dim=-1)
+        # arXiv 2104.09864, equation 34
         pair = (a * cos - b * sin, a * sin + b * cos)
         rotated = torch.stack(pair, -1).flatten(-2) if self.rotary_emb_interleaved else torch.cat(pair, -1)
         return torch.cat([rotated.to(x.dtype), rest], -1)
@@ -202,14 +203,14 @@ class MHA(nn.Module):
         Returns:
             keys and values so far, (B, end, heads, P), and the mask of those that each query attends to.
         """
-        kv = torch.stack([k, v], 2).to(kv_cache.dtype)
+        kv = torch.stack([k, v], 2).to(kv_cache.dtype)  # (B, L, 2, heads, P)
         if positions.dim() == 1:
             start, end = inference_params.seqlen_offset, inference_params.seqlen_offset + k.shape[1]
             kv_cache[:, start:end] = kv
         else:  # each sequence at its own position; no size depends on it, for CUDA graphs
             kv_cache[torch.arange(len(kv), device=kv.device).unsqueeze(1), positions] = kv
             end = kv_cache.shape[1]
-        keys, values = kv_cache[:, :end].to(k.dtype).unbind(2)
+        keys, values = kv_cache[:, :end].to(k.dtype).unbind(2)  # (B, end, heads, P) each
         last = positions if self.causal else positions[..., -1:].expand_as(positions)
         mask = torch.arange(end, device=k.device) <= last.unsqueeze(-1)  # (L, end) or (B, L, end)
-        return keys, values, mask if mask.dim() == 2 else mask.unsqueeze(1)
+        return keys, values, mask if mask.dim() == 2 else mask.unsqueeze(1)  # (L, end) or (B, 1, L, end)
