@@ -60,16 +60,19 @@ def install(*, shadow: bool = False) -> Installed:
         the distributions that are provided and skipped. It is logged too, as a warning where an original is skipped or
         shadowed.
     """
+    # The finders of an earlier call would answer for the originals that are looked up below.
     uninstall()
     found = {name: where for name in ORIGINALS if (where := _installed_in(name)) is not None}
     skipped = {} if shadow else found
     originals = {name: original for name, original in ORIGINALS.items() if name not in skipped}
     if shadow:
+        # An import returns what `sys.modules` has, before any finder is asked.
         tops = {top for name in found for top in ORIGINALS[name].import_names}
         for name in [m for m in sys.modules if m.split(".")[0] in tops]:
             del sys.modules[name]
     finder = Finder(originals)
     _finders.append(finder)
+    # In front of Python's own finders it takes precedence over installed originals; behind them, they do over it.
     sys.meta_path.insert(0 if shadow else len(sys.meta_path), finder)
     importlib.invalidate_caches()
     done = Installed(tuple(originals), skipped)
@@ -92,6 +95,7 @@ def _installed_in(distribution: str) -> str | None:
         module = sys.modules.get(name)
         spec = importlib.util.find_spec(name) if module is None else getattr(module, "__spec__", None)
         if module is not None or spec is not None:
+            # A namespace package has locations and no origin; a module that a program made itself may have no spec.
             places = getattr(spec, "submodule_search_locations", None) or [getattr(module, "__file__", None) or name]
             return getattr(spec, "origin", None) or next(iter(places))
     return None

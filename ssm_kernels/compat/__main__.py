@@ -38,8 +38,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the program")
     options = parser.parse_args(argv)
 
+    # stdout is the program's.
     print(install(shadow=options.shadow), file=sys.stderr)
     sys.excepthook = show_traceback_of_program
+    # A new module, so that the program's globals do not start with the names above.
     main_module = ModuleType("__main__")
     if options.is_module:
         _set_first_path(os.getcwd())
@@ -51,6 +53,7 @@ def main(argv: list[str]) -> None:
         code = code_of_script(options.program)
         main_module.__file__ = options.program
     sys.argv = [main_module.__file__, *options.args]
+    # `pickle` and `multiprocessing` look for the program's classes here.
     sys.modules["__main__"] = main_module
     exec(code, main_module.__dict__)
 

@@ -42,6 +42,7 @@ def selective_scan_fwd(
         with z, the gated y too.
     """
     y, last = pair(selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus, True))
+    # The original has the products of decays in the even entries, which only its own backward reads.
     x = torch.stack([torch.zeros_like(last), last], -1).flatten(-2).unsqueeze(2)  # (B, D, 1, 2 N)
     if z is None:
         return [y, x]
@@ -82,6 +83,7 @@ def selective_scan_bwd(
 
     y, grads = _vjp(forward, (u, delta, A, B, C, D, z, delta_bias), dout)
     *input_grads, z_grad, bias_grad = grads
+    # The original's order: z after delta_bias.
     results = [*input_grads, bias_grad]
     if z_grad is not None:
         results.append(z_grad if dz is None else dz.copy_(z_grad))
@@ -140,6 +142,7 @@ def selective_scan_oflex_fwd(
     out_float: bool,
 ) -> list[Tensor]:
     """`selective_scan_cuda_oflex.fwd`, of VMamba: with `out_float`, y is not rounded to the dtype of u."""
+    # The scan returns y in the dtype of u.
     u = u.to(torch.promote_types(u.dtype, torch.float32)) if out_float else u
     return selective_scan_core_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows)
 
@@ -190,7 +193,8 @@ def causal_conv1d_bwd_function(
         return causal_conv1d_fn(x, weight, bias, seq_idx, states, dfinal_states is not None, None, activation)
 
     if return_dinitial_states and initial_states is None:
-        initial_states = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)
+        initial_states = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)  # (B, D, K - 1)
+    # `causal_conv1d_fn` refuses states together with `seq_idx`.
     states = initial_states if seq_idx is None else None
     douts = dout if dfinal_states is None else (dout, dfinal_states)
     _, (x_grad, dweight, dbias, dstates) = _vjp(forward, (x, weight, bias, states), douts)
@@ -215,6 +219,7 @@ def causal_conv1d_update_function(
 
 def causal_conv1d_fwd(*args: Any) -> Tensor | None:
     """`causal_conv1d_cuda.causal_conv1d_fwd` in the forms of 1.1 (5 arguments), 1.2 (7) and 1.5 (8, with `out`)."""
+    # Releases are told apart by the number of their arguments.
     if len(args) == 8:
         x, weight, bias, seq_idx, initial_states, out, final_states_out, silu = args
         out.copy_(causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial_states, final_states_out, silu))
@@ -230,6 +235,7 @@ def causal_conv1d_bwd(*args: Any) -> tuple[Tensor | None, ...] | None:
     """`causal_conv1d_cuda.causal_conv1d_bwd` in the forms of 1.1 (7 arguments), 1.2 (10) and 1.5 (12, written to)."""
     if len(args) == 12:
         x, weight, bias, dout, seq_idx, states, dfinal_states, dx, dweight, dbias, dinitial_states, silu = args
+        # The gradient of x is written to dx by the function itself.
         _, *grads = causal_conv1d_bwd_function(
             x, weight, bias, dout, seq_idx, states, dfinal_states, dx, dinitial_states is not None, silu
         )
@@ -239,6 +245,7 @@ def causal_conv1d_bwd(*args: Any) -> tuple[Tensor | None, ...] | None:
         return None
     if len(args) == 7:
         x, weight, bias, dout, seq_idx, dx, silu = args
+        # 1.1 has no initial states, and no gradient of them.
         return causal_conv1d_bwd_function(x, weight, bias, dout, seq_idx, None, None, dx, False, silu)[:3]
     _check_count("causal_conv1d_bwd", args, 10, "7, 10 or 12")
     return causal_conv1d_bwd_function(*args)
@@ -272,6 +279,7 @@ def _vjp(
         inputs: tensors, or None.
         douts: gradients of the outputs.
     """
+    # Detached, so that the inputs' own graphs are left alone.
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     with torch.enable_grad():
         output = function(*leaves)

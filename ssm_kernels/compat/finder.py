@@ -45,6 +45,7 @@ class Finder(MetaPathFinder):
         self, context: importlib.metadata.DistributionFinder.Context | None = None
     ) -> Iterable[importlib.metadata.Distribution]:
         """Yield the metadata of the originals: name, version and provider."""
+        # A context without a name asks for all distributions.
         wanted = None if context is None or context.name is None else normalized(context.name)
         for name, original in self.originals.items():
             if wanted in (None, normalized(name)):
@@ -83,6 +84,7 @@ class ModuleLoader(Loader):
                 raise AttributeError(missing(original, f"{fullname}.{name}"), name=name, obj=module)
             else:
                 value = resolve(target, f"{fullname}.{name}")
+            # From now on `__getattr__` is not called for this name (PEP 562).
             setattr(module, name, value)
             return value
 
@@ -128,6 +130,7 @@ def names_of(original: Original, fullname: str) -> dict[str, str | Refused] | No
 def submodules_of(original: Original, fullname: str) -> Iterator[str]:
     """Yield the names of the modules directly inside a package."""
     prefix = fullname + "."
+    # A dict drops repetitions and keeps the order of the table, as a set would not.
     yield from dict.fromkeys(m.removeprefix(prefix).split(".")[0] for m in original.modules if m.startswith(prefix))
 
 
@@ -171,6 +174,7 @@ def normalized(name: str) -> str:
 
 def forget(originals: dict[str, Original]) -> None:
     """Remove the originals' modules that were created here from `sys.modules`."""
+    # A copy, since entries are deleted on the way.
     for name, module in list(sys.modules.items()):
         loader = getattr(getattr(module, "__spec__", None), "loader", None)
         if isinstance(loader, ModuleLoader) and loader.original in originals.values():
