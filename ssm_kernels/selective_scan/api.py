@@ -15,7 +15,7 @@ from . import numba, pytorch, reference, triton
 
 
 class SelectiveScanOutput(NamedTuple):
-    """What `selective_scan` gives."""
+    """Result of `selective_scan`."""
 
     y: Tensor
     """(B, L, D) in the dtype of `u`."""
@@ -68,6 +68,9 @@ def selective_scan(
     Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
     (float64 where `u` is), under autocast too. Gradients flow to every floating-point argument. A must be finite.
 
+    Returns:
+        y (B, L, D) in the dtype of `u`, and the final states (B, D, N), or (S, D, N) with `cu_seqlens`.
+
     Raises:
         TypeError: an argument is not a tensor or has a dtype that is not supported.
         ValueError: a shape, device or value does not fit; the message names the argument.
@@ -100,7 +103,7 @@ def selective_scan_step(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Advance the scan by one step, for decoding. Gives y (B, D) in the dtype of `u`; no gradients.
+    """Advance the scan by one step, for decoding. It has no gradients.
 
     Args:
         state: (B, D, N), float32 or float64; **updated in place**.
@@ -108,8 +111,12 @@ def selective_scan_step(
         B, C: (B, G, N), or (D, N) where constant in time: as in `selective_scan`, the number of dimensions tells, so
             that one group is (B, 1, N).
         A, D, dt_bias, dt_softplus: as in `selective_scan`.
-        backend: see `ssm_kernels.use_backend`; `reference` is `torch` here. The step never makes the host wait for
-            the device, so that it can be captured in a CUDA graph.
+        backend: see `ssm_kernels.use_backend`; `reference` is `torch` here.
+
+    The step has no host-device synchronization, so that it can be captured in a CUDA graph.
+
+    Returns:
+        y (B, D) in the dtype of `u`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `selective_scan`.
@@ -152,6 +159,7 @@ def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_i
             check_tensor(name, m, (batch, length, n), like=u)
         else:
             check_tensor(name, m, (dim, n), like=u)
+    # A kernel's program scans channels of one group of both: the finer groups must be parts of the coarser ones.
     if B.dim() == C.dim() == 4:
         small, big = min(B.shape[2], C.shape[2]), max(B.shape[2], C.shape[2])
         check_divides("the groups of one of B and C", small, "those of the other", big)
@@ -164,4 +172,5 @@ def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_i
     if initial_states is not None:
         rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
         check_tensor("initial_states", initial_states, (rows, dim, n), like=u)
+    # NaN in dt would reach every later step; padding may hold anything.
     check_no_nan("dt", without_padding(dt, cu_seqlens, seq_idx))
