@@ -274,7 +274,7 @@ def test_registered_triton_ops_pass_opcheck(packed):
     args = (u, dt, t["A"], t["B"], t["C"], t["D"], z, t["dt_bias"], initial, bounds, None)
     torch.library.opcheck(triton._forward_op, (*args, True, [], 1, True))
     y, final, kept = triton._forward_op(*args, True, [], 1, True)
-    args = (*args, kept, torch.ones_like(y), torch.ones_like(final), True, [], 1)
+    args = (*args, True, [], 1, kept, torch.ones_like(y), torch.ones_like(final))
     torch.library.opcheck(triton._backward_op, args, test_utils=("test_schema", "test_faketensor"))
     step = (initial, *(x[:, 0, 0] for x in (u, dt)), t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], z[:, 0, 0], None, True)
     torch.library.opcheck(triton._step_op, step)
@@ -332,7 +332,7 @@ def test_segments_of_several_chunks_equal_whole_sequences(monkeypatch):
 def test_every_program_takes_several_chunks_and_tiles(backend, monkeypatch):
     from ssm_kernels.selective_scan.triton import backward
 
-    monkeypatch.setattr(backward, "PROGRAMS", 1)
+    monkeypatch.setattr(backward, "PROGRAMS_PER_SM", 1)
     assert_agrees(selective_scan, make(1, 20, 66, 2), {"dt_softplus": True}, backend=backend)
 
 
@@ -399,7 +399,7 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, cha
     for optional in ([t[k] for k in ("D", "z", "dt_bias", "initial_states")], [None] * 4):
         args = (*required, *optional, None, None)
         y, final_states, kept = forward(*args, True, [], 1, True)
-        backward(*args, kept, torch.ones_like(t["u"]), torch.ones_like(final_states), True, [], 1)
+        backward(*args, True, [], 1, kept, torch.ones_like(t["u"]), torch.ones_like(final_states))
 
 
 @needs_interpreter

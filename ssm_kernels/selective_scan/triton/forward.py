@@ -1,208 +1,288 @@
-"""The forward kernel and its launches."""
+"""Forward of the selective scan in Triton: a program scans BLOCK_E channels through one segment of a sequence.
+
+Where channels and sequences are too few to fill the device, sequences are cut in segments: a first pass computes what
+each segment adds to the state, `state_passing` turns that into the state before each segment, and a second pass scans
+them. For the backward, the state is saved every CHECKPOINT_INTERVAL steps.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..._triton.device import maxnreg_option, num_sms, on_device, pack_directions, with_contiguous_last_dim
-from ..._triton.primitives import and_scalar, load_segment, sigmoid, zero_padding
-from ..._triton.segment_table import build_segment_table
+from ..._triton.device import maxnreg_option, num_sms, on_device
+from ..._triton.primitives import LOG2E, and_scalar, load_segment, silu, unpack_direction, zero_padding
+from ..._triton.segment_table import SegmentTable, build_segment_table
 from ..._triton.state_passing import state_passing
 from . import CHECKPOINT_INTERVAL, empty_like
+from .arguments import ScanArguments
 from .tile import (
-    LOG2E,
     REGISTERS,
-    advance,
-    compile_options,
-    contiguous,
-    dot,
+    ScanInputs,
+    advance_states,
+    base_step,
+    channel_stride,
+    dot_states,
     forward_tile,
-    jit_unspecialized,
-    load,
-    load_delta,
-    load_matrix,
+    jit_with_opaque_strides,
+    load_dt,
+    load_row,
     load_states,
-    near_offset,
-    place_program,
+    load_step,
+    load_vector,
+    local_step,
+    split_program,
+    step_ptr,
     store_states,
-    strides_of,
-    sum_over_lanes,
+    strides,
     unroll,
-    with_near_steps,
     zero_states,
 )
 
 
-@jit_unspecialized
+def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y, the final states and the checkpoint states. Body of `selective_scan_triton`.
+
+    Args:
+        args: the fields of `ScanArguments`, and whether to save checkpoint states.
+    """
+    *arguments, save_states = args
+    inputs = ScanInputs(ScanArguments(*arguments))
+    tile = forward_tile(inputs.d_state, inputs.device)
+    num_tiles = inputs.groups * triton.cdiv(inputs.group_channels, tile["BLOCK_E"])
+    segments = _build_table(inputs, _segment_size(inputs, num_tiles))
+    checkpoints = _build_table(inputs, CHECKPOINT_INTERVAL) if save_states else segments
+
+    y = empty_like(inputs.u)  # (B, L, G, E)
+    final_states = _empty_states(inputs, inputs.num_state_rows)
+    # One row more than needed: see the fake.
+    checkpoint_states = _empty_states(inputs, len(checkpoints.entries) + 1 if save_states else 0)
+    if inputs.is_packed and save_states:
+        checkpoint_states.zero_()  # unused rows too
+    else:
+        checkpoint_states[-1:].zero_()
+    is_cut = segments.size < inputs.length
+    if not is_cut and (inputs.is_packed or not inputs.length):  # sequences without a segment end as they start
+        if inputs.initial_states is None:
+            final_states.zero_()
+        else:
+            final_states.copy_(inputs.initial_states)
+
+    if len(segments.entries) and inputs.A.numel():
+        launch = _Launch(inputs, tile, num_tiles, segments, checkpoints)
+        segment_states = None
+        if is_cut:
+            segment_states = _compute_segment_initial_states(launch, final_states)
+        launch(segment_states, y=y, final_states=final_states, checkpoint_states=checkpoint_states)
+    zero_padding(segments, y)
+    return y, final_states, checkpoint_states
+
+
+def _segment_size(inputs: ScanInputs, num_tiles: int) -> int:
+    """Steps of a segment: entire sequences where these fill each SM twice, else for four programs on an SM.
+
+    Segments double the work, but for the last one of a sequence.
+    """
+    longest = triton.cdiv(max(inputs.length, 1), CHECKPOINT_INTERVAL) * CHECKPOINT_INTERVAL
+    num_programs = inputs.batch * num_tiles
+    if num_programs == 0 or num_programs >= 2 * num_sms(inputs.device):
+        return longest
+    parts = triton.cdiv(4 * num_sms(inputs.device), num_programs)
+    return triton.cdiv(triton.cdiv(longest, parts), CHECKPOINT_INTERVAL) * CHECKPOINT_INTERVAL
+
+
+def _build_table(inputs: ScanInputs, size: int) -> SegmentTable:
+    return build_segment_table(inputs.batch, inputs.length, size, inputs.cu_seqlens, inputs.seq_idx, inputs.device)
+
+
+def _empty_states(inputs: ScanInputs, count: int) -> Tensor:
+    """(count, G * E, N)"""
+    return torch.empty((count, *inputs.A.shape), dtype=inputs.state_dtype, device=inputs.device)
+
+
+class _Launch(NamedTuple):
+    """The forward kernel with what both of its passes have in common."""
+
+    inputs: ScanInputs
+    tile: dict[str, int]
+    num_tiles: int
+    segments: SegmentTable
+    checkpoints: SegmentTable
+
+    def __call__(
+        self,
+        segment_states: Tensor | None,
+        *,
+        y: Tensor | None = None,
+        final_states: Tensor | None = None,
+        checkpoint_states: Tensor | None = None,
+        dt_sum: Tensor | None = None,
+    ) -> None:
+        """Scan each segment from its row of `segment_states`; or with `dt_sum` write there what the segment adds."""
+        inputs, segments = self.inputs, self.segments
+        u, dt, B, C, z = inputs.u, inputs.dt, inputs.B, inputs.C, inputs.z
+        states_only = dt_sum is not None
+        with on_device(u):
+            _forward_kernel[(len(segments.entries) * self.num_tiles,)](
+                u, dt, inputs.A, B, C, inputs.D, z, inputs.dt_bias, inputs.initial_states, segment_states, y,
+                final_states, checkpoint_states, dt_sum,
+                segments.entries, segments.first_segment, segments.sequence_starts, segments.initial_state_rows,
+                segments.final_state_rows, self.checkpoints.first_segment, *inputs.sizes,
+                strides(u), strides(dt), strides(B), strides(C), strides(z), strides(y),
+                channel_stride(u), channel_stride(dt), channel_stride(z), channel_stride(y),
+                HAS_SEGMENT_STATES=segment_states is not None and not states_only,
+                HAS_INITIAL_STATES=inputs.initial_states is not None and not states_only,
+                WRITE_CHECKPOINTS=checkpoint_states is not None and len(checkpoint_states) > 0,
+                STATES_ONLY=states_only, CHECKPOINT_INTERVAL=CHECKPOINT_INTERVAL, UNROLL=unroll(inputs),
+                **inputs.options(self.tile), **maxnreg_option(REGISTERS, inputs.device),
+            )  # fmt: skip
+
+
+def _compute_segment_initial_states(launch: _Launch, final_states: Tensor) -> Tensor:
+    """Compute the state before each segment, (M, G * E, N); `final_states` receives the state after each sequence."""
+    inputs, num_segments = launch.inputs, len(launch.segments.entries)
+    segment_states = _empty_states(inputs, num_segments)
+    dt_sum = segment_states.new_empty(num_segments, inputs.dim)
+    launch(segment_states, dt_sum=dt_sum)
+    state_passing(
+        launch.segments, segment_states, inputs.A.flatten(), dt_sum, inputs.initial_states, final_states, reverse=False
+    )
+    return segment_states
+
+
+@jit_with_opaque_strides
 def _forward_kernel(
-    u, dt, A, B, C, D, z, dt_bias, starts, initial_states, y, final_states, kept, times,
-    table, first, kept_first, begin, initial_row, final_row, length, height, codes, G, E,
-    u_0, u_1, u_2, u_3, dt_0, dt_1, dt_2, dt_3, z_0, z_1, z_2, z_3, y_0, y_1, y_2, y_3, B_0, B_1, B_2, C_0, C_1, C_2,
+    u_ptr, dt_ptr,  # (B, L, G, E)
+    A_ptr,  # (G * E, N)
+    B_ptr, C_ptr,  # (B, L, G, N), or (G * E, N) where constant in time
+    D_ptr,  # (G * E,)
+    z_ptr,  # (B, L, G, E)
+    dt_bias_ptr,  # (G * E,)
+    initial_states_ptr,  # (rows, G * E, N)
+    segment_states_ptr,  # (M, G * E, N), written with STATES_ONLY
+    y_ptr,  # (B, L, G, E), written
+    final_states_ptr,  # (rows, G * E, N), written
+    checkpoint_states_ptr,  # (checkpoints, G * E, N), written
+    dt_sum_ptr,  # (M, G * E), written
+    segments_ptr,  # (M, 4)
+    first_segment_ptr,  # (S + 1,)
+    sequence_starts_ptr, initial_state_rows_ptr, final_state_rows_ptr,  # (S,)
+    first_checkpoint_ptr,  # (S + 1,)
+    length, height, directions, num_groups, group_channels,
+    u_strides, dt_strides, B_strides, C_strides, z_strides, y_strides,  # of batch, time and group
+    stride_u_channel, stride_dt_channel, stride_z_channel, stride_y_channel,
     N: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, BLOCK_E: tl.constexpr, B_WORD: tl.constexpr,
     C_WORD: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, HAS_STARTS: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, KEEP: tl.constexpr, ENDS_ONLY: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr, HAS_SEGMENT_STATES: tl.constexpr, HAS_INITIAL_STATES: tl.constexpr,
+    WRITE_CHECKPOINTS: tl.constexpr, STATES_ONLY: tl.constexpr, DT_SOFTPLUS: tl.constexpr,
+    NUM_DIRECTIONS: tl.constexpr, CHECKPOINT_INTERVAL: tl.constexpr, UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Walk BLOCK_E channels through one segment. Grid: segments * G * tiles of the channels of a group.
+    """Scan BLOCK_E channels through one segment; write y, checkpoint states, and at the end of a sequence its state.
 
-    Writes y, the final state where the segment is the last of its sequence, and with KEEP the state at the start of each
-    chunk. With ENDS_ONLY instead what the segment adds to a state, into `starts`, and the sum of its steps, into `times`;
-    of the last segment of a sequence nobody asks for them, and zeros stand for them.
+    Grid: segments x groups x tiles of E. Tiles: inputs (BLOCK_E, LANES), each lane alike; B, C K x (1, LANES); state
+    K x (BLOCK_E, LANES).
+
+    With STATES_ONLY, write instead what the segment adds to a state and the sum of its dt. Those of the last segment of
+    a sequence are never read, and zeros stand for them.
     """
-    segment, group, e, lane = place_program(G, E, BLOCK_E, LANES)
+    segment, group, e, lane = split_program(num_groups, group_channels, BLOCK_E, LANES)
     lanes = tl.arange(0, LANES)[None, :]
-    mask = e < E
-    channel = group * E + e
-    row, start, end, sequence = load_segment(table, segment)
-    is_last = (sequence >= 0) & (segment + 1 == tl.load(first + tl.maximum(sequence, 0) + 1))
-    if ENDS_ONLY:
+    mask = e < group_channels
+    channel = group * group_channels + e
+    batch, start, end, sequence = load_segment(segments_ptr, segment)
+    is_used, known_sequence = sequence >= 0, tl.maximum(sequence, 0)
+    is_last = is_used & (segment + 1 == tl.load(first_segment_ptr + known_sequence + 1))
+    if STATES_ONLY:
         end = tl.where(is_last, start, end)
-    way = (codes >> (2 * group) & 3, length, height) if ROUTED else None
+    direction = unpack_direction(directions, group) if NUM_DIRECTIONS else None
 
-    a = load_states(A + channel * N, mask, lane, N, K, LOG2E, COMPUTE)
+    # Parameters of the channels.
+    a = load_states(A_ptr + channel * N, mask, lane, N, K, LOG2E, COMPUTE)
     if CONSTANT_B:
-        b = load_states(B + channel * N, mask, lane, N, K, 1.0, COMPUTE)
+        b = load_states(B_ptr + channel * N, mask, lane, N, K, 1.0, COMPUTE)
     if CONSTANT_C:
-        c = load_states(C + channel * N, mask, lane, N, K, 1.0, COMPUTE)
-    bias = tl.load(dt_bias + channel, mask, other=0.0).to(COMPUTE) if HAS_BIAS else 0.0
+        c = load_states(C_ptr + channel * N, mask, lane, N, K, 1.0, COMPUTE)
+    dt_bias = load_vector(dt_bias_ptr + channel, mask, COMPUTE) if HAS_DT_BIAS else 0.0
     if HAS_D:
-        skip = tl.load(D + channel, mask, other=0.0).to(COMPUTE)
-    state = channel * N  # in one row of states
-    size = tl.cast(G, tl.int64) * E * N
-    if HAS_STARTS:
-        h = load_states(starts + segment * size + state, mask, lane, N, K, 1.0, COMPUTE)
-    elif HAS_INITIAL:
-        initial = tl.where(sequence >= 0, tl.load(initial_row + tl.maximum(sequence, 0)), -1).to(tl.int64)
-        h = load_states(
-            initial_states + initial * size + state, and_scalar(mask, initial >= 0), lane, N, K, 1.0, COMPUTE
-        )
+        D = load_vector(D_ptr + channel, mask, COMPUTE)
+
+    # The state before the segment.
+    state_offsets = channel * N  # in a row of states
+    row_size = tl.cast(num_groups, tl.int64) * group_channels * N
+    if HAS_SEGMENT_STATES:
+        segment_state_ptr = segment_states_ptr + segment * row_size + state_offsets
+        h = load_states(segment_state_ptr, mask, lane, N, K, 1.0, COMPUTE)
+    elif HAS_INITIAL_STATES:
+        row = tl.where(is_used, tl.load(initial_state_rows_ptr + known_sequence), -1).to(tl.int64)
+        initial_state_ptr = initial_states_ptr + row * row_size + state_offsets
+        h = load_states(initial_state_ptr, and_scalar(mask, row >= 0), lane, N, K, 1.0, COMPUTE)
     else:
         h = zero_states(BLOCK_E, LANES, K, COMPUTE)
-    if KEEP:
-        chunk = tl.where(sequence >= 0, tl.load(kept_first + tl.maximum(sequence, 0)), 0).to(tl.int64)
-        chunk += (start - tl.where(sequence >= 0, tl.load(begin + tl.maximum(sequence, 0)), 0)) // CHUNK
-        kept += chunk * size + state
+    if WRITE_CHECKPOINTS:
+        checkpoint = tl.where(is_used, tl.load(first_checkpoint_ptr + known_sequence), 0).to(tl.int64)
+        sequence_start = tl.where(is_used, tl.load(sequence_starts_ptr + known_sequence), 0)
+        checkpoint += (start - sequence_start) // CHECKPOINT_INTERVAL
+        checkpoint_states_ptr += checkpoint * row_size + state_offsets
 
-    u += row * u_0 + group * u_2 + e * u_3
-    dt += row * dt_0 + group * dt_2 + e * dt_3
+    u_ptr += batch * u_strides[0] + group * u_strides[2] + e * stride_u_channel
+    dt_ptr += batch * dt_strides[0] + group * dt_strides[2] + e * stride_dt_channel
     if not CONSTANT_B:
-        B += row * B_0 + group * B_2 + lanes * K
-    if not ENDS_ONLY:
-        y += row * y_0 + group * y_2 + e * y_3
+        B_ptr += batch * B_strides[0] + group * B_strides[2] + lanes * K
+    if not STATES_ONLY:
+        y_ptr += batch * y_strides[0] + group * y_strides[2] + e * stride_y_channel
         if HAS_Z:
-            z += row * z_0 + group * z_2 + e * z_3
+            z_ptr += batch * z_strides[0] + group * z_strides[2] + e * stride_z_channel
         if not CONSTANT_C:
-            C += row * C_0 + group * C_2 + lanes * K
-    total = tl.zeros((BLOCK_E, LANES), COMPUTE)
+            C_ptr += batch * C_strides[0] + group * C_strides[2] + lanes * K
+    dt_sum = tl.zeros((BLOCK_E, LANES), COMPUTE)
 
     for t0 in range(start, end, UNROLL):
-        if KEEP:
-            if (t0 - start) % CHUNK == 0:
-                store_states(kept, h, mask, lane, N, K)
-                kept += size
+        if WRITE_CHECKPOINTS:
+            if (t0 - start) % CHECKPOINT_INTERVAL == 0:
+                store_states(checkpoint_states_ptr, h, mask, lane, N, K)
+                checkpoint_states_ptr += row_size
         ys = ()
-        far = tl.cast(t0, tl.int64) if way is None else 0
+        base = base_step(t0, direction)
         for i in tl.static_range(UNROLL):
+            # Load.
             inside = and_scalar(mask, t0 + i < end)
-            near = near_offset(t0, i, end, way)
-            delta = load_delta(dt + far * dt_1 + near * dt_1, inside, bias, SOFTPLUS, COMPUTE)
-            x = load(u + far * u_1 + near * u_1, inside, COMPUTE)
+            local = local_step(t0, i, end, direction, length, height)
+            dt = load_dt(dt_ptr, base, local, dt_strides[1], inside, dt_bias, DT_SOFTPLUS, COMPUTE)  # (BLOCK_E, LANES)
+            u = load_step(u_ptr, base, local, u_strides[1], inside, COMPUTE)
             if not CONSTANT_B:
-                b_row = B + far * B_1 + near * B_1
-                b = load_matrix(b_row, lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
-            h = advance(h, a, b, delta, delta * x, K)
-            if ENDS_ONLY:
-                total += delta
+                b = load_row(B_ptr, base, local, B_strides[1], lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
+
+            # Equation 2a of arXiv 2312.00752: h_t = exp(dt A) h_{t-1} + dt B u_t.
+            h = advance_states(h, a, b, dt, dt * u, K)
+
+            if STATES_ONLY:
+                dt_sum += dt
             else:
+                # Equation 2b: y_t = C h_t; then skip connection and gate.
                 if not CONSTANT_C:
-                    c_row = C + far * C_1 + near * C_1
-                    c = load_matrix(c_row, lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
-                out = sum_over_lanes(dot(c, h, K), LANES)
+                    c = load_row(C_ptr, base, local, C_strides[1], lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
+                y = dot_states(c, h, K, LANES)  # (BLOCK_E, LANES or 1)
                 if HAS_D:
-                    out += skip * x
+                    y += D * u
                 if HAS_Z:
-                    gate = load(z + far * z_1 + near * z_1, inside, COMPUTE)
-                    out *= gate * sigmoid(gate)
-                ys = ys + (out,)
-        if not ENDS_ONLY:
+                    y *= silu(load_step(z_ptr, base, local, z_strides[1], inside, COMPUTE))
+                ys = ys + (y,)
+
+        # Stores come after all loads of the block, so that these need not wait for them.
+        if not STATES_ONLY:
             for i in tl.static_range(UNROLL):
-                y_at = y + far * y_1 + near_offset(t0, i, end, way) * y_1
-                tl.store(y_at, ys[i].to(y.dtype.element_ty), and_scalar(mask, t0 + i < end))
+                local = local_step(t0, i, end, direction, length, height)
+                y_step_ptr = step_ptr(y_ptr, base, local, y_strides[1])
+                tl.store(y_step_ptr, ys[i].to(y_ptr.dtype.element_ty), and_scalar(mask, t0 + i < end))
 
-    if ENDS_ONLY:
-        store_states(starts + segment * size + state, h, mask, lane, N, K)
-        tl.store(times + segment * (G * E) + channel, total, mask)
+    if STATES_ONLY:
+        store_states(segment_states_ptr + segment * row_size + state_offsets, h, mask, lane, N, K)
+        tl.store(dt_sum_ptr + segment * (num_groups * group_channels) + channel, dt_sum, mask)
     else:
-        final = tl.where(is_last, tl.load(final_row + tl.maximum(sequence, 0)), -1).to(tl.int64)
-        store_states(final_states + final * size + state, h, and_scalar(mask, final >= 0), lane, N, K)
-
-
-def forward(
-    u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, dt_softplus, directions, height, keep
-):  # fmt: skip
-    """As `selective_scan_triton`: y, the final states, and the state at the start of each chunk, if kept."""
-    batch, length, groups, _ = u.shape
-    rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    compute = torch.promote_types(u.dtype, torch.float32)
-    packed = cu_seqlens is not None or seq_idx is not None
-    A, D, dt_bias, initial_states = (contiguous(x) for x in (A, D, dt_bias, initial_states))
-    B, C = (contiguous(m) if m.dim() == 2 else with_contiguous_last_dim(m) for m in (B, C))
-    u, dt, z, B, C = (with_near_steps(x) for x in (u, dt, z, B, C))
-    options = compile_options(forward_tile(A.shape[1], u.device), u, dt_softplus, A, B, C, D, z, dt_bias, directions)
-    tiles = groups * triton.cdiv(u.shape[3], options["BLOCK_E"])
-
-    y = empty_like(u)
-    final_states = torch.empty((rows, *A.shape), dtype=compute, device=u.device)
-    segments = build_segment_table(
-        batch, length, _segment_size(batch, length, tiles, u.device), cu_seqlens, seq_idx, u.device
-    )
-    chunks = (
-        build_segment_table(batch, length, CHECKPOINT_INTERVAL, cu_seqlens, seq_idx, u.device) if keep else segments
-    )
-    kept = torch.empty((len(chunks.entries) + 1 if keep else 0, *A.shape), dtype=compute, device=u.device)
-    if packed and keep:
-        kept.zero_()  # rows to spare
-    else:
-        kept[-1:].zero_()
-    n_segments = len(segments.entries)
-    is_cut = segments.size < length
-    if not is_cut and (packed or not length):  # sequences without a segment end as they start
-        final_states.copy_(initial_states) if initial_states is not None else final_states.zero_()
-    if not (n_segments and A.numel()):
-        zero_padding(segments, y)
-        return y, final_states, kept
-
-    def launch(starts, times, keep, ends_only):
-        _forward_kernel[(n_segments * tiles,)](
-            u, dt, A, B, C, D, z, dt_bias, starts, initial_states, y, final_states, kept, times,
-            segments.entries, segments.first_segment, chunks.first_segment, segments.sequence_starts, segments.initial_state_rows, segments.final_state_rows,
-            length, height, pack_directions(directions), groups, u.shape[3],
-            *u.stride(), *dt.stride(), *strides_of(z, 4), *y.stride(), *strides_of(B, 3), *strides_of(C, 3),
-            HAS_STARTS=starts is not None and not ends_only, HAS_INITIAL=initial_states is not None and not ends_only,
-            KEEP=keep, ENDS_ONLY=ends_only, CHUNK=CHECKPOINT_INTERVAL, UNROLL=unroll(directions, u.device), **options,
-            **maxnreg_option(REGISTERS, u.device),
-        )  # fmt: skip
-
-    with on_device(u):
-        starts = None
-        if is_cut:
-            starts = torch.empty((n_segments, *A.shape), dtype=compute, device=u.device)
-            times = torch.empty((n_segments, len(A)), dtype=compute, device=u.device)
-            launch(starts, times, False, True)
-            state_passing(segments, starts, A.flatten(), times, initial_states, final_states, reverse=False)
-        launch(starts, None, keep, False)
-    zero_padding(segments, y)
-    return y, final_states, kept
-
-
-def _segment_size(batch: int, length: int, tiles: int, device: torch.device) -> int:
-    """Whole sequences where they give every processor two programs; else for four, at up to twice the work."""
-    whole = triton.cdiv(max(length, 1), CHECKPOINT_INTERVAL) * CHECKPOINT_INTERVAL
-    programs = batch * tiles
-    if programs == 0 or programs >= 2 * num_sms(device):
-        return whole
-    parts = triton.cdiv(4 * num_sms(device), programs)
-    return triton.cdiv(triton.cdiv(whole, parts), CHECKPOINT_INTERVAL) * CHECKPOINT_INTERVAL
+        row = tl.where(is_last, tl.load(final_state_rows_ptr + known_sequence), -1).to(tl.int64)
+        final_state_ptr = final_states_ptr + row * row_size + state_offsets
+        store_states(final_state_ptr, h, and_scalar(mask, row >= 0), lane, N, K)

@@ -1,74 +1,110 @@
-"""The kernel of one step, for decoding."""
+"""Decoding step of the selective scan in Triton."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..._triton.device import on_device, with_contiguous_last_dim
-from ..._triton.primitives import compute_type, sigmoid, softplus
-from .tile import LOG2E, contiguous, load
+from ..._triton.primitives import LOG2E, compute_type, silu, softplus
+from .tile import load_vector
+
+STATE_ELEMENTS = 512
+"""Elements of a program's tile of the state: four for each thread, one load of 16 bytes."""
+
+
+def step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """Compute y (B, D) and update `state` (B, D, N). Body of `selective_scan_triton_step`."""
+    batch, dim = u.shape
+    n = A.shape[1]
+    B, C = with_contiguous_last_dim(B), with_contiguous_last_dim(C)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    block_n = triton.next_power_of_2(n)
+    block_d = max(1, STATE_ELEMENTS // block_n)
+    if y.numel():
+        with on_device(u):
+            _step_kernel[(batch * triton.cdiv(dim, block_d),)](
+                state, u, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), z,
+                None if dt_bias is None else dt_bias.contiguous(), y, dim, _channels_per_row(B, dim),
+                _channels_per_row(C, dim), state.stride(), u.stride(), dt.stride(), _row_strides(B), _row_strides(C),
+                None if z is None else z.stride(),
+                N=n, BLOCK_N=block_n, BLOCK_D=block_d, HAS_D=D is not None, HAS_Z=z is not None,
+                HAS_DT_BIAS=dt_bias is not None, DT_SOFTPLUS=dt_softplus, COMPUTE=compute_type(state.dtype),
+                num_warps=4,
+            )  # fmt: skip
+    return y
+
+
+def _channels_per_row(m: Tensor, dim: int) -> int:
+    """Count the channels that read one row of B or C: those of a group, or one where it is constant in time."""
+    return 1 if m.dim() == 2 else dim // m.shape[1]
+
+
+def _row_strides(m: Tensor) -> tuple[int, int]:
+    """Strides of batch and row of B or C: (B, G, N), or (D, N) for every batch alike."""
+    return (0, m.stride(0)) if m.dim() == 2 else (m.stride(0), m.stride(1))
 
 
 @triton.jit
 def _step_kernel(
-    state, u, dt, A, B, C, D, z, dt_bias, y, dim, b_channels, c_channels,
-    state_0, state_1, state_2, u_0, u_1, dt_0, dt_1, z_0, z_1, B_0, B_1, C_0, C_1,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, COMPUTE: tl.constexpr,
+    state_ptr,  # (B, D, N), updated
+    u_ptr, dt_ptr,  # (B, D)
+    A_ptr,  # (D, N)
+    B_ptr, C_ptr,  # (B, G, N) or (D, N)
+    D_ptr,  # (D,)
+    z_ptr,  # (B, D)
+    dt_bias_ptr,  # (D,)
+    y_ptr,  # (B, D), written
+    dim, B_channels, C_channels,
+    state_strides, u_strides, dt_strides, B_strides, C_strides, z_strides,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr, DT_SOFTPLUS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One step of BLOCK_E channels of one batch row, their states (BLOCK_E, BLOCK_N) included. Grid: B * tiles.
+    """Advance the state of BLOCK_D channels of one sequence by one step, in place, and write y.
 
-    Channel d reads row d // b_channels of B, and d // c_channels of C.
+    Grid: batch x tiles of D. Tiles: inputs (BLOCK_D, 1); B, C and state (BLOCK_D, BLOCK_N). Channel d reads row
+    d // B_channels of B and d // C_channels of C.
     """
-    tiles = tl.cdiv(dim, BLOCK_E)
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    d = (tl.program_id(0) % tiles * BLOCK_E + tl.arange(0, BLOCK_E)[:, None]).to(tl.int64)
+    tiles = tl.cdiv(dim, BLOCK_D)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    d = (tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]).to(tl.int64)
     n = tl.arange(0, BLOCK_N)[None, :]
     mask = d < dim
-    inside = mask & (n < N)
-    delta = load(dt + row * dt_0 + d * dt_1, mask, COMPUTE)
-    if HAS_BIAS:
-        delta += load(dt_bias + d, mask, COMPUTE)
-    if SOFTPLUS:
-        delta = softplus(delta)
-    x = load(u + row * u_0 + d * u_1, mask, COMPUTE)
-    a = load(A + d * N + n, inside, COMPUTE)
-    b = load(B + row * B_0 + d // b_channels * B_1 + n, inside, COMPUTE)
-    c = load(C + row * C_0 + d // c_channels * C_1 + n, inside, COMPUTE)
-    here = state + row * state_0 + d * state_1 + n * state_2
-    h = tl.exp2(delta * (a * LOG2E)) * tl.load(here, inside, other=0.0) + delta * x * b
-    tl.store(here, h, inside)
-    out = tl.sum(c * h, axis=1, keep_dims=True)  # (BLOCK_E, 1)
+    mask_state = mask & (n < N)
+
+    # Load.
+    dt = load_vector(dt_ptr + batch * dt_strides[0] + d * dt_strides[1], mask, COMPUTE)  # (D, 1)
+    if HAS_DT_BIAS:
+        dt += load_vector(dt_bias_ptr + d, mask, COMPUTE)
+    if DT_SOFTPLUS:
+        dt = softplus(dt)
+    u = load_vector(u_ptr + batch * u_strides[0] + d * u_strides[1], mask, COMPUTE)  # (D, 1)
+    a = load_vector(A_ptr + d * N + n, mask_state, COMPUTE)  # (D, N)
+    b = load_vector(B_ptr + batch * B_strides[0] + d // B_channels * B_strides[1] + n, mask_state, COMPUTE)
+    c = load_vector(C_ptr + batch * C_strides[0] + d // C_channels * C_strides[1] + n, mask_state, COMPUTE)
+
+    # Equation 2a of arXiv 2312.00752: h_t = exp(dt A) h_{t-1} + dt B u_t.
+    state_ptrs = state_ptr + batch * state_strides[0] + d * state_strides[1] + n * state_strides[2]
+    h = tl.exp2(dt * (a * LOG2E)) * tl.load(state_ptrs, mask_state, other=0.0) + dt * u * b  # (D, N)
+    tl.store(state_ptrs, h, mask_state)
+
+    # Equation 2b: y_t = C h_t; then skip connection and gate.
+    y = tl.sum(c * h, axis=1, keep_dims=True)  # (D, 1)
     if HAS_D:
-        out += load(D + d, mask, COMPUTE) * x
+        y += load_vector(D_ptr + d, mask, COMPUTE) * u
     if HAS_Z:
-        gate = load(z + row * z_0 + d * z_1, mask, COMPUTE)
-        out *= gate * sigmoid(gate)
-    tl.store(y + row * dim + d, out.to(y.dtype.element_ty), mask)
-
-
-def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    """As `selective_scan_triton_step`: y of one step, having advanced the state."""
-    batch, dim = u.shape
-    n = A.shape[1]
-    A, D, dt_bias = (contiguous(x) for x in (A, D, dt_bias))
-    B, C = with_contiguous_last_dim(B), with_contiguous_last_dim(C)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    block_n = triton.next_power_of_2(n)
-    block_e = max(1, 512 // block_n)  # four elements a thread, one load of 16 bytes of the state
-    rows = (
-        (0, m.stride(0), 1) if m.dim() == 2 else (m.stride(0), m.stride(1), dim // m.shape[1]) for m in (B, C)
-    )  # of batch, of group, and channels in a group
-    (b_batch, b_group, b_channels), (c_batch, c_group, c_channels) = rows
-    if y.numel():
-        with on_device(u):
-            _step_kernel[(batch * triton.cdiv(dim, block_e),)](
-                state, u, dt, A, B, C, D, z, dt_bias, y, dim, b_channels, c_channels,
-                *state.stride(), *u.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()),
-                b_batch, b_group, c_batch, c_group,
-                N=n, BLOCK_N=block_n, BLOCK_E=block_e, HAS_D=D is not None, HAS_Z=z is not None,
-                HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, COMPUTE=compute_type(state.dtype), num_warps=4,
-            )  # fmt: skip
-    return y
+        y *= silu(load_vector(z_ptr + batch * z_strides[0] + d * z_strides[1], mask, COMPUTE))
+    tl.store(y_ptr + batch * dim + d, y.to(y_ptr.dtype.element_ty), mask)

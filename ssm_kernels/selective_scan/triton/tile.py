@@ -1,60 +1,209 @@
-"""Tiles of channels and their states: what the kernels that walk time share.
+"""Tiles of channels and their states, for the kernels that scan time.
 
-A thread owns a channel, or a part of its states, and walks time: there is no parallel scan. The N states of a channel
-are a Triton tuple of K tensors (BLOCK_E, LANES), so that they stay in registers: state lane * K + k of channel e is
+There is no parallel scan: a thread owns a channel, or some of its states, and loops over time. The N states of a
+channel are a Triton tuple of K tensors (BLOCK_E, LANES), which stay in registers: state `lane * K + k` of channel e is
 element [e, lane] of tensor k. A program works on BLOCK_E channels of one group. Programs are numbered along one axis,
-neighbors in number being neighbors in channels, since they read the same B and C.
+and neighbors have neighboring channels, since they read the same B and C.
 
-Decays are powers of two, `exp2(dt A log2(e))`, the exponential that the hardware has. Channels' strides are not
-specialized: where one is known to be 1, the compiler gives each load a layout of its own and converts between them.
+Decays are powers of two, `exp(dt A) = exp2(dt A LOG2E)`, since the hardware computes exp2.
+
+Letters: B batch, L length, G groups, E channels of a group, N states, M segments, S sequences.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import capability
+from ..._triton.device import capability, pack_directions, with_contiguous_last_dim
 from ..._triton.primitives import and_scalar, compute_type, grid_offset, softplus
+from .arguments import ScanArguments
 
-# A thread of the other kernels that walk time: 16 warps a processor, more than most calls give it.
 REGISTERS = 128
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-_STRIDES = [f"{x}_{i}" for x in ("u", "dt", "z", "y", "dy", "du", "ddt", "dz") for i in range(4)]
-_STRIDES += [f"{x}_{i}" for x in "BC" for i in range(3)] + ["scratch_0", "scratch_1"]
+"""Registers of a thread, on NVIDIA, in the kernels that scan once: 16 warps on an SM, more than most calls have."""
 
 
-def jit_unspecialized(kernel):
-    """Compile a kernel whose strides are not specialised."""
-    return triton.jit(kernel, do_not_specialize=[s for s in _STRIDES if s in kernel.__code__.co_varnames])
+def jit_with_opaque_strides(kernel):
+    """Compile a kernel that knows nothing of the values of its parameters `stride_*`.
 
-
-@triton.jit
-def place_program(G, E, BLOCK_E: tl.constexpr, LANES: tl.constexpr):
-    """Piece and group of this program, (BLOCK_E, LANES) channels in the group, and lanes. All int64."""
-    tiles = tl.cdiv(E, BLOCK_E)
-    program = tl.program_id(0)
-    e = program % tiles * BLOCK_E + tl.arange(0, BLOCK_E)[:, None] + tl.zeros((1, LANES), tl.int32)
-    lane = tl.arange(0, LANES)[None, :] + tl.zeros((BLOCK_E, 1), tl.int32)
-    unit = (program // tiles).to(tl.int64)
-    return unit // G, unit % G, e.to(tl.int64), lane
-
-
-@triton.jit
-def near_offset(t0, i: tl.constexpr, end, way):
-    """Where step t0 + i lies, or the last step if that is before; `way`: None, or a direction, the grid's size and height.
-
-    Counted from t0 where there is no direction: a small number, so that a block of steps needs one 64-bit product, `far`.
+    Where a channel stride is known to be 1, the compiler lays each load out on its own and converts between layouts:
+    60 % more shuffles in the backward. Triton specializes members of tuples in any case, so these are parameters.
     """
-    if way is None:
-        near = tl.minimum(i, end - 1 - t0)
+    parameters = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    return triton.jit(kernel, do_not_specialize=[name for name in parameters if name.startswith("stride_")])
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+
+class ScanInputs:
+    """Tensors of one call in the layouts that the kernels read, its sizes, and compile-time options of its kernels."""
+
+    def __init__(self, arguments: ScanArguments):
+        u, B, C = arguments.u, arguments.B, arguments.C
+        self.batch, self.length, self.groups, self.group_channels = u.shape
+        self.dim, self.d_state = arguments.A.shape
+        self.u, self.dt = with_close_steps(u), with_close_steps(arguments.dt)
+        self.z = None if arguments.z is None else with_close_steps(arguments.z)
+        self.A = arguments.A.contiguous()
+        self.B, self.C = _matrix(B), _matrix(C)
+        self.D = None if arguments.D is None else arguments.D.contiguous()
+        self.dt_bias = None if arguments.dt_bias is None else arguments.dt_bias.contiguous()
+        self.initial_states = None if arguments.initial_states is None else arguments.initial_states.contiguous()
+        self.cu_seqlens, self.seq_idx = arguments.cu_seqlens, arguments.seq_idx
+        self.is_packed = self.cu_seqlens is not None or self.seq_idx is not None
+        self.num_state_rows = self.batch if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        self.device = u.device
+        self.state_dtype = torch.promote_types(u.dtype, torch.float32)
+        self.has_directions = bool(arguments.directions)
+        self.sizes = (
+            self.length, arguments.height, pack_directions(arguments.directions), self.groups, self.group_channels
+        )  # fmt: skip
+        """(length, height, directions, num_groups, group_channels), as kernels take them."""
+        self.constants: dict[str, Any] = {
+            "N": self.d_state,
+            "CONSTANT_B": B.dim() == 2,
+            "CONSTANT_C": C.dim() == 2,
+            "HAS_D": arguments.D is not None,
+            "HAS_Z": arguments.z is not None,
+            "HAS_DT_BIAS": arguments.dt_bias is not None,
+            "DT_SOFTPLUS": arguments.dt_softplus,
+            "NUM_DIRECTIONS": len(arguments.directions),
+            "COMPUTE": compute_type(u.dtype),
+        }
+
+    def options(self, tile: dict[str, int]) -> dict[str, Any]:
+        """Compile-time options of a kernel with this tile."""
+        return tile | self.constants | {"B_WORD": _word(self.B, tile), "C_WORD": _word(self.C, tile)}
+
+
+def forward_tile(n: int, device: Any) -> dict[str, int]:
+    """Choose the tile of the kernels that scan once: 64 threads, of at most 16 states each."""
+    return fill_tile(n, 16) | {"num_warps": 1 if capability(device)[0] == "hip" else 2}
+
+
+def fill_tile(n: int, states: int) -> dict[str, int]:
+    """Return a tile of 64 elements of at most `states` states each."""
+    lanes = triton.next_power_of_2(triton.cdiv(n, states))
+    return {"LANES": lanes, "K": triton.cdiv(n, lanes), "BLOCK_E": max(1, 64 // lanes)}
+
+
+def unroll(inputs: ScanInputs) -> int:
+    """Choose how many steps are computed together, so that loads need not wait for stores.
+
+    It divides CHECKPOINT_INTERVAL. Fewer along directions, where the position of each step takes registers, and where
+    NVIDIA's compiler would spill: before Hopper, and on consumer Blackwell.
+    """
+    vendor, version = capability(inputs.device)
+    if inputs.has_directions:
+        return 1
+    return 2 if vendor == "cuda" and not 90 <= int(version) < 120 else 4
+
+
+def strides(x: Tensor | None) -> tuple[int, ...] | None:
+    """Strides of batch, time and group; None for no tensor, or for a matrix that is constant in time."""
+    return None if x is None or x.dim() == 2 else x.stride()[:3]
+
+
+def channel_stride(x: Tensor | None) -> int | None:
+    """Stride of the channels of x (B, L, G, E)."""
+    return None if x is None else x.stride(3)
+
+
+def with_close_steps(x: Tensor) -> Tensor:
+    """Return x (B, L, ...), or a copy where its steps are so far apart that offsets in a block would pass 32 bits."""
+    return x.contiguous() if x.stride(1) >= 1 << 28 else x
+
+
+def _matrix(m: Tensor) -> Tensor:
+    """B or C with a contiguous last dimension."""
+    return m.contiguous() if m.dim() == 2 else with_close_steps(with_contiguous_last_dim(m))
+
+
+def _word(m: Tensor, tile: dict[str, int]) -> int:
+    """Count the values of B or C in one load of 64 bits: 1 unless all loads are aligned to 64 bits."""
+    size = m.element_size()
+    per_word = 8 // size
+    is_filled = tile["K"] % per_word == 0 and tile["K"] * tile["LANES"] == m.shape[-1]
+    is_aligned = m.data_ptr() % 8 == 0 and all(s * size % 8 == 0 for s in m.stride()[:-1])
+    return per_word if m.dim() == 4 and is_filled and is_aligned else 1
+
+
+# --- programs and steps ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def split_program(num_groups, group_channels, BLOCK_E: tl.constexpr, LANES: tl.constexpr):
+    """Locate a program: its segment and group, its channels in the group and their lanes, (BLOCK_E, LANES)."""
+    tiles = tl.cdiv(group_channels, BLOCK_E)
+    program = tl.program_id(0)
+    e = tile_channels(program % tiles, BLOCK_E, LANES)
+    segment_and_group = (program // tiles).to(tl.int64)
+    return segment_and_group // num_groups, segment_and_group % num_groups, e, tile_lanes(BLOCK_E, LANES)
+
+
+@triton.jit
+def tile_channels(tile, BLOCK_E: tl.constexpr, LANES: tl.constexpr):
+    """Channel in the group of each element of a tile, (BLOCK_E, LANES), int64."""
+    return (tile * BLOCK_E + tl.arange(0, BLOCK_E)[:, None] + tl.zeros((1, LANES), tl.int32)).to(tl.int64)
+
+
+@triton.jit
+def tile_lanes(BLOCK_E: tl.constexpr, LANES: tl.constexpr):
+    """Lane of each element of a tile, (BLOCK_E, LANES)."""
+    return tl.arange(0, LANES)[None, :] + tl.zeros((BLOCK_E, 1), tl.int32)
+
+
+@triton.jit
+def base_step(t0, direction):
+    """Position from which `local_step` counts: int64, so that a block of steps needs one 64-bit product."""
+    return tl.cast(t0, tl.int64) if direction is None else 0
+
+
+@triton.jit
+def local_step(t0, i: tl.constexpr, end, direction, length, height):
+    """Position of step t0 + i, or of the last step before `end`, counted from `base_step`.
+
+    In time it is a small number. Along a direction (not None) it is the position in the grid, int64.
+    """
+    if direction is None:
+        local = tl.minimum(i, end - 1 - t0)
     else:
-        near = grid_offset(tl.minimum(t0 + i, end - 1), way[0], way[1], way[2]).to(tl.int64)
-    return near
+        local = grid_offset(tl.minimum(t0 + i, end - 1), direction, length, height).to(tl.int64)
+    return local
+
+
+@triton.jit
+def step_ptr(ptr, base, local, stride):
+    return ptr + base * stride + local * stride
+
+
+@triton.jit
+def load_step(ptr, base, local, stride, mask, COMPUTE: tl.constexpr):
+    """Load one step of each channel, zero outside the mask. ptr (BLOCK_E, LANES)."""
+    return tl.load(step_ptr(ptr, base, local, stride), mask, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def load_dt(ptr, base, local, stride, mask, dt_bias, DT_SOFTPLUS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Load the step size `softplus(dt + dt_bias)`; zero, which leaves the state as it is, outside the mask."""
+    dt = load_step(ptr, base, local, stride, mask, COMPUTE) + dt_bias
+    if DT_SOFTPLUS:
+        dt = softplus(dt)
+    return tl.where(mask, dt, 0.0)
+
+
+@triton.jit
+def load_vector(ptr, mask, COMPUTE: tl.constexpr):
+    """Load D or dt_bias of each channel."""
+    return tl.load(ptr, mask, other=0.0).to(COMPUTE)
+
+
+# --- states: tuples of K tensors (BLOCK_E, LANES) -------------------------------------------------------------------
 
 
 @triton.jit
@@ -66,46 +215,49 @@ def zero_states(BLOCK_E: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, COM
 
 
 @triton.jit
-def load_states(pointer, mask, lane, N: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr):
-    """The states of a channel, times SCALE, as a tuple; zero for those beyond N. pointer (BLOCK_E, LANES)."""
+def load_states(ptr, mask, lane, N: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Load a row of N values of each channel, times SCALE; zero beyond N. ptr (BLOCK_E, LANES): start of the row."""
     values = ()
     for k in tl.static_range(K):
         n = lane * K + k
-        values = values + (tl.load(pointer + n, mask & (n < N), other=0.0).to(COMPUTE) * SCALE,)
+        values = values + (tl.load(ptr + n, mask & (n < N), other=0.0).to(COMPUTE) * SCALE,)
     return values
 
 
 @triton.jit
-def store_states(pointer, values, mask, lane, N: tl.constexpr, K: tl.constexpr):
+def store_states(ptr, values, mask, lane, N: tl.constexpr, K: tl.constexpr):
+    """Store a row of N values of each channel. ptr (BLOCK_E, LANES): start of the row."""
     for k in tl.static_range(K):
         n = lane * K + k
-        tl.store(pointer + n, values[k].to(pointer.dtype.element_ty), mask & (n < N))
+        tl.store(ptr + n, values[k].to(ptr.dtype.element_ty), mask & (n < N))
 
 
 @triton.jit
-def load_matrix(
-    pointer, lanes, inside, N: tl.constexpr, K: tl.constexpr, WORD: tl.constexpr, COMPUTE: tl.constexpr
+def load_row(
+    ptr, base, local, stride, lanes, inside,
+    N: tl.constexpr, K: tl.constexpr, WORD: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """K values (1, LANES) of a row of B or C for all channels, the first at `pointer`; WORD values a load.
+    """Load one step of B or C, K values (1, LANES) for all channels, WORD values in a load.
 
-    Zero where the step is not `inside`: an infinity of the row that stands for it would meet a step size of zero.
+    Zero where the step is not `inside`: an infinity of the step that stands for it would meet a step size of zero.
     """
+    row_ptr = step_ptr(ptr, base, local, stride)  # (1, LANES)
     values = ()
     if WORD == 1:
         for k in tl.static_range(K):
-            values = values + (tl.load(pointer + k, and_scalar(lanes * K + k < N, inside), other=0.0).to(COMPUTE),)
+            values = values + (tl.load(row_ptr + k, and_scalar(lanes * K + k < N, inside), other=0.0).to(COMPUTE),)
     else:
-        words = pointer.to(tl.pointer_type(tl.int64), bitcast=True)
+        word_ptr = row_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
         for i in tl.static_range(K // WORD):
-            word = tl.load(words + i, and_scalar(lanes >= 0, inside), other=0)
+            word = tl.load(word_ptr + i, and_scalar(lanes >= 0, inside), other=0)
             for j in tl.static_range(WORD):
-                values = values + (_unpack(word, j, WORD, pointer.dtype.element_ty).to(COMPUTE),)
+                values = values + (_unpack(word, j, WORD, row_ptr.dtype.element_ty).to(COMPUTE),)
     return values
 
 
 @triton.jit
 def _unpack(word, j: tl.constexpr, WORD: tl.constexpr, dtype: tl.constexpr):
-    """Value j of the WORD values in a 64-bit word."""
+    """Return value j of the WORD values in a 64-bit word."""
     half = (word >> (64 // WORD * j // 32 * 32)).to(tl.int32)
     if WORD == 2:
         value = half.to(dtype, bitcast=True)
@@ -117,101 +269,27 @@ def _unpack(word, j: tl.constexpr, WORD: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def load(pointer, mask, COMPUTE: tl.constexpr):
-    return tl.load(pointer, mask, other=0.0).to(COMPUTE)
-
-
-@triton.jit
-def load_delta(pointer, mask, bias, SOFTPLUS: tl.constexpr, COMPUTE: tl.constexpr):
-    """The step size; zero, which leaves the state as it is, outside of the mask."""
-    delta = load(pointer, mask, COMPUTE) + bias
-    if SOFTPLUS:
-        delta = softplus(delta)
-    return tl.where(mask, delta, 0.0)
-
-
-@triton.jit
-def advance(h, a, b, delta, dx, K: tl.constexpr):
-    """The states after a step."""
+def advance_states(h, a, b, dt, dtu, K: tl.constexpr):
+    """Return the states after a step: `exp(dt A) h + dt u B` (equation 2a), with a = A LOG2E and dtu = dt u."""
     after = ()
     for k in tl.static_range(K):
-        after = after + (tl.exp2(delta * a[k]) * h[k] + dx * b[k],)
+        after = after + (tl.exp2(dt * a[k]) * h[k] + dtu * b[k],)
     return after
 
 
 @triton.jit
-def dot(x, y, K: tl.constexpr):
-    total = x[0] * y[0]
-    for k in tl.static_range(1, K):
-        total += x[k] * y[k]
+def add_scaled(x, scale, y, K: tl.constexpr):
+    """Return `x + scale * y` of states."""
+    total = ()
+    for k in tl.static_range(K):
+        total = total + (x[k] + scale * y[k],)
     return total
 
 
 @triton.jit
-def sum_over_lanes(x, LANES: tl.constexpr):
-    """(BLOCK_E, LANES) -> sums over the lanes (BLOCK_E, 1)."""
-    if LANES == 1:
-        return x
-    else:
-        return tl.sum(x, axis=1, keep_dims=True)
-
-
-def compile_options(tile, u, dt_softplus, A, B, C, D, z, dt_bias, directions) -> dict[str, object]:
-    """What the kernels that walk time are compiled for."""
-    return tile | {
-        "N": A.shape[1],
-        "B_WORD": _word(B, tile),
-        "C_WORD": _word(C, tile),
-        "CONSTANT_B": B.dim() == 2,
-        "CONSTANT_C": C.dim() == 2,
-        "HAS_D": D is not None,
-        "HAS_Z": z is not None,
-        "HAS_BIAS": dt_bias is not None,
-        "SOFTPLUS": dt_softplus,
-        "ROUTED": bool(directions),
-        "COMPUTE": compute_type(u.dtype),
-    }
-
-
-def unroll(directions, device: torch.device) -> int:
-    """Steps that are computed together, so that loads need not wait for stores; it divides CHECKPOINT_INTERVAL.
-
-    Fewer on a direction, where each step's place takes registers, and where NVIDIA's compiler would spill: before Hopper,
-    and on consumer Blackwell.
-    """
-    vendor, version = capability(device)
-    return 1 if directions else 2 if vendor == "cuda" and not 90 <= version < 120 else 4
-
-
-def forward_tile(n: int, device: torch.device) -> dict[str, int]:
-    """For the forward: 64 threads, of at most 16 states each."""
-    return fill_tile(n, 16) | {"num_warps": 1 if capability(device)[0] == "hip" else 2}
-
-
-def fill_tile(n: int, states: int) -> dict[str, int]:
-    """A tile of 64 elements of `states` states."""
-    lanes = triton.next_power_of_2(triton.cdiv(n, states))
-    return {"LANES": lanes, "K": triton.cdiv(n, lanes), "BLOCK_E": max(1, 64 // lanes)}
-
-
-def _word(matrix: Tensor, tile: dict[str, int]) -> int:
-    """How many values of B or C one load of 64 bits takes: one by one unless all loads lie at multiples of it."""
-    size = matrix.element_size()
-    per_word = 8 // size
-    is_whole = tile["K"] % per_word == 0 and tile["K"] * tile["LANES"] == matrix.shape[-1]
-    is_aligned = matrix.data_ptr() % 8 == 0 and all(s * size % 8 == 0 for s in matrix.stride()[:-1])
-    return per_word if matrix.dim() == 4 and is_whole and is_aligned else 1
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def with_near_steps(x: Tensor | None) -> Tensor | None:
-    """The tensor itself unless its steps are so far apart that offsets within a block of them pass 32 bits."""
-    return x.contiguous() if x is not None and x.dim() == 4 and x.stride(1) >= 1 << 28 else x
-
-
-def strides_of(x: Tensor | None, count: int) -> tuple[int, ...]:
-    """The first strides of a tensor; zeros where it is None or constant in time."""
-    return (0,) * count if x is None or x.dim() == 2 else x.stride()[:count]
+def dot_states(x, y, K: tl.constexpr, LANES: tl.constexpr):
+    """Return the product over all states of each channel, (BLOCK_E, LANES or 1)."""
+    total = x[0] * y[0]
+    for k in tl.static_range(1, K):
+        total += x[k] * y[k]
+    return total if LANES == 1 else tl.sum(total, axis=1, keep_dims=True)
