@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
+from tests.makers import save_images
+from tests.train.makers import qa_record, tiny_vlm
 from vlmamba import cli
 from vlmamba.model import VLM, GenerationConfig, Tokenizer, Turn, collate
 from vlmamba.model.image import open_image
@@ -29,7 +30,7 @@ from vlmamba.train.demo import results_table
 from vlmamba.train.errors import BrokenDataError, ChangedDataError
 from vlmamba.train.evaluate import answer_all
 from vlmamba.train.loop import train_stage
-from vlmamba.train.recipes import FAMILIES, tiny_config
+from vlmamba.train.recipes import FAMILIES, Family, tiny_config
 from vlmamba.train.records import Record, read_llava, write_llava
 from vlmamba.train.samples import Conversations
 from vlmamba.train.sources import open_source, read_image
@@ -37,13 +38,12 @@ from vlmamba.train.sources import open_source, read_image
 
 @pytest.fixture
 def images(tmp_path):
-    for name in ("red", "blue"):
-        Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
+    save_images(tmp_path, ("red", "blue"), (64, 64))
     return tmp_path
 
 
 def records(folder: Path) -> list[Record]:
-    return [Record((Turn("user", "color?"), Turn("assistant", c)), folder / f"{c}.png") for c in ("red", "blue")]
+    return [qa_record("color?", c, folder / f"{c}.png") for c in ("red", "blue")]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -59,7 +59,7 @@ def test_llava_records_are_read(images, suffix):
     first, second = read_llava(path)
     assert first.image == images / "red.png"
     assert [t.role for t in first.turns] == ["user", "assistant", "user", "assistant"]
-    assert second == Record((Turn("user", "hello"), Turn("assistant", "hi")))
+    assert second == qa_record("hello", "hi")
 
 
 def test_written_records_come_back(images):
@@ -201,8 +201,8 @@ def test_annotations_that_change_under_the_training_are_noticed(images):
         found[0]
 
 
-def new_model(family: str = "vl-mamba") -> VLM:
-    return VLM(tiny_config(family, TOKENIZER.vocab_size), TOKENIZER)
+def new_model(family: Family = "vl-mamba") -> VLM:
+    return tiny_vlm(family, TOKENIZER)
 
 
 def archive(folder: Path, kind: str) -> Path:
@@ -226,7 +226,7 @@ def test_images_in_an_archive_are_those_of_the_folder(images, kind):
     path = archive(images, kind)
     (images / "d.jsonl").write_text(GOOD + "\n" + GOOD.replace("red.png", "sub/blue.png"))
     packed = pickle.loads(pickle.dumps(read_llava(images / "d.jsonl", path)))
-    model = VLM(tiny_config("vl-mamba", TOKENIZER.vocab_size), TOKENIZER)
+    model = new_model()
     for record, name in zip(packed, ("red", "blue"), strict=True):
         assert list(read_image(record.image).getcolors()) == list(open_image(images / f"{name}.png").getcolors())
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -305,7 +305,7 @@ def test_webdataset_shards_are_records_and_images(images):
 
 
 def test_text_beyond_the_context_is_cut_away_and_an_answer_beyond_it_is_broken(images):
-    model = VLM(tiny_config("vl-mamba", TOKENIZER.vocab_size), TOKENIZER)
+    model = new_model()
     whole = Conversations(records(images), model)[0]
     n_text = len(whole.input_ids) - model.image_tokens
     n_answer = sum(label != IGNORE for label in whole.labels)
@@ -365,7 +365,7 @@ def test_attributes_agree_with_every_question():
 
 
 def test_scores_by_category():
-    asked = [Record((Turn("user", ""), Turn("assistant", a))) for a in ("yes", "no", "red", "circle")]
+    asked = [qa_record("", a) for a in ("yes", "no", "red", "circle")]
     assert easy_vqa.scores(asked, ["yes", "yes", "red", "square"]) == {
         "overall": 0.5, "yes/no": 0.5, "colour": 1.0, "shape": 0.0,
     }  # fmt: skip
@@ -378,7 +378,7 @@ TOKENIZER = Tokenizer.train(["color?", "red", "blue"], 280)
 def test_a_model_learns_to_tell_two_images_apart(family, images, tmp_path):
     """The two stages of the demo on two images, then free generation."""
     torch.manual_seed(0)
-    model = VLM(tiny_config(family, TOKENIZER.vocab_size), TOKENIZER)
+    model = new_model(family)
     data = Conversations(records(images), model, keep_images=True)
     align = StageConfig("align", ("connector",), lr=5e-3, epochs=10, batch_size=4, warmup_ratio=0)
     finetune = StageConfig(
@@ -395,7 +395,7 @@ def test_a_model_learns_to_tell_two_images_apart(family, images, tmp_path):
 
 
 def test_a_damaged_image_in_a_set_is_named(images):
-    model = VLM(tiny_config("vl-mamba", TOKENIZER.vocab_size), TOKENIZER)
+    model = new_model()
     (images / "blue.png").write_bytes((images / "blue.png").read_bytes()[:50])
     with pytest.raises(ValueError, match="blue.png"):
         Conversations(records(images), model)[1]
@@ -423,7 +423,7 @@ def test_ablation_covers_connectors_and_scans():
 
 @pytest.fixture
 def saved(images):
-    model = VLM(tiny_config("ml-mamba", TOKENIZER.vocab_size), TOKENIZER)
+    model = new_model("ml-mamba")
     model.save_pretrained(images / "model")
     return images / "model"
 
@@ -596,7 +596,7 @@ def test_a_long_text_is_cut_before_it_is_tokenised_with_the_same_tokens(images):
 
 
 def test_text_that_no_tokenizer_takes_is_a_broken_sample():
-    made = Conversations([Record((Turn("user", "\ud83d"), Turn("assistant", "a")))], new_model())
+    made = Conversations([qa_record("\ud83d", "a")], new_model())
     with pytest.raises(ValueError, match=r"record 0: the text cannot be tokenized: .*ud83d"):
         made[0]
 

@@ -7,10 +7,10 @@ import torch
 
 from ssm_kernels import use_backend
 from ssm_kernels.testing import is_interpreted
-from vlmamba.model import VLM, Tokenizer
+from tests.train.makers import tiny_vlm, tokenizer_of
 from vlmamba.model.batch import collate
 from vlmamba.train import easy_vqa
-from vlmamba.train.recipes import FAMILIES, tiny_config
+from vlmamba.train.recipes import FAMILIES
 from vlmamba.train.samples import Conversations
 
 pytestmark = [
@@ -22,9 +22,9 @@ pytestmark = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_the_demo_has_the_gradients_of_the_torch_path(family):
     questions = easy_vqa.load("train")[:40]
-    tokenizer = Tokenizer.train([t.text for r in questions for t in r.turns], vocab_size=300)
+    tokenizer = tokenizer_of(questions, 300)
     torch.manual_seed(0)
-    model = VLM(tiny_config(family, tokenizer.vocab_size), tokenizer)
+    model = tiny_vlm(family, tokenizer)
     samples = Conversations(easy_vqa.conversations(questions, 2), model)
     batch = collate([samples[0], samples[1]])  # two conversations about images, packed
 

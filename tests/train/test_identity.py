@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from vlmamba.model import VLM, Tokenizer
+from tests.train.makers import tiny_vlm
+from vlmamba.model import Tokenizer
 from vlmamba.model.prompt import get_template
 from vlmamba.train.config import RESUME_FREE, LoraConfig, StageConfig
 from vlmamba.train.identity import differences, fingerprint, run_identity, weights_hash
-from vlmamba.train.recipes import tiny_config
 
 STAGE = StageConfig("test", ("",), lr=0.01)
 CHANGES = {
@@ -97,7 +97,7 @@ def test_the_hash_of_weights_sees_every_bit_name_and_dtype(dtype):
 def test_the_template_of_a_model_is_part_of_it():
     tokenizer = Tokenizer.train(["a question", "an answer"], vocab_size=280)
     torch.manual_seed(0)
-    model = VLM(tiny_config("vl-mamba", 280), tokenizer)
+    model = tiny_vlm("vl-mamba", tokenizer)
     first = run_identity(model, STAGE, Items())
     model.template = get_template("caption")
     (found,) = differences(first, run_identity(model, STAGE, Items())).items()

@@ -16,14 +16,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 
-from vlmamba.model import VLM, Tokenizer, Turn
+from tests.makers import save_images
+from tests.train.makers import tiny_vlm
+from vlmamba.model import Tokenizer, Turn
 from vlmamba.model.prompt import TEMPLATES
 from vlmamba.train.config import StageConfig
 from vlmamba.train.errors import BrokenDataError, ChangedDataError, DataError, WorkerDiedError
 from vlmamba.train.loader import Loader
-from vlmamba.train.recipes import tiny_config
 from vlmamba.train.sampler import samples_of_step
 
 STAGE = StageConfig("test", ("",), lr=0.01, batch_size=12, micro_batch_size=5, seed=3)
@@ -260,13 +260,13 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_workers_that_are_not_forked_prepare_the_same(tmp_path, method):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    (image,) = save_images(tmp_path, ["red"])
     turns = [{"from": "human", "value": "<image>\nred"}, {"from": "gpt", "value": "blue"}]
-    (tmp_path / "d.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 5))
+    (tmp_path / "d.json").write_text(json.dumps([{"image": image.name, "conversations": turns}] * 5))
     (tmp_path / "0.json").write_text(json.dumps({"conversations": turns}))
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         tar.add(tmp_path / "0.json", "0.json")
-        tar.add(tmp_path / "a.png", "0.png")
+        tar.add(image, "0.png")
     (tmp_path / "run.py").write_text(STARTED)
     template = {"spawn": "caption", "forkserver": "qa", "fork": "zephyr"}[method]
     run = subprocess.run(
@@ -278,7 +278,7 @@ def test_workers_that_are_not_forked_prepare_the_same(tmp_path, method):
 def test_what_a_worker_is_given_can_be_pickled():
     tokenizer = Tokenizer.train(["red blue"], 280)
     for template in TEMPLATES.values():
-        model = VLM(tiny_config("ml-mamba", tokenizer.vocab_size), tokenizer)
+        model = tiny_vlm("ml-mamba", tokenizer)
         model.template = template
         again = pickle.loads(pickle.dumps(model))
         turns = [Turn("user", "red"), Turn("assistant", "blue")]

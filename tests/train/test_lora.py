@@ -8,29 +8,28 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.train.makers import qa_record, tokenizer_of
 from vlmamba.connectors import ConnectorConfig
-from vlmamba.model import VLM, Tokenizer
+from vlmamba.model import VLM
 from vlmamba.model.batch import collate
 from vlmamba.model.config import LMConfig, VLMConfig
-from vlmamba.model.prompt import Turn
 from vlmamba.train.config import StageConfig
 from vlmamba.train.loop import train_stage
 from vlmamba.train.lora import LoraConfig, LoraLinear, add_lora, merge_lora
 from vlmamba.train.optim import freeze_all_but
 from vlmamba.train.recipes import TINY_VISION
-from vlmamba.train.records import Record
 from vlmamba.train.samples import Conversations
 from vlmamba.train.track import read_metrics
 
 ALL = {"mamba": ("in_proj", "x_proj", "dt_proj", "out_proj"), "mamba2": ("in_proj", "out_proj")}
-RECORDS = [Record((Turn("user", f"what is {i}"), Turn("assistant", f"it is {i}"))) for i in range(8)]
+RECORDS = [qa_record(f"what is {i}", f"it is {i}") for i in range(8)]
 STAGE = StageConfig("finetune", ("connector", "language_model"), lr=0.02, epochs=6, batch_size=4, save_every=2)
 
 
 @pytest.fixture(params=ALL)
 def model(request) -> VLM:
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train([t.text for r in RECORDS for t in r.turns], vocab_size=280)
+    tokenizer = tokenizer_of(RECORDS)
     language = LMConfig(32, 2, tokenizer.vocab_size, request.param, d_state=8, headdim=16, chunk_size=16)
     return VLM(VLMConfig(language, (TINY_VISION,), ConnectorConfig("mlp"), template="qa"), tokenizer)
 

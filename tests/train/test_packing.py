@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmamba.model import VLM, Tokenizer, Turn, collate
-from vlmamba.train.recipes import FAMILIES, tiny_config
+from tests.train.makers import tiny_vlm
+from vlmamba.model import Tokenizer, Turn, collate
+from vlmamba.train.recipes import FAMILIES
 from vlmamba.train.records import Record
 from vlmamba.train.samples import Conversations
 
@@ -39,7 +40,7 @@ def gradients(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_samples_have_the_loss_and_gradients_of_samples_alone(family, records):
     torch.manual_seed(0)
-    model = VLM(tiny_config(family, TOKENIZER.vocab_size), TOKENIZER).double()
+    model = tiny_vlm(family, TOKENIZER).double()
     data = Conversations(records, model)
     samples = [data[i] for i in range(len(data))]
     samples = [type(s)(s.input_ids, s.labels, tuple(i.double() for i in s.images)) for s in samples]
@@ -73,7 +74,7 @@ def test_packed_samples_have_the_loss_and_gradients_of_samples_alone(family, rec
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_order_of_packing_does_not_matter_and_nothing_crosses_a_bound(family, records):
     torch.manual_seed(0)
-    model = VLM(tiny_config(family, TOKENIZER.vocab_size), TOKENIZER)
+    model = tiny_vlm(family, TOKENIZER)
     data = Conversations(records, model)
     losses = [model(collate([data[i] for i in order])).loss.item() for order in ([0, 1, 2, 3, 4], [3, 4, 1, 0, 2])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

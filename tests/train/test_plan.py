@@ -12,17 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlmamba.model import VLM, Tokenizer
+from tests.train.makers import qa_record, tiny_vlm, tokenizer_of
+from vlmamba.model import VLM
 from vlmamba.model.batch import collate
 from vlmamba.model.config import LMConfig
 from vlmamba.model.lm import MambaLM
 from vlmamba.model.presets import PRESETS
-from vlmamba.model.prompt import Turn
 from vlmamba.train import plan
 from vlmamba.train.lora import LoraConfig
 from vlmamba.train.plan import SampleSize, disk_problem, make_plan, measure
 from vlmamba.train.recipes import ML_MAMBA, SMALL, VL_MAMBA, tiny_config
-from vlmamba.train.records import Record
 from vlmamba.train.samples import Conversations
 
 SIZE = SampleSize(256, tokens=800, targets=100, images=0.9)
@@ -107,15 +106,12 @@ def test_the_layers_memory_is_what_they_keep(layer, bf16):
     assert plan._layer_bytes(config, 2 if bf16 else 4) == pytest.approx(a_token, rel=0.15)
 
 
-RECORDS = [
-    Record((Turn("user", f"what is {i} and {i}"), Turn("assistant", "a number " * (i % 3 + 1)))) for i in range(40)
-]
+RECORDS = [qa_record(f"what is {i} and {i}", "a number " * (i % 3 + 1)) for i in range(40)]
 
 
 @pytest.fixture
 def tiny() -> VLM:
-    tokenizer = Tokenizer.train([t.text for r in RECORDS for t in r.turns], vocab_size=280)
-    return VLM(tiny_config("ml-mamba", tokenizer.vocab_size), tokenizer)
+    return tiny_vlm("ml-mamba", tokenizer_of(RECORDS))
 
 
 def test_samples_are_counted_exactly_where_all_are_seen(tiny):

@@ -14,19 +14,19 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from PIL import Image
 
+from tests.makers import save_images
+from tests.train.makers import qa_record, tiny_vlm
 from vlmamba import cli
 from vlmamba.commands import train_stages
 from vlmamba.commands.train import StageOptions, Train
 from vlmamba.model import VLM, MambaLM, Tokenizer
 from vlmamba.model.config import LMConfig
-from vlmamba.model.prompt import Turn
 from vlmamba.train import loop
 from vlmamba.train.config import StageConfig
 from vlmamba.train.lock import only_run_in
 from vlmamba.train.recipes import recipe_named, tiny_config
-from vlmamba.train.records import Record, write_llava
+from vlmamba.train.records import write_llava
 from vlmamba.train.track import read_metrics
 
 COLOURS = ("red", "blue", "green", "black")
@@ -43,12 +43,8 @@ def data(tmp_path):
     """24 questions in data/train.json about the images in data/images."""
     images = tmp_path / "data" / "images"
     images.mkdir(parents=True)
-    for colour in COLOURS:
-        Image.new("RGB", (60, 50), colour).save(images / f"{colour}.png")
-    records = [
-        Record((Turn("user", "what color is it"), Turn("assistant", f"it is {c}")), images / f"{c}.png")
-        for c in COLOURS * 6
-    ]
+    save_images(images, COLOURS, (60, 50))
+    records = [qa_record("what color is it", f"it is {c}", images / f"{c}.png") for c in COLOURS * 6]
     write_llava(records, tmp_path / "data" / "train.json", images)
     return tmp_path / "data"
 
@@ -57,7 +53,7 @@ def data(tmp_path):
 def model(tmp_path):
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["what color is it", *(f"it is {c}" for c in COLOURS)], vocab_size=290)
-    VLM(tiny_config("vl-mamba", tokenizer.vocab_size), tokenizer).save_pretrained(tmp_path / "model")
+    tiny_vlm("vl-mamba", tokenizer).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -142,7 +138,7 @@ def test_a_dry_run_finds_what_would_stop_a_run(model, data, monkeypatch):
     arguments = (model, data / "train.json", "--images", data / "images", "--dry-run")
     (data / "images" / "red.png").write_bytes(b"no image")
     assert "red.png" in fails(*arguments)
-    Image.new("RGB", (60, 50), "red").save(data / "images" / "red.png")
+    save_images(data / "images", ["red"], (60, 50))
     config = json.loads((model / "config.json").read_text())
     config["language"]["d_model"] = 72
     (model / "config.json").write_text(json.dumps(config))
