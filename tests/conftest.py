@@ -11,6 +11,7 @@ import pytest
 import torch
 from packaging.version import Version
 
+from ssm_kernels import use_backend
 from ssm_kernels.testing import is_interpreted
 
 # The interpreter takes seconds for what the other backends do in milliseconds.
@@ -51,6 +52,20 @@ def skip_ignored_norm_groups() -> Callable[[Any], None]:
 def backend() -> str:
     """The implementation that the tests of the ops hold against the reference."""
     return "triton" if is_interpreted() else "torch"
+
+
+@pytest.fixture
+def default_backend(backend: str) -> Iterator[None]:
+    """Make the implementation under test the one that ops choose by `auto`."""
+    with use_backend(backend):
+        yield
+
+
+@pytest.fixture(params=["under test", "reference"])
+def default_or_reference(request: pytest.FixtureRequest, backend: str) -> Iterator[None]:
+    """Run a test twice: on the implementation under test, and on the reference."""
+    with use_backend(backend if request.param == "under test" else "reference"):
+        yield
 
 
 @pytest.fixture(scope="module", params=["triton"] if is_interpreted() else ["torch", "numba"])

@@ -6,16 +6,11 @@ import pytest
 import torch
 import transformers
 
-from tests.model.originals import random_original, with_weights_of
+from tests.model.originals import config_pair, random_original, with_weights_of
 from vlmamba.model import LMConfig, MambaLM
 
 CONFIGS = {
-    "mamba": (
-        LMConfig(32, 3, 101, "mamba", d_state=8),
-        transformers.MambaConfig(
-            vocab_size=104, hidden_size=32, state_size=8, num_hidden_layers=3, use_mambapy=False, pad_token_id=0
-        ),
-    ),
+    "mamba": config_pair("mamba", 3),
     "falcon": (
         LMConfig(32, 2, 101, "mamba", d_state=8, dt_rank=3, bias=True, conv_bias=False, dt_bc_norm_eps=1e-2),
         transformers.FalconMambaConfig(
@@ -23,13 +18,7 @@ CONFIGS = {
             use_conv_bias=False, mixer_rms_eps=1e-2, pad_token_id=0,
         ),
     ),
-    "mamba2": (
-        LMConfig(32, 3, 101, "mamba2", d_state=16, headdim=16, ngroups=2, chunk_size=8),
-        transformers.Mamba2Config(
-            vocab_size=104, hidden_size=32, state_size=16, head_dim=16, num_heads=4, n_groups=2, num_hidden_layers=3,
-            chunk_size=8, tie_word_embeddings=True, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-        ),
-    ),
+    "mamba2": config_pair("mamba2", 3, ngroups=2),
 }  # fmt: skip
 
 

@@ -7,29 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
 from tests.makers import BLUE, RED, VISION, language_config, shape_tokenizer, sharpened_vlm
-from tests.model.originals import random_original, with_weights_of
+from tests.model.originals import config_pair, random_original, with_weights_of
 from vlmamba.connectors import ConnectorConfig
-from vlmamba.model import LMConfig, Turn, VLMConfig, collate
+from vlmamba.model import Turn, VLMConfig, collate
 from vlmamba.model.score import Score, pick, score
 
-CONFIGS = {
-    "mamba": (
-        LMConfig(32, 2, 101, "mamba", d_state=8),
-        transformers.MambaConfig(
-            vocab_size=104, hidden_size=32, state_size=8, num_hidden_layers=2, use_mambapy=False, pad_token_id=0
-        ),
-    ),
-    "mamba2": (
-        LMConfig(32, 2, 101, "mamba2", d_state=16, headdim=16, chunk_size=8),
-        transformers.Mamba2Config(
-            vocab_size=104, hidden_size=32, state_size=16, head_dim=16, num_heads=4, n_groups=1, num_hidden_layers=2,
-            chunk_size=8, tie_word_embeddings=True, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-        ),
-    ),
-}  # fmt: skip
+CONFIGS = {layer: config_pair(layer, 2) for layer in ("mamba", "mamba2")}
 
 
 @pytest.fixture(params=CONFIGS)

@@ -19,18 +19,11 @@ from ssm_kernels import (
     selective_scan_step,
     ssd,
     ssd_step,
-    use_backend,
 )
 from ssm_kernels.testing import assert_agrees
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("default_backend")]
 SIZES = [2, 3]
-
-
-@pytest.fixture(autouse=True)
-def default_backend(backend):
-    with use_backend(backend):
-        yield
 
 
 def draw(*sizes: int) -> Tensor:

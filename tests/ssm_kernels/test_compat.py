@@ -11,19 +11,11 @@ import torch.nn.functional as F
 
 from ssm_kernels import use_backend
 from ssm_kernels.compat import mamba_ssm as compat
+from tests.ssm_kernels.makers import leaf, negative_leaf
 
 BATCH, LENGTH, DIM, STATE, WIDTH = 2, 7, 6, 3, 4
 HEADS, HEADDIM, GROUPS = 4, 3, 2
 SEQ_IDX = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 2]])
-
-
-def randn(*shape, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed * 1000 + math.prod(shape))
-    return (scale * torch.randn(shape, dtype=torch.float64, generator=generator)).requires_grad_()
-
-
-def negative(*shape, seed=0):
-    return (-randn(*shape, seed=seed).detach().exp()).requires_grad_()
 
 
 def assert_same(got, want, *inputs):
@@ -100,8 +92,8 @@ def begins(seq_idx):
 @pytest.mark.parametrize("activation", [None, "silu", "swish"])
 @pytest.mark.parametrize("case", ["plain", "states", "given", "packed"])
 def test_causal_conv1d_fn(activation, case):
-    x, weight, bias = randn(BATCH, DIM, LENGTH), randn(DIM, WIDTH), randn(DIM)
-    before = randn(BATCH, DIM, WIDTH - 1) if case in ("states", "given") else None
+    x, weight, bias = leaf(BATCH, DIM, LENGTH), leaf(DIM, WIDTH), leaf(DIM)
+    before = leaf(BATCH, DIM, WIDTH - 1) if case in ("states", "given") else None
     options = {"seq_idx": SEQ_IDX} if case == "packed" else {}
     want, final = convolution(x, weight, bias, activation is not None, before, **options)
     if case in ("states", "given"):
@@ -117,7 +109,7 @@ def test_causal_conv1d_fn(activation, case):
 
 def test_causal_conv1d_fn_gives_zero_where_seq_idx_is_negative():
     seq_idx = torch.tensor([[0, 0, 1, 1, 1, -1, -1]]).repeat(BATCH, 1)
-    y = compat.causal_conv1d_fn(randn(BATCH, DIM, LENGTH), randn(DIM, WIDTH), randn(DIM), seq_idx)
+    y = compat.causal_conv1d_fn(leaf(BATCH, DIM, LENGTH), leaf(DIM, WIDTH), leaf(DIM), seq_idx)
     assert not y[..., 5:].any() and y[..., :5].all()
 
 
@@ -126,8 +118,8 @@ def test_causal_conv1d_fn_gives_zero_where_seq_idx_is_negative():
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_causal_conv1d_update_continues_the_convolution(steps, size, ring, indexed):
-    weight, bias = randn(DIM, WIDTH).detach(), randn(DIM).detach()
-    x = randn(BATCH, DIM, 12).detach()
+    weight, bias = leaf(DIM, WIDTH).detach(), leaf(DIM).detach()
+    x = leaf(BATCH, DIM, 12).detach()
     want = convolution(x, weight, bias)[0]
     rows = torch.tensor([3, 1]) if indexed else None
     state = torch.full((5 if indexed else BATCH, DIM, size), torch.nan, dtype=torch.float64)
@@ -149,10 +141,10 @@ def test_causal_conv1d_update_continues_the_convolution(steps, size, ring, index
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("softplus", [False, True])
 def test_selective_scan_fn(kind, full, softplus):
-    u, delta, A = randn(BATCH, DIM, LENGTH), randn(BATCH, DIM, LENGTH, seed=1, scale=0.3), negative(DIM, STATE)
+    u, delta, A = leaf(BATCH, DIM, LENGTH), leaf(BATCH, DIM, LENGTH, seed=1, scale=0.3), negative_leaf(DIM, STATE)
     shape = {"constant": (DIM, STATE), "shared": (BATCH, STATE, LENGTH), "groups": (BATCH, 2, STATE, LENGTH)}[kind]
-    B, C = randn(*shape, seed=2), randn(*shape, seed=3)
-    D, z, bias = (randn(DIM), randn(BATCH, DIM, LENGTH, seed=4), randn(DIM, seed=5)) if full else (None, None, None)
+    B, C = leaf(*shape, seed=2), leaf(*shape, seed=3)
+    D, z, bias = (leaf(DIM), leaf(BATCH, DIM, LENGTH, seed=4), leaf(DIM, seed=5)) if full else (None, None, None)
 
     def each(m):
         if kind == "constant":
@@ -171,17 +163,17 @@ def test_selective_scan_fn(kind, full, softplus):
 @pytest.mark.parametrize("case", ["computed", "constant", "biases", "norms"])
 def test_mamba_inner_fn(level, case):
     rank, width = 2, 5
-    xz, conv, conv_bias = randn(BATCH, 2 * DIM, LENGTH), randn(DIM, 1, WIDTH), randn(DIM)
-    x_proj, dt_proj = randn(rank + 2 * STATE, DIM, scale=0.5), randn(DIM, rank)
-    out, out_bias = randn(width, DIM), randn(width)
-    A, D, dt_bias = negative(DIM, STATE), randn(DIM, seed=6), randn(DIM, seed=7)
-    B, C = (randn(DIM, STATE, seed=8), randn(DIM, STATE, seed=9)) if case == "constant" else (None, None)
+    xz, conv, conv_bias = leaf(BATCH, 2 * DIM, LENGTH), leaf(DIM, 1, WIDTH), leaf(DIM)
+    x_proj, dt_proj = leaf(rank + 2 * STATE, DIM, scale=0.5), leaf(DIM, rank)
+    out, out_bias = leaf(width, DIM), leaf(width)
+    A, D, dt_bias = negative_leaf(DIM, STATE), leaf(DIM, seed=6), leaf(DIM, seed=7)
+    B, C = (leaf(DIM, STATE, seed=8), leaf(DIM, STATE, seed=9)) if case == "constant" else (None, None)
     options = {}
     if case == "biases":
-        options = {"B_proj_bias": randn(STATE, seed=10), "C_proj_bias": randn(STATE, seed=11)}
+        options = {"B_proj_bias": leaf(STATE, seed=10), "C_proj_bias": leaf(STATE, seed=11)}
     if case == "norms":
         weights = {"b_rms_weight": STATE, "c_rms_weight": STATE, "dt_rms_weight": DIM}
-        options = {name: randn(n, seed=i) for i, (name, n) in enumerate(weights.items())}
+        options = {name: leaf(n, seed=i) for i, (name, n) in enumerate(weights.items())}
 
     x = convolution(xz[:, :DIM], conv[:, 0], conv_bias)[0].transpose(1, 2)
     dt, *matrices = (x @ x_proj.T).split([rank, STATE, STATE], -1)
@@ -210,15 +202,15 @@ def test_selective_state_update(heads, full, indexed, dtype):
     groups = 1 if heads == "no" else GROUPS
     each = (DIM,) if heads == "no" else (HEADS, HEADDIM)
     with torch.no_grad():
-        state, x = randn(BATCH, *each, STATE), randn(BATCH, *each, seed=1)
+        state, x = leaf(BATCH, *each, STATE), leaf(BATCH, *each, seed=1)
         if heads == "tied":
-            A = negative(HEADS)[:, None, None].expand(*each, STATE)
-            dt, bias = (randn(*s, seed=2)[..., None].expand(*s, HEADDIM) for s in ((BATCH, HEADS), (HEADS,)))
+            A = negative_leaf(HEADS)[:, None, None].expand(*each, STATE)
+            dt, bias = (leaf(*s, seed=2)[..., None].expand(*s, HEADDIM) for s in ((BATCH, HEADS), (HEADS,)))
         else:
-            A, dt, bias = negative(*each, STATE), randn(BATCH, *each, seed=2), randn(*each, seed=3)
+            A, dt, bias = negative_leaf(*each, STATE), leaf(BATCH, *each, seed=2), leaf(*each, seed=3)
         shape = (BATCH, STATE) if heads == "no" else (BATCH, GROUPS, STATE)
-        B, C = randn(*shape, seed=4), randn(*shape, seed=5)
-        D, z, bias = (randn(*each, seed=6), randn(BATCH, *each, seed=7), bias) if full else (None, None, None)
+        B, C = leaf(*shape, seed=4), leaf(*shape, seed=5)
+        D, z, bias = (leaf(*each, seed=6), leaf(BATCH, *each, seed=7), bias) if full else (None, None, None)
         channels = math.prod(each)
         B1, C1 = (m.view(BATCH, 1, groups, STATE).repeat_interleave(channels // groups, 2) for m in (B, C))
         state = state.to(dtype)
@@ -243,7 +235,7 @@ def test_selective_state_update(heads, full, indexed, dtype):
 def test_selective_state_update_writes_into_a_state_of_any_strides():
     state = torch.zeros(STATE, HEADDIM, HEADS, BATCH, dtype=torch.float64).permute(3, 2, 1, 0)
     each = (BATCH, HEADS, HEADDIM)
-    arguments = (randn(*each), randn(*each, seed=1), negative(*each[1:], STATE), *(randn(BATCH, 2, STATE),) * 2)
+    arguments = (leaf(*each), leaf(*each, seed=1), negative_leaf(*each[1:], STATE), *(leaf(BATCH, 2, STATE),) * 2)
     other = state.contiguous()
     assert compat.selective_state_update(state, *arguments).equal(compat.selective_state_update(other, *arguments))
     assert state.equal(other) and state.all()
@@ -251,11 +243,11 @@ def test_selective_state_update_writes_into_a_state_of_any_strides():
 
 def ssd_inputs(batch=BATCH):
     return {
-        "x": randn(batch, LENGTH, HEADS, HEADDIM),
-        "dt": randn(batch, LENGTH, HEADS, seed=1),
-        "A": negative(HEADS),
-        "B": randn(batch, LENGTH, GROUPS, STATE, seed=2),
-        "C": randn(batch, LENGTH, GROUPS, STATE, seed=3),
+        "x": leaf(batch, LENGTH, HEADS, HEADDIM),
+        "dt": leaf(batch, LENGTH, HEADS, seed=1),
+        "A": negative_leaf(HEADS),
+        "B": leaf(batch, LENGTH, GROUPS, STATE, seed=2),
+        "C": leaf(batch, LENGTH, GROUPS, STATE, seed=3),
     }
 
 
@@ -263,8 +255,8 @@ def ssd_inputs(batch=BATCH):
 @pytest.mark.parametrize("packed", [False, True])
 def test_mamba_chunk_scan_combined(wide_D, packed):
     inputs = ssd_inputs()
-    D, z = randn(HEADS, HEADDIM) if wide_D else randn(HEADS), randn(BATCH, LENGTH, HEADS, HEADDIM, seed=4)
-    bias, before = randn(HEADS, seed=5), randn(BATCH, HEADS, HEADDIM, STATE)
+    D, z = leaf(HEADS, HEADDIM) if wide_D else leaf(HEADS), leaf(BATCH, LENGTH, HEADS, HEADDIM, seed=4)
+    bias, before = leaf(HEADS, seed=5), leaf(BATCH, HEADS, HEADDIM, STATE)
     limit = (0.4, 1.5)
     new = begins(SEQ_IDX) if packed else None
     want = scan_of_heads(**inputs, D=D, z=z, bias=bias, softplus=True, limit=limit, state=before.flatten(1, 2), new=new)
@@ -286,7 +278,7 @@ def test_mamba_chunk_scan_combined_without_options():
 def test_varlen_states_are_those_of_each_sequence_alone(final, initial):
     inputs = {n: t if n == "A" else t.detach().abs() for n, t in ssd_inputs(1).items()}
     bounds = [0, 3, 4, 7]
-    before = randn(1, HEADS, HEADDIM, STATE) if initial else None
+    before = leaf(1, HEADS, HEADDIM, STATE) if initial else None
     seq_idx = torch.tensor([[0, 0, 0, 1, 2, 2, 2]])
     ys, states = [], []
     for first, last in zip(bounds, bounds[1:], strict=False):
@@ -310,15 +302,15 @@ def test_varlen_states_are_those_of_each_sequence_alone(final, initial):
 @pytest.mark.parametrize("case", ["projected", "wide D", "packed"])
 def test_mamba_split_conv1d_scan_combined(norm, mlp, case):
     inner, shared, width = HEADS * HEADDIM, GROUPS * STATE, 5
-    zxbcdt = randn(BATCH, LENGTH, 2 * mlp + 2 * inner + 2 * shared + HEADS)
-    conv, conv_bias = randn(inner + 2 * shared, WIDTH, scale=0.5), randn(inner + 2 * shared)
-    dt_bias, A = randn(HEADS, seed=1), negative(HEADS)
-    D = randn(HEADS, HEADDIM) if case == "wide D" else randn(HEADS, seed=2)
-    weight = None if norm == "none" else randn(inner)
+    zxbcdt = leaf(BATCH, LENGTH, 2 * mlp + 2 * inner + 2 * shared + HEADS)
+    conv, conv_bias = leaf(inner + 2 * shared, WIDTH, scale=0.5), leaf(inner + 2 * shared)
+    dt_bias, A = leaf(HEADS, seed=1), negative_leaf(HEADS)
+    D = leaf(HEADS, HEADDIM) if case == "wide D" else leaf(HEADS, seed=2)
+    weight = None if norm == "none" else leaf(inner)
     out = out_bias = None
     if case == "projected":
-        out, out_bias = randn(width, mlp + inner), randn(width)
-    before = randn(BATCH, HEADS, HEADDIM, STATE)
+        out, out_bias = leaf(width, mlp + inner), leaf(width)
+    before = leaf(BATCH, HEADS, HEADDIM, STATE)
     seq_idx = SEQ_IDX if case == "packed" else None
 
     gated, z, xBC, dt = zxbcdt.split([2 * mlp, inner, inner + 2 * shared, HEADS], -1)
@@ -348,8 +340,8 @@ def test_mamba_split_conv1d_scan_combined(norm, mlp, case):
 @pytest.mark.parametrize("gate", ["no", "before", "after"])
 @pytest.mark.parametrize("group_size", [None, 3])
 def test_rmsnorm_fn(has_bias, gate, group_size):
-    x, weight, bias = randn(BATCH, LENGTH, DIM), randn(DIM), randn(DIM, seed=1) if has_bias else None
-    z = None if gate == "no" else randn(BATCH, LENGTH, DIM, seed=2)
+    x, weight, bias = leaf(BATCH, LENGTH, DIM), leaf(DIM), leaf(DIM, seed=1) if has_bias else None
+    z = None if gate == "no" else leaf(BATCH, LENGTH, DIM, seed=2)
     y = x * F.silu(z) if gate == "before" else x
     y = y.unflatten(-1, (-1, group_size or DIM))
     y = (y / (y.square().mean(-1, keepdim=True) + 0.01).sqrt()).flatten(-2) * weight + (bias if has_bias else 0)
@@ -362,11 +354,11 @@ def test_rmsnorm_fn(has_bias, gate, group_size):
 @pytest.mark.parametrize("case", ["plain", "residual", "second", "rowscale", "dropout", "everything"])
 @pytest.mark.parametrize("prenorm", [False, True])
 def test_layer_norm_fn(rms, case, prenorm):
-    x, weight, bias = randn(BATCH, LENGTH, DIM), randn(DIM), None if case == "plain" else randn(DIM, seed=1)
-    residual = randn(BATCH, LENGTH, DIM, seed=2) if case in ("residual", "everything") else None
-    x1 = randn(BATCH, LENGTH, DIM, seed=3) if case in ("second", "everything") else None
-    weight1, bias1 = (randn(DIM, seed=4), randn(DIM, seed=5)) if case in ("second", "everything") else (None, None)
-    rowscale = randn(BATCH, LENGTH, seed=6) if case == "rowscale" else None
+    x, weight, bias = leaf(BATCH, LENGTH, DIM), leaf(DIM), None if case == "plain" else leaf(DIM, seed=1)
+    residual = leaf(BATCH, LENGTH, DIM, seed=2) if case in ("residual", "everything") else None
+    x1 = leaf(BATCH, LENGTH, DIM, seed=3) if case in ("second", "everything") else None
+    weight1, bias1 = (leaf(DIM, seed=4), leaf(DIM, seed=5)) if case in ("second", "everything") else (None, None)
+    rowscale = leaf(BATCH, LENGTH, seed=6) if case == "rowscale" else None
     p = 0.5 if case in ("dropout", "everything") else 0.0
     options = {"eps": 0.01, "dropout_p": p, "prenorm": prenorm, "is_rms_norm": rms, "return_dropout_mask": True}
     arguments = (x, weight, bias, residual, x1, weight1, bias1)
@@ -389,7 +381,7 @@ def test_layer_norm_fn(rms, case, prenorm):
 
 
 def test_the_residual_stream_takes_the_dtype_that_is_asked_for():
-    x, weight = randn(3, DIM).detach().bfloat16(), torch.ones(DIM)
+    x, weight = leaf(3, DIM).detach().bfloat16(), torch.ones(DIM)
     for is_rms in (False, True):
         y, total = compat.layer_norm_fn(x, weight, None, prenorm=True, residual_in_fp32=True, is_rms_norm=is_rms)
         assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32) and total.equal(x.float())
@@ -539,7 +531,7 @@ def test_mixers_have_the_published_parameters():
 
 def test_the_mixer_is_its_inner_function():
     """Of the same parameters, the module and the function that the original module calls give the same."""
-    mixer, x = compat.Mamba(16, 4).double(), randn(2, 5, 16)
+    mixer, x = compat.Mamba(16, 4).double(), leaf(2, 5, 16)
     inner = compat.mamba_inner_fn(
         mixer.in_proj(x).transpose(1, 2), mixer.conv1d.weight, mixer.conv1d.bias, mixer.x_proj.weight,
         mixer.dt_proj.weight, mixer.out_proj.weight, None, -mixer.A_log.exp(), D=mixer.D, delta_bias=mixer.dt_proj.bias,

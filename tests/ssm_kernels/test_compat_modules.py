@@ -15,6 +15,7 @@ from ssm_kernels.compat import mamba_ssm as compat
 from ssm_kernels.compat.mamba_ssm import MHA, Block, GatedMLP, InferenceParams, Mamba, Mamba2, Mamba2Simple
 from ssm_kernels.compat.mamba_ssm.layer_norm import RMSNorm
 from ssm_kernels.modules import is_plain
+from tests.ssm_kernels.makers import random_tensor
 
 WIDTH = 16
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -26,11 +27,6 @@ MIXERS = {
     "mamba2, no norm": partial(Mamba2, WIDTH, 4, headdim=8, rmsnorm=False, dt_limit=(0.01, 0.5), layer_idx=3),
     "mamba2, gate after": partial(Mamba2, WIDTH, 4, headdim=8, norm_before_gate=True, bias=True, layer_idx=3),
 }
-
-
-def randn(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed * 1000 + math.prod(shape))
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def drawn(make):
@@ -112,7 +108,7 @@ def test_modules_are_made_on_the_device_that_is_asked_for():
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
 def test_decoding_is_the_whole_forward(name, prompt):
-    mixer, u = drawn(MIXERS[name]), randn(2, 9, WIDTH)
+    mixer, u = drawn(MIXERS[name]), random_tensor(2, 9, WIDTH)
     params = InferenceParams(max_seqlen=9, max_batch_size=2)
     outs = [mixer(u[:, :prompt], inference_params=params)]
     caches = params.key_value_memory_dict[3]
@@ -129,7 +125,7 @@ def test_decoding_is_the_whole_forward(name, prompt):
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
 def test_a_prompt_begins_the_caches_anew(name):
-    mixer, u = drawn(MIXERS[name]), randn(2, 2, WIDTH)
+    mixer, u = drawn(MIXERS[name]), random_tensor(2, 2, WIDTH)
     params = InferenceParams(9, 2)
     params.key_value_memory_dict[3] = mixer.allocate_inference_cache(2, 9)
     for cache in params.key_value_memory_dict[3]:
@@ -147,7 +143,7 @@ def test_a_prompt_begins_the_caches_anew(name):
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
 def test_a_step_updates_the_caches_that_it_is_given(name):
-    mixer, u = drawn(MIXERS[name]).float(), randn(2, 5, WIDTH).float()
+    mixer, u = drawn(MIXERS[name]).float(), random_tensor(2, 5, WIDTH).float()
     want = mixer(u)
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
         conv_state, ssm_state = mixer.allocate_inference_cache(2, 5, dtype=dtype)
@@ -165,11 +161,11 @@ def test_a_step_updates_the_caches_that_it_is_given(name):
 @torch.no_grad()
 def test_packed_prompts_decode_as_each_alone(name, padding):
     mixer, lengths = drawn(MIXERS[name]), [5, 1, 3]
-    prompts = [randn(1, n, WIDTH, seed=i) for i, n in enumerate(lengths)]
-    new = randn(3, 4, WIDTH, seed=9)
+    prompts = [random_tensor(1, n, WIDTH, seed=i) for i, n in enumerate(lengths)]
+    new = random_tensor(3, 4, WIDTH, seed=9)
     bounds = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     seq_idx = torch.tensor([[0] * 5 + [1] + [2] * 3 + [-1] * padding], dtype=torch.int32)
-    packed = torch.cat([*prompts, randn(1, padding, WIDTH)], 1)
+    packed = torch.cat([*prompts, random_tensor(1, padding, WIDTH)], 1)
     params = InferenceParams(20, 3)
     prefilled = mixer(packed, seq_idx=seq_idx, cu_seqlens=bounds, inference_params=params)
     torch.testing.assert_close(mixer(packed, seq_idx=seq_idx)[:, :9], prefilled[:, :9], **EXACT)
@@ -182,7 +178,7 @@ def test_packed_prompts_decode_as_each_alone(name, padding):
 
 
 def test_padding_gives_zero_and_takes_no_gradient():
-    mixer, u = drawn(MIXERS["mamba2, gate after"]), randn(2, 6, WIDTH).requires_grad_()
+    mixer, u = drawn(MIXERS["mamba2, gate after"]), random_tensor(2, 6, WIDTH).requires_grad_()
     seq_idx = torch.tensor([[0, 0, 1, 1, -1, -1], [0, 1, 1, 1, 1, -1]])
     out = mixer(u, seq_idx=seq_idx)
     assert not out[seq_idx < 0].any()
@@ -194,7 +190,7 @@ def test_padding_gives_zero_and_takes_no_gradient():
 @pytest.mark.parametrize("packed", [True, False])
 def test_mamba2_simple_is_its_function(lean, packed):
     make = partial(Mamba2Simple, WIDTH, 4, headdim=8, ngroups=2, learnable_init_states=True, use_mem_eff_path=lean)
-    mixer, u = drawn(make), randn(2, 7, WIDTH).requires_grad_()
+    mixer, u = drawn(make), random_tensor(2, 7, WIDTH).requires_grad_()
     seq_idx = torch.tensor([[0] * 7, [0] * 3 + [1] * 4]) if packed else None
     function = partial(
         compat.mamba_split_conv1d_scan_combined, conv1d_weight=mixer.conv1d.weight[:, 0],
@@ -279,7 +275,7 @@ def turned(m: MHA, x):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_is_its_formula(name):
-    m, x = drawn(partial(MHA, WIDTH, 4, **ATTENTION[name])), randn(2, 6, WIDTH).requires_grad_()
+    m, x = drawn(partial(MHA, WIDTH, 4, **ATTENTION[name])), random_tensor(2, 6, WIDTH).requires_grad_()
     want, got, wanted = attention(m, x), m(x), [x, *m.parameters()]
     torch.testing.assert_close(got, want, **EXACT)
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (got, want)), strict=True):
@@ -291,7 +287,7 @@ def test_attention_is_its_formula(name):
 @pytest.mark.parametrize("by_lengths", [False, True])
 @torch.no_grad()
 def test_attention_decodes_as_the_whole_forward(name, prompt, by_lengths):
-    m, x = drawn(partial(MHA, WIDTH, 4, layer_idx=1, **ATTENTION[name])), randn(2, 8, WIDTH)
+    m, x = drawn(partial(MHA, WIDTH, 4, layer_idx=1, **ATTENTION[name])), random_tensor(2, 8, WIDTH)
     lengths = torch.zeros(2, dtype=torch.int32) if by_lengths else None
     params = InferenceParams(10, 2, lengths_per_sample=lengths)
     outs = [m(x[:, :prompt], params)]
@@ -308,7 +304,7 @@ def test_attention_decodes_as_the_whole_forward(name, prompt, by_lengths):
 
 @torch.no_grad()
 def test_attention_goes_on_by_several_tokens_and_in_some_rows():
-    m, x = drawn(partial(MHA, WIDTH, 4, layer_idx=0, causal=True, rotary_emb_dim=4)), randn(3, 8, WIDTH)
+    m, x = drawn(partial(MHA, WIDTH, 4, layer_idx=0, causal=True, rotary_emb_dim=4)), random_tensor(3, 8, WIDTH)
     params = InferenceParams(8, 3)
     params.key_value_memory_dict[0] = m.allocate_inference_cache(3, 8)
     for first, rows in ((0, x[:1]), (1, x[1:])):
@@ -322,7 +318,7 @@ def test_attention_goes_on_by_several_tokens_and_in_some_rows():
 
 @torch.no_grad()
 def test_sequences_of_several_lengths_attend_each_to_its_own():
-    m, x = drawn(partial(MHA, WIDTH, 4, layer_idx=0, causal=True, rotary_emb_dim=4)), randn(2, 6, WIDTH)
+    m, x = drawn(partial(MHA, WIDTH, 4, layer_idx=0, causal=True, rotary_emb_dim=4)), random_tensor(2, 6, WIDTH)
     params = InferenceParams(8, 2)
     m(x[:, :5], params)  # of row 0 only 2 count
     params.lengths_per_sample, params.seqlen_offset = torch.tensor([2, 5]), 5
@@ -332,7 +328,7 @@ def test_sequences_of_several_lengths_attend_each_to_its_own():
 
 
 def test_the_gated_mlp_is_its_formula():
-    m, x = drawn(partial(GatedMLP, 6, 100, 5, bias=True)), randn(3, 6)
+    m, x = drawn(partial(GatedMLP, 6, 100, 5, bias=True)), random_tensor(3, 6)
     assert m.fc1.out_features == 256 and GatedMLP(48).fc1.out_features == 256
     y, gate = (x @ m.fc1.weight.T + m.fc1.bias).chunk(2, -1)
     torch.testing.assert_close(m(x), (y * gate * torch.sigmoid(gate)) @ m.fc2.weight.T + m.fc2.bias, **EXACT)
@@ -347,7 +343,7 @@ def test_a_block_is_its_formula(rms, fused, mlp, hooked):
     norm = partial(RMSNorm if rms else nn.LayerNorm, eps=0.01)
     mlp_cls = partial(GatedMLP, hidden_features=8) if mlp else nn.Identity
     block = drawn(lambda: Block(WIDTH, lambda d: Mamba(d, 4), mlp_cls, norm, fused, True))
-    x, residual = randn(2, 5, WIDTH), randn(2, 5, WIDTH, seed=1)
+    x, residual = random_tensor(2, 5, WIDTH), random_tensor(2, 5, WIDTH, seed=1)
     if hooked:
         block.norm.register_forward_hook(lambda m, i, o: None)
 

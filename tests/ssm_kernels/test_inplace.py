@@ -24,20 +24,13 @@ from ssm_kernels import (
     selective_scan_step,
     ssd,
     ssd_step,
-    use_backend,
 )
 from ssm_kernels.compat import mamba_ssm as compat
 from ssm_kernels.testing import is_interpreted
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("default_or_reference")]
 # The interpreter takes seconds for a call; whether an output is a view does not depend on how it is changed.
 DTYPES = [torch.float32] if is_interpreted() else [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True, params=["under test", "reference"])
-def default_backend(request, backend):
-    with use_backend(backend if request.param == "under test" else "reference"):
-        yield
 
 
 def half(x: Tensor) -> None:

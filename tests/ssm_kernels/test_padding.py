@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_kernels import causal_conv1d, selective_scan, ssd, use_backend
+from ssm_kernels import causal_conv1d, selective_scan, ssd
 
-pytestmark = pytest.mark.triton
-
-
-@pytest.fixture(autouse=True, params=["under test", "reference"])
-def default_backend(request, backend):
-    with use_backend(backend if request.param == "under test" else "reference"):
-        yield
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("default_or_reference")]
 
 
 def arguments(op, batch: int, length: int, rows: int, dtype=torch.float64) -> tuple[dict[str, Tensor], dict]:

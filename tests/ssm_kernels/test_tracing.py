@@ -29,15 +29,9 @@ from ssm_kernels import (
 from ssm_kernels.modules import Mamba, Mamba2
 from ssm_kernels.testing import is_interpreted
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("default_backend")]
 # Batches and lengths below and above a chunk; in the interpreter, which takes a second for some steps, below it.
 SIZES = ((2, 5), (1, 2)) if is_interpreted() else ((2, 40), (1, 7), (3, 150), (1, 2))
-
-
-@pytest.fixture(autouse=True)
-def default_backend(backend):
-    with use_backend(backend):
-        yield
 
 
 def rand(*shape: int) -> Tensor:

@@ -13,18 +13,10 @@ from torch import nn
 from ssm_kernels.compat import mamba_ssm as compat
 from ssm_kernels.compat.mamba_ssm import layer_norm, layernorm_gated, ssd
 from ssm_kernels.compat.mamba_ssm import selective_scan as scans
+from tests.ssm_kernels.makers import leaf, negative_leaf
 
 BATCH, LENGTH, DIM, STATE, WIDTH = 2, 7, 6, 3, 4
 HEADS, HEADDIM, GROUPS = 4, 3, 2
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed * 1000 + math.prod(shape))
-    return torch.randn(shape, dtype=dtype, generator=generator).requires_grad_()
-
-
-def negative(*shape, seed=0):
-    return (-randn(*shape, seed=seed).detach().exp()).requires_grad_()
 
 
 def gradients(output, inputs):
@@ -41,18 +33,18 @@ def assert_same(got, want, *inputs):
 
 @pytest.fixture
 def complex_A():
-    return torch.complex(negative(DIM, STATE).detach(), randn(DIM, STATE, seed=1).detach()).requires_grad_()
+    return torch.complex(negative_leaf(DIM, STATE).detach(), leaf(DIM, STATE, seed=1).detach()).requires_grad_()
 
 
 @pytest.mark.parametrize("kind", ["constant", "shared", "groups"])
 @pytest.mark.parametrize("full", [False, True])
 def test_a_scan_with_a_complex_A(complex_A, kind, full):
     """Against the same scan written with real numbers: each complex state is a rotated and scaled pair."""
-    u, delta = randn(BATCH, DIM, LENGTH), randn(BATCH, DIM, LENGTH, seed=1)
+    u, delta = leaf(BATCH, DIM, LENGTH), leaf(BATCH, DIM, LENGTH, seed=1)
     shapes = {"constant": (DIM, STATE, 2), "shared": (BATCH, STATE, LENGTH, 2), "groups": (BATCH, 2, STATE, LENGTH, 2)}
-    parts = [randn(*shapes[kind], seed=s) for s in (2, 3)]
+    parts = [leaf(*shapes[kind], seed=s) for s in (2, 3)]
     given = [torch.view_as_complex(p) if kind == "constant" else p.flatten(-2) for p in parts]
-    D, z, bias = (randn(DIM), randn(BATCH, DIM, LENGTH, seed=4), randn(DIM, seed=5)) if full else (None,) * 3
+    D, z, bias = (leaf(DIM), leaf(BATCH, DIM, LENGTH, seed=4), leaf(DIM, seed=5)) if full else (None,) * 3
     y, last = compat.selective_scan_fn(u, delta, complex_A, *given, D, z, bias, full, return_last_state=True)
 
     def each(p):  # (B, D, N, L, 2)
@@ -83,7 +75,7 @@ def test_a_scan_with_a_complex_A(complex_A, kind, full):
 
 def test_a_complex_A_is_said_to_be_slow_once(complex_A, caplog, monkeypatch):
     monkeypatch.setattr(scans, "_already_logged", set())
-    u, B = randn(1, DIM, 2), randn(1, STATE, 4)
+    u, B = leaf(1, DIM, 2), leaf(1, STATE, 4)
     with caplog.at_level(logging.WARNING, "ssm_kernels"):
         for _ in range(2):
             y = compat.selective_scan_fn(u.float(), u.float(), complex_A.to(torch.complex64), B.float(), B.float())
@@ -94,19 +86,19 @@ def test_a_complex_A_is_said_to_be_slow_once(complex_A, caplog, monkeypatch):
 @pytest.fixture
 def mixer():
     rank = 2
-    xz, conv, bias = randn(BATCH, 2 * DIM, LENGTH), randn(DIM, 1, WIDTH), randn(DIM)
-    x_proj, dt_proj, out = randn(rank + 2 * STATE, DIM), randn(DIM, rank), randn(5, DIM)
+    xz, conv, bias = leaf(BATCH, 2 * DIM, LENGTH), leaf(DIM, 1, WIDTH), leaf(DIM)
+    x_proj, dt_proj, out = leaf(rank + 2 * STATE, DIM), leaf(DIM, rank), leaf(5, DIM)
     return [xz, conv, bias, x_proj, dt_proj, out, None]
 
 
 def test_the_mixer_with_a_complex_A(mixer, complex_A):
     """A complex A whose imaginary parts are zero, with real B and C, gives twice what the real A gives."""
     real = complex_A.real.detach().requires_grad_()
-    y = compat.mamba_inner_fn(*mixer, real, delta_bias=randn(DIM, seed=7))
+    y = compat.mamba_inner_fn(*mixer, real, delta_bias=leaf(DIM, seed=7))
     x_proj = mixer[3].detach()
     twice = torch.stack([x_proj[2:], torch.zeros_like(x_proj[2:])], 1).flatten(0, 1)  # imaginary parts between
     mixer[3] = torch.cat([x_proj[:2], twice])
-    got = compat.mamba_inner_fn(*mixer, torch.complex(real, torch.zeros_like(real)), delta_bias=randn(DIM, seed=7))
+    got = compat.mamba_inner_fn(*mixer, torch.complex(real, torch.zeros_like(real)), delta_bias=leaf(DIM, seed=7))
     assert_same(got, 2 * y, mixer[0], real)
 
 
@@ -115,20 +107,20 @@ def test_norms_of_the_mixer(mixer, given):
     """B and C that are given are normalised too where they change in time."""
     B = C = None
     if given:
-        B, C = randn(BATCH, 1, STATE, LENGTH, seed=8), randn(BATCH, 1, STATE, LENGTH, seed=9)
-    weights = {"b_rms_weight": randn(STATE), "c_rms_weight": randn(STATE, seed=2), "dt_rms_weight": randn(DIM, seed=3)}
-    arguments = (*mixer, negative(DIM, STATE), B, C, randn(DIM, seed=4), randn(DIM, seed=5))
+        B, C = leaf(BATCH, 1, STATE, LENGTH, seed=8), leaf(BATCH, 1, STATE, LENGTH, seed=9)
+    weights = {"b_rms_weight": leaf(STATE), "c_rms_weight": leaf(STATE, seed=2), "dt_rms_weight": leaf(DIM, seed=3)}
+    arguments = (*mixer, negative_leaf(DIM, STATE), B, C, leaf(DIM, seed=4), leaf(DIM, seed=5))
     got, want = (f(*arguments, **weights) for f in (compat.mamba_inner_fn, compat.mamba_inner_ref))
     assert_same(got, want, *arguments, *weights.values())
 
 
 def test_the_mixers_of_vim(mixer):
-    A, A_b, D, bias = negative(DIM, STATE), negative(DIM, STATE, seed=1), randn(DIM, seed=4), randn(DIM, seed=5)
+    A, A_b, D, bias = negative_leaf(DIM, STATE), negative_leaf(DIM, STATE, seed=1), leaf(DIM, seed=4), leaf(DIM, seed=5)
     y = compat.mamba_inner_fn_no_out_proj(*mixer[:5], A, D=D, delta_bias=bias)
     assert y.shape == (BATCH, DIM, LENGTH)
     whole = compat.mamba_inner_fn(*mixer, A, D=D, delta_bias=bias)
     torch.testing.assert_close(F.linear(y.transpose(1, 2), mixer[5]), whole)
-    biases = {"B_proj_bias": randn(STATE, seed=6), "C_proj_bias": randn(STATE, seed=7)}
+    biases = {"B_proj_bias": leaf(STATE, seed=6), "C_proj_bias": leaf(STATE, seed=7)}
     got, want = (
         f(*mixer, A, A_b, D=D, delta_bias=bias, **biases) for f in (compat.bimamba_inner_fn, compat.bimamba_inner_ref)
     )
@@ -140,8 +132,8 @@ def test_the_mixers_of_vim(mixer):
 @pytest.mark.parametrize("states", [False, True])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_convolutions(states, activation):
-    x, weight, bias = randn(BATCH, DIM, LENGTH), randn(DIM, WIDTH), randn(DIM)
-    before = randn(BATCH, DIM, WIDTH - 1) if states else None
+    x, weight, bias = leaf(BATCH, DIM, LENGTH), leaf(DIM, WIDTH), leaf(DIM)
+    before = leaf(BATCH, DIM, WIDTH - 1) if states else None
     options = {"initial_states": before, "return_final_states": True, "activation": activation}
     got, want = (f(x, weight, bias, **options) for f in (compat.causal_conv1d_fn, compat.causal_conv1d_ref))
     assert_same(got[0], want[0], x, weight, bias, before)
@@ -151,8 +143,8 @@ def test_convolutions(states, activation):
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("shape", [(BATCH, DIM), (BATCH, DIM, 1), (BATCH, DIM, 5)])
 def test_steps_of_the_convolution(ring, shape):
-    x, weight, bias = (randn(*s).detach() for s in (shape, (DIM, WIDTH), (DIM,)))
-    state = randn(BATCH, DIM, WIDTH, seed=3).detach()
+    x, weight, bias = (leaf(*s).detach() for s in (shape, (DIM, WIDTH), (DIM,)))
+    state = leaf(BATCH, DIM, WIDTH, seed=3).detach()
     seen = torch.tensor([2, 5]) if ring else None
     other = state.clone()
     got = compat.causal_conv1d_update(x, state, weight, bias, "silu", seen)
@@ -162,7 +154,7 @@ def test_steps_of_the_convolution(ring, shape):
 
 @pytest.mark.parametrize("state_len", [1, 3, 5])
 def test_states_of_a_pack(state_len):
-    x, bounds = randn(9, DIM), torch.tensor([0, 2, 2, 7, 9], dtype=torch.int32)
+    x, bounds = leaf(9, DIM), torch.tensor([0, 2, 2, 7, 9], dtype=torch.int32)
     got = compat.causal_conv1d_varlen_states(x, bounds, state_len)
     assert got.equal(compat.causal_conv1d_varlen_states_ref(x, bounds, state_len))
     assert got[3, :, -1].equal(x[8]) and not got[1].any()
@@ -170,7 +162,7 @@ def test_states_of_a_pack(state_len):
     # A decoding step continues from it.
     state = got[2:3].detach().clone()
     if state_len >= WIDTH - 1:
-        weight, new = randn(DIM, WIDTH).detach(), randn(1, DIM, seed=5).detach()
+        weight, new = leaf(DIM, WIDTH).detach(), leaf(1, DIM, seed=5).detach()
         whole = torch.cat([x[2:7].detach(), new]).T.unsqueeze(0)
         want = compat.causal_conv1d_fn(whole, weight)[..., -1]
         torch.testing.assert_close(compat.causal_conv1d_update(new, state, weight), want)
@@ -179,10 +171,10 @@ def test_states_of_a_pack(state_len):
 @pytest.mark.parametrize("heads", [False, True])
 def test_steps_of_the_scan(heads):
     each, groups = ((HEADS, HEADDIM), (GROUPS,)) if heads else ((DIM,), ())
-    state = randn(BATCH, *each, STATE).detach()
-    x, dt, z = (randn(BATCH, *each, seed=s).detach() for s in (1, 2, 3))
-    A, B, C = negative(*each, STATE).detach(), *(randn(BATCH, *groups, STATE, seed=s).detach() for s in (4, 5))
-    D, bias = (randn(*each, seed=s).detach() for s in (6, 7))
+    state = leaf(BATCH, *each, STATE).detach()
+    x, dt, z = (leaf(BATCH, *each, seed=s).detach() for s in (1, 2, 3))
+    A, B, C = negative_leaf(*each, STATE).detach(), *(leaf(BATCH, *groups, STATE, seed=s).detach() for s in (4, 5))
+    D, bias = (leaf(*each, seed=s).detach() for s in (6, 7))
     other = state.clone()
     got = compat.selective_state_update(state, x, dt, A, B, C, D, z, bias, True)
     torch.testing.assert_close(got, compat.selective_state_update_ref(other, x, dt, A, B, C, D, z, bias, True))
@@ -191,9 +183,9 @@ def test_steps_of_the_scan(heads):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_scan_of_mamba2(full):
-    x, dt, A = randn(BATCH, LENGTH, HEADS, HEADDIM), randn(BATCH, LENGTH, HEADS, seed=1), negative(HEADS)
-    B, C = (randn(BATCH, LENGTH, GROUPS, STATE, seed=s) for s in (2, 3))
-    D, z, bias = (randn(HEADS, HEADDIM), randn(*x.shape, seed=4), randn(HEADS, seed=5)) if full else (None,) * 3
+    x, dt, A = leaf(BATCH, LENGTH, HEADS, HEADDIM), leaf(BATCH, LENGTH, HEADS, seed=1), negative_leaf(HEADS)
+    B, C = (leaf(BATCH, LENGTH, GROUPS, STATE, seed=s) for s in (2, 3))
+    D, z, bias = (leaf(HEADS, HEADDIM), leaf(*x.shape, seed=4), leaf(HEADS, seed=5)) if full else (None,) * 3
     softplus = full
     dt = dt if full else dt.detach().abs().requires_grad_()
     want = compat.ssd_chunk_scan_combined_ref(x, dt, A, B, C, 4, D, z, bias, softplus)
@@ -208,9 +200,9 @@ def test_the_scan_of_mamba2(full):
 
 
 def test_a_scan_whose_channels_have_their_own_steps():
-    x, dt = randn(BATCH, LENGTH, HEADS, HEADDIM), randn(BATCH, LENGTH, HEADS, HEADDIM, seed=1)
-    A, bias = negative(HEADS * HEADDIM, STATE), randn(HEADS, HEADDIM, seed=2)
-    B, C = (randn(BATCH, LENGTH, GROUPS, STATE, seed=s) for s in (3, 4))
+    x, dt = leaf(BATCH, LENGTH, HEADS, HEADDIM), leaf(BATCH, LENGTH, HEADS, HEADDIM, seed=1)
+    A, bias = negative_leaf(HEADS * HEADDIM, STATE), leaf(HEADS, HEADDIM, seed=2)
+    B, C = (leaf(BATCH, LENGTH, GROUPS, STATE, seed=s) for s in (3, 4))
     got = compat.ssd_selective_scan(x, dt, A, B, C, dt_bias=bias, dt_softplus=True, dt_limit=(0.2, 1.0))
     for h in range(HEADS):
         for p in range(HEADDIM):
@@ -225,9 +217,9 @@ def test_a_scan_whose_channels_have_their_own_steps():
 @pytest.mark.parametrize("norm", ["none", "before", "after"])
 def test_the_mixer_of_mamba2(norm):
     inner, channels = HEADS * HEADDIM, HEADS * HEADDIM + 2 * GROUPS * STATE
-    zxbcdt, conv, conv_bias = randn(BATCH, LENGTH, inner + channels + HEADS), randn(channels, WIDTH), randn(channels)
-    dt_bias, A, D, out = randn(HEADS, seed=1), negative(HEADS), randn(HEADS, seed=2), randn(5, inner)
-    weight = None if norm == "none" else randn(inner)
+    zxbcdt, conv, conv_bias = leaf(BATCH, LENGTH, inner + channels + HEADS), leaf(channels, WIDTH), leaf(channels)
+    dt_bias, A, D, out = leaf(HEADS, seed=1), negative_leaf(HEADS), leaf(HEADS, seed=2), leaf(5, inner)
+    weight = None if norm == "none" else leaf(inner)
     options = {"rmsnorm_weight": weight, "outproj_weight": out, "headdim": HEADDIM, "ngroups": GROUPS}
     options |= {"dt_limit": (0.1, 2.0), "norm_before_gate": norm == "before"}
     arguments = (zxbcdt, conv, conv_bias, dt_bias, A, D)
@@ -238,9 +230,9 @@ def test_the_mixer_of_mamba2(norm):
 
 @pytest.mark.parametrize("initial", [False, True])
 def test_the_minimal_scan_of_mamba2(initial):
-    X, dt, A = randn(BATCH, 8, HEADS, HEADDIM), randn(BATCH, 8, HEADS, seed=1).detach().abs(), negative(HEADS)
-    B, C = (randn(BATCH, 8, HEADS, STATE, seed=s) for s in (2, 3))
-    before = randn(BATCH, HEADS, HEADDIM, STATE) if initial else None
+    X, dt, A = leaf(BATCH, 8, HEADS, HEADDIM), leaf(BATCH, 8, HEADS, seed=1).detach().abs(), negative_leaf(HEADS)
+    B, C = (leaf(BATCH, 8, HEADS, STATE, seed=s) for s in (2, 3))
+    before = leaf(BATCH, HEADS, HEADDIM, STATE) if initial else None
     want = compat.mamba_chunk_scan_combined(
         X, dt, A, B, C, 4, initial_states=before, return_final_states=True
     )  # fmt: skip
@@ -257,8 +249,8 @@ def test_the_minimal_scan_of_mamba2(initial):
 @pytest.mark.parametrize("group_size", [None, 3])
 @pytest.mark.parametrize("rms", [False, True])
 def test_gated_norms(bias, gate, group_size, rms):
-    x, weight = randn(BATCH, LENGTH, DIM), randn(DIM)
-    bias, z = randn(DIM, seed=1) if bias else None, None if gate == "no" else randn(BATCH, LENGTH, DIM, seed=2)
+    x, weight = leaf(BATCH, LENGTH, DIM), leaf(DIM)
+    bias, z = leaf(DIM, seed=1) if bias else None, None if gate == "no" else leaf(BATCH, LENGTH, DIM, seed=2)
     options = (z, 0.01, group_size, gate == "after")
     got = layernorm_gated.layernorm_fn(x, weight, bias, *options, is_rms_norm=rms)
     if rms:
@@ -286,8 +278,8 @@ def test_modules_of_gated_norms():
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("second", [False, True])
 def test_norms_of_the_residual_sum(rms, second):
-    x, weight, bias, residual = randn(2, 5, DIM), randn(DIM), randn(DIM, seed=1), randn(2, 5, DIM, seed=2)
-    pair = (randn(2, 5, DIM, seed=3), randn(DIM, seed=4), randn(DIM, seed=5)) if second else (None,) * 3
+    x, weight, bias, residual = leaf(2, 5, DIM), leaf(DIM), leaf(DIM, seed=1), leaf(2, 5, DIM, seed=2)
+    pair = (leaf(2, 5, DIM, seed=3), leaf(DIM, seed=4), leaf(DIM, seed=5)) if second else (None,) * 3
     arguments = (x, weight, bias, residual, *pair)
     *got, mask, mask1 = layer_norm.layer_norm_fn(
         *arguments, eps=0.01, dropout_p=0.5, prenorm=True, is_rms_norm=rms, return_dropout_mask=True
@@ -299,7 +291,7 @@ def test_norms_of_the_residual_sum(rms, second):
 
 
 def test_the_first_forms_of_the_norms():
-    x, weight, bias, residual = (randn(*s).detach() for s in ((5, DIM), (DIM,), (DIM,), (5, DIM)))
+    x, weight, bias, residual = (leaf(*s).detach() for s in ((5, DIM), (DIM,), (DIM,), (5, DIM)))
     for fn in (layer_norm.layer_norm_fn, layer_norm.layer_norm_fn_v1):
         y, total = fn(x, weight, bias, residual, eps=0.1, prenorm=True)
         torch.testing.assert_close(y, layer_norm.layer_norm_ref(x, weight, bias, residual, eps=0.1))
@@ -309,7 +301,7 @@ def test_the_first_forms_of_the_norms():
     norm = layer_norm.RMSNorm(DIM, eps=0.1).double()
     y, total = norm(x.float(), residual.float(), prenorm=True, residual_in_fp32=True)
     torch.testing.assert_close(y, F.rms_norm(total, (DIM,), norm.weight.float(), 0.1))
-    linear, shift = randn(4, DIM).detach(), randn(4).detach()
+    linear, shift = leaf(4, DIM).detach(), leaf(4).detach()
     got, total = layer_norm.layer_norm_linear_fn(x, weight, bias, linear, shift, residual, prenorm=True)
     torch.testing.assert_close(got, F.linear(layer_norm.layer_norm_fn(x, weight, bias, residual), linear, shift))
     assert total.equal(x + residual)
