@@ -131,8 +131,9 @@ def selective_scan_step(
         check_tensor(name, m, A.shape if is_constant else (batch, "G", A.shape[1]), like=u)
     if z is not None:
         check_tensor("z", z, (batch, dim), like=u)
-    matrices = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
-    _check(u.unsqueeze(1), dt.unsqueeze(1), A, *matrices, D, None if z is None else z.unsqueeze(1), dt_bias, state)
+    B_1, C_1 = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
+    z_1 = None if z is None else z.unsqueeze(1)  # (B, 1, D)
+    _check(u.unsqueeze(1), dt.unsqueeze(1), A, B_1, C_1, D, z_1, dt_bias, state)
     chosen = resolve_backend(backend, u.device, "selective_scan")
     step = {
         "triton": triton.selective_scan_step,

@@ -44,7 +44,8 @@ def selective_scan(
     """Scan with arguments in the canonical form of `reference.selective_scan`, and the same results."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     # Operations outside the scan must not see padding.
-    u, dt, z = (x if x is None else without_padding(x, cu_seqlens, seq_idx) for x in (u, dt, z))
+    u, dt = (without_padding(x, cu_seqlens, seq_idx) for x in (u, dt))
+    z = None if z is None else without_padding(z, cu_seqlens, seq_idx)
     dt = step_size(dt, dt_bias, dt_softplus, dtype)
     # A matrix that is constant in time has a group for each channel.
     B, C = (m.expand(*u.shape[:2], -1, -1) if m.dim() == 2 else m for m in (B, C))  # (B, L, G, N)
@@ -92,7 +93,7 @@ def _block_steps(state_size: int) -> int:
     return min(MAX_BLOCK, max(MIN_BLOCK, BLOCK_ELEMENTS // per_step))
 
 
-def _n_checkpoints(total_steps: int, n_sequences: int, dim: int, n: int) -> int:
+def _num_checkpoints(total_steps: int, n_sequences: int, dim: int, n: int) -> int:
     """More than the blocks of all sequences together, told from shapes alone as tracing needs.
 
     One more, so that tracing with a dynamic length need not know whether there is only one.
@@ -171,21 +172,21 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     inputs = [_flat(x, groups) for x in (u, dt, B, C)]
     y = A.new_zeros(u.shape) if sequences.padding_runs(batch * length) else A.new_empty(u.shape)
-    kept = A.new_empty(_n_checkpoints(batch * length, len(states), dim, n), *states.shape[1:])
-    n_kept = 0
+    checkpoint_states = A.new_empty(_num_checkpoints(batch * length, len(states), dim, n), *states.shape[1:])
+    num_saved = 0
 
     for members, blocks, buffers in _tiles(sequences, a, 2):
-        carry = states[members]
+        h_0 = states[members]
         for k, count in enumerate(blocks.active):
-            kept[n_kept : n_kept + count] = carry[:count]
-            n_kept += count
+            checkpoint_states[num_saved : num_saved + count] = h_0[:count]
+            num_saved += count
             u_k, dt_k, B_k, C_k = _read(blocks, k, inputs, A.dtype)
-            _, h = _run_block(buffers, dt_k, dt_k * u_k, a, B_k, carry[:count])
+            _, h = _run_block(buffers, dt_k, dt_k * u_k, a, B_k, h_0[:count])
             _write(blocks, k, [matmul(C_k.unsqueeze(3), h[1:])], [y])  # (K, n, G, 1, E)
-            carry[:count] = h[-1]
-        states[members] = carry
-    kept[n_kept:] = 0  # rows to spare
-    return y, _from_inner(states[last]), kept
+            h_0[:count] = h[-1]
+        states[members] = h_0
+    checkpoint_states[num_saved:] = 0  # unused entries
+    return y, _from_inner(states[last]), checkpoint_states
 
 
 def _flat(x: Tensor, groups: int) -> Tensor:
@@ -208,44 +209,46 @@ def _write(blocks: Blocks, k: int, parts: list[Tensor], outs: list[Tensor]) -> N
 # --- backward ---------------------------------------------------------------------------------------------------
 
 
-def _backward(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
+def _backward(u, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx):
     batch, length, dim = u.shape
     groups, n = B.shape[2:]
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     dstates, first, last = _state_rows(sequences, None, A, groups)
-    dstates[last] = _to_inner(dfinal.to(A.dtype), groups)
+    dstates[last] = _to_inner(dfinal_states.to(A.dtype), groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     inputs = [_flat(x, groups) for x in (u, dt, B, C, dy)]
     new = torch.zeros_like if sequences.padding_runs(batch * length) else torch.empty_like
     grads = [new(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
     da = torch.zeros_like(a)
-    n_kept = 0
+    num_saved = 0
 
     for members, blocks, buffers in _tiles(sequences, a, 3):
-        carry = dstates[members]
-        n_kept += sum(blocks.active)
-        starts = kept[n_kept - sum(blocks.active) : n_kept].split(blocks.active)
-        for k in reversed(range(len(starts))):
-            block = _read(blocks, k, inputs, A.dtype)
-            *grads_k, da_k = _block_backward(buffers, starts[k], *block, a, carry[: len(starts[k])])
+        dh = dstates[members]
+        num_saved += sum(blocks.active)
+        block_starts = checkpoint_states[num_saved - sum(blocks.active) : num_saved].split(blocks.active)
+        for k in reversed(range(len(block_starts))):
+            u_k, dt_k, B_k, C_k, dy_k = _read(blocks, k, inputs, A.dtype)
+            *grads_k, da_k = _block_backward(
+                buffers, block_starts[k], u_k, dt_k, B_k, C_k, dy_k, a, dh[: len(block_starts[k])]
+            )
             _write(blocks, k, grads_k, grads)
             da += da_k
-        dstates[members] = carry
+        dstates[members] = dh
     du, ddt, dB, dC = grads
     return du, ddt, _from_inner(da[None])[0], dB, dC, _from_inner(dstates[first])
 
 
-def _block_backward(buffers, start, u, dt, B, C, dy, a, carry):
-    """Gradients of one block; `carry` (n, G, N, E), that of the state after it, becomes that of `start`."""
+def _block_backward(buffers, start, u, dt, B, C, dy, a, dh):
+    """Gradients of one block; `dh` (n, G, N, E), of the state after it, becomes that of `start`."""
     du = dt * u
     decay, h = _run_block(buffers, dt, du, a, B, start)
     # g: gradient of each step's state, given by its output and by the step after it.
     g = torch.mul(dy.unsqueeze(3), C.unsqueeze(4), out=buffers.view(2, *reversed(dt.shape[:2])))
     steps, decays = g.unbind(0), decay.unbind(0)
-    steps[-1].add_(carry)
+    steps[-1].add_(dh)
     for t in range(len(steps) - 2, -1, -1):
         steps[t].addcmul_(decays[t + 1], steps[t + 1])
-    torch.mul(decays[0], steps[0], out=carry)
+    torch.mul(decays[0], steps[0], out=dh)
 
     # A row times a matrix: as a matrix times a column the same products are ten times slower on a CPU.
     dC = matmul(dy.unsqueeze(3), h[1:].transpose(3, 4)).squeeze(3)
@@ -266,14 +269,14 @@ def _forward_fake(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     batch, length, dim = u.shape
     groups, n = B.shape[2:]
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    n_kept = _n_checkpoints(batch * length, rows, dim, n) if seq_idx is None else unknown_size(u)
-    kept = A.new_empty(n_kept, groups, n, dim // groups)
-    return A.new_empty(u.shape), A.new_empty(rows, dim, n), kept
+    num_saved = _num_checkpoints(batch * length, rows, dim, n) if seq_idx is None else unknown_size(u)
+    checkpoint_states = A.new_empty(num_saved, groups, n, dim // groups)
+    return A.new_empty(u.shape), A.new_empty(rows, dim, n), checkpoint_states
 
 
-def _backward_fake(u, dt, A, B, C, kept, dy, dfinal, cu_seqlens, seq_idx):
+def _backward_fake(u, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx):
     grads = (x.new_empty(x.shape) for x in (u, dt, A, B, C))
-    return *grads, A.new_empty(dfinal.shape)
+    return *grads, A.new_empty(dfinal_states.shape)
 
 
 def _save(ctx, inputs, outputs):
@@ -284,11 +287,11 @@ def _save(ctx, inputs, outputs):
 
 
 @torch.autograd.function.once_differentiable
-def _gradients(ctx, dy, dfinal):
+def _gradients(ctx, dy, dfinal_states):
     # Read once: torch.utils.checkpoint does not return them again.
     u, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx = ctx.saved_tensors
     du, ddt, dA, dB, dC, dinitial_states = _backward_op(
-        u, dt, A, B, C, checkpoint_states, dy, dfinal, cu_seqlens, seq_idx
+        u, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx
     )
     grads = {"u": du, "dt": ddt, "A": dA, "B": dB, "C": dC}
     return grads if ctx.state_dtype is None else grads | {"initial_states": dinitial_states.to(ctx.state_dtype)}
@@ -302,8 +305,8 @@ _forward_op = define_op(
     Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
-    "selective_scan_torch_backward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept, Tensor dy,"
-    " Tensor dfinal, Tensor? cu_seqlens, Tensor? seq_idx)"
+    "selective_scan_torch_backward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor checkpoint_states,"
+    " Tensor dy, Tensor dfinal_states, Tensor? cu_seqlens, Tensor? seq_idx)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

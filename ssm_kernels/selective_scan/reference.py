@@ -40,7 +40,8 @@ def selective_scan(
     batch, length, dim = u.shape
     dtype = torch.promote_types(u.dtype, torch.float32)
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
-    u, dt, z = (x if x is None else without_padding(x, cu_seqlens, seq_idx) for x in (u, dt, z))
+    u, dt = (without_padding(x, cu_seqlens, seq_idx) for x in (u, dt))
+    z = None if z is None else without_padding(z, cu_seqlens, seq_idx)
 
     # Algorithm 2: dt = softplus(parameter + projection).
     dt = dt.to(dtype)

@@ -241,8 +241,8 @@ def test_registered_torch_ops_pass_opcheck():
     t = {k: v.float() for k, v in make(2, 9).items()}
     args = (t["u"], t["dt"], t["A"], t["B"], t["C"], t["initial_states"], None, None)
     torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_torch.default, args)
-    y, final, kept = torch.ops.ssm_kernels.selective_scan_torch(*args)
-    args = (*args[:5], kept, torch.ones_like(y), torch.ones_like(final), None, None)
+    y, final, checkpoint_states = torch.ops.ssm_kernels.selective_scan_torch(*args)
+    args = (*args[:5], checkpoint_states, torch.ones_like(y), torch.ones_like(final), None, None)
     torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_torch_backward.default, args)
 
 
@@ -273,8 +273,8 @@ def test_registered_triton_ops_pass_opcheck(packed):
     initial = t["initial_states"]
     args = (u, dt, t["A"], t["B"], t["C"], t["D"], z, t["dt_bias"], initial, bounds, None)
     torch.library.opcheck(triton._forward_op, (*args, True, [], 1, True))
-    y, final, kept = triton._forward_op(*args, True, [], 1, True)
-    args = (*args, True, [], 1, kept, torch.ones_like(y), torch.ones_like(final))
+    y, final, checkpoint_states = triton._forward_op(*args, True, [], 1, True)
+    args = (*args, True, [], 1, checkpoint_states, torch.ones_like(y), torch.ones_like(final))
     torch.library.opcheck(triton._backward_op, args, test_utils=("test_schema", "test_faketensor"))
     step = (initial, *(x[:, 0, 0] for x in (u, dt)), t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], z[:, 0, 0], None, True)
     torch.library.opcheck(triton._step_op, step)
@@ -398,8 +398,8 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, cha
     required = [t[k] for k in ("u", "dt", "A", "B", "C")]
     for optional in ([t[k] for k in ("D", "z", "dt_bias", "initial_states")], [None] * 4):
         args = (*required, *optional, None, None)
-        y, final_states, kept = forward(*args, True, [], 1, True)
-        backward(*args, True, [], 1, kept, torch.ones_like(t["u"]), torch.ones_like(final_states))
+        y, final_states, checkpoint_states = forward(*args, True, [], 1, True)
+        backward(*args, True, [], 1, checkpoint_states, torch.ones_like(t["u"]), torch.ones_like(final_states))
 
 
 @needs_interpreter

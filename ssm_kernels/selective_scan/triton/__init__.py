@@ -33,7 +33,8 @@ def selective_scan(
     """Scan with arguments in the canonical form of `reference.selective_scan`, and the same results."""
     groups = max(m.shape[2] if m.dim() == 4 else 1 for m in (B, C))
     B, C = (repeat_groups(m, groups) if m.dim() == 4 else m for m in (B, C))  # (B, L, G, N) or (D, N)
-    u, dt, z = (x if x is None else x.unflatten(2, (groups, -1)) for x in (u, dt, z))  # (B, L, G, E)
+    u, dt = (x.unflatten(2, (groups, -1)) for x in (u, dt))  # (B, L, G, E)
+    z = None if z is None else z.unflatten(2, (groups, -1))  # (B, L, G, E)
     y, final_states = grouped_selective_scan(
         u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, cu_seqlens, seq_idx
     )

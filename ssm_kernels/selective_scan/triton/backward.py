@@ -5,6 +5,10 @@ state before it, `state_passing` in reverse turns that into the gradient of the 
 `_backward_kernel` computes all gradients, with all segments in parallel.
 """
 
+# The stubs know neither launches nor what jit functions return.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportIndexIssue=false
+
 from __future__ import annotations
 
 import torch
