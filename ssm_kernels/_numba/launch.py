@@ -16,18 +16,45 @@ MAX_RUNS = 16
 """Copies of a gradient that sequences share, at most."""
 
 
+class _Memory:
+    """The memory of a tensor, as NumPy's array interface describes it.
+
+    `Tensor.numpy` would do, but for a mark that it leaves on the storage, which nobody may resize then: FSDP resizes
+    the storages of parameters and of gathered shards.
+    """
+
+    def __init__(self, x: Tensor):
+        self.tensor = x  # alive as long as the array is
+        self.__array_interface__ = {
+            "data": (x.data_ptr(), False),
+            "shape": tuple(x.shape),
+            "strides": tuple(n * x.element_size() for n in x.stride()),  # in bytes
+            "typestr": TYPES[x.dtype],
+            "version": 3,
+        }
+
+
+TYPES = {torch.float32: "=f4", torch.float64: "=f8"}
+"""Types that kernels compute in, as NumPy writes them."""
+
+
+def memory_of(x: Tensor) -> np.ndarray:
+    """Return an array on the tensor's memory, with its strides. Kernels take any strides."""
+    if x.numel() == 0:  # without an address
+        return np.empty(tuple(x.shape), TYPES[x.dtype])
+    return np.asarray(_Memory(x.detach()))
+
+
 def as_array(x: Tensor | None, dtype: torch.dtype, n_dims: int) -> np.ndarray:
     """Return the tensor's memory where it has the dtype, else a copy; without a tensor, an array of no elements."""
     if x is None:
         return _nothing(dtype, n_dims)
-    # numpy shares the memory, and the strides: kernels read any.
-    x = x if x.dtype == dtype else x.to(dtype)
-    return x.detach().numpy() if x.requires_grad else x.numpy()
+    return memory_of(x if x.dtype == dtype else x.to(dtype))
 
 
 @functools.cache
 def _nothing(dtype: torch.dtype, n_dims: int) -> np.ndarray:
-    return torch.empty((0,) * n_dims, dtype=dtype).numpy()
+    return np.empty((0,) * n_dims, TYPES[dtype])
 
 
 def as_row(x: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from ..._core.varlen import parse_sequences
 from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
 from ..._numba.lanes import aligned_empty, fill, fma, lane_count, load, locate_tile, read_rows, splat, store, write_rows
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, sequence_table, split_sequences, sum_parts
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of, sequence_table, split_sequences, sum_parts
 from ..._numba.threads import run_tiles
 from .tiles import STEPS, convolve_rows, move_rows
 
@@ -31,7 +31,7 @@ def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfi
         as_array(m, compute, 3)
         for m in (x, weight.T[None], as_row(bias), initial_states, dy, dfinal_states)
     )  # fmt: skip
-    outputs = (m.numpy() for m in (dx, dweight, dbias, dinitial))
+    outputs = (memory_of(m) for m in (dx, dweight, dbias, dinitial))
     args = (*inputs, sequence_table(sequences, length, STEPS), *outputs, silu, n_runs)
     n_tiles = n_runs * count_tiles(dim)
     run_tiles(lambda first, end: convolve_tiles_backward(*args, first, end), n_tiles, 3 * x.numel())

@@ -10,7 +10,7 @@ from ..._core.varlen import parse_sequences
 from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
 from ..._numba.lanes import aligned_empty, fill, lane_count, load, locate_tile, read_rows, store, write_rows
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, sequence_table
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of, sequence_table
 from ..._numba.threads import run_tiles
 from .tiles import STEPS, convolve_rows, move_rows
 
@@ -25,7 +25,7 @@ def forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx) -> tuple
     final_states = x.new_empty(len(sequences.final_sequences), n_taps - 1, dim, dtype=compute)
     # Channels are the last dimension of all arrays: a vector holds neighbouring ones.
     inputs = (as_array(m, compute, 3) for m in (x, weight.T[None], as_row(bias), initial_states))
-    args = (*inputs, sequence_table(sequences, length, STEPS), y.numpy(), final_states.numpy(), silu)
+    args = (*inputs, sequence_table(sequences, length, STEPS), memory_of(y), memory_of(final_states), silu)
     n_tiles = len(sequences.lengths) * count_tiles(dim)
     run_tiles(lambda first, end: convolve_tiles(*args, first, end), n_tiles, x.numel())
     return y.to(x.dtype), final_states.to(x.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
 from ..._numba.lanes import aligned_empty, fill, lane_count, load, locate_tile, read_rows, store, write_rows
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of
 from ..._numba.threads import run_tiles
 from .tiles import convolve_rows
 
@@ -22,7 +22,7 @@ def step(state, x, weight, bias, silu) -> Tensor:
     new_state = state.to(compute)  # the state itself where it has this dtype
     # The state takes x in its own dtype, and the sum reads it from there.
     inputs = (as_array(m, compute, 3) for m in (new_state, x.to(state.dtype)[None], weight.T[None], as_row(bias)))
-    args = (*inputs, y.numpy(), silu)
+    args = (*inputs, memory_of(y), silu)
     run_tiles(lambda first, end: step_tiles(*args, first, end), batch * count_tiles(dim), x.numel())
     if new_state is not state:
         state.copy_(new_state)

@@ -25,7 +25,7 @@ from ..._numba.lanes import (
     store,
     write_rows,
 )
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, sequence_table, split_sequences, sum_parts
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of, sequence_table, split_sequences, sum_parts
 from ..._numba.threads import run_tiles
 from . import INTERVAL
 from .tiles import locate_part, n_groups, prepare_steps, read_coefficients, with_four_dims, write_coefficients
@@ -67,7 +67,7 @@ def backward(
     outputs = [du, ddt, dA, *rows, dD, dz, ddt_bias, dinitial.transpose(1, 2)]
     args = (
         *inputs, sequence_table(sequences, length, INTERVAL), *(as_array(x, compute, 3) for x in grads),
-        *(x.numpy() for x in outputs), groups, n_slots, B.dim() == 2, C.dim() == 2, dt_softplus,
+        *(memory_of(x) for x in outputs), groups, n_slots, B.dim() == 2, C.dim() == 2, dt_softplus,
     )  # fmt: skip
     n_tiles = n_slots * count_tiles(dim, groups)
     run_tiles(lambda first, end: scan_tiles_backward(*args, first, end), n_tiles, 3 * u.numel() * n)

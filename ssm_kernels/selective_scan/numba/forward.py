@@ -23,7 +23,7 @@ from ..._numba.lanes import (
     store,
     write_rows,
 )
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, sequence_table
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of, sequence_table
 from ..._numba.threads import run_tiles
 from . import INTERVAL, n_checkpoints
 from .tiles import n_groups, prepare_steps, read_coefficients, with_four_dims
@@ -48,7 +48,7 @@ def forward(
     inputs += [as_array(with_four_dims(m), compute, 4) for m in (B, C)]
     initial = None if initial_states is None else initial_states.transpose(1, 2)
     inputs += [as_array(x, compute, 3) for x in (as_row(D), z, as_row(dt_bias), initial)]
-    outputs = [y.numpy(), final_states.transpose(1, 2).numpy(), checkpoints.flatten(0, 1)[None].numpy()]
+    outputs = [memory_of(y), memory_of(final_states.transpose(1, 2)), memory_of(checkpoints.flatten(0, 1)[None])]
     args = (
         *inputs, sequence_table(sequences, length, INTERVAL), *outputs, groups, B.dim() == 2, C.dim() == 2, dt_softplus
     )  # fmt: skip

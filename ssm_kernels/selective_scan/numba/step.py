@@ -23,7 +23,7 @@ from ..._numba.lanes import (
     total,
     write_rows,
 )
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of
 from ..._numba.threads import run_tiles
 from .tiles import prepare_steps
 
@@ -36,7 +36,7 @@ def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Tensor:
     # (B, G, N), or a group for each channel that all sequences share
     inputs += [as_array(m.expand(batch, *m.shape) if m.dim() == 2 else m, compute, 3) for m in (B, C)]
     inputs += [as_array(x, compute, 3) for x in (as_row(D), None if z is None else z[None], as_row(dt_bias))]
-    args = (*inputs, y.numpy(), dt_softplus)
+    args = (*inputs, memory_of(y), dt_softplus)
     run_tiles(lambda first, end: step_tiles(*args, first, end), batch * count_tiles(dim, 1), u.numel() * A.shape[1])
     return y[0].to(u.dtype)
 
