@@ -231,7 +231,8 @@ def _activations(model: VLM, size: SampleSize, width: int, checkpointed: bool) -
 
 
 def _layer_bytes(config: LMConfig, width: int) -> float:
-    # Of the PyTorch backend; compiled CPU kernels save less. Terms in the order of the formulas in `Memory`; tensors of `width` bytes are activations, of 4 bytes float32.
+    # For the PyTorch backend; compiled CPU kernels save less. Terms in the order of the formulas in `Memory`; tensors
+    # of `width` bytes are activations, of 4 bytes float32.
     d, inner, state = config.d_model, config.expand * config.d_model, config.d_state
     if config.layer == "mamba":
         rank = math.ceil(d / 16) if config.dt_rank is None else config.dt_rank
