@@ -211,7 +211,7 @@ def shard_where_averages_are_sums():
     """As in torch 2.8 with gloo."""
     torch.distributed.ReduceOp.AVG = torch.distributed.ReduceOp.SUM
     message = (
-        rf"averaged over 2 ranks: their average is 1.5, and torch {re.escape(torch.__version__)} on cpu gives \[3.0"
+        rf"averaged over 2 ranks: their average is 1.5, and torch {re.escape(torch.__version__)} on cpu computes \[3.0"
     )
     with pytest.raises(RuntimeError, match=message):
         shard(tiny(FAMILIES[0]), torch.device("cpu"), "fp32")
