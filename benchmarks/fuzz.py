@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_kernels import Backend
+from ssm_kernels import Backend, resolve_backend
 from ssm_kernels.testing import coarsest_dtype, is_interpreted
 
 from .cases import OPS, SIZES, VARIANTS, Case, Shape, check_ops
@@ -173,9 +173,17 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
     return t[:1].expand(t.shape)
 
 
-def backends(device: str) -> tuple[Backend, ...]:
-    """Backends that can run here. The reference in the case's own dtype runs too, for the tolerance."""
-    return ("torch", "triton") if is_interpreted() or device != "cpu" else ("torch",)
+def backends(device: str, op: str) -> tuple[Backend, ...]:
+    """Backends of an op that can run here. The reference in the case's own dtype runs too, for the tolerance."""
+    fast: tuple[Backend, ...] = ("torch", "numba", "triton")
+    return tuple(backend for backend in fast if _can_run(backend, device, op))
+
+
+def _can_run(backend: Backend, device: str, op: str) -> bool:
+    try:
+        return resolve_backend(backend, torch.device(device), op) == backend
+    except RuntimeError:
+        return False
 
 
 def wrong(trial: Trial, backend: Backend, device: str) -> str:
@@ -229,7 +237,7 @@ def fuzz(
     while time.monotonic() < end and (trials is None or n < trials):
         trial = draw(seed + n, ops)
         n += 1
-        for backend in backends(device):
+        for backend in backends(device, trial.case.folder):
             why = wrong(trial, backend, device)
             if not why:
                 continue
