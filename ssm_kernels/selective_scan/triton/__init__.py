@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..._core.library import Gradient, define_op, lazy_function, unknown_size
+from ..._triton.device import empty_like
 from ..._triton.segment_table import max_segments
 from ..groups import repeat_groups
 from .arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
@@ -107,15 +108,6 @@ def _gradients(ctx, dy, dfinal_states):
     grads = ScanGradients(*_backward_op(*arguments, checkpoint_states, dy, dfinal_states))._asdict()
     # The op returns an empty tensor for an input that is None.
     return {name: None if getattr(arguments, name) is None else grad for name, grad in grads.items()}
-
-
-def empty_like(x: Tensor, empty: Callable[..., Tensor] | None = None) -> Tensor:
-    """(B, L, G, E), contiguous, or with contiguous steps where x has them."""
-    batch, length, groups, channels = x.shape
-    empty = empty or (lambda *size: torch.empty(size, dtype=x.dtype, device=x.device))
-    if x.stride(1) == 1 and x.stride(3) != 1:
-        return empty(batch, groups, channels, length).permute(0, 3, 1, 2)
-    return empty(batch, length, groups, channels)
 
 
 def _forward_fake(*args):

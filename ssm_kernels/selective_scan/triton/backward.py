@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import capability, maxnreg_option, num_sms, on_device
+from ..._triton.device import capability, empty_like, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import (
     LN2,
     LOG2E,
@@ -31,7 +31,7 @@ from ..._triton.primitives import (
 )
 from ..._triton.segment_table import SegmentTable, build_segment_table
 from ..._triton.state_passing import state_passing
-from . import CHECKPOINT_INTERVAL, empty_like
+from . import CHECKPOINT_INTERVAL
 from .arguments import ScanArguments, ScanGradients
 from .tile import (
     REGISTERS,
