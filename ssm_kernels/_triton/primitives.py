@@ -71,10 +71,28 @@ def silu_backward(dy, x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), accurate for small results too: what rounding takes from 1 + exp(x) is added back."""
-    e = tl.exp(-tl.abs(x))
-    w = 1 + e
-    return tl.maximum(x, 0) + (tl.log(w) + (e - (w - 1)))
+    """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), accurate for small results too.
+
+    In float32, log(1 + e) is e times a polynomial: one exponential and nine multiply-adds, where a logarithm takes
+    twenty instructions. The polynomial is the minimax one of degree 8, by Remez's algorithm, of log(1 + e) / e on
+    [0, 1] among those that are 1 at 0; it is within 3.3e-8 of it, and 1.8e-7 with the rounding of float32.
+    """
+    if x.dtype == tl.float64:
+        e = tl.exp(-tl.abs(x))
+        w = 1 + e
+        return tl.maximum(x, 0) + (tl.log(w) + (e - (w - 1)))  # what rounding takes from 1 + e is added back
+    else:
+        e = tl.exp2(tl.abs(x) * -LOG2E)
+        p = 0.005364826414734125
+        p = p * e - 0.03006580099463463
+        p = p * e + 0.07920455187559128
+        p = p * e - 0.13753803074359894
+        p = p * e + 0.1915365606546402
+        p = p * e - 0.24857163429260254
+        p = p * e + 0.3332132399082184
+        p = p * e - 0.49999648332595825
+        p = p * e + 1
+        return tl.maximum(x, 0) + p * e
 
 
 @triton.jit

@@ -1,0 +1,67 @@
+"""Jit functions that kernels share, against NumPy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from ssm_kernels._triton.primitives import d_softplus, softplus
+from ssm_kernels.testing import is_interpreted
+
+pytestmark = pytest.mark.triton
+needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
+
+
+@triton.jit
+def softplus_kernel(x_ptr, y_ptr, dy_ptr, BLOCK: tl.constexpr):
+    """Write softplus and its derivative of BLOCK elements."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    tl.store(y_ptr + offsets, softplus(x))
+    tl.store(dy_ptr + offsets, d_softplus(x))
+
+
+def evaluate(x, block):
+    """Softplus and its derivative in the dtype of x."""
+    y, dy = torch.empty_like(x), torch.empty_like(x)
+    softplus_kernel[(len(x) // block,)](x, y, dy, BLOCK=block)
+    return y, dy
+
+
+def relative_errors(x, block):
+    """Relative errors of softplus and its derivative in the dtype of x, elementwise, against float64."""
+    y, dy = evaluate(x, block)
+    exact = x.double()
+    want = exact.clamp(min=0) + torch.log1p(torch.exp(-exact.abs())), torch.sigmoid(exact)
+    return tuple(((got - w) / w).abs() for got, w in zip((y.double(), dy.double()), want, strict=True))
+
+
+@needs_interpreter
+def test_softplus_of_millions_of_numbers():
+    """Every number near 0 in steps of 4e-6, and the rest of the range, down to results of 1e-37."""
+    x = torch.cat([torch.linspace(-4, 4, 1 << 21), torch.linspace(-85, 100, 1 << 21)])
+    error, d_error = relative_errors(x, 1 << 20)
+    # 2.1e-7 is the polynomial without fused multiply-adds; then the exponent's rounding, and that of LOG2E in it.
+    rounding = 1.25 * 2.0**-24 * x.clamp(max=0).abs()
+    assert (error - rounding).max() < 2.4e-7
+    assert (d_error - rounding).max() < 4e-7
+
+
+@needs_interpreter
+def test_softplus_in_float64_keeps_its_digits():
+    x = torch.linspace(-700, 100, 1 << 18, dtype=torch.float64)
+    error, d_error = relative_errors(x, 1 << 18)
+    rounding = 1.25 * 2.0**-53 * x.clamp(max=0).abs()
+    assert (error - rounding).max() < 5e-16
+    assert (d_error - rounding).max() < 1e-14
+
+
+@needs_interpreter
+def test_softplus_at_the_ends():
+    x = torch.tensor([-torch.inf, -200.0, 0.0, 200.0, torch.inf, torch.nan, -0.0, 1.0])
+    y, dy = evaluate(x, block=8)
+    torch.testing.assert_close(y[:5], torch.tensor([0.0, 0.0, 0.6931472, 200.0, torch.inf]))
+    torch.testing.assert_close(dy[:5], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+    assert y[5].isnan() and dy[5].isnan()
