@@ -16,6 +16,11 @@ def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return the stream on which work on this device is queued now, or None where there are no streams."""
+    return torch.cuda.current_stream(device) if has_graphs(device) else None
+
+
 def warm_up(step: Callable[[], Tensor], device: torch.device) -> Tensor:
     """Run a step on a side stream, as capture requires."""
     current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)

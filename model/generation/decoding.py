@@ -12,7 +12,7 @@ from torch import Tensor
 from ssm_kernels import resolve_backend
 from ssm_kernels.modules import MixerState
 
-from .cuda_graph import capture, has_graphs, warm_up, warn_once
+from .cuda_graph import capture, current_stream, has_graphs, warm_up, warn_once
 from .interface import LanguageModel, LMState
 
 
@@ -120,7 +120,8 @@ def graph_key(lm: LanguageModel) -> tuple:
     backend = resolve_backend("auto", device, "ssd")
     # Weights changed in place keep the key: a graph reads their new values.
     weights = tuple((t.data_ptr(), t.dtype) for t in itertools.chain(lm.parameters(), lm.buffers()))
-    return device, autocast, backend, torch.get_float32_matmul_precision(), weights
+    # Another stream would not wait for the last step that wrote the state.
+    return device, current_stream(device), autocast, backend, torch.get_float32_matmul_precision(), weights
 
 
 def state_bytes(state: LMState) -> int:

@@ -13,13 +13,14 @@ Both become `Sequences`, which lists every sequence as a run of rows of the flat
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .stream_cache import cached_per_stream
 
 _INTS = (torch.int32, torch.int64)
 
@@ -221,7 +222,7 @@ def batch_by_length(
         yield torch.tensor(members, device=device)[blocks.order], blocks
 
 
-@functools.lru_cache(maxsize=256)
+@cached_per_stream(maxsize=256)
 def make_blocks(starts: tuple[int, ...], lengths: tuple[int, ...], size: int, device: torch.device) -> Blocks:
     """Divide sequences into blocks of at most `size` steps (fewer when all sequences are shorter).
 

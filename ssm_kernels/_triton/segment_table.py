@@ -7,13 +7,13 @@ with `cu_seqlens` the table has as many as there could be segments, and unused e
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .._core.stream_cache import cached_per_stream, current_stream, is_captured
 from .._core.varlen import Sequences, check_packing, parse_sequences
 
 
@@ -71,17 +71,13 @@ def build_segment_table(
             by the device, which then raises at the next synchronisation.
     """
     if cu_seqlens is None and seq_idx is None:
-        # A table that is built while a graph is captured has no values before its replay: other calls must not get it.
-        return (_table_of_rows if _is_captured(device) else _cached_table_of_rows)(batch, length, size, device)
+        return _table_of_rows(batch, length, size, device)
     if cu_seqlens is not None and seq_idx is None and cu_seqlens.device.type != "cpu":
         return _build_on_device(batch, length, size, cu_seqlens)
     return _table_of_sequences(parse_sequences(batch, length, cu_seqlens, seq_idx), batch, length, size, device)
 
 
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
+@cached_per_stream(maxsize=64)
 def _table_of_rows(batch: int, length: int, size: int, device: torch.device) -> SegmentTable:
     rows = torch.arange(batch, device=device)
     lengths = torch.full_like(rows, length)
@@ -90,10 +86,7 @@ def _table_of_rows(batch: int, length: int, size: int, device: torch.device) -> 
     return _build(rows, torch.zeros_like(rows), lengths, [rows.int(), rows.int()], count, size, no_gaps)
 
 
-_cached_table_of_rows = functools.lru_cache(maxsize=64)(_table_of_rows)
-
-
-@functools.lru_cache(maxsize=64)
+@cached_per_stream(maxsize=64)
 def _table_of_sequences(sequences: Sequences, batch: int, length: int, size: int, device: torch.device) -> SegmentTable:
     starts, lengths = (torch.tensor(t, dtype=torch.int64, device=device) for t in sequences[:2])
     # A sequence without steps may start where the last row ends.
@@ -110,8 +103,8 @@ _tables_by_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _build_on_device(batch: int, length: int, size: int, cu_seqlens: Tensor) -> SegmentTable:
     # A captured graph must compute its own table: the boundaries may change before it is replayed.
-    known: Any = {} if _is_captured(cu_seqlens.device) else _tables_by_bounds.setdefault(cu_seqlens, {})
-    key = (cu_seqlens._version, batch, length, size)
+    known: Any = {} if is_captured(cu_seqlens.device) else _tables_by_bounds.setdefault(cu_seqlens, {})
+    key = (current_stream(cu_seqlens.device), cu_seqlens._version, batch, length, size)
     if key not in known:
         check_packing(batch, length, cu_seqlens, None)
         bounds = cu_seqlens.long()

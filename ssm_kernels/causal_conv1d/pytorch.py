@@ -7,7 +7,6 @@ sequence are its final state, however short it is. The backward recomputes the s
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from .._core.invariant import silu as invariant_silu
 from .._core.invariant import silu_backward
 from .._core.library import Gradient, define_op
+from .._core.stream_cache import cached_per_stream
 from .._core.varlen import parse_sequences
 
 
@@ -79,7 +79,7 @@ class _Concatenation:
         return inputs
 
 
-@functools.lru_cache(maxsize=64)
+@cached_per_stream(maxsize=64)
 def _positions(lengths: tuple[int, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Positions of all steps (T,), and of the K - 1 inputs before and at the end of each sequence (S, K - 1)."""
     offsets = torch.tensor(list(itertools.accumulate((n + width - 1 for n in lengths), initial=0))[:-1])

@@ -104,6 +104,24 @@ def test_kernels_run_on_the_current_stream(case):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("case", [c for c in DENSE + PACKED if not c.is_step], ids=str)
+def test_tables_of_a_stream_that_sleeps_are_not_read_by_another(case):
+    """Tables of a shape, or of boundaries, that are new to the process are cached by the first call that needs them."""
+    results(case, case.inputs("cuda"))  # compiles
+    if not case.sequences:  # a batch that is larger by 16 takes the same compiled kernels
+        case = replace(case, shape=replace(case.shape, batch=case.shape.batch + 16))
+    inputs = case.inputs("cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)  # clock cycles: half a second
+        late = results(case, inputs)
+    found = results(case, inputs)
+    assert not stream.query(), "the stream slept too short a time for the test to show anything"
+    torch.cuda.synchronize()
+    assert_same(found, late)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 @pytest.mark.parametrize("case", DENSE + PACKED, ids=str)
 def test_kernels_run_on_the_device_of_their_tensors(case):

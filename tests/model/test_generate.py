@@ -336,6 +336,13 @@ def test_one_graph_for_each_number_of_sequences(lm, captured, monkeypatch):
     assert captured == [6, 3, 1]
 
 
+def test_another_stream_gets_a_decoder_of_its_own(lm, captured, monkeypatch):
+    for stream in (1, 1, 2):
+        monkeypatch.setattr(decoding, "current_stream", lambda device, stream=stream: stream)
+        tokens_until_the_ends(lm, SAMPLED, PROMPTS[:1])
+    assert captured == [1, 1]
+
+
 def test_two_at_once_do_not_share_memory(lm, captured):
     config, prompts = GenerationConfig(12), ["once upon", "and it did not"]
     want = [lm.generate([p], config)[0] for p in prompts]
