@@ -162,6 +162,16 @@ def test_the_check_sees_a_union():
     assert unions_in_isinstance("a = 1\nisinstance(a, (int, str))\nisinstance(a, int | str)\n") == [3]
 
 
+REFERENCES = sorted((ROOT / "ssm_kernels").glob("*/reference.py"))
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda p: p.parent.name)
+def test_references_share_no_code_with_what_they_judge(path):
+    inside = [name for _, name in imports(path, ast.parse(path.read_text())) if name.startswith("ssm_kernels.")]
+    # The bounds of packed sequences are parsed in one place.
+    assert all(re.fullmatch(r"ssm_kernels\._core\.varlen\.\w+|ssm_kernels\.\w+\.reference", n) for n in inside), inside
+
+
 def test_every_op_has_the_same_files():
     beside = {"_core", "_numba", "_triton", "compat", "context_parallel", "integrations", "modules", "testing"}
     folders = [p.parent for p in (ROOT / "ssm_kernels").glob("*/__init__.py")]

@@ -96,7 +96,7 @@ def causal_conv1d_step(
         state: (B, K - 1, D) the last inputs, of any floating-point dtype; **updated in place**.
         x: (B, D).
         weight, bias, activation: as in `causal_conv1d`.
-        backend: see `ssm_kernels.use_backend`; `reference` runs the step of `torch`.
+        backend: see `ssm_kernels.use_backend`.
 
     Returns:
         y (B, D) in the dtype of `x`.
@@ -112,7 +112,7 @@ def causal_conv1d_step(
         "triton": triton.causal_conv1d_step,
         "numba": numba.causal_conv1d_step,
         "torch": pytorch.causal_conv1d_step,
-        "reference": pytorch.causal_conv1d_step,
+        "reference": reference.causal_conv1d_step,
     }[chosen]
     with torch.no_grad():
         return step(state, x, weight, bias, activation == "silu")

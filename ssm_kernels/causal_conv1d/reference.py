@@ -46,11 +46,33 @@ def causal_conv1d(
             state = initial_states[row_of_start[s]].to(dtype)
         inputs = torch.cat([state, rows[start : start + n_steps]])  # (K - 1 + n_steps, D)
         for t in range(n_steps):
-            y = (inputs[t : t + width] * weight.T).sum(0)  # (D,)
-            y = y if bias is None else y + bias.to(dtype)
-            ys[start + t] = F.silu(y) if silu else y
+            ys[start + t] = _convolve(inputs[t : t + width], weight, bias, silu)  # (D,)
         final_states.append(inputs[n_steps:])  # (K - 1, D)
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else rows.new_zeros(batch, length, dim)  # (B, L, D)
     states = [final_states[s] for s in sequences.final_sequences]
     final = torch.stack(states) if states else rows.new_zeros(0, width - 1, dim)
     return y.to(x.dtype), final.to(x.dtype)
+
+
+def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """Advance the convolution by one step.
+
+    Args:
+        state: (B, K - 1, D) the last inputs, in order of time; updated in place.
+        x: (B, D), rounded to the dtype of the state.
+        weight, bias, silu: as in `causal_conv1d`.
+
+    Returns:
+        y (B, D) in the dtype of x.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    window = torch.cat([state, x[:, None].to(state.dtype)], dim=1)  # (B, K, D)
+    state.copy_(window[:, 1:])
+    return _convolve(window.to(dtype), weight.to(dtype), bias, silu).to(x.dtype)
+
+
+def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """One window (..., K, D), weight (D, K) -> y (..., D)."""
+    y = (window * weight.T).sum(-2)  # (..., D)
+    y = y if bias is None else y + bias.to(y.dtype)
+    return F.silu(y) if silu else y

@@ -93,8 +93,10 @@ def cross_causal_conv1d(
     if bias is not None:
         check_tensor("bias", bias, (k, dim), like=x)
     check_activation(activation)
+    # Chosen as for `causal_conv1d`: its Triton kernels take directions, its other fast backends run on permuted copies.
     chosen = resolve_backend(backend, x.device, "causal_conv1d")
-    # Chosen as for `causal_conv1d`: its Triton kernels take directions, its other backends run on permuted copies.
+    if chosen == "reference":
+        return reference.cross_causal_conv1d(x, weight, bias, activation == "silu", tuple(directions))
     if chosen == "triton":
         return triton.cross_causal_conv1d(x, weight, bias, activation == "silu", directions)
     return permuted.cross_causal_conv1d(x, weight, bias, activation, directions, chosen)
@@ -144,10 +146,12 @@ def cross_selective_scan(
             check_tensor(name, m, (k, dim), like=u)
     # NaN in dt would reach every later position of each direction.
     check_no_nan("dt", dt)
-    # As one scan over the K * E channels of all directions.
+    chosen = resolve_backend(backend, u.device, "selective_scan")
+    if chosen == "reference":
+        return reference.cross_selective_scan(u, dt, A, B, C, D, dt_bias, dt_softplus, tuple(directions))
+    # One scan over the K * E channels of all directions.
     A = A.flatten(0, 1)  # (K * E, N)
     D, dt_bias = (None if m is None else m.flatten() for m in (D, dt_bias))  # (K * E,)
-    chosen = resolve_backend(backend, u.device, "selective_scan")
     if chosen == "triton":
         return triton.cross_selective_scan(u, dt, A, B, C, D, dt_bias, dt_softplus, directions)
     return permuted.cross_selective_scan(u, dt, A, B, C, D, dt_bias, dt_softplus, directions, chosen)
@@ -202,10 +206,12 @@ def cross_ssd(
     dt_limit = check_dt_limit(dt_limit)
     chunk_size = check_integer("chunk_size", chunk_size, 1)
     check_no_nan("dt", dt)
-    # As one scan over the K * H heads of all directions.
+    chosen = resolve_backend(backend, x.device, "ssd")
+    if chosen == "reference":
+        return reference.cross_ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, tuple(directions))
+    # One scan over the K * H heads of all directions.
     A = A.flatten()  # (K * H,)
     D, dt_bias = (None if m is None else m.flatten(0, 1) for m in (D, dt_bias))  # (K * H,), D also (K * H, P)
-    chosen = resolve_backend(backend, x.device, "ssd")
     if chosen == "triton":
         return triton.cross_ssd(
             x, dt, A, B, C, canonical_skip(D), dt_bias, dt_softplus, dt_limit, directions, chunk_size

@@ -1,6 +1,7 @@
-"""The ops along directions on permuted copies, for backends without kernels that read along a direction.
+"""The ops along directions on permuted copies, for the fast backends without kernels that read along a direction.
 
-Each runs cross-scan, the op in time with the directions as groups, and cross-merge.
+Each runs cross-scan, the op in time with the directions as groups, and cross-merge. The copies are PyTorch's where the
+op in time is numba's.
 """
 
 from __future__ import annotations
@@ -16,12 +17,8 @@ from .._core.sharding import local
 from ..causal_conv1d import causal_conv1d
 from ..selective_scan import selective_scan
 from ..ssd import ssd
-from . import pytorch, reference
 from .directions import ScanDirection
-
-# The copies are PyTorch's where the op itself is numba's.
-_CROSS_SCAN = {"numba": pytorch.cross_scan, "torch": pytorch.cross_scan, "reference": reference.cross_scan}
-_CROSS_MERGE = {"numba": pytorch.cross_merge, "torch": pytorch.cross_merge, "reference": reference.cross_merge}
+from .pytorch import cross_merge, cross_scan
 
 
 def cross_causal_conv1d(
@@ -34,11 +31,11 @@ def cross_causal_conv1d(
 ) -> Tensor:
     """x (B, height, width, E), weight (K, E, W), bias (K, E) -> (B, height, width, K, E)."""
     height, width = x.shape[1:3]
-    x = _CROSS_SCAN[backend](x, tuple(directions))  # (B, K, L, E)
+    x = cross_scan(x, tuple(directions))  # (B, K, L, E)
     x = x.transpose(1, 2).flatten(2)  # (B, L, K * E)
     bias = None if bias is None else bias.flatten()
     y, _ = local(causal_conv1d)(x, weight.flatten(0, 1), bias, activation, backend=backend)
-    return _to_grid(y.unflatten(2, weight.shape[:2]), height, width, directions, backend)
+    return _to_grid(y.unflatten(2, weight.shape[:2]), height, width, directions)
 
 
 def cross_selective_scan(
@@ -58,11 +55,11 @@ def cross_selective_scan(
     dt is (B, height, width, K, E), A (K * E, N), B and C (B, height, width, K, N), D and dt_bias (K * E,).
     """
     height, width, dim = u.shape[1:]
-    u = _CROSS_SCAN[backend](u, tuple(directions)).transpose(1, 2).flatten(2)  # (B, L, K * E)
-    dt, B, C = (_to_steps(m, directions, backend) for m in (dt, B, C))  # (B, L, K, ...)
+    u = cross_scan(u, tuple(directions)).transpose(1, 2).flatten(2)  # (B, L, K * E)
+    dt, B, C = (_to_steps(m, directions) for m in (dt, B, C))  # (B, L, K, ...)
     y, _ = local(selective_scan)(u, dt.flatten(2), A, B, C, D, None, dt_bias, dt_softplus, backend=backend)
     y = y.unflatten(2, (len(directions), dim)).transpose(1, 2)  # (B, K, L, E)
-    return _CROSS_MERGE[backend](y, height, width, tuple(directions))
+    return cross_merge(y, height, width, tuple(directions))
 
 
 def cross_ssd(
@@ -85,24 +82,24 @@ def cross_ssd(
     (K * H, P).
     """
     height, width, k, heads = x.shape[1:5]
-    x, dt, B, C = (_to_steps(m, directions, backend).flatten(2, 3) for m in (x, dt, B, C))  # (B, L, K * H, P), ...
+    x, dt, B, C = (_to_steps(m, directions).flatten(2, 3) for m in (x, dt, B, C))  # (B, L, K * H, P), ...
     y, _ = local(ssd)(x, dt, A, B, C, D, None, dt_bias, dt_softplus, dt_limit, chunk_size=chunk_size, backend=backend)
-    return _to_grid(y.unflatten(2, (k, heads)), height, width, directions, backend)
+    return _to_grid(y.unflatten(2, (k, heads)), height, width, directions)
 
 
-def _to_steps(x: Tensor, directions: Sequence[ScanDirection], backend: Backend) -> Tensor:
+def _to_steps(x: Tensor, directions: Sequence[ScanDirection]) -> Tensor:
     """(B, height, width, K, ...) -> (B, L, K, ...), each slice in the order of its own direction."""
     slices = [
-        _CROSS_SCAN[backend](part.flatten(3), (direction,))[:, 0]  # (B, L, ...)
+        cross_scan(part.flatten(3), (direction,))[:, 0]  # (B, L, ...)
         for part, direction in zip(x.unbind(3), directions, strict=True)
     ]
     return torch.stack(slices, 2).unflatten(3, x.shape[4:])
 
 
-def _to_grid(y: Tensor, height: int, width: int, directions: Sequence[ScanDirection], backend: Backend) -> Tensor:
+def _to_grid(y: Tensor, height: int, width: int, directions: Sequence[ScanDirection]) -> Tensor:
     """(B, L, K, ...) -> (B, height, width, K, ...), the inverse of `_to_steps`."""
     slices = [
-        _CROSS_MERGE[backend](part.flatten(2).unsqueeze(1), height, width, (direction,))  # (B, height, width, ...)
+        cross_merge(part.flatten(2).unsqueeze(1), height, width, (direction,))  # (B, height, width, ...)
         for part, direction in zip(y.unbind(2), directions, strict=True)
     ]
     return torch.stack(slices, 3).unflatten(4, y.shape[3:])

@@ -111,7 +111,7 @@ def selective_scan_step(
         B, C: (B, G, N), or (D, N) where constant in time: as in `selective_scan`, the number of dimensions tells, so
             that one group is (B, 1, N).
         A, D, dt_bias, dt_softplus: as in `selective_scan`.
-        backend: see `ssm_kernels.use_backend`; `reference` is `torch` here.
+        backend: see `ssm_kernels.use_backend`.
 
     The step has no host-device synchronization, so that it can be captured in a CUDA graph.
 
@@ -139,7 +139,7 @@ def selective_scan_step(
         "triton": triton.selective_scan_step,
         "numba": numba.selective_scan_step,
         "torch": pytorch.selective_scan_step,
-        "reference": pytorch.selective_scan_step,
+        "reference": reference.selective_scan_step,
     }[chosen]
     with torch.no_grad():
         return step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)

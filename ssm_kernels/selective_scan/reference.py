@@ -43,15 +43,10 @@ def selective_scan(
     u, dt = (without_padding(x, cu_seqlens, seq_idx) for x in (u, dt))
     z = None if z is None else without_padding(z, cu_seqlens, seq_idx)
 
-    # Algorithm 2: dt = softplus(parameter + projection).
-    dt = dt.to(dtype)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-
+    dt = _step_size(dt, dt_bias, dt_softplus, dtype)
     A = A.to(dtype)
-    B, C = (_per_channel(m.to(dtype), batch * length, dim) for m in (B, C))  # (B * L, D, N)
+    B, C = (m.to(dtype) if m.dim() == 2 else m.to(dtype).flatten(0, 1) for m in (B, C))  # (B * L, G, N) or (D, N)
+    B, C = (_per_channel(m, batch * length, dim) for m in (B, C))  # (B * L, D, N)
     us, dts = (x.to(dtype).flatten(0, 1) for x in (u, dt))  # (B * L, D)
     row_of_start = {s: row for row, s in enumerate(sequences.initial_sequences)}
     ys, final_states = [A.new_zeros(dim)] * (batch * length), []
@@ -60,24 +55,73 @@ def selective_scan(
         if initial_states is not None and s in row_of_start:
             h = initial_states[row_of_start[s]].to(dtype)
         for t in range(start, start + n_steps):
-            # Equation 2a, with A-bar = exp(dt A) and B-bar = dt B.
-            h = torch.exp(dts[t, :, None] * A) * h + (dts[t] * us[t])[:, None] * B[t]  # (D, N)
-            # Equation 2b.
-            ys[t] = (C[t] * h).sum(-1)
+            h, ys[t] = _advance(h, us[t], dts[t], A, B[t], C[t])
         final_states.append(h)
     y = torch.stack(ys).view(batch, length, dim) if ys else A.new_zeros(batch, length, dim)  # (B, L, D)
 
-    # Skip connection, and the gate of the Mamba block (figure 3).
-    if D is not None:
-        y = y + D.to(dtype) * u
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
     states = [final_states[s] for s in sequences.final_sequences]
-    return y.to(u.dtype), torch.stack(states) if states else A.new_zeros(0, *A.shape)
+    return _skip_and_gate(y, u, D, z), torch.stack(states) if states else A.new_zeros(0, *A.shape)
 
 
-def _per_channel(m: Tensor, total: int, dim: int) -> Tensor:
-    """B or C, (B, L, G, N) or (D, N), for each step and channel: (B * L, D, N)."""
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """Advance the scan by one step.
+
+    Args:
+        state: (B, D, N) in float32 or float64, updated in place; the step is computed in its dtype.
+        u, dt, z: (B, D).
+        B, C: (B, G, N), each with its own G, or (D, N) where constant in time.
+        A, D, dt_bias, dt_softplus: as in `selective_scan`.
+
+    Returns:
+        y (B, D) in the dtype of u.
+    """
+    batch, dim = u.shape
+    dtype = state.dtype
+    dt = _step_size(dt, dt_bias, dt_softplus, dtype)  # (B, D)
+    B, C = (_per_channel(m.to(dtype), batch, dim) for m in (B, C))  # (B, D, N)
+    h, y = _advance(state, u.to(dtype), dt, A.to(dtype), B, C)
+    state.copy_(h)
+    return _skip_and_gate(y, u, D, z)
+
+
+def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> Tensor:
+    """Algorithm 2: dt = softplus(parameter + projection)."""
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    return F.softplus(dt) if dt_softplus else dt
+
+
+def _advance(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence: h, B, C (..., D, N); u, dt (..., D); A (D, N) -> the next h, and y (..., D)."""
+    # Equation 2a, with A-bar = exp(dt A) and B-bar = dt B.
+    h = torch.exp(dt[..., None] * A) * h + (dt * u)[..., None] * B  # (..., D, N)
+    # Equation 2b.
+    return h, (C * h).sum(-1)
+
+
+def _skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """The skip connection, and the gate of the Mamba block (figure 3): y, u, z (..., D) -> y in the dtype of u."""
+    if D is not None:
+        y = y + D.to(y.dtype) * u
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(u.dtype)
+
+
+def _per_channel(m: Tensor, steps: int, dim: int) -> Tensor:
+    """B or C, (steps, G, N) or (D, N), for each step and channel: (steps, D, N)."""
     if m.dim() == 2:
-        return m.expand(total, -1, -1)
-    return m.flatten(0, 1).repeat_interleave(dim // m.shape[2], dim=1)
+        return m.expand(steps, -1, -1)
+    return m.repeat_interleave(dim // m.shape[1], dim=1)

@@ -89,8 +89,8 @@ def ssd(
     chosen = resolve_backend(backend, x.device, "ssd")
     if chosen == "reference":
         return SSDOutput(*reference.ssd(*arguments))
-    implementation = triton if chosen == "triton" else pytorch
-    return SSDOutput(*implementation.ssd(*arguments, chunk_size=chunk_size))
+    scan = {"triton": triton.ssd, "torch": pytorch.ssd}[chosen]
+    return SSDOutput(*scan(*arguments, chunk_size=chunk_size))
 
 
 def ssd_step(
@@ -116,7 +116,7 @@ def ssd_step(
         dt: (B, H), or (B, T, H).
         B, C: (B, G, N), or (B, T, G, N).
         A, D, dt_bias, dt_softplus, dt_limit: as in `ssd`.
-        backend: see `ssm_kernels.use_backend`; `reference` is `torch` here.
+        backend: see `ssm_kernels.use_backend`.
 
     Returns:
         y of the shape and dtype of `x`.
@@ -134,9 +134,10 @@ def ssd_step(
     check_tensor("state", state, shape, like=x, dtypes=(torch.float32, torch.float64))
     _check(x, dt, A, B, C, D, z, dt_bias, state)
     dt_limit = check_dt_limit(dt_limit)
-    implementation = triton if resolve_backend(backend, x.device, "ssd") == "triton" else pytorch
+    chosen = resolve_backend(backend, x.device, "ssd")
+    step = {"triton": triton.ssd_step, "torch": pytorch.ssd_step, "reference": reference.ssd_step}[chosen]
     with torch.no_grad():
-        y = implementation.ssd_step(state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, dt_limit)
+        y = step(state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, dt_limit)
     return y.squeeze(1) if is_single else y
 
 

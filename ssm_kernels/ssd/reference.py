@@ -47,13 +47,7 @@ def ssd(
     x, dt = (without_padding(t, cu_seqlens, seq_idx) for t in (x, dt))
     z = None if z is None else without_padding(z, cu_seqlens, seq_idx)
 
-    dt = dt.to(dtype)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dt = dt.clamp(*dt_limit)
-
+    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
     A = A.to(dtype)
     xs, dts = (t.to(dtype).flatten(0, 1) for t in (x, dt))  # (B * L, H, P), (B * L, H)
     Bs, Cs = (t.to(dtype).flatten(0, 1).repeat_interleave(heads // groups, dim=1) for t in (B, C))  # (B * L, H, N)
@@ -64,18 +58,75 @@ def ssd(
         if initial_states is not None and s in row_of_start:
             state = initial_states[row_of_start[s]].to(dtype)
         for t in range(start, start + n_steps):
-            # Equation 2, discretized: S_t = exp(dt A) S_{t-1} + dt x B^T.
-            decay = torch.exp(dts[t] * A)[:, None, None]  # (H, 1, 1)
-            state = decay * state + (dts[t, :, None] * xs[t])[:, :, None] * Bs[t, :, None, :]  # (H, P, N)
-            # y_t = S_t C_t.
-            ys[t] = (state * Cs[t, :, None, :]).sum(-1)  # (H, P)
+            state, ys[t] = _advance(state, xs[t], dts[t], A, Bs[t], Cs[t])  # (H, P, N), (H, P)
         final_states.append(state)
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else A.new_zeros(x.shape)  # (B, L, H, P)
 
-    # Skip connection and gate.
-    if D is not None:
-        y = y + D.to(dtype) * x
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
     states = [final_states[s] for s in sequences.final_sequences]
-    return y.to(x.dtype), torch.stack(states) if states else A.new_zeros(0, heads, headdim, d_state)
+    return _skip_and_gate(y, x, D, z), torch.stack(states) if states else A.new_zeros(0, heads, headdim, d_state)
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """Advance the scan by T tokens, one after the other.
+
+    Args:
+        state: (B, H, P, N) in float32 or float64, updated in place; the tokens are computed in its dtype.
+        x, z: (B, T, H, P).
+        dt: (B, T, H).
+        B, C: (B, T, G, N).
+        A, D, dt_bias, dt_softplus, dt_limit: as in `ssd`.
+
+    Returns:
+        y (B, T, H, P) in the dtype of x.
+    """
+    tokens, heads = x.shape[1:3]
+    dtype = state.dtype
+    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)  # (B, T, H)
+    B, C = (m.to(dtype).repeat_interleave(heads // m.shape[2], dim=2) for m in (B, C))  # (B, T, H, N)
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    for t in range(tokens):
+        S, y[:, t] = _advance(state, x[:, t].to(dtype), dt[:, t], A.to(dtype), B[:, t], C[:, t])
+        state.copy_(S)
+    return _skip_and_gate(y, x, D, z)
+
+
+def _step_size(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], dtype: torch.dtype
+) -> Tensor:
+    """dt with its bias, through softplus, within its bounds."""
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    return dt.clamp(*dt_limit)
+
+
+def _advance(S: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """One step: S (..., H, P, N); x (..., H, P); dt (..., H); A (H,); B, C (..., H, N) -> the next S, and y like x."""
+    # Equation 2, discretized: S_t = exp(dt A) S_{t-1} + dt x B^T.
+    decay = torch.exp(dt * A)[..., None, None]  # (..., H, 1, 1)
+    S = decay * S + (dt[..., None] * x)[..., None] * B[..., None, :]  # (..., H, P, N)
+    # y_t = S_t C_t.
+    return S, (S * C[..., None, :]).sum(-1)
+
+
+def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """The skip connection and the gate: y, x, z (..., H, P), D (H, P) or (H, 1) -> y in the dtype of x."""
+    if D is not None:
+        y = y + D.to(y.dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(x.dtype)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ssm_kernels import causal_conv1d, causal_conv1d_step
 from ssm_kernels.testing import assert_agrees, is_interpreted
+from tests.ssm_kernels.makers import pure
 
 pytestmark = pytest.mark.triton
 
@@ -132,24 +133,34 @@ def test_nothing_crosses_a_bound(backend):
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_steps_equal_the_whole(backend, width, dtype):
-    tensors = make(2, 11, 300, width, dtype)
-    whole = causal_conv1d(**tensors, activation="silu", backend=backend)
-    state = tensors["initial_states"].repeat_interleave(2, 1)[:, ::2]  # not dense
-    before = state.data_ptr()
-    for t in range(11):
-        y = causal_conv1d_step(state, tensors["x"][:, t], tensors["weight"], tensors["bias"], "silu", backend=backend)
+def test_steps_of_the_reference_are_its_convolution(width, dtype):
+    tensors = make(2, 5, 3, width, dtype)
+    whole = causal_conv1d(**tensors, activation="silu", backend="reference")
+    state = tensors.pop("initial_states")
+    for t in range(5):
+        y = causal_conv1d_step(state, **(tensors | {"x": tensors["x"][:, t]}), activation="silu", backend="reference")
         torch.testing.assert_close(y, whole.y[:, t])
-    assert torch.equal(state, whole.final_states) and state.data_ptr() == before
+    assert torch.equal(state, whole.final_states)
 
 
-def test_step_keeps_a_state_of_another_dtype(backend):
-    t = {k: v.float() for k, v in make(2, 1).items()}
-    state = t["initial_states"].double()
-    y = causal_conv1d_step(state, t["x"][:, 0], t["weight"], backend=backend)
-    whole = causal_conv1d(t["x"], t["weight"], initial_states=t["initial_states"], backend="reference")
-    torch.testing.assert_close(y, whole.y[:, 0])
-    torch.testing.assert_close(state.float(), whole.final_states)
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float64, torch.float32])
+def test_a_step_agrees_with_the_reference(backend, width, dtype, state_dtype):
+    tensors = make(2, 1, 300, width, dtype)
+    tensors |= {"x": tensors["x"][:, 0], "state": tensors.pop("initial_states").to(state_dtype)}
+    op = pure(causal_conv1d_step)
+    assert_agrees(op, tensors, {"activation": "silu"}, backend=backend, gradients=False)
+    assert_agrees(op, tensors | {"bias": None}, backend=backend, gradients=False)
+
+
+def test_a_step_updates_a_state_of_any_strides_in_place(backend):
+    tensors = make(2, 1)
+    expected, x = tensors.pop("initial_states"), tensors.pop("x")[:, 0]
+    state = expected.repeat_interleave(2, 1)[:, ::2]
+    y = causal_conv1d_step(state, x, **tensors, backend=backend)
+    torch.testing.assert_close(y, causal_conv1d_step(expected, x, **tensors, backend="reference"))
+    assert torch.equal(state, expected)
 
 
 def test_gradcheck(backend):

@@ -10,16 +10,12 @@ from hypothesis import strategies as st
 from ssm_kernels import (
     BIDIRECTIONAL,
     CROSS,
-    causal_conv1d,
     cross_causal_conv1d,
     cross_merge,
     cross_scan,
     cross_selective_scan,
     cross_ssd,
-    selective_scan,
-    ssd,
 )
-from ssm_kernels.cross_scan.reference import positions
 from ssm_kernels.testing import assert_agrees, is_interpreted
 
 pytestmark = pytest.mark.triton
@@ -117,36 +113,6 @@ def test_ops_along_directions_agree_over_several_segments(backend, name):
     first = next(iter(tensors))
     tensors[first] = tensors[first].movedim(-1, 1).contiguous().movedim(1, -1)  # channels are not contiguous
     assert_agrees(op, tensors, options, backend=backend)
-
-
-@pytest.mark.parametrize("name", ALONG)
-def test_ops_along_directions_are_the_ops_in_time(backend, name):
-    """Each direction by a table of positions, through the op in time."""
-    op, options = ALONG[name]
-    t = make(name, 2, 3, 4, 4)
-    got = op(**t, **options, backend=backend)
-
-    def along(direction, m, k=None):
-        m = m if k is None else m[:, :, :, k]
-        return m.flatten(1, 2)[:, positions(direction, 3, 4)]
-
-    parts = []
-    for k, direction in enumerate(CROSS):
-        if name == "cross_causal_conv1d":
-            y, _ = causal_conv1d(along(direction, t["x"]), t["weight"][k], t["bias"][k], "silu")
-        elif name == "cross_selective_scan":
-            dt, B, C = (along(direction, t[n], k) for n in ("dt", "B", "C"))
-            y, _ = selective_scan(
-                along(direction, t["u"]), dt, t["A"][k], B, C, t["D"][k], dt_bias=t["dt_bias"][k], dt_softplus=True
-            )
-        else:
-            x, dt, B, C = (along(direction, t[n], k) for n in ("x", "dt", "B", "C"))
-            bias = {"dt_bias": t["dt_bias"][k], "dt_softplus": True, "dt_limit": (0.2, 2.0)}
-            y, _ = ssd(x, dt, t["A"][k], B, C, t["D"][k], **bias)
-        index = torch.tensor(positions(direction, 3, 4))
-        parts.append(torch.empty_like(y).index_copy(1, index, y).unflatten(1, (3, 4)))
-    want = sum(parts) if name == "cross_selective_scan" else torch.stack(parts, 3)
-    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", ALONG)

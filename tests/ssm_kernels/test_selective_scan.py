@@ -11,6 +11,7 @@ from ssm_kernels import selective_scan, selective_scan_step, use_backend
 from ssm_kernels.cross_scan import CROSS
 from ssm_kernels.cross_scan.reference import positions
 from ssm_kernels.testing import assert_agrees, is_interpreted
+from tests.ssm_kernels.makers import pure
 
 pytestmark = pytest.mark.triton
 needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
@@ -183,22 +184,37 @@ def test_large_steps_stay_finite(backend):
     assert_agrees(selective_scan, tensors, backend=backend)
 
 
-@pytest.mark.parametrize("optional", [True, False])
-@pytest.mark.parametrize("constant", [False, True])
-def test_steps_equal_the_scan(optional, constant):
-    tensors = make(2, 11, groups=2, D=optional, z=optional, dt_bias=optional)
+def step_inputs(length, optional, constant, dtype=torch.float64):
+    """Arguments of a scan in two groups of B and one of C; and the names of those with a length."""
+    tensors = make(2, length, groups=2, D=optional, z=optional, dt_bias=optional, dtype=dtype)
     tensors["C"] = tensors["C"][:, :, :1]
     if constant:
         tensors["B"] = torch.randn_like(tensors["A"])
-    softplus = {"dt_softplus": optional}
-    whole = selective_scan(**tensors, **softplus, backend="reference")
+    return tensors, [k for k, x in tensors.items() if x.shape[:2] == (2, length)]
+
+
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("constant", [False, True])
+def test_steps_of_the_reference_are_its_scan(optional, constant):
+    tensors, in_time = step_inputs(5, optional, constant)
+    whole = selective_scan(**tensors, dt_softplus=optional, backend="reference")
     state = tensors.pop("initial_states").clone()
-    in_time = [k for k, x in tensors.items() if x.shape[:2] == (2, 11)]
-    for t in range(11):
+    for t in range(5):
         now = {k: tensors[k][:, t] for k in in_time}
-        y = selective_scan_step(state, **(tensors | now), **softplus)
+        y = selective_scan_step(state, **(tensors | now), dt_softplus=optional, backend="reference")
         torch.testing.assert_close(y, whole.y[:, t])
     torch.testing.assert_close(state, whole.final_states)
+
+
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_step_agrees_with_the_reference(backend, optional, constant, dtype):
+    tensors, in_time = step_inputs(1, optional, constant, dtype)
+    tensors |= {k: tensors[k][:, 0] for k in in_time}
+    state = tensors.pop("initial_states")
+    tensors["state"] = state.to(torch.promote_types(dtype, torch.float32))
+    assert_agrees(pure(selective_scan_step), tensors, {"dt_softplus": optional}, backend=backend, gradients=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -212,7 +228,7 @@ def test_step_of_any_sizes_and_strides(dtype):
     tensors = {k: x[:, 0] if x.dim() > 2 else x for k, x in tensors.items()}
     tensors["u"] = tensors["u"].T.contiguous().T
     y = selective_scan_step(state, **tensors, dt_softplus=True)
-    want = selective_scan_step(expected, **tensors, dt_softplus=True, backend="torch")
+    want = selective_scan_step(expected, **tensors, dt_softplus=True, backend="reference")
     assert y.dtype == dtype
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(state, expected)

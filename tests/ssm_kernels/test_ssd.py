@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ssm_kernels import CROSS, selective_scan, ssd, ssd_step
 from ssm_kernels._triton.segment_table import build_segment_table
 from ssm_kernels.testing import assert_agrees, is_interpreted
+from tests.ssm_kernels.makers import pure
 
 pytestmark = pytest.mark.triton
 needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
@@ -267,16 +268,37 @@ def test_equals_the_selective_scan_with_one_rate_a_head(backend):
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("optional", [True, False])
-def test_steps_equal_the_scan(backend, tokens, optional):
-    tensors = make_inputs(2, 12, groups=2, D=optional, z=optional, dt_bias=optional)
-    scan = ssd(**tensors, dt_softplus=True, dt_limit=(0.1, 2.0))
-    state = tensors.pop("initial_states").transpose(2, 3).contiguous().transpose(2, 3)  # not contiguous
-    for t in range(0, 12, tokens):
+def test_steps_of_the_reference_are_its_scan(tokens, optional):
+    tensors = make_inputs(2, 8, groups=2, D=optional, z=optional, dt_bias=optional)
+    options = {"dt_softplus": True, "dt_limit": (0.1, 2.0), "backend": "reference"}
+    scan = ssd(**tensors, **options)
+    state = tensors.pop("initial_states").clone()
+    for t in range(0, 8, tokens):
         index = t if tokens == 1 else slice(t, t + tokens)
         inputs = {k: v[:, index] if k in TIME_ARGUMENTS else v for k, v in tensors.items()}
-        y = ssd_step(state, **inputs, dt_softplus=True, dt_limit=(0.1, 2.0), backend=backend)
-        torch.testing.assert_close(y, scan.y[:, index])
+        torch.testing.assert_close(ssd_step(state, **inputs, **options), scan.y[:, index])
     torch.testing.assert_close(state, scan.final_states)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_steps_agree_with_the_reference(backend, tokens, optional, dtype):
+    tensors = make_inputs(2, tokens, groups=2, D=optional, z=optional, dt_bias=optional, dtype=dtype)
+    tensors["state"] = tensors.pop("initial_states").to(torch.promote_types(dtype, torch.float32))
+    if tokens == 1:
+        tensors |= {k: tensors[k][:, 0] for k in TIME_ARGUMENTS if k in tensors}
+    options = {"dt_softplus": optional, "dt_limit": (0.1, 2.0)}
+    assert_agrees(pure(ssd_step), tensors, options, backend=backend, gradients=False)
+
+
+def test_a_step_advances_a_state_that_is_not_contiguous(backend):
+    tensors = make_inputs(2, 1)
+    expected = tensors.pop("initial_states")
+    state = expected.transpose(2, 3).contiguous().transpose(2, 3)
+    y = ssd_step(state, **tensors, dt_softplus=True, backend=backend)
+    torch.testing.assert_close(y, ssd_step(expected, **tensors, dt_softplus=True, backend="reference"))
+    torch.testing.assert_close(state, expected)
 
 
 def test_gradcheck(backend):
