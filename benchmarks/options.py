@@ -26,7 +26,7 @@ Op = Literal[
 ]  # fmt: skip
 OPS: tuple[str, ...] = tuple(op for op in get_args(Op) if not op.endswith("_block"))
 """The ops of `ssm_kernels`; a block is a complete mixer."""
-Impl = Literal["ours", "triton", "torch", "reference", "mamba_ssm", "causal_conv1d", "fla", "transformers"]
+Impl = Literal["ours", "triton", "numba", "torch", "reference", "mamba_ssm", "causal_conv1d", "fla", "transformers"]
 Metric = Literal["time", "memory", "error"]
 Mode = Literal["fwd", "bwd", "fwd+bwd"]
 Dtype = Literal["fp32", "fp64", "bf16", "fp16"]

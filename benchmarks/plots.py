@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLORS = {
-    "ours": "#1f5fa8", "torch": "#5fa2dd", "triton": "#123a66", "reference": "#888888", "mamba_ssm": "#d9822b",
-    "causal_conv1d": "#a0522d", "fla": "#7b4fa3", "transformers": "#c9a227",
+    "ours": "#1f5fa8", "torch": "#5fa2dd", "triton": "#123a66", "numba": "#3f8f6b", "reference": "#888888",
+    "mamba_ssm": "#d9822b", "causal_conv1d": "#a0522d", "fla": "#7b4fa3", "transformers": "#c9a227",
 }  # fmt: skip
 WRONG = "#c62828"
 LOG = 30

@@ -295,14 +295,60 @@ def fill(tile, value):
 
 @njit
 def locate_tile(tile, dim, groups):
-    """Return the sequence of a tile, its first channel, and its number of channels."""
+    """Return the sequence of a tile of `groups` groups of `dim` channels, its group, first channel, and channels."""
     # Tiles in the order sequence, group, block of channels: (S, G, blocks).
-    per_group = dim // groups
-    blocks = (per_group + BLOCK - 1) // BLOCK
+    blocks = (dim + BLOCK - 1) // BLOCK
     sequence, block = tile // (groups * blocks), tile % (groups * blocks)
-    group, block = block // blocks, block % blocks
-    channel = group * per_group + block * BLOCK
-    return sequence, channel, min(BLOCK, (group + 1) * per_group - channel)
+    group, channel = block // blocks, block % blocks * BLOCK
+    return sequence, group, channel, min(BLOCK, dim - channel)
+
+
+@njit
+def set_positions(positions, first, count, direction, height, length):
+    """Set the positions of steps `first` to `first + count - 1` along a scan direction of a row-major grid.
+
+    `direction` is a code of `cross_scan.directions`, `length` the area of the grid; in time, 0 and any height.
+    """
+    for r in range(count):
+        step = first + r if direction < 2 else length - 1 - first - r
+        if direction % 2:  # column by column
+            step = step % height * (length // height) + step // height
+        positions[r] = step
+
+
+@njit
+def read_steps(source, i, positions, count, group, channel, width, tile):
+    """Copy source[i, positions[:count], group, channel : channel + width] to the rows of a tile (count, BLOCK).
+
+    Zeros fill the last vector of a row.
+    """
+    size = source.itemsize
+    step_stride, stride = source.strides[1] // size, source.strides[3] // size
+    offset = i * (source.strides[0] // size) + group * (source.strides[2] // size) + channel * stride
+    if step_stride == 1 and stride != 1:  # neighbours in memory are neighbours in time
+        for r in range(count):
+            store(tile, r * BLOCK + (width - 1) // lane_count(tile) * lane_count(tile), splat(tile, 0.0))
+        for k in range(width):
+            for r in range(count):
+                set_element(tile, r * BLOCK + k, element(source, offset + k * stride + positions[r]))
+        return
+    for r in range(count):
+        read_row(source, offset + positions[r] * step_stride, stride, width, tile, r * BLOCK)
+
+
+@njit
+def write_steps(tile, target, i, positions, count, group, channel, width):
+    """Copy the rows of a tile (count, BLOCK) to target[i, positions[:count], group, channel : channel + width]."""
+    size = target.itemsize
+    step_stride, stride = target.strides[1] // size, target.strides[3] // size
+    offset = i * (target.strides[0] // size) + group * (target.strides[2] // size) + channel * stride
+    if step_stride == 1 and stride != 1:  # as in `read_steps`
+        for k in range(width):
+            for r in range(count):
+                set_element(target, offset + k * stride + positions[r], element(tile, r * BLOCK + k))
+        return
+    for r in range(count):
+        write_row(tile, r * BLOCK, target, offset + positions[r] * step_stride, stride, width)
 
 
 @njit
@@ -311,45 +357,43 @@ def read_rows(source, i, first, count, channel, width, tile):
 
     Zeros fill the last vector of a row.
     """
-    row_stride, stride = source.strides[1] // source.itemsize, source.strides[2] // source.itemsize
-    offset = i * (source.strides[0] // source.itemsize) + first * row_stride + channel * stride
-    n = lane_count(tile)
-    if row_stride == 1 and stride != 1:  # neighbours in memory are neighbours in time
-        for r in range(count):
-            store(tile, r * BLOCK + (width - 1) // n * n, splat(tile, 0.0))
-        for k in range(width):
-            for r in range(count):
-                set_element(tile, r * BLOCK + k, element(source, offset + k * stride + r))
-        return
-    n_vectors = width // n if stride == 1 else 0
+    size = source.itemsize
+    row_stride, stride = source.strides[1] // size, source.strides[2] // size
+    offset = i * (source.strides[0] // size) + first * row_stride + channel * stride
     for r in range(count):
-        at = r * BLOCK
-        for v in range(n_vectors):
-            store(tile, at + v * n, load(source, offset + v * n))
-        if n_vectors * n < width:
-            # Kernels compute complete vectors, and some sum their lanes: nothing may remain of the tile before.
-            store(tile, at + (width - 1) // n * n, splat(tile, 0.0))
-        for k in range(n_vectors * n, width):
-            set_element(tile, at + k, element(source, offset + k * stride))
-        offset += row_stride
+        read_row(source, offset + r * row_stride, stride, width, tile, r * BLOCK)
 
 
 @njit
 def write_rows(tile, target, i, first, count, channel, width):
     """Copy the rows of a tile (count, BLOCK) to target[i, first : first + count, channel : channel + width]."""
-    row_stride, stride = target.strides[1] // target.itemsize, target.strides[2] // target.itemsize
-    offset = i * (target.strides[0] // target.itemsize) + first * row_stride + channel * stride
-    n = lane_count(tile)
-    if row_stride == 1 and stride != 1:  # as in `read_rows`
-        for k in range(width):
-            for r in range(count):
-                set_element(target, offset + k * stride + r, element(tile, r * BLOCK + k))
-        return
-    n_vectors = width // n if stride == 1 else 0
+    size = target.itemsize
+    row_stride, stride = target.strides[1] // size, target.strides[2] // size
+    offset = i * (target.strides[0] // size) + first * row_stride + channel * stride
     for r in range(count):
-        at = r * BLOCK
-        for v in range(n_vectors):
-            store(target, offset + v * n, load(tile, at + v * n))
-        for k in range(n_vectors * n, width):
-            set_element(target, offset + k * stride, element(tile, at + k))
-        offset += row_stride
+        write_row(tile, r * BLOCK, target, offset + r * row_stride, stride, width)
+
+
+@njit(forceinline=True)
+def read_row(source, offset, stride, width, tile, at):
+    """Copy `width` elements to a tile; zeros fill its last vector."""
+    n = lane_count(tile)
+    n_vectors = width // n if stride == 1 else 0
+    for v in range(n_vectors):
+        store(tile, at + v * n, load(source, offset + v * n))
+    if n_vectors * n < width:
+        # Kernels compute complete vectors, and some sum their lanes: nothing may remain of the tile before.
+        store(tile, at + (width - 1) // n * n, splat(tile, 0.0))
+    for k in range(n_vectors * n, width):
+        set_element(tile, at + k, element(source, offset + k * stride))
+
+
+@njit(forceinline=True)
+def write_row(tile, at, target, offset, stride, width):
+    """Copy `width` elements of a tile."""
+    n = lane_count(tile)
+    n_vectors = width // n if stride == 1 else 0
+    for v in range(n_vectors):
+        store(target, offset + v * n, load(tile, at + v * n))
+    for k in range(n_vectors * n, width):
+        set_element(target, offset + k * stride, element(tile, at + k))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._core.varlen import Sequences
+from .._triton.device import empty_like
 
 BLOCK = 64
 """Channels of a tile."""
@@ -62,9 +64,21 @@ def as_row(x: Tensor | None) -> Tensor | None:
     return None if x is None else x[None, None]
 
 
+def as_directions(directions: Sequence[int], groups: int) -> np.ndarray:
+    """Return the code of each group's scan direction, that of a scan in time where there are none."""
+    return np.array(directions or [0] * groups, np.int64)
+
+
+def empty_steps(x: Tensor, sequences: Sequences, dtype: torch.dtype) -> Tensor:
+    """Return memory for a result like x (..., L, G, E), with contiguous steps where x has them; zero in padding."""
+    has_padding = bool(sequences.padding_runs(x.shape[0] * x.shape[1]))
+    new = x.new_zeros if has_padding else x.new_empty
+    return empty_like(x, functools.partial(new, dtype=dtype))
+
+
 def count_tiles(dim: int, groups: int = 1) -> int:
-    """Return the number of tiles of a sequence: blocks of channels that lie in one group."""
-    return groups * -(-(dim // groups) // BLOCK)
+    """Return the number of tiles of a sequence: blocks of the `dim` channels of each group."""
+    return groups * -(-dim // BLOCK)
 
 
 def sequence_table(sequences: Sequences, length: int, interval: int) -> np.ndarray:

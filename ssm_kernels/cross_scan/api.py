@@ -9,10 +9,20 @@ from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.validation import check_divides, check_integer, check_no_nan, check_tensor
+from ..causal_conv1d import numba as conv_numba
+from ..causal_conv1d import triton as conv_triton
 from ..causal_conv1d.api import check_activation
+from ..selective_scan import numba as scan_numba
+from ..selective_scan import triton as scan_triton
+from ..ssd import triton as ssd_triton
 from ..ssd.api import canonical_skip, check_dt_limit
-from . import permuted, pytorch, reference, triton
+from . import addressed, permuted, pytorch, reference, triton
 from .directions import CROSS, ScanDirection, check_directions
+
+# Kernels that take directions, by backend.
+_CONV_KERNELS = {"triton": conv_triton, "numba": conv_numba}
+_SCAN_KERNELS = {"triton": scan_triton, "numba": scan_numba}
+_SSD_KERNELS = {"triton": ssd_triton}
 
 
 def cross_scan(x: Tensor, directions: Sequence[ScanDirection] = CROSS, *, backend: Backend = "auto") -> Tensor:
@@ -70,7 +80,7 @@ def cross_causal_conv1d(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Convolve a grid along several directions, as `causal_conv1d` does in time. No permuted copy is made in Triton.
+    """Convolve a grid along several directions, as `causal_conv1d` does in time. No kernel makes a permuted copy.
 
     Args:
         x: (B, height, width, E).
@@ -93,12 +103,12 @@ def cross_causal_conv1d(
     if bias is not None:
         check_tensor("bias", bias, (k, dim), like=x)
     check_activation(activation)
-    # Chosen as for `causal_conv1d`: its Triton kernels take directions, its other fast backends run on permuted copies.
+    # Chosen as for `causal_conv1d`: its kernels take directions, its other fast backend runs on permuted copies.
     chosen = resolve_backend(backend, x.device, "causal_conv1d")
     if chosen == "reference":
         return reference.cross_causal_conv1d(x, weight, bias, activation == "silu", tuple(directions))
-    if chosen == "triton":
-        return triton.cross_causal_conv1d(x, weight, bias, activation == "silu", directions)
+    if chosen in _CONV_KERNELS:
+        return addressed.cross_causal_conv1d(_CONV_KERNELS[chosen], x, weight, bias, activation == "silu", directions)
     return permuted.cross_causal_conv1d(x, weight, bias, activation, directions, chosen)
 
 
@@ -115,7 +125,7 @@ def cross_selective_scan(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Scan a grid along several directions, as `selective_scan` does in time, and add. No permuted copy in Triton.
+    """Scan a grid along several directions, as `selective_scan` does in time, and add. No kernel makes a permuted copy.
 
     Args:
         u: (B, height, width, E) input of every direction.
@@ -152,8 +162,10 @@ def cross_selective_scan(
     # One scan over the K * E channels of all directions.
     A = A.flatten(0, 1)  # (K * E, N)
     D, dt_bias = (None if m is None else m.flatten() for m in (D, dt_bias))  # (K * E,)
-    if chosen == "triton":
-        return triton.cross_selective_scan(u, dt, A, B, C, D, dt_bias, dt_softplus, directions)
+    if chosen in _SCAN_KERNELS:
+        return addressed.cross_selective_scan(
+            _SCAN_KERNELS[chosen], u, dt, A, B, C, D, dt_bias, dt_softplus, directions
+        )
     return permuted.cross_selective_scan(u, dt, A, B, C, D, dt_bias, dt_softplus, directions, chosen)
 
 
@@ -172,7 +184,7 @@ def cross_ssd(
     chunk_size: int = 64,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Scan a grid along several directions, as `ssd` does in time. No permuted copy is made in Triton.
+    """Scan a grid along several directions, as `ssd` does in time. No kernel makes a permuted copy.
 
     Args:
         x: (B, height, width, K, H, P) input of each direction.
@@ -212,8 +224,9 @@ def cross_ssd(
     # One scan over the K * H heads of all directions.
     A = A.flatten()  # (K * H,)
     D, dt_bias = (None if m is None else m.flatten(0, 1) for m in (D, dt_bias))  # (K * H,), D also (K * H, P)
-    if chosen == "triton":
-        return triton.cross_ssd(
-            x, dt, A, B, C, canonical_skip(D), dt_bias, dt_softplus, dt_limit, directions, chunk_size
-        )
+    if chosen in _SSD_KERNELS:
+        return addressed.cross_ssd(
+            _SSD_KERNELS[chosen], x, dt, A, B, C, canonical_skip(D), dt_bias, dt_softplus, dt_limit, directions,
+            chunk_size,
+        )  # fmt: skip
     return permuted.cross_ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, directions, chunk_size, chosen)

@@ -1,7 +1,6 @@
-"""The ops along directions on permuted copies, for the fast backends without kernels that read along a direction.
+"""The ops along directions on permuted copies, for the fast backend without kernels that read along a direction.
 
-Each runs cross-scan, the op in time with the directions as groups, and cross-merge. The copies are PyTorch's where the
-op in time is numba's.
+Each runs cross-scan, the op in time with the directions as groups, and cross-merge.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -208,37 +210,23 @@ def test_chunked_ops_pass_opcheck():
     torch.library.opcheck(torch.ops.ssm_kernels.causal_conv1d_torch_backward.default, (*args, y, final))
 
 
-@pytest.mark.parametrize("layout", ["dense", "steps first"])
-def test_numba_ops_pass_opcheck(layout):
-    pytest.importorskip("numba")
-    from ssm_kernels.causal_conv1d import numba
-
-    t = {k: v.float() for k, v in make(2, 40, 6).items()}
-    arguments = (LAYOUTS[layout](t["x"]), t["weight"], t["bias"], True, t["initial_states"], None, None)
-    torch.library.opcheck(numba._forward_op, arguments)
-    dy, dfinal = (m.clone() for m in numba._forward_op(*arguments))
-    torch.library.opcheck(numba._backward_op, (*arguments, dy, dfinal))
-    torch.library.opcheck(numba._backward_op, (*arguments, dy, None))
-    torch.library.opcheck(numba._step_op, (torch.randn(2, 3, 6), t["x"][:, 0], t["weight"], None, True))
-
-
 def kernel_arguments(layout="dense", **without):
     t = {k: v.float() for k, v in make(2, 40, 6, **without).items()}
     x = LAYOUTS[layout](t["x"]).unsqueeze(2)
     return x, t["weight"], t.get("bias"), True, t.get("initial_states"), None, None, [], 1
 
 
-@needs_interpreter
-def test_triton_ops_pass_opcheck():
-    from ssm_kernels.causal_conv1d import triton
-
+def test_kernels_pass_opcheck(backend):
+    if backend == "torch":
+        pytest.skip("has a test of its own")
+    ops = importlib.import_module(f"ssm_kernels.causal_conv1d.{backend}")
     for arguments in (kernel_arguments(), kernel_arguments("steps first", bias=False, initial_states=False)):
-        torch.library.opcheck(triton._forward_op, arguments)
-        dy, dfinal = (m.clone() for m in triton._forward_op(*arguments))
-        torch.library.opcheck(triton._backward_op, (*arguments, dy, dfinal))
-        torch.library.opcheck(triton._backward_op, (*arguments, dy, None))
+        torch.library.opcheck(ops._forward_op, arguments)
+        dy, dfinal = (m.clone() for m in ops._forward_op(*arguments))
+        torch.library.opcheck(ops._backward_op, (*arguments, dy, dfinal))
+        torch.library.opcheck(ops._backward_op, (*arguments, dy, None))
     x, weight, bias = arguments[0][:, 0, 0], arguments[1], arguments[2]
-    torch.library.opcheck(triton._step_op, (torch.randn(2, 3, 6), x, weight, bias, True))
+    torch.library.opcheck(ops._step_op, (torch.randn(2, 3, 6), x, weight, bias, True))
 
 
 @needs_interpreter

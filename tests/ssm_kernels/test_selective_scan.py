@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -263,37 +265,21 @@ def test_registered_torch_ops_pass_opcheck():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_registered_numba_ops_pass_opcheck(packed):
-    pytest.importorskip("numba")
-    from ssm_kernels.selective_scan import numba
-
-    t = {k: v.float() for k, v in make(1, 9).items()}
-    bounds = torch.tensor([0, 9], dtype=torch.int32) if packed else None
-    args = (*t.values(), bounds, None)
-    torch.library.opcheck(numba._forward_op, (*args, True, True))
-    y, final, checkpoints = numba._forward_op(*args, True, True)
-    args = (*args, checkpoints, torch.ones_like(y), torch.ones_like(final), True)
-    torch.library.opcheck(numba._backward_op, args, test_utils=("test_schema", "test_faketensor"))
-    step = (t["u"][:, 0], t["dt"][:, 0], t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], t["z"][:, 0], None, True)
-    torch.library.opcheck(numba._step_op, (t["initial_states"], *step))
-
-
-@needs_interpreter
-@pytest.mark.parametrize("packed", [False, True])
-def test_registered_triton_ops_pass_opcheck(packed):
-    from ssm_kernels.selective_scan import triton
-
+def test_registered_kernels_pass_opcheck(backend, packed):
+    if backend == "torch":
+        pytest.skip("has a test of its own")
+    ops = importlib.import_module(f"ssm_kernels.selective_scan.{backend}")
     t = {k: v.float() for k, v in make(1, 9).items()}
     u, dt, z = (t[k].unsqueeze(2) for k in ("u", "dt", "z"))
     bounds = torch.tensor([0, 9], dtype=torch.int32) if packed else None
     initial = t["initial_states"]
     args = (u, dt, t["A"], t["B"], t["C"], t["D"], z, t["dt_bias"], initial, bounds, None)
-    torch.library.opcheck(triton._forward_op, (*args, True, [], 1, True))
-    y, final, checkpoint_states = triton._forward_op(*args, True, [], 1, True)
+    torch.library.opcheck(ops._forward_op, (*args, True, [], 1, True))
+    y, final, checkpoint_states = ops._forward_op(*args, True, [], 1, True)
     args = (*args, True, [], 1, checkpoint_states, torch.ones_like(y), torch.ones_like(final))
-    torch.library.opcheck(triton._backward_op, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops._backward_op, args, test_utils=("test_schema", "test_faketensor"))
     step = (initial, *(x[:, 0, 0] for x in (u, dt)), t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], z[:, 0, 0], None, True)
-    torch.library.opcheck(triton._step_op, step)
+    torch.library.opcheck(ops._step_op, step)
 
 
 @pytest.mark.parametrize("n", [1, 5, 12, 20, 40, 130, 256])

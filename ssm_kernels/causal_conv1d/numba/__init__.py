@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..._core.library import Gradient, define_op, lazy_function
+from ..._triton.device import empty_like
 
 
 def causal_conv1d(
@@ -18,16 +21,34 @@ def causal_conv1d(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve with arguments in the canonical form of `reference.causal_conv1d`, and the same results."""
-    return _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
+    y, final_states = _forward_op(x.unsqueeze(2), weight, bias, silu, initial_states, cu_seqlens, seq_idx, [], 1)
+    return y.squeeze(2), final_states
+
+
+def grouped_causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, directions: Sequence[int], height: int
+) -> Tensor:
+    """Convolve each of G groups of channels along its own scan direction.
+
+    Args:
+        x: (B, L, G, E), where L is a grid of `height` rows in row-major order.
+        weight: (G * E, K).
+        bias: (G * E,).
+        directions: an index in `cross_scan.CROSS` for each group.
+
+    Returns:
+        y (B, L, G, E) in row-major order, in the dtype of x.
+    """
+    return _forward_op(x, weight, bias, silu, None, None, None, list(directions), height)[0]
 
 
 def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """Advance the convolution by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
+    """Advance by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
     return _step_op(state, x, weight, bias, silu)
 
 
 def _save(ctx, inputs, outputs):
-    x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx = inputs
+    x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, ctx.directions, ctx.height = inputs
     ctx.save_for_backward(x, weight, bias, initial_states, cu_seqlens, seq_idx)
 
 
@@ -36,7 +57,7 @@ def _gradients(ctx, dy, dfinal_states):
     x, weight, bias, initial_states, cu_seqlens, seq_idx = ctx.saved_tensors
     dy = x.new_zeros(x.shape) if dy is None else dy
     dx, dweight, dbias, dinitial_states = _backward_op(
-        x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states
+        x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, ctx.directions, ctx.height, dy, dfinal_states
     )
     return {
         "x": dx,
@@ -46,18 +67,19 @@ def _gradients(ctx, dy, dfinal_states):
     }
 
 
-def _forward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx):
+def _forward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, directions, height):
     rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    return x.new_empty(x.shape), x.new_empty(rows, weight.shape[1] - 1, x.shape[2])
+    return empty_like(x, x.new_empty), x.new_empty(rows, weight.shape[1] - 1, weight.shape[0])
 
 
-def _backward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states):
+def _backward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, directions, height, dy, dfinal_states):
     dbias, dinitial_states = (x.new_empty(0) if m is None else m.new_empty(m.shape) for m in (bias, initial_states))
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial_states
+    return empty_like(x, x.new_empty), weight.new_empty(weight.shape), dbias, dinitial_states
 
 
 _ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, Tensor? cu_seqlens, Tensor? seq_idx"
+    "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, Tensor? cu_seqlens, Tensor? seq_idx,"
+    " int[] directions, int height"
 )
 _forward_op = define_op(
     f"causal_conv1d_numba({_ARGUMENTS}) -> (Tensor, Tensor)",

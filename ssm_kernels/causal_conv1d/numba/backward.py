@@ -10,30 +10,57 @@ from torch import Tensor
 from ..._core.varlen import parse_sequences
 from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
-from ..._numba.lanes import aligned_empty, fill, fma, lane_count, load, locate_tile, read_rows, splat, store, write_rows
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of, sequence_table, split_sequences, sum_parts
+from ..._numba.lanes import (
+    aligned_empty,
+    fill,
+    fma,
+    lane_count,
+    load,
+    locate_tile,
+    read_rows,
+    read_steps,
+    set_positions,
+    splat,
+    store,
+    write_rows,
+    write_steps,
+)
+from ..._numba.launch import (
+    BLOCK,
+    as_array,
+    as_directions,
+    as_row,
+    count_tiles,
+    empty_steps,
+    memory_of,
+    sequence_table,
+    split_sequences,
+    sum_parts,
+)
 from ..._numba.threads import run_tiles
 from .tiles import STEPS, convolve_rows, move_rows
 
 
-def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states) -> tuple[Tensor, ...]:
+def backward(
+    x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, directions, height, dy, dfinal_states
+) -> tuple[Tensor, ...]:
     """Return the gradients of x, weight, bias and initial_states in their dtypes; empty where there is none."""
-    (batch, length, dim), n_taps = x.shape, weight.shape[1]
+    (batch, length, groups, dim), n_taps = x.shape, weight.shape[1]
     compute = torch.promote_types(x.dtype, torch.float32)
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
     n_runs = split_sequences(len(sequences.lengths))
-    new = x.new_zeros if sequences.padding_runs(batch * length) else x.new_empty
-    dx = new(x.shape, dtype=compute)  # (B, L, D)
+    dx = empty_steps(x, sequences, compute)  # (B, L, G, E)
     # A part for each run of sequences, so that tiles of different threads share no memory.
-    dweight, dbias = (x.new_empty(n_runs, n, dim, dtype=compute) for n in (n_taps, 1))  # (runs, K or 1, D)
+    dweight, dbias = (x.new_empty(n_runs, n, groups * dim, dtype=compute) for n in (n_taps, 1))  # (runs, K or 1, G * E)
     dinitial = torch.empty((0, 0, 0) if initial_states is None else initial_states.shape, dtype=compute)
-    inputs = (
-        as_array(m, compute, 3)
-        for m in (x, weight.T[None], as_row(bias), initial_states, dy, dfinal_states)
-    )  # fmt: skip
+    inputs = [as_array(m, compute, 4) for m in (x, dy)]
+    inputs += [as_array(m, compute, 3) for m in (weight.T[None], as_row(bias), initial_states, dfinal_states)]
     outputs = (memory_of(m) for m in (dx, dweight, dbias, dinitial))
-    args = (*inputs, sequence_table(sequences, length, STEPS), *outputs, silu, n_runs)
-    n_tiles = n_runs * count_tiles(dim)
+    args = (
+        *inputs, sequence_table(sequences, length, STEPS), as_directions(directions, groups), height, *outputs, silu,
+        n_runs,
+    )  # fmt: skip
+    n_tiles = n_runs * count_tiles(dim, groups)
     run_tiles(lambda first, end: convolve_tiles_backward(*args, first, end), n_tiles, 3 * x.numel())
     return (
         dx.to(x.dtype),
@@ -45,15 +72,16 @@ def backward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, dy, dfi
 
 @Kernel
 def convolve_tiles_backward(
-    x, weight, bias, initial_states, dy, dfinal, sequences, dx, dweight, dbias, dinitial, silu, n_runs, first, end
+    x, dy, weight, bias, initial_states, dfinal, sequences, directions, height, dx, dweight, dbias, dinitial, silu,
+    n_runs, first, end,
 ):  # fmt: skip
     """Gradients of the tiles from `first` to `end` - 1. A tile takes the sequences of one of `n_runs` runs in turn.
 
-    Inputs are as in `convolve_tiles`, and dy (B, L, D), dfinal (rows, K - 1, D). dx (B, L, D); dweight (runs, K, D);
-    dbias (runs, 1, D); dinitial (rows, K - 1, D).
+    Inputs are as in `convolve_tiles`, and dy (B, L, G, E), dfinal (rows, K - 1, G * E). dx (B, L, G, E);
+    dweight (runs, K, G * E); dbias (runs, 1, G * E); dinitial (rows, K - 1, G * E).
     """
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
-    n_taps, dim = weight.shape[1:]
+    n_taps, (grid_length, groups, dim) = weight.shape[1], x.shape[1:]
     before = n_taps - 1
     size = (before + max(STEPS, before)) * BLOCK
     # `dsum_tile` is the gradient of the sums: its first rows are those before the block, as in `x_tile`.
@@ -67,10 +95,12 @@ def convolve_tiles_backward(
         aligned_empty(x, one * BLOCK),
         aligned_empty(x, one * BLOCK),
     )
+    positions = np.empty(max(STEPS, before), np.int64)
     fill(b_tile, 0.0)
     fill(no_bias, 0.0)
     for tile in range(first, end):
-        run, channel, width = locate_tile(tile, dim, one)
+        run, group, offset, width = locate_tile(tile, dim, groups)
+        channel = group * dim + offset
         read_rows(weight, zero, zero, n_taps, channel, width, w_tile)
         for k in range(n_taps):
             for i in range(0, BLOCK, lane_count(x)):
@@ -90,8 +120,9 @@ def convolve_tiles_backward(
                 read_rows(initial_states, initial, zero, before, channel, width, x_tile)
             for t0 in range(0, length, STEPS):
                 count = min(STEPS, length - t0)
-                read_rows(x, row, start + t0, count, channel, width, x_tile[before * BLOCK :])
-                read_rows(dy, row, start + t0, count, channel, width, dsum_tile[before * BLOCK :])
+                set_positions(positions, start + t0, count, directions[group], height, grid_length)
+                read_steps(x, row, positions, count, group, offset, width, x_tile[before * BLOCK :])
+                read_steps(dy, row, positions, count, group, offset, width, dsum_tile[before * BLOCK :])
                 if silu:
                     # The sums before silu are computed again rather than saved.
                     convolve_rows(x_tile, w_tile, b_tile, n_taps, count, width, sum_tile)
@@ -99,7 +130,10 @@ def convolve_tiles_backward(
                 add_weight_gradients(x_tile, dsum_tile, dw_tile, db_tile, n_taps, count, width)
                 # dx_{t - K + 1} = sum_k w_{K - 1 - k} dsum_{t - K + 1 + k}: these are complete with step t.
                 convolve_rows(dsum_tile, reversed_tile, no_bias, n_taps, count, width, dx_tile)
-                write_input_gradients(dx_tile, dx, dinitial, row, start, t0 - before, initial, count, channel, width)
+                write_input_gradients(
+                    dx_tile, dx, dinitial, positions, directions[group], height, row, start, t0 - before, initial,
+                    count, group, offset, width,
+                )  # fmt: skip
                 move_rows(x_tile, count, before, width)
                 move_rows(dsum_tile, count, before, width)
             # No sums come after the last K - 1 inputs, which are the final state.
@@ -111,7 +145,10 @@ def convolve_tiles_backward(
                 for r in range(before):
                     for i in range(r * BLOCK, r * BLOCK + width, lane_count(x)):
                         store(dx_tile, i, load(dx_tile, i) + load(x_tile, i))
-            write_input_gradients(dx_tile, dx, dinitial, row, start, length - before, initial, before, channel, width)
+            write_input_gradients(
+                dx_tile, dx, dinitial, positions, directions[group], height, row, start, length - before, initial,
+                before, group, offset, width,
+            )  # fmt: skip
         write_rows(dw_tile, dweight, run, zero, n_taps, channel, width)
         write_rows(db_tile, dbias, run, zero, one, channel, width)
 
@@ -143,11 +180,14 @@ def add_weight_gradients(x_tile, dsum_tile, dw_tile, db_tile, n_taps, count, wid
 
 
 @njit
-def write_input_gradients(tile, dx, dinitial, row, start, position, initial, count, channel, width):
-    """Write `count` rows from a position of a sequence on; positions before its start belong to the initial state."""
-    n_before = min(max(-position, 0), count)
+def write_input_gradients(
+    tile, dx, dinitial, positions, direction, height, row, start, step, initial, count, group, offset, width
+):  # fmt: skip
+    """Write `count` rows from a step of a sequence on; steps before its start belong to the initial state."""
+    n_before = min(max(-step, 0), count)
     if initial >= 0 and n_before:
-        write_rows(tile, dinitial, initial, dinitial.shape[1] + position, n_before, channel, width)
+        channel = group * dx.shape[3] + offset
+        write_rows(tile, dinitial, initial, dinitial.shape[1] + step, n_before, channel, width)
     if n_before < count:
-        rest = tile[n_before * BLOCK :]
-        write_rows(rest, dx, row, start + position + n_before, count - n_before, channel, width)
+        set_positions(positions, start + step + n_before, count - n_before, direction, height, dx.shape[1])
+        write_steps(tile[n_before * BLOCK :], dx, row, positions, count - n_before, group, offset, width)

@@ -41,7 +41,7 @@ def step_tiles(state, x, weight, bias, y, silu, first, end):
     b_tile, y_tile = aligned_empty(x, one * BLOCK), aligned_empty(x, one * BLOCK)
     fill(b_tile, 0.0)
     for tile in range(first, end):
-        row, channel, width = locate_tile(tile, dim, one)
+        row, _, channel, width = locate_tile(tile, dim, one)
         read_rows(weight, zero, zero, n_taps, channel, width, w_tile)
         if bias.size:
             read_rows(bias, zero, zero, one, channel, width, b_tile)

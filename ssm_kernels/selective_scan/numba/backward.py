@@ -21,55 +21,70 @@ from ..._numba.lanes import (
     load,
     locate_tile,
     read_rows,
+    read_steps,
+    set_positions,
     splat,
     store,
     write_rows,
+    write_steps,
 )
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of, sequence_table, split_sequences, sum_parts
+from ..._numba.launch import (
+    BLOCK,
+    as_array,
+    as_directions,
+    as_row,
+    count_tiles,
+    empty_steps,
+    memory_of,
+    sequence_table,
+    split_sequences,
+    sum_parts,
+)
 from ..._numba.threads import run_tiles
-from . import INTERVAL
-from .tiles import locate_part, n_groups, prepare_steps, read_coefficients, with_four_dims, write_coefficients
+from ..arguments import ScanArguments, ScanGradients
+from . import CHECKPOINT_INTERVAL
+from .tiles import prepare_steps, read_coefficients, with_four_dims, write_coefficients
 
 LN_2 = math.log(2)
 
 
-def backward(
-    u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, checkpoints, dy, dfinal, dt_softplus
-) -> tuple[Tensor, ...]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_states in their dtypes; empty where there is none."""
-    (batch, length, dim), n = u.shape, A.shape[1]
-    compute = checkpoints.dtype
-    sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
-    groups, n_slots = n_groups(B, C), split_sequences(len(sequences.lengths))
+def backward(*args) -> ScanGradients:
+    """Compute the gradients of the differentiable arguments. Body of `selective_scan_numba_backward`."""
+    *arguments, checkpoint_states, dy, dfinal_states = args
+    arguments = ScanArguments(*arguments)
+    u, dt, A, B, C, z = arguments.u, arguments.dt, arguments.A, arguments.B, arguments.C, arguments.z
+    D, dt_bias, initial_states = arguments.D, arguments.dt_bias, arguments.initial_states
+    (batch, length, groups, dim), n = u.shape, A.shape[1]
+    compute = checkpoint_states.dtype
+    sequences = parse_sequences(batch, length, arguments.cu_seqlens, arguments.seq_idx)
+    n_runs = split_sequences(len(sequences.lengths))
     new = u.new_zeros if sequences.padding_runs(batch * length) else u.new_empty
+    nothing = u.new_empty(0, 0, 0, dtype=compute)
 
-    def results(like: Tensor | None, *shape: int) -> Tensor:
-        return u.new_empty(shape if like is not None else (0,) * len(shape), dtype=compute)
-
-    du, ddt = (new(u.shape, dtype=compute) for _ in range(2))  # (B, L, D) each
-    dz = new(u.shape if z is not None else (0, 0, 0), dtype=compute)
-    # Gradients of inputs that sequences share have a part for each slot, so that threads share no memory.
-    dA = results(A, n_slots, n, dim)  # (slots, N, D)
-    dD, ddt_bias = (u.new_empty(n_slots, 1, dim, dtype=compute) for _ in range(2))  # (slots, 1, D) each
-    dinitial = results(initial_states, *(dfinal.shape if initial_states is not None else (0, 0, 0)))
+    du, ddt = (empty_steps(x, sequences, compute) for x in (u, dt))  # (B, L, G, E) each
+    dz = nothing[None] if z is None else empty_steps(z, sequences, compute)  # (B, L, G, E)
+    # Gradients of inputs that sequences share have a part for each run of them, so that threads share no memory.
+    dA = u.new_empty(n_runs, n, groups * dim, dtype=compute)  # (runs, N, G * E)
+    dD, ddt_bias = (u.new_empty(n_runs, 1, groups * dim, dtype=compute) for _ in range(2))  # (runs, 1, G * E) each
+    dinitial = nothing if initial_states is None else u.new_empty(dfinal_states.shape, dtype=compute)
     dB, dC = (
-        u.new_empty(n_slots, 1, dim, n, dtype=compute)
+        u.new_empty(n_runs, 1, groups * dim, n, dtype=compute)
         if m.dim() == 2
-        else new(count_tiles(dim // m.shape[2], groups // m.shape[2]), *m.shape, dtype=compute)
+        # A part for each tile of a group, (tiles, B, L, G, N)
+        else new(count_tiles(dim), *m.shape, dtype=compute)
         for m in (B, C)
     )
-    # The order of `scan_tiles`' arguments; states have channels last, (rows, N, D).
-    inputs = [as_array(x, compute, 3) for x in (u, dt, A.T[None])]
-    inputs += [as_array(with_four_dims(m), compute, 4) for m in (B, C)]
-    inputs += [as_array(x, compute, 3) for x in (as_row(D), z, as_row(dt_bias), checkpoints.flatten(0, 1)[None])]
-    grads = [dy, dfinal.transpose(1, 2)]
-    rows = [m if m.dim() == 4 else m.flatten(0, 1) for m in (dB, dC)]
-    outputs = [du, ddt, dA, *rows, dD, dz, ddt_bias, dinitial.transpose(1, 2)]
+    # The order of `scan_tiles_backward`'s arguments; states have channels last, (rows, N, G * E).
+    inputs = [as_array(x, compute, 4) for x in (u, dt, with_four_dims(B), with_four_dims(C), z, dy)]
+    rows = (A.T[None], as_row(D), as_row(dt_bias), checkpoint_states.flatten(0, 1)[None], dfinal_states.transpose(1, 2))
+    inputs += [as_array(x, compute, 3) for x in rows]
+    dB_rows, dC_rows = (m if m.dim() == 4 else m.flatten(0, 1) for m in (dB, dC))
+    outputs = (du, ddt, dB_rows, dC_rows, dz, dA, dD, ddt_bias, dinitial.transpose(1, 2))
     args = (
-        *inputs, sequence_table(sequences, length, INTERVAL), *(as_array(x, compute, 3) for x in grads),
-        *(memory_of(x) for x in outputs), groups, n_slots, B.dim() == 2, C.dim() == 2, dt_softplus,
+        *inputs, sequence_table(sequences, length, CHECKPOINT_INTERVAL), as_directions(arguments.directions, groups),
+        arguments.height, *(memory_of(x) for x in outputs), n_runs, B.dim() == 2, C.dim() == 2, arguments.dt_softplus,
     )  # fmt: skip
-    n_tiles = n_slots * count_tiles(dim, groups)
+    n_tiles = n_runs * count_tiles(dim, groups)
     run_tiles(lambda first, end: scan_tiles_backward(*args, first, end), n_tiles, 3 * u.numel() * n)
 
     def shared(parts: Tensor, like: Tensor | None) -> Tensor:
@@ -78,28 +93,33 @@ def backward(
     dB, dC = (
         (sum_parts(parts)[0] if m.dim() == 2 else sum_parts(parts)).to(m.dtype) for parts, m in ((dB, B), (dC, C))
     )
-    return (
-        du.to(u.dtype), ddt.to(dt.dtype), shared(dA, A).T.contiguous(), dB, dC, shared(dD, D).flatten(),
-        u.new_empty(0) if z is None else dz.to(z.dtype), shared(ddt_bias, dt_bias).flatten(),
-        u.new_empty(0) if initial_states is None else dinitial.to(initial_states.dtype),
-    )  # fmt: skip
+    return ScanGradients(
+        u=du.to(u.dtype),
+        dt=ddt.to(dt.dtype),
+        A=shared(dA, A).T.contiguous(),
+        B=dB,
+        C=dC,
+        D=shared(dD, D).flatten(),
+        z=u.new_empty(0) if z is None else dz.to(z.dtype),
+        dt_bias=shared(ddt_bias, dt_bias).flatten(),
+        initial_states=u.new_empty(0) if initial_states is None else dinitial.to(initial_states.dtype),
+    )
 
 
 @Kernel
 def scan_tiles_backward(
-    u, dt, A, B, C, D, z, dt_bias, checkpoints, sequences, dy, dfinal,
-    du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial,
-    groups, n_slots, B_is_constant, C_is_constant, dt_softplus, first, end,
+    u, dt, B, C, z, dy, A, D, dt_bias, checkpoint_states, dfinal, sequences, directions, height,
+    du, ddt, dB, dC, dz, dA, dD, ddt_bias, dinitial, n_runs, B_is_constant, C_is_constant, dt_softplus, first, end,
 ):  # fmt: skip
-    """Gradients of the tiles from `first` to `end` - 1. A tile takes the sequences of one of `n_slots` runs in turn.
+    """Gradients of the tiles from `first` to `end` - 1. A tile takes the sequences of one of `n_runs` runs in turn.
 
-    Inputs are as in `scan_tiles`, and dy (B, L, D), dfinal (rows, N, D). Results that tiles share have a row for each
-    that writes them: dA, dD, ddt_bias (slots, N or 1, D); dB, dC (blocks of a group * B, L, G, N), or (slots, 1, D, N)
-    where constant in time. du, ddt, dz (B, L, D); dinitial (rows, N, D).
+    Inputs are as in `scan_tiles`, and dy (B, L, G, E), dfinal (rows, N, G * E). Results that tiles share have a row for
+    each that writes them: dA, dD, ddt_bias (runs, N or 1, G * E); dB, dC (tiles of a group * B, L, G, N), or
+    (runs, 1, G * E, N) where constant in time. du, ddt, dz (B, L, G, E); dinitial (rows, N, G * E).
     """
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
-    n, dim = A.shape[1:]
-    size, states, row_size = one * INTERVAL * BLOCK, n * BLOCK, one * BLOCK
+    n, (grid_length, groups, dim) = A.shape[1], u.shape[1:]
+    size, states, row_size = one * CHECKPOINT_INTERVAL * BLOCK, n * BLOCK, one * BLOCK
     u_tile, dt_tile, input_tile = aligned_empty(u, size), aligned_empty(u, size), aligned_empty(u, size)
     y_tile, z_tile, dy_tile = aligned_empty(u, size), aligned_empty(u, size), aligned_empty(u, size)
     dinput_tile, dlog_tile = aligned_empty(u, size), aligned_empty(u, size)
@@ -109,16 +129,18 @@ def scan_tiles_backward(
     g_tile, dA_tile, dB_lanes, dC_lanes = (
         aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states),
     )  # fmt: skip
-    steps = n * INTERVAL
+    steps = n * CHECKPOINT_INTERVAL
     B_steps, C_steps, dBC_steps = aligned_empty(u, steps), aligned_empty(u, steps), aligned_empty(u, 2 * steps)
-    history = aligned_empty(u, 2 * (INTERVAL + 1) * lane_count(u))
+    history = aligned_empty(u, 2 * (CHECKPOINT_INTERVAL + 1) * lane_count(u))
     bias, skip = aligned_empty(u, row_size), aligned_empty(u, row_size)
     dbias, dskip = aligned_empty(u, row_size), aligned_empty(u, row_size)
+    positions = np.empty(CHECKPOINT_INTERVAL, np.int64)
     fill(bias, 0.0)
     fill(skip, 0.0)
 
     for tile in range(first, end):
-        slot, channel, width = locate_tile(tile, dim, groups)
+        run, group, offset, width = locate_tile(tile, dim, groups)
+        channel = group * dim + offset
         read_rows(A, zero, zero, n, channel, width, a_tile)
         for i in range(0, states, lane_count(u)):
             store(a_tile, i, LOG2_E * load(a_tile, i))
@@ -128,32 +150,32 @@ def scan_tiles_backward(
             read_rows(D, zero, zero, one, channel, width, skip)
         for shared in (dA_tile, dB_lanes, dC_lanes, dbias, dskip):
             fill(shared, 0.0)
-        B_group, B_part = locate_part(channel, dim, groups, B.shape[2])
-        C_group, C_part = locate_part(channel, dim, groups, C.shape[2])
+        batch_row = offset // BLOCK * u.shape[0]  # of row 0 in this tile's part of dB and dC
 
         n_sequences = len(sequences)
-        for s in range(slot * n_sequences // n_slots, (slot + 1) * n_sequences // n_slots):
+        for s in range(run * n_sequences // n_runs, (run + 1) * n_sequences // n_runs):
             row, start, length = sequences[s, 0], sequences[s, 1], sequences[s, 2]
             initial, final, saved = sequences[s, 3], sequences[s, 4], sequences[s, 5]
             fill(g_tile, 0.0)
             if final >= 0:
                 read_rows(dfinal, final, zero, n, channel, width, g_tile)
 
-            n_blocks = (length + INTERVAL - 1) // INTERVAL
+            n_blocks = (length + CHECKPOINT_INTERVAL - 1) // CHECKPOINT_INTERVAL
             # Blocks backward in time, each from the state that the forward saved before it.
             for k in range(n_blocks - 1, -1, -1):
-                at = start + k * INTERVAL
-                count = min(INTERVAL, start + length - at)
-                read_rows(checkpoints, zero, (saved + k) * n, n, channel, width, h_tile)
-                read_rows(u, row, at, count, channel, width, u_tile)
-                read_rows(dt, row, at, count, channel, width, dt_tile)
-                read_rows(dy, row, at, count, channel, width, dy_tile)
+                at = start + k * CHECKPOINT_INTERVAL
+                count = min(CHECKPOINT_INTERVAL, start + length - at)
+                read_rows(checkpoint_states, zero, (saved + k) * n, n, channel, width, h_tile)
+                set_positions(positions, at, count, directions[group], height, grid_length)
+                read_steps(u, row, positions, count, group, offset, width, u_tile)
+                read_steps(dt, row, positions, count, group, offset, width, dt_tile)
+                read_steps(dy, row, positions, count, group, offset, width, dy_tile)
                 prepare_steps(count, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
-                read_coefficients(B, row, at, count, B_group, B_is_constant, channel, width, B_steps, B_lanes)
-                read_coefficients(C, row, at, count, C_group, C_is_constant, channel, width, C_steps, C_lanes)
+                read_coefficients(B, row, positions, count, group, B_is_constant, channel, width, B_steps, B_lanes)
+                read_coefficients(C, row, positions, count, group, C_is_constant, channel, width, C_steps, C_lanes)
                 # d(y before the gate) = dy silu(z)
                 if z.size:
-                    read_rows(z, row, at, count, channel, width, z_tile)
+                    read_steps(z, row, positions, count, group, offset, width, z_tile)
                     for t in range(count):
                         for i in range(t * BLOCK, t * BLOCK + width, lane_count(u)):
                             gate = load(z_tile, i)
@@ -171,9 +193,9 @@ def scan_tiles_backward(
                     y_tile, B_is_constant, C_is_constant,
                 )  # fmt: skip
                 if not B_is_constant:
-                    write_coefficients(dBC_steps, zero, dB, B_part * u.shape[0] + row, at, count, B_group)
+                    write_coefficients(dBC_steps, zero, dB, batch_row + row, positions, count, group)
                 if not C_is_constant:
-                    write_coefficients(dBC_steps, one, dC, C_part * u.shape[0] + row, at, count, C_group)
+                    write_coefficients(dBC_steps, one, dC, batch_row + row, positions, count, group)
 
                 # From here on `input_tile` holds du, `dlog_tile` ddt.
                 # du = dt d(dt u) + D dy, ddt = u d(dt u) + sum_n A dlog (its factor log2(e) taken back), dD += dy u
@@ -186,7 +208,7 @@ def scan_tiles_backward(
                         store(dskip, i, fma(d, x, load(dskip, i)))
                 # softplus' = sigmoid, of the raw step: `dt_tile` holds the step after softplus, so it is read again.
                 if dt_softplus:
-                    read_rows(dt, row, at, count, channel, width, dt_tile)
+                    read_steps(dt, row, positions, count, group, offset, width, dt_tile)
                     for t in range(count):
                         for i in range(0, width, lane_count(u)):
                             j = t * BLOCK + i
@@ -194,37 +216,37 @@ def scan_tiles_backward(
                 for t in range(count):
                     for i in range(0, width, lane_count(u)):
                         store(dbias, i, load(dbias, i) + load(dlog_tile, t * BLOCK + i))
-                write_rows(input_tile, du, row, at, count, channel, width)
-                write_rows(dlog_tile, ddt, row, at, count, channel, width)
+                write_steps(input_tile, du, row, positions, count, group, offset, width)
+                write_steps(dlog_tile, ddt, row, positions, count, group, offset, width)
                 # dz = dy y silu'(z), of the dy that the gate has not multiplied
                 if z.size:
-                    read_rows(dy, row, at, count, channel, width, dy_tile)
+                    read_steps(dy, row, positions, count, group, offset, width, dy_tile)
                     for t in range(count):
                         for i in range(t * BLOCK, t * BLOCK + width, lane_count(u)):
                             gate = load(z_tile, i)
                             s_gate = sigmoid(gate)
                             d_silu = s_gate * fma(gate, 1.0 - s_gate, splat(u, 1.0))
                             store(dy_tile, i, load(dy_tile, i) * load(y_tile, i) * d_silu)
-                    write_rows(dy_tile, dz, row, at, count, channel, width)
+                    write_steps(dy_tile, dz, row, positions, count, group, offset, width)
 
             if initial >= 0 and dinitial.size:
                 write_rows(g_tile, dinitial, initial, zero, n, channel, width)
 
-        write_rows(dA_tile, dA, slot, zero, n, channel, width)
-        write_rows(dskip, dD, slot, zero, one, channel, width)
-        write_rows(dbias, ddt_bias, slot, zero, one, channel, width)
+        write_rows(dA_tile, dA, run, zero, n, channel, width)
+        write_rows(dskip, dD, run, zero, one, channel, width)
+        write_rows(dbias, ddt_bias, run, zero, one, channel, width)
         if B_is_constant:
-            write_lanes(dB_lanes, dB, slot, channel, width)
+            write_lanes(dB_lanes, dB, run, channel, width)
         if C_is_constant:
-            write_lanes(dC_lanes, dC, slot, channel, width)
+            write_lanes(dC_lanes, dC, run, channel, width)
 
 
 @njit
-def write_lanes(tile, target, slot, channel, width):
-    """Write a tile (N, BLOCK) to target[slot, 0, channel : channel + width] (D, N)."""
+def write_lanes(tile, target, run, channel, width):
+    """Write a tile (N, BLOCK) to target[run, 0, channel : channel + width] (D, N)."""
     for j in range(target.shape[3]):
         for i in range(width):
-            target[slot, 0, channel + i, j] = element(tile, j * BLOCK + i)
+            target[run, 0, channel + i, j] = element(tile, j * BLOCK + i)
 
 
 @njit
@@ -239,7 +261,7 @@ def differentiate_steps(
     those before it. All other results are added to: dlog_tile is that of dt by way of the decay, times log2(e).
     """
     lanes = lane_count(a_tile)
-    decays = (INTERVAL + 1) * lanes  # where the decays of the history start; its states come first
+    decays = (CHECKPOINT_INTERVAL + 1) * lanes  # where the decays of the history start; its states come first
     for i in range(0, width, lanes):
         for j in range(h_tile.size // BLOCK):
             at_state = j * BLOCK + i
@@ -249,14 +271,14 @@ def differentiate_steps(
             store(history, 0, h)
             for t in range(count):
                 if not B_is_constant:
-                    b = splat(a_tile, element(B_steps, j * INTERVAL + t))
+                    b = splat(a_tile, element(B_steps, j * CHECKPOINT_INTERVAL + t))
                 decay = exp2(load(dt_tile, t * BLOCK + i) * a)
                 h = fma(decay, h, load(input_tile, t * BLOCK + i) * b)
                 store(history, decays + t * lanes, decay)
                 store(history, (t + 1) * lanes, h)
                 if has_gate:
                     if not C_is_constant:
-                        c = splat(a_tile, element(C_steps, j * INTERVAL + t))
+                        c = splat(a_tile, element(C_steps, j * CHECKPOINT_INTERVAL + t))
                     store(y_tile, t * BLOCK + i, fma(c, h, load(y_tile, t * BLOCK + i)))
 
             g, dA = load(g_tile, at_state), load(dA_tile, at_state)
@@ -264,9 +286,9 @@ def differentiate_steps(
             # Adjoint of equation 2: dL/dh_t = C_t dy_t + exp(dt_{t+1} A) dL/dh_{t+1}
             for t in range(count - 1, -1, -1):
                 if not B_is_constant:
-                    b = splat(a_tile, element(B_steps, j * INTERVAL + t))
+                    b = splat(a_tile, element(B_steps, j * CHECKPOINT_INTERVAL + t))
                 if not C_is_constant:
-                    c = splat(a_tile, element(C_steps, j * INTERVAL + t))
+                    c = splat(a_tile, element(C_steps, j * CHECKPOINT_INTERVAL + t))
                 at = t * BLOCK + i
                 dy = load(dy_tile, at)
                 g = fma(c, dy, g)  # dL/dh_t
@@ -274,7 +296,7 @@ def differentiate_steps(
                 if B_is_constant or C_is_constant:
                     dB = fma(g, load(input_tile, at), dB)
                     dC = fma(dy, load(history, (t + 1) * lanes), dC)
-                dBC = 2 * (j * INTERVAL + t)
+                dBC = 2 * (j * CHECKPOINT_INTERVAL + t)
                 add_totals(dBC_steps, dBC, g * load(input_tile, at), dy * load(history, (t + 1) * lanes))
                 store(dinput_tile, at, fma(g, b, load(dinput_tile, at)))
                 g = g * load(history, decays + t * lanes)

@@ -56,7 +56,7 @@ def step_tiles(state, u, dt, A, B, C, D, z, dt_bias, y, dt_softplus, first, end)
     fill(bias, 0.0)
 
     for tile in range(first, end):
-        row, channel, width = locate_tile(tile, dim, one)
+        row, _, channel, width = locate_tile(tile, dim, one)
         read_rows(u, zero, row, one, channel, width, u_tile)
         read_rows(dt, zero, row, one, channel, width, dt_tile)
         if dt_bias.size:

@@ -1,7 +1,7 @@
 """The tiles of the compiled scan: one sequence, and up to 64 channels of one group.
 
-A program walks the time of its tile in blocks of `INTERVAL` steps. It copies their inputs, of any strides, to
-contiguous tiles of (steps, BLOCK) that stay in the first-level cache. States are tiles of (N, BLOCK).
+A program walks the time of its tile in blocks of `CHECKPOINT_INTERVAL` steps. It copies their inputs, of any strides,
+to contiguous tiles of (steps, BLOCK) that stay in the first-level cache. States are tiles of (N, BLOCK).
 """
 
 from __future__ import annotations
@@ -11,35 +11,20 @@ from torch import Tensor
 
 from ..._numba.functions import softplus
 from ..._numba.lanes import BLOCK, element, lane_count, load, set_element, store
-from . import INTERVAL
+from . import CHECKPOINT_INTERVAL
 
 
 def with_four_dims(m: Tensor) -> Tensor:
-    """B or C as (B, L, G, N), or as (1, 1, D, N) where constant in time."""
+    """B or C as (B, L, G, N), or as (1, 1, G * E, N) where constant in time."""
     return m[None, None] if m.dim() == 2 else m
-
-
-def n_groups(B: Tensor, C: Tensor) -> int:
-    """Groups of channels that read the same B and the same C."""
-    return max(m.shape[2] if m.dim() == 4 else 1 for m in (B, C))
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
 
 
 @njit
-def locate_part(channel, dim, groups, matrix_groups):
-    """The group of B or C that a tile's channels read, and the number of the tile among those that read it."""
-    # B and C may have different G: a group of tiles is a part of a group of either matrix.
-    per_group, per_matrix = dim // groups, dim // matrix_groups
-    blocks = (per_group + BLOCK - 1) // BLOCK
-    matrix_group, offset = channel // per_matrix, channel % per_matrix
-    return matrix_group, offset // per_group * blocks + offset % per_group // BLOCK
-
-
-@njit
-def read_coefficients(source, i, first, count, group, is_constant, channel, width, steps_tile, lanes_tile):
-    """Read B or C (B, L, G, N) of a block of steps as (N, INTERVAL), or, where constant in time, as (N, BLOCK)."""
+def read_coefficients(source, i, positions, count, group, is_constant, channel, width, steps_tile, lanes_tile):
+    """Read a block of steps of B or C (B, L, G, N) as (N, CHECKPOINT_INTERVAL); where constant in time, (N, BLOCK)."""
     size = source.itemsize
     batch, step, row, column = (
         source.strides[0] // size, source.strides[1] // size, source.strides[2] // size, source.strides[3] // size,
@@ -51,15 +36,16 @@ def read_coefficients(source, i, first, count, group, is_constant, channel, widt
                 set_element(lanes_tile, j * BLOCK + k, value)
         return
     # Transposed, so that the steps of one state are neighbours.
-    offset = i * batch + first * step + group * row
+    offset = i * batch + group * row
     for t in range(count):
         for j in range(source.shape[3]):
-            set_element(steps_tile, j * INTERVAL + t, element(source, offset + t * step + j * column))
+            value = element(source, offset + positions[t] * step + j * column)
+            set_element(steps_tile, j * CHECKPOINT_INTERVAL + t, value)
 
 
 @njit
 def prepare_steps(count, width, bias, dt_softplus, u, dt, dt_input):
-    """Apply bias and softplus to dt, and compute dt u; tiles (INTERVAL, BLOCK)."""
+    """Apply bias and softplus to dt, and compute dt u; tiles (CHECKPOINT_INTERVAL, BLOCK)."""
     for t in range(count):
         for i in range(0, width, lane_count(u)):
             at = t * BLOCK + i
@@ -72,8 +58,8 @@ def prepare_steps(count, width, bias, dt_softplus, u, dt, dt_input):
 
 
 @njit
-def write_coefficients(steps_tile, which, target, i, first, count, group):
-    """Write one of the two matrices in (N, INTERVAL, 2) to steps of dB or dC (B, L, G, N)."""
+def write_coefficients(steps_tile, which, target, i, positions, count, group):
+    """Write one of the two matrices in (N, CHECKPOINT_INTERVAL, 2) to steps of dB or dC (B, L, G, N)."""
     for t in range(count):
         for j in range(target.shape[3]):
-            target[i, first + t, group, j] = element(steps_tile, 2 * (j * INTERVAL + t) + which)
+            target[i, positions[t], group, j] = element(steps_tile, 2 * (j * CHECKPOINT_INTERVAL + t) + which)

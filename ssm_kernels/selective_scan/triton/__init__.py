@@ -10,8 +10,8 @@ from torch import Tensor
 from ..._core.library import Gradient, define_op, lazy_function, unknown_size
 from ..._triton.device import empty_like
 from ..._triton.segment_table import max_segments
+from ..arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
 from ..groups import repeat_groups
-from .arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
 
 CHECKPOINT_INTERVAL = 64
 """Steps between two states that the forward saves for the backward, which recomputes the states between them."""

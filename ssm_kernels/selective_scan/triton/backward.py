@@ -31,8 +31,8 @@ from ..._triton.primitives import (
 )
 from ..._triton.segment_table import SegmentTable, build_segment_table
 from ..._triton.state_passing import state_passing
+from ..arguments import ScanArguments, ScanGradients
 from . import CHECKPOINT_INTERVAL
-from .arguments import ScanArguments, ScanGradients
 from .tile import (
     REGISTERS,
     ScanInputs,

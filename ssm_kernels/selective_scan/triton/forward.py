@@ -22,8 +22,8 @@ from ..._triton.device import empty_like, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import LOG2E, and_scalar, load_segment, silu, unpack_direction, zero_padding
 from ..._triton.segment_table import SegmentTable, build_segment_table
 from ..._triton.state_passing import state_passing
+from ..arguments import ScanArguments
 from . import CHECKPOINT_INTERVAL
-from .arguments import ScanArguments
 from .tile import (
     REGISTERS,
     ScanInputs,

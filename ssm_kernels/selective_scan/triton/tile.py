@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..._triton.device import capability, pack_directions, with_contiguous_last_dim
 from ..._triton.primitives import and_scalar, compute_type, grid_offset, softplus
-from .arguments import ScanArguments
+from ..arguments import ScanArguments
 
 REGISTERS = 128
 """Registers of a thread, on NVIDIA, in the kernels that scan once: 16 warps on an SM, more than most calls have."""
