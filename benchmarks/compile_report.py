@@ -24,10 +24,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 from ssm_kernels.testing import BODIES, Target, fake_target, is_interpreted
@@ -151,37 +154,59 @@ def record(cases: Iterable[Case], target: str) -> list[Request]:
     architecture = ARCHITECTURES[target]
     found: dict[str, Request] = {}
     for case in cases:
-        with _intercepted(architecture, functools.partial(_keep_request, found, target, str(case))):
-            _run_forward_and_backward(case)
+        with intercepted(architecture, functools.partial(_keep_request, found, target, str(case))):
+            for _ in passes(case, case.inputs("meta")):
+                pass
     return list(found.values())
 
 
 def _keep_request(found: dict[str, Request], target: str, case: str, *, fn: Any, compile: Any, **_: Any) -> bool:
     """Triton's hook before it compiles: keep the request, and return that there is no need to compile."""
+    key, request = request_of(fn, compile, target, case)
+    found.setdefault(key, request)
+    return True
+
+
+def request_of(fn: Any, compile: Any, target: str, case: str) -> tuple[str, Request]:
+    """A compilation from the arguments of Triton's hook before it compiles, with a key that equal ones share."""
     described = json.loads(compile["specialization_data"])
     described.pop("key", None)
     request = Request(
         fn.module, fn.name, compile["signature"], compile["constants"], compile["configs"][0], described["options"],
         target, case,
     )  # fmt: skip
-    found.setdefault(json.dumps(described), request)
-    return True
+    return json.dumps(described), request
 
 
-def _run_forward_and_backward(case: Case) -> None:
-    inputs = case.inputs("meta")
+def passes(
+    case: Case, inputs: dict[str, Tensor], call: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] | None = None
+) -> Iterator[str]:
+    """Call an op as in inference and as in training, and yield the name of each pass once it has run.
+
+    Args:
+        case: the call.
+        inputs: its inputs, on the meta device.
+        call: takes the inputs and returns the results, y first; this project's Triton kernels by default.
+
+    Yields:
+        `fwd`, then `train-fwd` and `bwd`; `step` alone for a decoding step.
+    """
+    call = call or functools.partial(case.call, backend="triton")
     with torch.no_grad():
-        case.call(inputs, "triton")
+        call(inputs)
+    yield "step" if case.is_step else "fwd"
     if not case.is_step:
-        outputs = case.call(inputs, "triton")
+        outputs = call(inputs)
+        yield "train-fwd"
         # With initial states the final ones take a gradient too, as when a training step passes a state on.
         used = outputs if case.initial_states or case.op == "add_rms_norm" else outputs[:1]
         wanted = [t for t in inputs.values() if t.requires_grad]
         torch.autograd.grad(used, wanted, [torch.empty_like(t) for t in used], allow_unused=True)
+        yield "bwd"
 
 
 @contextlib.contextmanager
-def _intercepted(architecture: Architecture, hook: Callable[..., bool]) -> Iterator[None]:
+def intercepted(architecture: Architecture, hook: Callable[..., bool]) -> Iterator[None]:
     """Let launches on meta tensors compile and run nothing; `hook` gets each compilation that they ask for."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -218,23 +243,75 @@ class _Driver:
 
 
 class _RunBodies(TorchDispatchMode):
-    """Runs the bodies of the ops on meta tensors, where the dispatcher would take their fakes."""
+    """Runs the bodies of the ops on meta tensors, where the dispatcher would take their fakes.
+
+    Small tensors are computed on the CPU too: `value_of` gives the tables of segments that a kernel would read.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (BODIES.get(func) or func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in BODIES:
+            with self:  # for the operations of the body
+                return BODIES[func](*args, **kwargs)
+        out = func(*args, **kwargs)
+        if all(t.is_meta and t.numel() <= MOST_VALUES for t in _tensors(out)):
+            self._compute_values(func, args, kwargs, out)
+        return out
+
+    def _compute_values(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        known = [_values.get(t) for t in _tensors((args, kwargs)) if t.is_meta]
+        if not _tensors(out) or any(value is None for value in known):
+            return
+        args, kwargs = tree_map(lambda x: _values[x] if isinstance(x, Tensor) and x.is_meta else x, (args, kwargs))
+        args, kwargs = tree_map(lambda x: "cpu" if isinstance(x, torch.device) else x, (args, kwargs))
+        for tensor, value in zip(_tensors(out), _tensors(func(*args, **kwargs)), strict=True):
+            _values[tensor] = value
+
+
+MOST_VALUES = 1 << 16
+"""Most elements of a meta tensor that has values."""
+_values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def value_of(tensor: Tensor) -> Tensor | None:
+    """Values of a small meta tensor that was computed while launches were intercepted; None of others."""
+    return _values.get(tensor)
 
 
 def compile_all(requests: list[Request], jobs: int, cache: Path | None = None) -> list[Row]:
     """Compile in `jobs` processes, into Triton's cache at `cache` or, by default, a temporary one."""
+    # The kernels that take longest come first, so that no process is left alone with one at the end.
+    longest_first = sorted(requests, key=lambda r: not r.name.startswith("selective_scan"))
     with tempfile.TemporaryDirectory() as scratch:
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (str(cache or scratch),)) as pool:
-            # The kernels that take longest come first, so that no process is left alone with one at the end.
-            longest_first = sorted(requests, key=lambda r: not r.name.startswith("selective_scan"))
-            futures = [pool.submit(compile_one, request) for request in longest_first]
-            for _ in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit="kernel", disable=None):
-                pass
-            return [f.result() for f in futures]
+        return in_processes(compile_one, longest_first, jobs, cache or Path(scratch))
+
+
+Input = TypeVar("Input")
+Result = TypeVar("Result")
+
+
+def in_processes(function: Callable[[Input], Result], inputs: list[Input], jobs: int, cache: Path) -> list[Result]:
+    """Apply a function that compiles, in `jobs` processes with one cache of Triton, with a progress bar.
+
+    Args:
+        function: of a module, so that another process finds it.
+        inputs: its inputs.
+        jobs: number of processes.
+        cache: folder of Triton's cache.
+
+    Returns:
+        Its results, in the order of the inputs.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (str(cache),)) as pool:
+        futures = [pool.submit(function, each) for each in inputs]
+        for _ in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit="kernel", disable=None):
+            pass
+        return [f.result() for f in futures]
 
 
 def _start_worker(cache: str) -> None:
@@ -247,21 +324,40 @@ def _start_worker(cache: str) -> None:
     warnings.filterwarnings("ignore")
 
 
-def compile_one(request: Request) -> Row:
-    """Compile a request, and read the row from the machine code."""
+def compile_request(request: Request) -> Any:
+    """Compile a request as the launcher would.
+
+    Args:
+        request: the compilation.
+
+    Returns:
+        Triton's compiled kernel, with its intermediate forms in `asm`.
+
+    Raises:
+        Exception: any failure of the compiler.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
 
     architecture = ARCHITECTURES[request.target]
-    row = Row(request.name, request.target, request.case, int(request.options["num_warps"]))
     kernel = getattr(importlib.import_module(request.module), request.kernel)
+    while not isinstance(kernel, JITFunction):  # below an autotuner or heuristics
+        kernel = kernel.fn
     source = ASTSource(kernel, request.signature, request.constants, request.attributes)
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in request.options.items()}
+    target = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_one(request: Request) -> Row:
+    """Compile a request, and read the row from the machine code."""
+    architecture = ARCHITECTURES[request.target]
+    row = Row(request.name, request.target, request.case, int(request.options["num_warps"]))
     start = _processor_time()
     try:
-        target = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
-        compiled = triton.compile(source, target=target, options=options)
+        compiled = compile_request(request)
         row.seconds = _processor_time() - start
     except Exception as e:  # any failure of the compiler is a row
         row.problem = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
@@ -272,7 +368,8 @@ def compile_one(request: Request) -> Row:
         _read_cubin(row, compiled.asm["cubin"])
     else:
         _read_amdgcn(row, compiled.asm["amdgcn"])
-    row.occupancy = _occupancy(row, architecture)
+    blocks = resident_blocks(architecture, row.warps, row.registers, row.shared)
+    row.occupancy = blocks * row.warps / architecture.warps
     problems = [f"{row.spills} spilled"] if row.spills else []
     if row.shared > architecture.shared_block:
         problems.append(f"{row.shared:,} bytes of shared memory, and a block may have {architecture.shared_block:,}")
@@ -338,21 +435,28 @@ def _matrix(names: collections.Counter[str], pattern: str) -> dict[str, int]:
     return dict(found)
 
 
-def _occupancy(row: Row, a: Architecture) -> float:
-    """Share of the resident warps that registers, shared memory and blocks allow.
+def resident_blocks(architecture: Architecture, warps: int, registers: int, shared: int) -> int:
+    """Blocks that a multiprocessor holds at once, by registers, shared memory, warps and blocks.
 
     Registers are allocated in units of 256 per warp of 65,536 (NVIDIA), or of 8 per lane of 512 for each of four SIMDs
     (AMD).
+
+    Args:
+        architecture: the limits.
+        warps: warps of a block.
+        registers: registers of a thread.
+        shared: bytes of shared memory of a block.
+
+    Returns:
+        The number of blocks; 0 where not even one fits.
     """
-    blocks = min(a.blocks, a.warps // row.warps)  # resident blocks by blocks and warps
-    if a.backend == "cuda":
-        blocks = min(blocks, 65536 // (-(-row.registers * 32 // 256) * 256 * row.warps))
-        blocks = min(blocks, a.shared // (row.shared + 1024))  # 1 KB of each block is reserved by the system
-        return blocks * row.warps / a.warps
-    waves = 4 * min(a.warps // 4, 512 // (-(-max(row.registers, 1) // 8) * 8))
-    if row.shared:
-        waves = min(waves, a.shared // row.shared * row.warps)
-    return min(waves, blocks * row.warps) / a.warps
+    blocks = min(architecture.blocks, architecture.warps // warps)
+    if architecture.backend == "cuda":
+        blocks = min(blocks, 65536 // (-(-max(registers, 1) * 32 // 256) * 256 * warps))
+        return min(blocks, architecture.shared // (shared + 1024))  # 1 KB of each block is reserved by the system
+    waves = 4 * min(architecture.warps // 4, 512 // (-(-max(registers, 1) // 8) * 8))
+    blocks = min(blocks, waves // warps)
+    return min(blocks, architecture.shared // shared) if shared else blocks
 
 
 def table(rows: list[Row]) -> str:

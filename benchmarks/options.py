@@ -31,6 +31,7 @@ Metric = Literal["time", "memory", "error"]
 Mode = Literal["fwd", "bwd", "fwd+bwd"]
 Dtype = Literal["fp32", "fp64", "bf16", "fp16"]
 ModelDtype = Literal["fp32", "bf16", "fp16"]
+SassTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
 EmulatedTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 ShapeName = Literal["default", "130m", "370m", "790m", "1.3b", "2.7b", "vision", "long"]
 ModelType = Literal[
@@ -199,6 +200,43 @@ class CompileReport(Command):
 
 
 @dataclass
+class MachineCode(Command):
+    """Count the machine code of a call with no GPU: instructions by pipe, bytes by tensor, and the bounds they set.
+
+    Launches are recorded and compiled, and each basic block counts as often as it runs with the launch's arguments.
+    Instructions are a token and head of SSD, 32 channels of a token (an element) of the other ops. The bounds are of
+    throughput: latencies come on top. The Triton kernels of peers that are installed are counted beside, at the
+    configuration with the lowest bound. Kernels that Triton's cache has are not compiled again. Examples:
+    `ssm-bench machine-code ssd --json before.json`, after a change
+    `ssm-bench machine-code ssd --compare before.json`, and
+    `ssm-bench machine-code selective_scan --shape 130m --batch 1 --target sm_80 --mode fwd`.
+    """
+
+    function: ClassVar[str] = "machine_code.command:run_machine_code"
+    op: Positional[tuple[str, ...]] = ("ssd", "selective_scan")
+    shape: tuple[Literal["130m", "370m", "790m", "1.3b", "2.7b"], ...] = ("2.7b",)
+    """Layers of Mamba and Mamba-2, at batch 8 and length 2,048."""
+    batch: Count | None = None
+    length: Count | None = None
+    dtype: Dtype = "bf16"
+    target: tuple[SassTarget, ...] = ("sm_90",)
+    """gfx942 is refused: its text has no loops that this command can follow."""
+    mode: tuple[Literal["fwd", "train-fwd", "bwd", "step"], ...] = ()
+    """Passes; train-fwd is the forward that saves what the backward needs. Default: all that differ."""
+    device: tuple[Literal["H100", "H200", "A100", "B200", "RTX 4090"], ...] = ()
+    """Devices of the bounds. Default: those with the target's machine code."""
+    peer: tuple[Literal["mamba_ssm", "fla"], ...] = ("mamba_ssm", "fla")
+    jobs: Count = _num_cpus()
+    """Processes that compile."""
+    json: Path | None = None
+    """JSON file to write."""
+    compare: Path | None = None
+    """An earlier JSON file; exit status 1 if a figure of a pass became worse."""
+    tolerance: Annotated[float, Interval("[0, inf)")] = 0.01
+    """Relative growth up to which a figure did not become worse."""
+
+
+@dataclass
 class Compare(Command):
     """Compare a later file of `run` or `sweep` with an earlier one; exit status 1 for a significant regression.
 
@@ -345,6 +383,7 @@ COMMANDS: dict[str, type[Command]] = {
     "integration": Integration,
     "compile-report": CompileReport,
     "roofline": Roofline,
+    "machine-code": MachineCode,
     "gpu-suite": GPUSuite,
     "compare": Compare,
     "verify": Verify,

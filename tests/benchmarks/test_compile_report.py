@@ -178,13 +178,10 @@ def test_shipped_kernels_do_not_spill(capsys):
 def test_occupancy_by_registers_shared_memory_and_warps():
     """Hopper: 64 warps, 65,536 registers and 228 KB a multiprocessor."""
 
-    def row(registers: int, shared: int) -> compile_report.Row:
-        return compile_report.Row("k", "sm_90", "none", warps=4, registers=registers, shared=shared)
-
     hopper = compile_report.ARCHITECTURES["sm_90"]
-    assert compile_report._occupancy(row(32, 0), hopper) == 1.0
-    assert compile_report._occupancy(row(128, 0), hopper) == 0.25  # 4 blocks of 4 warps x 32 lanes x 128
-    assert compile_report._occupancy(row(32, 100 << 10), hopper) == 2 * 4 / 64
+    assert compile_report.resident_blocks(hopper, 4, 32, 0) == 64 // 4
+    assert compile_report.resident_blocks(hopper, 4, 128, 0) == 4  # of 4 warps x 32 lanes x 128 registers
+    assert compile_report.resident_blocks(hopper, 4, 32, 100 << 10) == 2
 
 
 @pytest.mark.parametrize("command", ["compile-report", "roofline"])
