@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
 import tyro
 
 from ..model.fields import Count, Interval
-from ..train.config import Changeable, LoraConfig, Target
+from ..train.config import Changeable, LoraConfig, StageConfig, Target
 from .options import Positional
 
 RecipeDefault = tyro.conf.arg(help_behavior_hint="(default: the recipe's)")
@@ -37,44 +37,27 @@ class LoraOptions:
         return LoraConfig(**{"alpha": 2.0 * self.rank, **given})
 
 
-@dataclass(frozen=True)
-class StageOptions:
-    """Fields of `StageConfig` that the command can override; None keeps the recipe's value."""
+def overrides_of(config: type, *fixed: str) -> type:
+    """Derive the options that override the fields of a config, with its types and its help.
 
-    trainable: Annotated[tuple[str, ...] | None, RecipeDefault] = None
-    """Prefixes of trainable parameter names; everything else is frozen. An empty prefix is all of them."""
-    lr: Annotated[float | None, RecipeDefault] = None
-    """Peak learning rate."""
-    epochs: Annotated[float | None, RecipeDefault] = None
-    batch_size: Annotated[int | None, RecipeDefault] = None
-    """Samples a step, over all ranks."""
-    micro_batch_size: Annotated[int | None, RecipeDefault] = None
-    """Samples of one forward and backward on a rank; gradients are accumulated over a step. None is all of a rank's."""
-    weight_decay: Annotated[float | None, RecipeDefault] = None
-    betas: Annotated[tuple[float, float] | None, RecipeDefault] = None
-    """AdamW's decay rates of the first and second moments."""
-    warmup_ratio: Annotated[float | None, RecipeDefault] = None
-    """Fraction of the steps with linear warm-up; the learning rate then decays to zero along a cosine."""
-    grad_clip: Annotated[float | None, RecipeDefault] = None
-    """Gradient norm to clip to."""
-    max_loss: Annotated[float | None, RecipeDefault] = None
-    """A larger loss stops the stage, as a non-finite one does. Guessing among 50,000 tokens has a loss of 11."""
-    precision: Annotated[Literal["fp32", "bf16"] | None, RecipeDefault] = None
-    """`bf16` runs matrix products in bfloat16 (autocast); weights and scans stay float32."""
-    gradient_checkpointing: Annotated[bool | None, RecipeDefault] = None
-    """Save only the inputs of each block for the backward pass and recompute the rest."""
-    context_parallel: Annotated[int | None, RecipeDefault] = None
-    """Ranks that split each batch along its tokens; a divisor of the number of ranks."""
-    seed: Annotated[int | None, RecipeDefault] = None
-    """Seed of the order of the samples, and of dropout."""
-    save_every: Annotated[int | None, RecipeDefault] = None
-    """Steps between checkpoints."""
-    keep_last: Annotated[int | None, RecipeDefault] = None
-    """Number of checkpoints to keep."""
-    workers: Annotated[int | None, RecipeDefault] = None
-    """Worker processes that prepare batches; 0 prepares them in the training loop. Results do not depend on it."""
-    max_broken: Annotated[float | None, RecipeDefault] = None
-    """Fraction of the samples that may be broken; they are replaced and reported. At 0 the first is an error."""
+    Args:
+        config: a dataclass.
+        fixed: fields that are no options.
+
+    Returns:
+        A dataclass with the fields of the config, each None by default: the recipe's value is kept.
+    """
+    hints = get_type_hints(config, include_extras=True)
+    options = [
+        (name, tyro.conf.Suppress[None] if name in fixed else Annotated[hint | None, RecipeDefault], None)
+        for name, hint in hints.items()
+    ]
+    # A subclass, in which tyro finds the docstrings of the fields. Values are checked in the config that they end in.
+    namespace = {"__post_init__": lambda self: None}
+    return make_dataclass(f"{config.__name__}Overrides", options, bases=(config,), frozen=True, namespace=namespace)
+
+
+StageOverrides = overrides_of(StageConfig, "name", "lora")
 
 
 @dataclass
@@ -117,7 +100,7 @@ class Train:
     may_change: tuple[Changeable, ...] = ()
     """Settings that may differ from those of the checkpoint that is resumed. Any other difference is an error."""
     lora: LoraOptions = LoraOptions()
-    settings: Annotated[StageOptions, tyro.conf.arg(name="")] = StageOptions()
+    settings: Annotated[object, tyro.conf.arg(name="", constructor=StageOverrides)] = StageOverrides()
 
     def run(self) -> None:
         from .train_stages import run_training
