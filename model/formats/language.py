@@ -15,13 +15,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from ..config import LMConfig
 from ..config_io import load_config
-from ..fields import Interval, check_value
 from ..weights import Weights, open_weights
 from . import detect_format, read_json
+from .settings import REQUIRED, Settings, Table
 
 _ANY_LAYER = "vlmamba.model.mamba_ssm.MambaLMHeadModel"
 """Class for `mamba_ssm` models with layers that `MambaLM` does not have."""
@@ -32,12 +32,7 @@ NEOX_VOCABULARY = 50277
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GENERIC = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 """Keys that tools add to a config and that say nothing about the architecture."""
-_REQUIRED = object()
-
-Table = Mapping[str, tuple[str, Any]]
-"""Settings of a layout: field of `LMConfig` -> (key in the file, default of the layout)."""
-
-# Defaults are those of `mamba_ssm`'s MambaConfig.
+# ours: (theirs, default). Defaults are those of `mamba_ssm`'s MambaConfig.
 STATE_SPACES: Table = {
     "d_model": ("d_model", 2560),
     "n_layer": ("n_layer", 64),
@@ -104,13 +99,13 @@ TRANSFORMERS: dict[str, Table] = {
 
 # The file has all of its settings.
 MISTRAL: Table = {
-    "d_model": ("dim", _REQUIRED),
-    "n_layer": ("n_layers", _REQUIRED),
-    "vocab_size": ("vocab_size", _REQUIRED),
-    "ngroups": ("n_groups", _REQUIRED),
-    "residual_in_fp32": ("residual_in_fp32", _REQUIRED),
-    "tie_embeddings": ("tie_embeddings", _REQUIRED),
-    "pad_vocab_size_multiple": ("pad_vocab_size_multiple", _REQUIRED),
+    "d_model": ("dim", REQUIRED),
+    "n_layer": ("n_layers", REQUIRED),
+    "vocab_size": ("vocab_size", REQUIRED),
+    "ngroups": ("n_groups", REQUIRED),
+    "residual_in_fp32": ("residual_in_fp32", REQUIRED),
+    "tie_embeddings": ("tie_embeddings", REQUIRED),
+    "pad_vocab_size_multiple": ("pad_vocab_size_multiple", REQUIRED),
 }
 
 
@@ -165,12 +160,12 @@ def from_state_spaces(data: Mapping[str, Any]) -> LMConfig:
     Raises:
         ValueError: a setting that is not supported or not known, by name.
     """
-    settings = _Settings(data, "config.json")
+    settings = Settings(data, "config.json")
     # Architectures that only the drop-in class has: layer norm, MLPs, attention.
     for key, supported in (("rms_norm", True), ("d_intermediate", 0), ("attn_layer_idx", [])):
         settings.require(key, supported, _ANY_LAYER)
     settings.ignore("attn_cfg", "fused_add_norm", *GENERIC)
-    ssm = _Settings(settings.take("ssm_cfg", {}), "ssm_cfg")
+    ssm = Settings(settings.take("ssm_cfg", {}), "ssm_cfg")
     kind = ssm.take("layer", "Mamba1")
     if kind not in ("Mamba1", "Mamba2"):
         raise ValueError(f"ssm_cfg.layer must be 'Mamba1' or 'Mamba2', got {kind!r}")
@@ -239,7 +234,7 @@ def from_transformers(data: Mapping[str, Any]) -> LMConfig:
     if model_type not in list(TRANSFORMERS):
         raise ValueError(f"model_type must be 'mamba', 'mamba2' or 'falcon_mamba', got {model_type!r}")
     mamba2 = model_type == "mamba2"
-    settings = _Settings(data, "config.json")
+    settings = Settings(data, "config.json")
     act = settings.take("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ValueError(f"hidden_act must be 'silu', got {act!r}")
@@ -315,7 +310,7 @@ def from_mistral(data: Mapping[str, Any]) -> LMConfig:
     Raises:
         ValueError: a setting that is not supported or not known, by name.
     """
-    settings = _Settings(data, "params.json")
+    settings = Settings(data, "params.json")
     settings.require("model_type", "mamba")
     settings.require("rms_norm", True)
     settings.ignore("fused_add_norm")
@@ -330,51 +325,6 @@ _READERS: dict[str, tuple[str, Callable[[Mapping[str, Any]], LMConfig]]] = {
     "transformers": ("config.json", from_transformers),
     "mistral": ("params.json", from_mistral),
 }
-
-
-class _Settings:
-    """Settings of a file, each read once; the rest is unknown and can be rejected."""
-
-    def __init__(self, data: Mapping[str, Any], where: str):
-        if not isinstance(data, Mapping):
-            raise ValueError(f"{where} must be an object with named values, got {data!r}")
-        self.unread, self.where = dict(data), where
-
-    def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Read a value of the default's type."""
-        value = self.unread.pop(key, default)
-        if value is _REQUIRED:
-            raise ValueError(f"{self.where} has no {key}")
-        kind = type(default)
-        # type(), since True is an int to isinstance.
-        if kind in (int, bool) and type(value) is not kind:
-            raise ValueError(f"{self.where}: {key} must be {kind.__name__}, got {value!r}")
-        if kind is int:  # all of them are sizes; LMConfig has limits of its own for each
-            check_value(Annotated[int, Interval("[1, 16777216]")], value, f"{self.where}: {key}")
-        if kind is float and (not isinstance(value, int | float) or isinstance(value, bool)):
-            raise ValueError(f"{self.where}: {key} must be a number, got {value!r}")
-        return value
-
-    def take_table(self, table: Table) -> dict[str, Any]:
-        """Read the settings of a table, by the field names of `LMConfig`."""
-        return {ours: self.take(theirs, default) for ours, (theirs, default) in table.items()}
-
-    def require(self, key: str, supported: Any, elsewhere: str | None = None) -> None:
-        """Reject any other value. `elsewhere` names a class that supports it."""
-        value = self.unread.pop(key, supported)
-        if value != supported:
-            hint = f" here; load it with {elsewhere}" if elsewhere else ""
-            raise ValueError(f"{self.where}: {key} is {value!r}, but only {supported!r} is supported{hint}")
-
-    def ignore(self, *keys: str) -> None:
-        """Drop settings that do not change the results."""
-        for key in keys:
-            self.unread.pop(key, None)
-
-    def reject_unread(self) -> None:
-        """Raise a ValueError that names the settings that nothing has read."""
-        if self.unread:
-            raise ValueError(f"{self.where} has settings that are not known: {', '.join(map(repr, self.unread))}")
 
 
 def _decoded(values: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..image import ImageProcessor
 from ..position_table import resample_positions
 from ..weights import LazyTensor, Weights, open_weights
 from . import detect_format, parsing, read_json
+from .settings import REQUIRED, Settings, Table
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -105,30 +106,86 @@ def read_vision_config(folder: str | Path) -> VisionConfig:
 
 # -- transformers ------------------------------------------------------------------------------------------------------
 
-_FAMILIES = {
+MODEL_TYPES = {
     "clip": "clip",
     "clip_vision_model": "clip",
     "siglip": "siglip",
     "siglip_vision_model": "siglip",
     "dinov2": "dinov2",
-    "dinov2_with_registers": "dinov2",
+    "dinov2_with_registers": "dinov2_with_registers",
 }
-# Defaults of transformers, whose files leave out settings that are equal to them.
-_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "num_channels": 3}
-_MODEL_DEFAULTS = {
-    "clip": {"intermediate_size": 3072, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "siglip": {"intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
-    "dinov2": {"mlp_ratio": 4, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6},
+"""Architectures by `model_type`."""
+
+# ours: (theirs, default). Files leave out what equals the defaults of the configuration classes. A side may be a pair.
+_TRANSFORMERS: Table = {
+    "image_size": ("image_size", (224, 224)),
+    "width": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+}
+_TRANSFORMERS_DINOV2: Table = {
+    **_TRANSFORMERS,
+    "patch_size": ("patch_size", (14, 14)),
+    "mlp_ratio": ("mlp_ratio", 4.0),
+    "activation": ("hidden_act", "gelu"),
+    "norm_eps": ("layer_norm_eps", 1e-6),
+}
+TRANSFORMERS: dict[str, Table] = {
+    "clip": {
+        **_TRANSFORMERS,
+        "patch_size": ("patch_size", (32, 32)),
+        "mlp_width": ("intermediate_size", 3072),
+        "activation": ("hidden_act", "quick_gelu"),
+        "norm_eps": ("layer_norm_eps", 1e-5),
+    },
+    "siglip": {
+        **_TRANSFORMERS,
+        "patch_size": ("patch_size", (16, 16)),
+        "mlp_width": ("intermediate_size", 3072),
+        "activation": ("hidden_act", "gelu_pytorch_tanh"),
+        "norm_eps": ("layer_norm_eps", 1e-6),
+    },
+    "dinov2": _TRANSFORMERS_DINOV2,
     "dinov2_with_registers": {
-        **{"mlp_ratio": 4, "patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-6},
-        "num_register_tokens": 4,
+        **_TRANSFORMERS_DINOV2,
+        "patch_size": ("patch_size", (16, 16)),
+        "register_tokens": ("num_register_tokens", 4),
     },
 }
-_ACTIVATIONS: dict[str, Activation] = {
+"""Keys by architecture."""
+TRANSFORMERS_ALWAYS: dict[str, dict[str, Any]] = {
+    "clip": {"class_token": True, "position_of_class": True, "pre_norm": True, "patch_bias": False},
+    "siglip": {},
+    "dinov2": {"class_token": True, "position_of_class": True, "layer_scale": True},
+    "dinov2_with_registers": {"class_token": True, "layer_scale": True},
+}
+"""Fields that an architecture determines, so that files have no key for them, where they differ from `ViTConfig`."""
+_TRANSFORMERS_ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+}
+
+# ours: (theirs, default). Defaults are those of the processor classes.
+_CROPPED: Table = {
+    "size": ("size", {"shortest_edge": 224}),
+    "crop_size": ("crop_size", {"height": 224, "width": 224}),
+    "do_center_crop": ("do_center_crop", True),
+    "mean": ("image_mean", CLIP_MEAN),
+    "std": ("image_std", CLIP_STD),
+}
+TRANSFORMERS_PROCESSORS: dict[str, Table] = {
+    "clip": _CROPPED,
+    "siglip": {
+        "size": ("size", {"height": 224, "width": 224}),
+        "crop_size": ("crop_size", None),
+        "do_center_crop": ("do_center_crop", False),
+        "mean": ("image_mean", (0.5,) * 3),
+        "std": ("image_std", (0.5,) * 3),
+    },
+    "dinov2": _CROPPED,
+    "dinov2_with_registers": _CROPPED,
 }
 
 
@@ -136,46 +193,25 @@ def _read_transformers(folder: Path) -> VisionConfig:
     path = folder / "config.json"
     data = read_json(path)
     model_type = data["model_type"]
-    family = _FAMILIES.get(model_type)
-    if family is None:
+    # A list, since the value in a damaged file may not be hashable.
+    if model_type not in list(MODEL_TYPES):
         raise ValueError(
-            f"{path} has model_type {model_type!r}; of vision encoders, known are {', '.join(map(repr, _FAMILIES))}"
+            f"{path} has model_type {model_type!r}; of vision encoders, known are {', '.join(map(repr, MODEL_TYPES))}"
         )
+    architecture = MODEL_TYPES[model_type]
     if model_type in ("clip", "siglip"):  # with a text tower; old CLIP files have the settings twice
         data = data.get("vision_config_dict") or data.get("vision_config") or {}
-    defaults: dict[str, Any] = _SIZES | _MODEL_DEFAULTS[model_type if family == "dinov2" else family]
-    settings = defaults | data
-    if settings["num_channels"] != 3:
-        raise ValueError(f"{path}: num_channels must be 3, got {settings['num_channels']}")
-    if settings["hidden_act"] not in _ACTIVATIONS:
-        known = ", ".join(map(repr, _ACTIVATIONS))
-        raise ValueError(f"{path}: hidden_act must be one of {known}; got {settings['hidden_act']!r}")
-    for name, wanted in (("use_swiglu_ffn", False), ("qkv_bias", True)):
-        if settings.get(name, wanted) is not wanted:
-            raise ValueError(f"{path}: {name} = {settings[name]} is not supported, only {wanted}")
-    # DINOv2 gives the MLP's width as a ratio. SigLIP has no class token, CLIP no patch bias.
-    width = settings["hidden_size"]
-    encoder = ViTConfig(
-        image_size=_square(settings["image_size"], "image_size", path),
-        patch_size=_square(settings["patch_size"], "patch_size", path),
-        width=width,
-        depth=settings["num_hidden_layers"],
-        heads=settings["num_attention_heads"],
-        mlp_width=int(width * settings["mlp_ratio"]) if family == "dinov2" else settings["intermediate_size"],
-        activation=_ACTIVATIONS[settings["hidden_act"]],
-        norm_eps=settings["layer_norm_eps"],
-        class_token=family != "siglip",
-        register_tokens=settings.get("num_register_tokens", 0) if family == "dinov2" else 0,
-        position_of_class=family == "clip" or model_type == "dinov2",
-        pre_norm=family == "clip",
-        patch_bias=family != "clip",
-        layer_scale=family == "dinov2",
-    )
-    processor = _read_transformers_processor(folder, family, encoder.image_size)
+    settings = Settings(data, str(path))
+    for key, supported in (("num_channels", 3), ("use_swiglu_ffn", False), ("qkv_bias", True)):
+        settings.require(key, supported)
+    values = settings.take_table(TRANSFORMERS[architecture])
+    values = _decoded(values, TRANSFORMERS[architecture], _TRANSFORMERS_ACTIVATIONS, path)
+    encoder = ViTConfig(**values, **TRANSFORMERS_ALWAYS[architecture])
+    processor = _read_transformers_processor(folder, architecture, encoder.image_size)
     return VisionConfig(replace(encoder, image_size=processor.size), processor)
 
 
-def _read_transformers_processor(folder: Path, family: str, image_size: int) -> ImageProcessor:
+def _read_transformers_processor(folder: Path, architecture: str, image_size: int) -> ImageProcessor:
     data = None
     path = folder / "preprocessor_config.json"
     if path.exists():
@@ -183,44 +219,53 @@ def _read_transformers_processor(folder: Path, family: str, image_size: int) -> 
     elif (folder / "processor_config.json").exists():
         path = folder / "processor_config.json"
         data = read_json(path).get("image_processor")
-    # No preprocessing file: the defaults of each family.
+    # No preprocessing file: that of the published models.
     if data is None:
-        return {
-            "clip": ImageProcessor(image_size, "crop-floor", CLIP_MEAN, CLIP_STD),
-            "siglip": ImageProcessor(image_size),
-            "dinov2": ImageProcessor(image_size, "crop-floor", IMAGENET_MEAN, IMAGENET_STD),
-        }[family]
-    # Defaults of the processor classes.
-    if family == "siglip":
-        defaults = {"size": {"height": 224, "width": 224}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    else:
-        defaults = {"size": 224, "crop_size": 224, "do_center_crop": True, "image_mean": CLIP_MEAN,
-                    "image_std": CLIP_STD}  # fmt: skip
-    data = defaults | data
-    for name, wanted in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("do_pad", False)):
-        if data.get(name) not in (wanted, None):
-            raise ValueError(f"{path}: {name} = {data[name]} is not supported, only {wanted}")
-    if data.get("resample", 3) != 3:
-        raise ValueError(f"{path}: resample must be 3, which is bicubic; got {data['resample']}")
-    if not math.isclose(data.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{path}: rescale_factor must be 1/255, got {data['rescale_factor']}")
+        if architecture == "siglip":
+            return ImageProcessor(image_size)
+        mean, std = (CLIP_MEAN, CLIP_STD) if architecture == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
+        return ImageProcessor(image_size, "crop-floor", mean, std)
+    # Null is the default, as in the processor classes.
+    settings = Settings({key: value for key, value in data.items() if value is not None}, str(path))
+    for key, supported in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("do_pad", False)):
+        settings.require(key, supported)
+    settings.require("resample", 3)  # bicubic
+    factor = settings.take("rescale_factor", 1 / 255)
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{path}: rescale_factor must be 1/255, got {factor}")
+    values = settings.take_table(TRANSFORMERS_PROCESSORS[architecture])
 
-    size, mean, std = data["size"], _three(data["image_mean"]), _three(data["image_std"])
+    size, mean, std = values["size"], _three(values["mean"]), _three(values["std"])
     # A shortest edge is resized to; with height and width, the aspect ratio is ignored.
     if isinstance(size, Mapping) and size.keys() == {"shortest_edge"}:
         size = size["shortest_edge"]
-    if data.get("do_center_crop"):
+    if values["do_center_crop"]:
         if not isinstance(size, int):
-            raise ValueError(f"{path}: size before a centre crop must be the shortest edge's, got {size}")
-        side = _square(data["crop_size"], "crop_size", path)
+            raise ValueError(f"{path}: size before a center crop must be the shortest edge's, got {size}")
+        side = _square(values["crop_size"], "crop_size", path)
         return ImageProcessor(side, "crop-floor", mean, std, resize_to=None if size == side else size)
-    if isinstance(size, int) and family != "siglip":
-        raise ValueError(f"{path}: size = {data['size']} without a centre crop gives images that are not square")
+    if isinstance(size, int) and architecture != "siglip":
+        raise ValueError(f"{path}: size = {values['size']} without a center crop gives images that are not square")
     return ImageProcessor(_square(size, "size", path), "naive", mean, std)
 
 
+def _decoded(values: dict[str, Any], table: Table, activations: Mapping[str, Activation], path: Path) -> dict[str, Any]:
+    """Convert what files write differently: sides of squares, the MLP's width as a ratio, names of activations."""
+    values = dict(values)
+    for name in {"image_size", "patch_size"} & values.keys():
+        values[name] = _square(values[name], table[name][0], path)
+    if "mlp_ratio" in values:
+        values["mlp_width"] = int(values["width"] * values.pop("mlp_ratio"))
+    key, activation = table["activation"][0], values["activation"]
+    # A list, as above.
+    if activation not in list(activations):
+        raise ValueError(f"{path}: {key} must be one of {', '.join(map(repr, activations))}; got {activation!r}")
+    values["activation"] = activations[activation]
+    return values
+
+
 def _three(values: Iterable[float]) -> tuple[float, float, float]:
-    """Return one number per colour channel."""
+    """Return one number per color channel."""
     channels = tuple(values)
     if len(channels) != 3:
         raise ValueError(f"mean and std must have 3 entries, got {channels}")
@@ -241,28 +286,52 @@ def _square(size: Any, name: str, path: Path) -> int:
 
 # -- timm --------------------------------------------------------------------------------------------------------------
 
-# Arguments of each architecture in timm; `norm_eps` is that of its norm layer.
-_CLIP_ARGS = {"patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16, "pre_norm": True, "norm_eps": 1e-5}
-_DINOV2_ARGS = {"patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-5}
-_ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "vit_large_patch14_clip_336": _CLIP_ARGS,
-    "vit_large_patch14_clip_quickgelu_336": {**_CLIP_ARGS, "act_layer": "quick_gelu"},
-    "vit_so400m_patch14_siglip_384": {
-        **{"patch_size": 14, "embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362},
-        "class_token": False,
-    },
-    "vit_large_patch14_dinov2": _DINOV2_ARGS,
-    "vit_large_patch14_reg4_dinov2": {**_DINOV2_ARGS, "reg_tokens": 4, "no_embed_class": True},
+# ours: (theirs, default). Defaults are those of timm's `VisionTransformer`, `norm_eps` that of its norm layer.
+TIMM: Table = {
+    "patch_size": ("patch_size", REQUIRED),
+    "width": ("embed_dim", REQUIRED),
+    "depth": ("depth", REQUIRED),
+    "heads": ("num_heads", REQUIRED),
+    "mlp_ratio": ("mlp_ratio", 4.0),
+    "activation": ("act_layer", "gelu"),
+    "norm_eps": ("norm_eps", 1e-6),
+    "class_token": ("class_token", True),
+    "register_tokens": ("reg_tokens", 0),
+    "pre_norm": ("pre_norm", False),
+    # None or 0 is no layer scale.
+    "layer_scale": ("init_values", None),
+    # Whether class and register tokens have no position.
+    "no_embed_class": ("no_embed_class", False),
 }
-_TIMM_DEFAULTS = {
-    **{"mlp_ratio": 4.0, "init_values": None, "class_token": True, "no_embed_class": False, "reg_tokens": 0},
-    **{"pre_norm": False, "act_layer": "gelu", "norm_eps": 1e-6},
-}
+TIMM_ALWAYS = {"in_chans": 3, "qkv_bias": True, "proj_bias": True, "final_norm": True, "qk_norm": False}
+"""Arguments with only one supported value."""
 # Arguments that do not change the features in evaluation mode.
 _TIMM_IGNORED = re.compile(
     r"num_classes|global_pool|fc_norm|dynamic_img_size|strict_img_size|weight_init|\w+_drop_rate"
 )
-_TIMM_ONLY = {"in_chans": 3, "qkv_bias": True, "proj_bias": True, "final_norm": True, "qk_norm": False}
+_TIMM_CLIP = {"patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16, "pre_norm": True, "norm_eps": 1e-5}
+_TIMM_DINOV2 = {"patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-5}
+TIMM_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "vit_large_patch14_clip_336": _TIMM_CLIP,
+    "vit_large_patch14_clip_quickgelu_336": {**_TIMM_CLIP, "act_layer": "quick_gelu"},
+    "vit_so400m_patch14_siglip_384": {
+        **{"patch_size": 14, "embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362},
+        "class_token": False,
+    },
+    "vit_large_patch14_dinov2": _TIMM_DINOV2,
+    "vit_large_patch14_reg4_dinov2": {**_TIMM_DINOV2, "reg_tokens": 4, "no_embed_class": True},
+}
+"""Arguments of each architecture, which a file's `model_args` change."""
+_TIMM_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_tanh"}
+# Defaults are those of timm's data configs.
+TIMM_PROCESSOR: Table = {
+    "input_size": ("input_size", (3, 224, 224)),
+    "interpolation": ("interpolation", "bicubic"),
+    "crop_mode": ("crop_mode", "center"),
+    "crop_pct": ("crop_pct", 0.875),
+    "mean": ("mean", IMAGENET_MEAN),
+    "std": ("std", IMAGENET_STD),
+}
 
 
 def _read_timm(folder: Path) -> VisionConfig:
@@ -270,62 +339,56 @@ def _read_timm(folder: Path) -> VisionConfig:
     data = read_json(path)
     pretrained = data.get("pretrained_cfg", data)
     architecture = data["architecture"]
-    if architecture not in _ARCHITECTURES:
-        raise ValueError(f"{path} has architecture {architecture!r}; known are {', '.join(_ARCHITECTURES)}")
-    # Architecture, then the changes that the file makes to it.
-    args = _TIMM_DEFAULTS | _ARCHITECTURES[architecture]
+    if architecture not in TIMM_ARCHITECTURES:
+        raise ValueError(f"{path} has architecture {architecture!r}; known are {', '.join(TIMM_ARCHITECTURES)}")
+    args = TIMM_ARCHITECTURES[architecture]
     # OpenAI's weights want quick GELU, which the plain architecture lacks.
     if architecture == "vit_large_patch14_clip_336" and pretrained.get("tag") == "openai":
-        args["act_layer"] = "quick_gelu"
-    changes = data.get("model_args") or {}
-    for name, value in changes.items():
-        if name in _TIMM_ONLY:
-            if value != _TIMM_ONLY[name]:
-                raise ValueError(f"{path}: {name} = {value} is not supported, only {_TIMM_ONLY[name]}")
-        elif name not in (*args, "img_size") and not _TIMM_IGNORED.fullmatch(name):
-            raise ValueError(f"{path}: model_args has {name!r}, which is not supported")
-    args |= changes
-    if args["act_layer"] not in ("gelu", "quick_gelu", "gelu_tanh"):
-        raise ValueError(f"{path}: act_layer must be 'gelu', 'quick_gelu' or 'gelu_tanh', got {args['act_layer']!r}")
+        args = args | {"act_layer": "quick_gelu"}
+    settings = Settings(args | (data.get("model_args") or {}), f"{path}: model_args")
+    for key, supported in TIMM_ALWAYS.items():
+        settings.require(key, supported)
+    settings.ignore(*filter(_TIMM_IGNORED.fullmatch, list(settings.unread)))
+    image_size = settings.take("img_size", None)
+    values = settings.take_table(TIMM)
+    settings.reject_unread()
+
+    values = _decoded(values, TIMM, _TIMM_ACTIVATIONS, path)
+    no_embed_class, layer_scale = values.pop("no_embed_class"), values.pop("layer_scale")
     # With no_embed_class = False, timm's table has positions for the registers too.
-    if args["reg_tokens"] and not args["no_embed_class"]:
-        raise ValueError(f"{path}: reg_tokens = {args['reg_tokens']} with no_embed_class = False is not supported")
-    channels, *size = pretrained.get("input_size", (3, 224, 224))
+    if values["register_tokens"] and not no_embed_class:
+        raise ValueError(
+            f"{path}: reg_tokens = {values['register_tokens']} with no_embed_class = False is not supported"
+        )
+    # Null is the default.
+    settings = Settings({key: value for key, value in pretrained.items() if value is not None}, str(path))
+    preprocessing = settings.take_table(TIMM_PROCESSOR)
+    channels, *size = preprocessing["input_size"]
     if channels != 3:
         raise ValueError(f"{path}: input_size must have 3 channels, got {channels}")
-    image_size = _square(args.get("img_size") or size, "input_size", path)
+    image_size = _square(image_size or size, "input_size", path)
     encoder = ViTConfig(
         image_size=image_size,
-        patch_size=_square(args["patch_size"], "patch_size", path),
-        width=args["embed_dim"],
-        depth=args["depth"],
-        heads=args["num_heads"],
-        mlp_width=int(args["embed_dim"] * args["mlp_ratio"]),
-        activation=args["act_layer"],
-        norm_eps=args["norm_eps"],
-        class_token=args["class_token"],
-        register_tokens=args["reg_tokens"],
-        position_of_class=args["class_token"] and not args["no_embed_class"],
-        pre_norm=args["pre_norm"],
-        patch_bias=not args["pre_norm"],
-        layer_scale=bool(args["init_values"]),
+        position_of_class=values["class_token"] and not no_embed_class,
+        patch_bias=not values["pre_norm"],
+        layer_scale=bool(layer_scale),
+        **values,
     )
-    return VisionConfig(encoder, _read_timm_processor(pretrained, image_size, path))
+    return VisionConfig(encoder, _timm_processor(preprocessing, image_size, path))
 
 
-def _read_timm_processor(pretrained: Mapping[str, Any], image_size: int, path: Path) -> ImageProcessor:
-    if pretrained.get("interpolation", "bicubic") != "bicubic":
-        raise ValueError(f"{path}: interpolation must be 'bicubic', got {pretrained['interpolation']!r}")
-    crop_mode = pretrained.get("crop_mode") or "center"
-    if crop_mode not in ("center", "squash"):
-        raise ValueError(f"{path}: crop_mode must be 'center' or 'squash', got {crop_mode!r}")
+def _timm_processor(values: Mapping[str, Any], image_size: int, path: Path) -> ImageProcessor:
+    if values["interpolation"] != "bicubic":
+        raise ValueError(f"{path}: interpolation must be 'bicubic', got {values['interpolation']!r}")
+    if values["crop_mode"] not in ("center", "squash"):
+        raise ValueError(f"{path}: crop_mode must be 'center' or 'squash', got {values['crop_mode']!r}")
     # timm resizes to the side divided by the crop ratio, then crops the center.
-    resize_to = math.floor(image_size / (pretrained.get("crop_pct") or 0.875))
+    resize_to = math.floor(image_size / values["crop_pct"])
     return ImageProcessor(
         image_size,
-        "crop" if crop_mode == "center" else "naive",
-        _three(pretrained.get("mean") or IMAGENET_MEAN),
-        _three(pretrained.get("std") or IMAGENET_STD),
+        "crop" if values["crop_mode"] == "center" else "naive",
+        _three(values["mean"]),
+        _three(values["std"]),
         resize_to=None if resize_to == image_size else resize_to,
     )
 
