@@ -14,47 +14,13 @@ import torch
 from torch import Tensor
 
 import ssm_kernels
-from ssm_kernels import Backend, use_backend
+from ssm_kernels import Backend
 
-SIZES = {
-    "selective_scan": "batch length channels d_state groups",
-    "ssd": "batch length heads headdim d_state groups",
-    "causal_conv1d": "batch length channels width",
-    "rms_norm": "batch length channels groups",
-    "add_rms_norm": "batch length channels",
-    "cross_scan": "batch length height channels",
-    "cross_merge": "batch length height channels",
-    "cross_causal_conv1d": "batch length height channels width",
-    "cross_selective_scan": "batch length height channels d_state",
-    "cross_ssd": "batch length height heads headdim d_state groups",
-    "selective_scan_step": "batch channels d_state groups",
-    "ssd_step": "batch heads headdim d_state groups",
-    "causal_conv1d_step": "batch channels width",
-}
-"""The ops, and the sizes that each reads."""
-OPS = tuple(SIZES)
+from .shapes import INPUTS, OPS, SIZES, WIDTHS, Shape
+
 DIRECTIONS = len(ssm_kernels.CROSS)
 """Scan directions of the ops on a grid, by default."""
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a problem; an op reads those of `SIZES`."""
-
-    batch: int = 2
-    length: int = 1024
-    channels: int = 512
-    """D of the selective scan, the convolution and the norms; inner width of a block."""
-    d_state: int = 16
-    heads: int = 8
-    headdim: int = 64
-    groups: int = 1
-    """Groups of B and C, or of the channels that a norm normalizes together."""
-    width: int = 4
-    """K, the kernel size of the convolution."""
-    height: int = 1
-    """Rows of the grid, whose area is `length`."""
 
 
 class StepOutput(NamedTuple):
@@ -95,10 +61,9 @@ class Case:
 
     def __str__(self) -> str:
         """The sizes that the op reads, and the options that differ from their defaults: unique to the case."""
-        sizes = [f"{name}={getattr(self.shape, name)}" for name in SIZES[self.op].split()]
-        options = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("op", "shape", "dtype")]
-        defaults = {f.name: f.default for f in fields(self)}
-        chosen = [name if value is True else f"{name}={value}" for name, value in options if value != defaults[name]]
+        sizes = [f"{name}={getattr(self.shape, name)}" for name in SIZES[self.op]]
+        options = [(f, getattr(self, f.name)) for f in fields(self) if f.name not in ("op", "shape", "dtype")]
+        chosen = [f.name if value is True else f"{f.name}={value}" for f, value in options if value != f.default]
         return " ".join([self.op, self.dtype, *sizes, *chosen])
 
     @property
@@ -138,54 +103,26 @@ class Case:
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the floating-point inputs by name."""
         s = self.shape
-        d, n = s.channels, s.d_state
-        rows = self.sequences or s.batch
-        steps = (s.batch,) if self.is_step else (s.batch, s.length)  # (B,) or (B, L)
-        if self.op == "causal_conv1d_step":
-            return {"state": (s.batch, s.width - 1, d), "x": (s.batch, d), "weight": (d, s.width), "bias": (d,)}
-        if self.op == "causal_conv1d":
-            initial = {"initial_states": (rows, s.width - 1, d)} if self.initial_states else {}
-            return {"x": (*steps, d), "weight": (d, s.width), "bias": (d,)} | initial
-        if self.op == "rms_norm":
-            return {"x": (*steps, d), "weight": (d,)} | ({"z": (*steps, d)} if self.z else {})
-        if self.op == "add_rms_norm":
-            return {"x": (*steps, d), "weight": (d,), "residual": (*steps, d)}
-        grid = (s.batch, s.height, s.length // s.height)  # (B, h, w)
-        if self.op == "cross_scan":
-            return {"x": (*grid, d)}
-        if self.op == "cross_merge":
-            return {"y": (s.batch, DIRECTIONS, s.length, d)}
-        if self.op == "cross_causal_conv1d":
-            return {"x": (*grid, d), "weight": (DIRECTIONS, d, s.width), "bias": (DIRECTIONS, d)}
-        if self.op in ("selective_scan", "selective_scan_step"):
-            channels, heads, state = (d,), (d,), (d, n)
-            # A step recognizes B and C that are constant in time by their two dimensions.
-            groups = () if s.groups == 1 and not self.is_step else (s.groups,)
-            matrix = (d, n) if self.constant else (*steps, *groups, n)
-            # u, dt: (B, L, D); A: (D, N); B, C: (B, L, N), (B, L, G, N) or (D, N)
-            sizes = {"u": (*steps, d), "dt": (*steps, d), "A": state, "B": matrix, "C": matrix}
-        elif self.op in ("ssd", "ssd_step"):
-            channels, heads, state = (s.heads, s.headdim), (s.heads,), (s.heads, s.headdim, n)
-            # x: (B, L, H, P); dt: (B, L, H); A: (H,); B, C: (B, L, G, N)
-            matrix = (*steps, s.groups, n)
-            sizes = {"x": (*steps, *channels), "dt": (*steps, s.heads), "A": heads, "B": matrix, "C": matrix}
-        elif self.op == "cross_selective_scan":
-            channels, heads, state = (DIRECTIONS, d), (DIRECTIONS, d), (DIRECTIONS, d, n)
-            # u: (B, h, w, D); dt: (B, h, w, K, D); A: (K, D, N); B, C: (B, h, w, K, N), over K directions
-            matrix = (*grid, DIRECTIONS, n)
-            sizes = {"u": (*grid, d), "dt": (*grid, *channels), "A": state, "B": matrix, "C": matrix}
-        elif self.op == "cross_ssd":
-            channels, heads, state = (DIRECTIONS, s.heads, s.headdim), (DIRECTIONS, s.heads), ()
-            # x: (B, h, w, K, H, P); dt: (B, h, w, K, H); A: (K, H); B, C: (B, h, w, K, G, N)
-            matrix = (*grid, DIRECTIONS, s.groups, n)
-            sizes = {"x": (*grid, *channels), "dt": (*grid, *heads), "A": heads, "B": matrix, "C": matrix}
-        else:
-            raise ValueError(f"op must be one of {', '.join(OPS)}; got {self.op!r}")
-        sizes |= {"D": channels if self.wide_D else heads} if self.D else {}
-        sizes |= {"z": (*steps, *channels)} if self.z else {}
-        sizes |= {"dt_bias": heads} if self.dt_bias else {}
-        sizes |= {"initial_states": (rows, *state)} if self.initial_states else {}
-        return {"state": (s.batch, *state)} | sizes if self.is_step else sizes
+        extents = {
+            "B": s.batch, "R": self.sequences or s.batch, "L": s.length, "h": s.height, "w": s.length // s.height,
+            "hw": s.length, "K": DIRECTIONS, "D": s.channels, "H": s.heads, "P": s.headdim, "N": s.d_state,
+            "G": s.groups, "W": s.width, "W-1": s.width - 1,
+        }  # fmt: skip
+        found = {}
+        for name, shape in INPUTS[self.op].items():
+            if not getattr(self, name, True):
+                continue
+            dims = shape.split()
+            if name in ("B", "C") and self.folder == "selective_scan":
+                if self.constant:
+                    dims = ["D", "N"]
+                # A step tells B and C that are constant in time by their two dimensions, so it keeps its groups.
+                elif s.groups == 1 and not self.is_step and "G" in dims:
+                    dims.remove("G")
+            if name == "D" and self.wide_D and "H" in dims:
+                dims.append("P")
+            found[name] = tuple(extents[dim] for dim in dims)
+        return found
 
     def _packing(self, device: torch.device) -> dict[str, Tensor]:
         """Tensors that delimit packed sequences."""
@@ -200,10 +137,9 @@ class Case:
             return {"cu_seqlens": bounds}  # (S + 1,)
         return {}
 
-    def run(self, inputs: Mapping[str, Tensor], backend: Backend) -> Tensor | tuple[Tensor, ...]:
-        """Call the op; a step updates its state in place."""
-        with use_backend(backend):
-            return getattr(ssm_kernels, self.op)(**inputs, **self.options)
+    def run(self, inputs: Mapping[str, Tensor], backend: Backend = "auto") -> Tensor | tuple[Tensor, ...]:
+        """Call the op, by default on the backend of `use_backend`; a step updates its state in place."""
+        return getattr(ssm_kernels, self.op)(**inputs, **self.options, backend=backend)
 
     def function(self, *, backend: Backend, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The op as `ssm_kernels.testing.assert_agrees` calls it: a step updates and returns a copy of its state."""
@@ -278,10 +214,6 @@ def variants(case: Case) -> list[Case]:
         shape = replace(case.shape, batch=1) if "sequences" in options else case.shape
         found.append(replace(case, shape=shape, **options))
     return found
-
-
-WIDTHS = {"130m": 768, "370m": 1024, "790m": 1536, "1.3b": 2048, "2.7b": 2560}
-"""d_model of the published Mamba and Mamba-2 models (2.8b and 1.4b in Mamba-1), whose inner width is twice that."""
 
 
 def layer(family: str, size: str, dtype: str = "bf16", batch: int = 8, length: int = 2048) -> list[Case]:

@@ -26,6 +26,7 @@ from typing import Any
 
 from .op_report import read
 from .options import Compare
+from .tables import Row, as_text
 
 EXACT = 60
 """Most calls on both sides together for which the p value is exact."""
@@ -42,7 +43,9 @@ def run_compare(command: Compare) -> None:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
+    """An implementation at the sizes of a case, in a mode."""
+
     case: str
     """Name of the sizes in the later file."""
     impl: str
@@ -58,7 +61,7 @@ class Row:
         return self.after / self.before
 
 
-def compare(before: Path, after: Path, relative_to: str | None = None) -> list[Row]:
+def compare(before: Path, after: Path, relative_to: str | None = None) -> list[Comparison]:
     """Match the rows of both files, as seconds or relative to an implementation.
 
     Raises:
@@ -70,63 +73,56 @@ def compare(before: Path, after: Path, relative_to: str | None = None) -> list[R
             raise ValueError(
                 f"{before} and {after} do not compare: {field} is {a.get(field)} in one and {b.get(field)} in the other"
             )
-    sides = [_times(report) for report in (a, b)]
-    common = [key for key in sides[0] if key in sides[1]]
+    sides = [_seconds(report) for report in (a, b)]
+    common = [key for key in sides[0] if key in sides[1] and key[1] != relative_to]
     if not common:
         raise ValueError(f"{before} and {after} have no sizes, implementation and mode in common, timed in both")
-    for path, side in zip((before, after), sides, strict=True):
-        if any("seconds" not in side[key] for key in common):
-            raise ValueError(f"{path} has no times of single calls: measure again with this version of ssm-bench run")
     if relative_to is not None:
-        for path, side in zip((before, after), sides, strict=True):
-            lacking = [key for key in common if len(_calls(side, key, relative_to)) != side[key]["calls"]]
-            if lacking:
-                raise ValueError(
-                    f"{path} has not as many calls of {relative_to} in mode {lacking[0][2]} as of the rest"
-                )
-        common = [key for key in common if key[1] != relative_to]
-    samples = [[_samples(side, key, relative_to) for side in sides] for key in common]
-    p = holm([mann_whitney(x, y) for x, y in samples])
-    medians = [(statistics.median(x), statistics.median(y)) for x, y in samples]
-    names = {_sizes(case): case["name"] for case in b["cases"]}
-    rows = zip(common, medians, p, strict=True)
-    return [Row(names[sizes], impl, mode, *both, q) for (sizes, impl, mode), both, q in rows]
+        sides = [_relative(path, side, common, relative_to) for path, side in zip((before, after), sides, strict=True)]
+    p = holm([mann_whitney(*(side[key] for side in sides)) for key in common])
+    earlier, later = ([statistics.median(side[key]) for key in common] for side in sides)
+    names = _names(b)
+    rows = zip(common, earlier, later, p, strict=True)
+    return [Comparison(names[sizes], impl, mode, x, y, q) for (sizes, impl, mode), x, y, q in rows]
 
 
 def unmatched(before: Path, after: Path) -> list[str]:
     """Lines that name the rows timed in one of the files only."""
-    reports = [read(before), read(after)]
-    sides = [_times(report) for report in reports]
     lines = []
-    for path, report, side, other in zip((before, after), reports, sides, reversed(sides), strict=True):
-        names = {_sizes(case): case["name"] for case in report["cases"]}
-        alone = [f"{names[sizes]} {impl} {mode}" for sizes, impl, mode in side if (sizes, impl, mode) not in other]
+    for path, other in ((before, after), (after, before)):
+        report, there = read(path), _seconds(read(other))
+        names, here = _names(report), _seconds(report)
+        alone = [f"{names[sizes]} {impl} {mode}" for sizes, impl, mode in here if (sizes, impl, mode) not in there]
         lines += [f"only in {path}: {', '.join(alone)}"] if alone else []
     return lines
 
 
-Key = tuple[str, str, str]
-"""Sizes, implementation and mode."""
+Side = dict[tuple[str, str, str], list[float]]
+"""Seconds of each call by sizes, implementation and mode."""
 
 
-def _times(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+def _seconds(report: dict[str, Any]) -> Side:
     rows = [(_sizes(case), row) for case in report["cases"] for row in case["rows"] if "time" in row]
-    return {(sizes, row["impl"], row["mode"]): row["time"] for sizes, row in rows}
+    return {(sizes, row["impl"], row["mode"]): row["time"]["seconds"] for sizes, row in rows}
+
+
+def _names(report: dict[str, Any]) -> dict[str, str]:
+    return {_sizes(case): case["name"] for case in report["cases"]}
 
 
 def _sizes(case: dict[str, Any]) -> str:
     return json.dumps([case["shape"], case.get("chunk_size")], sort_keys=True)
 
 
-def _calls(side: dict[Key, dict[str, Any]], key: Key, impl: str) -> list[float]:
-    return side.get((key[0], impl, key[2]), {}).get("seconds", [])
-
-
-def _samples(side: dict[Key, dict[str, Any]], key: Key, relative_to: str | None) -> list[float]:
-    seconds = side[key]["seconds"]
-    if relative_to is None:
-        return seconds
-    return [a / b for a, b in zip(seconds, _calls(side, key, relative_to), strict=True)]
+def _relative(path: Path, side: Side, keys: list[tuple[str, str, str]], impl: str) -> Side:
+    """Each call divided by the call of `impl` beside it."""
+    found = {}
+    for sizes, of, mode in keys:
+        seconds, base = side[sizes, of, mode], side.get((sizes, impl, mode), [])
+        if len(seconds) != len(base):
+            raise ValueError(f"{path} has not as many calls of {impl} in mode {mode} as of the rest")
+        found[sizes, of, mode] = [a / b for a, b in zip(seconds, base, strict=True)]
+    return found
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
@@ -168,21 +164,19 @@ def holm(p: list[float]) -> list[float]:
     return adjusted
 
 
-def regressions(rows: list[Row], threshold: float, alpha: float) -> list[Row]:
+def regressions(rows: list[Comparison], threshold: float, alpha: float) -> list[Comparison]:
     """Rows that are slower by more than `threshold`, significantly at level `alpha`."""
     return [row for row in rows if row.ratio > 1 + threshold and row.p < alpha]
 
 
-def table(rows: list[Row], threshold: float, alpha: float, relative_to: str | None = None) -> str:
+def table(rows: list[Comparison], threshold: float, alpha: float, relative_to: str | None = None) -> str:
     """All rows as text; regressions are marked."""
     slower = regressions(rows, threshold, alpha)
     unit, scale = ("ms", 1e3) if relative_to is None else ("times", 1)
-    width = max(len(row.case) for row in rows) + 2
-    lines = [f"{'':<{width + 22}}{unit + ' before':>14}{unit + ' after':>14}{'ratio':>8}{'p':>10}"]
+    lines = []
     for row in rows:
-        mark = "  REGRESSION" if row in slower else "" if row.p < alpha else "  not significant"
-        lines.append(
-            f"{row.case:<{width}}{row.impl:<14}{row.mode:<8}{scale * row.before:>14.3f}{scale * row.after:>14.3f}"
-            f"{row.ratio:>8.3f}{row.p:>10.2g}{mark}"
-        )
-    return "\n".join(lines)
+        times = (f"{scale * row.before:.3f}", f"{scale * row.after:.3f}", f"{row.ratio:.3f}", f"{row.p:.2g}")
+        mark = "REGRESSION" if row in slower else "" if row.p < alpha else "not significant"
+        lines.append(Row((row.case, row.impl, row.mode, *times), mark))
+    heads = ("case", "implementation", "mode", f"{unit} before", f"{unit} after", "ratio", "p")
+    return as_text(heads, lines, names=(0, 1, 2))

@@ -12,7 +12,7 @@ import functools
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -43,15 +43,40 @@ def run_fuzz(command: Fuzz) -> None:
     check_ops(command.op)
     seed = time.time_ns() % 10**9 if command.seed is None else command.seed
     print(f"seed {seed}")
+    end, n = time.monotonic() + 60 * command.minutes, 0
+    findings: dict[tuple[str, str, str], Finding] = {}
     with current_device(command.device):
-        n, findings = fuzz(seed, command.minutes, command.op, command.device, command.trials)
-    for finding in findings:
+        while time.monotonic() < end and (command.trials is None or n < command.trials):
+            trial = draw(seed + n, command.op)
+            n += 1
+            for backend in backends(command.device, trial.case.folder):
+                if why := wrong(trial, backend, command.device):
+                    _record(findings, trial, backend, why, command)
+    for finding in findings.values():
         print(f"{finding.seen} trials: {finding.backend}, {finding.trial.case.op}, {finding.why}")
     print(f"{n} trials from seed {seed}; {len(findings)} kinds of disagreement")
-    found = {"seed": seed, "trials": n, "findings": [finding.report() for finding in findings]}
+    found = {"seed": seed, "trials": n, "findings": [finding.report() for finding in findings.values()]}
     write_json(command.out, found | environment(command.device))
     if findings:
         sys.exit(1)
+
+
+def _record(
+    findings: dict[tuple[str, str, str], Finding], trial: Trial, backend: Backend, why: str, command: Fuzz
+) -> None:
+    """Shrink a failing trial and print it, or count it with an earlier one that failed in the same way."""
+    # The same output of the same op, wrong in the same way, most often has the same cause.
+    key = (trial.case.op, backend, why.split(" at ")[0][:60])
+    if key in findings:
+        findings[key].seen += 1
+        return
+    device = command.device
+    smallest, why_smallest = shrink(trial, why, smaller, lambda t: wrong(t, backend, device))
+    findings[key] = Finding(trial, backend, why, smallest, why_smallest)
+    print(
+        f"FAILED {backend}: {trial}\n  {why}\n  smallest: {smallest}\n  {why_smallest}\n  {brief(smallest)}\n"
+        f"  again: ssm-bench fuzz --seed {trial.seed} --trials 1 --device {device} --op {' '.join(command.op)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,7 @@ def draw(seed: int, ops: tuple[str, ...] = OPS) -> Trial:
         d_state=r.randint(1, max_width), heads=groups * r.randint(1, 3), headdim=r.randint(1, max_width),
         groups=groups, width=r.randint(1, 5),
     )  # fmt: skip
-    if "height" in SIZES[op].split():
+    if "height" in SIZES[op]:
         height = r.randint(1, 8)
         shape = replace(shape, height=height, length=height * r.randint(1, max(1, max_length // height)))
     options: dict[str, Any] = {}
@@ -220,44 +245,3 @@ def smaller(trial: Trial) -> Iterator[Trial]:
             yield replace(trial, **{field: unusual[:i] + unusual[i + 1 :]})
     for case in smaller_cases(trial.case):
         yield replace(trial, case=case)
-
-
-def fuzz(
-    seed: int,
-    minutes: float,
-    ops: tuple[str, ...] = OPS,
-    device: str = "cpu",
-    trials: int | None = None,
-    log: Callable[[str], None] = print,
-) -> tuple[int, list[Finding]]:
-    """Run the trials of `seed`, `seed + 1`, ... for that time or number; return their number and the findings."""
-    end = time.monotonic() + 60 * minutes
-    findings: dict[tuple[str, str, str], Finding] = {}
-    n = 0
-    while time.monotonic() < end and (trials is None or n < trials):
-        trial = draw(seed + n, ops)
-        n += 1
-        for backend in backends(device, trial.case.folder):
-            why = wrong(trial, backend, device)
-            if not why:
-                continue
-            # The same output of the same op, wrong in the same way, most often has the same cause.
-            key = (trial.case.op, backend, why.split(" at ")[0][:60])
-            if key in findings:
-                findings[key].seen += 1
-                continue
-            smallest = shrink(trial, smaller, functools.partial(_fails, backend=backend, device=device))
-            finding = findings[key] = Finding(trial, backend, why, smallest, wrong(smallest, backend, device))
-            log(
-                f"FAILED {backend}: {trial}\n  {why}\n  smallest: {smallest}\n  {finding.why_smallest}\n"
-                f"  {brief(smallest)}\n"
-                f"  again: ssm-bench fuzz --seed {trial.seed} --trials 1 --device {device} --op {' '.join(ops)}"
-            )
-    return n, list(findings.values())
-
-
-def _fails(trial: Trial, backend: Backend, device: str) -> bool:
-    try:
-        return bool(wrong(trial, backend, device))
-    except (ValueError, IndexError, RuntimeError):  # the reference does not have this call
-        return False

@@ -39,7 +39,7 @@ def run_integration(command: Integration) -> None:
     with current_device(command.device):
         cases = [_measure(command, model_type) for model_type in dict.fromkeys(command.model_type)]
     result = {"op": "integration", "dtype": command.dtype, "over": None, "cases": cases}
-    if wrong := list(dict.fromkeys(name for name, _ in finish(command, result, command.out))):
+    if wrong := list(dict.fromkeys(name for name, _ in finish(command, result))):
         sys.exit(f"ssm-bench: {', '.join(wrong)}: not the results of transformers")
 
 
@@ -73,7 +73,7 @@ def _measure(command: Integration, model_type: str) -> dict[str, Any]:
         for name, times in time_rows(sides, seconds, mode, command.device, command.calls).items():
             rows[name] |= {"time": times, **UNKNOWN}
         case["rows"] += rows.values()
-    print(op_report.table({"op": "integration", "dtype": command.dtype}, case), flush=True)
+    print(op_report.text({"op": "integration", "dtype": command.dtype}, case), flush=True)
     return case
 
 

@@ -98,28 +98,23 @@ def peak_resident(call: Callable[[], object]) -> int:
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
-    before = process_status("VmRSS")
+    before = reported_bytes("/proc/self/status", "VmRSS")
     call()
-    return max(0, process_status("VmHWM") - before)  # the kernel counts in batches: a small call may come out below 0
+    # The kernel counts in batches: a small call may come out below 0.
+    return max(0, reported_bytes("/proc/self/status", "VmHWM") - before)
 
 
-def process_status(field: str) -> int:
-    """A size that Linux reports of this process, such as VmHWM, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def reported_bytes(file: str, field: str) -> int:
+    """A size that Linux reports, in bytes; a line of the file is such as `VmHWM: 1024 kB`."""
+    values = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
+    return int(values[field].split()[0]) * 1024
 
 
 def free_memory(device: str) -> int:
     """Bytes that this process may still take, on a CPU within its control group (Linux)."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
+    free = reported_bytes("/proc/meminfo", "MemAvailable")
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()

@@ -1,4 +1,4 @@
-"""Results of `ssm-bench run`, `sweep` and `integration`: text table, JSON, CSV, plots as PNG, and a page as HTML.
+"""Results of `ssm-bench run`, `sweep` and `integration`: tables, and the files of a report.
 
 A report holds cases, one for each setting of the sizes, and a case a row for each mode and implementation.
 """
@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..model.files import write_atomic
 from ..model.text_files import read_json
 from . import html, plots
-from .files import write_csv, write_json
-from .plots import milliseconds
+from .files import write_report
+from .tables import Row, as_html, as_text, milliseconds, spread
 
 COLUMNS = (
     "impl", "mode", "median", "low", "high", "calls", "peak_memory", "truth", "error", "allowed_error",
@@ -38,20 +37,16 @@ def read(path: Path) -> dict[str, Any]:
 
 def write_all(report: Report, path: Path) -> None:
     """Write the report as JSON and, beside it, as CSV and HTML and, where anything was timed, as PNG."""
-    write_json(path, report)
-    write_csv(path.with_suffix(".csv"), *_csv(report))
-    pngs: list[bytes] = []
-    if any("time" in row for _, row in _rows(report)):
-        try:
-            if report["over"] is None:
-                write_atomic(path.with_suffix(".png"), plots.bars(report))
-                pngs = [plots.bars({**report, "cases": [case]}) for case in report["cases"]]
-            else:
-                pngs = [plots.lines(report)]
-                write_atomic(path.with_suffix(".png"), pngs[0])
-        except ModuleNotFoundError as e:
-            print(f"no plot: {e}")
-    write_atomic(path.with_suffix(".html"), page(report, pngs))
+    common = {key: report[key] for key in ("op", "dtype", "device", "commit")}
+    sizes = dict.fromkeys(name for case in report["cases"] for name in case["shape"])
+    lines = [
+        {**common, **case["shape"], **case, "case": case["name"], **row, **row.get("time", {})}
+        for case, row in _rows(report)
+    ]
+    draw = plots.bars if report["over"] is None else plots.lines
+    plot = (lambda: draw(report)) if any("time" in row for _, row in _rows(report)) else None
+    columns = [*common, "case", *sizes, "chunk_size", *COLUMNS]
+    write_report(path, report, columns, lines, plot, lambda png: page(report, png))
 
 
 def _rows(report: Report) -> list[tuple[Case, dict[str, Any]]]:
@@ -59,120 +54,63 @@ def _rows(report: Report) -> list[tuple[Case, dict[str, Any]]]:
     return [(case, row) for case in report["cases"] for row in case["rows"]]
 
 
-def _csv(report: Report) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and lines: one for each row, after the case and the device."""
-    common = {key: report[key] for key in ("op", "dtype", "device", "commit")}
-    sizes = dict.fromkeys(name for case in report["cases"] for name in case["shape"])
-    lines = [
-        {**common, **case["shape"], **case, "case": case["name"], **row, **row.get("time", {})}
-        for case, row in _rows(report)
-    ]
-    return [*common, "case", *sizes, "chunk_size", *COLUMNS], lines
-
-
-CELLS = {
-    "time": ("ms", 12), "spread": ("quartiles", 24), "ratio": ("times", 9), "share": ("roofline", 10),
-    "memory": ("peak MiB", 10), "error": ("error y", 10), "gradient_error": ("gradients", 11),
+HEADS = {
+    "time": "ms", "spread": "quartiles", "ratio": "times", "share": "roofline", "memory": "peak MiB",
+    "error": "error y", "gradient_error": "gradients",
 }  # fmt: skip
-"""Columns of a table: heading, and width as text."""
+"""Headings of the columns of numbers."""
 
 
-def table(report: Report, case: Case) -> str:
+def text(report: Report, case: Case) -> str:
     """A case's rows as text; ratios are to the first implementation that was timed in that mode."""
-    lines = [f"{report['op']}, {report['dtype']}, {case['name']}: {_sizes(case)}"]
-    lines.append(" " * 22 + "".join(f"{head:>{width}}" for head, width in CELLS.values()))
-    for row in case["rows"]:
-        line = f"{row['impl']:<14}{row['mode']:<8}"
-        if "missing" in row:
-            lines.append(f"{line}    {row['missing']}")
-            continue
-        cells = _cells(row, _first_time(case, row["mode"]))
-        line += "".join(f"{cells[key]:>{width}}" for key, (_, width) in CELLS.items())
-        lines.append(line.rstrip() + "  WRONG" * (not row.get("is_right", True)))
-    return "\n".join(lines)
+    heads, rows = _table([case])
+    return f"{report['op']}, {report['dtype']}, {_sizes(case)}\n{as_text(heads, rows, names=(0, 1, 2))}"
 
 
-def _cells(row: Mapping[str, Any], first: float | None) -> dict[str, str]:
-    cells = dict.fromkeys(CELLS, "")
+def _table(cases: Sequence[Case]) -> tuple[list[str], list[Row]]:
+    """Headings and rows; columns that are empty in all rows are left out."""
+    pairs = [(case, row, _cells(case, row)) for case, row in _rows({"cases": cases})]
+    shown = [key for key in HEADS if any(cells.get(key, "unknown") != "unknown" for _, _, cells in pairs)]
+    rows: list[Row] = []
+    before = None
+    for case, row, cells in pairs:
+        names, group = [case["name"], row["impl"], row["mode"]], (case["name"], row["mode"])
+        numbers = [] if "missing" in row else [cells.get(key, "") for key in shown]
+        is_wrong = not row.get("is_right", True)
+        rows.append(Row(names + numbers, row.get("missing", ""), before not in (None, group), is_wrong))
+        before = group
+    return ["case", "implementation", "mode", *(HEADS[key] for key in shown)], rows
+
+
+def _cells(case: Case, row: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of the measurements in a row."""
+    cells = {}
     if "time" in row:
         t = row["time"]
-        cells["time"] = milliseconds(t["median"])
-        cells["spread"] = spread(t)
-        cells["ratio"] = f"{t['median'] / first:.2f}" if first else ""
-        cells["share"] = "unknown" if row["share"] is None else f"{row['share']:.0%}"
+        first = next(r["time"] for r in case["rows"] if r["mode"] == row["mode"] and "time" in r)
+        bound = f" ({row['bound']})" if row["bound"] else ""
+        share = "unknown" if row["share"] is None else f"{row['share']:.0%}{bound}"
+        cells = {"time": milliseconds(t["median"]), "spread": spread(t), "share": share}
+        cells["ratio"] = f"{t['median'] / first['median']:.2f}" if first["median"] else ""
     if "peak_memory" in row:
         cells["memory"] = f"{row['peak_memory'] / 2**20:.1f}"
-    for key in ("error", "gradient_error"):
-        if key in row:
-            cells[key] = f"{row[key]:.1e}"
+    cells |= {key: f"{row[key]:.1e}" for key in ("error", "gradient_error") if key in row}
+    if not row.get("is_right", True):
+        cells["error" if row["error"] > case["allowed_error"] else "gradient_error"] += " WRONG"
     return cells
 
 
-def spread(time: Mapping[str, Any]) -> str:
-    """Quartiles of a time in milliseconds."""
-    return f"{milliseconds(time['low'])} to {milliseconds(time['high'])}" if time["calls"] > 1 else "one call"
-
-
-def _first_time(case: Case, mode: str) -> float | None:
-    timed = (row["time"]["median"] for row in case["rows"] if row["mode"] == mode and "time" in row)
-    return next(timed, None)
-
-
 def _sizes(case: Case) -> str:
-    sizes = [f"{name} {value:,}" for name, value in case["shape"].items()]
-    return ", ".join(sizes + ([f"chunk_size {case['chunk_size']}"] if "chunk_size" in case else []))
+    chunk_size = {"chunk_size": case["chunk_size"]} if "chunk_size" in case else {}
+    sizes = [f"{name} {value:,}" for name, value in (case["shape"] | chunk_size).items()]
+    return f"{case['name']}: {', '.join(sizes)}"
 
 
-def page(report: Report, pngs: Sequence[bytes]) -> str:
-    """One HTML page with tables, plots and the environment.
-
-    Args:
-        pngs: a plot for each case, or one of a sweep; empty without matplotlib.
-    """
-    sections = _sweep(report, pngs) if report["over"] else _sections(report, pngs)
-    return html.page(f"{report['op']}, {report['dtype']}", report, sections + html.quiet(_notes(report)))
-
-
-def _sections(report: Report, pngs: Sequence[bytes]) -> str:
-    text = ""
-    for i, case in enumerate(report["cases"]):
-        text += f"<h2>{html.escape(case['name'])}</h2>\n{html.quiet(_sizes(case))}"
-        text += _html_table([("", case, row) for case, row in _rows({"cases": [case]})])
-        text += html.image(pngs[i], "median times with quartiles") if pngs else ""
-    return text
-
-
-def _sweep(report: Report, pngs: Sequence[bytes]) -> str:
-    over = report["over"]
-    fixed = [f"{k} {v:,}" for k, v in report["cases"][0]["shape"].items() if k != over]
-    text = f"<h2>Against {html.escape(over)}</h2>\n{html.quiet(', '.join(fixed))}"
-    text += "".join(html.image(plot, f"time against {over}, logarithmic") for plot in pngs)
-    measured = {row["impl"] for _, row in _rows(report) if "missing" not in row}
-    absent = {row["impl"]: row["missing"] for _, row in _rows(report) if row["impl"] not in measured}
-    modes = [row["mode"] for row in report["cases"][0]["rows"]]
-    rows = [(case, row) for case, row in _rows(report) if row["impl"] in measured]
-    rows.sort(key=lambda pair: modes.index(pair[1]["mode"]))
-    text += _html_table([(f"{case['value']:,}", case, row) for case, row in rows], over)
-    return text + "".join(html.quiet(f"{impl}: {why}") for impl, why in absent.items())
-
-
-def _html_table(rows: Sequence[tuple[str, Case, dict[str, Any]]], over: str = "") -> str:
-    """A table of rows, each with the value of the size that is swept; columns that are empty in all are left out."""
-    texts = [_cells(row, _first_time(case, row["mode"])) for _, case, row in rows]
-    shown = {key: head for key, (head, _) in CELLS.items() if any(t[key] not in ("", "unknown") for t in texts)}
-    found, before = [], None
-    for (value, case, row), cells in zip(rows, texts, strict=True):
-        is_right = row.get("is_right", True)
-        cells["share"] += f" ({row['bound']})" if row.get("bound") else ""
-        wrong = "error" if row.get("error", 0) > case.get("allowed_error", 0) else "gradient_error"
-        cells[wrong] += "" if is_right else " WRONG"
-        missing = row.get("missing", "")
-        names = [value] * bool(over) + [row["impl"], row["mode"]]
-        numbers = [] if missing else [cells[key] for key in shown]
-        found.append(html.Row(names + numbers, missing, before not in (None, row["mode"]), not is_right))
-        before = row["mode"]
-    heads = [over] * bool(over) + ["implementation", "mode", *shown.values()]
-    return html.table(heads, found, names=(1, 2) if over else (0, 1))
+def page(report: Report, png: bytes) -> str:
+    """One HTML page with the table, the plot and the environment; `png` is empty without matplotlib."""
+    body = as_html(*_table(report["cases"]), names=(0, 1, 2))
+    body += "".join(html.quiet(_sizes(case)) for case in report["cases"]) + html.quiet(_notes(report))
+    return html.page(f"{report['op']}, {report['dtype']}", report, png, body)
 
 
 def _notes(report: Report) -> str:
@@ -202,14 +140,9 @@ def _note_on_errors(cases: Sequence[Case]) -> str:
             "Errors are the largest differences of logits and gradients from transformers' own, in the same dtype, "
             f"relative to the largest value. {wrong}"
         )
-    by_torch = [case["name"] for case in cases if case.get("truth") == "torch"]
-    if len(by_torch) == len(cases):
-        y = "the torch backend, the reference taking too long"
-    elif by_torch:
-        y = f"the step-by-step reference ({', '.join(by_torch)}: the torch backend, the reference taking too long)"
-    else:
-        y = "the step-by-step reference"
+    by_torch = ", ".join(case["name"] for case in cases if case.get("truth") == "torch")
+    by_torch = by_torch and f" ({by_torch}: the torch backend, the reference taking too long)"
     return (
-        "Errors are the largest, relative to the largest value, against float64 on the same inputs: of y against "
-        f"{y}; of gradients against the torch backend. {wrong}"
+        "Errors are the largest, relative to the largest value, against float64 on the same inputs: of y against the "
+        f"step-by-step reference{by_torch}; of gradients against the torch backend. {wrong}"
     )

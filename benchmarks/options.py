@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
 
 import tyro
 
 from ..model.fields import Count, Interval, Seed
+from .shapes import LETTERS, OPS, SIZES, WIDTHS
 
 Positional = tyro.conf.Positional
 Span = Annotated[float, Interval("(0, inf]")]
 """A duration; inf is no limit."""
 
-Op = Literal[
-    "selective_scan", "ssd", "causal_conv1d", "rms_norm", "add_rms_norm", "cross_scan", "cross_merge",
-    "cross_causal_conv1d", "cross_selective_scan", "cross_ssd", "selective_scan_step", "ssd_step",
-    "causal_conv1d_step", "mamba_block", "mamba2_block",
-]  # fmt: skip
-OPS: tuple[str, ...] = tuple(op for op in get_args(Op) if not op.endswith("_block"))
-"""The ops of `ssm_kernels`; a block is a complete mixer."""
+Op: TypeAlias = Literal[tuple(SIZES)]  # type: ignore[valid-type]
+"""The ops of `ssm_kernels`, and complete mixers (blocks)."""
 Impl = Literal["ours", "triton", "numba", "torch", "reference", "mamba_ssm", "causal_conv1d", "fla", "transformers"]
 Metric = Literal["time", "memory", "error"]
 Mode = Literal["fwd", "bwd", "fwd+bwd"]
@@ -33,7 +29,9 @@ Dtype = Literal["fp32", "fp64", "bf16", "fp16"]
 ModelDtype = Literal["fp32", "bf16", "fp16"]
 SassTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
 EmulatedTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
-ShapeName = Literal["default", "130m", "370m", "790m", "1.3b", "2.7b", "vision", "long"]
+SizeName: TypeAlias = Literal[(*LETTERS, "chunk_size")]  # type: ignore[valid-type]
+PublishedSize: TypeAlias = Literal[tuple(WIDTHS)]  # type: ignore[valid-type]
+ShapeName: TypeAlias = Literal[("default", *WIDTHS, "vision", "long")]  # type: ignore[valid-type]
 ModelType = Literal[
     "mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "bamba", "zamba2", "nemotron_h", "granitemoehybrid",
     "falcon_h1",
@@ -62,27 +60,39 @@ class Command:
         getattr(importlib.import_module(f".{module}", __package__), function)(self)
 
 
-@dataclass(kw_only=True)
-class SizeOptions:
-    """Sizes of an op's problem; those that are not given are the named shape's."""
-
-    batch: Count | None = None
-    length: Count | None = None
-    channels: Count | None = None
-    d_state: Count | None = None
-    heads: Count | None = None
-    headdim: Count | None = None
-    groups: Count | None = None
-    width: Count | None = None
-    """Kernel size of the convolution."""
-    height: Count | None = None
-    """Rows of the grid, whose area is `length`."""
-    chunk_size: Count | None = None
-    """Chunk size of this project's SSD; peers use their own."""
+_HELP = {
+    "width": "Taps of the convolution.",
+    "height": "Rows of the grid, whose area is the length.",
+    "chunk_size": "Chunk size of this project's SSD; peers use their own.",
+}
+SizeOptions = make_dataclass(
+    "SizeOptions",
+    [(n, Annotated[Count | None, tyro.conf.arg(help=_HELP.get(n, ""))], None) for n in get_args(SizeName)],
+    kw_only=True,
+)
+"""Sizes of an op's problem; those that are not given are the named shape's."""
 
 
 @dataclass
-class Run(SizeOptions, Command):
+class Measurement(SizeOptions, Command):
+    """Options that `run` and `sweep` share."""
+
+    op: Positional[Op]
+    impl: tuple[Impl, ...] = ("ours", "transformers")
+    """ours is the backend that `backend="auto"` takes: triton on a GPU, numba or torch on a CPU. triton on a CPU needs
+    TRITON_INTERPRET=1. transformers is the code that library runs where no kernels are installed."""
+    mode: tuple[Mode, ...] = ()
+    """bwd is the backward alone. Default: fwd and fwd+bwd, or in a sweep fwd+bwd; fwd for a decoding step."""
+    metric: tuple[Metric, ...] = ("time", "memory", "error")
+    dtype: Dtype = "fp32"
+    device: str = "cpu"
+    """cuda, or one of several such as cuda:1."""
+    out: Path | None = None
+    """JSON file to write, with a table as .csv, a plot as .png, and a page with both as .html beside it."""
+
+
+@dataclass
+class Run(Measurement):
     """Measure implementations of an op side by side: time, error, and peak memory of the process.
 
     Ops are those of ssm_kernels; a block is a complete mixer. The error of y is relative to the step-by-step
@@ -91,56 +101,37 @@ class Run(SizeOptions, Command):
     """
 
     function: ClassVar[str] = "run:run_run"
-    op: Positional[Op]
-    impl: tuple[Impl, ...] = ("ours", "transformers")
-    """ours is the backend that `backend="auto"` takes: triton on a GPU, numba or torch on a CPU. triton on a CPU needs
-    TRITON_INTERPRET=1. transformers is the code that library runs where no kernels are installed."""
-    mode: tuple[Mode, ...] = ()
-    """bwd is the backward alone. Default: fwd and fwd+bwd; fwd for a decoding step."""
-    metric: tuple[Metric, ...] = ("time", "memory", "error")
-    dtype: Dtype = "fp32"
-    device: str = "cpu"
-    """cuda, or one of several such as cuda:1."""
     shape: tuple[ShapeName, ...] = ("default",)
-    """One or more, a table each: a published model's layer at batch 8 and length 2,048; vision: 2.7b on an image's 729
+    """One or more, a case each: a published model's layer at batch 8 and length 2,048; vision: 2.7b on an image's 729
     patches; long: 130m over 65,536 steps."""
     calls: Count = 15
     """Timed calls per implementation; one that takes more than five seconds is called once."""
-    out: Path | None = None
-    """JSON file to write, with a table as .csv, a plot as .png, and a page with both as .html beside it."""
 
 
 @dataclass
-class Sweep(SizeOptions, Command):
+class Sweep(Measurement):
     """Measure an op against its length (the time of a scan grows in proportion), or another size, and plot it.
 
     Errors and exit status are those of `run`, at every size.
     """
 
     function: ClassVar[str] = "run:run_sweep"
-    op: Positional[Op]
     impl: tuple[Impl, ...] = ("ours",)
     """See `run`."""
-    mode: tuple[Mode, ...] = ()
-    """Default: fwd+bwd; fwd for a decoding step."""
     metric: tuple[Metric, ...] = ("time", "error")
-    dtype: Dtype = "fp32"
-    device: str = "cpu"
     shape: ShapeName = "default"
     """The sizes that are not swept, as in `run`, but with batch 1 by default."""
     batch: Count | None = field(default=1, kw_only=True)
-    lengths: tuple[Count, ...] = ()
-    """Default: 1,024 to 65,536 by doubling, where no other size is swept."""
-    batches: tuple[Count, ...] = ()
-    d_states: tuple[Count, ...] = ()
-    chunk_sizes: tuple[Count, ...] = ()
-    """Chunk sizes of this project's SSD; peers use their own."""
+    over: SizeName = "length"
+    """The size that is swept."""
+    values: tuple[Count, ...] = ()
+    """Its values. Default for the length: 1,024 to 65,536 by doubling."""
     calls: Count = 5
     """Timed calls per implementation and size; one that takes more than five seconds is called once."""
     patience: Span = 30.0
     """Seconds; an implementation whose call took longer is left out at larger sizes."""
     out: Path = Path("sweep.json")
-    """JSON file to write, with a table as .csv, a plot as .png, and a page with both as .html beside it."""
+    """See `run`."""
 
 
 @dataclass
@@ -174,7 +165,7 @@ class Roofline(Command):
 
     function: ClassVar[str] = "roofline:run_roofline"
     op: Positional[tuple[str, ...]] = OPS
-    size: tuple[Literal["130m", "370m", "790m", "1.3b", "2.7b"], ...] = ("2.7b",)
+    size: tuple[PublishedSize, ...] = ("2.7b",)
     """Models of Mamba and Mamba-2; the connectors' ops are those of 2.7b."""
     dtype: ModelDtype = "bf16"
     device: tuple[Literal["A100", "H100", "H200", "B200", "MI300X", "L40S", "RTX 4090"], ...] = ("H100",)
@@ -341,8 +332,9 @@ class Prefill(Command):
     function: ClassVar[str] = "inference.command:run_inference"
     models: tuple[Model, ...] = MODELS
     batch: tuple[Count, ...] = (1,)
+    """Sequences at once."""
     context: tuple[Count, ...] = (1024, 4096, 16384, 65536, 131072)
-    """Tokens of the prompt, with those of an image."""
+    """Tokens of a prompt, with those of its image; in `decode`, of a sequence before the first timed step."""
     size: Size | None = None
     """Default: published on a GPU, small on a CPU."""
     dtype: ModelDtype | None = None
@@ -356,25 +348,16 @@ class Prefill(Command):
 
 
 @dataclass
-class Decode(Command):
+class Decode(Prefill):
     """Tokens a second and memory of vision-language models that generate, against context and batch.
 
     Models and checks are those of `prefill`.
     """
 
-    function: ClassVar[str] = "inference.command:run_inference"
-    models: tuple[Model, ...] = MODELS
     batch: tuple[Count, ...] = ()
     """Sequences at once. Default: 1, 8 and 64, or 1 and 8 for the small size."""
-    context: tuple[Count, ...] = (1024, 4096, 16384, 65536, 131072)
-    """Tokens of each sequence before the first timed step."""
-    size: Size | None = None
-    dtype: ModelDtype | None = None
-    device: str = "cpu"
     steps: Count = 24
     """Timed steps per row, in three rounds."""
-    budget: Span = 60.0
-    out: Path | None = None
 
 
 COMMANDS: dict[str, type[Command]] = {

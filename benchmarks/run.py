@@ -2,68 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ssm_kernels import resolve_backend
 
 from . import accuracy, op_report
-from .cases import DTYPES, Shape
+from .cases import DTYPES
 from .environment import command_line, current_device, environment
 from .memory import peak_memory
-from .options import Mode, Run, SizeOptions, Sweep
+from .options import Integration, Measurement, Mode, Run, SizeName, Sweep
 from .roofline import UNKNOWN, roofline_share
+from .shapes import BLOCKS, SIZES, Shape
 from .timing import first_call, time_rows
-from .workloads import BLOCKS, build, named_case, named_shape, sizes_of
+from .workloads import build, named_case, named_shape
+
+LENGTHS = tuple(2**i for i in range(10, 17))
 
 
 def run_run(command: Run) -> None:
     """`ssm-bench run`."""
-    settings = [
-        Setting(name, _sized(command, command.op, named_shape(command.op, name)), command.chunk_size)
-        for name in dict.fromkeys(command.shape)
-    ]
-    modes = command.mode or (("fwd",) if command.op.endswith("_step") else ("fwd", "fwd+bwd"))
-    with current_device(command.device):
-        _measure(command, settings, modes)
+    op, sizes = command.op, _given_sizes(command)
+    _measure(command, [_setting(op, name, name, sizes) for name in dict.fromkeys(command.shape)], ("fwd", "fwd+bwd"))
 
 
 def run_sweep(command: Sweep) -> None:
     """`ssm-bench sweep`."""
-    swept = {
-        "length": command.lengths, "batch": command.batches, "d_state": command.d_states,
-        "chunk_size": command.chunk_sizes,
-    }  # fmt: skip
-    given = {name: sorted(values) for name, values in swept.items() if values}
-    if len(given) > 1:
-        raise ValueError(f"sweep goes over one size at a time; got {', '.join(given)}")
-    over, values = next(iter(given.items()), ("length", [2**i for i in range(10, 17)]))
-    _check_has_size(command.op, over)
-    base = _sized(command, command.op, named_shape(command.op, command.shape))
-    settings = []
-    for value in values:
-        is_chunk = over == "chunk_size"
-        shape = base if is_chunk else replace(base, **{over: value})
-        settings.append(Setting(f"{over} {value:,}", shape, value if is_chunk else command.chunk_size, value))
-    modes = command.mode or (("fwd",) if command.op.endswith("_step") else ("fwd+bwd",))
-    with current_device(command.device):
-        _measure(command, settings, modes, over, command.patience)
+    op, over, sizes = command.op, command.over, _given_sizes(command)
+    if over != "length" and not command.values:
+        raise ValueError(f"values must name at least one {over}; got none")
+    values = sorted(command.values or LENGTHS)
+    settings = [_setting(op, f"{over} {n:,}", command.shape, sizes | {over: n}, n) for n in values]
+    _measure(command, settings, ("fwd+bwd",), over, command.patience)
 
 
-def finish(command: Any, result: dict[str, Any], out: Path | None) -> list[tuple[str, dict]]:
+def finish(command: Measurement | Integration, result: dict[str, Any]) -> list[tuple[str, dict]]:
     """Add the environment to a result, write it, and return its rows that are wrong, with the name of their case."""
     # All ops have kernels, or none can run.
     ours = resolve_backend("auto", torch.device(command.device), "ssd")
     result = {"command": command_line(command), **result, "ours": ours, **environment(command.device)}
-    if out is not None:
-        op_report.write_all(result, out)
+    if command.out is not None:
+        op_report.write_all(result, command.out)
     rows = [(case["name"], row) for case in result["cases"] for row in case["rows"]]
     return [(name, row) for name, row in rows if not row.get("is_right", True)]
 
@@ -74,66 +58,29 @@ class Setting:
 
     name: str
     shape: Shape
-    chunk_size: int | None = None
-    value: int | None = None
+    options: dict[str, int]
+    """The chunk size, if it was given."""
+    value: int | None
     """Value of the size that is swept."""
 
-    @property
-    def options(self) -> dict[str, int]:
-        return {} if self.chunk_size is None else {"chunk_size": self.chunk_size}
+
+def _given_sizes(command: Measurement) -> dict[str, int]:
+    sizes = {name: getattr(command, name) for name in get_args(SizeName)}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
-def _sized(sizes: SizeOptions, op: str, shape: Shape) -> Shape:
-    """The shape with the sizes that the options set."""
-    given = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(SizeOptions)}
-    given = {name: size for name, size in given.items() if size is not None}
-    for name in given:
-        _check_has_size(op, name)
-    given.pop("chunk_size", None)
-    return replace(shape, **given)
-
-
-def _check_has_size(op: str, size: str) -> None:
-    known = sizes_of(op) + (("chunk_size",) if op == "ssd" else ())
-    if size not in known:
-        raise ValueError(f"{op} has no {size}; its sizes are {', '.join(known)}")
-
-
-def _measure(
-    command: Run | Sweep,
-    settings: Sequence[Setting],
-    modes: Sequence[Mode],
-    over: str | None = None,
-    patience: float | None = None,
-) -> None:
-    """Measure, print and write; exit status 1 if a result is wrong.
+def _setting(op: str, name: str, shape_name: str, sizes: Mapping[str, int], value: int | None = None) -> Setting:
+    """The sizes of a named shape, with those that are given in place of its own.
 
     Raises:
-        ValueError: a setting is not valid, or nothing can run.
+        ValueError: the op has no such size, or sizes do not divide.
     """
-    for setting in settings:
-        _check(command.op, setting, modes)
-    result: dict[str, Any] = {"op": command.op, "dtype": command.dtype, "over": over, "cases": []}
-    skipped: dict[tuple[str, str], str] = {}  # reasons by implementation and mode
-    for setting in settings:
-        case = _measure_setting(command, setting, modes, skipped)
-        result["cases"].append(case)
-        print(op_report.table(result, case), flush=True)
-        for row in case["rows"]:
-            seconds = row.get("time", {}).get("median", 0)
-            if patience is not None and seconds > patience:
-                why = f"left out: {seconds:.1f} s a call at {setting.name}, beyond --patience {patience:g}"
-                skipped[row["impl"], row["mode"]] = why
-    rows = [row for case in result["cases"] for row in case["rows"]]
-    if all("missing" in row for row in rows):
-        raise ValueError("; ".join(dict.fromkeys(row["missing"] for row in rows)))
-    if wrong := list(dict.fromkeys(f"{row['impl']} {row['mode']}" for _, row in finish(command, result, command.out))):
-        sys.exit(f"ssm-bench: wrong: {', '.join(wrong)}; further from float64 than its rounding allows")
-
-
-def _check(op: str, setting: Setting, modes: Sequence[Mode]) -> None:
-    s = setting.shape
-    if "height" in sizes_of(op) and s.length % s.height:
+    known = SIZES[op] + (("chunk_size",) if op == "ssd" else ())
+    if unknown := next((size for size in sizes if size not in known), None):
+        raise ValueError(f"{op} has no {unknown}; its sizes are {', '.join(known)}")
+    own = {size: n for size, n in sizes.items() if size != "chunk_size"}
+    s = replace(named_shape(op, shape_name), **own)
+    if "height" in known and s.length % s.height:
         raise ValueError(
             f"height must divide length, the area of the grid; got height {s.height} and length {s.length}"
         )
@@ -141,24 +88,62 @@ def _check(op: str, setting: Setting, modes: Sequence[Mode]) -> None:
         raise ValueError(f"groups must divide heads; got {s.groups} groups and {s.heads} heads")
     if op == "mamba2_block" and s.channels % s.headdim:
         raise ValueError(f"headdim must divide channels; got headdim {s.headdim} and channels {s.channels}")
-    if op.endswith("_step") and set(modes) != {"fwd"}:
-        raise ValueError(f"{op} has no backward: mode must be fwd; got {', '.join(modes)}")
+    return Setting(name, s, {size: n for size, n in sizes.items() if size not in own}, value)
+
+
+def _measure(
+    command: Measurement,
+    settings: Sequence[Setting],
+    modes: Sequence[Mode],
+    over: str | None = None,
+    patience: float = float("inf"),
+) -> None:
+    """Measure, print and write; exit status 1 if a result is wrong.
+
+    Args:
+        modes: by default, but for a decoding step.
+        over: the size that is swept.
+        patience: seconds of a call beyond which an implementation is left out at the next settings.
+
+    Raises:
+        ValueError: nothing can run, or a decoding step is to run a backward.
+    """
+    is_step = command.op.endswith("_step")
+    modes = command.mode or (("fwd",) if is_step else modes)
+    if is_step and set(modes) != {"fwd"}:
+        raise ValueError(f"{command.op} has no backward: mode must be fwd; got {', '.join(modes)}")
+    result: dict[str, Any] = {"op": command.op, "dtype": command.dtype, "over": over, "cases": []}
+    skipped: dict[tuple[str, str], dict[str, str]] = {}  # reasons by mode and implementation
+    with current_device(command.device):
+        for setting in settings:
+            case = _measure_setting(command, setting, modes, skipped)
+            result["cases"].append(case)
+            print(op_report.text(result, case), flush=True)
+            for row in case["rows"]:
+                if (seconds := row.get("time", {}).get("median", 0)) > patience:
+                    why = f"left out: {seconds:.1f} s a call at {setting.name}, beyond --patience {patience:g}"
+                    skipped[row["mode"], row["impl"]] = {"missing": why}
+        rows = [row for case in result["cases"] for row in case["rows"]]
+        if all("missing" in row for row in rows):
+            raise ValueError("; ".join(dict.fromkeys(row["missing"] for row in rows)))
+        wrong = dict.fromkeys(f"{row['impl']} {row['mode']}" for _, row in finish(command, result))
+    if wrong:
+        sys.exit(f"ssm-bench: wrong: {', '.join(wrong)}; further from float64 than its rounding allows")
 
 
 def _measure_setting(
-    command: Run | Sweep, setting: Setting, modes: Sequence[Mode], skipped: dict[tuple[str, str], str]
+    command: Measurement, setting: Setting, modes: Sequence[Mode], skipped: dict[tuple[str, str], dict[str, str]]
 ) -> dict[str, Any]:
     """A row for each mode and implementation, and the errors allowed."""
     op, shape, device, dtype = command.op, setting.shape, command.device, DTYPES[command.dtype]
     rows: dict[tuple[Mode, str], dict[str, Any]] = {
-        (mode, impl): {"impl": impl, "mode": mode} for mode in modes for impl in command.impl
+        (mode, impl): {"impl": impl, "mode": mode} | skipped.get((mode, impl), {})
+        for mode in modes
+        for impl in command.impl
     }
-    for (mode, impl), row in rows.items():
-        if (impl, mode) in skipped:
-            row["missing"] = skipped[impl, mode]
     case: dict[str, Any] = {
         "name": setting.name, "value": setting.value, **setting.options,
-        "shape": {size: getattr(shape, size) for size in sizes_of(op)},
+        "shape": {size: getattr(shape, size) for size in SIZES[op]},
     }  # fmt: skip
     truth = None
     if "error" in command.metric and not all("missing" in row for row in rows.values()):
@@ -166,9 +151,11 @@ def _measure_setting(
         case |= {"truth": truth.by, "allowed_error": truth.allowed, "allowed_gradient_error": truth.allowed_gradient}
     make = functools.cache(lambda impl: build(op, impl, shape, dtype, device=device, **setting.options))
     for mode in modes:
-        wanted = {impl: rows[mode, impl] for impl in command.impl if "missing" not in rows[mode, impl]}
         seconds: dict[str, float] = {}
-        for impl, row in wanted.items():
+        for impl in command.impl:
+            row = rows[mode, impl]
+            if "missing" in row:
+                continue
             try:
                 result, seconds[impl] = first_call(make(impl), mode)
             except (ImportError, ValueError, RuntimeError) as e:
@@ -184,12 +171,12 @@ def _measure_setting(
                 if op not in BLOCKS:
                     called = named_case(op, shape, dtype, **setting.options)
                     share = roofline_share(called, mode, times["median"], device)
-                wanted[impl] |= {"time": times, **share}
+                rows[mode, impl] |= {"time": times, **share}
         if "memory" in command.metric:
             for impl in seconds:
                 try:
                     peak = peak_memory(op, impl, shape, mode, dtype, device, **setting.options)
-                    wanted[impl]["peak_memory"] = peak
+                    rows[mode, impl]["peak_memory"] = peak
                 except (RuntimeError, MemoryError) as e:  # the other measurements are not lost
                     print(f"{setting.name}, {impl} {mode}: no peak memory: {e}")
     return case | {"rows": list(rows.values())}

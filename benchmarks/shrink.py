@@ -11,27 +11,31 @@ from .cases import SIZES, Case, Shape
 T = TypeVar("T")
 ATTEMPTS = 300
 """Most cases that are tried."""
-SIMPLEST = {
-    "z": False, "D": False, "wide_D": False, "dt_bias": False, "dt_softplus": False, "dt_limit": False, "silu": False,
-    "norm_before_gate": False, "initial_states": False, "constant": False, "sequences": 0, "seq_idx": False,
-    "channels_first": False, "chunk_size": Case.chunk_size, "dtype": "fp32",
-}  # fmt: skip
+SIMPLEST = {name: type(value)() for name, value in vars(Case("ssd")).items() if name not in ("op", "shape")}
+SIMPLEST |= {"dtype": Case.dtype, "chunk_size": Case.chunk_size}
 """The value of each option that a case shrinks to."""
 
 
-def shrink(start: T, smaller: Callable[[T], Iterable[T]], fails: Callable[[T], bool]) -> T:
-    """Take the first smaller case that still fails, again and again, until none does or `ATTEMPTS` are spent."""
-    attempts, found = 0, True
-    while found:
-        found = False
-        for candidate in smaller(start):
-            attempts += 1
-            if attempts > ATTEMPTS:
-                return start
-            if fails(candidate):
-                start, found = candidate, True
-                break
-    return start
+def shrink(start: T, why: str, smaller: Callable[[T], Iterable[T]], wrong: Callable[[T], str]) -> tuple[T, str]:
+    """Take the first smaller case that is still wrong, again and again, until none is or `ATTEMPTS` are spent.
+
+    Args:
+        why: description of the failure of the case that it starts from.
+        wrong: describes the failure of a case; empty if it passes. An error that it raises says that the op does not
+            have the case.
+
+    Returns:
+        The smallest case found, and the description of its failure.
+    """
+    candidates, attempts = iter(smaller(start)), 0
+    while (candidate := next(candidates, None)) is not None and (attempts := attempts + 1) <= ATTEMPTS:
+        try:
+            found = wrong(candidate)
+        except (ValueError, IndexError, RuntimeError):
+            continue
+        if found:
+            start, why, candidates = candidate, found, iter(smaller(candidate))
+    return start, why
 
 
 def brief(value: object) -> str:
@@ -47,7 +51,7 @@ def smaller_cases(case: Case) -> Iterator[Case]:
     for name, simplest in SIMPLEST.items():
         if getattr(case, name) != simplest:
             yield replace(case, **{name: simplest})
-    for name in SIZES[case.op].split():
+    for name in SIZES[case.op]:
         size = getattr(case.shape, name)
         for less in sorted({1, size // 2, size - 1}):
             if 0 < less < size and (shape := _with_size(case, name, less)) is not None:
@@ -57,7 +61,7 @@ def smaller_cases(case: Case) -> Iterator[Case]:
 def _with_size(case: Case, name: str, size: int) -> Shape | None:
     """The shape with that size, or None; the length and the height of a grid change by complete columns."""
     shape = replace(case.shape, **{name: size})
-    if "height" in SIZES[case.op].split() and name in ("length", "height"):
+    if "height" in SIZES[case.op] and name in ("length", "height"):
         columns = case.shape.length // case.shape.height
         if name == "height":
             return replace(shape, length=columns * size)

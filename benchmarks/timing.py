@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +103,7 @@ def time_together(workloads: Mapping[str, Workload | Sequence[Workload]], mode: 
     sets = {name: [w] if isinstance(w, Workload) else list(w) for name, w in workloads.items()}
     every = [workload for workload_set in sets.values() for workload in workload_set]
     on_gpu = any(t.device.type == "cuda" for workload in every for t in workload.inputs)
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     start_timer = _gpu_timer if on_gpu else _cpu_timer
     gradients: dict[int, Tensor] = {}  # dy by workload
 
@@ -119,23 +119,16 @@ def time_together(workloads: Mapping[str, Workload | Sequence[Workload]], mode: 
     if on_gpu:
         for workload in every:  # compiles, and fills the allocator's cache
             gradients[id(workload)] = upstream_gradient(run_once(workload, mode))
-        torch.cuda.synchronize()
-    timers: dict[str, list[Callable[[], float]]] = collections.defaultdict(list)
-    wanted = {}
-    for name, workload_set in sets.items():
-        first = time_one(workload_set[0])
-        if on_gpu:
-            torch.cuda.synchronize()
-        is_slow = first() > SLOW
-        wanted[name] = 0 if is_slow else calls
-        if is_slow:
-            timers[name].append(first)
+        synchronize()
+    first = {name: time_one(workload_set[0]) for name, workload_set in sets.items()}
+    synchronize()
+    # A slow one is not called again; of the others the first call is a warm-up.
+    timers = {name: [seconds] if seconds() > SLOW else [] for name, seconds in first.items()}
+    fast = [name for name, seconds in timers.items() if not seconds]
     for i in range(calls):
-        for name, workload_set in sets.items():
-            if i < wanted[name]:
-                timers[name].append(time_one(workload_set[i % len(workload_set)]))
-    if on_gpu:
-        torch.cuda.synchronize()
+        for name in fast:
+            timers[name].append(time_one(sets[name][i % len(sets[name])]))
+    synchronize()
     return {name: summarize([seconds() for seconds in timers[name]]) for name in sets}
 
 

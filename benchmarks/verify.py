@@ -14,19 +14,17 @@ checks, such as a missing barrier, are failures too.
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import functools
 import importlib.util
 import inspect
 import sys
 import typing
-from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import ssm_kernels
@@ -35,7 +33,7 @@ from .cases import SIZES, Case, StepOutput, check_ops, small
 from .correctness import disagreement, expected, results
 from .environment import current_device
 from .options import Verify
-from .ptx import Report, emulated
+from .ptx import emulated
 from .shrink import brief, shrink, smaller_cases
 
 LENGTHS = (1, 2, 3, 16, 64, 65, 129)
@@ -60,16 +58,19 @@ class Verdict:
     """Result of a verification, as text by `str`."""
 
     op: str
-    has_backward: bool
+    total: int
+    """Number of cases."""
     passed: int = 0
-    total: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
+    skipped: collections.Counter[str] = field(default_factory=collections.Counter)
     """Number of cases by the reason why they were not tested."""
+    has_backward: bool = False
+    """Gradients were compared, since results carried them."""
     not_compared: tuple[str, ...] = ()
     """Results that the function does not return."""
     failed: Case | None = None
     why: str = ""
     smallest: Case | None = None
+    """The smallest case found that fails."""
     why_smallest: str = ""
 
     def __str__(self) -> str:
@@ -77,7 +78,7 @@ class Verdict:
         lines = [f"{self.op}: {self.passed} of {self.total} cases agree with the reference ({what})"]
         lines += [f"not tested, {n} cases: {reason}" for reason, n in self.skipped.items()]
         lines += [f"not returned, not compared: {name}" for name in self.not_compared]
-        if self.failed is not None and self.smallest is not None:
+        if self.smallest is not None:
             lines += ["", f"FAILED {self.failed}", f"  {self.why}"]
             lines += ["the smallest case found that fails:", f"  {self.smallest}", f"  {self.why_smallest}"]
             lines += [f"  its tensors: {brief(self.smallest)}.inputs()", f"  its options: {self.smallest.options}"]
@@ -118,9 +119,9 @@ def grid(op: str, dtypes: tuple[str, ...]) -> list[Case]:
         options = [case for case in small(dtype) if case.op == op]
         found += options
         plain = options[0]
-        if "height" in SIZES[op].split():
+        if "height" in SIZES[op]:
             shapes = [replace(plain.shape, length=h * w, height=h) for h, w in ((1, 1), (1, 8), (8, 1), (4, 4), (3, 5))]
-        elif "length" in SIZES[op].split():
+        elif "length" in SIZES[op]:
             shapes = [replace(plain.shape, length=n) for n in LENGTHS]
         else:
             shapes = [replace(plain.shape, batch=n) for n in (1, 5)]
@@ -128,69 +129,83 @@ def grid(op: str, dtypes: tuple[str, ...]) -> list[Case]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class Candidate:
-    """A function under test, and its abilities."""
+    """A function under test."""
 
     function: Callable
-    takes: frozenset[str] | None
-    """Names of its arguments; None where it takes any."""
-    has_backward: bool = False
-    num_results: int | None = None
-    """Number of the op's results that it returns; None for all."""
-    target: str | None = None
+    device: str
+    target: str | None
     """GPU whose compiled kernels are emulated; None runs the function directly."""
+    has_backward: bool = False
+    """Results carried gradients."""
+    num_results: int | None = None
+    """Number of the op's results that it returned; None before a call."""
 
-    def call(self, case: Case, tensors: Mapping[str, Tensor]) -> object:
-        arguments = _arguments(case, tensors)
-        if "chunk_size" in case.options and (self.takes is None or "chunk_size" in self.takes):
-            arguments["chunk_size"] = case.chunk_size
-        if not case.is_step:
-            return self.function(**arguments)
-        state = tensors["state"].clone()
-        return StepOutput(self.function(**arguments | {"state": state}), state)
+    def wrong(self, case: Case) -> str:
+        """Describe the failure of a case; empty if it passes.
 
-    def reason_not_to_test(self, case: Case) -> str:
-        takes = self.takes
-        unknown = [] if takes is None else [n for n in _arguments(case, case.inputs("meta")) if n not in takes]
-        return f"the function takes no {', '.join(unknown)}" if unknown else ""
+        Raises:
+            NotImplementedError: the function does not have the case.
+            ValueError: the op does not have it.
+        """
+        tensors = case.inputs(self.device)
+        options = self.options(case, tensors)
+        names, carries = result_names(case), False
 
-    def wrong(self, case: Case, device: str) -> str:
-        """Describe the failure of a case; empty if it passes. Raises NotImplementedError as the function does."""
-        names = _result_names(case)[: self.num_results]
+        def call(**t: Tensor) -> tuple:
+            nonlocal carries
+            out = self.call(t, options, case.is_step)
+            carries = any(isinstance(r, Tensor) and r.requires_grad for r in out)
+            self.num_results = min(len(out), len(names))
+            return _named(out, names[: self.num_results])
 
-        def compared(out: object) -> tuple:
-            returned = out if isinstance(out, tuple) else (out,)
-            if len(returned) < len(names):
-                raise TypeError(f"returns {len(returned)} results, expected {', '.join(names)}")
-            return namedtuple("Returned", names)(*returned[: len(names)])
-
-        tensors = case.inputs(device)
         report = None
         try:
-            with self.running() as report:
-                actual = results(lambda **t: compared(self.call(case, t)), tensors, self.has_backward)
+            with contextlib.nullcontext() if self.target is None else emulated(self.target) as report:
+                found = results(call, tensors, not case.is_step)
         except NotImplementedError:
             raise
         except Exception as e:  # any failure is reported
+            case.call(case.inputs(self.device), "reference")
             return f"raises {type(e).__name__}: {e}"
         if report is not None and report.findings:
             return "; ".join(report.findings)
-        is_compiled = report is not None or device != "cpu"
-        reference = functools.partial(case.function, backend="reference")
-        right = expected(lambda **t: compared(reference(**t)), tensors, self.has_backward, is_compiled)
-        return disagreement(right, actual)
+        self.has_backward |= carries
+        if not carries:
+            found = {name: found[name] for name in names[: self.num_results]}
 
-    def running(self) -> contextlib.AbstractContextManager[Report | None]:
-        """The context in which the function runs: the emulator, or none."""
-        return contextlib.nullcontext() if self.target is None else emulated(self.target)
+        def reference(**t: Tensor) -> tuple:
+            out = case.function(backend="reference", **t)
+            return _named(out if isinstance(out, tuple) else (out,), names[: self.num_results])
 
-    def fails(self, case: Case, device: str) -> bool:
-        try:
-            _run_reference(case, device)
-            return not self.reason_not_to_test(case) and bool(self.wrong(case, device))
-        except (ValueError, NotImplementedError):  # the op, or the function, does not have the case
-            return False
+        return disagreement(
+            expected(reference, tensors, carries, self.target is not None or self.device != "cpu"), found
+        )
+
+    def options(self, case: Case, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Options that differ from the op's defaults; no result depends on `chunk_size`, which may be left out.
+
+        Raises:
+            NotImplementedError: the function takes no argument of that name.
+        """
+        parameters = inspect.signature(getattr(ssm_kernels, case.op)).parameters
+        options = {k: v for k, v in case.options.items() if v != parameters[k].default}
+        takes = inspect.signature(self.function).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            if "chunk_size" not in takes:
+                options.pop("chunk_size", None)
+            if unknown := [name for name in (*tensors, *options) if name not in takes]:
+                raise NotImplementedError(f"the function takes no {', '.join(unknown)}")
+        return options
+
+    def call(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], is_step: bool) -> tuple:
+        """Results of the function; a step updates a copy of its state, which is its last result."""
+        state = {"state": tensors["state"].clone()} if is_step else {}
+        out = self.function(**{**tensors, **options, **state})
+        if is_step:
+            return out, *state.values()
+        return out if isinstance(out, tuple) else (out,)
 
 
 def verify(
@@ -206,59 +221,24 @@ def verify(
         target: compile its Triton kernels for this GPU (`sm_90`) and emulate them on CPU tensors.
     """
     cases = grid(op, dtypes)
-    candidate = _probe(function, cases, device, target)
-    names = _result_names(cases[0])
-    missing = names[candidate.num_results :] if candidate.num_results else ()
-    verdict = Verdict(op, candidate.has_backward, total=len(cases), not_compared=missing)
+    candidate, verdict = Candidate(function, device, target), Verdict(op, len(cases))
     for case in cases:
-        reason, why = candidate.reason_not_to_test(case), ""
-        if not reason:
-            try:
-                why = candidate.wrong(case, device)
-            except NotImplementedError as e:
-                reason = f"NotImplementedError: {e}"
-        if reason:
-            verdict.skipped[reason] = verdict.skipped.get(reason, 0) + 1
-        elif why:
-            verdict.failed, verdict.why = case, why
-            verdict.smallest = shrink(case, smaller_cases, lambda c: candidate.fails(c, device))
-            verdict.why_smallest = candidate.wrong(verdict.smallest, device)
+        try:
+            verdict.why = candidate.wrong(case)
+        except NotImplementedError as e:
+            verdict.skipped[str(e)] += 1
+            continue
+        if verdict.why:
+            verdict.failed = case
+            verdict.smallest, verdict.why_smallest = shrink(case, verdict.why, smaller_cases, candidate.wrong)
             break
-        else:
-            verdict.passed += 1
+        verdict.passed += 1
+    verdict.has_backward = candidate.has_backward
+    verdict.not_compared = result_names(cases[0])[candidate.num_results :] if candidate.num_results else ()
     return verdict
 
 
-def _probe(function: Callable, cases: list[Case], device: str, target: str | None) -> Candidate:
-    """Find out, by the first case that it takes, whether its results carry gradients, and their number."""
-    parameters = inspect.signature(function).parameters.values()
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    takes = None if takes_any else frozenset(p.name for p in parameters)
-    candidate = Candidate(function, takes, target=target)
-    for case in cases:
-        if candidate.reason_not_to_test(case):
-            continue
-        try:
-            with candidate.running():
-                out = candidate.call(case, case.inputs(device))
-        except NotImplementedError:
-            continue
-        except Exception:  # it fails again where that is reported
-            break
-        returned = out if isinstance(out, tuple) else (out,)
-        carries = any(isinstance(t, Tensor) and t.requires_grad for t in returned)
-        return replace(candidate, has_backward=carries and not case.is_step, num_results=len(returned))
-    return candidate
-
-
-def _arguments(case: Case, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tensors, and options that differ from the op's defaults, without `chunk_size`: no result depends on it."""
-    parameters = inspect.signature(getattr(ssm_kernels, case.op)).parameters
-    options = {k: v for k, v in case.options.items() if v != parameters[k].default and k != "chunk_size"}
-    return {**tensors, **options}
-
-
-def _result_names(case: Case) -> tuple[str, ...]:
+def result_names(case: Case) -> tuple[str, ...]:
     """Names of the op's results."""
     if case.is_step:
         return StepOutput._fields
@@ -266,6 +246,5 @@ def _result_names(case: Case) -> tuple[str, ...]:
     return getattr(kind, "_fields", ("y",))
 
 
-def _run_reference(case: Case, device: str) -> None:
-    with torch.no_grad():
-        case.call(case.inputs(device), "reference")
+def _named(out: tuple, names: tuple[str, ...]) -> tuple:
+    return collections.namedtuple("Returned", names)(*out[: len(names)])

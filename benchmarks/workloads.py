@@ -12,20 +12,13 @@ from torch import Tensor
 from ssm_kernels import Backend, use_backend
 from ssm_kernels.modules import Mamba, Mamba2
 
-from .cases import DTYPES, SIZES, WIDTHS, Case, Shape
+from .cases import DTYPES, Case
 from .options import Impl, Op
 from .peers import PACKAGES, bind_peer, check_installed
+from .shapes import BLOCKS, WIDTHS, Shape
 
-BLOCKS = {"mamba_block": "batch length channels d_state width",
-          "mamba2_block": "batch length channels d_state headdim groups width"}  # fmt: skip
-"""Complete mixers, and the sizes that each reads."""
 SIDE = 27
 """Patches along a side of a 384-pixel image."""
-
-
-def sizes_of(op: str) -> tuple[str, ...]:
-    """The sizes that an op or a block reads."""
-    return tuple((SIZES | BLOCKS)[op].split())
 
 
 def named_shape(op: str, name: str) -> Shape:

@@ -27,7 +27,7 @@ from .. import memory
 from ..cases import DTYPES
 from ..environment import command_line, current_device, environment
 from ..files import write_json
-from ..options import MODELS, Decode, Prefill, Size
+from ..options import Decode, Prefill, Size
 from ..timing import summarize
 from . import measure, report
 from .measure import ROUNDS, WARM_UP, Point
@@ -37,7 +37,7 @@ from .specs import SAME_SIZE, SPECS, grid_tokens
 Row = dict[str, Any]
 
 
-def run_inference(command: Prefill | Decode) -> None:
+def run_inference(command: Prefill) -> None:
     """`ssm-bench prefill` and `decode`: check, measure, write."""
     command = _with_defaults(command)
     phase = type(command).__name__.lower()
@@ -47,15 +47,12 @@ def run_inference(command: Prefill | Decode) -> None:
         facts = environment(command.device)
         result = _resume(command.out, settings, facts)
         result |= settings | facts | {"command": command_line(command)}
+        is_interrupted = False
         try:
             _Session(command, result).run()
-            is_interrupted = False
         except KeyboardInterrupt:
             is_interrupted = True
-    for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
-        print(report.table(result, batch))
-    for line in report.crossings(result):
-        print(line)
+    print(report.text(result))
     if command.out is not None:
         report.write_all(result, command.out)
     if is_interrupted:
@@ -64,7 +61,7 @@ def run_inference(command: Prefill | Decode) -> None:
         sys.exit(f"ssm-bench: wrong: {', '.join(wrong)}; steps do not have the logits of the same tokens as a prompt")
 
 
-def _with_defaults(command: Prefill | Decode) -> Prefill | Decode:
+def _with_defaults(command: Prefill) -> Prefill:
     """The command with its defaults and its values in order.
 
     Raises:
@@ -73,13 +70,13 @@ def _with_defaults(command: Prefill | Decode) -> Prefill | Decode:
     size: Size = command.size or ("small" if command.device == "cpu" else "published")
     dtype = command.dtype or ("fp32" if size == "small" else "bf16")
     batch = command.batch or ((1, 8) if size == "small" else (1, 8, 64))
-    least = grid_tokens(size) + 1 if isinstance(command, Prefill) else 1
-    for name, values, low in (("batch", batch, 1), ("context", command.context, least)):
-        if not values or min(values) < low:
-            why = f" (an image of {least - 1} tokens, and a text)" if name == "context" and least > 1 else ""
-            raise ValueError(f"{name} must be at least {low}{why}; got {', '.join(map(str, values)) or 'none'}")
-    if not command.models:
-        raise ValueError(f"models must name at least one of {', '.join(MODELS)}; got none")
+    for name, values in (("models", command.models), ("context", command.context)):
+        if not values:
+            raise ValueError(f"{name} must have at least one value; got none")
+    least = grid_tokens(size) + 1
+    if not isinstance(command, Decode) and min(command.context) < least:
+        why = f"(an image of {least - 1} tokens, and a text)"
+        raise ValueError(f"context must be at least {least} {why}; got {', '.join(map(str, command.context))}")
     if isinstance(command, Decode) and command.steps < ROUNDS:
         raise ValueError(f"steps must be at least {ROUNDS}, one a round; got {command.steps}")
     batch, context = (tuple(sorted(set(values))) for values in (batch, command.context))
@@ -111,11 +108,11 @@ def _resume(path: Path | None, settings: Row, facts: Row) -> dict[str, Any]:
 class _Session:
     """The points of a command, measured in turn into a result."""
 
-    def __init__(self, command: Prefill | Decode, result: dict[str, Any]):
-        assert command.size is not None and command.dtype is not None  # as of `_with_defaults`
+    def __init__(self, command: Prefill, result: dict[str, Any]):
         self.command, self.result = command, result
-        self.size: Size = command.size
-        self.dtype = DTYPES[command.dtype]
+        self.rows: dict[tuple[int, int, str], Row] = {
+            (row["batch"], row["context"], row["model"]): row for row in result["rows"]
+        }
         self.known_times: dict[str, tuple[float, float]] = {}
         """Seconds and work of each model's largest point so far."""
         self.models: dict[str, InferenceModel] = {}
@@ -124,16 +121,18 @@ class _Session:
 
     def run(self) -> None:
         command, models = self.command, self.result["models"]
+        assert command.size is not None and command.dtype is not None  # as of `_with_defaults`
+        dtype = DTYPES[command.dtype]
         for name in command.models:
-            spec = SPECS[self.size][name]
+            spec = SPECS[command.size][name]
             try:
                 spec.check_installed()
             except ModuleNotFoundError as e:
                 self.not_installed[name] = str(e)
                 continue
-            parameters = build(spec, self.dtype, "meta", 1).parameters
+            parameters = build(spec, dtype, "meta", 1).parameters
             models[name] = {"parameters": parameters, "same_size_as": SAME_SIZE.get(name)}
-        weights = sum(map(self.num_parameters, models)) * self.dtype.itemsize
+        weights = sum(sum(model["parameters"].values()) for model in models.values()) * dtype.itemsize
         self.keep_models = weights < memory.free_memory(command.device) // 4
         total = len(command.models) * len(command.batch) * len(command.context)
         with tqdm(total=total, unit="row", file=sys.stderr) as bar, torch.inference_mode():
@@ -141,33 +140,39 @@ class _Session:
                 for context in command.context:
                     bar.set_description(f"batch {batch}, context {context:,}")
                     self.measure_rows(batch, context)
-                    write_json(command.out, self.result, indent=1, quietly=True)
+                    write_json(command.out, self.result, quietly=True)
                     bar.update(len(command.models))
-
-    def num_parameters(self, name: str) -> int:
-        return sum(self.result["models"][name]["parameters"].values())
 
     def measure_rows(self, batch: int, context: int) -> None:
         """Measure the models at a batch and a context, and put their rows in the result."""
-        command, result = self.command, self.result
-        steps = command.steps if isinstance(command, Decode) else 0
-        longest = max(command.context) + WARM_UP + steps + ROUNDS
-        others = [row for row in result["rows"] if (row["batch"], row["context"]) != (batch, context)]
-        rows = {row["model"]: row for row in result["rows"] if row not in others}
-        points: list[Point] = []
-        for name in command.models:
-            point = Point(
-                result["phase"], self.size, name, batch, context, str(command.dtype), command.device, steps, longest
-            )
-            row = rows.setdefault(name, {"model": name, "batch": batch, "context": context})
+        points: list[tuple[Point, Row]] = []
+        rows = {}
+        for name in self.command.models:
+            known = self.rows.get((batch, context, name))
+            row = rows[batch, context, name] = known or {"model": name, "batch": batch, "context": context}
+            if name in self.not_installed:
+                row["missing"] = self.not_installed[name]
+                continue
+            point = self.point(name, batch, context)
             if "time" in row:
-                self.known_times[name] = (row["time"]["median"], point.work(self.num_parameters(name)))
-            elif why := self.not_installed.get(name) or self.reason_to_skip(point):
+                self.known_times[name] = (row["time"]["median"], point.work)
+            elif why := self.reason_to_skip(point):
                 row["missing"] = why
             else:
-                points.append(point)
-        self.measure_together(points, rows)
-        result["rows"] = others + list(rows.values())
+                points.append((point, row))
+        self.measure_together(points)
+        self.rows |= rows
+        self.result["rows"] = list(self.rows.values())
+
+    def point(self, name: str, batch: int, context: int) -> Point:
+        command = self.command
+        assert command.size is not None and command.dtype is not None
+        steps = command.steps if isinstance(command, Decode) else 0
+        return Point(
+            self.result["phase"], command.size, name, batch, context, command.dtype, command.device, steps,
+            max_tokens=max(command.context) + WARM_UP + steps + ROUNDS,
+            parameters=sum(self.result["models"][name]["parameters"].values()),
+        )  # fmt: skip
 
     def model(self, point: Point) -> InferenceModel:
         """The model of a point; built again each time where all models would take too much memory."""
@@ -181,34 +186,32 @@ class _Session:
 
     def reason_to_skip(self, point: Point) -> str | None:
         """The reason why a point is not run, or None. A model is checked before its first point."""
-        parameters = self.num_parameters(point.model)
-        fitted = point.fitted(parameters)
+        fitted = point.fitted()
         if isinstance(fitted, str):
             return fitted
         if point.model not in self.known_times or point.model not in self.result["checks"]:
             try:
-                checked, seconds, work = measure.check(self.model(point), point, parameters)
+                checked, seconds, work = measure.check(self.model(point), point)
             except (RuntimeError, MemoryError) as e:
                 return out_of_memory(e)
             self.result["checks"][point.model] = checked
             self.known_times.setdefault(point.model, (seconds, work))
         seconds, work = self.known_times[point.model]
-        predicted = seconds * max(1.0, point.work(parameters) / work)
-        predicted *= 1 if point.phase == "prefill" else WARM_UP + point.steps_per_round
+        calls = 1 if point.phase == "prefill" else WARM_UP + point.steps_per_round
+        predicted = seconds * max(1.0, point.work / work) * calls
         if predicted > self.command.budget:
             return f"skipped: predicted {predicted:,.0f} s, more than the budget of {self.command.budget:g} s"
         return None
 
-    def measure_together(self, points: Sequence[Point], rows: dict[str, Row]) -> None:
+    def measure_together(self, points: Sequence[tuple[Point, Row]]) -> None:
         """Measure the points of several models in turn, and complete their rows."""
-        found: dict[str, list[Row]] = {point.model: [] for point in points}
+        found: list[list[Row]] = [[] for _ in points]
         for _ in range(ROUNDS):
-            for point in points:
-                row, done = rows[point.model], found[point.model]
+            for (point, row), done in zip(points, found, strict=True):
                 spent = sum(sum(turn["seconds"]) for turn in done)
                 if "missing" in row or (done and spent * (len(done) + 1) / len(done) > self.command.budget):
                     continue
-                fitted = point.fitted(self.num_parameters(point.model))
+                fitted = point.fitted()
                 if isinstance(fitted, str):
                     row["missing"] = fitted
                     continue
@@ -222,8 +225,7 @@ class _Session:
                     row["missing"] = out_of_memory(e)
                     continue
                 row["in_prefill_chunks"] = fitted.phase == "prefill" and fitted.chunk < point.tokens
-        for point in points:
-            row, done = rows[point.model], found[point.model]
+        for (point, row), done in zip(points, found, strict=True):
             if "missing" in row:
                 continue
             times = summarize([s for turn in done for s in turn["seconds"]])
@@ -234,7 +236,7 @@ class _Session:
                 row |= {"encode": asdict(encode), "prompt_tokens_s": point.batch * point.tokens / lm.median}
             else:
                 row["tokens_s"] = point.batch / times.median
-            self.known_times[point.model] = (times.median, point.work(self.num_parameters(point.model)))
+            self.known_times[point.model] = (times.median, point.work)
 
 
 def out_of_memory(e: RuntimeError | MemoryError) -> str:

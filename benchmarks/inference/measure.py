@@ -44,6 +44,7 @@ class Point:
     """Timed steps of decode."""
     max_tokens: int
     """Longest sequence for which the model is built."""
+    parameters: int
     chunk: int = PREFILL_CHUNK
     """Tokens of a prompt that run at once."""
 
@@ -71,13 +72,15 @@ class Point:
     def type(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def work(self, parameters: int) -> float:
+    @property
+    def work(self) -> float:
         """Operations or bytes; the time is predicted in proportion to them."""
         if self.phase == "prefill":
             return self.spec.prompt_work(self.tokens, self.batch)
-        return self.spec.step_work(self.context, self.batch, self.type, parameters)
+        return self.spec.step_work(self.context, self.batch, self.type, self.parameters)
 
-    def bytes_needed(self, parameters: int) -> int:
+    @property
+    def bytes_needed(self) -> int:
         """Upper estimate of the memory of weights, state, mask and activations."""
         itemsize, is_ours = self.type.itemsize, self.spec.is_ours
         state = self.batch * self.spec.state_bytes(self.capacity, self.type)
@@ -85,16 +88,16 @@ class Point:
         rows = 1 if is_ours and self.phase == "prefill" else self.batch  # our prompts run packed
         has_mask = not is_ours and at_once not in (1, self.tokens)
         mask = at_once * self.capacity * (1 + itemsize) if has_mask else 0
-        return parameters * itemsize + state + mask + self.spec.activation_bytes(at_once, rows, self.type)
+        return self.parameters * itemsize + state + mask + self.spec.activation_bytes(at_once, rows, self.type)
 
-    def fitted(self, parameters: int) -> Point | str:
+    def fitted(self) -> Point | str:
         """The point as it fits in memory, with prefill chunks where needed, or the reason why it does not."""
         available = int(MEMORY_SHARE * memory.free_memory(self.device))
         is_splittable = self.phase == "prefill" and not self.spec.is_ours
         needed = 0
         for chunk in (self.tokens, PREFILL_CHUNK) if is_splittable else (PREFILL_CHUNK,):
             point = dataclasses.replace(self, chunk=chunk)
-            needed = point.bytes_needed(parameters)
+            needed = point.bytes_needed
             if needed <= available:
                 return point
         return f"does not fit: needs about {needed / 2**30:,.1f} GiB, and {available / 2**30:,.1f} GiB may be taken"
@@ -107,16 +110,12 @@ def run_once(model: InferenceModel, point: Point) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(point.device)
         before = torch.cuda.memory_allocated(point.device)
     try:
-        found = _run(model, point) | {"state_bytes": model.state_bytes(point.tokens) // point.batch}
+        found = _RUN[point.phase](model, point) | {"state_bytes": model.state_bytes(point.tokens) // point.batch}
     finally:
         model.release()
     if point.device != "cpu":
         found["peak_memory"] = torch.cuda.max_memory_allocated(point.device) - before
     return found
-
-
-def _run(model: InferenceModel, point: Point) -> dict[str, Any]:
-    return (_run_prompt if point.phase == "prefill" else _run_steps)(model, point)
 
 
 def _run_prompt(model: InferenceModel, point: Point) -> dict[str, Any]:
@@ -152,6 +151,9 @@ def _run_steps(model: InferenceModel, point: Point) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
+_RUN = {"prefill": _run_prompt, "decode": _run_steps}
+
+
 def random_text(point: Point, batch: int, n: int) -> torch.Tensor:
     """Random tokens (B, n), the same for every model, within the smallest vocabulary."""
     smallest = min(spec.vocab_size for spec in SPECS[point.size].values())
@@ -159,7 +161,7 @@ def random_text(point: Point, batch: int, n: int) -> torch.Tensor:
     return drawn.to(point.device)
 
 
-def check(model: InferenceModel, point: Point, parameters: int) -> tuple[dict[str, Any], float, float]:
+def check(model: InferenceModel, point: Point) -> tuple[dict[str, Any], float, float]:
     """Compare steps with prompts of the same tokens, and a prompt in prefill chunks with an unsplit one.
 
     Returns:
@@ -182,7 +184,7 @@ def check(model: InferenceModel, point: Point, parameters: int) -> tuple[dict[st
         found.append(model.step(text[:, extra + i]).clone())
         synchronize(point.device)
     if point.phase == "decode":
-        seconds, work = time.perf_counter() - start, point.spec.step_work(n, batch, point.type, parameters)
+        seconds, work = time.perf_counter() - start, point.spec.step_work(n, batch, point.type, point.parameters)
     # torch's max propagates NaN, Python's does not.
     errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
     error = torch.stack(errors).max().item()
@@ -206,4 +208,4 @@ def _peak_memory_here(point: Point) -> int:
         # A small call first: memory that libraries allocate once is not the call's.
         few = grid_tokens(point.size) + 8
         run_once(model, dataclasses.replace(point, context=few, batch=1, steps=1))
-        return memory.peak_resident(lambda: _run(model, point))
+        return memory.peak_resident(lambda: _RUN[point.phase](model, point))

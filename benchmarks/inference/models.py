@@ -69,8 +69,8 @@ def _build(spec: VLMSpec, max_tokens: int) -> InferenceModel:
     return TransformerModel(spec, {"encoder": tower, "connector": connector, "language": lm.build(max_tokens)})
 
 
-class InferenceModel:
-    """A model that can `encode`, `prefill` and `step`. The two subclasses differ in the state of a sequence.
+class _Model:
+    """The parts of a model: random images, their embeddings, and prompts of them.
 
     Args:
         parts: the encoder, the connector and the language model, by name.
@@ -106,32 +106,8 @@ class InferenceModel:
 
         return embed
 
-    def allocate(self, batch: int, capacity: int) -> None:
-        """Allocate the state of `batch` sequences of at most `capacity` tokens each."""
-        raise NotImplementedError
 
-    def release(self) -> None:
-        """Free the state."""
-        raise NotImplementedError
-
-    def fill(self, context: int) -> None:
-        """Fill the state of `context` tokens with random values: a step's time does not depend on them."""
-        raise NotImplementedError
-
-    def prefill(self, prompt: Prompt, length: int, chunk: int) -> Tensor:
-        """Run prompts from their start, at most `chunk` tokens at once: logits after the last token, (B, V)."""
-        raise NotImplementedError
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Advance each sequence by its token, (B,): logits (B, V)."""
-        raise NotImplementedError
-
-    def state_bytes(self, tokens: int) -> int:
-        """Bytes of the state of sequences of `tokens` tokens, counted from the tensors."""
-        raise NotImplementedError
-
-
-class MambaModel(InferenceModel):
+class MambaModel(_Model):
     """One of this project's models."""
 
     decoder: Decoder
@@ -141,17 +117,21 @@ class MambaModel(InferenceModel):
         self.lm = vlm.language_model
 
     def allocate(self, batch: int, capacity: int) -> None:
+        """Allocate the state of `batch` sequences of at most `capacity` tokens each."""
         self.decoder = Decoder(self.lm, batch)
 
     def release(self) -> None:
+        """Free the state."""
         vars(self).pop("decoder", None)
 
     def fill(self, context: int) -> None:
+        """Fill the state of `context` tokens with random values: a step's time does not depend on them."""
         for layer in self.decoder.state:
             for t in layer:
                 t.normal_()
 
     def prefill(self, prompt: Prompt, length: int, chunk: int) -> Tensor:
+        """Run prompts from their start, at most `chunk` tokens at once: logits after the last token, (B, V)."""
         batch = self.decoder.batch
         self.decoder.reset()
 
@@ -167,14 +147,19 @@ class MambaModel(InferenceModel):
         return prefill(self.lm, packed, bounds, self.decoder.state, chunk)
 
     def step(self, tokens: Tensor) -> Tensor:
+        """Advance each sequence by its token, (B,): logits (B, V)."""
         return self.decoder(tokens)
 
     def state_bytes(self, tokens: int) -> int:
+        """Bytes of the state of sequences of `tokens` tokens, counted from the tensors."""
         return state_bytes(self.decoder.state)
 
 
-class TransformerModel(InferenceModel):
-    """A model with a language model of `transformers`, whose keys and values are in a `StaticCache`."""
+class TransformerModel(_Model):
+    """A model with a language model of `transformers`, whose keys and values are in a `StaticCache`.
+
+    The methods are those of `MambaModel`.
+    """
 
     cache: Any
 
@@ -252,6 +237,9 @@ class TransformerModel(InferenceModel):
     def state_bytes(self, tokens: int) -> int:
         states = [t[:, :, :tokens] for layer in self.cache.layers for t in (layer.keys, layer.values)]
         return sum(t.numel() * t.element_size() for t in states)
+
+
+InferenceModel = MambaModel | TransformerModel
 
 
 class LDPv2(nn.Module):

@@ -1,16 +1,15 @@
-"""Results of `ssm-bench prefill` and `decode`: text table, JSON, CSV, a plot as PNG, and a page as HTML."""
+"""Results of `ssm-bench prefill` and `decode`: tables, and the files of a report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from ...model.files import write_atomic
 from .. import html, plots
-from ..files import write_csv, write_json
-from ..op_report import spread
-from ..plots import milliseconds
+from ..files import write_report
+from ..tables import Row, as_html, as_text, milliseconds, spread
 from .specs import SAME_SIZE, SPECS
 
 COLUMNS = {
@@ -28,54 +27,49 @@ COLORS = {
     "transformer-dinov2-siglip": "#c9a227", "tinyllava": "#7b4fa3", "mobilevlm-v2": "#a0522d",
 }  # fmt: skip
 Result = Mapping[str, Any]
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
+"""A row of a result."""
 
 
 def write_all(result: Result, path: Path) -> None:
     """Write JSON and, beside it, CSV, HTML and, with matplotlib, PNG."""
-    write_json(path, result, indent=1, quietly=True)
-    write_csv(path.with_suffix(".csv"), *_csv(result))
-    png = b""
-    if any("time" in row for row in result["rows"]):
-        try:
-            png = plot(result)
-            write_atomic(path.with_suffix(".png"), png)
-        except ModuleNotFoundError as e:
-            print(f"no plot: {e}")
-    write_atomic(path.with_suffix(".html"), page(result, png))
-    print(f"wrote {path}")
-
-
-def _csv(result: Result) -> tuple[list[str], list[dict[str, Any]]]:
     common = {key: result[key] for key in ("phase", "size", "dtype", "device", "commit")}
     names = ("model", "lm_parameters", "parameters", "batch", "context")
     lines = []
     for row in result["rows"]:
-        parameters = _parameters(result, row)
-        lines.append(
-            {
-                **common, **row, **row.get("time", {}), "encode": row.get("encode", {}).get("median"),
-                "lm_parameters": parameters.get("language"), "parameters": sum(parameters.values()) or None,
-                "is_right": result["checks"].get(row["model"], {}).get("is_right"),
-            }
-        )  # fmt: skip
-    return [*common, *names, *COLUMNS[result["phase"]], "in_prefill_chunks", "is_right", "missing"], lines
+        parts = _parameters(result, row)
+        line = {"lm_parameters": parts.get("language"), "parameters": sum(parts.values()) or None}
+        line |= {"is_right": result["checks"].get(row["model"], {}).get("is_right")}
+        lines.append({**common, **row, **row.get("time", {}), **line, "encode": row.get("encode", {}).get("median")})
+    columns = [*common, *names, *COLUMNS[result["phase"]], "in_prefill_chunks", "is_right", "missing"]
+    draw = (lambda: plot(result)) if any("time" in row for row in result["rows"]) else None
+    write_report(path, result, columns, lines, draw, lambda png: page(result, png))
 
 
-def _parameters(result: Result, row: Row) -> dict[str, int]:
+def _parameters(result: Result, row: Record) -> dict[str, int]:
     return result["models"].get(row["model"], {}).get("parameters", {})
 
 
-def _batches(result: Result) -> list[int]:
-    return sorted({row["batch"] for row in result["rows"]})
+def _batches(result: Result) -> dict[int, list[Record]]:
+    """Rows by batch, in the order of their contexts."""
+    batches = sorted({row["batch"] for row in result["rows"]})
+    in_order = sorted(result["rows"], key=lambda row: row["context"])
+    return {batch: [row for row in in_order if row["batch"] == batch] for batch in batches}
 
 
-def _rows(result: Result, batch: int) -> list[dict[str, Any]]:
-    """Rows of a batch by context."""
-    return sorted((row for row in result["rows"] if row["batch"] == batch), key=lambda row: row["context"])
+def tables(result: Result) -> Iterator[tuple[str, list[str], list[Row]]]:
+    """A title, headings and rows for each batch."""
+    for batch, records in _batches(result).items():
+        rows, before = [], None
+        for row in records:
+            is_wrong, context = _is_wrong(result, row), row["context"]
+            cells = [f"{context:,}", row["model"] + " WRONG" * is_wrong, *_cells(result, row)]
+            rows.append(Row(cells, row.get("missing", ""), before not in (None, context), is_wrong))
+            before = context
+        yield f"batch {batch}", ["context", "model", *HEADS[result["phase"]]], rows
 
 
-def _cells(result: Result, row: Row) -> list[str]:
+def _cells(result: Result, row: Record) -> list[str]:
     """A row's texts under `HEADS`; the size of the language model alone if it was not measured."""
     parameters = _parameters(result, row).get("language")
     size = "" if parameters is None else f"{parameters / 1e6:,.1f} M"
@@ -91,21 +85,17 @@ def _cells(result: Result, row: Row) -> list[str]:
     return [size, *times, *rates, *memory]
 
 
-def _is_wrong(result: Result, row: Row) -> bool:
+def _is_wrong(result: Result, row: Record) -> bool:
     return not result["checks"].get(row["model"], {"is_right": True})["is_right"]
 
 
-def table(result: Result, batch: int) -> str:
-    """The rows of a batch as text."""
-    heads = HEADS[result["phase"]]
-    widths = [11, 14, 24] + [11] * (len(heads) - 3)
-    lines = [f"{result['phase']}, {result['size']}, {result['dtype']}, batch {batch}"]
-    lines.append(f"{'context':>9}  {'':<27}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
-    for row in _rows(result, batch):
-        cells = "".join(f"{cell:>{w}}" for cell, w in zip(_cells(result, row), widths, strict=False))
-        end = f"    {row['missing']}" if "missing" in row else ""
-        lines.append(f"{row['context']:>9,}  {row['model']:<27}{cells}{end}" + "  WRONG" * _is_wrong(result, row))
-    return "\n".join(lines) + "\n"
+def text(result: Result) -> str:
+    """All tables as text, and the comparisons of the models of a size."""
+    parts = [
+        f"{result['phase']}, {result['size']}, {result['dtype']}, {title}\n{as_text(heads, rows, names=(1,))}\n"
+        for title, heads, rows in tables(result)
+    ]
+    return "\n".join([*parts, *crossings(result)])
 
 
 def crossings(result: Result) -> Iterator[str]:
@@ -113,55 +103,43 @@ def crossings(result: Result) -> Iterator[str]:
     for other, mine in SAME_SIZE.items():
         if SPECS["small"][other].is_ours:
             continue
-        for batch in _batches(result):
-            rows = [row for row in _rows(result, batch) if "time" in row]
-            times = {(row["model"], row["context"]): row["time"]["median"] for row in rows}
+        for batch, rows in _batches(result).items():
+            times = {(row["model"], row["context"]): row["time"]["median"] for row in rows if "time" in row}
             contexts = sorted(c for m, c in times if m == mine and (other, c) in times)
             if not contexts:
                 continue
-            faster = [c for c in contexts if times[mine, c] < times[other, c]]
-            start = f"{result['phase']}, batch {batch}: {mine} is faster than {other}"
-            span = f"({contexts[0]:,} to {contexts[-1]:,})"
-            if not faster:
-                yield f"{start} at no context measured {span}"
-            elif faster == contexts:
-                yield f"{start} at every context measured {span}"
-            else:
-                slower = [c for c in contexts if c not in faster]
-                yield f"{start} at {', '.join(f'{c:,}' for c in faster)}; slower at " + ", ".join(
-                    f"{c:,}" for c in slower
-                )
+            faster = [f"{c:,}" for c in contexts if times[mine, c] < times[other, c]]
+            slower = [f"{c:,}" for c in contexts if times[mine, c] >= times[other, c]]
+            found = f"{', '.join(faster)}; slower at {', '.join(slower)}"
+            if not faster or not slower:
+                found = f"{'every' if faster else 'no'} context measured ({contexts[0]:,} to {contexts[-1]:,})"
+            yield f"{result['phase']}, batch {batch}: {mine} is faster than {other} at {found}"
 
 
 def plot(result: Result) -> bytes:
     """Time with quartiles, tokens a second and memory against context, on logarithmic axes; a row for each batch."""
     plt = plots.pyplot_headless()
     is_prefill = result["phase"] == "prefill"
-    rate = "prompt_tokens_s" if is_prefill else "tokens_s"
     panels = {
         "time to first token, s" if is_prefill else "s a step": lambda row: row["time"]["median"],
-        "tokens/s": lambda row: row[rate],
+        "tokens/s": lambda row: row["prompt_tokens_s" if is_prefill else "tokens_s"],
         "state or KV cache, MiB a sequence": lambda row: row["state_bytes"] / 2**20,
         "peak above the weights, MiB": lambda row: row["peak_memory"] / 2**20,
     }
     batches = _batches(result)
     figure, axes = plt.subplots(len(batches), 4, figsize=(18, 3.9 * len(batches) + 0.6), squeeze=False)
-    for batch, row_of_axes in zip(batches, axes, strict=True):
-        timed = [row for row in _rows(result, batch) if "time" in row]
-        contexts = sorted({row["context"] for row in timed})
+    for (batch, of_batch), row_of_axes in zip(batches.items(), axes, strict=True):
+        timed = [row for row in of_batch if "time" in row]
         for i, (axis, (title, value)) in enumerate(zip(row_of_axes, panels.items(), strict=True)):
-            for model in dict.fromkeys(row["model"] for row in result["rows"]):
+            for model in dict.fromkeys(row["model"] for row in timed):
                 rows = [row for row in timed if row["model"] == model]
-                if not rows:
-                    continue
                 x = [row["context"] for row in rows]
                 color = plots.WRONG if _is_wrong(result, rows[0]) else COLORS[model]
                 style = "o-" if SPECS[result["size"]][model].is_ours else "s--"
                 axis.plot(x, [value(row) for row in rows], style, color=color, markersize=4, label=model)
                 if i == 0:
-                    low, high = ([row["time"][key] for row in rows] for key in ("low", "high"))
-                    axis.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
-            plots.set_log_axes(axis, contexts, "context, tokens")
+                    plots.band(axis, x, [row["time"] for row in rows], color)
+            plots.set_log_axes(axis, sorted({row["context"] for row in timed}), "context, tokens")
             axis.set_title(f"batch {batch}: {title}", fontsize=9, loc="left")
     axes[0][0].legend(fontsize=7, frameon=False)
     return plots.png(figure, f"{result['phase']}, {result['size']} size, {result['dtype']}, {result['device']}")
@@ -176,21 +154,13 @@ NOTES = (
 
 def page(result: Result, png: bytes) -> str:
     """One HTML page with tables, the plot, the checks and the environment."""
-    body = "".join(f"<p>{html.escape(line)}</p>\n" for line in crossings(result))
-    body += html.image(png, "against context, logarithmic") if png else ""
-    for batch in _batches(result):
-        rows, before = [], None
-        for row in _rows(result, batch):
-            is_wrong, context = _is_wrong(result, row), row["context"]
-            cells = [f"{context:,}", row["model"] + " WRONG" * is_wrong, *_cells(result, row)]
-            rows.append(html.Row(cells, row.get("missing", ""), before not in (None, context), is_wrong))
-            before = context
-        heads = ("context", "model", *HEADS[result["phase"]])
-        body += f"<h2>Batch {batch}</h2>\n{html.table(heads, rows, names=(1,))}"
+    body = "".join(f"<p>{escape(line)}</p>\n" for line in crossings(result))
+    for title, heads, rows in tables(result):
+        body += f"<h2>{title}</h2>\n{as_html(heads, rows, names=(1,))}"
     checks = [
-        html.Row((model, f"{check['error']:.1e}", f"{check['allowed']:.1e}"), is_wrong=not check["is_right"])
+        Row((model, f"{check['error']:.1e}", f"{check['allowed']:.1e}"), is_wrong=not check["is_right"])
         for model, check in result["checks"].items()
     ]
     heads = ("model", "largest difference, relative to the largest logit", "allowed")
-    body += f"{html.quiet(NOTES)}<h2>Steps compared with prompts of the same tokens</h2>\n{html.table(heads, checks)}"
-    return html.page(f"{result['phase']}, {result['size']} size, {result['dtype']}", result, body)
+    body += f"{html.quiet(NOTES)}<h2>Steps compared with prompts of the same tokens</h2>\n{as_html(heads, checks)}"
+    return html.page(f"{result['phase']}, {result['size']} size, {result['dtype']}", result, png, body)

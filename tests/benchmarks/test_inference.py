@@ -222,14 +222,13 @@ def test_another_failure_is_raised():
 
 
 def test_a_transformer_s_prompt_runs_in_chunks_where_it_does_not_fit_unsplit(monkeypatch):
-    point = measure.Point("prefill", "published", "tinyllava", 1, 131072, "bf16", "cpu", 0, 131072)
-    parameters = 3_200_000_000
-    unsplit = dataclasses.replace(point, chunk=point.tokens).bytes_needed(parameters)
-    in_chunks = point.bytes_needed(parameters)
+    point = measure.Point("prefill", "published", "tinyllava", 1, 131072, "bf16", "cpu", 0, 131072, 3_200_000_000)
+    unsplit = dataclasses.replace(point, chunk=point.tokens).bytes_needed
+    in_chunks = point.bytes_needed
     assert in_chunks < unsplit
     for free, chunk in ((unsplit, point.tokens), (in_chunks, PREFILL_CHUNK)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: int(free / measure.MEMORY_SHARE) + 2)
-        assert point.fitted(parameters).chunk == chunk
+        assert point.fitted().chunk == chunk
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from vlmamba.benchmarks import cases, cli, options
+from vlmamba.benchmarks import cli, options
 from vlmamba.cli import COMMANDS as VLMAMBA_COMMANDS
 from vlmamba.model.fields import Interval
 
@@ -55,7 +55,7 @@ def numbers(hint, interval=None):
         ("compare a b --alpha 2", r"--alpha must lie in \(0, 1\), got 2.0"),
         ("compare a b --threshold nan", "--threshold must be a finite number"),
         ("compile-report --jobs 0", "--jobs must be at least 1"),
-        ("sweep ssd --lengths 64 0", r"--lengths\[1\] must be at least 1, got 0"),
+        ("sweep ssd --values 64 0", r"--values\[1\] must be at least 1, got 0"),
         ("sweep ssd --patience -3", "--patience must be positive"),
         ("run ssd --calls 0", "--calls must be at least 1"),
         ("integration --batch -1", "--batch must be at least 1"),
@@ -82,7 +82,3 @@ def test_an_unknown_command_is_told_the_nearest(capsys):
         cli.main(["fuz", "--minutes", "1"])
     assert end.value.code == 2
     assert capsys.readouterr().err == "ssm-bench: no command 'fuz'; did you mean 'fuzz'?\n"
-
-
-def test_the_ops_are_those_that_the_cases_have():
-    assert options.OPS == cases.OPS

@@ -127,7 +127,7 @@ def test_the_torch_backend_is_the_ground_truth_where_the_reference_would_take_lo
             assert (by_reference.by, by_torch.by) == ("reference", "torch")
             torch.testing.assert_close(by_torch.result.y, by_reference.result.y, rtol=1e-10, atol=1e-10)
     monkeypatch.setattr(accuracy, "BYTES", 8 * 16 * 2 * 8 * 20)  # 20 steps of 8 channels
-    lengths = ["--lengths", "20", "40", "--channels", "8", "--calls", "1"]
+    lengths = ["--values", "20", "40", "--channels", "8", "--calls", "1"]
     cli.main(["sweep", "selective_scan", *lengths, "--out", str(tmp_path / "a.json")])
     assert [c["truth"] for c in json.loads((tmp_path / "a.json").read_text())["cases"]] == ["reference", "torch"]
     assert "(length 40: the torch backend, the reference taking too long)" in (tmp_path / "a.html").read_text()
