@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,12 +23,15 @@ _sharded_versions: dict[Callable, Callable] = {}
 
 def shardable(op: Callable[P, R]) -> Callable[P, R]:
     """Make a public op run its sharded version while a sharding is in force."""
+    signature = inspect.signature(op)
 
     @functools.wraps(op)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if _current is None:
             return op(*args, **kwargs)
-        return _sharded_versions[op](_current, *args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return _sharded_versions[op](_current, bound.arguments)
 
     return call
 
@@ -38,7 +42,10 @@ def local(op: Callable[P, R]) -> Callable[P, R]:
 
 
 def sharded_version_of(op: Callable) -> Callable[[Callable], Callable]:
-    """Register `function(sharding, *args, **kwargs)` as the sharded version of a `shardable` op."""
+    """Register the sharded version of a `shardable` op.
+
+    It is a function of the sharding and the arguments of the call by name, defaults filled in.
+    """
 
     def register(function: Callable) -> Callable:
         _sharded_versions[local(op)] = function

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.discretization import step_size
-from .._core.dispatch import Backend
 from .._core.sharding import local, sharded_version_of
 from .._core.validation import check_tensor
 from ..causal_conv1d import CausalConv1dOutput, causal_conv1d
@@ -24,133 +23,58 @@ from .sharding import RankShard, SequenceSharding
 local_causal_conv1d, local_selective_scan, local_ssd = local(causal_conv1d), local(selective_scan), local(ssd)
 
 
+Arguments = dict[str, Any]
+"""Arguments of a call of an op by name, defaults filled in."""
+
+
 @sharded_version_of(causal_conv1d)
-def sharded_causal_conv1d(
-    sharding: SequenceSharding,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: Literal["silu"] | None = None,
-    initial_states: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    backend: Backend = "auto",
-) -> CausalConv1dOutput:
+def sharded_causal_conv1d(sharding: SequenceSharding, arguments: Arguments) -> CausalConv1dOutput:
     """Convolve this rank's shard, after a halo exchange."""
-    _refuse_seq_idx(seq_idx)
+    _refuse_seq_idx(arguments)
+    weight = arguments["weight"]
     check_tensor("weight", weight, ("D", "K"))
-    x, initial_states, cu_seqlens = conv_halo(sharding, x, weight.shape[1], initial_states, cu_seqlens)
-    return local_causal_conv1d(x, weight, bias, activation, initial_states, cu_seqlens=cu_seqlens, backend=backend)
+    x, initial_states, cu_seqlens = conv_halo(
+        sharding, arguments["x"], weight.shape[1], arguments["initial_states"], arguments["cu_seqlens"]
+    )
+    exchanged = {"x": x, "initial_states": initial_states, "cu_seqlens": cu_seqlens}
+    return local_causal_conv1d(**(arguments | exchanged))
 
 
 @sharded_version_of(selective_scan)
-def sharded_selective_scan(
-    sharding: SequenceSharding,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_states: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    backend: Backend = "auto",
-) -> SelectiveScanOutput:
+def sharded_selective_scan(sharding: SequenceSharding, arguments: Arguments) -> SelectiveScanOutput:
     """Scan this rank's shard from the state that the ranks before it leave."""
-    _refuse_seq_idx(seq_idx)
+    _refuse_seq_idx(arguments)
+    u, A = arguments["u"], arguments["A"]
     check_tensor("u", u, ("B", "L", "D"))
     check_tensor("A", A, (u.shape[2], "N"), like=u)
-    compute = torch.promote_types(u.dtype, torch.float32)
-    shard = RankShard.of(sharding, "u", u, cu_seqlens)
-    shard.check_states(initial_states, u, tuple(A.shape))
-
-    def over(steps: slice, m: Tensor) -> Tensor:
-        return m if m.dim() == 2 else m[:, steps]  # (D, N) is constant in time
-
-    def scan(steps: slice, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        z_ = None if z is None else z[:, steps]
-        return local_selective_scan(
-            u[:, steps], dt[:, steps], A, over(steps, B), over(steps, C), D, z_, dt_bias, dt_softplus, initial_states,
-            cu_seqlens=cu_seqlens, backend=backend,
-        )  # fmt: skip
-
-    def final_states_from_zero() -> Tensor:
-        y_is_unused = C.detach()
-        return local_selective_scan(
-            u, dt, A, B, y_is_unused, None, None, dt_bias, dt_softplus, backend=backend
-        ).final_states  # (B, D, N)
-
-    def dt_sum() -> Tensor:
-        return _DtSum.apply(dt, dt_bias, dt_softplus, compute, None)  # (B, D)
 
     def decay(dt_sum: Tensor) -> Tensor:
-        return torch.exp(dt_sum.unsqueeze(-1) * A.to(compute))  # (B, D) -> (B, D, N)
+        return torch.exp(dt_sum.unsqueeze(-1) * A.to(dt_sum.dtype))  # (B, D) -> (B, D, N)
 
-    parts = _ShardScan(scan, final_states_from_zero, dt_sum, decay, tuple(A.shape), u.shape[2])
-    return SelectiveScanOutput(*_scan_shard(shard, u, parts, initial_states))
+    shard = RankShard.of(sharding, "u", u, arguments["cu_seqlens"])
+    op = _ShardScan(local_selective_scan, arguments, u, decay, tuple(A.shape))
+    return SelectiveScanOutput(*_scan_shard(shard, op, arguments["initial_states"]))
 
 
 @sharded_version_of(ssd)
-def sharded_ssd(
-    sharding: SequenceSharding,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    initial_states: Tensor | None = None,
-    *,
-    chunk_size: int = 64,
-    cu_seqlens: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    backend: Backend = "auto",
-) -> SSDOutput:
+def sharded_ssd(sharding: SequenceSharding, arguments: Arguments) -> SSDOutput:
     """Scan this rank's shard from the state that the ranks before it leave."""
-    _refuse_seq_idx(seq_idx)
+    _refuse_seq_idx(arguments)
+    x, A, B = arguments["x"], arguments["A"], arguments["B"]
     check_tensor("x", x, ("B", "L", "H", "P"))
     check_tensor("A", A, (x.shape[2],), like=x)
     check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
-    compute = torch.promote_types(x.dtype, torch.float32)
-    state_shape = (*x.shape[2:], B.shape[3])  # (H, P, N)
-    shard = RankShard.of(sharding, "x", x, cu_seqlens)
-    shard.check_states(initial_states, x, state_shape)
-
-    def scan(steps: slice, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        z_ = None if z is None else z[:, steps]
-        return local_ssd(
-            x[:, steps], dt[:, steps], A, B[:, steps], C[:, steps], D, z_, dt_bias, dt_softplus, dt_limit,
-            initial_states, chunk_size=chunk_size, cu_seqlens=cu_seqlens, backend=backend,
-        )  # fmt: skip
-
-    def final_states_from_zero() -> Tensor:
-        y_is_unused = C.detach()
-        return local_ssd(
-            x, dt, A, B, y_is_unused, None, None, dt_bias, dt_softplus, dt_limit, chunk_size=chunk_size, backend=backend
-        ).final_states  # (B, H, P, N)
-
-    def dt_sum() -> Tensor:
-        return _DtSum.apply(dt, dt_bias, dt_softplus, compute, dt_limit)  # (B, H)
 
     def decay(dt_sum: Tensor) -> Tensor:
-        return torch.exp(dt_sum * A.to(compute))[..., None, None]  # (B, H) -> (B, H, 1, 1)
+        return torch.exp(dt_sum * A.to(dt_sum.dtype))[..., None, None]  # (B, H) -> (B, H, 1, 1)
 
-    parts = _ShardScan(scan, final_states_from_zero, dt_sum, decay, state_shape, x.shape[2])
-    return SSDOutput(*_scan_shard(shard, x, parts, initial_states))
+    shard = RankShard.of(sharding, "x", x, arguments["cu_seqlens"])
+    op = _ShardScan(local_ssd, arguments, x, decay, (*x.shape[2:], B.shape[3]))  # states (B, H, P, N)
+    return SSDOutput(*_scan_shard(shard, op, arguments["initial_states"]))
 
 
-def _refuse_seq_idx(seq_idx: Tensor | None) -> None:
-    if seq_idx is not None:
+def _refuse_seq_idx(arguments: Arguments) -> None:
+    if arguments["seq_idx"] is not None:
         raise ValueError("seq_idx must be None within context_parallel: pass cu_seqlens, of the complete sequence")
 
 
@@ -158,32 +82,57 @@ def _refuse_seq_idx(seq_idx: Tensor | None) -> None:
 
 
 class _ShardScan(NamedTuple):
-    """One op's functions over this rank's steps."""
+    """A scan over this rank's steps."""
 
-    scan: Callable[[slice, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-    """`(steps, initial_states, cu_seqlens) -> y, final_states`."""
-    final_states_from_zero: Callable[[], Tensor]
-    """(B, *state_shape) states after all steps here, from zero states."""
-    dt_sum: Callable[[], Tensor]
-    """(B, n_decays) sum of the step sizes here."""
+    op: Callable[..., tuple[Tensor, Tensor]]
+    arguments: Arguments
+    x: Tensor
+    """(B, L, D) or (B, L, H, P) input."""
     decay: Callable[[Tensor], Tensor]
     """Factor by which a sum of step sizes decays a state."""
     state_shape: tuple[int, ...]
-    n_decays: int
+
+    @property
+    def n_decays(self) -> int:
+        """Step sizes of a step: D or H."""
+        return self.x.shape[2]
+
+    def scan(self, steps: slice, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scan some of the steps: y, and the final states."""
+        timed = {
+            name: value[:, steps]
+            for name, value in self.arguments.items()
+            # B or C (D, N) is constant in time.
+            if name in ("u", "x", "dt", "B", "C", "z") and value is not None and value.dim() > 2
+        }
+        packing = {"initial_states": initial_states, "cu_seqlens": cu_seqlens}
+        return self.op(**(self.arguments | timed | packing))
+
+    def final_states_from_zero(self) -> Tensor:
+        """States after all steps here from zero states, (B, *state_shape)."""
+        # y is not used.
+        without = {"C": self.arguments["C"].detach(), "D": None, "z": None, "initial_states": None, "cu_seqlens": None}
+        return self.op(**(self.arguments | without))[1]
+
+    def dt_sum(self) -> Tensor:
+        """Sum of the step sizes here, (B, n_decays)."""
+        a, compute = self.arguments, torch.promote_types(self.x.dtype, torch.float32)
+        return _DtSum.apply(a["dt"], a["dt_bias"], a["dt_softplus"], compute, a.get("dt_limit"))
 
 
-def _scan_shard(shard: RankShard, x: Tensor, op: _ShardScan, initial_states: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scan_shard(shard: RankShard, op: _ShardScan, initial_states: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scan this rank's steps.
 
     Args:
         shard: this rank's shard.
-        x: (B, L, ...) input of the op.
-        op: the op's functions.
+        op: the scan.
         initial_states: (B or S, *state_shape) before the complete sequence, or None.
 
     Returns:
         y of this rank's steps, and the states after them, (B or S, *state_shape).
     """
+    x = op.x
+    shard.check_states(initial_states, x, op.state_shape)
     compute = torch.promote_types(x.dtype, torch.float32)
     first, last = shard.started
     ys, final_states = [], []

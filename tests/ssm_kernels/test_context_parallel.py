@@ -436,7 +436,7 @@ def work(rank: int, folder: Path) -> None:
     """Run every case as one rank, and write what went wrong."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
     )
     GROUPS.update({WORLD: None, 2: dist.new_group([0, 1])})
     failures: dict[str, str | None] = {}
@@ -459,7 +459,7 @@ def failures(tmp_path_factory) -> Iterator[list[dict]]:
         for r in range(WORLD)
     ]
     try:
-        said = [r.communicate(timeout=120)[1] for r in ranks]
+        said = [r.communicate(timeout=300)[1] for r in ranks]
     finally:
         for r in ranks:
             r.kill()
