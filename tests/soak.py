@@ -136,7 +136,7 @@ def check_refused(ended: Ended, *told: str) -> None:
 
 
 def check_untouched(output: Path, before: dict[str, bytes], told: str) -> None:
-    """What a killed process left half written may be gone."""
+    """Assert that the files are as before; those that a killed process left half written may be gone."""
     after = tree(output)
     changed = [name for name, content in before.items() if after.get(name) != content and "partial" not in name]
     check(not changed, f"{told}: files of the run have changed: {changed}")

@@ -42,7 +42,7 @@ def test_pages_ask_for_nothing_from_elsewhere(pages):
         assert not loads, f"{page.name} loads {loads}"
 
 
-def test_examples_run_and_print_what_they_say(tmp_path):
+def test_examples_run_and_print_their_results(tmp_path):
     build("doctest", tmp_path)
     counts = re.findall(r"(\d+) tests?\n +(\d+) failures? in tests", (tmp_path / "output.txt").read_text())
     assert int(counts[-1][0]) > 80 and counts[-1][1] == "0"

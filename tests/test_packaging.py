@@ -144,7 +144,7 @@ def test_a_type_checker_sees_the_types_of_the_wheel(wheel, tmp_path):
     assert errors == {("consumer.py", line) for line in wrong}, found
 
 
-def test_the_changelog_begins_with_this_version():
+def test_the_changelog_starts_with_this_version():
     first = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
     assert first.split()[1] == PYPROJECT["project"]["version"]
 

@@ -29,7 +29,7 @@ COMMANDS = list(
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_examples_run_and_print_what_they_say(code, tmp_path, monkeypatch, capsys):
+def test_examples_run_and_print_their_results(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(compile(code, "README.md", "exec"), {})

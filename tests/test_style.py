@@ -1,4 +1,4 @@
-"""House style that a program can check: docstrings of public names, first words, and the share of comments."""
+"""House style that a program can check: docstrings, first words, names of tests, and the share of comments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import vlmamba.model
 ROOT = Path(__file__).parent.parent
 LIBRARY = ("ssm_kernels", "connectors", "model", "train")
 PACKAGES = (*LIBRARY, "vlmamba", "benchmarks")
-FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+FILES = [path for package in (*PACKAGES, "tests") for path in sorted((ROOT / package).rglob("*.py"))]
 BANNED = ("What", "Of", "Where", "How", "As")
 """A docstring starts with a verb or with the noun that names the thing."""
 COMMENTED = 0.04
@@ -111,6 +111,26 @@ def test_docstrings_start_with_a_verb_or_a_noun(path):
 
 def test_the_check_sees_a_banned_first_word():
     assert banned_starts('"""Sizes."""\nx = 1\n"""Of the sizes, the first."""\n') == [3]
+
+
+UNCLEAR = re.compile(r"^test_what_|_(told|said|routes?|pieces?|begins?|learns|goes_on)(_|$)")
+"""Words of test names that leave a reader to decipher them."""
+TESTS = [path for path in FILES if path.name.startswith("test_") and path.parent.name not in ("benchmarks", "gpu")]
+
+
+def unclear_tests(text: str) -> list[str]:
+    """Names of tests that do not say in plain words which behavior they hold."""
+    functions = [node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return [name for name in functions if name.startswith("test_") and UNCLEAR.search(name)]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_of_tests_are_in_plain_words(path):
+    assert not unclear_tests(path.read_text())
+
+
+def test_the_check_sees_an_unclear_name():
+    assert unclear_tests("def test_it_is_said():\n    pass\n") == ["test_it_is_said"]
 
 
 @pytest.mark.parametrize("name, function", [pair for module in EXPORTING for pair in functions(module)])

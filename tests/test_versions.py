@@ -25,7 +25,7 @@ def test_the_lowest_versions_that_are_allowed_are_in_a_row():
     assert any((row.python, row.torch.removesuffix(".0")) == (python, torch) for row in versions.ROWS)
 
 
-def test_what_was_not_run_says_so():
+def test_parts_that_did_not_run_are_reported():
     row = versions.ROWS[0]
     lines = versions.table({row.name: {"versions": {"python": "3.10.1"}, "parts": {"ops": "9 passed"}, "date": "d"}})
     first, second = lines.splitlines()[2:4]

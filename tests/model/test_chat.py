@@ -53,7 +53,7 @@ def test_answers_are_those_of_the_conversation_run_again(vlm, config):
     assert conversation.turns == turns
 
 
-def test_a_question_asked_again_is_drawn_anew_and_a_conversation_with_its_seed_is_the_same_again(vlm):
+def test_a_repeated_question_is_sampled_anew_and_a_seeded_conversation_repeats(vlm):
     config = GenerationConfig(10, temperature=5.0, seed=3)
 
     def answers():
@@ -134,7 +134,7 @@ def test_an_answer_that_ends_by_itself_is_not_run_again(vlm):
     assert conversation.turn_stats.prompt_tokens == 1 + len(TOKENIZER.encode(vlm.template.user("sure?", False)))
 
 
-def test_an_answer_that_is_cut_short_is_remembered_as_far_as_it_was_given(vlm):
+def test_an_interrupted_answer_stays_in_the_conversation_as_far_as_it_got(vlm):
     config = GenerationConfig(10)
     conversation = Conversation(vlm, BLUE, config)
     given = ""
@@ -185,7 +185,7 @@ def test_reset_forgets_all_but_a_new_image(vlm):
     assert conversation.image is BLUE and len(conversation.turns) == 2
 
 
-def test_without_history_each_question_stands_alone(vlm):
+def test_without_history_each_question_is_answered_alone(vlm):
     config = GenerationConfig(10)
     conversation = Conversation(vlm, RED, config, history=False)
     for question in QUESTIONS[:3]:
@@ -204,7 +204,7 @@ def test_the_state_has_one_size(vlm):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_language_models_go_on_from_a_text_or_by_a_template(layer):
+def test_language_models_continue_text_or_answer_by_a_template(layer):
     lm = sharpened_lm(language_config(layer))
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         Conversation(lm)

@@ -70,7 +70,7 @@ def test_every_number_refuses_what_is_none(config):
         (StageConfig("s", ("",), 1.0), {"lr": math.inf}, "lr of stage 's' must lie in .* got inf"),
     ],
 )
-def test_what_is_wrong_is_named(config, change, message):
+def test_bad_arguments_are_named(config, change, message):
     with pytest.raises(ValueError, match=message):
         replace(config, **change)
 
@@ -81,7 +81,7 @@ def test_numbers_of_numpy_and_infinite_limits_are_taken():
     assert StageConfig("s", ("",), 1.0, grad_clip=math.inf).grad_clip == math.inf
 
 
-def test_a_damaged_config_of_a_model_is_a_value_error_before_memory_is_asked_for(tmp_path):
+def test_a_damaged_config_of_a_model_is_a_value_error_before_memory_is_allocated(tmp_path):
     """Every key with every wrong value: a ValueError that names the file, and the key where the value cannot be one."""
     language = LMConfig(32, 1, 300, "mamba2", d_state=8, headdim=16)
     MambaLM(language).save_pretrained(tmp_path / "own")
@@ -119,7 +119,7 @@ def changed(data, path, value):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: type(c).__name__)
-def test_what_is_saved_is_read_again(config):
+def test_a_saved_config_is_read_again(config):
     assert from_json_dict(type(config), to_json_dict(config)) == config
 
 

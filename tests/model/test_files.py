@@ -65,7 +65,7 @@ def lines(*steps):
     return "".join(json.dumps({"step": s}) + "\n" for s in steps)
 
 
-def test_lines_are_cut_and_continued_in_place(tmp_path):
+def test_lines_are_truncated_and_continued_in_place(tmp_path):
     path = tmp_path / "lines.jsonl"
     with continue_json_lines(path, lambda line: line["step"] < 0) as file:
         file.write(lines(*range(5)))
@@ -103,7 +103,7 @@ def test_at_no_moment_is_a_file_that_grows_empty(tmp_path):
     assert path.read_text() == lines(0, 1, 2)
 
 
-def test_nothing_is_truncated_while_all_of_it_is_kept(tmp_path, monkeypatch):
+def test_nothing_is_truncated_where_everything_fits(tmp_path, monkeypatch):
     path = tmp_path / "lines.jsonl"
     path.write_text(lines(0, 1))
     monkeypatch.setattr(files.os, "truncate", lambda *_: pytest.fail("truncated"))

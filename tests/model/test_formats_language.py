@@ -320,7 +320,7 @@ def test_convert_leaves_nothing_half_done(tmp_path, monkeypatch):
         convert(tmp_path / "lm", tmp_path / "dst", to="gguf")
 
 
-def test_the_tokenizer_goes_along(tmp_path, caplog):
+def test_the_tokenizer_is_saved_too(tmp_path, caplog):
     tokenizer = Tokenizer.train(["a red circle"], 280)
     MambaLM(LMConfig(16, 1, 280), tokenizer).save_pretrained(tmp_path / "lm")
     assert {p.name for p in (tmp_path / "lm").iterdir()} == {
@@ -395,7 +395,7 @@ def test_settings_that_are_not_supported_are_refused_by_name(reader, data, chang
         reader(data | change)
 
 
-def test_settings_that_a_format_has_no_place_for_are_refused_by_name():
+def test_settings_that_a_format_cannot_hold_are_refused_by_name():
     with pytest.raises(ValueError, match="'state-spaces' has no place for norm_eps 0.001; it is always 1e-05"):
         to_state_spaces(LMConfig(norm_eps=1e-3))
 
@@ -414,7 +414,7 @@ def test_configs_there_and_back_are_the_same(config):
     assert from_transformers(json.loads(json.dumps(to_transformers(theirs), allow_nan=False))) == theirs
 
 
-def test_published_configs_are_read_as_the_table_says():
+def test_published_configs_are_those_of_the_table():
     """The files as they are on the Hub."""
     for repo, published in PUBLISHED.items():
         c = published.config
@@ -504,7 +504,7 @@ def test_published_models_have_the_names_and_shapes_that_transformers_gives_them
     assert {transformers_name(name): p.shape for name, p in ours.named_parameters()} == want
 
 
-def test_the_format_is_told_by_small_files(tmp_path):
+def test_the_format_is_detected_from_small_files(tmp_path):
     def seen(files):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         for name, data in files.items():

@@ -300,7 +300,7 @@ def test_clip_and_siglip_at_another_size(tmp_path, family, size):
 
 
 def small_config(family: str) -> ViTConfig:
-    """What the small models are."""
+    """Return our configuration of a small model."""
     config = {"clip": CLIP_L_336, "siglip": SIGLIP_SO400M_384, "dinov2_reg": DINOV2_L_REG_384}[family]
     mlp_width = 64 if family == "dinov2_reg" else 48
     activation = "gelu_tanh" if family == "siglip" else config.activation

@@ -126,7 +126,7 @@ def cobra(folder, width=32, rank=2, n=4, layers=3, head=None, **changes):
 
 
 def features(known, names, pixels):
-    """What the encoders give, of the second-to-last block, by themselves."""
+    """Compute the features of the second-to-last block by the encoders alone."""
     return torch.cat([ViT.from_pretrained(known[name].repo)(pixels) for name in names], -1).flatten(1, 2)
 
 
@@ -160,7 +160,7 @@ def test_cobra_is_its_parts(tmp_path, small_encoders):
 
 
 @torch.no_grad()
-def test_ml_mamba_has_every_weight_in_its_place(tmp_path, small_encoders):
+def test_ml_mamba_maps_every_weight(tmp_path, small_encoders):
     model = ml_mamba(tmp_path / "ml")
     vlm = VLM.from_pretrained(tmp_path / "ml")
     assert vlm.config.language == LMConfig(

@@ -106,7 +106,7 @@ def highest_memory(function):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_prompt_of_131072_tokens_takes_the_memory_of_a_piece(kind):
+def test_a_prompt_of_131072_tokens_takes_the_memory_of_a_prefill_chunk(kind):
     """All at once, one activation of the inner width would be 32 MiB, and there are several of them."""
     lm = MambaLM(LMConfig(32, 1, 300, kind, d_state=4, headdim=16)).eval()
     length = 131_072
@@ -229,7 +229,7 @@ def test_a_text_that_cannot_be_tokenized_is_a_value_error(text, lm):
         lm.generate([text])
 
 
-def test_what_is_wrong_is_named(lm):
+def test_bad_arguments_are_named(lm):
     with pytest.raises(ValueError, match="prompts must be a list of texts, got the text 'once'"):
         lm.generate("once")
     with pytest.raises(ValueError, match="prefill_chunk must be at least 1, got 0"):
@@ -359,7 +359,7 @@ def test_graphs_are_not_replayed_with_other_weights(lm, captured):
     assert captured == [6, 3, 6, 3]
 
 
-def test_where_capture_fails_steps_run_one_by_one_and_the_reason_is_said_once(lm, captured, monkeypatch, caplog):
+def test_where_capture_fails_steps_run_one_by_one_and_the_reason_is_logged_once(lm, captured, monkeypatch, caplog):
     want = tokens_until_the_ends(lm, SAMPLED)
 
     def fails(step, device):

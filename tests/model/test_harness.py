@@ -123,7 +123,7 @@ def lm_folder(lm, tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def logprob(lm: MambaLM, ids: list[int], n: int) -> tuple[float, bool]:
-    """Of the last `n` tokens, and whether each is the likeliest; by one run of the whole."""
+    """Sum the log-likelihoods of the last `n` tokens by one forward, and tell whether each is the likeliest."""
     logits = lm(torch.tensor([ids])).logits[0, -n - 1 : -1].double().log_softmax(-1)
     answer = torch.tensor(ids[-n:])
     return logits.gather(1, answer[:, None]).sum().item(), bool((logits.argmax(-1) == answer).all())
@@ -209,7 +209,7 @@ def test_lm_eval_generate_until(lm, tmp_path):
     assert results["exact_match,none"] == pytest.approx(sum(right) / len(right))
 
 
-def test_lm_eval_rolling_perplexity_is_of_the_whole_document(lm, tmp_path):
+def test_lm_eval_rolling_perplexity_is_of_the_full_document(lm, tmp_path):
     from vlmamba.model.harness.lm_eval import HarnessLM
 
     docs = [{"text": text} for text in ("red.", "", "a red circle, a green square.\n" * 250, "What is it?")]
@@ -249,7 +249,7 @@ def test_lm_eval_contexts_that_are_empty(lm):
     assert [value for value, _ in found] == pytest.approx(direct, abs=1e-4)
 
 
-def test_lm_eval_says_which_answers_are_the_likeliest(lm):
+def test_lm_eval_reports_which_answers_are_the_likeliest(lm):
     from lm_eval.api.instance import Instance
 
     from vlmamba.model.harness.lm_eval import HarnessLM
@@ -261,7 +261,7 @@ def test_lm_eval_says_which_answers_are_the_likeliest(lm):
     assert prompts and [flag for _, flag in found] == [True, False] * len(prompts)
 
 
-def test_lm_eval_with_a_tokenizer_that_begins_texts_with_a_token(lm):
+def test_lm_eval_with_a_tokenizer_that_prepends_a_token(lm):
     from lm_eval.api.instance import Instance
 
     from vlmamba.model.harness.lm_eval import HarnessLM

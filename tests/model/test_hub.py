@@ -182,14 +182,14 @@ def test_shards_of_a_repository_are_all_downloaded(hub, lm, tmp_path, monkeypatc
         MambaLM.from_pretrained("me/lm")
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(hub, tmp_path, lm):
+def test_an_interrupted_download_resumes(hub, tmp_path, lm):
     hub.repos["me/lm"] = files_of(lm, tmp_path / "lm")
     hub.cut_once = {"model.safetensors"}
     assert torch.equal(MambaLM.from_pretrained("me/lm")(IDS).logits, lm(IDS).logits)
     assert hub.downloads().count("model.safetensors") == 2
 
 
-def test_what_the_hub_does_not_have_is_named(hub, tmp_path):
+def test_a_repository_that_the_hub_lacks_is_named(hub, tmp_path):
     hub.repos |= {"me/lm": {"config.json": b"{}"}, "me/gated": {"config.json": b"{}"}}
     hub.gated.add("me/gated")
     with pytest.raises(

@@ -153,7 +153,7 @@ def test_every_kind_of_image_becomes_rgb_as_in_transformers(tmp_path, picture, m
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_an_alpha_channel_is_dropped(picture, mode):
-    """As `convert("RGB")` in OpenAI's and Cobra's code; `transformers` 5 lays such an image on white."""
+    """OpenAI's and Cobra's code call `convert("RGB")`; `transformers` 5 blends such an image with white."""
     if mode == "P":
         image = picture.quantize(16)
         image.info["transparency"] = 3
@@ -243,7 +243,7 @@ class Exploding(io.BytesIO):
         raise self.error
 
 
-def test_whatever_a_decoder_raises_is_a_value_error_but_for_what_is_no_fault_of_the_file():
+def test_any_exception_of_a_decoder_is_a_value_error_but_for_those_of_the_system():
     class Unheard(Exception):
         pass
 
@@ -309,7 +309,7 @@ def test_an_image_with_too_long_a_side_is_named():
     mode=st.sampled_from(["crop", "crop-floor", "letterbox"]),
     size=st.sampled_from([(28, None), (14, 33), (64, None)]),
 )
-def test_a_window_is_to_the_pixel_that_of_the_whole_image_resized(width, height, mode, size):
+def test_a_window_equals_that_of_the_resized_image_to_the_pixel(width, height, mode, size):
     processor = ImageProcessor(size[0], mode, (0.5, 0.25, 0.75), resize_to=size[1])
     image = noise((width, height))
     with pytest.MonkeyPatch.context() as patch:
@@ -321,7 +321,7 @@ def test_a_window_is_to_the_pixel_that_of_the_whole_image_resized(width, height,
 
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (2, 5001), (4999, 3), (8, 9000)])
 @pytest.mark.parametrize("mode", ["crop", "crop-floor", "letterbox"])
-def test_thin_images_have_the_pixels_of_the_whole_image_resized(size, mode, monkeypatch):
+def test_thin_images_have_the_pixels_of_the_resized_image(size, mode, monkeypatch):
     image, calls = noise(size), []
     narrow = images.resize_window
     monkeypatch.setattr(images, "resize_window", lambda *a: calls.append(1) or narrow(*a))

@@ -1,4 +1,4 @@
-"""What `inspect` says of a checkpoint is what is found when it is loaded and run."""
+"""`inspect` reports of a checkpoint what loading and running it shows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def saved(request, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_it_says_what_loading_finds(saved, dtype, monkeypatch):
+def test_inspect_reports_the_config_that_loading_finds(saved, dtype, monkeypatch):
     folder, layout = saved
     with monkeypatch.context() as unread:
         unread.setattr("vlmamba.model.weights._OneOpenFile.read", lambda *args: pytest.fail("a tensor was read"))
@@ -117,7 +117,7 @@ def test_operations_of_published_sizes():
     assert 64 * state_bytes(lm.new_state(1)) == 64 * (655_360 + 3 * 5376) * 4
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_weights_that_do_not_fit_are_named(tmp_path):
     MambaLM(LANGUAGES["mamba"]).save_pretrained(tmp_path)
     data = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(data | {"n_layer": 4}))

@@ -89,7 +89,7 @@ def test_gradients_flow_to_every_parameter(pair):
 
 
 @torch.no_grad()
-def test_logits_at_chosen_places():
+def test_logits_at_chosen_positions():
     lm = MambaLM(CONFIGS["mamba"][0])
     at = torch.tensor([3, 20])
     torch.testing.assert_close(lm(IDS, logits_at=at).logits, lm(IDS).logits[:, at])

@@ -195,7 +195,7 @@ def test_arguments_come_in_the_original_order(of):
     assert list(inspect.signature(of).parameters) == SIGNATURES[of].split()
 
 
-def test_what_decode_and_loading_take_is_in_the_original_order():
+def test_arguments_of_decode_and_loading_are_in_the_original_order():
     assert (
         list(inspect.signature(decode).parameters)
         == (
@@ -214,7 +214,7 @@ def test_what_decode_and_loading_take_is_in_the_original_order():
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_forward_gives_what_it_is_asked_for(name):
+def test_a_forward_returns_the_requested_outputs(name):
     model = make(name)
     whole = model(IDS)
     assert whole.logits.shape == (2, 12, 56) and whole[0] is whole.logits and whole._fields == ("logits",)
@@ -230,7 +230,7 @@ def test_a_forward_gives_what_it_is_asked_for(name):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("given", [True, False])
 @torch.no_grad()
-def test_decoding_by_caches_is_the_whole_forward(name, given):
+def test_decoding_by_caches_is_the_full_forward(name, given):
     model = make(name)
     params = InferenceParams(max_seqlen=12, max_batch_size=2)
     if given:
@@ -290,7 +290,7 @@ def greedy(model, ids, length, penalty=1.0, vocab_size=56):
 @pytest.mark.parametrize("cg", [False, True])
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 @torch.no_grad()
-def test_greedy_tokens_are_those_of_the_whole_forward(cg, penalty):
+def test_greedy_tokens_are_those_of_the_full_forward(cg, penalty):
     model = make("hybrid")
     want = greedy(model, IDS[:, :5], 20, penalty, 45)
     got = model.generate(IDS[:, :5], 20, repetition_penalty=penalty, vocab_size=45, cg=cg)
@@ -310,7 +310,7 @@ def test_all_sequences_end_together():
     assert together.equal(long[:, : 6 + ends.int().argmax()] if ends.any() else long)
 
 
-def test_what_is_given_back():
+def test_the_returned_values():
     model = make("mamba")
     assert model.generate(IDS, 14).shape == (2, 14)
     out = model.generate(IDS, max_length=14, return_dict_in_generate=True)
@@ -335,7 +335,7 @@ def test_a_streamer_sees_tokens_as_they_come(capsys):
     assert torch.cat(streamer.seen, 1).equal(out) and "decoding time" in capsys.readouterr().out
 
 
-def test_graphs_that_cannot_be_had_are_told_of_once(caplog):
+def test_missing_graphs_are_logged_once(caplog):
     cuda_graph._warned.clear()
     model = make("mamba")
     for _ in range(2):
@@ -426,7 +426,7 @@ def test_filters_are_the_originals():
         (TypeError, "initial_range", lambda m: MambaLMHeadModel(m.config, {"initial_range": 0.1})),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(error, name, call):
+def test_unsupported_arguments_are_refused_by_name(error, name, call):
     with pytest.raises(error, match=name):
         call(make("mamba"))
 

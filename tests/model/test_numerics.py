@@ -39,7 +39,7 @@ def assert_states_same(state, rows, want):
 
 @pytest.mark.parametrize("dtype", BOUND)
 def test_a_prompt_is_the_same_alone_and_among_others(lm, dtype):
-    """Of at least four tokens: states to the bit, logits to the bound, in any order of the pack."""
+    """Prompts of at least four tokens: states to the bit, logits to the bound, in any order of the pack."""
     lm = lm.to(dtype)
     logits, state = run(lm, PROMPTS)
     order = [3, 0, 6, 2, 7, 1, 5, 4]
@@ -54,7 +54,7 @@ def test_a_prompt_is_the_same_alone_and_among_others(lm, dtype):
 
 
 @pytest.mark.parametrize("size", [64, 192])
-def test_prefill_in_chunks_is_prefill_whole(lm, size):
+def test_prefill_in_chunks_is_prefill_at_once(lm, size):
     """Cut at multiples of 64 of one prompt: states to the bit, logits to the bound."""
     prompt = [PROMPTS[3] * 3 + PROMPTS[0][:30]]
     whole, state = run(lm, prompt)

@@ -40,6 +40,6 @@ def test_cobra_has_the_released_number_of_parameters():
     assert count(connector) + count(MambaLM(LMConfig(2560, 64))) == 2_816_135_168
 
 
-def test_a_mistyped_preset_is_told_the_nearest():
+def test_a_mistyped_preset_gets_a_suggestion():
     with pytest.raises(ValueError, match="no preset 'vl-mamba-2.8'; did you mean 'vl-mamba-2.8b'"):
         VLM.from_preset("vl-mamba-2.8")

@@ -122,7 +122,7 @@ def test_a_link_and_a_mount_point_are_saved_to(used, tmp_path, monkeypatch):
     assert same(MambaLM.from_pretrained(used), language_model(2))
 
 
-def test_what_cannot_hold_a_model_is_said_before_anything_is_written(used, tmp_path, monkeypatch):
+def test_an_unusable_output_folder_is_an_error_before_anything_is_written(used, tmp_path, monkeypatch):
     monkeypatch.setattr(MambaLM, "_save_pretrained", lambda *_: pytest.fail("the work has begun"))
     (tmp_path / "file").write_text("")
     for target in ("file", "file/model"):

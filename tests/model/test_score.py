@@ -77,7 +77,7 @@ def test_no_pairs_no_scores(pair):
     assert score(pair[0], [], []) == []
 
 
-def test_what_is_wrong_is_named(pair):
+def test_bad_arguments_are_named(pair):
     lm, _ = pair
     with pytest.raises(ValueError, match=r"answers must have one entry a prompt \(2\), got 1"):
         score(lm, [[1], [2]], [[3]])

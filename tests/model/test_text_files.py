@@ -51,7 +51,7 @@ def test_every_fault_of_json_is_a_value_error(text, message):
         parse_json(text)
 
 
-def test_whole_json_is_not_refused():
+def test_complete_json_is_read():
     for value in ("🙂", "\\ud83d", 7**500, "\u2028\x85", "\ufeff"):
         for ascii_only in (True, False):
             assert parse_json(json.dumps(value, ensure_ascii=ascii_only)) == value

@@ -11,7 +11,7 @@ CONFIG = ViTConfig(42, 14, 32, 3, 4, 48)
 
 
 @torch.no_grad()
-def test_what_no_patch_covers_is_not_seen():
+def test_pixels_beyond_the_patches_are_ignored():
     vit = ViT(CONFIG).eval()
     pixels = torch.randn(1, 3, 47, 50)
     assert vit(pixels).shape == (1, 3, 3, 32)

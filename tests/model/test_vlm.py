@@ -91,7 +91,7 @@ PICTURES = [RED, None, BLUE]
         GenerationConfig(12, temperature=2.0, repetition_penalty=1.2, seed=1),
     ],
 )
-def test_answers_in_a_batch_are_those_given_alone(vlm, config):
+def test_answers_do_not_depend_on_the_batch(vlm, config):
     together = vlm.generate(QUESTIONS, PICTURES, config)
     alone = [vlm.generate([q], [p], config)[0] for q, p in zip(QUESTIONS, PICTURES, strict=True)]
     assert together == alone
@@ -101,7 +101,7 @@ def test_answers_in_a_batch_are_those_given_alone(vlm, config):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 5, 16, 21])
-def test_prompts_in_prefill_chunks_cut_through_images_and_bounds(vlm, size):
+def test_prefill_chunks_may_split_images_and_prompts(vlm, size):
     samples = [vlm.prepare([Turn("user", q)], p) for q, p in zip(QUESTIONS, PICTURES, strict=True)]
     embed, bounds = vlm.packed(samples)
     total = int(bounds[-1])

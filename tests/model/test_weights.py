@@ -94,7 +94,7 @@ def test_a_model_on_meta_gets_its_weights():
     assert model.one.weight.abs().sum() > 0
 
 
-def test_what_does_not_fit_is_listed():
+def test_weights_that_do_not_fit_are_listed():
     state = tied_weights(
         A_log=None, extra=torch.zeros(1), **{"one.weight": torch.zeros(4, 2), "two.bias": torch.zeros(4).int()}
     )

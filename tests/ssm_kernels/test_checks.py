@@ -48,7 +48,7 @@ def test_integers_of_any_type(call, kind):
 
 
 @pytest.mark.parametrize("call", INTEGERS)
-def test_what_is_no_integer_is_named(call):
+def test_values_that_are_no_integers_are_named(call):
     op, good, low = INTEGERS[call]
     name = call.split(", ")[1]
     for wrong in (True, np.True_, torch.tensor(True), float(good), str(good), np.float64(good)):

@@ -121,7 +121,7 @@ def test_rms_norm(n, group_size):
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_ops_along_routes_agree_with_the_reference(n, backend):
+def test_ops_along_directions_agree_with_the_reference(n, backend):
     """Batch, height, width, directions, channels and the rest."""
     directions = {"directions": ("rows", "columns_reversed", "columns")[:n]}
     grid, places = draw(n, n, n, n) - 0.5, draw(n, n, n, n, n)

@@ -380,7 +380,7 @@ def test_layer_norm_fn(rms, case, prenorm):
     assert_same(tuple(got), tuple(want), *arguments, rowscale)
 
 
-def test_the_residual_stream_takes_the_dtype_that_is_asked_for():
+def test_the_residual_stream_has_the_requested_dtype():
     x, weight = leaf(3, DIM).detach().bfloat16(), torch.ones(DIM)
     for is_rms in (False, True):
         y, total = compat.layer_norm_fn(x, weight, None, prenorm=True, residual_in_fp32=True, is_rms_norm=is_rms)
@@ -473,7 +473,7 @@ SPLIT = (torch.ones(1, 4, 18), torch.ones(10, 4), None, torch.ones(2), -torch.on
         (ValueError, "dropout_p", lambda: compat.layer_norm_fn(X, X[0, 0], None, dropout_p=1.0)),
     ],
 )  # fmt: skip
-def test_what_cannot_be_honoured_is_refused_by_name(error, name, call):
+def test_unsupported_arguments_are_refused_by_name(error, name, call):
     with pytest.raises(error, match=name):
         call()
 
@@ -530,7 +530,7 @@ def test_mixers_have_the_published_parameters():
 
 
 def test_the_mixer_is_its_inner_function():
-    """Of the same parameters, the module and the function that the original module calls give the same."""
+    """The module and the function that the original module calls have the same results for the same parameters."""
     mixer, x = compat.Mamba(16, 4).double(), leaf(2, 5, 16)
     inner = compat.mamba_inner_fn(
         mixer.in_proj(x).transpose(1, 2), mixer.conv1d.weight, mixer.conv1d.bias, mixer.x_proj.weight,
@@ -542,7 +542,7 @@ def test_the_mixer_is_its_inner_function():
 @pytest.mark.triton
 @pytest.mark.parametrize("fused", [False, True])
 def test_autocast_is_left_before_the_backward(backend, fused):
-    """What the backward computes again has the dtypes of the forward."""
+    """Activations that the backward recomputes have the dtypes of the forward."""
     mixer, x = compat.Mamba(16, 4), torch.randn(1, 5, 16)
     with torch.autocast("cpu", torch.bfloat16), use_backend(backend):
         if fused:

@@ -99,7 +99,7 @@ def test_rates_and_skip_weights_are_float32_whatever_the_dtype(name):
     assert {p.dtype for p in mixer.to(torch.bfloat16).parameters()} == {torch.bfloat16}  # as in the originals
 
 
-def test_modules_are_made_on_the_device_that_is_asked_for():
+def test_modules_are_made_on_the_requested_device():
     for make in (*MIXERS.values(), partial(MHA, WIDTH, 2, d_conv=4), partial(Mamba2Simple, WIDTH, headdim=8)):
         assert {p.device.type for p in make(device="meta").parameters()} == {"meta"}
 
@@ -107,7 +107,7 @@ def test_modules_are_made_on_the_device_that_is_asked_for():
 @pytest.mark.parametrize("prompt", [1, 2, 4, 6])
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
-def test_decoding_is_the_whole_forward(name, prompt):
+def test_decoding_is_the_full_forward(name, prompt):
     mixer, u = drawn(MIXERS[name]), random_tensor(2, 9, WIDTH)
     params = InferenceParams(max_seqlen=9, max_batch_size=2)
     outs = [mixer(u[:, :prompt], inference_params=params)]
@@ -124,7 +124,7 @@ def test_decoding_is_the_whole_forward(name, prompt):
 
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
-def test_a_prompt_begins_the_caches_anew(name):
+def test_a_prompt_resets_the_caches(name):
     mixer, u = drawn(MIXERS[name]), random_tensor(2, 2, WIDTH)
     params = InferenceParams(9, 2)
     params.key_value_memory_dict[3] = mixer.allocate_inference_cache(2, 9)
@@ -286,7 +286,7 @@ def test_attention_is_its_formula(name):
 @pytest.mark.parametrize("prompt", [1, 3, 5])
 @pytest.mark.parametrize("by_lengths", [False, True])
 @torch.no_grad()
-def test_attention_decodes_as_the_whole_forward(name, prompt, by_lengths):
+def test_attention_decodes_as_the_full_forward(name, prompt, by_lengths):
     m, x = drawn(partial(MHA, WIDTH, 4, layer_idx=1, **ATTENTION[name])), random_tensor(2, 8, WIDTH)
     lengths = torch.zeros(2, dtype=torch.int32) if by_lengths else None
     params = InferenceParams(10, 2, lengths_per_sample=lengths)
@@ -303,7 +303,7 @@ def test_attention_decodes_as_the_whole_forward(name, prompt, by_lengths):
 
 
 @torch.no_grad()
-def test_attention_goes_on_by_several_tokens_and_in_some_rows():
+def test_attention_continues_by_several_tokens_and_in_some_rows():
     m, x = drawn(partial(MHA, WIDTH, 4, layer_idx=0, causal=True, rotary_emb_dim=4)), random_tensor(3, 8, WIDTH)
     params = InferenceParams(8, 3)
     params.key_value_memory_dict[0] = m.allocate_inference_cache(3, 8)
@@ -364,7 +364,7 @@ def test_a_block_is_its_formula(rms, fused, mlp, hooked):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_residual_stream_is_float32_where_asked_for(fused):
+def test_the_residual_stream_is_float32_on_request(fused):
     for wide in (True, False):
         block = Block(WIDTH, lambda d: Mamba(d, 4), norm_cls=RMSNorm, fused_add_norm=fused, residual_in_fp32=wide)
         out, residual = block.bfloat16()(torch.randn(1, 3, WIDTH).bfloat16())
@@ -373,7 +373,7 @@ def test_the_residual_stream_is_float32_where_asked_for(fused):
     assert conv_state.shape == (2, 32, 4) and ssm_state.shape == (2, 32, 4) and ssm_state.dtype == torch.float32
 
 
-def test_inference_params_begin_anew():
+def test_inference_params_can_be_reset():
     params = InferenceParams(8, 2, 5, key_value_memory_dict={0: "caches"}, lengths_per_sample=torch.tensor([5, 5]))
     params.reset(6, 1)
     assert (params.max_seqlen, params.max_batch_size, params.seqlen_offset) == (6, 1, 0)
@@ -423,7 +423,7 @@ HOOKED.conv1d.register_forward_hook(lambda *_: None)
         (ValueError, "fused_add_norm", lambda: Block(8, Mamba, norm_cls=lambda d: nn.Identity(), fused_add_norm=True)),
     ],
 )  # fmt: skip
-def test_what_cannot_be_honoured_is_refused_by_name(error, name, call):
+def test_unsupported_arguments_are_refused_by_name(error, name, call):
     with pytest.raises(error, match=name):
         call()
 

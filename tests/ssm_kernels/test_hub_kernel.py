@@ -66,7 +66,7 @@ def test_it_is_another_copy_with_ops_of_its_own(loaded):
     assert "ssd_torch" in dir(getattr(torch.ops, loaded.__name__))
 
 
-def test_every_backend_has_the_whole_package_under_another_name(repository):
+def test_every_backend_holds_the_package_under_another_name(repository):
     folders = [repository / "build" / f"torch-{backend}" for backend in hub_kernel.BACKENDS]
     names = {json.loads((folder / "metadata.json").read_text())["id"] for folder in folders}
     assert len(names) == len(folders)

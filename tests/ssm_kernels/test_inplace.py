@@ -138,7 +138,7 @@ def test_outputs_changed_in_place_have_the_gradients_of_changed_copies(name, dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_norm_of_a_sum_may_be_changed_and_the_sum_is_kept_for_the_backward(dtype):
-    """Where the sum is what the backward reads, autograd refuses it by name rather than give a wrong gradient."""
+    """Autograd refuses a change of a sum that the backward reads, rather than compute a wrong gradient."""
     g = torch.Generator().manual_seed(0)
     x, residual, weight = (torch.rand(s, generator=g).to(dtype).requires_grad_() for s in ((2, 8), (2, 8), (8,)))
     inputs = [x, residual, weight]

@@ -91,7 +91,7 @@ def tiny(model_type, **more):
 
 
 def both(compute, monkeypatch, *names):
-    """What a function gives on the library's ops and on ours, of which just these must have run."""
+    """Compute on the library's ops and on ours, and assert that exactly the named ones of ours ran."""
     integration.disable()
     theirs, called = compute(), set()
 
@@ -217,7 +217,7 @@ def error_of(got, want):
 
 @torch.no_grad()
 def error_in_pack(model, **packing):
-    """How far two sequences in one row are from each alone, as a share of the largest logit."""
+    """Largest difference of two sequences in one row from each alone, as a share of the largest logit."""
     alone = [model(part, use_cache=False).logits for part in (TOKENS[:1, :CUT], TOKENS[:1, CUT:])]
     return error_of(model(TOKENS[:1], use_cache=False, **packing).logits, torch.cat(alone, 1))
 
@@ -244,7 +244,7 @@ def test_with_seq_idx_and_positions_packed_sequences_are_kept_apart(model_type):
 
 @pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "jamba", "mamba2", "granitemoehybrid"])
 def test_with_seq_idx_these_still_mix_packed_sequences(model_type):
-    """As the documentation says; once the library passes it on, that can be changed."""
+    """The documentation lists these models; a version of the library that passes seq_idx on will fail here."""
     with integration.enabled():
         assert error_in_pack(tiny(model_type), position_ids=POSITIONS, seq_idx=SEQ_IDX) > 1e-3
 

@@ -67,7 +67,7 @@ def test_parameters_have_the_marks_that_training_code_reads(kind, options):
     assert kept == ({"dt_proj.bias"} if kind is Mamba else set())
 
 
-def test_mixers_tell_their_sizes():
+def test_mixers_show_their_sizes():
     mixer = Mamba(16, d_state=4, d_conv=3, expand=1.5)
     assert (mixer.d_model, mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.expand) == (16, 24, 4, 3, 1.5)
     assert mixer(torch.randn(2, 5, 16)).shape == (2, 5, 16)
@@ -183,7 +183,7 @@ def test_hooks_of_every_projection_run_once_and_change_no_gradient(kind, options
         torch.testing.assert_close(p.grad, grads[name], msg=name)
 
 
-def test_a_hook_that_changes_the_step_sizes_is_obeyed():
+def test_a_hook_may_change_the_step_sizes():
     mixer, x = Mamba(16, 4), torch.randn(2, 5, 16)
     plain = mixer(x)
     mixer.dt_proj.register_forward_hook(lambda m, i, o: o + 1)
@@ -222,7 +222,7 @@ def test_an_adapter_on_any_projection_is_the_layer_with_merged_weights(kind, opt
 
 @pytest.mark.parametrize(("kind", "options"), MIXERS)
 def test_dropout_of_adapters_is_drawn_once_for_forward_and_backward(kind, options):
-    """What is computed again in the backward must not be drawn again: the gradient is that of the loss."""
+    """A recomputation in the backward draws no new dropout: the gradient is that of the loss."""
     torch.manual_seed(0)
     mixer = kind(16, **options).double()
     for name in PROJECTIONS[kind]:

@@ -102,7 +102,7 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, row
         backward.backward(v, w, gate, rstd, dy, dtotal, dim, False, torch.float32, torch.bfloat16)
 
 
-def test_residual_is_kept_in_the_dtype_asked_for():
+def test_the_residual_has_the_requested_dtype():
     x = randn(3, 12, dtype=torch.bfloat16)
     y, residual = add_rms_norm(x, randn(12), residual_dtype=torch.float32)
     assert (y.dtype, residual.dtype) == (torch.bfloat16, torch.float32)

@@ -1,4 +1,4 @@
-"""What the compiled CPU kernels share: functions of vectors, and the pool of threads."""
+"""Shared parts of the compiled CPU kernels: functions of vectors, and the pool of threads."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ PREFILL_MULTIPLE = 64
 @pytest.mark.parametrize("cut", [PREFILL_MULTIPLE, 3 * PREFILL_MULTIPLE])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("op", PACKABLE)
-def test_a_sequence_is_the_same_whole_and_in_prefill_chunks(op, dtype, cut, backend):
+def test_a_sequence_is_the_same_at_once_and_in_prefill_chunks(op, dtype, cut, backend):
     case = Case(op, replace(SIZES["long"], length=500), dtype, z=True, dt_bias=True, initial_states=True)
     inputs = case.inputs()
     y, final_states = case.call(inputs, backend)
@@ -257,7 +257,7 @@ def test_autocast_changes_nothing(op, backend):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["x", "B", "C", "z"])
 @pytest.mark.parametrize("op", PACKABLE)
-def test_what_is_not_finite_stays_in_its_sequence(op, name, value, backend):
+def test_infinities_and_nan_stay_in_their_sequence(op, name, value, backend):
     """In a batch and in a pack; and never before its step, but in SSD before its step within the chunk."""
     case = Case(op, replace(TINY, length=40), z=True, chunk_size=16)
     name = "u" if op == "selective_scan" and name == "x" else name

@@ -44,7 +44,7 @@ def test_bounds_on_a_device_give_the_same_table(lengths, size, padding):
     assert here.gaps.tolist() == ([[sum(lengths), length]] if padding else [])
 
 
-def test_bounds_on_a_device_are_cut_once_and_again_when_changed():
+def test_segments_of_bounds_on_a_device_are_built_once_and_again_after_a_change():
     bounds = torch.tensor([0, 4, 9])
     once = segment_table._build_on_device(1, 9, 4, bounds)
     assert segment_table._build_on_device(1, 9, 4, bounds) is once
@@ -70,7 +70,7 @@ def test_rows_and_seq_idx():
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (3, 0), (0, 0)])
-def test_nothing_to_cut(batch, length):
+def test_texts_within_the_context_are_unchanged(batch, length):
     segments = build_segment_table(batch, length, 4, None, None, CPU)
     assert segments.entries.shape == (0, 4)
     assert segments.first_segment.tolist() == [0] * (batch + 1)

@@ -128,14 +128,14 @@ def test_strided_inputs(backend):
 
 
 @pytest.mark.skipif(is_interpreted(), reason="tiles of the kernels are tested below, at less cost")
-def test_wide_channels_are_cut_in_tiles(backend):
+def test_wide_channels_are_tiled(backend):
     """More channels than one tile of the fast path holds, several sequences, several blocks."""
     tensors = make(3, 40, 256, 128, dtype=torch.float32)
     assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend, gradients=False)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_two_halves_equal_the_whole(backend):
+def test_two_halves_equal_one_scan(backend):
     tensors = make(2, 19)
     whole = selective_scan(**tensors, dt_softplus=True, backend=backend)
     state, ys = tensors.pop("initial_states"), []
@@ -304,7 +304,7 @@ def test_more_channels_than_a_tile(backend):
 
 
 @pytest.mark.parametrize("packing", ["dense", "cu_seqlens", "seq_idx"])
-def test_sequences_cut_in_several_segments(backend, packing):
+def test_sequences_of_several_segments(backend, packing):
     """SegmentTable of one chunk, and sequences of several segments, one and none."""
     bounds = torch.tensor([0, 0, 17, 18, 18, 24])
     tensors = make(1, 24, 2, 2, rows=5 if packing == "cu_seqlens" else 1)
@@ -316,7 +316,7 @@ def test_sequences_cut_in_several_segments(backend, packing):
 
 
 @needs_interpreter
-def test_segments_of_several_chunks_equal_whole_sequences(monkeypatch):
+def test_segments_of_several_intervals_equal_one_segment(monkeypatch):
     from ssm_kernels.selective_scan.triton import forward
 
     tensors = {k: v.requires_grad_() for k, v in make(1, 20, 2, 2).items()}
@@ -348,7 +348,7 @@ def test_channels_first_stays_so(backend):
 
 
 @needs_interpreter
-def test_routes_read_and_write_a_grid():
+def test_directions_read_and_write_a_grid():
     """Four groups along four directions, on one u that all of them share: the same as to gather, scan and put back."""
     from ssm_kernels.selective_scan import triton
 

@@ -395,7 +395,7 @@ def test_steps_of_very_different_size_do_not_cost_digits(backend):
 
 
 def test_the_gradient_of_a_decay_is_no_difference_of_larger_terms(backend):
-    """What passes through a long step is little; what comes after it is much, and no part of its gradient."""
+    """Little of the state passes through a long step; the large terms after it are no part of its gradient."""
     tensors = make_inputs(
         1, 2, heads=1, headdim=16, d_state=1, dtype=torch.float32, z=False, D=False, initial_states=False
     )

@@ -87,7 +87,7 @@ def test_a_graph_keeps_what_it_reads_at_each_replay(gpu):
     assert read() is not None and unread() is None
 
 
-def test_what_is_made_in_a_graph_has_no_values_for_others(gpu):
+def test_values_made_in_a_graph_are_not_cached(gpu):
     gpu.captured = True
     captured = segment_table.build_segment_table(5, 12, 4, None, None, CPU)
     gpu.captured = False

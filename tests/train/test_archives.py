@@ -67,7 +67,7 @@ LONG = "folder/" * 40 + "é" * 90 + ".png"
 
 
 @pytest.mark.parametrize("writer", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_what_python_writes_is_read(tmp_path, writer):
+def test_archives_that_python_writes_are_read(tmp_path, writer):
     entries = [*SMALL, ("./a//b/../c.png", b"c"), ("f" * 120 + "/" + "n" * 99, b"x"), ("empty.png", b"")]
     if writer != tarfile.USTAR_FORMAT:
         entries.append((LONG, b"long"))
@@ -80,7 +80,7 @@ def test_what_python_writes_is_read(tmp_path, writer):
 
 @needs_gnu_tar
 @pytest.mark.parametrize("kind", ["gnu", "pax", "ustar", "v7", "oldgnu"])
-def test_what_gnu_tar_writes_is_read(tmp_path, kind):
+def test_archives_that_gnu_tar_writes_are_read(tmp_path, kind):
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
     for name, content in SMALL:
@@ -120,7 +120,7 @@ def names_or_none(path) -> list[str] | None:
         return None
 
 
-def test_any_flipped_bit_of_a_header_or_of_the_end_is_said(tmp_path):
+def test_any_flipped_bit_of_a_header_or_of_the_end_is_an_error(tmp_path):
     """Python's tarfile takes most of them for the end of the archive, and says nothing."""
     whole = write_tar(tmp_path / "a.tar", SMALL).read_bytes()
     starts = [i for i in range(0, len(whole), 512) if whole[i + 257 : i + 262] == b"ustar"]
@@ -169,7 +169,7 @@ def test_whatever_gnu_tar_reports_is_reported(tmp_path):
     assert reported > 40
 
 
-def test_a_tar_cut_anywhere_is_said(tmp_path):
+def test_a_truncated_tar_is_an_error(tmp_path):
     whole = write_tar(tmp_path / "a.tar", SMALL).read_bytes()
     end = len(whole) - 10_240 + (whole[-10_240:].rstrip(b"\0").__len__() + 511) // 512 * 512 + 1024
     for size in [*range(0, len(whole), 512), *range(1, 3000, 97)]:
@@ -197,7 +197,7 @@ def test_a_tar_cut_anywhere_is_said(tmp_path):
         (lambda d: b"no tar at all" * 100, "at byte 0"),
     ],
 )
-def test_zeros_and_what_is_no_tar_are_named_with_their_place(tmp_path, spoil, message):
+def test_zeros_and_other_bytes_in_a_tar_are_named_with_their_offset(tmp_path, spoil, message):
     whole = write_tar(tmp_path / "a.tar", SMALL).read_bytes()
     (tmp_path / "a.tar").write_bytes(spoil(whole))
     with pytest.raises(ValueError, match=rf"a.tar is damaged or truncated.*({message})"):
@@ -311,7 +311,7 @@ def test_a_record_of_a_shard_without_its_image_is_broken(tmp_path, parts, messag
     assert str(read_llava(path, max_broken=0.5)).startswith("2 records, 1 of them with an image; 1 more are broken")
 
 
-def test_what_macos_and_old_tars_leave_behind_is_no_record(tmp_path):
+def test_files_that_macos_and_old_tars_add_are_no_records(tmp_path):
     litter = [("._0.json", b"\0\5"), ("._0.png", b"\0\5"), ("._1.png", b"x"), ("PaxHeaders.7/0.json", b"x"),
               ("__MACOSX/0.png", b"x")]  # fmt: skip
     folder = tmp_path / "shards"
@@ -354,7 +354,7 @@ def test_a_zip_of_more_files_than_the_old_directory_counts_is_read(tmp_path):
         ZipImages(path)
 
 
-def test_any_flipped_bit_of_a_zip_is_said_or_harmless(tmp_path):
+def test_any_flipped_bit_of_a_zip_is_an_error_or_harmless(tmp_path):
     entries = [(f"{i}.png", os.urandom(0) + bytes([i]) * 40) for i in range(4)]
     whole = write_zip(tmp_path / "a.zip", entries).read_bytes()
     said = 0
@@ -377,7 +377,7 @@ def test_any_flipped_bit_of_a_zip_is_said_or_harmless(tmp_path):
     assert said > 1000
 
 
-def test_a_zip_cut_anywhere_is_said(tmp_path):
+def test_a_truncated_zip_is_an_error(tmp_path):
     whole = write_zip(tmp_path / "a.zip", [(f"{i}.png", b"x" * 40) for i in range(4)]).read_bytes()
     for size in range(len(whole)):
         (tmp_path / "a.zip").write_bytes(whole[:size])

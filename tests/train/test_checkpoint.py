@@ -60,7 +60,7 @@ def saved(tmp_path):
     return tmp_path, states
 
 
-def test_what_is_saved_is_what_was_there_when_it_was_asked_for(saved):
+def test_a_checkpoint_holds_the_values_at_the_call(saved):
     folder, states = saved
     fresh = Training(folder)
     assert fresh.checkpoints.load() == 6
@@ -121,7 +121,7 @@ def test_no_flipped_bit_is_loaded(saved, file):
     assert Training(folder).checkpoints.load() == 6
 
 
-def test_where_all_are_damaged_the_model_is_as_it_was(saved, caplog):
+def test_where_all_checkpoints_are_damaged_the_model_is_unchanged(saved, caplog):
     folder, _ = saved
     for path in folder.glob("*/*.safetensors"):
         path.write_bytes(path.read_bytes()[:-300])
@@ -162,7 +162,7 @@ def test_a_copy_under_another_step_is_not_taken_for_one(saved):
     assert "it is of step 5" in (folder / "damaged-step-00000008" / "damage.txt").read_text()
 
 
-def test_what_a_killed_save_left_is_removed_at_the_next_start(saved):
+def test_files_of_a_killed_save_are_removed_at_the_next_start(saved):
     folder, _ = saved
     left = folder / ".step-00000007.vlmamba-partial"
     left.mkdir()
@@ -205,7 +205,7 @@ def test_a_checkpoint_names_no_file_outside_of_its_folder(saved):
 
 
 @pytest.mark.parametrize("what", ["model.0.weight", "optimizer.0.weight.exp_avg_sq"])
-def test_what_is_not_finite_is_not_saved(saved, what):
+def test_weights_that_are_not_finite_are_not_saved(saved, what):
     folder, states = saved
     training = Training(folder, 1)
     training.checkpoints._tensors()[what][0, 0] = torch.nan
@@ -215,7 +215,7 @@ def test_what_is_not_finite_is_not_saved(saved, what):
     assert folders(folder) == ["step-00000005", "step-00000006"]
 
 
-def test_a_full_disk_is_told_and_leaves_those_before(saved):
+def test_a_full_disk_is_reported_and_leaves_earlier_checkpoints(saved):
     folder, states = saved
     training = Training(folder, 1)
     before = folders(folder)

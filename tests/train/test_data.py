@@ -141,13 +141,13 @@ def test_many_missing_images_are_counted_and_the_first_few_named(images):
         (f'[{GOOD}, {{"a": nothing, "b": "{"x" * 200}"}}]', "is not valid JSON: Expecting value .record 1"),
     ],
 )
-def test_a_file_that_is_no_list_is_said(images, text, message):
+def test_a_file_that_is_no_list_is_an_error(images, text, message):
     (images / "d.json").write_text(text)
     with pytest.raises(ValueError, match=f"d.json {message}"):
         read_llava(images / "d.json", max_broken=0.9)
 
 
-def test_a_list_cut_anywhere_is_cut_short(images, monkeypatch):
+def test_a_list_truncated_anywhere_is_reported_as_truncated(images, monkeypatch):
     monkeypatch.setattr(json_records, "READ_BYTES", 7)
     text = json.dumps([json.loads(GOOD.replace('"a"', '"\\u00fc \\n \\" é 漢"'))] * 2, ensure_ascii=False).encode()
     for end in range(1, len(text)):
@@ -158,7 +158,7 @@ def test_a_list_cut_anywhere_is_cut_short(images, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("ascii_only", [True, False])
-def test_records_are_found_whatever_the_piece_of_the_file(images, monkeypatch, chunk, ascii_only):
+def test_records_are_found_with_any_size_of_reads(images, monkeypatch, chunk, ascii_only):
     monkeypatch.setattr(json_records, "READ_BYTES", chunk)
     texts = ["naïve 漢字 🙂", 'quote " and \\ slash', "x" * 50]
     items = [{"image": "red.png", "conversations": [{"from": "human", "value": t}, {"from": "gpt", "value": t}]}
@@ -304,7 +304,7 @@ def test_webdataset_shards_are_records_and_images(images):
     assert len(read_llava(folder / "s-01.tar", max_broken=0.7)) == 1
 
 
-def test_text_beyond_the_context_is_cut_away_and_an_answer_beyond_it_is_broken(images):
+def test_text_beyond_the_context_is_truncated_and_an_answer_beyond_it_is_broken(images):
     model = new_model()
     whole = Conversations(records(images), model)[0]
     n_text = len(whole.input_ids) - model.image_tokens
@@ -342,7 +342,7 @@ def test_easy_vqa_is_as_published():
 
 
 def test_attributes_agree_with_every_question():
-    """What is deduced from some questions about an image contradicts none of the others."""
+    """Attributes deduced from some questions about an image contradict none of the others."""
     train = easy_vqa.load("train")
     known = easy_vqa.attributes(train)
     assert len(known) > 3000
@@ -375,7 +375,7 @@ TOKENIZER = Tokenizer.train(["color?", "red", "blue"], 280)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_learns_to_tell_two_images_apart(family, images, tmp_path):
+def test_a_model_is_trained_to_distinguish_two_images(family, images, tmp_path):
     """The two stages of the demo on two images, then free generation."""
     torch.manual_seed(0)
     model = new_model(family)
@@ -401,7 +401,7 @@ def test_a_damaged_image_in_a_set_is_named(images):
         Conversations(records(images), model)[1]
 
 
-def test_an_encoder_learns_attributes(images, tmp_path):
+def test_an_encoder_is_trained_to_classify_attributes(images, tmp_path):
     torch.manual_seed(0)
     attributes = {images / f"{c}.png": (c,) for c in ("red", "blue")}
     data = AttributeImages(attributes, [("blue", "red")], tiny_config("vl-mamba", 1).vision[0].processor)
@@ -463,7 +463,7 @@ def test_chat_obeys_its_commands(saved, images, monkeypatch, capsys):
         (["train", "nowhere", "data.json", "--output", "out"], "no annotations at data.json"),
     ],
 )
-def test_what_goes_wrong_is_one_line(arguments, message, tmp_path, monkeypatch):
+def test_an_error_is_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as end:
@@ -508,7 +508,7 @@ def ask(value="a", **extra):
     ],
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_a_record_that_speaks_of_an_image_and_has_none_is_broken(images, item, message, suffix):
+def test_a_record_that_mentions_an_image_and_has_none_is_broken(images, item, message, suffix):
     items = [ask(), item, ask(image="blue.png")]
     text = json.dumps(items) if suffix == ".json" else "\n".join(map(json.dumps, items))
     (images / f"d{suffix}").write_text(text)
@@ -573,7 +573,7 @@ def test_a_record_that_is_too_large_is_skipped_and_named(images, monkeypatch, ch
             assert f"{place}: it is larger than" in reason or (huge.startswith("9") and "must be an object" in reason)
 
 
-def test_a_long_text_is_cut_before_it_is_tokenised_with_the_same_tokens(images):
+def test_a_long_text_is_truncated_before_tokenization_with_the_same_tokens(images):
     model = new_model()
     word = "color? red blue "
     turns = (Turn("user", word * 3), Turn("assistant", word * 200), Turn("user", word * 20), Turn("assistant", "red"))

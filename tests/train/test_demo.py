@@ -26,7 +26,7 @@ def little_data(monkeypatch):
     monkeypatch.setattr(easy_vqa, "load", lambda split: real(split)[: 300 if split == "train" else 40])
 
 
-def test_the_demo_leaves_everything_it_promises(tmp_path, little_data, capsys):
+def test_the_demo_writes_every_documented_file(tmp_path, little_data, capsys):
     results = demo.run_demo(TINY, tmp_path)
     assert set(results) == {"always 'yes'", "vl-mamba, blind", "vl-mamba", "ml-mamba, blind", "ml-mamba"}
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -38,7 +38,7 @@ def test_the_demo_leaves_everything_it_promises(tmp_path, little_data, capsys):
     assert "always 'yes'" in capsys.readouterr().out
 
 
-def test_an_interrupted_demo_goes_on_and_ends_the_same(tmp_path, little_data, monkeypatch):
+def test_an_interrupted_demo_resumes_to_the_same_result(tmp_path, little_data, monkeypatch):
     whole = demo.run_demo(TINY, tmp_path / "whole")
     real, calls = demo.train_stage, []
 

@@ -132,7 +132,7 @@ def test_a_split_that_does_not_fit_is_refused(tmp_path):
         train(tmp_path, "ml-mamba", replace(STAGE, context_parallel=2))
 
 
-def test_checkpoints_of_two_ranks_go_on_in_one_and_in_four(tmp_path):
+def test_checkpoints_of_two_ranks_resume_on_one_and_on_four(tmp_path):
     train(tmp_path / "whole", "ml-mamba")
     assert on_ranks(2, stopped_after_a_step, tmp_path / "4") == [143, 143]
     saved = {p.relative_to(tmp_path / "4"): p.read_bytes() for p in (tmp_path / "4").rglob("*") if p.is_file()}
@@ -208,7 +208,7 @@ def test_a_pytorch_that_sums_where_it_should_average_is_refused():
 
 
 def shard_where_averages_are_sums():
-    """As in torch 2.8 with gloo."""
+    """Make averages sums, which they are in torch 2.8 with gloo."""
     torch.distributed.ReduceOp.AVG = torch.distributed.ReduceOp.SUM
     message = (
         rf"averaged over 2 ranks: their average is 1.5, and torch {re.escape(torch.__version__)} on cpu computes \[3.0"
@@ -217,7 +217,7 @@ def shard_where_averages_are_sums():
         shard(tiny(FAMILIES[0]), torch.device("cpu"), "fp32")
 
 
-def test_ranks_with_different_models_are_told():
+def test_ranks_with_different_models_are_an_error():
     assert on_ranks(2, shard_different_models) == [0, 0]
 
 

@@ -55,7 +55,7 @@ def test_every_setting_is_either_compared_or_free():
         assert set(found) == (set() if name in RESUME_FREE else {name}), name
 
 
-def test_data_are_told_apart_by_their_content(tmp_path):
+def test_data_are_identified_by_their_content(tmp_path):
     path = tmp_path / "train.json"
     path.write_text("[1]")
     first = identity(data=[fingerprint(path)])
@@ -67,7 +67,7 @@ def test_data_are_told_apart_by_their_content(tmp_path):
     assert "train.json (sha256 " in found and "moved.json (sha256 " in found
 
 
-def test_samples_are_told_apart_and_one_that_was_broken_may_be_repaired():
+def test_changed_samples_are_detected_and_a_broken_one_may_be_repaired():
     first, others = identity(), Items()
     others.items[100] = None
     broken = identity(samples=others)

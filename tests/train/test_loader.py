@@ -92,7 +92,7 @@ def test_ranks_share_a_step_equally(world_size):
         ({"samples": ""}, "stage 'test' has no samples"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(options, message):
+def test_bad_options_of_a_loader_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Loader(**{"samples": Numbers(), "stage": STAGE, "collate": list, "first_step": 0, "n_steps": 1, **options})
 
@@ -158,7 +158,7 @@ class Deadly(Numbers):
         return super().__getitem__(index)
 
 
-def test_a_worker_that_dies_is_said_and_nothing_hangs():
+def test_a_worker_that_dies_is_reported_and_nothing_hangs():
     with pytest.raises(WorkerDiedError, match="prepares data for stage 'test' ended by signal SIGKILL.*workers .now 2"):
         steps(replace(STAGE, workers=2), Deadly())
 
@@ -201,7 +201,7 @@ class Unpicklable(Exception):
         super().__init__(f"{one} {two}")
 
 
-def test_an_exception_that_cannot_leave_its_process_is_told_by_its_text():
+def test_an_exception_that_cannot_be_pickled_is_reported_by_its_text():
     def collate(samples):
         raise Unpicklable("out of", "paint")
 
@@ -219,7 +219,7 @@ def test_a_file_that_changes_is_no_broken_sample():
             steps(replace(STAGE, workers=workers, max_broken=0.9), Changed())
 
 
-def test_what_ends_a_run_s_data_is_one_kind_of_error():
+def test_errors_that_end_the_data_of_a_run_are_of_one_type():
     for error in (BrokenDataError, ChangedDataError, WorkerDiedError):
         assert issubclass(error, DataError) and issubclass(error, ValueError | OSError)
 
@@ -275,7 +275,7 @@ def test_workers_that_are_not_forked_prepare_the_same(tmp_path, method):
     assert run.stdout == "the same\n", run.stderr
 
 
-def test_what_a_worker_is_given_can_be_pickled():
+def test_arguments_of_a_worker_can_be_pickled():
     tokenizer = Tokenizer.train(["red blue"], 280)
     for template in TEMPLATES.values():
         model = tiny_vlm("ml-mamba", tokenizer)

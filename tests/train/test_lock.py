@@ -35,7 +35,7 @@ def holder(tmp_path):
     process.join()
 
 
-def test_a_second_run_is_told_who_is_there_and_a_kill_leaves_nothing(tmp_path, holder):
+def test_a_second_run_names_the_first_and_a_kill_leaves_no_lock(tmp_path, holder):
     told = f"{tmp_path} is in use by another run .process {holder.pid} on {socket.gethostname()}, since 20"
     with pytest.raises(BlockingIOError, match=told), only_run_in(tmp_path):
         pass
@@ -74,7 +74,7 @@ def test_a_worker_that_outlives_its_run_does_not_keep_the_lock(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_reported_once(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

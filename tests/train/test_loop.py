@@ -86,7 +86,7 @@ def losses(folder):
     return [m["loss"] for m in read_metrics(folder)]
 
 
-def test_learns_and_records(tmp_path):
+def test_a_stage_lowers_the_loss_and_records_it(tmp_path):
     train(tmp_path)
     curve = losses(tmp_path)
     assert len(curve) == STAGE.steps(40) == 20
@@ -196,7 +196,7 @@ def test_only_the_named_parts_learn():
         freeze_all_but(model, ("head",))
 
 
-def test_what_learns_is_float32_and_what_is_frozen_is_left(tmp_path):
+def test_trainable_weights_are_float32_and_frozen_ones_unchanged(tmp_path):
     model = Regression().bfloat16()
     train(tmp_path, replace(STAGE, trainable=("b",), precision="bf16"), model=model)
     assert {n: p.dtype for n, p in model.named_parameters()} == {
@@ -204,14 +204,14 @@ def test_what_learns_is_float32_and_what_is_frozen_is_left(tmp_path):
     }  # fmt: skip
 
 
-def test_each_step_is_told_with_the_model(tmp_path):
+def test_each_step_is_reported_with_the_model(tmp_path):
     seen = []
     model = Regression()
     train_stage(model, STAGE, Data(), collate, tmp_path, on_step=lambda step, m: seen.append((step, m is model)))
     assert seen == [(step, True) for step in range(20)]
 
 
-def test_gradients_are_cut_to_the_largest_norm():
+def test_gradients_are_clipped_to_the_largest_norm():
     model = Regression()
     model(collate(list(Data().x))).loss.backward()
     parameters = list(model.parameters())
@@ -319,7 +319,7 @@ class FailsFrom(Data):
 
 
 @pytest.mark.parametrize("error", [ValueError("file has changed"), OSError("gone"), RuntimeError("a worker died")])
-def test_what_was_learned_is_saved_before_data_that_fail_end_the_run(tmp_path, error):
+def test_progress_is_saved_before_data_that_fail_end_the_run(tmp_path, error):
     train(tmp_path / "whole")
     seen_before = 40  # by the identity of the run
     with pytest.raises(RuntimeError if isinstance(error, RuntimeError) else BrokenDataError, match=str(error)):
@@ -393,7 +393,7 @@ def test_another_base_and_other_data_are_refused_and_nothing_is_touched(tmp_path
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
-def test_what_leaves_the_steps_as_they_are_may_differ_at_a_resume(tmp_path):
+def test_settings_that_keep_the_steps_may_differ_at_a_resume(tmp_path):
     train(tmp_path / "whole")
     with pytest.raises(Interrupted):
         torch.manual_seed(0)
@@ -402,7 +402,7 @@ def test_what_leaves_the_steps_as_they_are_may_differ_at_a_resume(tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_more_epochs_go_on_where_it_is_said_and_fewer_are_refused(tmp_path):
+def test_more_epochs_resume_on_request_and_fewer_are_refused(tmp_path):
     train(tmp_path)
     torch.manual_seed(0)
     longer = replace(STAGE, epochs=5)
@@ -428,7 +428,7 @@ class Deadly(Data):
         return super().__getitem__(i)
 
 
-def test_what_was_learned_is_saved_before_a_dead_worker_ends_the_run(tmp_path):
+def test_progress_is_saved_before_a_dead_worker_ends_the_run(tmp_path):
     in_step = []
     with pytest.raises(ChildProcessError, match="that prepares data for stage .test. ended by signal SIGKILL"):
         torch.manual_seed(0)

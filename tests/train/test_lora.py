@@ -57,7 +57,7 @@ def test_at_first_nothing_is_changed(model):
     assert len(layers) == 2 * len(ALL[model.config.language.layer])
 
 
-def test_every_target_changes_what_the_model_says(model):
+def test_every_target_changes_the_logits(model):
     model.double()
     for target in ALL[model.config.language.layer]:
         changed = copy.deepcopy(model)
@@ -66,7 +66,7 @@ def test_every_target_changes_what_the_model_says(model):
         assert not torch.allclose(changed(batch(model)).loss, model(batch(model)).loss, rtol=1e-7)
 
 
-def test_merged_it_says_the_same_by_the_same_names(model):
+def test_merged_weights_have_the_same_logits_and_names(model):
     names = list(model.state_dict())
     add_lora(model, lora(model))
     draw(model)
@@ -90,7 +90,7 @@ def test_only_the_changes_and_the_connector_learn(model):
 
 
 def test_dropout_is_drawn_once_for_forward_and_backward(model):
-    """What the mixers compute again in the backward must not be drawn again: the gradient is that of the loss."""
+    """A recomputation in the backward draws no new dropout: the gradient is that of the loss."""
     add_lora(model, lora(model, dropout=0.5))
     draw(model)
     model.double().train()
@@ -112,7 +112,7 @@ def test_dropout_is_drawn_once_for_forward_and_backward(model):
     torch.testing.assert_close(slope.item(), (loss(1e-5)[1] - loss(-1e-5)[1]).item() / 2e-5, rtol=1e-3, atol=1e-6)
 
 
-def test_a_stage_learns_is_resumed_and_saved_without_a_trace(model, tmp_path):
+def test_a_stage_trains_resumes_and_saves_merged_weights(model, tmp_path):
     stage = replace(STAGE, lora=lora(model, dropout=0.1))
     start = copy.deepcopy(model)
     whole = copy.deepcopy(model)
@@ -147,7 +147,7 @@ def test_a_stage_learns_is_resumed_and_saved_without_a_trace(model, tmp_path):
     assert inside == set(ALL[model.config.language.layer])
 
 
-def test_what_cannot_be_is_named(model):
+def test_impossible_values_are_named(model):
     for change, message in (
         ({"rank": 0}, "rank of LoRA"),
         ({"alpha": 0.0}, "alpha of LoRA"),

@@ -132,7 +132,7 @@ def test_a_broken_sample_is_found(tiny, tmp_path):
 
 
 def test_operations_are_those_of_the_matrix_products():
-    """Of the encoder and the language model's projections and head, counted by PyTorch."""
+    """Products of the encoder and of the language model's projections and head, counted by PyTorch."""
     model = VLM(tiny_config("vl-mamba", 300))
     images = torch.randn(2, 3, 48, 48)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

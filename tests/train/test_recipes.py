@@ -21,7 +21,7 @@ def test_vl_mamba_is_trained_as_llava():
     assert [f.n_records for f in (*recipe.align_data, *recipe.finetune_data)] == [558_128, 665_298]
 
 
-def test_ml_mamba_is_trained_as_its_paper_says():
+def test_ml_mamba_is_trained_by_its_paper():
     recipe = RECIPES["ml-mamba"]
     assert settings(recipe.align) == (1e-3, 256, 1, 0.03, 0, "bf16")
     assert settings(recipe.finetune) == (2e-5, 64, 2, 0.03, 0.1, "bf16")
@@ -44,7 +44,7 @@ def test_each_preset_has_the_recipe_of_its_paper():
     assert recipe_for(VLMConfig(LMConfig(257, 1, layer="mamba"))) == "vl-mamba"
 
 
-def test_an_unknown_recipe_is_told_the_nearest():
+def test_an_unknown_recipe_gets_a_suggestion():
     with pytest.raises(ValueError, match="no recipe 'vlmamba'; did you mean 'vl-mamba'"):
         recipe_named("vlmamba")
     with pytest.raises(ValueError, match="known are vl-mamba, ml-mamba, small"):

@@ -45,7 +45,7 @@ def test_utilization_is_left_out_where_the_peak_is_not_known(tmp_path):
     assert "utilization" not in lines(tmp_path / "speeds.jsonl")[0]
 
 
-def test_after_a_resume_both_files_go_on_at_the_checkpoint(tmp_path):
+def test_after_a_resume_both_files_continue_at_the_checkpoint(tmp_path):
     run(tmp_path, 0, 5)
     for name in ("metrics.jsonl", "speeds.jsonl"):
         with open(tmp_path / name, "a") as file:
@@ -64,7 +64,7 @@ def test_tensorboard_has_every_figure(tmp_path):
     assert events.Scalars("speed/tokens_per_second")[0].value == 50
 
 
-def test_wandb_gets_the_figures_where_it_is_asked_for(tmp_path, monkeypatch):
+def test_wandb_logs_the_metrics_on_request(tmp_path, monkeypatch):
     logged, started = [], []
 
     def init(**options):
@@ -117,7 +117,7 @@ def test_sample_answers_come_every_so_many_steps_and_again_after_a_resume(tmp_pa
         SampleAnswers(tmp_path, records, every=0)
 
 
-def test_a_resume_never_writes_again_what_is_kept_and_tells_a_damaged_line(tmp_path, caplog):
+def test_a_resume_rewrites_no_answer_and_reports_a_damaged_line(tmp_path, caplog):
     run(tmp_path, 0, 5)
     path = tmp_path / "metrics.jsonl"
     damaged = path.read_bytes().replace(b'{"step": 1', b'{"step\x00 1')

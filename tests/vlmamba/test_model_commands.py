@@ -126,7 +126,7 @@ def test_questions_of_a_file(folder, vlm, lm, capsys):
     ],
     ids=str,
 )
-def test_a_malformed_record_has_an_error_that_names_its_line_and_the_rest_goes_on(line, message, tmp_path):
+def test_a_malformed_record_is_an_error_that_names_its_line_and_the_others_load(line, message, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n' + line + b'\r\n{"prompt": "b"}\n')
     first, broken, last = read_prompts(tmp_path / "p.jsonl")
@@ -162,7 +162,7 @@ def generate_to(out: Path, folder: Path, prompts: Path, *more: object) -> None:
     assert end.value.code == "vlmamba: 1 of 5 prompts have an error in place of an answer"
 
 
-def test_answers_go_to_a_file_that_the_same_command_goes_on_with(folder, lm, five, tmp_path, monkeypatch, capsys):
+def test_answers_go_to_a_file_that_the_same_command_resumes(folder, lm, five, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "answers.jsonl"
     generate_to(out, folder, five)
     whole = out.read_bytes()
@@ -248,7 +248,7 @@ def test_images_are_looked_at_before_the_model_is_loaded(folder, tmp_path):
         cli.main(["generate", str(tmp_path / "no model"), "what?", "--image", str(tmp_path / "broken.png")])
 
 
-def test_what_a_terminal_would_obey_is_escaped():
+def test_control_characters_are_escaped():
     assert printable("a\tb\nc é 你\x1b[2J\x07\r\x9b\u202e") == "a\tb\nc é 你\\x1b[2J\\x07\\r\\x9b\\u202e"
     record = {"answer": "\x1b\x7f\x9b\u2028 é 😀 \ud83d"}
     for encoding in ("utf-8", "latin-1", "ascii"):
@@ -333,7 +333,7 @@ cli.main(sys.argv[1:])
         ("convert {0}/lm {0}/vlm --to own", "exists and is not empty"),
     ],
 )
-def test_what_goes_wrong_is_one_line_on_stderr(arguments, message, folder):
+def test_an_error_is_one_line_on_stderr(arguments, message, folder):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit) as end:
@@ -343,7 +343,7 @@ def test_what_goes_wrong_is_one_line_on_stderr(arguments, message, folder):
 
 
 def chat(monkeypatch, capsys, lines, *arguments) -> str:
-    """What is printed while these lines are typed."""
+    """Run a conversation with these lines as its input, and return its output."""
     typed = iter(lines)
 
     def type_line(prompt):
@@ -358,7 +358,7 @@ def chat(monkeypatch, capsys, lines, *arguments) -> str:
     return out
 
 
-def test_chat_remembers_what_was_said(folder, vlm, monkeypatch, capsys):
+def test_chat_keeps_the_history(folder, vlm, monkeypatch, capsys):
     red, blue = folder / "red.png", folder / "blue.png"
     turns = [Turn("user", "what color?")]
     first = vlm.generate([turns], [red], FEW)[0]
@@ -376,7 +376,7 @@ def test_chat_remembers_what_was_said(folder, vlm, monkeypatch, capsys):
     assert second != alone
 
 
-def test_chat_goes_on_after_a_mistake(folder, monkeypatch, capsys):
+def test_chat_continues_after_a_mistake(folder, monkeypatch, capsys):
     lines = ["/image", "/image nowhere.png", "/dance now", "/help", KeyboardInterrupt(), "/quit"]
     out = chat(monkeypatch, capsys, lines, folder / "vlm").splitlines()
     assert out[0] == "/image needs the path of an image"
@@ -442,7 +442,7 @@ def test_chat_reads_what_is_not_utf_8(folder):
     assert "no command /nothing" in nothing and "the text is not UTF-8" in wrong and "/image PATH" in rest[0]
 
 
-def test_chat_says_on_request_what_it_took(folder, monkeypatch, capsys):
+def test_chat_reports_statistics_on_request(folder, monkeypatch, capsys):
     typed = iter(["what color?", "and?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     cli.main(["chat", str(folder / "vlm"), "--verbose", "--max-new-tokens", "6"])
@@ -451,7 +451,7 @@ def test_chat_says_on_request_what_it_took(folder, monkeypatch, capsys):
     assert re.findall(form, capsys.readouterr().err) == [f"{state / 1024:.1f}"] * 2
 
 
-def test_a_language_model_talks_by_a_template_or_goes_on(folder, lm, monkeypatch, capsys):
+def test_a_language_model_answers_by_a_template_or_continues_text(folder, lm, monkeypatch, capsys):
     out = chat(monkeypatch, capsys, ["a red", "a red", "/quit"], folder / "lm")
     assert out == f"{printable(lm.generate(['a red'], FEW)[0])}\n" * 2
     out = chat(monkeypatch, capsys, ["a red", "/quit"], folder / "lm", "--template", "qa")
@@ -501,7 +501,7 @@ class Terminal:
         self.pid, self.seen = pid, ""
 
     def until(self, text: str, seconds: float = 60) -> str:
-        """What the program writes until it has written this."""
+        """Read the output of the program up to the text."""
         end = time.monotonic() + seconds
         while text not in self.seen:
             ready, _, _ = select.select([self.fd], [], [], max(0.0, end - time.monotonic()))
@@ -574,7 +574,7 @@ def test_memory_that_runs_out_is_one_line(error, folder, monkeypatch):
 
 
 def test_output_that_nobody_reads_is_no_error(folder, monkeypatch):
-    """As with `| head`."""
+    """The reader closed the pipe (`| head`)."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as nobody:

@@ -111,7 +111,7 @@ def test_lora_is_merged_into_the_model_that_is_saved(model, data):
     )
 
 
-def test_a_dry_run_tells_and_leaves_nothing(model, data, capsys):
+def test_a_dry_run_reports_and_writes_nothing(model, data, capsys):
     train(model, data / "train.json", "--images", data / "images", "--batch-size", "8", "--dry-run")
     out = capsys.readouterr().out
     for part in (
@@ -159,7 +159,7 @@ def test_every_setting_of_a_stage_can_be_changed(capsys):
         assert stage.precision == "bf16"  # the recipe's
 
 
-def test_the_recipes_own_data_are_found_or_told_where_to_get(tmp_path, monkeypatch):
+def test_the_recipes_own_data_are_found_or_their_source_is_named(tmp_path, monkeypatch):
     assert "no data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json" in fails("vl-mamba", "--stage", "align")
     assert "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain" in fails("vl-mamba", "--stage", "align")
     folder = tmp_path / "elsewhere" / "LLaVA-Pretrain"
@@ -192,7 +192,7 @@ def test_the_recipes_own_data_are_found_or_told_where_to_get(tmp_path, monkeypat
         (("language", "data/train.json"), "language is not a vision-language model"),
     ],
 )
-def test_what_is_wrong_is_one_line(arguments, message, model, data, tmp_path):
+def test_an_error_of_the_options_is_one_line(arguments, message, model, data, tmp_path):
     if arguments[0] == "language":
         MambaLM(LMConfig(32, 1, 100)).save_pretrained(tmp_path / "language")
     assert message in fails(*arguments)
@@ -205,7 +205,7 @@ def test_a_folder_comes_before_a_recipe_of_its_name(model, data, capsys):
     assert "model vl-mamba, recipe small" in capsys.readouterr().out
 
 
-def test_an_unknown_flag_is_told_the_nearest(model, data, capsys):
+def test_an_unknown_flag_gets_a_suggestion(model, data, capsys):
     with pytest.raises(SystemExit):
         train(model, data / "train.json", "--batchsize", "3")
     assert "--batch-size" in capsys.readouterr().err
@@ -263,7 +263,7 @@ def test_a_second_run_on_an_output_is_refused(model, data, tmp_path):
     assert not (tmp_path / "run" / "finetune").exists()
 
 
-def test_what_is_else_in_the_folder_of_the_model_stays_and_litter_goes(model, data, tmp_path):
+def test_other_files_in_the_folder_of_the_model_stay_and_partial_ones_are_removed(model, data, tmp_path):
     folder = tmp_path / "run" / "model"
     (folder / ".git").mkdir(parents=True)
     (folder / ".git" / "HEAD").write_text("ref")
@@ -272,7 +272,7 @@ def test_what_is_else_in_the_folder_of_the_model_stays_and_litter_goes(model, da
     assert (folder / ".git" / "HEAD").read_text() == "ref" and not list(folder.glob(".*partial"))
 
 
-def test_nothing_to_train_on_and_no_end_are_told_before_any_work(model, data, tmp_path):
+def test_empty_data_and_endless_stages_are_errors_before_any_work(model, data, tmp_path):
     (data / "empty.json").write_text("[]")
     for option in ((), ("--dry-run",)):
         assert "stage finetune has nothing to train on: no records in data/empty.json" in fails(

@@ -534,7 +534,7 @@ def test_every_name_of_the_table(installed, module, name, target):
         assert run(f"from {module} import {name}")[name] is not None
 
 
-def test_what_is_found(installed):
+def test_installing_provides_every_original(installed):
     assert installed.provided == tuple(ORIGINALS) and not installed.skipped
     assert "mamba_ssm 2.3.0 (mamba_ssm, selective_scan_cuda) is provided by ssm_kernels.compat" in str(installed)
     for name in ("mamba_ssm", "causal_conv1d", "selective_scan_cuda", "mamba_ssm.ops.triton.ssd_combined"):
@@ -572,7 +572,7 @@ def test_what_is_found(installed):
         ("import causal_conv1d_cuda\ncausal_conv1d_cuda.more", AttributeError, "causal_conv1d_cuda.more is not"),
     ],
 )
-def test_what_is_not_there_is_said(installed, code, error, message):
+def test_missing_files_are_named(installed, code, error, message):
     with pytest.raises(error, match=message):
         run(code)
 
@@ -627,7 +627,7 @@ def test_an_original_that_is_installed_is_skipped(original, caplog):
         run("import mamba_ssm.modules.mamba2")
 
 
-def test_an_original_that_is_installed_is_shadowed_when_told(original, caplog):
+def test_an_installed_original_is_shadowed_on_request(original, caplog):
     before = run("import mamba_ssm")["mamba_ssm"]
     with caplog.at_level(logging.INFO, "ssm_kernels"):
         done = ssm_kernels.compat.install(shadow=True)
@@ -692,7 +692,7 @@ def test_a_script_runs_as_it_would_alone(folder):
     assert done.stderr.count("\n") == 1 and "mamba_ssm 2.3.0" in done.stderr
 
 
-def test_a_traceback_begins_in_the_script(folder):
+def test_a_traceback_starts_in_the_script(folder):
     done = command("work/script.py", "--fail", cwd=folder)
     assert done.returncode == 1
     said, *trace = done.stderr.splitlines()
@@ -729,7 +729,7 @@ def test_a_program_that_is_not_there(tmp_path, args, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_documentation_has_the_whole_table():
+def test_the_documentation_has_the_full_table():
     page = (Path(__file__).parents[3] / "docs" / "drop-in.md").read_text()
     provided, refused = page.split("## What is refused")
     for original in ORIGINALS.values():

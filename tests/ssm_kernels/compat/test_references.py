@@ -73,7 +73,7 @@ def test_a_scan_with_a_complex_A(complex_A, kind, full):
     torch.testing.assert_close(last, torch.complex(re, im))
 
 
-def test_a_complex_A_is_said_to_be_slow_once(complex_A, caplog, monkeypatch):
+def test_a_complex_A_is_logged_as_slow_once(complex_A, caplog, monkeypatch):
     monkeypatch.setattr(scans, "_already_logged", set())
     u, B = leaf(1, DIM, 2), leaf(1, STATE, 4)
     with caplog.at_level(logging.WARNING, "ssm_kernels"):

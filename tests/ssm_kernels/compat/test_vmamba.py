@@ -69,7 +69,7 @@ def test_the_functions_of_the_first_release(backend):
 
 
 @pytest.mark.parametrize("oflex", [False, True])
-def test_scan_of_all_routes(backend, oflex):
+def test_scan_of_all_directions(backend, oflex):
     n, length, dim = 2, 6, 4 * CHANNELS
     u, delta = torch.randn(BATCH, dim, length).bfloat16(), torch.randn(BATCH, dim, length)
     A, B, C = -torch.rand(dim, n), torch.randn(BATCH, 4, n, length), torch.randn(BATCH, 4, n, length)
