@@ -205,8 +205,9 @@ def backends(device: str, op: str) -> tuple[Backend, ...]:
 
 
 def _can_run(backend: Backend, device: str, op: str) -> bool:
+    kernels = op.removeprefix("cross_").removesuffix("_step")  # the op whose kernels they are
     try:
-        return resolve_backend(backend, torch.device(device), op) == backend
+        return resolve_backend(backend, torch.device(device), kernels) == backend
     except RuntimeError:
         return False
 

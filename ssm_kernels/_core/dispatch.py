@@ -17,7 +17,9 @@ Backend = Literal["auto", "triton", "numba", "torch", "reference"]
 """`auto` chooses. `triton`, `numba` (compiled for the CPU), `torch` (fast pure PyTorch) and `reference` (step by step)
 run as requested, or raise."""
 NUMBA_SPEEDUPS = {"selective_scan": "6 times", "causal_conv1d": "3 times"}
-"""Ops that have numba kernels, and the speedup of these over PyTorch on one thread of a CPU."""
+"""Ops that `auto` takes numba for, and the speedup of its kernels over PyTorch on one thread of a CPU."""
+NUMBA_OPS = frozenset({*NUMBA_SPEEDUPS, "rms_norm", "add_rms_norm"})
+"""Ops that have numba kernels. A norm of a few rows, as in decoding, takes longer to launch than in PyTorch."""
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 """Looked up once, since `torch.compile` cannot trace the call. numba is imported when an op of it first runs."""
 
@@ -77,8 +79,8 @@ def resolve_backend(
 ) -> Literal["triton", "numba", "torch", "reference"]:
     """Return the backend that an op runs on.
 
-    `auto` is `triton` on a GPU. On a CPU it is `numba` for the ops that have it, and `torch` for the others. Where it
-    has to take a slower one than that, it logs the reason once. An explicit name never falls back.
+    `auto` is `triton` on a GPU. On a CPU it is `numba` for the ops that gain by it, and `torch` for the others. Where
+    it has to take a slower one than that, it logs the reason once. An explicit name never falls back.
 
     Args:
         backend: the op's `backend` argument; `auto` is the choice of `use_backend`, if there is one.
@@ -141,8 +143,8 @@ def _why_not_triton(device: torch.device, op: str) -> str | None:
 def _why_not_numba(device: torch.device, op: str) -> str | None:
     if device.type != "cpu":
         return f"{op} got tensors on {device}, and numba's kernels are for the CPU"
-    if op not in NUMBA_SPEEDUPS:
-        return f"{op} has no kernels in numba; those that have: {', '.join(NUMBA_SPEEDUPS)}"
+    if op not in NUMBA_OPS:
+        return f"{op} has no kernels in numba; those that have: {', '.join(sorted(NUMBA_OPS))}"
     if not HAS_NUMBA:
         return "the numba package is not installed (pip install 'vl-mamba[cpu]')"
     return None

@@ -23,22 +23,23 @@ _is_logged = False
 class Kernel:
     """A function of arrays and numbers that is compiled when it first runs, and runs without the GIL.
 
-    Its first argument is an array of the dtype in which it computes; every other argument has the same type in all
-    calls with that dtype, or is an array of the same dtype and number of dimensions. Arrays may have any strides.
+    An argument has the same type in all calls, or is an array of the same number of dimensions. Arrays may have any
+    dtypes and strides; there is a compilation for each combination of dtypes.
     """
 
     def __init__(self, function: Callable):
         self._dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
-        self._compiled: dict[np.dtype, Callable] = {}
+        self._compiled: dict[tuple[np.dtype, ...], Callable] = {}
         try:
             self._dispatcher._cache = _Cache(function)  # pyright: ignore[reportAttributeAccessIssue]
         except RuntimeError as error:  # neither the package's folder nor the user's can be written
             logger.warning("kernels for the CPU are compiled in every process: %s", error)
 
     def __call__(self, *args):
-        compiled = self._compiled.get(args[0].dtype)
+        dtypes = tuple([x.dtype for x in args if type(x) is np.ndarray])
+        compiled = self._compiled.get(dtypes)
         if compiled is None:
-            compiled = self._compile(args)
+            compiled = self._compiled[dtypes] = self._compile(args)
         return compiled(*args)
 
     def _compile(self, args: tuple) -> Callable:
@@ -52,7 +53,6 @@ class Kernel:
                 _is_logged = True
                 path = self._dispatcher.stats.cache_path
                 logger.info("compiling kernels for the CPU: %.1f s for the first, cached in %s", seconds, path)
-            self._compiled[args[0].dtype] = compiled
         return compiled
 
 

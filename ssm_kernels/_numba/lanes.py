@@ -158,6 +158,96 @@ def load(typingctx, array, offset):
 
 
 @intrinsic
+def load_as(typingctx, like, array, offset):
+    """Consecutive elements in the dtype of `like`; uint16 holds bfloat16."""
+    lanes = Lanes(like.dtype)
+
+    def codegen(context, builder, sig, args):
+        kind = ir.VectorType(_storage(array.dtype), lanes.count)
+        pointer = _address(context, builder, sig.args[1], kind, *args[1:])
+        raw = builder.load(pointer, align=array.dtype.bitwidth // 8)
+        return _widen(builder, array.dtype, lanes.dtype, raw, lanes.count)
+
+    return lanes(like, array, types.intp), codegen
+
+
+@intrinsic
+def store_as(typingctx, array, offset, value):
+    """Write consecutive elements, rounded to the dtype of the array as `load_as` reads it."""
+
+    def codegen(context, builder, sig, args):
+        raw = _narrow(builder, value.dtype, array.dtype, args[2], value.count)
+        pointer = _address(context, builder, sig.args[0], raw.type, *args[:2])
+        builder.store(raw, pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, value), codegen
+
+
+@intrinsic
+def element_as(typingctx, like, array, offset):
+    """One element, as `load_as`."""
+
+    def codegen(context, builder, sig, args):
+        raw = builder.load(_address(context, builder, sig.args[1], _storage(array.dtype), *args[1:]))
+        return _widen(builder, array.dtype, like.dtype, raw, 1)
+
+    return like.dtype(like, array, types.intp), codegen
+
+
+@intrinsic
+def set_element_as(typingctx, array, offset, value):
+    """Write one element, as `store_as`."""
+
+    def codegen(context, builder, sig, args):
+        raw = _narrow(builder, value, array.dtype, args[2], 1)
+        builder.store(raw, _address(context, builder, sig.args[0], raw.type, *args[:2]))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, value), codegen
+
+
+def _storage(dtype: types.Type) -> ir.Type:
+    """The LLVM type of an array's elements."""
+    kinds = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+    return kinds.get(dtype) or ir.IntType(16)
+
+
+def _shaped(kind: ir.Type, count: int) -> ir.Type:
+    return kind if count == 1 else ir.VectorType(kind, count)
+
+
+def _all(kind: ir.Type, count: int, value: int) -> ir.Constant:
+    return ir.Constant(_shaped(kind, count), value if count == 1 else [ir.Constant(kind, value)] * count)
+
+
+def _widen(builder: Any, stored: types.Type, wanted: types.Float, raw: Any, count: int) -> Any:
+    """Elements as an array holds them in the dtype of the arithmetic."""
+    single = _shaped(ir.FloatType(), count)
+    if stored == types.uint16:  # bfloat16: the upper half of a float32
+        bits = builder.shl(builder.zext(raw, _shaped(ir.IntType(32), count)), _all(ir.IntType(32), count, 16))
+        raw = builder.bitcast(bits, single)
+    if wanted == types.float64 and stored != wanted:
+        return builder.fpext(raw, _shaped(ir.DoubleType(), count))
+    return raw
+
+
+def _narrow(builder: Any, given: types.Float, stored: types.Type, value: Any, count: int) -> Any:
+    """Numbers of the dtype of the arithmetic as an array holds them, rounded to the nearest."""
+    if given == stored:
+        return value
+    if given == types.float64:
+        value = builder.fptrunc(value, _shaped(ir.FloatType(), count))
+    integer = ir.IntType(32)
+    bits = builder.bitcast(value, _shaped(integer, count))
+    # To the nearest, and to an even last bit between two: half a unit less the parity is added.
+    parity = builder.and_(builder.lshr(bits, _all(integer, count, 16)), _all(integer, count, 1))
+    rounded = builder.add(bits, builder.add(parity, _all(integer, count, 0x7FFF)))
+    rounded = builder.select(builder.fcmp_unordered("uno", value, value), _all(integer, count, 0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(rounded, _all(integer, count, 16)), _shaped(ir.IntType(16), count))
+
+
+@intrinsic
 def store(typingctx, array, offset, value):
     """Write consecutive elements from an offset on."""
 
@@ -376,24 +466,24 @@ def write_rows(tile, target, i, first, count, channel, width):
 
 @njit(forceinline=True)
 def read_row(source, offset, stride, width, tile, at):
-    """Copy `width` elements to a tile; zeros fill its last vector."""
+    """Copy `width` elements to a tile, in its dtype; zeros fill its last vector."""
     n = lane_count(tile)
     n_vectors = width // n if stride == 1 else 0
     for v in range(n_vectors):
-        store(tile, at + v * n, load(source, offset + v * n))
+        store(tile, at + v * n, load_as(tile, source, offset + v * n))
     if n_vectors * n < width:
         # Kernels compute complete vectors, and some sum their lanes: nothing may remain of the tile before.
         store(tile, at + (width - 1) // n * n, splat(tile, 0.0))
     for k in range(n_vectors * n, width):
-        set_element(tile, at + k, element(source, offset + k * stride))
+        set_element(tile, at + k, element_as(tile, source, offset + k * stride))
 
 
 @njit(forceinline=True)
 def write_row(tile, at, target, offset, stride, width):
-    """Copy `width` elements of a tile."""
+    """Copy `width` elements of a tile, rounded to the dtype of the target."""
     n = lane_count(tile)
     n_vectors = width // n if stride == 1 else 0
     for v in range(n_vectors):
-        store(target, offset + v * n, load(tile, at + v * n))
+        store_as(target, offset + v * n, load(tile, at + v * n))
     for k in range(n_vectors * n, width):
-        set_element(target, offset + k * stride, element(tile, at + k))
+        set_element_as(target, offset + k * stride, element(tile, at + k))

@@ -36,8 +36,8 @@ class _Memory:
         }
 
 
-TYPES = {torch.float32: "=f4", torch.float64: "=f8"}
-"""Types that kernels compute in, as NumPy writes them."""
+TYPES = {torch.float32: "=f4", torch.float64: "=f8", torch.bfloat16: "=u2"}
+"""NumPy's types of the memory that kernels take. It has no bfloat16: `load_as` reads its bits."""
 
 
 def memory_of(x: Tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.validation import check_divides, check_integer, check_tensor
-from . import pytorch, reference, triton
+from . import numba, pytorch, reference, triton
 
 
 class AddRMSNormOutput(NamedTuple):
@@ -57,7 +57,12 @@ def rms_norm(
     group_size = x.shape[-1] if group_size is None else check_integer("group_size", group_size, 1)
     check_divides("group_size", group_size, "D", x.shape[-1])
     chosen = resolve_backend(backend, x.device, "rms_norm")
-    norm = {"triton": triton.rms_norm, "torch": pytorch.rms_norm, "reference": reference.rms_norm}[chosen]
+    norm = {
+        "triton": triton.rms_norm,
+        "numba": numba.rms_norm,
+        "torch": pytorch.rms_norm,
+        "reference": reference.rms_norm,
+    }[chosen]
     return norm(x, weight, z, eps, group_size, norm_before_gate)
 
 
@@ -94,6 +99,7 @@ def add_rms_norm(
     chosen = resolve_backend(backend, x.device, "add_rms_norm")
     add_norm = {
         "triton": triton.add_rms_norm,
+        "numba": numba.add_rms_norm,
         "torch": pytorch.add_rms_norm,
         "reference": reference.add_rms_norm,
     }[chosen]

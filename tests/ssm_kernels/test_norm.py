@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,12 @@ from ssm_kernels import add_rms_norm, rms_norm
 from ssm_kernels.testing import assert_agrees, is_interpreted
 
 pytestmark = pytest.mark.triton
+
+
+@pytest.fixture(scope="module")
+def backend(compiled_or_not):
+    return compiled_or_not
+
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
@@ -78,16 +86,16 @@ def test_input_residual_and_stream_of_different_dtypes_agree(backend, x, residua
     assert_agrees(add_rms_norm, tensors, {"residual_dtype": stream}, backend=backend)
 
 
-@pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
-def test_registered_ops_pass_opcheck():
-    from ssm_kernels.norm import triton
-
+def test_registered_ops_pass_opcheck(backend):
+    if backend == "torch":
+        pytest.skip("no registered ops")
+    kernels = importlib.import_module(f"ssm_kernels.norm.{backend}").kernels
     x, w = randn(5, 12).float(), randn(12).float()
-    torch.library.opcheck(triton._forward_op, (x, None, w, x.clone(), 1e-5, 4, True, x.dtype))
-    torch.library.opcheck(triton._forward_op, (x, x.clone(), w, None, 1e-5, 12, False, torch.float64))
+    torch.library.opcheck(kernels.forward_op, (x, None, w, x.clone(), 1e-5, 4, True, x.dtype))
+    torch.library.opcheck(kernels.forward_op, (x, x.clone(), w, None, 1e-5, 12, False, torch.float64))
     rstd, dtotal = randn(5, 1).float(), x.clone()
     arguments = (x, w, None, rstd, x.clone(), dtotal, 12, False, torch.float32, torch.bfloat16)
-    torch.library.opcheck(triton._backward_op, arguments)
+    torch.library.opcheck(kernels.backward_op, arguments)
 
 
 @pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")

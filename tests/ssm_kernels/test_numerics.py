@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.cases import OPS, Case, Shape, variants
-from ssm_kernels._core.dispatch import NUMBA_SPEEDUPS
+from ssm_kernels._core.dispatch import NUMBA_OPS
 from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
@@ -35,7 +35,7 @@ SIZES = (
 
 
 def has_numba(op):
-    return op.removeprefix("cross_").removesuffix("_step") in NUMBA_SPEEDUPS
+    return op.removeprefix("cross_").removesuffix("_step") in NUMBA_OPS
 
 
 @pytest.fixture

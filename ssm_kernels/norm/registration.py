@@ -1,0 +1,90 @@
+"""Registration of a set of compiled kernels of the norms, and the functions that call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._core.library import Gradient, define_op, lazy_function
+
+
+class NormKernels:
+    """The norms by the kernels of a package, whose modules `forward` and `backward` are imported when one first runs.
+
+    Args:
+        name: of the op; that of its backward is `<name>_backward`.
+        package: full name of the package.
+    """
+
+    def __init__(self, name: str, package: str):
+        self.backward_op = define_op(
+            f"{name}_backward(Tensor v, Tensor weight, Tensor? z, Tensor rstd, Tensor dy, Tensor? dresidual_out,"
+            " int group_size, bool norm_before_gate, ScalarType x_dtype, ScalarType residual_dtype)"
+            " -> (Tensor, Tensor, Tensor, Tensor)",
+            lazy_function(f"{package}.backward", "backward"),
+            _backward_fake,
+        )
+        self.forward_op = define_op(
+            f"{name}(Tensor x, Tensor? residual, Tensor weight, Tensor? z, float eps, int group_size,"
+            " bool norm_before_gate, ScalarType residual_out_dtype) -> (Tensor, Tensor, Tensor)",
+            lazy_function(f"{package}.forward", "forward"),
+            _forward_fake,
+            Gradient(_save, _gradients(self.backward_op), 2),
+        )
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
+    ) -> Tensor:
+        """Normalize with arguments in the canonical form of `reference.rms_norm`, and the same results."""
+        return self.forward_op(x, None, weight, z, eps, group_size, norm_before_gate, x.dtype)[0]
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, residual_out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Add and normalize with arguments in the canonical form of `reference.add_rms_norm`, and the same results."""
+        if residual is None:
+            residual_out = x.to(residual_out_dtype)
+            return self.rms_norm(residual_out, weight, None, eps, x.shape[-1], False).to(x.dtype), residual_out
+        y, residual_out, _ = self.forward_op(x, residual, weight, None, eps, x.shape[-1], False, residual_out_dtype)
+        return y, residual_out
+
+
+def _gradients(backward_op: Callable) -> Callable:
+    @torch.autograd.function.once_differentiable
+    def gradients(ctx, dy, dresidual_out):
+        v, weight, z, rstd = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks them a single time
+        dresidual_out = dresidual_out if ctx.has_residual else None
+        dx, dresidual, dweight, dz = backward_op(
+            v, weight, z, rstd, dy, dresidual_out, ctx.group_size, ctx.norm_before_gate, *ctx.dtypes
+        )
+        if not ctx.has_residual:
+            dresidual = None
+        elif ctx.dtypes[0] == ctx.dtypes[1]:
+            dresidual = dx
+        return {"x": dx, "residual": dresidual, "weight": dweight, "z": None if z is None else dz}
+
+    return gradients
+
+
+def _save(ctx, inputs, outputs):
+    x, residual = inputs.x, inputs.residual
+    _, residual_out, rstd = outputs
+    ctx.save_for_backward(x if residual is None else residual_out, inputs.weight, inputs.z, rstd)
+    ctx.group_size, ctx.norm_before_gate = inputs.group_size, inputs.norm_before_gate
+    ctx.has_residual = residual is not None
+    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+
+
+def _forward_fake(x, residual, weight, z, eps, group_size, norm_before_gate, residual_out_dtype):
+    rows = x.numel() // x.shape[-1]
+    residual_out = x.new_empty(0 if residual is None else x.shape, dtype=residual_out_dtype)
+    compute = torch.promote_types(torch.promote_types(x.dtype, residual_out_dtype), torch.float32)
+    return x.new_empty(x.shape), residual_out, x.new_empty(rows, x.shape[-1] // group_size, dtype=compute)
+
+
+def _backward_fake(v, weight, z, rstd, dy, dresidual_out, group_size, norm_before_gate, x_dtype, residual_dtype):
+    dresidual = v.new_empty(0 if residual_dtype == x_dtype else v.shape, dtype=residual_dtype)
+    dz = v.new_empty(0) if z is None else z.new_empty(z.shape)
+    return v.new_empty(v.shape, dtype=x_dtype), dresidual, weight.new_empty(weight.shape), dz
