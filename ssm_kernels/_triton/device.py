@@ -74,6 +74,28 @@ def maxnreg_option(count: int, device: torch.device) -> dict[str, int]:
     return {"maxnreg": count} if capability(device)[0] == "cuda" else {}
 
 
+MAX_PROGRAMS_X, MAX_PROGRAMS_Y = 2**31 - 1, 65_535
+"""Largest grid of a launch: CUDA C++ programming guide, "Technical Specifications per Compute Capability"."""
+
+
+def launch_grid(x: int, y: int, y_is: str) -> tuple[int, int]:
+    """Check the grid of a launch, which a driver would refuse without a reason.
+
+    Args:
+        x, y: programs in each dimension.
+        y_is: the meaning of `y`, for the message.
+
+    Raises:
+        ValueError: a dimension is larger than a GPU launches.
+    """
+    if x > MAX_PROGRAMS_X or y > MAX_PROGRAMS_Y:
+        raise ValueError(
+            f"a launch takes at most {MAX_PROGRAMS_Y:,} {y_is}, in {MAX_PROGRAMS_X:,} tiles of rows; got {y:,}, in"
+            f" {x:,}; backend='torch' has no such limit"
+        )
+    return x, y
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """A context in which kernels start on the tensor's device, on its current stream."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

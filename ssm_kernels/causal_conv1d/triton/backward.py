@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import capability, empty_like, maxnreg_option, num_sms, on_device
+from ..._triton.device import capability, empty_like, launch_grid, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import and_scalar, load_segment, silu_backward, unpack_direction, zero_padding
 from .tile import (
     load_run,
@@ -237,14 +237,14 @@ def backward(
     weight_and_state_strides = (weight.stride(), optional_strides(initial_states), optional_strides(dfinal_states))
     with on_device(x):
         if programs and n_channels:
-            _backward_kernel[programs, shared.channel_tiles](
+            _backward_kernel[launch_grid(programs, shared.channel_tiles, "tiles of channels")](
                 x, weight, bias, initial_states, dy, dfinal_states, dx, dweight, dbias, *segments.tables, n_segments,
                 *shared.sizes, x.stride(), dy.stride(), dx.stride(), *weight_and_state_strides,
                 HAS_INITIAL=initial_states is not None, HAS_DFINAL=dfinal_states is not None, **shared.options,
                 **shared.run_options, **_register_limit(x.device),
             )  # fmt: skip
         if initial_states is not None and n_sequences and n_channels:
-            _initial_states_kernel[n_sequences, shared.channel_tiles](
+            _initial_states_kernel[launch_grid(n_sequences, shared.channel_tiles, "tiles of channels")](
                 x, weight, bias, initial_states, dy, dfinal_states, dinitial_states, *segments.tables, *shared.sizes,
                 x.stride(), dy.stride(), *weight_and_state_strides, HAS_DFINAL=dfinal_states is not None,
                 **shared.options,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import empty_like, on_device
+from ..._triton.device import empty_like, launch_grid, on_device
 from ..._triton.primitives import and_scalar, load_segment, silu, unpack_direction, zero_padding
 from .tile import (
     load_run,
@@ -116,8 +116,9 @@ def forward(
     n_segments = len(segments.entries)
     n_sequences = len(segments.sequence_starts) if width > 1 else 0
     if n_channels and n_segments + n_sequences:
+        grid = launch_grid(n_segments + n_sequences, shared.channel_tiles, "tiles of channels")
         with on_device(x):
-            _forward_kernel[n_segments + n_sequences, shared.channel_tiles](
+            _forward_kernel[grid](
                 x, weight, bias, initial_states, y, final_states, *segments.tables, n_segments, *shared.sizes,
                 x.stride(), y.stride(), weight.stride(), optional_strides(initial_states),
                 HAS_INITIAL=initial_states is not None, **shared.options, **shared.run_options,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import on_device
+from ..._triton.device import launch_grid, on_device
 from ..._triton.primitives import compute_type, silu
 from .tile import load_taps_and_bias
 
@@ -56,7 +56,7 @@ def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bo
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if batch and dim:
         with on_device(x):
-            _step_kernel[batch, triton.cdiv(dim, BLOCK)](
+            _step_kernel[launch_grid(batch, triton.cdiv(dim, BLOCK), "tiles of channels")](
                 state, x, weight, bias, y, dim, state.stride(), x.stride(), weight.stride(),
                 WIDTH=weight.shape[1], BLOCK=BLOCK, HAS_BIAS=bias is not None, SILU=silu,
                 COMPUTE=compute_type(x.dtype), num_warps=4,

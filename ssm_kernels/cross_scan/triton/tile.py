@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..._triton.device import pack_directions
+from ..._triton.device import launch_grid, pack_directions
 from ..._triton.primitives import grid_offset
 
 TILE = 1024
@@ -46,4 +46,5 @@ def tile_options(
         "BLOCK_D": block_d,
         "num_warps": 4,
     }
-    return (batch * triton.cdiv(length, block_l), triton.cdiv(dim, block_d)), options
+    grid = launch_grid(batch * triton.cdiv(length, block_l), triton.cdiv(dim, block_d), "tiles of channels")
+    return grid, options

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import num_sms, on_device, rows_of
+from ..._triton.device import launch_grid, num_sms, on_device, rows_of
 from ..._triton.primitives import and_scalar
 from .tile import load_gate, row_stride, tile_channels, tile_options
 
@@ -169,7 +169,7 @@ def backward(
     kernel = _backward_kernel if options["BLOCK"] >= group_size else _wide_backward_kernel
     if n_rows:
         with on_device(x):
-            kernel[programs, dim // group_size](
+            kernel[launch_grid(programs, dim // group_size, "groups of channels")](
                 rows, weight.contiguous(), z, rstd, dy, dresidual_out, dx, dresidual, dweight, dz,
                 n_rows, row_stride(rows), row_stride(z), row_stride(dy), row_stride(dresidual_out),
                 HAS_DRESIDUAL_OUT=dresidual_out is not None, HAS_DRESIDUAL=residual_dtype != x_dtype,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import on_device, rows_of
+from ..._triton.device import launch_grid, on_device, rows_of
 from .tile import load_gate, row_stride, tile_channels, tile_options
 
 WIDE = {"BLOCK": 4096, "BLOCK_ROWS": 1, "num_warps": 16}
@@ -94,8 +94,9 @@ def forward(
     rstd = torch.empty(n_rows, dim // group_size, dtype=compute, device=x.device)
     residual, z = (None if m is None else rows_of(m) for m in (residual, z))
     if n_rows:
+        grid = launch_grid(triton.cdiv(n_rows, options["BLOCK_ROWS"]), dim // group_size, "groups of channels")
         with on_device(x):
-            _forward_kernel[triton.cdiv(n_rows, options["BLOCK_ROWS"]), dim // group_size](
+            _forward_kernel[grid](
                 rows, residual, weight.contiguous(), z, y, residual_out, rstd,
                 n_rows, row_stride(rows), row_stride(residual), row_stride(z), EPS=float(eps),
                 HAS_RESIDUAL=residual is not None, HAS_Z=z is not None, NORM_BEFORE_GATE=norm_before_gate, **options,

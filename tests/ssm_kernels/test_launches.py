@@ -1,0 +1,84 @@
+"""Launches as a GPU would get them, recorded from calls on meta tensors: arguments and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ssm_kernels._triton.device import MAX_PROGRAMS_X, MAX_PROGRAMS_Y
+from ssm_kernels.testing import is_interpreted
+from vlmamba.benchmarks import cases, compile_report
+from vlmamba.benchmarks.cases import DTYPES, Case, Shape
+from vlmamba.benchmarks.compile_report import Request
+
+jit = pytest.importorskip("triton.runtime.jit")
+if is_interpreted():
+    pytest.skip("the interpreter launches nothing", allow_module_level=True)
+
+
+def scalar_types(signature: dict) -> Iterator[tuple[str, str]]:
+    """Names and types of the arguments of a kernel, with the members of tuples."""
+    for name, kind in signature.items():
+        members = kind if isinstance(kind, tuple) else (kind,)
+        yield from ((name, member) for member in members)
+
+
+def float_arguments(request: Request) -> list[str]:
+    """Arguments that are Python floats, which a kernel gets in float32, whatever it computes in."""
+    return [name for name, kind in scalar_types(request.signature) if kind in ("fp16", "bf16", "fp32", "fp64")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_kernel_takes_a_float_argument(dtype):
+    # `seq_idx` is read when a table of segments is built, which the meta device has no values for.
+    requests = compile_report.record([case for case in cases.small(dtype) if not case.seq_idx], "sm_90")
+    assert {request.module.split(".")[1] for request in requests} >= {"selective_scan", "ssd", "causal_conv1d", "norm"}
+    for request in requests:
+        assert not float_arguments(request), f"{request.name} in {request.case}"
+
+
+def test_a_float_argument_is_found_inside_a_tuple_too():
+    signature = {"x_ptr": "*fp64", "strides": ("i32", "constexpr"), "eps": "fp32", "limits": ("fp32", "i32")}
+    request = Request("module", "kernel", signature, {}, {}, {}, "sm_90", "case")  # pyright: ignore[reportArgumentType]
+    assert float_arguments(request) == ["eps", "limits"]
+
+
+MANY = MAX_PROGRAMS_Y + 1
+WIDE = [
+    Case("rms_norm", Shape(1, 2, MANY, groups=MANY), z=True),
+    Case("causal_conv1d", Shape(1, 2, 128 * MANY)),
+    Case("causal_conv1d_step", Shape(1, 1, 256 * MANY)),
+    Case("cross_scan", Shape(1, 2, 256 * MANY, height=1)),
+    Case("cross_merge", Shape(1, 2, 256 * MANY, height=1)),
+]
+
+
+@pytest.fixture
+def grids(monkeypatch) -> list[tuple[int, ...]]:
+    """The grids of the launches of a test."""
+    found, run = [], jit.JITFunction.run
+
+    def record(self, *args, grid, **options):
+        found.append(grid)
+        return run(self, *args, grid=grid, **options)
+
+    monkeypatch.setattr(jit.JITFunction, "run", record)
+    return found
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_a_grid_that_no_gpu_launches_is_refused(case, grids):
+    with pytest.raises(ValueError, match=r"at most 65,535 (groups|tiles) of channels.*got 65,536.*backend='torch'"):
+        compile_report.record([case], "sm_90")
+    assert not grids
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "causal_conv1d", "causal_conv1d_step", "cross_scan", "cross_merge"])
+def test_the_largest_grid_is_launched(op, grids):
+    wide = next(case for case in WIDE if case.op == op).shape
+    groups = min(wide.groups, MAX_PROGRAMS_Y)
+    channels = wide.channels // MANY * MAX_PROGRAMS_Y
+    compile_report.record([Case(op, Shape(1, wide.length, channels, groups=groups, height=wide.height))], "sm_90")
+    assert grids
+    assert all(grid[0] <= MAX_PROGRAMS_X and grid[1] == MAX_PROGRAMS_Y for grid in grids), grids
