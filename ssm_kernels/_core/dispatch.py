@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .._triton.device import can_launch
+from .._triton.device import can_launch, why_too_old
 
 Backend = Literal["auto", "triton", "numba", "torch", "reference"]
 """`auto` chooses. `triton`, `numba` (compiled for the CPU), `torch` (fast pure PyTorch) and `reference` (step by step)
@@ -109,13 +109,14 @@ def resolve_backend(
         return "triton"
     if obstacle is None:
         return "triton"
+    # A log record would break a graph that is traced.
+    is_logged = not torch.compiler.is_compiling()
     if device.type == "cpu" and op in NUMBA_SPEEDUPS:
         if HAS_NUMBA:
             return "numba"
-        # A log record would break the graph that is traced.
-        if not torch.compiler.is_compiling():
+        if is_logged:
             _log_once(f"{_why_not_numba(device, op)}, and would make it about {NUMBA_SPEEDUPS[op]} faster", op, device)
-    elif device.type == "cuda":
+    elif device.type == "cuda" and is_logged:
         _log_once(obstacle, op, device)
     return "torch"
 
@@ -137,7 +138,7 @@ def _why_not_triton(device: torch.device, op: str) -> str | None:
         return f"{op} got tensors on {device}, and Triton needs a GPU"
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed (pip install triton)"
-    return None
+    return why_too_old(device)
 
 
 def _why_not_numba(device: torch.device, op: str) -> str | None:

@@ -69,6 +69,21 @@ def capability(device: torch.device) -> tuple[str, int | str]:
     return "cuda", properties.major * 10 + properties.minor
 
 
+MIN_CAPABILITY = 80
+"""Compute capability from which Triton's products use the tensor cores, and the kernels are compiled and tested."""
+
+
+def why_too_old(device: torch.device) -> str | None:
+    """The reason not to run kernels on an NVIDIA GPU before Ampere; None for every other device."""
+    vendor, version = capability(device)
+    if vendor != "cuda" or int(version) >= MIN_CAPABILITY:
+        return None
+    return (
+        f"{device} is sm_{version}, and the Triton kernels need sm_{MIN_CAPABILITY} (A100, RTX 30) or later;"
+        " backend='torch' runs there"
+    )
+
+
 def maxnreg_option(count: int, device: torch.device) -> dict[str, int]:
     """A launch option for NVIDIA: `count` registers a thread. Without it, ptxas may spill to reach a lower count."""
     return {"maxnreg": count} if capability(device)[0] == "cuda" else {}

@@ -10,6 +10,7 @@ import torch
 from ssm_kernels import cross_scan, resolve_backend, use_backend
 from ssm_kernels._core import dispatch
 from ssm_kernels.cross_scan import pytorch, reference
+from ssm_kernels.testing import Target, fake_target
 
 CPU = torch.device("cpu")
 
@@ -90,6 +91,24 @@ def test_compiled_code_follows_the_choice(monkeypatch):
         thread.join(60)
         assert elsewhere == [1]
     assert compiled(x).item() == 1
+
+
+@pytest.mark.parametrize(("version", "choice"), [(75, "torch"), (80, "triton")])
+def test_a_gpu_before_ampere_is_refused_by_name(version, choice):
+    pytest.importorskip("triton")
+    with fake_target(Target(("cuda", version), 40), "cpu"):
+        assert resolve_backend("auto", CPU, "ssd") == choice
+        if choice == "torch":
+            refusal = r"cpu is sm_75, and the Triton kernels need sm_80 .* or later; backend='torch' runs there"
+            with pytest.raises(RuntimeError, match=refusal):
+                resolve_backend("triton", CPU, "ssd")
+
+
+def test_compiled_code_takes_another_backend_on_a_gpu_before_ampere(monkeypatch):
+    monkeypatch.setattr(pytorch, "cross_scan", lambda x, directions: x + 1)
+    with fake_target(Target(("cuda", 75), 40), "cpu"):
+        compiled = torch.compile(lambda x: cross_scan(x) * 1, fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(1, 1, 1, 1)).item() == 1
 
 
 def test_a_missing_numba_is_logged_once(monkeypatch, caplog):
