@@ -1,7 +1,8 @@
 """The same calls by other libraries, where they are installed: `mamba_ssm`, `causal_conv1d`, `fla`, `transformers`.
 
-Each function binds a case's inputs, in this project's layout, to a call that returns y in that layout. The call
-contains the views that a peer needs and the preparation that its own callers do.
+Each function binds a case's inputs, in this project's dimensions, to a call that returns y in those. The call contains
+the views that a peer needs and the preparation that its own callers do. What a peer would copy because its memory
+layout is another is laid out before, by `own_layout`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def bind_peer(name: str, case: Case, t: Mapping[str, Tensor]) -> Call:
         ModuleNotFoundError: the peer is not installed.
         ValueError: the peer does not have the op, or not with these options.
     """
-    check_installed(name)
+    check_installed(name, case.op)
     lacks = case.initial_states or case.sequences or case.seq_idx or case.constant or not case.D
     if case.op not in CALLS[name] or lacks or (name == "transformers" and case.norm_before_gate):
         raise ValueError(f"{name} is not compared on {case}")
@@ -47,14 +48,37 @@ def bind_peer(name: str, case: Case, t: Mapping[str, Tensor]) -> Call:
     return bind(getattr(importlib.import_module(f"{name}{module}"), function), case, t)
 
 
-def check_installed(name: str) -> None:
-    """Check that a peer can be imported.
+def own_layout(case: Case, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Lay a case's inputs out in memory as the peers take them, so that a timed call copies none of them.
+
+    The peers' selective scans read (B, D, L) and (B, N, L) with contiguous steps, which their own callers make, and
+    copy what is not. The other ops take this project's layout.
+
+    Returns:
+        The inputs by name, with the same shapes and values; those that are laid out anew are leaves of their own.
+    """
+    if case.op != "selective_scan":
+        return dict(t)
+    return {name: _with_contiguous_steps(m) if name in ("u", "dt", "z", "B", "C") else m for name, m in t.items()}
+
+
+def _with_contiguous_steps(m: Tensor) -> Tensor:
+    """(B, L, ...) with steps next to each other in memory."""
+    return m.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_(m.requires_grad)
+
+
+def check_installed(name: str, op: str | None = None) -> None:
+    """Check that a peer can be imported and, if an op is given, that it was built with what that op runs.
 
     Raises:
-        ModuleNotFoundError: it cannot; the message has the command that installs it.
+        ModuleNotFoundError: it cannot, or was not; the message has the command that installs it.
     """
+    # Since July 2026 (f577286) mamba-ssm is installed without its CUDA scan unless that is asked for.
+    command = "MAMBA_KEEP_CUDA_BUILD=TRUE " * (name == "mamba_ssm") + f"pip install {PACKAGES[name]}"
     if importlib.util.find_spec(name) is None:
-        raise ModuleNotFoundError(f"{name} is not installed: pip install {PACKAGES[name]}")
+        raise ModuleNotFoundError(f"{name} is not installed: {command}")
+    if (name, op) == ("mamba_ssm", "selective_scan") and importlib.util.find_spec("selective_scan_cuda") is None:
+        raise ModuleNotFoundError(f"{name} is installed without its CUDA scan: {command} --force-reinstall")
 
 
 def _scan(selective_scan: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:

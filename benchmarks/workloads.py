@@ -14,7 +14,7 @@ from ssm_kernels.modules import Mamba, Mamba2
 
 from .cases import DTYPES, Case
 from .options import Impl, Op
-from .peers import PACKAGES, bind_peer, check_installed
+from .peers import PACKAGES, bind_peer, check_installed, own_layout
 from .shapes import BLOCKS, WIDTHS, Shape
 
 SIDE = 27
@@ -98,6 +98,8 @@ def _double(t: Tensor) -> Tensor:
 
 
 def _build_call(case: Case, impl: str, tensors: Mapping[str, Tensor]) -> Workload:
+    if impl in PACKAGES:
+        tensors = own_layout(case, tensors)
     inputs = [t for t in tensors.values() if t.requires_grad or case.is_step]
     if impl in PACKAGES:
         return Workload(bind_peer(impl, case, tensors), inputs)

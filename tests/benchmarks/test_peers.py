@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
+import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 
+from ssm_kernels import selective_scan
 from vlmamba.benchmarks.cases import OPS, Case, Shape
-from vlmamba.benchmarks.peers import CALLS, PACKAGES, bind_peer
+from vlmamba.benchmarks.peers import CALLS, PACKAGES, bind_peer, check_installed
+from vlmamba.benchmarks.timing import prepare
+from vlmamba.benchmarks.workloads import build_case
 
 SHAPE = Shape(batch=2, length=40, channels=32, d_state=8, heads=4, headdim=8)
 
@@ -31,6 +37,53 @@ def test_a_peer_that_is_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install flash-linear-attention"):
         bind_peer("fla", Case("ssd"), {})
+
+
+@pytest.fixture
+def copying_scan(monkeypatch) -> list[str]:
+    """A `mamba_ssm` whose scan records the names of the tensors that the real one would copy to make contiguous."""
+    copied: list[str] = []
+
+    def note(name: str, t: torch.Tensor) -> None:
+        if t.stride(-1) != 1:
+            copied.append(name)
+
+    def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+        for name, t in (("u", u), ("delta", delta), ("B", B), ("C", C), ("z", z)):
+            note(name, t)
+        u, delta, z = (t.transpose(1, 2) for t in (u, delta, z))
+        B, C = (t.movedim(-1, 1) for t in (B, C))
+        y = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend="torch").y
+        y = y.transpose(1, 2).contiguous()  # (B, D, L), as the CUDA scan returns it
+        y.register_hook(lambda dout: note("dout", dout))
+        return y
+
+    interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    vars(interface)["selective_scan_fn"] = selective_scan_fn
+    for module in ("mamba_ssm", "mamba_ssm.ops", "selective_scan_cuda"):
+        found = types.ModuleType(module)
+        found.__spec__ = importlib.machinery.ModuleSpec(module, None)
+        found.__path__ = []
+        monkeypatch.setitem(sys.modules, module, found)
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    return copied
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_nothing_is_copied_for_a_peer_inside_the_timing(copying_scan, groups):
+    case = Case("selective_scan", replace(SHAPE, groups=groups), z=True, dt_bias=True)
+    ours, theirs = (build_case(case, impl, "cpu") for impl in ("torch", "mamba_ssm"))
+    (y, gradients), (peer_y, peer_gradients) = (prepare(w, "fwd+bwd")() for w in (ours, theirs))
+    assert not copying_scan
+    torch.testing.assert_close(peer_y, y)
+    torch.testing.assert_close(peer_gradients, gradients)
+
+
+def test_a_mamba_ssm_without_its_cuda_scan_says_how_to_build_it(copying_scan, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "selective_scan_cuda" else name)
+    with pytest.raises(ModuleNotFoundError, match="MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm"):
+        bind_peer("mamba_ssm", Case("selective_scan"), {})
+    check_installed("mamba_ssm", "ssd")  # in Triton
 
 
 def test_what_a_peer_does_not_have_is_refused():
