@@ -1,8 +1,12 @@
-"""`ssm-bench gpu-suite`: correctness, times and peers of every op on a GPU, in one command.
+"""`ssm-bench gpu-suite`: correctness of every op on a GPU, times beside peers, and a choice of tiles, in one command.
 
-Four parts, each in a JSON file of its own: `compile` (all kernels, on all cores, into Triton's own cache),
-`correctness` (against the reference, and at realistic sizes against the torch backend in float64), `times` (beside the
-roofline) and `peers` (other libraries, where installed). A part whose file exists is not run again.
+The parts, in order: `compile` (all kernels, on all cores, into Triton's own cache), `correctness` (against the
+reference, and at realistic sizes against the torch backend in float64), `peers` (the ops of a 2.7b model beside other
+libraries, where installed), `tiles` (values of the constants that machine code leaves open) and `times` (other sizes,
+beside the torch backend and the roofline).
+
+All rows go to one JSON file, which is written after every case. A run that ended early, by its time, by a kill or by a
+case that took the device down, goes on after the last case when it is started again.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +35,13 @@ from .files import write_json
 from .options import GPUSuite, Mode
 from .peers import CALLS, PACKAGES
 from .roofline import cost, roofline_share
+from .tiles import CHOICES, Choice
 from .timing import run_once, time_together
 from .workloads import Workload, build_case
 
 Row = dict[str, Any]
+Jobs = Mapping[str, Callable[[], list[Row]]]
+"""Jobs of a part, by name; each returns the rows of one case."""
 CALLS_TIMED = 30
 PATIENCE = 0.2
 """Seconds beyond which a call is timed three times, not thirty."""
@@ -49,56 +56,119 @@ def run_gpu_suite(command: GPUSuite) -> None:
             sys.exit(1)
 
 
+class Results:
+    """The file of the suite: rows by part and job, facts of the machine, and the job that is running.
+
+    Args:
+        path: the file; rows that it has are kept.
+        device: the device that the rows are of.
+        again: drop the rows that the file has.
+
+    Raises:
+        ValueError: the file is of another device or commit.
+    """
+
+    def __init__(self, path: Path, device: str, again: bool):
+        self.path = path
+        here = environment(device)
+        self.data: dict[str, Any] = {"parts": {}, "running": None, "interpreted": device == "cpu", **here}
+        if path.exists() and not again:
+            self.data = read_json(path)
+            for fact in ("device", "commit"):
+                if self.data[fact] != here[fact]:
+                    found, now = self.data[fact], here[fact]
+                    raise ValueError(f"{path} is of {fact} {found}, and this is {now}: give another --out, or --again")
+            if self.data["running"]:
+                part, job = self.data["running"]
+                self.add(part, job, [{"case": job, "error": "the process ended while this ran"}])
+
+    def rows(self, part: str) -> list[Row]:
+        return [row for rows in self.part(part)["jobs"].values() for row in rows]
+
+    def part(self, part: str) -> dict[str, Any]:
+        return self.data["parts"].setdefault(part, {"jobs": {}, "seconds": 0.0, "left_out": []})
+
+    def start(self, part: str, job: str) -> None:
+        """Note the job that is running, for the next process if this one ends in it."""
+        self.data["running"] = [part, job]
+        self.write()
+
+    def forget(self) -> None:
+        """Note that no job is running: the one that was will be run again."""
+        self.data["running"] = None
+        self.write()
+
+    def add(self, part: str, job: str, rows: list[Row]) -> None:
+        self.part(part)["jobs"][job] = rows
+        self.data["running"] = None
+        self.write()
+
+    def write(self) -> None:
+        write_json(self.path, self.data, quietly=True)
+
+
 @dataclass
 class Run:
-    """The device of a part, and its deadline."""
+    """The device of the suite, and the deadline of a part."""
 
     device: str
     deadline: float = float("inf")
     left_out: list[str] = field(default_factory=list)
-    """Cases for which there was no time."""
+    """Jobs for which there was no time."""
 
     @property
     def is_tiny(self) -> bool:
         return self.device == "cpu"
 
-    def within_time(self, wanted: Iterable[Case]) -> Iterator[Case]:
-        """The cases, until time is up."""
-        for case in tqdm(list(wanted), unit="case", disable=None, leave=False):
+    def do(self, jobs: Jobs, part: str, results: Results) -> None:
+        """Do the jobs that have no rows yet, until time is up."""
+        left = {name: job for name, job in jobs.items() if name not in results.part(part)["jobs"]}
+        for name, job in tqdm(left.items(), unit="case", disable=None, leave=False):
             if time.monotonic() > self.deadline:
-                self.left_out.append(str(case))
-            else:
-                yield case
+                self.left_out.append(name)
+                continue
+            results.start(part, name)
+            try:
+                rows = job()
+            except Exception as e:  # the device is lost: nothing more would run in this process
+                results.add(part, name, [{"case": name, "error": f"{type(e).__name__}: {e}"}])
+                raise
+            except KeyboardInterrupt:
+                results.forget()
+                raise
+            results.add(part, name, rows)
 
 
 def run(out: Path, device: str, minutes: float, again: bool) -> bool:
-    """Run the parts that have no file yet, print all, and return whether every case was right.
+    """Run the jobs that have no rows yet, print all rows, and return whether every case was right.
 
     Raises:
-        ValueError: there is no such device, or the interpreter is on for a GPU, or off for a CPU.
+        ValueError: there is no such device, the interpreter is on for a GPU, or off for a CPU, or the file is of
+            another device or commit.
     """
     if device == "cpu" and not is_interpreted():
         raise ValueError("gpu-suite needs a GPU; on a CPU it runs tiny sizes, with TRITON_INTERPRET=1")
     if device != "cpu" and is_interpreted():
         raise ValueError(f"TRITON_INTERPRET=1 would interpret the kernels on a CPU, not run them on {device}: unset it")
     end = time.monotonic() + 60 * minutes
-    is_right = True
-    for part, (do, share) in PARTS.items():
-        path = out / f"{part}.json"
-        if again or not path.exists():
-            here = Run(device, time.monotonic() + (end - time.monotonic()) * share)
-            start = time.monotonic()
-            report: Row = {"part": part, "rows": do(here)}
-            report |= {"seconds": time.monotonic() - start, "interpreted": here.is_tiny, "left_out": here.left_out}
-            write_json(path, report | environment(device), quietly=True)
-        report = read_json(path)
-        where = report["device"] + " in Triton's interpreter, whose times mean nothing" * report["interpreted"]
-        print(f"\n{part}: {report['seconds']:.0f} s on {where}, commit {report['commit']}, {path}")
-        print(TABLES.get(part, _table)(report["rows"]))
-        if report["left_out"]:
-            print(f"no time for {len(report['left_out'])} more")
-        is_right = is_right and not (part == "correctness" and any(row["error"] for row in report["rows"]))
-    return is_right
+    results = Results(out, device, again)
+    where = results.data["device"] + " in Triton's interpreter, whose times mean nothing" * (device == "cpu")
+    print(f"{where}, commit {results.data['commit']}, {out}")
+    for part, (jobs, share) in PARTS.items():
+        start = time.monotonic()
+        here = Run(device, start + (end - start) * share)
+        try:
+            here.do(jobs(here), part, results)
+        finally:
+            report = results.part(part)
+            report["seconds"] += time.monotonic() - start
+            report["left_out"] = here.left_out
+            results.write()
+        print(f"\n{part}: {report['seconds']:.0f} s")
+        print(TABLES.get(part, _table)(results.rows(part)))
+        if here.left_out:
+            print(f"no time for {len(here.left_out)} more; the same command goes on with them")
+    return not any(row["error"] for row in results.rows("correctness"))
 
 
 def _attempt(row: Row, do: Callable[[], Row | None], device: str) -> Row:
@@ -117,28 +187,34 @@ def _attempt(row: Row, do: Callable[[], Row | None], device: str) -> Row:
 # --- the parts --------------------------------------------------------------------------------------------------
 
 
-def compile_kernels(here: Run) -> list[Row]:
+def compile_kernels(here: Run) -> Jobs:
     """Compile on all cores the kernels that the other parts launch, into Triton's own cache."""
     if here.is_tiny:
-        return []
+        return {}
     backend, arch = capability(torch.device(here.device))
     target = f"sm_{arch}" if backend == "cuda" else str(arch)
     if target not in compile_report.ARCHITECTURES:
-        return []  # each kernel is compiled when it first runs
+        return {}  # each kernel is compiled when it first runs
     wanted = [c for c in itertools.chain(_correctness_cases(here), _timed_cases(here)) if not c.seq_idx]
     requests = compile_report.record(wanted, target)
-    cache = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
-    rows = compile_report.compile_all(requests, os.cpu_count() or 1, Path(cache))
-    return [asdict(row) | {"error": row.problem} for row in rows]
+    jobs, cache = os.cpu_count() or 1, os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
+
+    def compile_some(first: int) -> list[Row]:
+        rows = compile_report.compile_all(requests[first : first + 16 * jobs], jobs, Path(cache))
+        return [asdict(row) | {"error": row.problem} for row in rows]
+
+    firsts = range(0, len(requests), 16 * jobs)
+    return {f"kernels from {first} on": functools.partial(compile_some, first) for first in firsts}
 
 
-def correctness(here: Run) -> list[Row]:
+def correctness(here: Run) -> Jobs:
     """Outputs and gradients of every op over dtypes and options."""
-    rows = []
-    for case in here.within_time(_correctness_cases(here)):
+
+    def compare(case: Case) -> list[Row]:
         row = {"case": str(case), "oracle": _oracle(case)}
-        rows.append(_attempt(row, functools.partial(check, case, here.device), here.device))
-    return rows
+        return [_attempt(row, functools.partial(check, case, here.device), here.device)]
+
+    return {str(case): functools.partial(compare, case) for case in _correctness_cases(here)}
 
 
 def check(case: Case, device: str) -> None:
@@ -155,15 +231,25 @@ def _oracle(case: Case) -> str:
     return "reference" if case.is_step or case.shape.length <= 256 else "torch"
 
 
-def times(here: Run) -> list[Row]:
+def peers(here: Run) -> Jobs:
+    """Seconds of the kernels and of each peer that has the op; one that is not installed has that as its error."""
+    wanted = tiny() if here.is_tiny else _layers() + by_length()[1:]
+    return _timed(here, wanted, lambda case: ("triton", *(name for name in PACKAGES if case.op in CALLS[name])))
+
+
+def tiles(here: Run) -> Jobs:
+    """Seconds of the kernels with each value of the constants that machine code leaves open."""
+    by_op = {case.op: case for case in (tiny() if here.is_tiny else connector() + _layers())}
+    return {str(choice): functools.partial(_time_values, here, by_op[choice.op], choice) for choice in CHOICES}
+
+
+def times(here: Run) -> Jobs:
     """Seconds of the kernels and of the torch backend, and their share of the roofline."""
     return _timed(here, _timed_cases(here), lambda case: ("triton", "torch"))
 
 
-def peers(here: Run) -> list[Row]:
-    """Seconds of the kernels and of each peer that has the op; one that is not installed has that as its error."""
-    wanted = tiny() if here.is_tiny else layer("mamba", "2.7b") + layer("mamba2", "2.7b") + by_length()[1:]
-    return _timed(here, wanted, lambda case: ("triton", *(name for name in PACKAGES if case.op in CALLS[name])))
+def _layers() -> list[Case]:
+    return layer("mamba", "2.7b") + layer("mamba2", "2.7b")
 
 
 def _correctness_cases(here: Run) -> list[Case]:
@@ -174,12 +260,32 @@ def _timed_cases(here: Run) -> list[Case]:
     return tiny() if here.is_tiny else published("bf16", ("130m", "2.7b")) + by_length() + connector("fp32")
 
 
-def _timed(here: Run, wanted: Iterable[Case], implementations: Callable[[Case], Iterable[str]]) -> list[Row]:
+def _timed(here: Run, wanted: Iterable[Case], implementations: Callable[[Case], Iterable[str]]) -> Jobs:
+    modes: dict[bool, tuple[Mode, ...]] = {True: ("fwd",), False: ("fwd", "fwd+bwd")}
+    return {
+        f"{case} {mode}": functools.partial(_timed_case, here, case, mode, implementations(case))
+        for case in wanted
+        for mode in modes[case.is_step]
+    }
+
+
+def _time_values(here: Run, case: Case, choice: Choice) -> list[Row]:
+    """A row for each value; the result is compared with that of the value that is shipped."""
     rows = []
-    for case in here.within_time(wanted):
-        modes: tuple[Mode, ...] = ("fwd",) if case.is_step else ("fwd", "fwd+bwd")
-        for mode in modes:
-            rows += _timed_case(here, case, mode, implementations(case))
+    workload = build_case(case, "triton", here.device)
+    expected = run_once(workload, choice.mode).double()
+
+    def time_value(value: int) -> Row:
+        with choice.set_to(value):
+            difference = (run_once(workload, choice.mode) - expected).abs().max() / expected.abs().max()
+            timing = time_together({"triton": workload}, choice.mode, 2 if here.is_tiny else CALLS_TIMED)["triton"]
+        share = roofline_share(case, choice.mode, timing.median, here.device)
+        return {"difference": difference.item(), **asdict(timing), **share}
+
+    for value in choice.values:
+        shipped = " (shipped)" * (value == choice.shipped)
+        row = {"case": str(case), "mode": choice.mode, "impl": f"{choice.constant} {value}{shipped}"}
+        rows.append(_attempt(row, functools.partial(time_value, value), here.device))
     return rows
 
 
@@ -222,20 +328,22 @@ def _num_sets(case: Case, device: str) -> int:
     return min(MAX_SETS, max(2, -(-2 * cache // cost(case, "fwd").bytes)))
 
 
-PARTS: dict[str, tuple[Callable[[Run], list[Row]], float]] = {
+PARTS: dict[str, tuple[Callable[[Run], Jobs], float]] = {
     "compile": (compile_kernels, 0.25),
     "correctness": (correctness, 0.5),
-    "times": (times, 0.5),
-    "peers": (peers, 1.0),
+    "peers": (peers, 0.5),
+    "tiles": (tiles, 0.5),
+    "times": (times, 1.0),
 }
 """The parts in order, each with its share of the time left when it starts."""
 
 
 def _table(rows: list[Row]) -> str:
     """Times with their quartiles and share of the roofline, or the error."""
-    lines = [f"{'us':>10}{'quartiles':>22}{'roofline':>10}{'differs':>10}  {'impl':<14}{'mode':<9}case"]
+    width = 2 + max((len(row.get("impl", "")) for row in rows), default=4)
+    lines = [f"{'us':>10}{'quartiles':>22}{'roofline':>10}{'differs':>10}  {'impl':<{width}}{'mode':<9}case"]
     for row in rows:
-        label = f"  {row['impl']:<14}{row['mode']:<9}{row['case']}"
+        label = f"  {row.get('impl', ''):<{width}}{row.get('mode', ''):<9}{row['case']}"
         if row["error"]:
             lines.append(f"{row['error'].splitlines()[0][:52]:<52}{label}")
             continue

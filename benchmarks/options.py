@@ -306,17 +306,17 @@ class Fuzz(Command):
 
 @dataclass
 class GPUSuite(Command):
-    """Test and time every op on a GPU, beside its peers. Ten minutes; exit status 1 if a case is wrong."""
+    """Test and time every op on a GPU, beside its peers, and compare tiles. Exit status 1 if a case is wrong."""
 
     function: ClassVar[str] = "gpu_suite:run_gpu_suite"
     out: Path
-    """Folder of one JSON file per part; a part whose file exists is not run again."""
+    """JSON file, written after every case; cases that it has are not run again."""
     device: str = "cuda"
     """Also cuda:1 and so on; cpu runs tiny sizes through the same steps, with TRITON_INTERPRET=1."""
     minutes: Span = 10.0
-    """Cases beyond this time are left out and counted."""
+    """Cases beyond this time are left out and counted; the same command goes on with them."""
     again: bool = False
-    """Run every part, also those whose file exists."""
+    """Run every case, also those that the file has."""
 
 
 @dataclass
