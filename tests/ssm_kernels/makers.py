@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vlmamba.benchmarks.cases import Case, StepOutput
 
 
 def random_tensor(*shape: int, seed: int = 0) -> Tensor:
@@ -26,13 +27,6 @@ def negative_leaf(*shape: int, seed: int = 0) -> Tensor:
     return (-random_tensor(*shape, seed=seed).exp()).requires_grad_()
 
 
-class StepOutput(NamedTuple):
-    """Results of a decoding step."""
-
-    y: Tensor
-    state: Tensor
-
-
 def pure(step: Callable[..., Tensor]) -> Callable[..., StepOutput]:
     """Return a decoding step that updates a copy of its state and returns it, for `assert_agrees`."""
 
@@ -41,3 +35,19 @@ def pure(step: Callable[..., Tensor]) -> Callable[..., StepOutput]:
         return StepOutput(step(state, **arguments), state)
 
     return run
+
+
+def draw_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+    """Draw the floating-point inputs of a case.
+
+    All are normal but A, which is uniform in (-3, 0): steps and decays vary more than those of the models, which
+    `Case.inputs` draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, size: tuple[int, ...]) -> Tensor:
+        if name == "A":
+            return -torch.rand(size, generator=generator, dtype=torch.float64) * 3
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    return {name: draw(name, size).to(dtype) for name, size in case.sizes().items()}

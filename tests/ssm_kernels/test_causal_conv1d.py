@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ssm_kernels import causal_conv1d, causal_conv1d_step
 from ssm_kernels.testing import assert_agrees, is_interpreted
-from tests.ssm_kernels.makers import pure
+from tests.ssm_kernels.makers import draw_inputs, pure
+from vlmamba.benchmarks.cases import Case, Shape
 
 pytestmark = pytest.mark.triton
 
@@ -24,19 +25,11 @@ def backend(compiled_or_not):
     return compiled_or_not
 
 
-def make(batch=2, length=7, dim=3, width=4, dtype=torch.float64, rows=None, seed=0, **without):
-    g = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-
-    tensors = {
-        "x": randn(batch, length, dim),
-        "weight": randn(dim, width),
-        "bias": randn(dim),
-        "initial_states": randn(batch if rows is None else rows, width - 1, dim),
-    }
-    return {k: v for k, v in tensors.items() if without.get(k, True)}
+def make(batch=2, length=7, dim=3, width=4, dtype=torch.float64, rows=0, seed=0, bias=True, initial_states=True):
+    """Tensor arguments, with initial states for `rows` packed sequences."""
+    shape = Shape(batch, length, dim, width=width)
+    tensors = draw_inputs(Case("causal_conv1d", shape, initial_states=initial_states, sequences=rows), dtype, seed)
+    return {k: v for k, v in tensors.items() if bias or k != "bias"}
 
 
 @given(

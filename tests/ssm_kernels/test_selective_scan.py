@@ -13,7 +13,8 @@ from ssm_kernels import selective_scan, selective_scan_step, use_backend
 from ssm_kernels.cross_scan import CROSS
 from ssm_kernels.cross_scan.reference import positions
 from ssm_kernels.testing import assert_agrees, is_interpreted
-from tests.ssm_kernels.makers import pure
+from tests.ssm_kernels.makers import draw_inputs, pure
+from vlmamba.benchmarks.cases import Case, Shape
 
 pytestmark = pytest.mark.triton
 needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
@@ -49,25 +50,12 @@ def default_backend(backend):
         yield
 
 
-def make(batch=2, length=7, dim=4, n=3, groups=1, dtype=torch.float64, rows=None, seed=0, **without):
-    """All tensor arguments; those named in `without` as False are left out."""
-    g = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-
-    tensors = {
-        "u": randn(batch, length, dim),
-        "dt": randn(batch, length, dim),
-        "A": -torch.rand(dim, n, generator=g, dtype=torch.float64).to(dtype) * 3,
-        "B": randn(batch, length, groups, n),
-        "C": randn(batch, length, groups, n),
-        "D": randn(dim),
-        "z": randn(batch, length, dim),
-        "dt_bias": randn(dim),
-        "initial_states": randn(batch if rows is None else rows, dim, n),
-    }
-    return {k: v for k, v in tensors.items() if without.get(k, True)}
+def make(batch=2, length=7, dim=4, n=3, groups=1, dtype=torch.float64, rows=0, seed=0, **without):
+    """Tensor arguments for `rows` packed sequences, without those in `without`; B and C always have groups."""
+    shape = Shape(batch, length, dim, n, groups=groups)
+    options = {"D": True, "z": True, "dt_bias": True, "initial_states": True} | without
+    tensors = draw_inputs(Case("selective_scan", shape, sequences=rows, **options), dtype, seed)
+    return tensors | {k: tensors[k].view(batch, length, groups, n) for k in ("B", "C")}
 
 
 @settings(**FEW)

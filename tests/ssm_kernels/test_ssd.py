@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from ssm_kernels import CROSS, selective_scan, ssd, ssd_step
 from ssm_kernels._triton.segment_table import build_segment_table
 from ssm_kernels.testing import assert_agrees, is_interpreted
-from tests.ssm_kernels.makers import pure
+from tests.ssm_kernels.makers import draw_inputs, pure
+from vlmamba.benchmarks.cases import Case, Shape
 
 pytestmark = pytest.mark.triton
 needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
@@ -22,26 +23,12 @@ few_examples = settings(max_examples=2 if is_interpreted() else 25)  # each prog
 
 
 def make_inputs(
-    batch=2, length=7, heads=4, headdim=3, d_state=5, groups=1, dtype=torch.float64, rows=None, seed=0, **without
+    batch=2, length=7, heads=4, headdim=3, d_state=5, groups=1, dtype=torch.float64, rows=0, seed=0, **without
 ):
-    """Tensor arguments of `ssd`, without those that `without` names as False."""
-    g = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-
-    tensors = {
-        "x": randn(batch, length, heads, headdim),
-        "dt": randn(batch, length, heads),
-        "A": -torch.rand(heads, generator=g, dtype=torch.float64).to(dtype) * 3,
-        "B": randn(batch, length, groups, d_state),
-        "C": randn(batch, length, groups, d_state),
-        "D": randn(heads, headdim),
-        "z": randn(batch, length, heads, headdim),
-        "dt_bias": randn(heads),
-        "initial_states": randn(batch if rows is None else rows, heads, headdim, d_state),
-    }
-    return {k: v for k, v in tensors.items() if without.get(k, True)}
+    """Tensor arguments of `ssd` for `rows` packed sequences, without those that `without` names as False."""
+    shape = Shape(batch, length, heads=heads, headdim=headdim, d_state=d_state, groups=groups)
+    options = {"D": True, "wide_D": True, "z": True, "dt_bias": True, "initial_states": True} | without
+    return draw_inputs(Case("ssd", shape, sequences=rows, **options), dtype, seed)
 
 
 def scan_arguments(tensors):
