@@ -147,7 +147,7 @@ def test_a_wrong_op_is_recorded_and_fails_the_suite_at_its_end(out, few, monkeyp
     monkeypatch.setattr(gpu_suite, "PARTS", {part: gpu_suite.PARTS[part] for part in ("correctness", "tiles")})
     right = ssm_kernels.add_rms_norm
 
-    def wrong(x, weight, residual=None, *, backend="auto"):
+    def wrong(x, weight, residual=None, *, backend: ssm_kernels.Backend = "auto"):
         out = right(x, weight, residual, backend=backend)
         return out._replace(y=out.y * 1.01) if backend == "triton" else out
 
