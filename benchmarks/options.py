@@ -27,7 +27,7 @@ Metric = Literal["time", "memory", "error"]
 Mode = Literal["fwd", "bwd", "fwd+bwd"]
 Dtype = Literal["fp32", "fp64", "bf16", "fp16"]
 ModelDtype = Literal["fp32", "bf16", "fp16"]
-SassTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
+SassTarget = Literal["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
 EmulatedTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 SizeName: TypeAlias = Literal[(*LETTERS, "chunk_size")]  # type: ignore[valid-type]
 PublishedSize: TypeAlias = Literal[tuple(WIDTHS)]  # type: ignore[valid-type]
@@ -214,8 +214,8 @@ class MachineCode(Command):
     """gfx942 is refused: its text has no loops that this command can follow."""
     mode: tuple[Literal["fwd", "train-fwd", "bwd", "step"], ...] = ()
     """Passes; train-fwd is the forward that saves what the backward needs. Default: all that differ."""
-    device: tuple[Literal["H100", "H200", "A100", "B200", "RTX 4090"], ...] = ()
-    """Devices of the bounds. Default: those with the target's machine code."""
+    device: tuple[Literal["H100", "H200", "A100", "B200", "RTX 4090", "RTX 5090"], ...] = ()
+    """Devices of the bounds. Default: the first with the target's machine code."""
     peer: tuple[Literal["mamba_ssm", "fla"], ...] = ("mamba_ssm", "fla")
     jobs: Count = _num_cpus()
     """Processes that compile."""

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .cases import DIRECTIONS, DTYPES, Case, check_ops, published
+from .devices import DEVICES, Device, device_named
 from .files import write_json
+from .machine_code.held import issue_seconds
 from .options import Mode, Roofline
 
 
@@ -24,7 +26,10 @@ def run_roofline(command: Roofline) -> None:
     """`ssm-bench roofline`."""
     check_ops(command.op)
     rows = []
-    print(f"{'':<86}{'MB':>9}{'GFLOP':>9}{'Gexp':>8}{'FLOP/B':>8}" + "".join(f"{d:>25}" for d in command.device))
+    print(
+        f"{'':<86}{'MB':>9}{'GFLOP':>9}{'Gexp':>8}{'FLOP/B':>8}"
+        + "".join(f"{d:>25}{'ours issue':>14}" for d in command.device)
+    )
     for case in published(command.dtype, command.size):
         if case.op not in command.op:
             continue
@@ -32,14 +37,20 @@ def run_roofline(command: Roofline) -> None:
         for mode in modes:
             needs = cost(case, mode)
             bounds = {name: least_time(needs, DEVICES[name], DTYPES[command.dtype]) for name in command.device}
+            issue = {name: issue_seconds(case, mode, name) for name in command.device}
             print(
                 f"{f'{case} {mode}':<86}{needs.bytes / 1e6:>9.1f}{(needs.matrix + needs.other) / 1e9:>9.2f}"
                 f"{needs.exponentials / 1e9:>8.3f}{needs.intensity:>8.1f}"
-                + "".join(f"{1e6 * b.seconds:>9.1f} us {b.bound:<13}" for b in bounds.values())
+                + "".join(f"{1e6 * b.seconds:>9.1f} us {b.bound:<13}{_issue(issue[n])}" for n, b in bounds.items())
             )
-            times = {name: asdict(b) for name, b in bounds.items()}
+            times = {name: asdict(b) | {"issue": issue[name]} for name, b in bounds.items()}
             rows.append({"case": str(case), "pass": mode, "cost": asdict(needs), "floors": times})
     write_json(command.out, {"rows": rows, "devices": {name: asdict(DEVICES[name]) for name in command.device}})
+
+
+def _issue(seconds: float | None) -> str:
+    """The time that this project's kernels need to start their instructions: more than the least, or never reached."""
+    return f"{'-':>14}" if seconds is None else f"{1e6 * seconds:>11.1f} us"
 
 
 @dataclass(frozen=True)
@@ -71,54 +82,6 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Device:
-    """Peak rates per second, dense, at the vendor's boost clock."""
-
-    bandwidth: float
-    """Bytes."""
-    half: float
-    """Matrix operations of bfloat16 and float16 with float32 accumulation."""
-    tf32: float
-    """Matrix operations of TF32 (of float32 on AMD)."""
-    fp32: float
-    """Other operations of float32."""
-    exponentials: float
-    """Derived, not published: see `_exponentials`."""
-
-    def matrix(self, dtype: torch.dtype) -> float:
-        """Matrix operations of a dtype; float32 takes three products of TF32, or no tensor cores."""
-        return self.half if dtype in (torch.bfloat16, torch.float16) else max(self.tf32 / 3, self.fp32)
-
-
-def _exponentials(fp32: float, lanes: int) -> float:
-    """Rate of the exponential unit: 16 per multiprocessor and clock, in which `lanes` float32 multiply-adds start.
-
-    NVIDIA: CUDA C++ programming guide, "Throughput of Native Arithmetic Instructions", row of reciprocal, exp2, log2.
-    AMD: a quarter of the rate of 64 lanes (CDNA 3, transcendental instructions). The clock follows from `fp32`.
-    """
-    return fp32 / (2 * lanes) * 16
-
-
-DEVICES: dict[str, Device] = {
-    # NVIDIA A100 80GB SXM datasheet: 2,039 GB/s, 312, 156 and 19.5 TFLOPS. 64 lanes: GA100 whitepaper.
-    "A100": Device(2.039e12, 312e12, 156e12, 19.5e12, _exponentials(19.5e12, 64)),
-    # NVIDIA H100 SXM datasheet: 3.35 TB/s; 1,979, 989 (both with sparsity) and 67 TFLOPS.
-    "H100": Device(3.35e12, 989.5e12, 494.5e12, 67e12, _exponentials(67e12, 128)),
-    # NVIDIA H200 SXM datasheet: 4.8 TB/s, the rest as H100.
-    "H200": Device(4.8e12, 989.5e12, 494.5e12, 67e12, _exponentials(67e12, 128)),
-    # NVIDIA Blackwell architecture brief, HGX B200: 8 TB/s; 4,500, 2,200 (both with sparsity) and 80 TFLOPS.
-    "B200": Device(8e12, 2250e12, 1100e12, 80e12, _exponentials(80e12, 128)),
-    # AMD Instinct MI300X datasheet: 5.3 TB/s; 1,307.4, 163.4 (float32 matrix) and 163.4 TFLOPS. 128 lanes: two
-    # multiply-adds a lane and clock.
-    "MI300X": Device(5.3e12, 1307.4e12, 163.4e12, 163.4e12, _exponentials(163.4e12, 128)),
-    # NVIDIA L40S datasheet: 864 GB/s; 362.05, 183 and 91.6 TFLOPS.
-    "L40S": Device(0.864e12, 362.05e12, 183e12, 91.6e12, _exponentials(91.6e12, 128)),
-    # NVIDIA Ada whitepaper, RTX 4090: 1,008 GB/s; 165.2 (adding in float32), 82.6 and 82.6 TFLOPS.
-    "RTX 4090": Device(1.008e12, 165.2e12, 82.6e12, 82.6e12, _exponentials(82.6e12, 128)),
-}
-
-
-@dataclass(frozen=True)
 class LeastTime:
     seconds: float
     bound: Literal["memory", "matrix", "arithmetic", "exponentials"]
@@ -136,11 +99,6 @@ def least_time(cost: Cost, device: Device, dtype: torch.dtype) -> LeastTime:
         LeastTime(cost.exponentials / device.exponentials, "exponentials"),
         key=lambda time: time.seconds,
     )
-
-
-def device_named(name: str) -> Device | None:
-    """The device whose name is in the name that a driver reports, such as `NVIDIA H100 80GB HBM3`."""
-    return next((device for key, device in DEVICES.items() if key in name), None)
 
 
 UNKNOWN = {"floor": None, "bound": None, "share": None}

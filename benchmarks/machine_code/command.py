@@ -14,11 +14,11 @@ from ssm_kernels.testing import is_interpreted
 
 from ..cases import Case, check_ops, published
 from ..compile_report import ARCHITECTURES, Request, in_processes
+from ..devices import MACHINES, Machine, first_machine
 from ..environment import environment
 from ..files import write_json
 from ..options import MachineCode
-from .devices import MACHINES, Machine, machines_of
-from .launches import Launch, Recording, record_launches
+from .launches import Launch, Recording, record_launches, stub_extensions
 from .measure import Code, Figures, compile_code, measure, unit_of
 from .report import beside, compare_results, summarize, table, table_of_changes
 
@@ -83,7 +83,7 @@ def count(
         targets: keys of `ARCHITECTURES`.
         peers: packages whose Triton kernels are counted too, where they are installed.
         modes: passes to count: `fwd`, `train-fwd`, `bwd`, `step`; all by default.
-        devices: names of `MACHINES` for the bounds; those with the target's machine code by default.
+        devices: names of `MACHINES` for the bounds; the first with the target's machine code by default.
         jobs: processes that compile.
 
     Returns:
@@ -119,7 +119,7 @@ def _machines(target: str, devices: tuple[str, ...]) -> dict[str, Machine]:
             f"target must be one of NVIDIA's: machine-code reads SASS, and {target} has AMDGCN; "
             "ssm-bench compile-report counts the instructions in its text"
         )
-    found = {name: MACHINES[name] for name in devices} if devices else machines_of(target)
+    found = {name: MACHINES[name] for name in devices or first_machine(target)}
     for name, machine in found.items():
         if machine.target != target:
             raise ValueError(f"device {name} runs {machine.target}, and target is {target}")
@@ -154,6 +154,7 @@ def _compile(calls: list[_Call], modes: tuple[str, ...], jobs: int) -> dict[str,
 
 def _compile_one(request: Request) -> Code | str:
     """Machine code, or the reason why there is none, as a configuration of a tuner may exceed a limit."""
+    stub_extensions()
     try:
         code = compile_code(request)
     except Exception as e:  # any failure of the compiler

@@ -90,6 +90,7 @@ def _compiled(program: Program):
     return code
 
 
+@functools.lru_cache(maxsize=64)
 def slice_of_branches(program: Program) -> frozenset[int]:
     """Addresses of the instructions on which a branch or an exit depends."""
     needed_at_start: dict[int, frozenset[str]] = {n: frozenset() for n in program.reachable}
@@ -111,6 +112,14 @@ def slice_of_branches(program: Program) -> frozenset[int]:
                 needed_at_start[n] = frozenset(needed)
                 changed = True
     return frozenset(found)
+
+
+def depends_on_thread(program: Program) -> bool:
+    """Whether branches depend on the number of a thread, so that warps may differ."""
+    needed = slice_of_branches(program)
+    return any(
+        "SR_TID" in o or "SR_LANEID" in o for i in program.instructions if i.address in needed for o in i.operands
+    )
 
 
 def _compile_branch(program: Program, n: int) -> Callable[[Registers], int | None]:

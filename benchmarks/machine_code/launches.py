@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
+import sys
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..cases import Case
 from ..compile_report import ARCHITECTURES, Request, intercepted, passes, request_of, value_of
+from ..devices import MACHINES
 from ..peers import bind_peer
 
 Scalar = int | float | bool
@@ -85,7 +89,7 @@ def record_launches(case: Case, target: str, peer: str | None = None) -> Recordi
     call = None
     if peer is not None:
         call = lambda inputs: (bind_peer(peer, case, inputs)(),)  # noqa: E731
-    with recorder.recording(), _without_device() if peer else contextlib.nullcontext():
+    with recorder.recording(), _pretended_device(target) if peer else contextlib.nullcontext():
         inputs = case.inputs("meta")
         recorder.operations.clear()
         for mode in passes(case, inputs, call):
@@ -126,6 +130,8 @@ class _Recorder:
                 before = len(recorder.alternatives)
                 tuner.fn.run(*args, **kwargs, **config.all_kwargs())
                 recorder.name_configuration(before, str(config))
+                # Callers may read it; results do not depend on which one it is.
+                tuner.best_config = getattr(tuner, "best_config", config)
             found, recorder.alternatives = recorder.alternatives, outer
             recorder.pending += found
 
@@ -225,11 +231,30 @@ def _pointer(tensor: Tensor) -> Pointer:
     return Pointer(_distinct_bytes(tensor), data)
 
 
+def stub_extensions() -> None:
+    """Let `mamba_ssm` be imported where its CUDA extension is not built: its Triton kernels do not use it."""
+    name = "selective_scan_cuda"
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        sys.modules[name] = types.ModuleType(name)
+
+
 @contextlib.contextmanager
-def _without_device() -> Iterator[None]:
-    """Let a peer select the current device where there is none."""
-    with (
-        mock.patch.object(torch.cuda, "device", lambda *_: contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-    ):
+def _pretended_device(target: str) -> Iterator[None]:
+    """Let a peer ask for the properties of the current device, and select it, where there is none."""
+    stub_extensions()
+    architecture = ARCHITECTURES[target]
+    major, minor = divmod(int(architecture.arch), 10)
+    name = next((name for name, machine in MACHINES.items() if machine.target == target), target)
+    properties = types.SimpleNamespace(
+        name=f"NVIDIA {name}", major=major, minor=minor, multi_processor_count=architecture.num_sms, warp_size=32,
+        shared_memory_per_block_optin=architecture.shared_block, total_memory=80 << 30,
+    )  # fmt: skip
+    answers = {
+        "device": contextlib.nullcontext(), "current_device": 0, "device_count": 1, "is_available": True,
+        "get_device_name": properties.name, "get_device_capability": (major, minor),
+        "get_device_properties": properties,
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for function, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, function, lambda *_, answer=answer, **__: answer))
         yield

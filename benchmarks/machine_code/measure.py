@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 from ..cases import DIRECTIONS, Case
 from ..compile_report import ARCHITECTURES, Request, compile_request, resident_blocks
-from .control import Thread, count_blocks
-from .devices import CLOCKS, Machine
+from ..devices import CLOCKS, Machine
+from .control import Thread, count_blocks, depends_on_thread
 from .launches import Launch, Pointer
 from .memory import global_bytes, is_write, origins_of_addresses
 from .pipes import PIPES, is_wait, pipe_of, tensor_clocks
 from .sass import Cubin, Program, disassemble
 
-SAMPLES = 16
+SAMPLES = 64
 """Programs of a launch that are executed; the others are taken to be like them."""
 
 
@@ -195,7 +195,10 @@ def measure(launch: Launch, code: Code) -> Figures:
     """
     program = code.cubin.program
     programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    counts = _count_warps(launch, code)
+    try:
+        counts = _count_warps(launch, code)
+    except ValueError as e:
+        raise ValueError(f"{launch.request.name}: {e}") from e
     scale = programs / min(programs, SAMPLES)
     pipes = dict.fromkeys(PIPES, 0.0)
     tensor = 0.0
@@ -220,12 +223,17 @@ def _count_warps(launch: Launch, code: Code) -> collections.Counter[int]:
     constants, read = _arguments(launch, code)
     counts: collections.Counter[int] = collections.Counter()
     number = min(programs, SAMPLES)
-    # Spread over the grid, the first and the last included.
-    for index in sorted({round(k * (programs - 1) / max(1, number - 1)) for k in range(number)}):
+    # Steps of the golden ratio: spread over the grid, and in step with none of its dimensions.
+    spread = [int(programs * ((k + 0.5) * 0.6180339887498949 % 1)) for k in range(number)]
+    # Warps take different branches only by the number of a thread.
+    warps = range(code.warps) if depends_on_thread(code.cubin.program) else range(1)
+    for index in range(programs) if programs == number else spread:
         x, y = index % launch.grid[0], index // launch.grid[0] % launch.grid[1]
         block = (x, y, index // (launch.grid[0] * launch.grid[1]))
-        for warp in range(code.warps):
-            counts.update(count_blocks(code.cubin.program, Thread(block, 32 * warp, constants, read)))
+        for warp in warps:
+            found = count_blocks(code.cubin.program, Thread(block, 32 * warp, constants, read))
+            for b, times in found.items():
+                counts[b] += times * code.warps // len(warps)
     return counts
 
 
@@ -236,7 +244,7 @@ def _base(ordinal: int) -> int:
 
 def _arguments(launch: Launch, code: Code):
     """Constant bank and memory of a launch: its arguments, with addresses that tell tensors apart."""
-    constants: dict[int, int] = {}
+    constants = _sizes_of_launch(launch, code)
     memories: dict[int, bytes] = {}
     for ordinal, ((offset, size), (_, value)) in enumerate(
         zip(code.cubin.parameters, launch.parameters, strict=False)  # scratch of the launch comes last
@@ -257,6 +265,14 @@ def _arguments(launch: Launch, code: Code):
         return int.from_bytes(data[at : at + size], "little")
 
     return constants, read
+
+
+def _sizes_of_launch(launch: Launch, code: Code) -> dict[int, int]:
+    """The words before the parameters in constant bank 0 that hold the sizes of a block and of the grid."""
+    is_blackwell = min((offset for offset, _ in code.cubin.parameters), default=0) >= 0x380
+    block, grid = (0x360, 0x370) if is_blackwell else (0x0, 0xC)
+    sizes = {block: 32 * code.warps, block + 4: 1, block + 8: 1}
+    return sizes | {grid + 4 * axis: size for axis, size in enumerate(launch.grid)}
 
 
 def _main_turn(program: Program, counts: Mapping[int, int], warps: int) -> tuple[float, dict[str, float]]:

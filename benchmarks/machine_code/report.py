@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .devices import Machine
+from ..devices import Machine
 from .launches import Operation
 from .measure import Figures, Unit
 from .pipes import PIPES
@@ -116,15 +116,15 @@ def table(result: dict[str, Any]) -> str:
             programs = k["grid"][0] * k["grid"][1] * k["grid"][2]
             line = f"{k['kernel']:<{width}}{k['launches']:>3}{programs:>10}{k['warps']:>6}{k['registers']:>5}"
             line += f"{k['shared']:>7}{k['blocks']:>4}{k['last_round']:>6.0%}{k['duplication']:>4.0f}"
-            line += f"{k['instructions']:>8.1f}" + "".join(f"{k['pipes'][p]:>{_width(p)}.1f}" for p in shown)
+            line += f"{_short(k['instructions']):>8}" + "".join(f"{_short(k['pipes'][p]):>{_width(p)}}" for p in shown)
             line += f" |{k['trips']:>6.0f}{turn['instructions']:>6.0f}{turn['barriers']:>4.0f}{turn['shuffles']:>5.0f}"
             line += f"{turn['waits']:>5.0f} |{k['bytes']:>8.0f}" + _bounds(k["bounds"])
             lines.append(line)
             if k["configuration"]:
                 lines.append(f"  {k['configuration']}")
         total = one["totals"]
-        line = f"{'total':<{width}}{total['launches']:>3}{'':>42}{total['instructions']:>8.1f}"
-        line += "".join(f"{sum(k['pipes'][p] for k in one['kernels']):>{_width(p)}.1f}" for p in shown)
+        line = f"{'total':<{width}}{total['launches']:>3}{'':>42}{_short(total['instructions']):>8}"
+        line += "".join(f"{_short(sum(k['pipes'][p] for k in one['kernels'])):>{_width(p)}}" for p in shown)
         lines.append(line + f" |{'':>26} |{total['bytes']:>8.0f}" + _bounds(total["bounds"]))
         large = [f"{name} {b:,.0f}" for name, b in one["tensors"].items() if b >= 0.005 * total["bytes"]]
         if total["operations"]:
@@ -139,6 +139,10 @@ def _kernels(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _width(pipe: str) -> int:
     return max(6, len(pipe) + 1)
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _bounds(bounds: dict[str, dict[str, float]]) -> str:
@@ -176,7 +180,9 @@ def beside(results: list[dict[str, Any]]) -> str:
 
 
 def _cell(value: float | None) -> str:
-    return f"{'-':>12}" if value is None else f"{value:>12,.1f}" if value < 1000 else f"{value:>12,.0f}"
+    if value is None:
+        return f"{'-':>12}"
+    return f"{value:>12,.1f}" if isinstance(value, float) and value < 1000 else f"{value:>12,.0f}"
 
 
 TOTALS = {

@@ -10,8 +10,8 @@ from ssm_kernels.testing import is_interpreted
 from vlmamba.benchmarks import cli
 from vlmamba.benchmarks.cases import Case, Shape
 from vlmamba.benchmarks.compile_report import Request
+from vlmamba.benchmarks.devices import MACHINES
 from vlmamba.benchmarks.machine_code.control import Thread, count_blocks, slice_of_branches
-from vlmamba.benchmarks.machine_code.devices import MACHINES
 from vlmamba.benchmarks.machine_code.launches import Launch, Pointer, record_launches
 from vlmamba.benchmarks.machine_code.measure import compile_code, duplication, measure, unit_of
 from vlmamba.benchmarks.machine_code.memory import origins_of_addresses
@@ -264,7 +264,7 @@ def test_the_command_writes_compares_and_fails_where_a_figure_grew(tmp_path, cap
     cli.main([*options, "--mode", "fwd", "--json", str(out)])
     printed = capsys.readouterr()
     assert "norm._forward_kernel" in printed.out and "bytes a token" in printed.out
-    assert "no column of mamba_ssm: mamba_ssm is not installed: pip install mamba-ssm" in printed.err
+    assert "no column of mamba_ssm: mamba_ssm is not installed: " in printed.err
     cli.main([*options, "--mode", "fwd", "--compare", str(out)])
     assert "no figure changed" in capsys.readouterr().out
     found = json.loads(out.read_text())

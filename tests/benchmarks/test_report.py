@@ -16,7 +16,8 @@ import torch
 from vlmamba.benchmarks import accuracy, cli, op_report, plots, run
 from vlmamba.benchmarks.accuracy import allowed_error, ground_truth
 from vlmamba.benchmarks.cases import Case
-from vlmamba.benchmarks.roofline import DEVICES, cost, least_time, roofline_share
+from vlmamba.benchmarks.devices import DEVICES
+from vlmamba.benchmarks.roofline import cost, least_time, roofline_share
 from vlmamba.benchmarks.timing import Result
 from vlmamba.benchmarks.workloads import Workload, build, named_shape
 

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssm_kernels.ssd import pytorch
 from vlmamba.benchmarks import cli
 from vlmamba.benchmarks.cases import OPS, Case, Shape, published, small
-from vlmamba.benchmarks.roofline import DEVICES, Cost, cost, device_named, least_time
+from vlmamba.benchmarks.devices import DEVICES, device_named
+from vlmamba.benchmarks.roofline import Cost, cost, least_time
 
 SMALL = Shape(batch=2, length=32, channels=6, d_state=8, heads=4, headdim=8, groups=2)
 
