@@ -135,4 +135,4 @@ def expand_home(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as e:
-        raise ValueError(f"{path} begins with the home folder of a user who is not here") from e
+        raise ValueError(f"{path} starts with the home folder of an unknown user") from e

@@ -39,7 +39,7 @@ class ImageProcessor:
     size: int = 224
     resize: Resize = "naive"
     """`naive` ignores the aspect ratio; `crop` brings the shorter side to `size` and crops the center; `letterbox`
-    first adds borders of the mean colour. They are Cobra's three, by torchvision's rounding. `crop-floor` is `crop` by
+    first adds borders of the mean color. They are Cobra's three, by torchvision's rounding. `crop-floor` is `crop` by
     the rounding of `transformers`: where an odd number of pixels is cut away, the center may be one pixel higher."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -94,14 +94,14 @@ class ImageProcessor:
         excess = [s - self.size for s in target]
         # Python rounds a half to the even number, and so does torchvision.
         left, top = (e // 2 if self.resize == "crop-floor" else round(e / 2) for e in excess)
-        colour = tuple(int(m * 255) for m in self.mean)
+        color = tuple(int(m * 255) for m in self.mean)
         if max(width * height, target[0] * target[1]) > max(MAX_RESIZED_PIXELS, 4 * image.width * image.height):
             # Only the crop of a very long image is computed, with equal pixels.
             placement = Placement((width, height), borders, target, (left, top), self.size)
-            return Image.fromarray(resize_window(np.asarray(image), placement, colour))
+            return Image.fromarray(resize_window(np.asarray(image), placement, color))
         if any(borders):
-            # Letterbox borders have the mean colour.
-            canvas = Image.new("RGB", (width, height), colour)
+            # Letterbox borders have the mean color.
+            canvas = Image.new("RGB", (width, height), color)
             canvas.paste(image, borders)
             image = canvas
         if image.size != target:

@@ -36,18 +36,18 @@ class Placement:
     """Side of the window."""
 
 
-def resize_window(pixels: np.ndarray, placement: Placement, colour: Sequence[int]) -> np.ndarray:
+def resize_window(pixels: np.ndarray, placement: Placement, color: Sequence[int]) -> np.ndarray:
     """Resample a window: bicubic (Pillow's `BICUBIC`), horizontally and then vertically.
 
     Args:
         pixels: (H, W, 3) uint8.
         placement: canvas, resized size and window.
-        colour: of the canvas around the image, (3,).
+        color: of the canvas around the image, (3,).
 
     Returns:
         (size, size, 3) uint8.
     """
-    p, border = placement, np.array([colour], dtype=np.uint8)
+    p, border = placement, np.array([color], dtype=np.uint8)
     columns, rows = (list(_weights(p.canvas[i], p.target[i], p.window[i], p.size)) for i in (0, 1))
     # Rows of the canvas that the window's weights reach.
     first, last = rows[0][0], max(start + len(w) for start, w in rows)
@@ -101,7 +101,7 @@ def _resample(
         lines: (n, m, 3) rows or columns of the image.
         offset: index on the canvas of the first of the lines.
         weights: for each line of the result, its first line on the canvas and the weights from there.
-        border: (1, 3), the colour of the canvas where there is no line.
+        border: (1, 3), the color of the canvas where there is no line.
     """
     out = np.empty((len(weights), *lines.shape[1:]), np.uint8)
     for i, (start, w) in enumerate(weights):

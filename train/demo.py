@@ -27,7 +27,7 @@ from .records import Record
 from .samples import Conversations
 from .track import read_metrics
 
-CATEGORIES = ("overall", "yes/no", "colour", "shape")
+CATEGORIES = ("overall", "yes/no", "color", "shape")
 
 
 def run_demo(
@@ -91,17 +91,17 @@ def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:
 def train_encoder(
     recipe: DemoRecipe, folder: Path, train: Sequence[Record], test: Sequence[Record], device: str
 ) -> ViT:
-    """Train the image encoder on the colours and shapes that the training questions determine."""
+    """Train the image encoder on the colors and shapes that the training questions determine."""
     # Seeded before the weights are drawn, so that a resume builds the same model.
     torch.manual_seed(recipe.vision.seed)
-    classes = (easy_vqa.COLOURS, easy_vqa.SHAPES)
+    classes = (easy_vqa.COLORS, easy_vqa.SHAPES)
     model = AttributeClassifier(TINY_VISION.encoder, [len(c) for c in classes])
     images, held_out = (
         AttributeImages(easy_vqa.attributes(records), classes, TINY_VISION.processor) for records in (train, test)
     )
     train_stage(model, recipe.vision, images, collate_augmented, folder, device)
     model.to("cpu")
-    print(f"vision encoder: colour and shape right on {model.accuracy(held_out):.1%} of {len(held_out)} test images")
+    print(f"vision encoder: color and shape right on {model.accuracy(held_out):.1%} of {len(held_out)} test images")
     return model.encoder
 
 

@@ -15,7 +15,7 @@ from ..model.text_files import read_json
 from .records import Record, write_llava
 
 SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 def load(split: Literal["train", "test"]) -> list[Record]:
@@ -63,15 +63,15 @@ def export(folder: str | Path, n_turns: int = 6) -> list[Path]:
     return written
 
 
-def category(answer: str) -> Literal["yes/no", "colour", "shape"]:
+def category(answer: str) -> Literal["yes/no", "color", "shape"]:
     """Category of the question that has this answer."""
     if answer in ("yes", "no"):
         return "yes/no"
-    return "shape" if answer in SHAPES else "colour"
+    return "shape" if answer in SHAPES else "color"
 
 
 def attributes(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
-    """Colour and shape of each image whose questions determine both.
+    """Color and shape of each image whose questions determine both.
 
     "What" questions have one of the two as their answer; a statement that is true names what is in it.
     """
@@ -83,18 +83,18 @@ def attributes(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
         # "is it a red circle?" yes, and "is there no triangle?" no, state what is in the image.
         elif (answer == "yes") != bool({"no", "not"} & set(words := question.rstrip("?").split())):
             for word in words:
-                if word in SHAPES or word in COLOURS:
+                if word in SHAPES or word in COLORS:
                     found[_path(record)][category(word)] = word
     # Images with only one of the two known are left out.
-    return {image: (a["colour"], a["shape"]) for image, a in found.items() if len(a) == 2}
+    return {image: (a["color"], a["shape"]) for image, a in found.items() if len(a) == 2}
 
 
 def captions(records: Sequence[Record]) -> list[Record]:
-    """Describe each image whose questions determine its colour and shape, for the align stage."""
+    """Describe each image whose questions determine its color and shape, for the align stage."""
     described = attributes(records)
     return [
-        Record((Turn("user", "describe the image"), Turn("assistant", f"a {colour} {shape}")), image)
-        for image, (colour, shape) in sorted(described.items())
+        Record((Turn("user", "describe the image"), Turn("assistant", f"a {color} {shape}")), image)
+        for image, (color, shape) in sorted(described.items())
     ]
 
 
@@ -105,7 +105,7 @@ def conversations(records: Sequence[Record], n_turns: int, seed: int = 0) -> lis
     for record in records:
         about[_path(record)].append(record)
     rng = random.Random(seed)
-    joined = []
+    joined: list[Record] = []
     for image, group in about.items():
         rng.shuffle(group)
         for i in range(0, len(group), n_turns):
@@ -122,7 +122,7 @@ def scores(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float
         for name in ("overall", category(truth)):
             total[name] += 1
             correct[name] += answer.strip() == truth
-    return {name: correct[name] / total[name] for name in ("overall", "yes/no", "colour", "shape") if total[name]}
+    return {name: correct[name] / total[name] for name in ("overall", "yes/no", "color", "shape") if total[name]}
 
 
 def _path(record: Record) -> Path:

@@ -51,9 +51,9 @@ def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]],
             axis.imshow(read_image(record.image))
         axis.set_title(f"{question}\ntruth: {truth}", fontsize=9)
         for k, (name, texts) in enumerate(answers.items()):
-            colour = "tab:green" if texts[i] == truth else "tab:red"
+            color = "tab:green" if texts[i] == truth else "tab:red"
             axis.text(0.5, -0.06 - 0.1 * k, f"{name}: {texts[i]}", transform=axis.transAxes, ha="center", va="top",
-                      fontsize=9, color=colour)  # fmt: skip
+                      fontsize=9, color=color)  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -4,7 +4,7 @@
 `falcon_mamba`; `mistral` is the layout of Codestral Mamba (`params.json`, `consolidated.safetensors`). Sources: the
 repositories' own files as the tests repeat them, `mamba_ssm` 2.3, `transformers` 5.23, `mistral-inference`.
 
-A setting that changes the results is honoured, or rejected by name. A setting that only affects how the work is
+A setting that changes the results is honored, or rejected by name. A setting that only affects how the work is
 split or how weights are initialized (`chunk_size`, `fused_add_norm`, `time_step_min`, ...) is dropped.
 """
 

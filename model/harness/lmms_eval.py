@@ -67,7 +67,7 @@ class HarnessVLM(lmms):
         """Answer each document's question."""
         results = [""] * len(requests)
         args = [request.args for request in requests]
-        prompts = [((context, *place), kwargs) for context, kwargs, _, *place in args]
+        prompts = [((context, *document_key), kwargs) for context, kwargs, _, *document_key in args]
         with tqdm(total=len(requests), desc="generate_until") as bar:
             for config, indices in generation_batches(prompts, MAX_NEW_TOKENS, self.batch_size):
                 texts, images = zip(*(self._prompt(args[i][0], *args[i][2:]) for i in indices), strict=True)
@@ -80,12 +80,12 @@ class HarnessVLM(lmms):
         """Answer several rounds, each with the text and image that the task makes of the previous answers."""
         results = []
         for request in tqdm(requests, desc="generate_until_multi_round"):
-            context, kwargs, doc_to_visual, doc_to_text, *place = request.args
-            doc = self._document(*place)
+            context, kwargs, doc_to_visual, doc_to_text, *document_key = request.args
+            doc = self._document(*document_key)
             ((config, _),) = generation_batches([(context, kwargs)], MAX_NEW_TOKENS, 1)
             visuals, answers, info = doc_to_visual(doc), [], None
             for n in count(1):
-                answers += self.model.generate([context], [_image(visuals, place)], config)
+                answers += self.model.generate([context], [_image(visuals, document_key)], config)
                 visuals, context, ended, answers, info = doc_to_text(
                     doc, previous_output=answers, round_idx=n, previous_round_info=info
                 )
@@ -119,19 +119,21 @@ class HarnessVLM(lmms):
     def _document(self, doc_id: int, task: str, split: str) -> dict[str, Any]:
         return self.task_dict[task][split][doc_id]
 
-    def _prompt(self, context: str, doc_to_visual: Any, *place: Any) -> tuple[str, Image.Image | None]:
-        return context, _image(doc_to_visual(self._document(*place)), place)
+    def _prompt(self, context: str, doc_to_visual: Any, *document_key: Any) -> tuple[str, Image.Image | None]:
+        return context, _image(doc_to_visual(self._document(*document_key)), document_key)
 
-    def _continuation(self, context: str, target: str | Callable[[Any], str], doc_to_visual: Any, *place: Any) -> str:
-        return target(self._document(*place)) if callable(target) else target
+    def _continuation(
+        self, context: str, target: str | Callable[[Any], str], doc_to_visual: Any, *document_key: Any
+    ) -> str:
+        return target(self._document(*document_key)) if callable(target) else target
 
 
-def _image(visuals: list | None, place: Any) -> Image.Image | None:
+def _image(visuals: list | None, document_key: Any) -> Image.Image | None:
     """Return the image of a document, or None."""
     if not visuals:
         return None
     if len(visuals) > 1 or not isinstance(visuals[0], Image.Image):
-        doc_id, task, split = place
+        doc_id, task, split = document_key
         kinds = ", ".join(type(v).__name__ for v in visuals)
         raise ValueError(f"the model reads one image, but document {doc_id} of {task} ({split}) has {kinds}")
     return visuals[0]

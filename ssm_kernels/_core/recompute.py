@@ -24,7 +24,7 @@ def recompute_in_backward(*activations: tuple[Tensor, Callable[[], Tensor]], ena
     if not enabled or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_hooks():
         yield
         return
-    # By storage, so that views of an activation are recognised too.
+    # By storage, so that views of an activation are recognized too.
     discarded = {_storage(out): RecomputedTensor(recompute) for out, recompute in activations}
 
     def pack(t: Tensor) -> SavedTensor | RecomputedView:

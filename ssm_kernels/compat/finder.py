@@ -168,7 +168,7 @@ def resolve(target: str, asked: str) -> Any:
 
 
 def normalized(name: str) -> str:
-    """Normalise the name of a distribution as in PEP 503."""
+    """Normalize the name of a distribution as in PEP 503."""
     return name.replace("-", "_").replace(".", "_").lower()
 
 

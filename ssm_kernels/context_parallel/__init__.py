@@ -6,7 +6,7 @@ rank combines those of the ranks before it into its own initial state and scans 
 where one sequence both continues from an earlier rank and continues on a later one, and once elsewhere.
 
 A ring, in which each rank waits for the final state of the one before, sends one state a rank and scans once, but
-serialises the scans: it takes the time of W scans, this takes the time of two. (So on two ranks memory, projections and
+serializes the scans: it takes the time of W scans, this takes the time of two. (So on two ranks memory, projections and
 everything else are halved, but not the time of the scan.) The backward is autograd's: that of the all-gather is one
 all-to-all, whose messages are summed in order of rank.
 

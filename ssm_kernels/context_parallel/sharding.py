@@ -31,7 +31,7 @@ class SequenceSharding:
     >>> targets = sharding.shard(next_tokens)  # doctest: +SKIP
 
     Raises:
-        RuntimeError: `torch.distributed` has not been initialised.
+        RuntimeError: `torch.distributed` has not been initialized.
         ValueError: not one length, of at least 0, for each rank.
     """
 
@@ -58,7 +58,7 @@ class SequenceSharding:
             the sharding, whose longer shards are on the first ranks.
 
         Raises:
-            RuntimeError: `torch.distributed` has not been initialised.
+            RuntimeError: `torch.distributed` has not been initialized.
         """
         # ceil((length - r) / world) steps on rank r
         world = _world_size(group)

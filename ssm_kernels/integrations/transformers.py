@@ -10,7 +10,7 @@
     with on_these_ops.enabled():
         ...
 
-A modelling file of `transformers` 5.23 or 5.24 calls its kernels through functions of the module, each of which wraps
+A modeling file of `transformers` 5.23 or 5.24 calls its kernels through functions of the module, each of which wraps
 an op of `mamba_ssm` or `causal_conv1d`. `enable` replaces each by this package's op. In a graph that is being exported,
 for an activation other than silu, and for a decoding step that needs gradients, the library's own function runs as
 before.

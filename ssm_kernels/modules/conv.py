@@ -52,7 +52,7 @@ def conv_weight(name: str, conv: nn.Module) -> tuple[Tensor, Tensor | None]:
         got = f"one with {extras}" if is_subclass else f"{kind.__module__}.{kind.__name__}"
         raise TypeError(
             f"{name} must be a plain torch.nn.Conv1d, since a fused op reads its weight and never calls it; got {got}. "
-            "Leave it out of what is adapted, quantised or hooked, or merge it back"
+            "Leave it out of what is adapted, quantized or hooked, or merge it back"
         )
     return conv.weight.squeeze(1), conv.bias
 

@@ -19,7 +19,7 @@ from .state import MixerState, initial_states, is_decoding_step, update_state, z
 class Mamba(nn.Module):
     """The Mamba-1 mixer (arXiv 2312.00752, section 3.4).
 
-    A layer that replaces a projection (an adapter, a quantised layer) is called once a forward, and hooks run once. A
+    A layer that replaces a projection (an adapter, a quantized layer) is called once a forward, and hooks run once. A
     layer that replaces `dt_proj` adds the bias itself, in the dtype of the activations; `dt_proj` itself leaves that to
     the scan, which adds it in float32.
 
@@ -29,7 +29,7 @@ class Mamba(nn.Module):
         d_conv: K.
         expand: E / D; E is rounded down.
         dt_rank: R; `"auto"` is ceil(D / 16).
-        dt_min, dt_max, dt_init_floor: range of the step sizes at initialisation.
+        dt_min, dt_max, dt_init_floor: range of the step sizes at initialization.
         conv_bias: the convolution has a bias.
         bias: the in and out projections have a bias.
         use_mem_eff_path: recompute the convolution and the step sizes in the backward rather than save them.
@@ -145,9 +145,9 @@ class Mamba(nn.Module):
             dt of rank R (..., R), B (..., N) and C (..., N).
         """
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return self._normalised(dt), self._normalised(B), self._normalised(C)
+        return self._normalized(dt), self._normalized(B), self._normalized(C)
 
-    def _normalised(self, part: Tensor) -> Tensor:
+    def _normalized(self, part: Tensor) -> Tensor:
         if self.dt_bc_norm_eps is None:
             return part
         compute = torch.promote_types(part.dtype, torch.float32)

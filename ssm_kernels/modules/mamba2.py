@@ -20,7 +20,7 @@ from .state import MixerState, initial_states, is_decoding_step, update_state, z
 class Mamba2(nn.Module):
     """The Mamba-2 mixer (arXiv 2405.21060, section 7).
 
-    A layer that replaces a projection or the norm (an adapter, a quantised layer) is called once a forward, and hooks
+    A layer that replaces a projection or the norm (an adapter, a quantized layer) is called once a forward, and hooks
     run once.
 
     Args:
@@ -30,8 +30,8 @@ class Mamba2(nn.Module):
         expand: E / D.
         headdim: P.
         ngroups: G.
-        A_init_range: range of -A at initialisation.
-        dt_min, dt_max, dt_init_floor: range of the step sizes at initialisation.
+        A_init_range: range of -A at initialization.
+        dt_min, dt_max, dt_init_floor: range of the step sizes at initialization.
         dt_limit: bounds of the step size.
         conv_bias: the convolution has a bias.
         bias: the in and out projections have a bias.
@@ -199,7 +199,7 @@ class Mamba2(nn.Module):
         return None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim))
 
     def gate(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
-        """Return the input of `out_proj`: the MLP's output and the scan's, normalised and gated.
+        """Return the input of `out_proj`: the MLP's output and the scan's, normalized and gated.
 
         Args:
             y: (..., H, P) output of the scan.
@@ -218,7 +218,7 @@ class Mamba2(nn.Module):
         return y
 
     def _gate_and_project(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
-        """Gate, normalise and project y (B, L, H, P) to (B, L, D), without saving the gated activations."""
+        """Gate, normalize and project y (B, L, H, P) to (B, L, D), without saving the gated activations."""
         # A norm with hooks is not called again; without norm and MLP there is nothing to discard.
         can_recompute = is_plain(self.norm, RMSNorm) if self.rmsnorm else self.d_mlp > 0
         is_tracing = torch.compiler.is_compiling()

@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Normalise, and gate.
+        """Normalize, and gate.
 
         Args:
             x: (..., width).

@@ -49,7 +49,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         kind: class whose `forward` the op replaces.
 
     Returns:
-        False for an adapter or a quantised layer that replaces the layer, and with hooks.
+        False for an adapter or a quantized layer that replaces the layer, and with hooks.
     """
     return type(module).forward is kind.forward and not call_extras(module) and not torch_module._has_any_global_hook()
 

@@ -327,7 +327,7 @@ def small_config(family: str) -> ViTConfig:
     ],
 )
 @torch.no_grad()
-def test_settings_of_the_file_are_honoured(tmp_path, family, changes):
+def test_settings_of_the_file_are_honored(tmp_path, family, changes):
     theirs = make(family, **changes)
     pixels = torch.randn(1, 3, 28, 28) if "image_size" in changes else torch.randn(1, 3, 42, 42)
     vit = ViT.from_pretrained(save(theirs, tmp_path / "encoder"))

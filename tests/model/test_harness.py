@@ -345,7 +345,7 @@ def test_lm_eval_command_line(lm_folder, tmp_path, monkeypatch, capsys):
 
 # Vision-language models in lmms-eval.
 
-COLOURS = ["red", "green", "blue", "yellow", "purple"]
+COLORS = ["red", "green", "blue", "yellow", "purple"]
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def images(tmp_path) -> list[Path]:
         "def process_rounds(doc, results):\n"
         "    return {'acc': float(results[0] == doc['answer'])}\n"
     )
-    return save_images(tmp_path, COLOURS)
+    return save_images(tmp_path, COLORS)
 
 
 def evaluate_vlm(model, folder: Path, task: str, **kwargs) -> tuple[dict, list[dict]]:

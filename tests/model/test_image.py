@@ -108,7 +108,7 @@ def test_letterbox_as_cobra(size):
     np.testing.assert_array_equal(as_array(ImageProcessor(28, "letterbox", mean).pixels(image)), as_array(want))
 
 
-def test_letterbox_pads_with_the_mean_colour(picture):
+def test_letterbox_pads_with_the_mean_color(picture):
     pixels = ImageProcessor(60, "letterbox", mean=(0.5, 0.25, 0.75))(picture)
     back = (pixels * 0.5 + torch.tensor([0.5, 0.25, 0.75])[:, None, None]) * 255
     assert torch.equal(back[:, 0, 0].round(), torch.tensor([127.0, 63.0, 191.0]))
@@ -116,7 +116,7 @@ def test_letterbox_pads_with_the_mean_colour(picture):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_naive_resize_and_normalisation(size):
+def test_naive_resize_and_normalization(size):
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     image = noise(size)
     want = np.asarray(image.resize((28, 28), Image.Resampling.BICUBIC), dtype=np.float32) / np.float32(255)

@@ -132,16 +132,16 @@ def test_hooks_of_every_layer_run_and_change_nothing(layer, residual_in_fp32):
     assert not torch.allclose(lm(IDS).logits, want)
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch moves its quantisation to another package
+@pytest.mark.filterwarnings("ignore")  # PyTorch moves its quantization to another package
 @pytest.mark.parametrize("layer", ["mamba", "mamba2"])
-def test_a_dynamically_quantised_model_decodes(layer):
+def test_a_dynamically_quantized_model_decodes(layer):
     torch.manual_seed(0)
     lm = MambaLM(LMConfig(32, 2, 101, layer, headdim=16)).eval()
-    quantised = torch.ao.quantization.quantize_dynamic(lm, {torch.nn.Linear}, dtype=torch.qint8)
-    assert quantised.device.type == "cpu" and not isinstance(quantised.lm_head, torch.nn.Linear)
+    quantized = torch.ao.quantization.quantize_dynamic(lm, {torch.nn.Linear}, dtype=torch.qint8)
+    assert quantized.device.type == "cpu" and not isinstance(quantized.lm_head, torch.nn.Linear)
     with torch.no_grad():
-        want, got, state = lm(IDS).logits, quantised(IDS).logits, quantised.new_state(2)
-        steps = [quantised(IDS[:, t : t + 1], state=state).logits for t in range(IDS.shape[1])]
+        want, got, state = lm(IDS).logits, quantized(IDS).logits, quantized.new_state(2)
+        steps = [quantized(IDS[:, t : t + 1], state=state).logits for t in range(IDS.shape[1])]
     near = {"rtol": 0.1, "atol": 0.1 * want.abs().max().item()}
     torch.testing.assert_close(got, want, **near)
     torch.testing.assert_close(torch.cat(steps, 1), got, **near)

@@ -372,8 +372,8 @@ def test_layer_norm_fn(rms, case, prenorm):
     if x1 is not None:
         total = total + (x1 * mask1 / 0.5 if p else x1)
     total = total if residual is None else total + residual
-    centred = total if rms else total - total.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 0.01).sqrt()
+    centered = total if rms else total - total.mean(-1, keepdim=True)
+    normed = centered / (centered.square().mean(-1, keepdim=True) + 0.01).sqrt()
     want = [normed * weight + (0 if bias is None else bias)]
     want += [normed * weight1 + bias1] if weight1 is not None else []
     want += [total] if prenorm else []

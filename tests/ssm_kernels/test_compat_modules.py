@@ -348,8 +348,8 @@ def test_a_block_is_its_formula(rms, fused, mlp, hooked):
         block.norm.register_forward_hook(lambda m, i, o: None)
 
     def normed(n, t):
-        centred = t if rms else t - t.mean(-1, keepdim=True)
-        y = centred / (centred.square().mean(-1, keepdim=True) + 0.01).sqrt() * n.weight
+        centered = t if rms else t - t.mean(-1, keepdim=True)
+        y = centered / (centered.square().mean(-1, keepdim=True) + 0.01).sqrt() * n.weight
         return y if n.bias is None else y + n.bias
 
     for before in (None, residual):

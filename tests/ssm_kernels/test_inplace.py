@@ -54,7 +54,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Callable, list[Tensor]]]:
     def rand(*shape: int) -> Tensor:
         return torch.rand(shape, generator=g, dtype=torch.float64).to(dtype)
 
-    time_first = rand(2, 4, 5).transpose(1, 2)  # (B, L, D), with with_contiguous_last_dim steps
+    time_first = rand(2, 4, 5).transpose(1, 2)  # (B, L, D), with contiguous steps
     heads = rand(2, 5, 2, 4), rand(2, 5, 2), -rand(2), rand(2, 5, 1, 3), rand(2, 5, 1, 3), rand(2)
     grid = rand(2, 3, 2, 4)
     return {

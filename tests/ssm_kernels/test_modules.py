@@ -270,18 +270,18 @@ def test_adapters_and_hooks_in_bfloat16(kind, options, autocast):
     assert all(p.grad.isfinite().all() for p in mixer.parameters())
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch moves its quantisation to another package
+@pytest.mark.filterwarnings("ignore")  # PyTorch moves its quantization to another package
 @pytest.mark.parametrize(("kind", "options"), MIXERS)
-def test_dynamically_quantised_mixers_run(kind, options):
+def test_dynamically_quantized_mixers_run(kind, options):
     torch.manual_seed(0)
     mixer, x = kind(16, **options).eval(), torch.randn(2, 5, 16)
-    quantised = torch.ao.quantization.quantize_dynamic(mixer, {nn.Linear}, dtype=torch.qint8)
-    assert all(not isinstance(getattr(quantised, n), nn.Linear) for n in PROJECTIONS[kind])
+    quantized = torch.ao.quantization.quantize_dynamic(mixer, {nn.Linear}, dtype=torch.qint8)
+    assert all(not isinstance(getattr(quantized, n), nn.Linear) for n in PROJECTIONS[kind])
     with torch.no_grad():
-        want, got = mixer(x), quantised(x)
+        want, got = mixer(x), quantized(x)
         torch.testing.assert_close(got, want, rtol=0.1, atol=0.05 * want.abs().max().item())
-        state = quantised.new_state(2)
-        steps = torch.cat([quantised(x[:, t : t + 1], state) for t in range(5)], 1)
+        state = quantized.new_state(2)
+        steps = torch.cat([quantized(x[:, t : t + 1], state) for t in range(5)], 1)
     torch.testing.assert_close(steps, got, rtol=0.1, atol=0.05 * want.abs().max().item())
 
 
@@ -329,12 +329,12 @@ def test_layers_that_are_called_compile_as_one_graph():
     torch.testing.assert_close(got, mixer(x))
 
 
-def test_initial_step_sizes_survive_an_initialisation_that_reads_the_mark():
-    def initialise(module):
+def test_initial_step_sizes_survive_an_initialization_that_reads_the_mark():
+    def initialize(module):
         if isinstance(module, nn.Linear) and module.bias is not None and not getattr(module.bias, "_no_reinit", False):
             nn.init.zeros_(module.bias)
 
     mixer = Mamba(64, bias=True)
-    mixer.apply(initialise)
+    mixer.apply(initialize)
     steps = F.softplus(mixer.dt_proj.bias.detach())
     assert 1e-4 <= steps.min() and steps.max() <= 0.1 + 1e-6 and not mixer.in_proj.bias.any()

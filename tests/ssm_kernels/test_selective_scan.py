@@ -293,7 +293,7 @@ def test_more_channels_than_a_tile(backend):
 
 @pytest.mark.parametrize("packing", ["dense", "cu_seqlens", "seq_idx"])
 def test_sequences_of_several_segments(backend, packing):
-    """SegmentTable of one chunk, and sequences of several segments, one and none."""
+    """Segments of one checkpoint interval, and sequences of several segments, one and none."""
     bounds = torch.tensor([0, 0, 17, 18, 18, 24])
     tensors = make(1, 24, 2, 2, rows=5 if packing == "cu_seqlens" else 1)
     if packing == "cu_seqlens":

@@ -29,9 +29,9 @@ needs_gnu_tar = pytest.mark.skipif(
 )
 
 
-def png(colour: str = "red") -> bytes:
+def png(color: str = "red") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    Image.new("RGB", (8, 8), color).save(file, "PNG")
     return file.getvalue()
 
 
@@ -256,9 +256,9 @@ def test_links_are_followed_within_the_archive(tmp_path):
         ("b/5.json", record()), ("b/5.png", HARD("b/3.png")),
     ]  # fmt: skip
     found = read_llava(write_tar(tmp_path / "s.tar", entries))
-    colours = [read_image(r.image).getpixel((0, 0)) for r in found]
+    colors = [read_image(r.image).getpixel((0, 0)) for r in found]
     assert len(found) == found.n_with_image == 7
-    assert sorted(colours) == [(0, 0, 255)] * 2 + [(255, 0, 0)] * 5
+    assert sorted(colors) == [(0, 0, 255)] * 2 + [(255, 0, 0)] * 5
     assert found.location(0).endswith("s.tar, a/0.json")
 
 

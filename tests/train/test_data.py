@@ -287,8 +287,8 @@ def test_webdataset_shards_are_records_and_images(images):
     shard(folder, "s-01.tar", {"in/000.json": text.encode(), "in/000.png": blue})
     for path in (folder, f"{folder}/s-{{00..01}}.tar"):
         found = read_llava(path)
-        colours = [r.image and read_image(r.image).getpixel((0, 0)) for r in found]
-        assert colours == [(255, 0, 0), None, (0, 0, 255)]
+        colors = [r.image and read_image(r.image).getpixel((0, 0)) for r in found]
+        assert colors == [(255, 0, 0), None, (0, 0, 255)]
         assert found[1].turns == (Turn("user", "a"), Turn("assistant", "b"))
         assert found.location(2) == f"{folder / 's-01.tar'}, in/000.json"
     assert [len(read_llava(p)) for p in (folder / "s-00.tar", [folder, folder / "s-01.tar"])] == [2, 4]
@@ -349,16 +349,16 @@ def test_attributes_agree_with_every_question():
     for record in train:
         if record.image not in known:
             continue
-        colour, shape = known[record.image]
+        color, shape = known[record.image]
         question, answer = (t.text for t in record.turns)
-        if answer in easy_vqa.COLOURS:
-            assert answer == colour
+        if answer in easy_vqa.COLORS:
+            assert answer == color
         elif answer in easy_vqa.SHAPES:
             assert answer == shape
         else:
             words = question.rstrip("?").split()
-            named = {w for w in words if w in easy_vqa.COLOURS + easy_vqa.SHAPES}
-            holds = named <= {colour, shape}
+            named = {w for w in words if w in easy_vqa.COLORS + easy_vqa.SHAPES}
+            holds = named <= {color, shape}
             assert (answer == "yes") == (holds != bool({"no", "not"} & set(words)))
     caption = easy_vqa.captions(train)[0]
     assert caption.turns[1].text == "a {} {}".format(*known[caption.image])
@@ -367,7 +367,7 @@ def test_attributes_agree_with_every_question():
 def test_scores_by_category():
     asked = [qa_record("", a) for a in ("yes", "no", "red", "circle")]
     assert easy_vqa.scores(asked, ["yes", "yes", "red", "square"]) == {
-        "overall": 0.5, "yes/no": 0.5, "colour": 1.0, "shape": 0.0,
+        "overall": 0.5, "yes/no": 0.5, "color": 1.0, "shape": 0.0,
     }  # fmt: skip
 
 
@@ -417,7 +417,7 @@ def test_ablation_covers_connectors_and_scans():
     ]  # fmt: skip
     text = ablation_table({"mlp": [0.5, 0.7], "vss-l2, cross": [1.0]})
     assert "60.0%  14.1% (2)" in text
-    row = {"overall": 0.5, "yes/no": 0.25, "colour": 1.0, "shape": 0.0}
+    row = {"overall": 0.5, "yes/no": 0.25, "color": 1.0, "shape": 0.0}
     assert results_table({"x": row}).splitlines()[1].split() == ["x", "50.0%", "25.0%", "100.0%", "0.0%"]
 
 

@@ -323,7 +323,7 @@ cli.main(sys.argv[1:])
         ("generate {0}/lm a --output {0}/out", "--output is for the answers to --prompts"),
         ("generate {0}/lm --prompts {0}/vlm/config.json --output {0}", "--output must name a file, and "),
         ("generate {0}/lm a --image a\x1b", "no image at a\\x1b"),
-        ("generate ~nosuchuser/x a", "~nosuchuser/x begins with the home folder of a user who is not here"),
+        ("generate ~nosuchuser/x a", "~nosuchuser/x starts with the home folder of an unknown user"),
         ("generate {0}/nowhere a", "no folder at"),
         ("generate {0}/lm a --device cuda", "torch sees no GPU"),
         ("chat {0}/lm --image {0}/red.png", "which sees no image"),
@@ -393,7 +393,7 @@ def test_chat_survives_what_is_typed_and_what_fails(folder, vlm, tmp_path, monke
     turns = [Turn("user", "what color?")]
     turns += [Turn("assistant", vlm.generate([turns], [red], FEW)[0]), Turn("user", "and the shape?")]
     mistakes = [
-        ("/image ~nosuchuser/x", "~nosuchuser/x begins with the home folder of a user who is not here"),
+        ("/image ~nosuchuser/x", "~nosuchuser/x starts with the home folder of an unknown user"),
         (f"/image {tmp_path / 'broken.png'}", "broken.png is "),
         (f"/image {'x' * 5000}", "File name too long"),
         ("/image a\x00b", "no image at a\\x00b"),

@@ -29,7 +29,7 @@ from vlmamba.train.recipes import recipe_named, tiny_config
 from vlmamba.train.records import write_llava
 from vlmamba.train.track import read_metrics
 
-COLOURS = ("red", "blue", "green", "black")
+COLORS = ("red", "blue", "green", "black")
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +43,8 @@ def data(tmp_path):
     """24 questions in data/train.json about the images in data/images."""
     images = tmp_path / "data" / "images"
     images.mkdir(parents=True)
-    save_images(images, COLOURS, (60, 50))
-    records = [qa_record("what color is it", f"it is {c}", images / f"{c}.png") for c in COLOURS * 6]
+    save_images(images, COLORS, (60, 50))
+    records = [qa_record("what color is it", f"it is {c}", images / f"{c}.png") for c in COLORS * 6]
     write_llava(records, tmp_path / "data" / "train.json", images)
     return tmp_path / "data"
 
@@ -52,7 +52,7 @@ def data(tmp_path):
 @pytest.fixture
 def model(tmp_path):
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train(["what color is it", *(f"it is {c}" for c in COLOURS)], vocab_size=290)
+    tokenizer = Tokenizer.train(["what color is it", *(f"it is {c}" for c in COLORS)], vocab_size=290)
     tiny_vlm("vl-mamba", tokenizer).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

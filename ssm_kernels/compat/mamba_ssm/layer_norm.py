@@ -31,13 +31,13 @@ def layer_norm_fn(
     is_rms_norm: bool = False,
     return_dropout_mask: bool = False,
 ) -> Tensor | tuple[Tensor | None, ...]:
-    """Add to the residual stream and normalise, as a Mamba block does before its mixer.
+    """Add to the residual stream and normalize, as a Mamba block does before its mixer.
 
     The sum is `dropout(x * rowscale) + dropout(x1) + residual`.
 
     Args:
         x, x1, residual: (..., D).
-        weight, bias, weight1, bias1: (D,); the second pair normalises the same sum once more.
+        weight, bias, weight1, bias1: (D,); the second pair normalizes the same sum once more.
         eps: added to the variance, or to the mean square.
         dropout_p: probability of dropping an element of x and of x1.
         rowscale: (...,); not together with `x1`.
@@ -280,8 +280,8 @@ def _norm_ref(
     total = total if residual is None else total + residual.to(compute)
     # Layer norm: y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias (arXiv 1607.06450).
     # RMS norm leaves the mean out (arXiv 1910.07467, equation 4).
-    centred = total if is_rms_norm else total - total.mean(-1, keepdim=True)
-    normal = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)  # (..., D) / (..., 1)
+    centered = total if is_rms_norm else total - total.mean(-1, keepdim=True)
+    normal = centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + eps)  # (..., D) / (..., 1)
     outputs = []
     for scale, shift in ((weight, bias), (weight1, bias1)):
         if scale is not None:
@@ -324,7 +324,7 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
     ) -> Tensor | tuple[Tensor | None, ...]:
-        """Normalise the sum of x and the residual.
+        """Normalize the sum of x and the residual.
 
         Args:
             x, residual: (..., D).

@@ -28,7 +28,7 @@ def layernorm_fn(
         x, z: (..., D).
         weight, bias: (D,).
         eps: added to the variance, or to the mean square.
-        group_size: channels that are normalised together, a divisor of D; None is D.
+        group_size: channels that are normalized together, a divisor of D; None is D.
         norm_before_gate: the gate multiplies the result, rather than x.
         is_rms_norm: RMS norm rather than layer norm.
 
@@ -152,7 +152,7 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Normalise x (..., D), gated by z of the same shape."""
+        """Normalize x (..., D), gated by z of the same shape."""
         bias = self.bias if isinstance(self.bias, Tensor) else None
         options = (self.eps, self.group_size, self.norm_before_gate, self.is_rms_norm)
         return layernorm_fn(x, self.weight, bias, z, *options)

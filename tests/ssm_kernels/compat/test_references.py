@@ -104,7 +104,7 @@ def test_the_mixer_with_a_complex_A(mixer, complex_A):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_norms_of_the_mixer(mixer, given):
-    """B and C that are given are normalised too where they change in time."""
+    """B and C that are given are normalized too where they change in time."""
     B = C = None
     if given:
         B, C = leaf(BATCH, 1, STATE, LENGTH, seed=8), leaf(BATCH, 1, STATE, LENGTH, seed=9)

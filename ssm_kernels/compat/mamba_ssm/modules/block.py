@@ -14,16 +14,16 @@ from ..layer_norm import RMSNorm, layer_norm_fn
 
 
 class Block(nn.Module):
-    """`mamba_ssm.modules.block.Block`: add to the residual stream, normalise, mix; and again with an MLP.
+    """`mamba_ssm.modules.block.Block`: add to the residual stream, normalize, mix; and again with an MLP.
 
-    With an MLP and without `fused_add_norm`, the original replaces the stream by the normalised sum; here both settings
+    With an MLP and without `fused_add_norm`, the original replaces the stream by the normalized sum; here both settings
     compute the same.
 
     Args:
         dim: D.
         mixer_cls, mlp_cls, norm_cls: construct the parts from D. `nn.Identity` for the MLP is none (also for release 1,
             which has no such argument).
-        fused_add_norm: add and normalise in one op.
+        fused_add_norm: add and normalize in one op.
         residual_in_fp32: keep the stream in float32.
 
     Raises:
@@ -92,7 +92,7 @@ class Block(nn.Module):
 def add_norm(
     norm: nn.Module, hidden: Tensor, residual: Tensor | None, residual_in_fp32: bool, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Add (..., D) to the residual stream, and normalise.
+    """Add (..., D) to the residual stream, and normalize.
 
     A norm that has been replaced, or has hooks, is called, whatever `fused` is.
 
@@ -101,10 +101,10 @@ def add_norm(
         hidden: (..., D).
         residual: (..., D) stream, or None before the first addition.
         residual_in_fp32: return the stream in float32.
-        fused: add and normalise in one op.
+        fused: add and normalize in one op.
 
     Returns:
-        the normalised sum, and the sum.
+        the normalized sum, and the sum.
     """
     if fused and isinstance(norm, (nn.LayerNorm, RMSNorm)) and is_plain(norm, _kind(norm)):
         # float32 at least: the stream of a float64 model is not rounded.
