@@ -393,3 +393,20 @@ def test_the_gradient_of_a_decay_is_no_difference_of_larger_terms(backend):
     for inputs, chosen in ((tensors, backend), (wide, "reference")):
         ssd(**inputs, backend=chosen).final_states.sum().backward()
     torch.testing.assert_close(tensors["A"].grad.double(), wide["A"].grad, rtol=1e-5, atol=0)
+
+
+@pytest.mark.ptx
+@pytest.mark.skipif(is_interpreted(), reason="the interpreter has no products of float16")
+def test_float16_takes_states_beyond_its_range():
+    """A state of 1e6 is no operand of a product in float16, but small C make y of it that is none too large."""
+    pytest.importorskip("triton")
+    from vlmamba.benchmarks.ptx import emulated
+
+    tensors = make_inputs(1, 20, heads=1, headdim=16, d_state=16, dtype=torch.float16, z=False)
+    tensors["C"] *= 1e-4
+    tensors["initial_states"] = tensors["initial_states"].float() * 1e6
+    options = {"dt_softplus": True, "chunk_size": 16}
+    expected = ssd(**tensors, **options, backend="reference")
+    with emulated("sm_80"):
+        found = ssd(**tensors, **options, backend="triton")
+    torch.testing.assert_close(found.y, expected.y, rtol=4e-3, atol=4e-3 * expected.y.abs().max().item())

@@ -37,6 +37,7 @@ from .chunk import (
     load_head,
     split_program,
 )
+from .decays import compute_chunk_decays
 from .forward import STATE_REGISTERS, compute_segment_initial_states, launch_forward
 
 MAX_CHUNK_STATE_BYTES = 1 << 28
@@ -50,14 +51,16 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
     arguments = ScanArguments(*args)
     inputs = ScanInputs(arguments)
     dy, dfinal_states = with_contiguous_last_dim(dy), dfinal_states.contiguous()
+    tiles = choose_tiles(inputs, backward=True)
     # The kernels that compute states alone take the forward's tiles.
-    state_tiles, tiles = choose_tiles(inputs, backward=False), choose_tiles(inputs, backward=True)
+    state_tiles = choose_tiles(inputs, backward=False)._replace(chunk_size=tiles.chunk_size)
     segments = inputs.build_segment_table(tiles.chunk_size * CHUNKS_PER_SEGMENT)
     num_segments = len(segments.entries)
 
+    decays = compute_chunk_decays(inputs, state_tiles, segments)
     # The state before each segment, and the gradient of the state after it.
     final_states = inputs.states_like(inputs.initial_states)
-    segment_initial_states, dt_sum = compute_segment_initial_states(inputs, state_tiles, segments, final_states)
+    segment_initial_states, dt_sum = compute_segment_initial_states(inputs, state_tiles, segments, decays, final_states)
     dsegment_states, dinitial_states = inputs.empty_states(num_segments), inputs.states_like(dfinal_states)
     _launch_state_gradient(inputs, state_tiles, segments, dy, dinitial_states=dsegment_states)
     state_passing(segments, dsegment_states, inputs.A, dt_sum, dfinal_states, dinitial_states, reverse=True)
@@ -88,7 +91,7 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
     for first in range(0, num_segments, at_once):
         segment_range = range(first, min(first + at_once, num_segments))
         launch_forward(
-            inputs, state_tiles, segments, initial_states=segment_initial_states, chunk_states=chunk_states,
+            inputs, state_tiles, segments, decays, initial_states=segment_initial_states, chunk_states=chunk_states,
             segment_range=segment_range,
         )  # fmt: skip
         _launch_state_gradient(

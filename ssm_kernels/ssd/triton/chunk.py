@@ -5,7 +5,7 @@ Kernels measure time in units of log2: `exp(dt A) = exp2(dt a)` with a = A log2(
 """
 
 # The stubs know neither launches nor what jit functions return.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class ScanInputs:
         self.x, self.B, self.C = (with_contiguous_last_dim(t) for t in (x, B, C))
         self.dt = arguments.dt
         self.A = arguments.A.contiguous()
-        self.D = None if arguments.D is None else arguments.D.expand(self.heads, self.headdim)
+        D = arguments.D
+        self.D = None if D is None else with_contiguous_last_dim(D).expand(self.heads, self.headdim)
         self.dt_bias = None if arguments.dt_bias is None else arguments.dt_bias.contiguous()
         self.initial_states = None if arguments.initial_states is None else arguments.initial_states.contiguous()
         self.cu_seqlens, self.seq_idx = arguments.cu_seqlens, arguments.seq_idx
@@ -127,12 +128,23 @@ def choose_tiles(inputs: ScanInputs, backward: bool) -> Tiles:
         chunk_size, state_elements, num_warps = 16, 16 * block_n, 8  # products without tensor cores
     elif vendor == "hip":
         chunk_size, state_elements, num_warps = 32, 8192, 4
-    elif block_n > 128 and version not in (100, 103):
+    elif version in (100, 103):
+        chunk_size, state_elements, num_warps = 64, 8192, 8
+    elif backward and block_n > 128:
         chunk_size, state_elements, num_warps = 16, 32 * block_n, 8
-    elif version in (90, 100, 103):
-        chunk_size, state_elements, num_warps = 64, 8192 if backward else 4096, 8
+    elif backward:
+        chunk_size, state_elements, num_warps = 64 if version == 90 else 32, 8192, 8
+    elif version == 90:
+        # A product of Hopper has 64 rows for 4 warps, and the scores have 64 rows: of 8 warps, 4 would do the work of
+        # the others again. State and scores fill the registers of 4 warps, and two blocks are resident.
+        chunk_size, state_elements, num_warps = 64, 8192, 4
     else:
-        chunk_size, state_elements, num_warps = 32, 8192 if backward else 32 * min(block_n, 128), 8
+        # Products have 16 rows for a warp: 8 warps share the columns too. 4 warps take a tenth fewer instructions, and
+        # spill where the state has 8192 elements.
+        chunk_size = 32 if block_n <= 128 else 16
+        state_elements, num_warps = 64 * block_n, 8 if block_n > 64 else 4
+    if inputs.dot == tl.float16 and not backward:
+        state_elements //= 2  # for what `state_operand` needs
     block_p = max(16, min(64, triton.next_power_of_2(inputs.headdim), state_elements // block_n))
     chunk_size = max(16, min(chunk_size, triton.next_power_of_2(inputs.chunk_size)))
     return Tiles(chunk_size, block_p, block_n, num_warps)
@@ -157,11 +169,17 @@ def group_direction(directions, group, G: tl.constexpr, NUM_DIRECTIONS: tl.const
 
 
 @triton.jit
+def step_positions(steps, direction, length, height, NUM_DIRECTIONS: tl.constexpr):
+    """Positions in the batch row of steps along a scan direction, int64."""
+    positions = grid_offset(steps, direction, length, height) if NUM_DIRECTIONS > 0 else steps
+    return positions.to(tl.int64)
+
+
+@triton.jit
 def chunk_positions(first, end, direction, length, height, Q: tl.constexpr, NUM_DIRECTIONS: tl.constexpr):
     """Positions in the batch row of the steps from `first` on, (Q,) int64, and the mask of those before `end`."""
     steps = first + tl.arange(0, Q)
-    positions = grid_offset(steps, direction, length, height) if NUM_DIRECTIONS > 0 else steps
-    return positions.to(tl.int64), steps < end
+    return step_positions(steps, direction, length, height, NUM_DIRECTIONS), steps < end
 
 
 @triton.jit
@@ -202,14 +220,33 @@ def dot(a, b, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def chunk_decays(dt, a, Q: tl.constexpr, COMPUTE: tl.constexpr):
-    """Cumulative log decays of a chunk and the decays from its start, to its end and across it.
+def state_operand(state, DOT: tl.constexpr):
+    """A state as an operand of matrix products.
 
-    The cumulative sum of dt a is two parts, (Q,) each. The coarse part sums multiples of UNIT, exactly; the fine part
-    sums the remainders. So a difference of two cumulative sums is as exact as the terms between them.
+    float16 ends at 65,504, which a state may exceed although y does not: it is divided by the power of two below its
+    largest element.
 
     Returns:
-        coarse, fine (Q,); decay_from_start (Q,), up to and with step i; decay_to_end (Q,), after step j; chunk_decay.
+        the operand, and the factor of the product with it.
+    """
+    scale = 1.0
+    if DOT == tl.float16:
+        largest = tl.max(tl.max(tl.abs(state), axis=1), axis=0)
+        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        scale = exponent.to(tl.float32, bitcast=True)
+        state *= (0x7F000000 - exponent).to(tl.float32, bitcast=True)  # 1 / scale
+    return state.to(DOT), scale
+
+
+@triton.jit
+def sum_log_decays(dt, a, Q: tl.constexpr, COMPUTE: tl.constexpr):
+    """Cumulative sums of the log decays dt a over the Q steps of a chunk, the first dimension.
+
+    They are two parts. The coarse part sums multiples of UNIT, exactly; the fine part sums the remainders. So a
+    difference of two cumulative sums is as exact as the terms between them.
+
+    Returns:
+        coarse and fine, like dt, and the totals of both, which do not wait for the cumulative sums.
     """
     # exp2 of it overflows, exp2 of its negative is 0.
     MAX_LOG_DECAY: tl.constexpr = 1100.0 if COMPUTE == tl.float64 else 150.0
@@ -218,11 +255,19 @@ def chunk_decays(dt, a, Q: tl.constexpr, COMPUTE: tl.constexpr):
     max_log_decay = tl.full((), MAX_LOG_DECAY, COMPUTE)
     log_decay = tl.minimum(tl.maximum(dt * a, -max_log_decay), max_log_decay)
     multiples = tl.floor(log_decay * (1 / UNIT)) * UNIT
-    coarse, fine = tl.cumsum(multiples, axis=0), tl.cumsum(log_decay - multiples, axis=0)
+    remainders = log_decay - multiples
+    coarse, fine = tl.cumsum(multiples, axis=0), tl.cumsum(remainders, axis=0)
+    return coarse, fine, tl.sum(multiples, axis=0), tl.sum(remainders, axis=0)
 
-    is_last = tl.arange(0, Q) == Q - 1
-    coarse_total = tl.sum(tl.where(is_last, coarse, 0.0), axis=0)
-    fine_total = tl.sum(tl.where(is_last, fine, 0.0), axis=0)
+
+@triton.jit
+def chunk_decays(dt, a, Q: tl.constexpr, COMPUTE: tl.constexpr):
+    """Cumulative log decays of a chunk, as `sum_log_decays`, and its decays from the start, to the end and across.
+
+    Returns:
+        coarse, fine (Q,); decay_from_start (Q,), up to and with step i; decay_to_end (Q,), after step j; chunk_decay.
+    """
+    coarse, fine, coarse_total, fine_total = sum_log_decays(dt, a, Q, COMPUTE)
     decay_to_end = tl.exp2((coarse_total - coarse) + (fine_total - fine))
     return coarse, fine, tl.exp2(coarse + fine), decay_to_end, tl.exp2(coarse_total + fine_total)
 

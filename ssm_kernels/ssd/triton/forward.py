@@ -1,9 +1,10 @@
 """Forward of SSD in Triton: a program passes the state of one head through the chunks of one segment of a sequence.
 
-A chunk of Q steps is a few matrix products (arXiv 2405.21060, listing 1): its own inputs yield `(L o C B^T) dt x`, and
-the state S before it `exp(a) C S`. S, (N, P), stays in registers from chunk to chunk and is never written. Where heads
-and sequences are too few to fill the device, sequences are divided into segments: a first pass computes what each
-segment adds to the state, `state_passing` turns that into the state before each segment, and a second pass scans them.
+A first kernel computes the decays of all chunks, see `decays`. A chunk of Q steps is then a few matrix products (arXiv
+2405.21060, listing 1): its own inputs yield `(L o C B^T) dt x`, and the state S before it `exp(a) C S`. S, (N, P),
+stays in registers from chunk to chunk and is never written. Where heads and sequences are too few to fill the device,
+sequences are divided into segments: a first pass computes what each segment adds to the state, `state_passing` turns
+that into the state before each segment, and a second pass scans them.
 
 Heads whose P channels do not fit in registers are divided into tiles, which are independent but for sums over P.
 """
@@ -27,15 +28,14 @@ from .chunk import (
     ScanInputs,
     Tiles,
     choose_tiles,
-    chunk_decays,
-    chunk_positions,
     coarse_decay_matrix,
     dot,
     group_direction,
-    load_dt,
-    load_head,
     split_program,
+    state_operand,
+    step_positions,
 )
+from .decays import ChunkDecays, chunk_row, compute_chunk_decays
 
 STATE_REGISTERS = 128
 """Registers of a thread in the kernels that compute states alone, on NVIDIA."""
@@ -48,18 +48,19 @@ def forward(*args) -> tuple[Tensor, Tensor]:
     tiles = choose_tiles(inputs, backward=False)
     segment_size = _segment_size(inputs, tiles)
     segments = inputs.build_segment_table(segment_size)
+    decays = compute_chunk_decays(inputs, tiles, segments)
     y = inputs.empty(*inputs.x.shape, dtype=arguments.out_dtype)  # (B, L, H, P)
     final_states = inputs.states_like(inputs.initial_states)
 
     if segment_size >= inputs.length:  # a segment is an entire sequence
         launch_forward(
-            inputs, tiles, segments, initial_states=inputs.initial_states,
+            inputs, tiles, segments, decays, initial_states=inputs.initial_states,
             initial_state_rows=segments.initial_state_rows, y=y, final_states=final_states,
             final_state_rows=segments.final_state_rows,
         )  # fmt: skip
     else:
-        segment_initial_states, _ = compute_segment_initial_states(inputs, tiles, segments, final_states)
-        launch_forward(inputs, tiles, segments, initial_states=segment_initial_states, y=y)
+        segment_initial_states, _ = compute_segment_initial_states(inputs, tiles, segments, decays, final_states)
+        launch_forward(inputs, tiles, segments, decays, initial_states=segment_initial_states, y=y)
     zero_padding(segments, y)
     return y, final_states
 
@@ -76,7 +77,7 @@ def _segment_size(inputs: ScanInputs, tiles: Tiles) -> int:
 
 
 def compute_segment_initial_states(
-    inputs: ScanInputs, tiles: Tiles, segments: SegmentTable, final_states: Tensor
+    inputs: ScanInputs, tiles: Tiles, segments: SegmentTable, decays: ChunkDecays, final_states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the state before each segment, (M, H, P, N), and the sum of its dt, (M, H).
 
@@ -85,7 +86,7 @@ def compute_segment_initial_states(
     segment_states = inputs.empty_states(len(segments.entries))
     dt_sum = inputs.empty(len(segments.entries), inputs.heads)
     # Listing 1, steps 2 and 3, by segments instead of chunks.
-    launch_forward(inputs, tiles, segments, final_states=segment_states, dt_sum=dt_sum)
+    launch_forward(inputs, tiles, segments, decays, final_states=segment_states, dt_sum=dt_sum)
     state_passing(segments, segment_states, inputs.A, dt_sum, inputs.initial_states, final_states, reverse=False)
     return segment_states, dt_sum
 
@@ -94,6 +95,7 @@ def launch_forward(
     inputs: ScanInputs,
     tiles: Tiles,
     segments: SegmentTable,
+    decays: ChunkDecays,
     *,
     initial_states: Tensor | None = None,
     initial_state_rows: Tensor | None = None,
@@ -109,16 +111,20 @@ def launch_forward(
     num_programs = len(segment_range) * inputs.num_head_tiles(tiles)
     if not num_programs:
         return
-    x, dt, B, C, D = inputs.x, inputs.dt, inputs.B, inputs.C, inputs.D
+    x, B, C, D = inputs.x, inputs.B, inputs.C, inputs.D
+    names = ("H", "P", "N", "G", "NUM_DIRECTIONS", "DOT", "COMPUTE")
     with on_device(x):
         _forward_kernel[(num_programs,)](
-            x, dt, inputs.A, B, C, D, inputs.dt_bias, initial_states, y, final_states, dt_sum, chunk_states,
+            x, B, C, D, decays.steps, decays.totals, initial_states, y, final_states, dt_sum, chunk_states,
             segments.entries, initial_state_rows, final_state_rows,
-            segment_range.start, inputs.length, inputs.height, inputs.directions,
-            x.stride(), dt.stride(), B.stride(), C.stride(), None if D is None else D.stride(),
-            CHUNKS_PER_SEGMENT=CHUNKS_PER_SEGMENT, HAS_D=D is not None, HAS_INITIAL_STATES=initial_states is not None,
+            segment_range.start, inputs.length, decays.segment_rows, inputs.height, inputs.directions,
+            x.stride(), B.stride(), C.stride(), None if D is None else D.stride(0),
+            X_STEP=x.stride(1), B_STEP=B.stride(1), C_STEP=C.stride(1),
+            CHUNKS_PER_SEGMENT=CHUNKS_PER_SEGMENT, HAS_D=D is not None, WIDE_D=D is not None and D.stride(1) != 0,
+            IS_PACKED=inputs.is_packed, HAS_INITIAL_STATES=initial_states is not None,
             WRITE_Y=y is not None, WRITE_FINAL_STATES=final_states is not None, WRITE_DT_SUM=dt_sum is not None,
-            WRITE_CHUNK_STATES=chunk_states is not None, num_stages=2, **tiles.options(), **inputs.constants,
+            WRITE_CHUNK_STATES=chunk_states is not None, num_stages=2, **tiles.options(),
+            **{name: inputs.constants[name] for name in names},
             **(maxnreg_option(STATE_REGISTERS, inputs.device) if y is None else {}),
         )  # fmt: skip
 
@@ -126,11 +132,9 @@ def launch_forward(
 @triton.jit
 def _forward_kernel(
     x_ptr,  # (B, L, H, P)
-    dt_ptr,  # (B, L, H)
-    A_ptr,  # (H,)
     B_ptr, C_ptr,  # (B, L, G, N)
     D_ptr,  # (H, P)
-    dt_bias_ptr,  # (H,)
+    step_decays_ptr, chunk_totals_ptr,  # (rows, H, 4, Q), (rows, H, 2): `ChunkDecays`
     initial_states_ptr,  # (rows, H, P, N)
     y_ptr,  # (B, L, H, P), written
     final_states_ptr,  # (rows, H, P, N), written
@@ -138,14 +142,14 @@ def _forward_kernel(
     chunk_states_ptr,  # (segments of this launch, CHUNKS_PER_SEGMENT, H, P, N), written
     segments_ptr,  # (M, 4)
     initial_state_rows_ptr, final_state_rows_ptr,  # (S,)
-    segment_offset, length, height, directions,
-    x_strides, dt_strides, B_strides, C_strides, D_strides,
+    segment_offset, length, segment_rows, height, directions,
+    x_strides, B_strides, C_strides, D_stride_head,
+    X_STEP: tl.constexpr, B_STEP: tl.constexpr, C_STEP: tl.constexpr,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS_PER_SEGMENT: tl.constexpr,
-    HAS_INITIAL_STATES: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr,
+    IS_PACKED: tl.constexpr, HAS_INITIAL_STATES: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
     WRITE_Y: tl.constexpr, WRITE_FINAL_STATES: tl.constexpr, WRITE_DT_SUM: tl.constexpr,
-    WRITE_CHUNK_STATES: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr,
-    DOT: tl.constexpr, COMPUTE: tl.constexpr,
+    WRITE_CHUNK_STATES: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Scan one segment for BLOCK_P channels of one head; write y, the final state, the state before each chunk.
 
@@ -162,69 +166,92 @@ def _forward_kernel(
         return
     group = head // (H // G)
     direction = group_direction(directions, group, G, NUM_DIRECTIONS)
-    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    mask_p, mask_n = p < P, n < N
-    a, dt_bias = load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS, COMPUTE)
-    state_offsets = p[None, :] * N + n[:, None]  # (N, P) in (P, N)
-    mask_state = mask_n[:, None] & mask_p[None, :]
+    p, n, q = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
+    first_p = tile * BLOCK_P
+    mask_p, mask_n = first_p + p < P, n < N
 
     state = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
     if HAS_INITIAL_STATES:
         row = segment if initial_state_rows_ptr is None else tl.load(initial_state_rows_ptr + sequence)
         row = row.to(tl.int64)
-        initial_state_ptrs = initial_states_ptr + (row * H + head) * (P * N) + state_offsets
-        state = tl.load(initial_state_ptrs, and_scalar(mask_state, row >= 0), other=0.0).to(COMPUTE)
+        initial_state_ptrs = initial_states_ptr + ((row * H + head) * P + first_p) * N + p[None, :] * N + n[:, None]
+        mask_state = and_scalar(mask_n[:, None] & mask_p[None, :], row >= 0)
+        state = tl.load(initial_state_ptrs, mask_state, other=0.0).to(COMPUTE)
     if HAS_D:
-        D = tl.load(D_ptr + head * D_strides[0] + p * D_strides[1], mask_p, other=0.0).to(COMPUTE)  # (P,)
+        D_ptr += head * D_stride_head
+        D = tl.load(D_ptr).to(COMPUTE)  # that of all channels, unless WIDE_D
     dt_sum = tl.zeros((), COMPUTE)
-    x_ptr += batch * x_strides[0] + head.to(tl.int64) * x_strides[2]
-    dt_ptr += batch * dt_strides[0] + head.to(tl.int64) * dt_strides[2]
+    first_row = chunk_row(batch, start, segment, length, segment_rows, IS_PACKED, Q) * H + head
+    step_decays_ptr += first_row * (4 * Q)
+    chunk_totals_ptr += first_row * 2
+    x_ptr += batch * x_strides[0] + head.to(tl.int64) * x_strides[2] + first_p
     B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
     C_ptr += batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
+    if WRITE_Y:
+        y_ptr += (batch * length * H + head) * P + first_p
 
     for first in range(start, end, Q):
-        positions, mask_q = chunk_positions(first, end, direction, length, height, Q, NUM_DIRECTIONS)
+        # Along a scan direction positions are computed. In time they are constants from the first on, and with it and
+        # strides that are constants too, a tile has one address a thread instead of one a row.
+        if NUM_DIRECTIONS:
+            base = 0
+            positions = step_positions(first + q, direction, length, height, NUM_DIRECTIONS)
+        else:
+            base = tl.cast(first, tl.int64)
+            positions = q.to(tl.int64)
+        mask_q = first + q < end
         mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
-        dt_ptrs = dt_ptr + positions * dt_strides[1]
-        dt, _ = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
-        coarse, fine, decay_from_start, decay_to_end, chunk_decay = chunk_decays(dt, a, Q, COMPUTE)
+        x_ptrs = x_ptr + base * X_STEP + positions[:, None] * X_STEP + p[None, :]
+        B_ptrs = B_ptr + base * B_STEP + positions[:, None] * B_STEP + n[None, :]
+        C_ptrs = C_ptr + base * C_STEP + positions[:, None] * C_STEP + n[None, :]
+        chunk = tl.cast((first - start) // Q, tl.int64) * H
+        step_decay_ptrs = step_decays_ptr + chunk * (4 * Q) + q
 
+        chunk_decay = tl.load(chunk_totals_ptr + chunk * 2)
+        state_weight = tl.load(step_decay_ptrs + 3 * Q)  # (Q,)
+        x = tl.load(x_ptrs, mask_x, other=0.0)  # (Q, P)
+        B = tl.load(B_ptrs, mask_B, other=0.0).to(DOT)  # (Q, N)
         if WRITE_CHUNK_STATES:
-            chunk = first_chunk + (first - start) // Q * H
             tl.store(
-                chunk_states_ptr + chunk * (P * N) + state_offsets,
+                chunk_states_ptr + ((first_chunk + chunk) * P + first_p) * N + p[None, :] * N + n[:, None],
                 state.to(chunk_states_ptr.dtype.element_ty),
-                mask_state,
+                mask_n[:, None] & mask_p[None, :],
             )
 
-        x = tl.load(x_ptr + positions[:, None] * x_strides[1] + p[None, :], mask_x, other=0.0)  # (Q, P)
-        B = tl.load(B_ptr + positions[:, None] * B_strides[1] + n[None, :], mask_B, other=0.0).to(DOT)  # (Q, N)
-
+        # In this order of products the values that are live at once fit in registers.
         if WRITE_Y:
-            C = tl.load(C_ptr + positions[:, None] * C_strides[1] + n[None, :], mask_B, other=0.0).to(DOT)  # (Q, N)
-            scores = dot(C, tl.trans(B), COMPUTE)  # (Q, Q)
-            # L o C B^T dt, with L as `decay_matrix`; in this order it takes the fewest registers.
-            masked_scores = scores * coarse_decay_matrix(coarse, Q) * tl.exp2(fine)[:, None]
-            masked_scores *= (dt * tl.exp2(-fine))[None, :]
+            C = tl.load(C_ptrs, mask_B, other=0.0).to(DOT)  # (Q, N)
+            coarse, fine = tl.load(step_decay_ptrs), tl.load(step_decay_ptrs + Q)  # (Q,)
             # Listing 1, step 4: the output from the state before the chunk.
-            y = dot(C, state.to(DOT), COMPUTE) * decay_from_start[:, None]
-            # Listing 1, step 1: the output from the chunk's own inputs.
-            y += dot(masked_scores.to(DOT), x.to(DOT), COMPUTE)  # (Q, P)
-            if HAS_D:
-                y += D[None, :] * x.to(COMPUTE)
-            y_offsets = ((batch * length + positions) * H + head) * P
-            tl.store(y_ptr + y_offsets[:, None] + p[None, :], y.to(y_ptr.dtype.element_ty), mask_x)
+            operand, scale = state_operand(state, DOT)
+            y = dot(C, operand, COMPUTE) * (tl.exp2(coarse + fine) * scale)[:, None]  # (Q, P)
+            if HAS_D and WIDE_D:  # loaded in each chunk: D of all channels would take registers through the loop
+                y += tl.load(D_ptr + first_p + p, mask_p, other=0.0).to(COMPUTE)[None, :] * x.to(COMPUTE)
+            elif HAS_D:
+                y += D * x.to(COMPUTE)
 
         # Listing 1, steps 2 and 3: the state after the chunk.
-        decayed_input = x.to(COMPUTE) * (dt * decay_to_end)[:, None]
+        decayed_input = x.to(COMPUTE) * state_weight[:, None]
         chunk_state = dot(tl.trans(B), decayed_input.to(DOT), COMPUTE)
         state = state * chunk_decay + chunk_state  # (N, P)
-        dt_sum += tl.sum(dt, axis=0)
+
+        if WRITE_Y:
+            # Listing 1, step 1: the output from the chunk's own inputs. L o C B^T dt, with L as `decay_matrix`.
+            scores = dot(C, tl.trans(B), COMPUTE)  # (Q, Q)
+            masked_scores = scores * coarse_decay_matrix(coarse, Q) * tl.exp2(fine)[:, None]
+            masked_scores *= tl.load(step_decay_ptrs + 2 * Q)[None, :]
+            y += dot(masked_scores.to(DOT), x.to(DOT), COMPUTE)
+            y_ptrs = y_ptr + base * (H * P) + positions[:, None] * (H * P) + p[None, :]
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask_x)
+        if WRITE_DT_SUM:
+            dt_sum += tl.load(chunk_totals_ptr + chunk * 2 + 1)
 
     if WRITE_FINAL_STATES:
+        sequence = load_segment(segments_ptr, segment)[3]  # read again: kept, it takes a register through the loop
         row = (segment if final_state_rows_ptr is None else tl.load(final_state_rows_ptr + sequence)).to(tl.int64)
-        final_state_ptrs = final_states_ptr + (row * H + head) * (P * N) + state_offsets
-        tl.store(final_state_ptrs, state.to(final_states_ptr.dtype.element_ty), and_scalar(mask_state, row >= 0))
+        final_state_ptrs = final_states_ptr + ((row * H + head) * P + first_p) * N + p[None, :] * N + n[:, None]
+        mask_state = and_scalar(mask_n[:, None] & mask_p[None, :], row >= 0)
+        tl.store(final_state_ptrs, state.to(final_states_ptr.dtype.element_ty), mask_state)
     if WRITE_DT_SUM:
         if tile == 0:
             tl.store(dt_sum_ptr + segment.to(tl.int64) * H + head, dt_sum)
