@@ -165,7 +165,8 @@ def group_direction(directions, group, G: tl.constexpr, NUM_DIRECTIONS: tl.const
     """Scan direction of a group: the groups are NUM_DIRECTIONS equal runs. 0 in a scan in time."""
     if NUM_DIRECTIONS:
         return unpack_direction(directions, group // (G // NUM_DIRECTIONS))
-    return 0
+    else:  # not after the branch: two types of result would not compile
+        return 0
 
 
 @triton.jit
