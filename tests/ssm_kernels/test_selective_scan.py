@@ -27,7 +27,7 @@ GROUPS, STATES = ([1, 2], [1, 2, 5]) if is_interpreted() else ([1, 2, 4], [1, 2,
 
 @pytest.fixture(scope="module", autouse=True)
 def short_chunks():
-    """Chunks of 8 steps in the interpreter, so that short sequences have several."""
+    """Checkpoints every 8 steps in the interpreter, and parts of 4, so that short sequences have several."""
     with pytest.MonkeyPatch.context() as patch:
         if is_interpreted():
             from ssm_kernels.selective_scan import triton
@@ -35,6 +35,7 @@ def short_chunks():
 
             for module in (triton, forward, backward):
                 patch.setattr(module, "CHECKPOINT_INTERVAL", 8)
+            patch.setattr(backward, "PART_STEPS", 4)
         yield
 
 

@@ -38,20 +38,20 @@ from .tile import (
     ScanInputs,
     add_scaled,
     advance_states,
-    base_step,
     channel_stride,
     dot_states,
     fill_tile,
     forward_tile,
     jit_with_opaque_strides,
-    load_dt,
+    load_channels,
     load_row,
     load_states,
-    load_step,
+    load_steps,
     load_vector,
-    local_step,
+    scale_states,
     split_program,
     step_ptr,
+    step_size,
     store_states,
     strides,
     tile_channels,
@@ -61,6 +61,13 @@ from .tile import (
     zero_states,
 )
 
+PART_STEPS = 16
+"""Steps whose states are in scratch at a time, a multiple of `_unroll`.
+
+With all 64 steps of a segment, the scratch of the programs that run at once on an H100 is 86 MB, and its L2 cache has
+50 MB; with 16 it is 30 MB. Scanning three parts of four once more for the state before each takes 13 % more
+instructions; more checkpoint states would take memory for the time between forward and backward.
+"""
 PROGRAMS_PER_SM = 16
 """Programs of `_backward_kernel` for each SM, of one warp each: twice as many as registers allow at once."""
 
@@ -140,8 +147,9 @@ def _compute_gradients(
     dz = None if z is None else empty_like(z)
     if num_segments:
         num_programs, unrolled = num_runs * inputs.groups * num_splits, _unroll(inputs)
-        slots = CHECKPOINT_INTERVAL // unrolled  # blocks of steps whose first state is in scratch
-        scratch_elements = tile["BLOCK_E"] * (tile["LANES"] * tile["K"] * slots + 2 * CHECKPOINT_INTERVAL)
+        # States of the blocks of a part, states of the parts, and two values of each step: as the kernel says.
+        num_states = PART_STEPS // unrolled + triton.cdiv(CHECKPOINT_INTERVAL, PART_STEPS)
+        scratch_elements = tile["BLOCK_E"] * (tile["LANES"] * tile["K"] * num_states + 2 * PART_STEPS)
         scratch = dstates.new_empty(num_programs, scratch_elements)
         with on_device(u):
             _backward_kernel[(num_programs,)](
@@ -151,7 +159,9 @@ def _compute_gradients(
                 1, tile["BLOCK_E"], strides(u), channel_stride(u), strides(dt), channel_stride(dt), strides(z),
                 channel_stride(z), strides(dy), channel_stride(dy), strides(du), channel_stride(du), strides(ddt),
                 channel_stride(ddt), strides(dz), channel_stride(dz), strides(B), strides(C),
-                CHECKPOINT_INTERVAL=CHECKPOINT_INTERVAL, UNROLL=unrolled, **inputs.options(tile),
+                CHECKPOINT_INTERVAL=CHECKPOINT_INTERVAL, PART_STEPS=PART_STEPS, UNROLL=unrolled,
+                WHOLE_TILES=inputs.group_channels % tile["BLOCK_E"] == 0,
+                WHOLE_BLOCKS=not inputs.is_packed and inputs.length % unrolled == 0, **inputs.options(tile),
             )  # fmt: skip
     sums = {"A": dA, "B": dB, "C": dC, "D": dD, "dt_bias": ddt_bias}
     summed = {name: None if x is None else x.sum(0) for name, x in sums.items()}
@@ -163,7 +173,8 @@ def _backward_tile(n: int) -> dict[str, int]:
 
     Adding over channels in a thread saves adding over threads; four channels would spill.
     """
-    return fill_tile(n, 8) | {"num_warps": 1}
+    tile = fill_tile(n, 8)
+    return tile | {"PADDED_K": triton.next_power_of_2(tile["K"]), "num_warps": 1}
 
 
 def _unroll(inputs: ScanInputs) -> int:
@@ -202,48 +213,81 @@ def _adjoint_kernel(
     segment, group, e, lane = split_program(num_groups, group_channels, BLOCK_E, LANES)
     lanes = tl.arange(0, LANES)[None, :]
     mask = e < group_channels
+    e_loaded = tl.minimum(e, group_channels - 1)  # loads in the loop need no mask
     channel = group * group_channels + e
     batch, start, end, _ = load_segment(segments_ptr, segment)
-    direction = unpack_direction(directions, group) if NUM_DIRECTIONS else None
+    grid = (unpack_direction(directions, group), length, height) if NUM_DIRECTIONS else None
 
     a = load_states(A_ptr + channel * N, mask, lane, N, K, LOG2E, COMPUTE)
+    c = ()
     if CONSTANT_C:
         c = load_states(C_ptr + channel * N, mask, lane, N, K, 1.0, COMPUTE)
     else:
         C_ptr += batch * C_strides[0] + group * C_strides[2] + lanes * K
     dt_bias = load_vector(dt_bias_ptr + channel, mask, COMPUTE) if HAS_DT_BIAS else 0.0
-    dt_ptr += batch * dt_strides[0] + group * dt_strides[2] + e * stride_dt_channel
-    dy_ptr += batch * dy_strides[0] + group * dy_strides[2] + e * stride_dy_channel
+    dt_ptr += batch * dt_strides[0] + group * dt_strides[2] + e_loaded * stride_dt_channel
+    dy_ptr += batch * dy_strides[0] + group * dy_strides[2] + e_loaded * stride_dy_channel
     if HAS_Z:
-        z_ptr += batch * z_strides[0] + group * z_strides[2] + e * stride_z_channel
+        z_ptr += batch * z_strides[0] + group * z_strides[2] + e_loaded * stride_z_channel
 
     dh = zero_states(BLOCK_E, LANES, K, COMPUTE)
     dt_sum = tl.zeros((BLOCK_E, LANES), COMPUTE)
-    blocks = tl.cdiv(end - start, UNROLL)
+    # The steps that fill no block, then blocks of UNROLL steps. Their dt, dy and z are loaded a block ahead.
+    blocks = (end - start) // UNROLL
+    if UNROLL > 1:
+        for step in range(end - start - blocks * UNROLL):
+            t = end - 1 - step
+            dts = load_steps(dt_ptr, t, dt_strides[1], grid, None, 1)
+            dys = load_steps(dy_ptr, t, dy_strides[1], grid, None, 1)
+            zs = load_steps(z_ptr, t, z_strides[1], grid, None, 1) if HAS_Z else ()
+            dh, dt_sum = _adjoint_block(
+                t, dh, dt_sum, dts, dys, zs, a, c, dt_bias, C_ptr, lanes, C_strides, grid,
+                N, K, LANES, C_WORD, CONSTANT_C, HAS_Z, DT_SOFTPLUS, COMPUTE, 1,
+            )  # fmt: skip
+    is_any = and_scalar(mask, blocks > 0)
+    t_next = start + (blocks - 1) * UNROLL
+    next_dts = load_steps(dt_ptr, t_next, dt_strides[1], grid, is_any, UNROLL)
+    next_dys = load_steps(dy_ptr, t_next, dy_strides[1], grid, is_any, UNROLL)
+    next_zs = load_steps(z_ptr, t_next, z_strides[1], grid, is_any, UNROLL) if HAS_Z else ()
     for block in range(blocks):
         t0 = start + (blocks - 1 - block) * UNROLL
-        base = base_step(t0, direction)
-        for i in tl.static_range(UNROLL - 1, -1, -1):
-            # Load.
-            inside = and_scalar(mask, t0 + i < end)
-            local = local_step(t0, i, end, direction, length, height)
-            dt = load_dt(dt_ptr, base, local, dt_strides[1], inside, dt_bias, DT_SOFTPLUS, COMPUTE)  # (BLOCK_E, LANES)
-            dout = load_step(dy_ptr, base, local, dy_strides[1], inside, COMPUTE)
-            if HAS_Z:
-                dout *= silu(load_step(z_ptr, base, local, z_strides[1], inside, COMPUTE))
-            if not CONSTANT_C:
-                c = load_row(C_ptr, base, local, C_strides[1], lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
-
-            # Adjoint of equations 2: dh_{t-1} = exp(dt A) (dh_t + C dout_t).
-            dh_before = ()
-            for k in tl.static_range(K):
-                dh_before = dh_before + (tl.exp2(dt * a[k]) * (dh[k] + dout * c[k]),)
-            dh = dh_before
-            dt_sum += dt
+        dts, dys, zs = next_dts, next_dys, next_zs
+        t_next = tl.maximum(t0 - UNROLL, start)
+        next_dts = load_steps(dt_ptr, t_next, dt_strides[1], grid, None, UNROLL)
+        next_dys = load_steps(dy_ptr, t_next, dy_strides[1], grid, None, UNROLL)
+        next_zs = load_steps(z_ptr, t_next, z_strides[1], grid, None, UNROLL) if HAS_Z else ()
+        dh, dt_sum = _adjoint_block(
+            t0, dh, dt_sum, dts, dys, zs, a, c, dt_bias, C_ptr, lanes, C_strides, grid,
+            N, K, LANES, C_WORD, CONSTANT_C, HAS_Z, DT_SOFTPLUS, COMPUTE, UNROLL,
+        )  # fmt: skip
 
     row_size = tl.cast(num_groups, tl.int64) * group_channels * N
     store_states(dstates_ptr + segment * row_size + channel * N, dh, mask, lane, N, K)
     tl.store(dt_sum_ptr + segment * (num_groups * group_channels) + channel, dt_sum, mask)
+
+
+@triton.jit
+def _adjoint_block(
+    t0, dh, dt_sum, dts, dys, zs, a, c, dt_bias, C_ptr, lanes, C_strides, grid,
+    N: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, C_WORD: tl.constexpr, CONSTANT_C: tl.constexpr,
+    HAS_Z: tl.constexpr, DT_SOFTPLUS: tl.constexpr, COMPUTE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of the state before STEPS steps from t0 on, and `dt_sum` with theirs."""
+    for i in tl.static_range(STEPS - 1, -1, -1):
+        dt = step_size(dts[i].to(COMPUTE), dt_bias, DT_SOFTPLUS)  # (BLOCK_E, LANES)
+        dout = dys[i].to(COMPUTE)
+        if HAS_Z:
+            dout *= silu(zs[i].to(COMPUTE))
+        if not CONSTANT_C:
+            c = load_row(step_ptr(C_ptr, t0, i, C_strides[1], grid), lanes, None, N, K, LANES, C_WORD, COMPUTE)
+
+        # Adjoint of equations 2: dh_{t-1} = exp(dt A) (dh_t + C dout_t).
+        dh_before = ()
+        for k in tl.static_range(K):
+            dh_before = dh_before + (tl.exp2(dt * a[k]) * (dh[k] + dout * c[k]),)
+        dh = dh_before
+        dt_sum += dt
+    return dh, dt_sum
 
 
 @jit_with_opaque_strides
@@ -269,19 +313,25 @@ def _backward_kernel(
     u_strides, stride_u_channel, dt_strides, stride_dt_channel, z_strides, stride_z_channel, dy_strides,
     stride_dy_channel, du_strides, stride_du_channel, ddt_strides, stride_ddt_channel, dz_strides, stride_dz_channel,
     B_strides, C_strides,
-    N: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, BLOCK_E: tl.constexpr, B_WORD: tl.constexpr,
-    C_WORD: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_DT_BIAS: tl.constexpr, DT_SOFTPLUS: tl.constexpr, NUM_DIRECTIONS: tl.constexpr,
-    CHECKPOINT_INTERVAL: tl.constexpr, UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, PADDED_K: tl.constexpr, LANES: tl.constexpr, BLOCK_E: tl.constexpr,
+    B_WORD: tl.constexpr, C_WORD: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, DT_SOFTPLUS: tl.constexpr, NUM_DIRECTIONS: tl.constexpr,
+    CHECKPOINT_INTERVAL: tl.constexpr, PART_STEPS: tl.constexpr, UNROLL: tl.constexpr, WHOLE_TILES: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Compute all gradients of a run of segments, for every `num_splits`-th tile of a group's channels.
 
     Grid: runs x groups x splits. Tiles: inputs (BLOCK_E, LANES), each lane alike; B, C K x (1, LANES); state
     K x (BLOCK_E, LANES).
 
-    Each segment is scanned forward from its checkpoint state, for dC and dz. That saves in scratch the state before
-    every UNROLL steps, and dt and the gradient of the output before the gate for each step. Then it is scanned
-    backward, UNROLL steps at a time, whose states are recomputed in registers.
+    Each segment is scanned for the state before each of its parts of PART_STEPS steps. Then, from the last part to the
+    first, a part is scanned forward, for dC and dz. That saves in scratch the state before every UNROLL steps, and dt
+    and the gradient of the output before the gate for each step. Then it is scanned backward, UNROLL steps at a time,
+    whose states are recomputed in registers.
+
+    Where all tiles are full and all segments have a multiple of UNROLL steps (WHOLE_TILES, WHOLE_BLOCKS), no load needs
+    a mask; else the second step of the last block is masked: 3 % more instructions, where a loop of its own for that
+    step would double the time to compile.
 
     dB and dC are sums over channels: over a tile's in registers, over tiles in rows (splits, B, L, G, N) that no other
     program touches. dA, dD and ddt_bias, and dB and dC of matrices constant in time, are sums over time: a row a run.
@@ -289,19 +339,18 @@ def _backward_kernel(
     program = tl.program_id(0)
     split, group = program % num_splits, (program // num_splits % num_groups).to(tl.int64)
     run = program // num_splits // num_groups
-    direction = unpack_direction(directions, group) if NUM_DIRECTIONS else None
+    grid = (unpack_direction(directions, group), length, height) if NUM_DIRECTIONS else None
     lanes = tl.arange(0, LANES)[None, :]
     row_size = tl.cast(num_groups, tl.int64) * group_channels * N
 
-    # Scratch of this program: K states a thread for each block of UNROLL steps, then dt and dout of each step.
-    TILE: tl.constexpr = BLOCK_E * LANES
-    STATES: tl.constexpr = TILE * (CHECKPOINT_INTERVAL // UNROLL) * K
-    scratch_ptr += program.to(tl.int64) * (STATES + 2 * BLOCK_E * CHECKPOINT_INTERVAL)
-    tile_channel = tl.arange(0, BLOCK_E)[:, None] + tl.zeros((1, LANES), tl.int32)
+    # Scratch of this program: K states a thread for each block of a part, and for each part; dt and dout of each step.
+    PARTS: tl.constexpr = BLOCK_E * LANES * K * (PART_STEPS // UNROLL)
+    STEPS: tl.constexpr = PARTS + BLOCK_E * LANES * K * ((CHECKPOINT_INTERVAL + PART_STEPS - 1) // PART_STEPS)
+    scratch_ptr += program.to(tl.int64) * (STEPS + 2 * BLOCK_E * PART_STEPS)
+    parts_ptr, steps_ptr = scratch_ptr + PARTS, scratch_ptr + STEPS
     lane = tile_lanes(BLOCK_E, LANES)
-    # Steps before states: in the other order ptxas spills 8 bytes on sm_80 along directions.
-    saved_steps_ptr = scratch_ptr + STATES + tile_channel * stride_scratch_channel
-    saved_states_ptr = scratch_ptr + (lane * stride_scratch_lane + tile_channel * stride_scratch_channel)
+    tile_channel = (tl.arange(0, BLOCK_E)[:, None] + tl.zeros((1, LANES), tl.int32)) * stride_scratch_channel
+    tile_states = lane * stride_scratch_lane + tile_channel
 
     for tile in range(split, tl.cdiv(group_channels, BLOCK_E), num_splits):
         e = tile_channels(tile, BLOCK_E, LANES)
@@ -311,6 +360,7 @@ def _backward_kernel(
         # Parameters of the channels, and sums over time.
         a = load_states(A_ptr + channel * N, mask, lane, N, K, LOG2E, COMPUTE)
         dA = zero_states(BLOCK_E, LANES, K, COMPUTE)
+        b, dB_sum, c, dC_sum = (), (), (), ()
         if CONSTANT_B:
             b = load_states(B_ptr + channel * N, mask, lane, N, K, 1.0, COMPUTE)
             dB_sum = zero_states(BLOCK_E, LANES, K, COMPUTE)
@@ -327,143 +377,63 @@ def _backward_kernel(
             state_offsets = tl.cast(segment, tl.int64) * row_size + channel * N
             u_row = u_ptr + batch * u_strides[0] + group * u_strides[2] + e * stride_u_channel
             dt_row = dt_ptr + batch * dt_strides[0] + group * dt_strides[2] + e * stride_dt_channel
-            if not CONSTANT_B:
-                B_row = B_ptr + batch * B_strides[0] + group * B_strides[2] + lanes * K
-            if not CONSTANT_C:
-                C_row = C_ptr + batch * C_strides[0] + group * C_strides[2] + lanes * K
             dy_row = dy_ptr + batch * dy_strides[0] + group * dy_strides[2] + e * stride_dy_channel
             du_row = du_ptr + batch * du_strides[0] + group * du_strides[2] + e * stride_du_channel
             ddt_row = ddt_ptr + batch * ddt_strides[0] + group * ddt_strides[2] + e * stride_ddt_channel
-            partial_sums = (((split * num_batches + batch) * length) * num_groups + group) * N + lanes * K  # in dB, dC
+            z_row, dz_row, B_row, C_row, dB_row, dC_row = None, None, None, None, None, None
             if HAS_Z:
                 z_row = z_ptr + batch * z_strides[0] + group * z_strides[2] + e * stride_z_channel
                 dz_row = dz_ptr + batch * dz_strides[0] + group * dz_strides[2] + e * stride_dz_channel
+            sums_offset = (((split * num_batches + batch) * length) * num_groups + group) * N  # in dB, dC
+            if not CONSTANT_B:
+                B_row = B_ptr + batch * B_strides[0] + group * B_strides[2] + lanes * K
+                dB_row = dB_ptr + sums_offset
+            if not CONSTANT_C:
+                C_row = C_ptr + batch * C_strides[0] + group * C_strides[2] + lanes * K
+                dC_row = dC_ptr + sums_offset
 
-            # Forward.
+            # The state before each part.
             tl.debug_barrier()  # other threads of this program may still read scratch, or have written sums
+            parts = tl.cdiv(end - start, PART_STEPS)
             h = load_states(checkpoint_states_ptr + state_offsets, mask, lane, N, K, 1.0, COMPUTE)
-            for t0 in range(start, end, UNROLL):
-                slot = (t0 - start) // UNROLL
-                for k in tl.static_range(K):
-                    tl.store(saved_states_ptr + (slot * K + k) * TILE, h[k])
-                dts, douts, dzs, dCs = (), (), (), ()
-                base = base_step(t0, direction)
-                for i in tl.static_range(UNROLL):
-                    # Load.
-                    inside = and_scalar(mask, t0 + i < end)
-                    local = local_step(t0, i, end, direction, length, height)
-                    dt = load_dt(dt_row, base, local, dt_strides[1], inside, dt_bias, DT_SOFTPLUS, COMPUTE)
-                    u = load_step(u_row, base, local, u_strides[1], inside, COMPUTE)
-                    dy = load_step(dy_row, base, local, dy_strides[1], inside, COMPUTE)
-                    if not CONSTANT_B:
-                        b = load_row(B_row, base, local, B_strides[1], lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
+            for part in range(parts):
+                _save(parts_ptr + part * (BLOCK_E * LANES * K), tile_states, h, K, BLOCK_E * LANES)
+                if part + 1 < parts:
+                    for block in range(PART_STEPS // UNROLL):
+                        h = _advance_block(
+                            start + part * PART_STEPS + block * UNROLL, h, a, b, dt_bias, u_row, dt_row, B_row,
+                            u_strides, dt_strides, B_strides, grid, mask, lanes,
+                            N, K, LANES, B_WORD, CONSTANT_B, DT_SOFTPLUS, WHOLE_TILES, UNROLL, COMPUTE,
+                        )  # fmt: skip
 
-                    # Equation 2a of arXiv 2312.00752: h_t = exp(dt A) h_{t-1} + dt B u_t.
-                    h = advance_states(h, a, b, dt, dt * u, K)
-
-                    # Adjoint of the gate y = out silu(z), with out = C h + D u.
-                    dout = dy
-                    if HAS_Z:
-                        if not CONSTANT_C:
-                            c = load_row(C_row, base, local, C_strides[1], lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
-                        z = load_step(z_row, base, local, z_strides[1], inside, COMPUTE)
-                        out = dot_states(c, h, K, LANES)
-                        if HAS_D:
-                            out += D * u
-                        dout = dy * z * sigmoid(z)
-                        dzs = dzs + (silu_backward(dy * out, z),)
-
-                    # Adjoint of equation 2b: dC_t = sum over channels of h_t dout_t.
-                    if CONSTANT_C:
-                        dC_sum = add_scaled(dC_sum, dout, h, K)
-                    else:
-                        for k in tl.static_range(K):
-                            dCs = dCs + (tl.sum(h[k] * dout, axis=0, keep_dims=True),)  # (1, LANES)
-                    dts = dts + (dt,)
-                    douts = douts + (dout,)
-
-                # Store.
-                for i in tl.static_range(UNROLL):
-                    local = local_step(t0, i, end, direction, length, height)
-                    tl.store(saved_steps_ptr + (slot * UNROLL + i) * BLOCK_E, dts[i])
-                    tl.store(saved_steps_ptr + (slot * UNROLL + i + CHECKPOINT_INTERVAL) * BLOCK_E, douts[i])
-                    if HAS_Z:
-                        dz_step_ptr = step_ptr(dz_row, base, local, dz_strides[1])
-                        tl.store(dz_step_ptr, dzs[i].to(dz_ptr.dtype.element_ty), and_scalar(mask, t0 + i < end))
-                    if not CONSTANT_C:
-                        dC_step_ptr = step_ptr(dC_ptr + partial_sums, base, local, num_groups * N)
-                        _add_row(dC_step_ptr, dCs, i * K, lanes, t0 + i < end, tile > split, N, K)
-            tl.debug_barrier()
-
-            # Backward.
+            # From the last part to the first: forward, then backward.
             dh = load_states(dstates_ptr + state_offsets, mask, lane, N, K, 1.0, COMPUTE)
-            blocks = tl.cdiv(end - start, UNROLL)
-            for block in range(blocks):
-                slot = blocks - 1 - block
-                t0 = start + slot * UNROLL
-                base = base_step(t0, direction)
-
-                # The states before each of the UNROLL steps, K each.
-                h = ()
-                for k in tl.static_range(K):
-                    h = h + (tl.load(saved_states_ptr + (slot * K + k) * TILE),)
-                hs = h
-                for i in tl.static_range(UNROLL - 1):
-                    local = local_step(t0, i, end, direction, length, height)
-                    dt = tl.load(saved_steps_ptr + (slot * UNROLL + i) * BLOCK_E)
-                    u = load_step(u_row, base, local, u_strides[1], and_scalar(mask, t0 + i < end), COMPUTE)
-                    if not CONSTANT_B:
-                        b = load_row(B_row, base, local, B_strides[1], lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
-                    h = advance_states(h, a, b, dt, dt * u, K)
-                    hs = hs + h
-
-                for i in tl.static_range(UNROLL - 1, -1, -1):
-                    # Load.
-                    inside = and_scalar(mask, t0 + i < end)
-                    local = local_step(t0, i, end, direction, length, height)
-                    dt = tl.load(saved_steps_ptr + (slot * UNROLL + i) * BLOCK_E)
-                    dout = tl.load(saved_steps_ptr + (slot * UNROLL + i + CHECKPOINT_INTERVAL) * BLOCK_E)
-                    u = load_step(u_row, base, local, u_strides[1], inside, COMPUTE)
-                    if not CONSTANT_B:
-                        b = load_row(B_row, base, local, B_strides[1], lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
-                    if not CONSTANT_C:
-                        c = load_row(C_row, base, local, C_strides[1], lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
-
-                    # Adjoint of equation 2b: dh_t += C dout_t; and of dt B u_t in 2a.
-                    dh = add_scaled(dh, dout, c, K)
-                    dinput = dot_states(b, dh, K, LANES)  # gradient of dt * u, (BLOCK_E, LANES or 1)
-                    if CONSTANT_B:
-                        dB_sum = add_scaled(dB_sum, dt * u, dh, K)
-                    else:
-                        dBs = ()
-                        for k in tl.static_range(K):
-                            dBs = dBs + (tl.sum(dh[k] * (dt * u), axis=0, keep_dims=True),)  # (1, LANES)
-                        dB_step_ptr = step_ptr(dB_ptr + partial_sums, base, local, num_groups * N)
-                        _add_row(dB_step_ptr, dBs, 0, lanes, t0 + i < end, tile > split, N, K)
-
-                    # Adjoint of exp(dt A) h_{t-1} in 2a.
-                    dh_before, dlog_decay = (), ()
-                    for k in tl.static_range(K):
-                        dh_before = dh_before + (tl.exp2(dt * a[k]) * dh[k],)
-                        dlog_decay = dlog_decay + (dh_before[k] * hs[i * K + k],)
-                    dh = dh_before
-                    dA = add_scaled(dA, dt, dlog_decay, K)
-                    ddt = dot_states(a, dlog_decay, K, LANES) * LN2 + dinput * u  # a has LOG2E in it
-                    du = dt * dinput
-                    if HAS_D:
-                        du += D * dout
-                        dD += u * dout
-                    if DT_SOFTPLUS:
-                        raw_dt = load_step(dt_row, base, local, dt_strides[1], inside, COMPUTE) + dt_bias
-                        ddt *= d_softplus(raw_dt)
-                    if HAS_DT_BIAS:
-                        ddt_bias += tl.where(inside, ddt, 0.0)
-
-                    # Store.
-                    du_step_ptr = step_ptr(du_row, base, local, du_strides[1])
-                    tl.store(du_step_ptr, du.to(du_ptr.dtype.element_ty), inside)
-                    ddt_step_ptr = step_ptr(ddt_row, base, local, ddt_strides[1])
-                    tl.store(ddt_step_ptr, ddt.to(ddt_ptr.dtype.element_ty), inside)
+            for parts_after in range(parts):
+                part = parts - 1 - parts_after
+                first = start + part * PART_STEPS
+                blocks = tl.cdiv(tl.minimum(PART_STEPS, end - first), UNROLL)
+                tl.debug_barrier()
+                h = _restore(parts_ptr + part * (BLOCK_E * LANES * K), tile_states, K, BLOCK_E * LANES)
+                for block in range(blocks):
+                    h, dC_sum = _recompute_block(
+                        first + block * UNROLL, end, block, h, dC_sum, a, b, c, D, dt_bias,
+                        u_row, dt_row, z_row, dy_row, dz_row, B_row, C_row, dC_row, scratch_ptr, steps_ptr,
+                        u_strides, dt_strides, z_strides, dy_strides, dz_strides, B_strides, C_strides, num_groups * N,
+                        grid, mask, lanes, tile_states, tile_channel, tile > split,
+                        N, K, PADDED_K, LANES, BLOCK_E, B_WORD, C_WORD, CONSTANT_B, CONSTANT_C, HAS_D, HAS_Z,
+                        DT_SOFTPLUS, WHOLE_TILES, WHOLE_BLOCKS, UNROLL, COMPUTE,
+                    )  # fmt: skip
+                tl.debug_barrier()
+                for blocks_after in range(blocks):
+                    block = blocks - 1 - blocks_after
+                    dh, dA, dB_sum, dD, ddt_bias = _reverse_block(
+                        first + block * UNROLL, end, block, dh, dA, dB_sum, dD, ddt_bias, a, b, c, D, dt_bias,
+                        u_row, dt_row, du_row, ddt_row, B_row, C_row, dB_row, scratch_ptr, steps_ptr,
+                        u_strides, dt_strides, du_strides, ddt_strides, B_strides, C_strides, num_groups * N,
+                        grid, mask, lanes, tile_states, tile_channel, tile > split,
+                        N, K, PADDED_K, LANES, BLOCK_E, B_WORD, C_WORD, CONSTANT_B, CONSTANT_C, HAS_D, HAS_DT_BIAS,
+                        DT_SOFTPLUS, WHOLE_TILES, WHOLE_BLOCKS, UNROLL, COMPUTE,
+                    )  # fmt: skip
 
         # Sums over the time of this run.
         run_offsets = run.to(tl.int64) * row_size + channel * N
@@ -480,11 +450,268 @@ def _backward_kernel(
 
 
 @triton.jit
-def _add_row(
-    ptr, sums, first: tl.constexpr, lanes, inside, add, N: tl.constexpr, K: tl.constexpr
+def _advance_block(
+    t0, h, a, b, dt_bias, u_row, dt_row, B_row, u_strides, dt_strides, B_strides, grid, mask, lanes,
+    N: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, B_WORD: tl.constexpr, CONSTANT_B: tl.constexpr,
+    DT_SOFTPLUS: tl.constexpr, WHOLE_TILES: tl.constexpr, UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Write K of the sums (1, LANES) to `ptr` (1, LANES), or with `add` add them to what is there."""
+    """Return the states after UNROLL steps from t0 on."""
+    for i in tl.static_range(UNROLL):
+        inside = None if WHOLE_TILES else mask
+        dt = load_channels(step_ptr(dt_row, t0, i, dt_strides[1], grid), inside, COMPUTE)
+        dt = step_size(dt, dt_bias, DT_SOFTPLUS)
+        u = load_channels(step_ptr(u_row, t0, i, u_strides[1], grid), inside, COMPUTE)
+        if not CONSTANT_B:
+            b = load_row(step_ptr(B_row, t0, i, B_strides[1], grid), lanes, None, N, K, LANES, B_WORD, COMPUTE)
+        h = advance_states(h, a, b, dt, dt * u, K)
+    return h
+
+
+@triton.jit
+def _recompute_block(
+    t0, end, block, h, dC_sum, a, b, c, D, dt_bias,
+    u_row, dt_row, z_row, dy_row, dz_row, B_row, C_row, dC_row, scratch_ptr, steps_ptr,
+    u_strides, dt_strides, z_strides, dy_strides, dz_strides, B_strides, C_strides, stride_sum,
+    grid, mask, lanes, tile_states, tile_channel, add,
+    N: tl.constexpr, K: tl.constexpr, PADDED_K: tl.constexpr, LANES: tl.constexpr, BLOCK_E: tl.constexpr,
+    B_WORD: tl.constexpr, C_WORD: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr, DT_SOFTPLUS: tl.constexpr, WHOLE_TILES: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Return the states after UNROLL steps from t0 on, and `dC_sum` with theirs; write dC and dz.
+
+    Save the state before them, and of each step dt and the gradient of the output before the gate.
+    """
+    _save(scratch_ptr + block * (BLOCK_E * LANES * K), tile_states, h, K, BLOCK_E * LANES)
+    dzs, saved, dCs = (), (), ()
+    for i in tl.static_range(UNROLL):
+        # Load.
+        is_step = None if i == 0 or WHOLE_BLOCKS else t0 + i < end
+        inside = _inside(mask, is_step, WHOLE_TILES)
+        dt = load_channels(step_ptr(dt_row, t0, i, dt_strides[1], grid), inside, COMPUTE)
+        dt = step_size(dt, dt_bias, DT_SOFTPLUS)
+        if is_step is not None:
+            dt = tl.where(inside, dt, 0.0)  # leaves the state as it is
+        u = load_channels(step_ptr(u_row, t0, i, u_strides[1], grid), inside, COMPUTE)
+        dy = load_channels(step_ptr(dy_row, t0, i, dy_strides[1], grid), inside, COMPUTE)
+        if not CONSTANT_B:
+            b = load_row(step_ptr(B_row, t0, i, B_strides[1], grid), lanes, is_step, N, K, LANES, B_WORD, COMPUTE)
+
+        # Equation 2a of arXiv 2312.00752: h_t = exp(dt A) h_{t-1} + dt B u_t.
+        h = advance_states(h, a, b, dt, dt * u, K)
+
+        # Adjoint of the gate y = out silu(z), with out = C h + D u.
+        dout = dy
+        if HAS_Z:
+            if not CONSTANT_C:
+                c = load_row(step_ptr(C_row, t0, i, C_strides[1], grid), lanes, is_step, N, K, LANES, C_WORD, COMPUTE)
+            z = load_channels(step_ptr(z_row, t0, i, z_strides[1], grid), inside, COMPUTE)
+            out = dot_states(c, h, K, LANES)
+            if HAS_D:
+                out += D * u
+            dout = dy * z * sigmoid(z)
+            dzs = dzs + (silu_backward(dy * out, z),)
+
+        # Adjoint of equation 2b: dC_t = sum over channels of h_t dout_t.
+        if CONSTANT_C:
+            dC_sum = add_scaled(dC_sum, dout, h, K)
+        else:
+            dCs = dCs + (_sum_channels(scale_states(h, dout, K), K, PADDED_K, BLOCK_E, LANES),)
+        saved = saved + (dt, dout)
+
+    # Store.
+    _save(steps_ptr + block * (2 * UNROLL * BLOCK_E), tile_channel, saved, 2 * UNROLL, BLOCK_E)
+    for i in tl.static_range(UNROLL):
+        is_step = None if i == 0 or WHOLE_BLOCKS else t0 + i < end
+        if HAS_Z:
+            dz_step_ptr = step_ptr(dz_row, t0, i, dz_strides[1], grid)
+            tl.store(dz_step_ptr, dzs[i].to(dz_row.dtype.element_ty), _inside(mask, is_step, False))
+        if not CONSTANT_C:
+            dC_step_ptr = step_ptr(dC_row, t0, i, stride_sum, grid)
+            _add_sums(dC_step_ptr, dCs[i], is_step, add, N, K, PADDED_K, BLOCK_E, LANES)
+    return h, dC_sum
+
+
+@triton.jit
+def _reverse_block(
+    t0, end, block, dh, dA, dB_sum, dD, ddt_bias, a, b, c, D, dt_bias,
+    u_row, dt_row, du_row, ddt_row, B_row, C_row, dB_row, scratch_ptr, steps_ptr,
+    u_strides, dt_strides, du_strides, ddt_strides, B_strides, C_strides, stride_sum,
+    grid, mask, lanes, tile_states, tile_channel, add,
+    N: tl.constexpr, K: tl.constexpr, PADDED_K: tl.constexpr, LANES: tl.constexpr, BLOCK_E: tl.constexpr,
+    B_WORD: tl.constexpr, C_WORD: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr, DT_SOFTPLUS: tl.constexpr, WHOLE_TILES: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of the state before UNROLL steps from t0 on, and the sums over time with theirs.
+
+    Write du, ddt and dB.
+    """
+    # The states before each of the steps, K each.
+    h = _restore(scratch_ptr + block * (BLOCK_E * LANES * K), tile_states, K, BLOCK_E * LANES)
+    saved = _restore(steps_ptr + block * (2 * UNROLL * BLOCK_E), tile_channel, 2 * UNROLL, BLOCK_E)
+    us, hs = (), h
+    for i in tl.static_range(UNROLL):
+        is_step = None if i == 0 or WHOLE_BLOCKS else t0 + i < end
+        inside = _inside(mask, is_step, WHOLE_TILES)
+        us = us + (load_channels(step_ptr(u_row, t0, i, u_strides[1], grid), inside, COMPUTE),)
+        if i + 1 < UNROLL:
+            if not CONSTANT_B:
+                b = load_row(step_ptr(B_row, t0, i, B_strides[1], grid), lanes, is_step, N, K, LANES, B_WORD, COMPUTE)
+            h = advance_states(h, a, b, saved[2 * i], saved[2 * i] * us[i], K)
+            hs = hs + h
+
+    for i in tl.static_range(UNROLL - 1, -1, -1):
+        is_step = None if i == 0 or WHOLE_BLOCKS else t0 + i < end
+        dt, dout, u = saved[2 * i], saved[2 * i + 1], us[i]
+        if not CONSTANT_B:
+            b = load_row(step_ptr(B_row, t0, i, B_strides[1], grid), lanes, is_step, N, K, LANES, B_WORD, COMPUTE)
+        if not CONSTANT_C:
+            c = load_row(step_ptr(C_row, t0, i, C_strides[1], grid), lanes, is_step, N, K, LANES, C_WORD, COMPUTE)
+
+        # Adjoint of equation 2b: dh_t += C dout_t; and of dt B u_t in 2a.
+        dh = add_scaled(dh, dout, c, K)
+        dinput = dot_states(b, dh, K, LANES)  # gradient of dt * u, (BLOCK_E, LANES or 1)
+        if CONSTANT_B:
+            dB_sum = add_scaled(dB_sum, dt * u, dh, K)
+        else:
+            dB = _sum_channels(scale_states(dh, dt * u, K), K, PADDED_K, BLOCK_E, LANES)
+            _add_sums(step_ptr(dB_row, t0, i, stride_sum, grid), dB, is_step, add, N, K, PADDED_K, BLOCK_E, LANES)
+
+        # Adjoint of exp(dt A) h_{t-1} in 2a.
+        dh_before, dlog_decay = (), ()
+        for k in tl.static_range(K):
+            dh_before = dh_before + (tl.exp2(dt * a[k]) * dh[k],)
+            dlog_decay = dlog_decay + (dh_before[k] * hs[i * K + k],)
+        dh = dh_before
+        dA = add_scaled(dA, dt, dlog_decay, K)
+        ddt = dot_states(a, dlog_decay, K, LANES) * LN2 + dinput * u  # a has LOG2E in it
+        du = dt * dinput
+        if HAS_D:
+            du += D * dout
+            dD += u * dout
+        if DT_SOFTPLUS:
+            inside = _inside(mask, is_step, WHOLE_TILES)
+            ddt *= d_softplus(load_channels(step_ptr(dt_row, t0, i, dt_strides[1], grid), inside, COMPUTE) + dt_bias)
+        if HAS_DT_BIAS:
+            ddt_bias += ddt if is_step is None else tl.where(_inside(mask, is_step, False), ddt, 0.0)
+
+        # Store.
+        inside = _inside(mask, is_step, False)
+        tl.store(step_ptr(du_row, t0, i, du_strides[1], grid), du.to(du_row.dtype.element_ty), inside)
+        tl.store(step_ptr(ddt_row, t0, i, ddt_strides[1], grid), ddt.to(ddt_row.dtype.element_ty), inside)
+    return dh, dA, dB_sum, dD, ddt_bias
+
+
+@triton.jit
+def _inside(mask, is_step, WHOLE_TILES: tl.constexpr):
+    """Return the channels of a step: `mask`, where there is such a step; None for all of them."""
+    if is_step is None:
+        inside = None if WHOLE_TILES else mask
+    else:
+        inside = and_scalar(mask, is_step)
+    return inside
+
+
+# --- scratch --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _save(ptr, offset, values, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+    """Store COUNT tensors from the scalar `ptr` on, STRIDE elements apart; of 32 bits, two in a store."""
+    if ptr.dtype.element_ty == tl.float64 or COUNT % 2 != 0:
+        for k in tl.static_range(COUNT):
+            tl.store(ptr + k * STRIDE + offset, values[k])
+    else:
+        pair_ptr = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+        for k in tl.static_range(COUNT // 2):
+            low = values[2 * k].to(tl.uint32, bitcast=True).to(tl.int64)
+            high = values[2 * k + 1].to(tl.uint32, bitcast=True).to(tl.int64)
+            tl.store(pair_ptr + k * STRIDE + offset, (high << 32) | low)
+
+
+@triton.jit
+def _restore(ptr, offset, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+    """Load what `_save` stored."""
+    values = ()
+    if ptr.dtype.element_ty == tl.float64 or COUNT % 2 != 0:
+        for k in tl.static_range(COUNT):
+            values = values + (tl.load(ptr + k * STRIDE + offset),)
+    else:
+        pair_ptr = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+        for k in tl.static_range(COUNT // 2):
+            pair = tl.load(pair_ptr + k * STRIDE + offset)
+            low, high = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+            values = values + (low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
+    return values
+
+
+# --- sums over channels ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum_channels(values, K: tl.constexpr, PADDED_K: tl.constexpr, BLOCK_E: tl.constexpr, LANES: tl.constexpr):
+    """Sum K tensors (BLOCK_E, LANES) over channels, by a reduce-scatter: threads end with different sums.
+
+    A butterfly would give each of the K sums to all threads, by K log2(BLOCK_E) shuffles. Here two threads exchange
+    half of their values, then each exchanges half of what it has left with another, and so on: about K shuffles.
+
+    Returns:
+        PADDED_K / ROWS tensors (ROWS * LANES,), with ROWS = min(PADDED_K, BLOCK_E / 2). Element [row * LANES + lane] of
+        tensor j is the sum of the lane's state row * PADDED_K / ROWS + j.
+    """
+    ROWS: tl.constexpr = PADDED_K if PADDED_K < BLOCK_E // 2 else BLOCK_E // 2
+    OUTER: tl.constexpr = BLOCK_E // 2 // ROWS
+    sums = ()
     for k in tl.static_range(K):
-        mask = and_scalar(lanes * K + k < N, inside)
-        before = tl.load(ptr + k, and_scalar(mask, add), other=0.0)
-        tl.store(ptr + k, before + sums[first + k], mask)
+        # The two channels of a thread.
+        sums = sums + (tl.sum(tl.reshape(values[k], (2, BLOCK_E // 2 * LANES)), axis=0),)
+    for _ in tl.static_range(PADDED_K - K):
+        sums = sums + (tl.zeros_like(sums[0]),)
+    for level in tl.static_range(5):
+        if (1 << level) < ROWS:
+            sums = _exchange_halves(sums, PADDED_K >> level, OUTER << level, (ROWS * LANES) >> (level + 1))
+    if OUTER > 1:
+        rows = ()
+        for j in tl.static_range(PADDED_K // ROWS):
+            rows = rows + (tl.sum(tl.reshape(sums[j], (OUTER, ROWS * LANES)), axis=0),)
+        sums = rows
+    return sums
+
+
+@triton.jit
+def _exchange_halves(values, COUNT: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Add COUNT tensors (OUTER * 2 * INNER,) over the middle axis: its index 0 gets the first half, 1 the second."""
+    is_second = tl.arange(0, 2)[None, :, None] == 1  # (1, 2, 1)
+    bits = tl.int64 if values[0].dtype == tl.float64 else tl.int32
+    sums = ()
+    for j in tl.static_range(COUNT // 2):
+        first = tl.reshape(values[j], (OUTER, 2, INNER))
+        second = tl.reshape(values[j + COUNT // 2], (OUTER, 2, INNER))
+        kept = tl.where(is_second, second, first)
+        sent = tl.where(is_second, first, second).to(bits, bitcast=True)
+        # The partner's is what both have sent, less the own: a shuffle and nothing else, when compiled.
+        received = (tl.sum(sent, axis=1, keep_dims=True) - sent).to(kept.dtype, bitcast=True)
+        sums = sums + (tl.reshape(kept + received, (OUTER * 2 * INNER,)),)
+    return sums
+
+
+@triton.jit
+def _add_sums(
+    ptr, sums, is_step, add,
+    N: tl.constexpr, K: tl.constexpr, PADDED_K: tl.constexpr, BLOCK_E: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write the N sums that `_sum_channels` returned from the scalar `ptr` on, or with `add` add them to what is there.
+
+    `is_step` is None, or whether there is such a step.
+    """
+    ROWS: tl.constexpr = PADDED_K if PADDED_K < BLOCK_E // 2 else BLOCK_E // 2
+    element = tl.arange(0, ROWS * LANES)
+    for j in tl.static_range(PADDED_K // ROWS):
+        k = element // LANES * (PADDED_K // ROWS) + j
+        n = element % LANES * K + k
+        mask = (k < K) & (n < N)
+        if is_step is not None:
+            mask = and_scalar(mask, is_step)
+        before = tl.load(ptr + n, and_scalar(mask, add), other=0.0)
+        tl.store(ptr + n, before + sums[j], mask)

@@ -28,19 +28,17 @@ from .tile import (
     REGISTERS,
     ScanInputs,
     advance_states,
-    base_step,
     channel_stride,
     dot_states,
     forward_tile,
     jit_with_opaque_strides,
-    load_dt,
     load_row,
     load_states,
-    load_step,
+    load_steps,
     load_vector,
-    local_step,
     split_program,
     step_ptr,
+    step_size,
     store_states,
     strides,
     unroll,
@@ -196,23 +194,24 @@ def _forward_kernel(
     segment, group, e, lane = split_program(num_groups, group_channels, BLOCK_E, LANES)
     lanes = tl.arange(0, LANES)[None, :]
     mask = e < group_channels
+    e_loaded = tl.minimum(e, group_channels - 1)  # loads in the loop need no mask
     channel = group * group_channels + e
     batch, start, end, sequence = load_segment(segments_ptr, segment)
     is_used, known_sequence = sequence >= 0, tl.maximum(sequence, 0)
     is_last = is_used & (segment + 1 == tl.load(first_segment_ptr + known_sequence + 1))
     if STATES_ONLY:
         end = tl.where(is_last, start, end)
-    direction = unpack_direction(directions, group) if NUM_DIRECTIONS else None
+    grid = (unpack_direction(directions, group), length, height) if NUM_DIRECTIONS else None
 
     # Parameters of the channels.
     a = load_states(A_ptr + channel * N, mask, lane, N, K, LOG2E, COMPUTE)
+    b, c = (), ()
     if CONSTANT_B:
         b = load_states(B_ptr + channel * N, mask, lane, N, K, 1.0, COMPUTE)
     if CONSTANT_C:
         c = load_states(C_ptr + channel * N, mask, lane, N, K, 1.0, COMPUTE)
     dt_bias = load_vector(dt_bias_ptr + channel, mask, COMPUTE) if HAS_DT_BIAS else 0.0
-    if HAS_D:
-        D = load_vector(D_ptr + channel, mask, COMPUTE)
+    D = load_vector(D_ptr + channel, mask, COMPUTE) if HAS_D else 0.0
 
     # The state before the segment.
     state_offsets = channel * N  # in a row of states
@@ -232,56 +231,57 @@ def _forward_kernel(
         checkpoint += (start - sequence_start) // CHECKPOINT_INTERVAL
         checkpoint_states_ptr += checkpoint * row_size + state_offsets
 
-    u_ptr += batch * u_strides[0] + group * u_strides[2] + e * stride_u_channel
-    dt_ptr += batch * dt_strides[0] + group * dt_strides[2] + e * stride_dt_channel
+    u_ptr += batch * u_strides[0] + group * u_strides[2] + e_loaded * stride_u_channel
+    dt_ptr += batch * dt_strides[0] + group * dt_strides[2] + e_loaded * stride_dt_channel
     if not CONSTANT_B:
         B_ptr += batch * B_strides[0] + group * B_strides[2] + lanes * K
     if not STATES_ONLY:
         y_ptr += batch * y_strides[0] + group * y_strides[2] + e * stride_y_channel
         if HAS_Z:
-            z_ptr += batch * z_strides[0] + group * z_strides[2] + e * stride_z_channel
+            z_ptr += batch * z_strides[0] + group * z_strides[2] + e_loaded * stride_z_channel
         if not CONSTANT_C:
             C_ptr += batch * C_strides[0] + group * C_strides[2] + lanes * K
     dt_sum = tl.zeros((BLOCK_E, LANES), COMPUTE)
+    LOAD_Z: tl.constexpr = HAS_Z and not STATES_ONLY
 
-    for t0 in range(start, end, UNROLL):
+    # Blocks of UNROLL steps. Their dt, u and z are loaded a block ahead; the last block loads its own again.
+    blocks = (end - start) // UNROLL
+    is_any = and_scalar(mask, blocks > 0)
+    next_dts = load_steps(dt_ptr, start, dt_strides[1], grid, is_any, UNROLL)
+    next_us = load_steps(u_ptr, start, u_strides[1], grid, is_any, UNROLL)
+    next_zs = load_steps(z_ptr, start, z_strides[1], grid, is_any, UNROLL) if LOAD_Z else ()
+    for block in range(blocks):
+        t0 = start + block * UNROLL
         if WRITE_CHECKPOINTS:
             if (t0 - start) % CHECKPOINT_INTERVAL == 0:
                 store_states(checkpoint_states_ptr, h, mask, lane, N, K)
                 checkpoint_states_ptr += row_size
-        ys = ()
-        base = base_step(t0, direction)
-        for i in tl.static_range(UNROLL):
-            # Load.
-            inside = and_scalar(mask, t0 + i < end)
-            local = local_step(t0, i, end, direction, length, height)
-            dt = load_dt(dt_ptr, base, local, dt_strides[1], inside, dt_bias, DT_SOFTPLUS, COMPUTE)  # (BLOCK_E, LANES)
-            u = load_step(u_ptr, base, local, u_strides[1], inside, COMPUTE)
-            if not CONSTANT_B:
-                b = load_row(B_ptr, base, local, B_strides[1], lanes, t0 + i < end, N, K, B_WORD, COMPUTE)
+        dts, us, zs = next_dts, next_us, next_zs
+        t_next = tl.minimum(t0 + UNROLL, start + (blocks - 1) * UNROLL)
+        next_dts = load_steps(dt_ptr, t_next, dt_strides[1], grid, None, UNROLL)
+        next_us = load_steps(u_ptr, t_next, u_strides[1], grid, None, UNROLL)
+        next_zs = load_steps(z_ptr, t_next, z_strides[1], grid, None, UNROLL) if LOAD_Z else ()
+        h, dt_sum = _scan_block(
+            t0, h, dt_sum, dts, us, zs, a, b, c, D, dt_bias, B_ptr, C_ptr, y_ptr, B_strides, C_strides, y_strides, grid,
+            mask, lanes, N, K, LANES, B_WORD, C_WORD, CONSTANT_B, CONSTANT_C, HAS_D, HAS_Z, STATES_ONLY, DT_SOFTPLUS,
+            UNROLL, COMPUTE,
+        )  # fmt: skip
 
-            # Equation 2a of arXiv 2312.00752: h_t = exp(dt A) h_{t-1} + dt B u_t.
-            h = advance_states(h, a, b, dt, dt * u, K)
-
-            if STATES_ONLY:
-                dt_sum += dt
-            else:
-                # Equation 2b: y_t = C h_t; then skip connection and gate.
-                if not CONSTANT_C:
-                    c = load_row(C_ptr, base, local, C_strides[1], lanes, t0 + i < end, N, K, C_WORD, COMPUTE)
-                y = dot_states(c, h, K, LANES)  # (BLOCK_E, LANES or 1)
-                if HAS_D:
-                    y += D * u
-                if HAS_Z:
-                    y *= silu(load_step(z_ptr, base, local, z_strides[1], inside, COMPUTE))
-                ys = ys + (y,)
-
-        # Stores come after all loads of the block, so that these need not wait for them.
-        if not STATES_ONLY:
-            for i in tl.static_range(UNROLL):
-                local = local_step(t0, i, end, direction, length, height)
-                y_step_ptr = step_ptr(y_ptr, base, local, y_strides[1])
-                tl.store(y_step_ptr, ys[i].to(y_ptr.dtype.element_ty), and_scalar(mask, t0 + i < end))
+    # The steps that fill no block, one by one: masks in all blocks would take a tenth more instructions.
+    if UNROLL > 1:
+        for t in range(start + blocks * UNROLL, end):
+            if WRITE_CHECKPOINTS:
+                if (t - start) % CHECKPOINT_INTERVAL == 0:
+                    store_states(checkpoint_states_ptr, h, mask, lane, N, K)
+                    checkpoint_states_ptr += row_size
+            dts = load_steps(dt_ptr, t, dt_strides[1], grid, None, 1)
+            us = load_steps(u_ptr, t, u_strides[1], grid, None, 1)
+            zs = load_steps(z_ptr, t, z_strides[1], grid, None, 1) if LOAD_Z else ()
+            h, dt_sum = _scan_block(
+                t, h, dt_sum, dts, us, zs, a, b, c, D, dt_bias, B_ptr, C_ptr, y_ptr, B_strides, C_strides, y_strides,
+                grid, mask, lanes, N, K, LANES, B_WORD, C_WORD, CONSTANT_B, CONSTANT_C, HAS_D, HAS_Z, STATES_ONLY,
+                DT_SOFTPLUS, 1, COMPUTE,
+            )  # fmt: skip
 
     if STATES_ONLY:
         store_states(segment_states_ptr + segment * row_size + state_offsets, h, mask, lane, N, K)
@@ -290,3 +290,42 @@ def _forward_kernel(
         row = tl.where(is_last, tl.load(final_state_rows_ptr + known_sequence), -1).to(tl.int64)
         final_state_ptr = final_states_ptr + row * row_size + state_offsets
         store_states(final_state_ptr, h, and_scalar(mask, row >= 0), lane, N, K)
+
+
+@triton.jit
+def _scan_block(
+    t0, h, dt_sum, dts, us, zs, a, b, c, D, dt_bias, B_ptr, C_ptr, y_ptr, B_strides, C_strides, y_strides, grid,
+    mask, lanes,
+    N: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, B_WORD: tl.constexpr, C_WORD: tl.constexpr,
+    CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    STATES_ONLY: tl.constexpr, DT_SOFTPLUS: tl.constexpr, STEPS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Return the states after STEPS steps from t0 on; write y, or with STATES_ONLY add the steps' dt to `dt_sum`."""
+    ys = ()
+    for i in tl.static_range(STEPS):
+        dt = step_size(dts[i].to(COMPUTE), dt_bias, DT_SOFTPLUS)  # (BLOCK_E, LANES)
+        u = us[i].to(COMPUTE)
+        if not CONSTANT_B:
+            b = load_row(step_ptr(B_ptr, t0, i, B_strides[1], grid), lanes, None, N, K, LANES, B_WORD, COMPUTE)
+
+        # Equation 2a of arXiv 2312.00752: h_t = exp(dt A) h_{t-1} + dt B u_t.
+        h = advance_states(h, a, b, dt, dt * u, K)
+
+        if STATES_ONLY:
+            dt_sum += dt
+        else:
+            # Equation 2b: y_t = C h_t; then skip connection and gate.
+            if not CONSTANT_C:
+                c = load_row(step_ptr(C_ptr, t0, i, C_strides[1], grid), lanes, None, N, K, LANES, C_WORD, COMPUTE)
+            y = dot_states(c, h, K, LANES)  # (BLOCK_E, LANES or 1)
+            if HAS_D:
+                y += D * u
+            if HAS_Z:
+                y *= silu(zs[i].to(COMPUTE))
+            ys = ys + (y,)
+
+    # Stores come after all loads of the block, so that these need not wait for them.
+    if not STATES_ONLY:
+        for i in tl.static_range(STEPS):
+            tl.store(step_ptr(y_ptr, t0, i, y_strides[1], grid), ys[i].to(y_ptr.dtype.element_ty), mask)
+    return h, dt_sum

@@ -107,9 +107,17 @@ def unroll(inputs: ScanInputs) -> int:
     return 2 if vendor == "cuda" and not 90 <= int(version) < 120 else 4
 
 
-def strides(x: Tensor | None) -> tuple[int, ...] | None:
-    """Strides of batch, time and group; None for no tensor, or for a matrix that is constant in time."""
-    return None if x is None or x.dim() == 2 else x.stride()[:3]
+def strides(x: Tensor | None) -> tuple[Any, ...] | None:
+    """Strides of batch, time and group; None for no tensor, or for a matrix that is constant in time.
+
+    The stride of time is compiled in: a step of a block is then a constant away from the first, where it would take an
+    address of its own, 9 % of the forward's instructions. It is 1 or a number of channels, so that few kernels are
+    compiled; where it may depend on the batch, as in (L, B, D), it is left at run time.
+    """
+    if x is None or x.dim() == 2:
+        return None
+    batch, time, group = x.stride()[:3]
+    return batch, tl.constexpr(time) if time <= batch else time, group
 
 
 def channel_stride(x: Tensor | None) -> int | None:
@@ -162,42 +170,44 @@ def tile_lanes(BLOCK_E: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def base_step(t0, direction):
-    """Position from which `local_step` counts: int64, so that a block of steps needs one 64-bit product."""
-    return tl.cast(t0, tl.int64) if direction is None else 0
+def step_ptr(ptr, t0, i: tl.constexpr, stride, grid):
+    """Pointer to step t0 + i; `grid` is (direction, length, height) where steps follow a scan direction, or None.
 
-
-@triton.jit
-def local_step(t0, i: tl.constexpr, end, direction, length, height):
-    """Position of step t0 + i, or of the last step before `end`, counted from `base_step`.
-
-    In time it is a small number. Along a direction (not None) it is the position in the grid, int64.
+    In time, blocks of steps that begin at t0 need one 64-bit product, and the rest is a constant of each load.
     """
-    if direction is None:
-        local = tl.minimum(i, end - 1 - t0)
+    if grid is None:
+        offset = tl.cast(t0, tl.int64) * stride + i * stride
     else:
-        local = grid_offset(tl.minimum(t0 + i, end - 1), direction, length, height).to(tl.int64)
-    return local
+        offset = grid_offset(t0 + i, grid[0], grid[1], grid[2]).to(tl.int64) * stride
+    return ptr + offset
 
 
 @triton.jit
-def step_ptr(ptr, base, local, stride):
-    return ptr + base * stride + local * stride
+def load_steps(ptr, t0, stride, grid, mask, COUNT: tl.constexpr):
+    """Load COUNT steps from t0 on, each (BLOCK_E, LANES), in the dtype of memory."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (tl.load(step_ptr(ptr, t0, i, stride, grid), mask),)
+    return values
 
 
 @triton.jit
-def load_step(ptr, base, local, stride, mask, COMPUTE: tl.constexpr):
-    """Load one step of each channel, zero outside the mask. ptr (BLOCK_E, LANES)."""
-    return tl.load(step_ptr(ptr, base, local, stride), mask, other=0.0).to(COMPUTE)
-
-
-@triton.jit
-def load_dt(ptr, base, local, stride, mask, dt_bias, DT_SOFTPLUS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Load the step size `softplus(dt + dt_bias)`; zero, which leaves the state as it is, outside the mask."""
-    dt = load_step(ptr, base, local, stride, mask, COMPUTE) + dt_bias
+def step_size(dt, dt_bias, DT_SOFTPLUS: tl.constexpr):
+    """Return the step size: `dt + dt_bias`, or the softplus of that."""
+    dt += dt_bias
     if DT_SOFTPLUS:
         dt = softplus(dt)
-    return tl.where(mask, dt, 0.0)
+    return dt
+
+
+@triton.jit
+def load_channels(ptr, mask, COMPUTE: tl.constexpr):
+    """Load a value of each channel, zero outside the mask; all of them where it is None."""
+    if mask is None:
+        value = tl.load(ptr)
+    else:
+        value = tl.load(ptr, mask, other=0.0)
+    return value.to(COMPUTE)
 
 
 @triton.jit
@@ -237,22 +247,32 @@ def store_states(ptr, values, mask, lane, N: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def load_row(
-    ptr, base, local, stride, lanes, inside,
-    N: tl.constexpr, K: tl.constexpr, WORD: tl.constexpr, COMPUTE: tl.constexpr,
+    row_ptr, lanes, is_step,
+    N: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Load one step of B or C, K values (1, LANES) for all channels, WORD values in a load.
 
-    Zero where the step is not `inside`: an infinity of the step that stands for it would meet a step size of zero.
+    Args:
+        row_ptr: (1, LANES)
+        is_step: None, or whether there is such a step; zeros where there is none.
     """
-    row_ptr = step_ptr(ptr, base, local, stride)  # (1, LANES)
     values = ()
     if WORD == 1:
         for k in tl.static_range(K):
-            values = values + (tl.load(row_ptr + k, and_scalar(lanes * K + k < N, inside), other=0.0).to(COMPUTE),)
+            if is_step is not None:
+                value = tl.load(row_ptr + k, and_scalar(lanes * K + k < N, is_step), other=0.0)
+            elif K * LANES > N:
+                value = tl.load(row_ptr + k, lanes * K + k < N, other=0.0)
+            else:
+                value = tl.load(row_ptr + k)
+            values = values + (value.to(COMPUTE),)
     else:
         word_ptr = row_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
         for i in tl.static_range(K // WORD):
-            word = tl.load(word_ptr + i, and_scalar(lanes >= 0, inside), other=0)
+            if is_step is None:
+                word = tl.load(word_ptr + i)
+            else:
+                word = tl.load(word_ptr + i, and_scalar(lanes >= 0, is_step), other=0)
             for j in tl.static_range(WORD):
                 values = values + (_unpack(word, j, WORD, row_ptr.dtype.element_ty).to(COMPUTE),)
     return values
@@ -287,6 +307,15 @@ def add_scaled(x, scale, y, K: tl.constexpr):
     for k in tl.static_range(K):
         total = total + (x[k] + scale * y[k],)
     return total
+
+
+@triton.jit
+def scale_states(x, scale, K: tl.constexpr):
+    """Return `scale * x` of states."""
+    scaled = ()
+    for k in tl.static_range(K):
+        scaled = scaled + (scale * x[k],)
+    return scaled
 
 
 @triton.jit
