@@ -320,6 +320,18 @@ def test_segments_of_several_intervals_equal_one_segment(monkeypatch):
 
 
 @needs_interpreter
+def test_states_are_split_over_lanes_before_sequences_are_cut(backend, monkeypatch):
+    """Half the channels in a program, where that gives enough programs: one pass over the entire sequence."""
+    from ssm_kernels.selective_scan.triton import forward
+
+    segment_sizes, original = [], forward._segment_size
+    monkeypatch.setattr(forward, "_segment_size", lambda *a: segment_sizes.append(original(*a)) or segment_sizes[-1])
+    tensors = make(2, 11, 40, 16, dtype=torch.float32)
+    assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend, gradients=False)
+    assert segment_sizes and all(size >= 11 for size in segment_sizes)
+
+
+@needs_interpreter
 def test_every_program_takes_several_chunks_and_tiles(backend, monkeypatch):
     from ssm_kernels.selective_scan.triton import backward
 
