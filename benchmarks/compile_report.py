@@ -50,7 +50,7 @@ def run_compile_report(command: CompileReport) -> None:
     targets = command.target or (("sm_90",) if command.quick else ("sm_80", "sm_90", "sm_100", "gfx942"))
     wanted = dict.fromkeys(targets, default)
     if not command.target and not command.quick:
-        wanted |= {"sm_89": largest, "sm_120": largest}
+        wanted |= {target: largest for target in ARCHITECTURES if target not in wanted}
     requests = []
     for target, cases in wanted.items():
         requests += record([case for case in cases if case.op in command.op], target)
@@ -82,20 +82,31 @@ class Architecture:
     """Most resident blocks."""
 
     @property
+    def is_rdna(self) -> bool:
+        """AMD's GPUs for graphics: gfx11 and gfx12."""
+        return str(self.arch).startswith(("gfx11", "gfx12"))
+
+    @property
     def warp_size(self) -> int:
-        return 32 if self.backend == "cuda" else 64
+        return 32 if self.backend == "cuda" or self.is_rdna else 64
 
 
-# Limits: CUDA C++ programming guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA reference and
-# HIP's table of hardware features for gfx942. Multiprocessors: the vendors' data sheets.
+# Limits: CUDA C++ programming guide, "Technical Specifications per Compute Capability"; AMD's CDNA and RDNA ISA
+# references and HIP's table of hardware features. Multiprocessors: the vendors' data sheets.
 ARCHITECTURES: dict[str, Architecture] = {
     "sm_80": Architecture("cuda", 80, 108, 163 << 10, 164 << 10, 64, 32),  # A100
     "sm_86": Architecture("cuda", 86, 82, 99 << 10, 100 << 10, 48, 16),  # RTX 3090
     "sm_89": Architecture("cuda", 89, 128, 99 << 10, 100 << 10, 48, 24),  # RTX 4090
     "sm_90": Architecture("cuda", 90, 132, 227 << 10, 228 << 10, 64, 32),  # H100
     "sm_100": Architecture("cuda", 100, 148, 227 << 10, 228 << 10, 64, 32),  # B200
+    "sm_103": Architecture("cuda", 103, 160, 227 << 10, 228 << 10, 64, 32),  # B300
     "sm_120": Architecture("cuda", 120, 170, 99 << 10, 100 << 10, 48, 24),  # RTX 5090
+    "sm_121": Architecture("cuda", 121, 48, 99 << 10, 100 << 10, 48, 24),  # GB10
+    "gfx90a": Architecture("hip", "gfx90a", 110, 64 << 10, 64 << 10, 32, 32),  # one of two dies of an MI250X
     "gfx942": Architecture("hip", "gfx942", 304, 64 << 10, 64 << 10, 32, 32),  # MI300X
+    "gfx950": Architecture("hip", "gfx950", 256, 160 << 10, 160 << 10, 32, 32),  # MI355X
+    "gfx1100": Architecture("hip", "gfx1100", 96, 64 << 10, 64 << 10, 32, 32),  # RX 7900 XTX
+    "gfx1201": Architecture("hip", "gfx1201", 64, 64 << 10, 64 << 10, 32, 32),  # RX 9070 XT
 }
 
 
@@ -425,7 +436,7 @@ def _read_amdgcn(row: Row, assembly: str) -> None:
     row.instructions = names.total()
     row.exponentials = _count(names, r"v_exp_")
     row.shuffles = _count(names, r"ds_bpermute|ds_permute|ds_swizzle|v_permlane|\w+_dpp")
-    row.matrix = _matrix(names, r"v_mfma")
+    row.matrix = _matrix(names, r"v_mfma|v_wmma")
 
 
 def _count(names: collections.Counter[str], pattern: str) -> int:
@@ -444,8 +455,8 @@ def _matrix(names: collections.Counter[str], pattern: str) -> dict[str, int]:
 def resident_blocks(architecture: Architecture, warps: int, registers: int, shared: int) -> int:
     """Blocks that a multiprocessor holds at once, by registers, shared memory, warps and blocks.
 
-    Registers are allocated in units of 256 per warp of 65,536 (NVIDIA), or of 8 per lane of 512 for each of four SIMDs
-    (AMD).
+    Registers are allocated in units of 256 per warp of 65,536 (NVIDIA), of 8 per lane of 512 for each of four SIMDs
+    (AMD CDNA), or of 24 of 1,536 for each of two (RDNA).
 
     Args:
         architecture: the limits.
@@ -460,7 +471,8 @@ def resident_blocks(architecture: Architecture, warps: int, registers: int, shar
     if architecture.backend == "cuda":
         blocks = min(blocks, 65536 // (-(-max(registers, 1) * 32 // 256) * 256 * warps))
         return min(blocks, architecture.shared // (shared + 1024))  # 1 KB of each block is reserved by the system
-    waves = 4 * min(architecture.warps // 4, 512 // (-(-max(registers, 1) // 8) * 8))
+    simds, available, unit = (2, 1536, 24) if architecture.is_rdna else (4, 512, 8)
+    waves = simds * min(architecture.warps // simds, available // (-(-max(registers, 1) // unit) * unit))
     blocks = min(blocks, waves // warps)
     return min(blocks, architecture.shared // shared) if shared else blocks
 

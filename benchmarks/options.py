@@ -28,7 +28,9 @@ Mode = Literal["fwd", "bwd", "fwd+bwd"]
 Dtype = Literal["fp32", "fp64", "bf16", "fp16"]
 ModelDtype = Literal["fp32", "bf16", "fp16"]
 SassTarget = Literal["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
-EmulatedTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+EmulatedTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
+Target = Literal[EmulatedTarget, "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"]
+"""GPUs that kernels are compiled for; NVIDIA's before Ampere are not among them."""
 SizeName: TypeAlias = Literal[(*LETTERS, "chunk_size")]  # type: ignore[valid-type]
 PublishedSize: TypeAlias = Literal[tuple(WIDTHS)]  # type: ignore[valid-type]
 ShapeName: TypeAlias = Literal[("default", *WIDTHS, "vision", "long")]  # type: ignore[valid-type]
@@ -179,9 +181,8 @@ class CompileReport(Command):
 
     function: ClassVar[str] = "compile_report:run_compile_report"
     op: Positional[tuple[str, ...]] = OPS
-    target: tuple[Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"], ...] = ()
-    """Default: every shipped configuration for sm_80, sm_90, sm_100 and gfx942, and the 2.7b models for sm_89 and
-    sm_120, whose shared memory is smaller."""
+    target: tuple[Target, ...] = ()
+    """Default: every shipped configuration for sm_80, sm_90, sm_100 and gfx942, and the 2.7b models for the others."""
     quick: bool = False
     """The 2.7b models in bf16 alone, and, where no target is given, sm_90."""
     jobs: Count = _num_cpus()

@@ -11,12 +11,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import ssm_kernels
 from ssm_kernels.testing import is_interpreted
-from vlmamba.benchmarks import cli, compile_report
+from vlmamba.benchmarks import cli, compile_report, options
 from vlmamba.benchmarks.cases import Case, Shape, published, shipped
 from vlmamba.benchmarks.compile_report import Request, compile_one, record
 
@@ -196,3 +197,20 @@ def test_occupancy_by_registers_shared_memory_and_warps():
 def test_an_unknown_op_is_named(command):
     with pytest.raises(SystemExit, match="op must be among selective_scan, .* got norm"):
         cli.main([command, "norm"])
+
+
+@pytest.mark.parametrize("target", compile_report.ARCHITECTURES)
+def test_every_target_compiles(request_of, target):
+    row = compile_one(request_of("hungry", 32, "fp16", 4, target))
+    assert row.problem is None and row.instructions > 0 and row.matrix and 0 < row.occupancy <= 1
+
+
+def test_the_command_has_every_target():
+    assert set(get_args(options.Target)) == set(compile_report.ARCHITECTURES)
+
+
+def test_registers_of_rdna_are_allocated_by_24_of_1536():
+    rdna = compile_report.ARCHITECTURES["gfx1100"]
+    assert compile_report.resident_blocks(rdna, 1, 96, 0) == 32
+    assert compile_report.resident_blocks(rdna, 1, 97, 0) == 2 * (1536 // 120)
+    assert compile_report.resident_blocks(compile_report.ARCHITECTURES["gfx90a"], 1, 97, 0) == 4 * (512 // 104)
