@@ -18,9 +18,9 @@ demo: $(VENV)/.demo  ## train, evaluate and plot a tiny VL-Mamba and ML-Mamba (P
 	$(BIN)/vlmamba demo --preset $(PRESET)
 
 test: $(VENV)/.test lint  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ptx"
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m ptx
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m triton
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ptx and not nightly"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "ptx and not nightly"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "triton and not nightly"
 
 lint: $(VENV)/.test  ## ruff: rules and format; pyright: types
 	$(BIN)/ruff check .
@@ -36,6 +36,7 @@ soak: $(VENV)/.test  ## break a small training for MINUTES=10 (SEED=0), and look
 nightly: $(VENV)/.test  ## what takes longer than `test`: random calls on each backend, and the soak
 	$(BIN)/ssm-bench fuzz --minutes 10
 	TRITON_INTERPRET=1 $(BIN)/ssm-bench fuzz --minutes 10
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m nightly
 	$(BIN)/ssm-bench compile-report --quick
 	$(MAKE) soak
 	$(BIN)/ssm-bench emulate --target sm_80 sm_90 --dtype bf16 fp32
