@@ -101,7 +101,7 @@ def slice_of_branches(program: Program) -> frozenset[int]:
         for n in sorted(program.reachable, reverse=True):
             needed = set[str]().union(*(needed_at_start[after] for after in program.blocks[n].successors))
             for instruction in reversed(program.of(n)):
-                if instruction.base in ("BRA", "EXIT"):
+                if instruction.is_branch or instruction.base == "EXIT":
                     needed |= instruction.read
                 elif needed & instruction.written:
                     found.add(instruction.address)
@@ -130,7 +130,9 @@ def _compile_branch(program: Program, n: int) -> Callable[[Registers], int | Non
     if last.base == "EXIT":
         condition = _condition(last)
         return lambda r: None if condition(r) else following
-    if last.base != "BRA":
+    if last.base in ("RET", "BRX", "JMP"):
+        return _refuse(last)
+    if not last.is_branch:
         return lambda r: following
     if last.parts[:1] == ("DIV",):  # taken where lanes diverge
         return lambda r: following
@@ -148,10 +150,17 @@ def _compile_branch(program: Program, n: int) -> Callable[[Registers], int | Non
     return branch
 
 
+def _refuse(instruction: Instruction) -> Callable[[Registers], None]:
+    def refuse(r: Registers) -> None:
+        raise ValueError(f"the target of a jump is not in its text: {instruction}")
+
+    return refuse
+
+
 def _condition(instruction: Instruction) -> Callable[[Registers], bool | None]:
     """The conjunction of an instruction's guard and its predicate operands."""
     names = [f"{'!' * instruction.negated}{instruction.guard}"] if instruction.guard else []
-    if instruction.base == "BRA":
+    if instruction.is_branch:
         names += [o for o in instruction.operands if is_predicate(o)]
     sources = [_predicate(name) for name in names]
 
@@ -189,10 +198,11 @@ def _source(operand: str, wide: bool = False) -> Source:
         plain = _constant(found[1], int(found[2], 16), wide)
     elif found := re.fullmatch(r"(U?R)(\d+)", text):
         low_name, high_name = text, f"{found[1]}{int(found[2]) + 1}"
+        # A register that holds nothing yet is 0: flags are set in one bit by bit.
         if wide:
-            plain = lambda r: _join(r.get(low_name), r.get(high_name))  # noqa: E731
+            plain = lambda r: _join(r.get(low_name, 0), r.get(high_name, 0))  # noqa: E731
         else:
-            plain = lambda r: r.get(low_name)  # noqa: E731
+            plain = lambda r: r.get(low_name, 0)  # noqa: E731
     elif text.startswith("SR"):
         plain = lambda r: r.get(text)  # noqa: E731
     else:  # a part of a register, a float, another constant bank
@@ -510,6 +520,19 @@ def _compare(i: Instruction):
     return compute
 
 
+def _vote(i: Instruction):
+    """A predicate that any or all lanes have, taken to be that of one lane."""
+    if len(i.operands) != 2 or not is_predicate(i.operands[0]):
+        return None
+    read = _predicate(i.operands[1])
+    return lambda r: {i.operands[0]: read(r)}
+
+
+def _succeed(i: Instruction):
+    """A wait, an allocation or an election, which succeeds at once: what it waits for is not counted."""
+    return (lambda r: {i.operands[0]: True}) if is_predicate(i.operands[0]) else None
+
+
 def _select(i: Instruction):
     name = _names(i)[0]
     reads, chosen = [_source(o) for o in i.operands[1:3]], _predicate(i.operands[3])
@@ -527,7 +550,7 @@ def _select(i: Instruction):
 def _min_max(i: Instruction):
     chosen, adds = _predicate(i.operands[-1]), i.base.endswith("VIADDMNMX")
     sign = (lambda v: v & MASK) if "U32" in i.parts else _signed
-    plain = [_source(o) for o in i.operands[1:-1]]
+    plain = [_source(o) for o in i.operands[1:-1] if not is_predicate(o)]
     name = _names(i)[0]
 
     def compute(r: Registers):
@@ -653,5 +676,5 @@ _SEMANTICS: dict[str, Callable[[Instruction], Compute | None]] = {
     "IMNMX": _min_max, "VIMNMX": _min_max, "VIADDMNMX": _min_max, "PRMT": _permute, "LDG": _load,
     "HFMA2": _half_constant, "I2F": _to_float, "MUFU": _reciprocal, "F2I": _to_integer,
     "IABS": lambda i: _of_integers(i, [i.operands[1]], lambda a: abs(_signed(a))),
-    "P2R": _pack_predicates, "R2P": _unpack_predicates,
+    "SYNCS": _succeed, "UTCATOMSWS": _succeed, "ELECT": _succeed, "VOTE": _vote, "VOTEU": _vote, "P2R": _pack_predicates, "R2P": _unpack_predicates,
 }  # fmt: skip

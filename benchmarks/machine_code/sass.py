@@ -40,10 +40,15 @@ class Instruction:
         """Modifiers of the name."""
         return tuple(self.name.split(".")[1:])
 
+    @property
+    def is_branch(self) -> bool:
+        """Whether it may go elsewhere; a far branch is written as a call that keeps no address to return to."""
+        return self.base == "BRA" or self.name.startswith("CALL.REL.NOINC")
+
     @functools.cached_property
     def target(self) -> int | None:
         """Address that a branch goes to; None for other instructions."""
-        if self.base != "BRA":
+        if not self.is_branch:
             return None
         found = re.search(r"0x([0-9a-f]+)$", self.operands[-1])
         if found is None:
@@ -70,17 +75,17 @@ class Instruction:
 
 _NO_RESULT = frozenset(
     "BRA BRX JMP EXIT RET CALL BSSY BSYNC BREAK NOP BAR DEPBAR LDGDEPBAR LDGSTS MEMBAR FENCE CCTL ERRBAR WARPSYNC "
-    "WARPGROUP STG STS STL ST STSM STT RED REDG RPCMOV KILL BPT YIELD NANOSLEEP SYNCS UTMALDG UTMASTG UCGABAR_ARV "
-    "UCGABAR_WAIT ACQBULK UTCBAR UTCHMMA UTCQMMA UTCATOMSWS PREEXIT DEPBAR UBLKCP CGAERRBAR".split()
+    "WARPGROUP STG STS STL ST STSM STT RED REDG RPCMOV KILL BPT YIELD NANOSLEEP UTMALDG UTMASTG UCGABAR_ARV "
+    "UCGABAR_WAIT ACQBULK UTCBAR UTCHMMA UTCQMMA STTM PREEXIT UBLKCP CGAERRBAR".split()
 )
 _TWO_PREDICATES = frozenset("ISETP UISETP FSETP DSETP HSETP2 PLOP3 UPLOP3 PSETP".split())
-_PREDICATE_THEN_REGISTER = frozenset("LOP3 ULOP3 SHFL ATOM ATOMG ATOMS MATCH LOP REDUX".split())
+_PREDICATE_THEN_REGISTER = frozenset("LOP3 ULOP3 SHFL ATOM ATOMG ATOMS MATCH LOP REDUX UTCATOMSWS".split())
 
 
 def _num_results(instruction: Instruction) -> int:
     """Number of leading operands that are written."""
     base, operands = instruction.base, instruction.operands
-    if base in _NO_RESULT or not operands:
+    if base in _NO_RESULT or not operands or (base == "SYNCS" and not is_predicate(operands[0])):
         return 0
     if base in _TWO_PREDICATES:
         return 2
@@ -206,7 +211,9 @@ class Program:
             end = bounds[n + 1] if n + 1 < len(bounds) else len(instructions)
             last = instructions[end - 1]
             after = []
-            if not (_ends_block(last) and last.guard is None):
+            # BRA.U has its condition among the operands.
+            conditions = [o for o in (last.guard, *last.operands) if o is not None and is_predicate(o)]
+            if not _ends_block(last) or conditions:
                 after += [n + 1] if n + 1 < len(bounds) else []
             if last.target is not None:
                 after.append(number[index[last.target]])
@@ -250,7 +257,7 @@ class Program:
 
 
 def _ends_block(instruction: Instruction) -> bool:
-    return instruction.base in ("BRA", "EXIT", "RET", "BRX", "JMP")
+    return instruction.is_branch or instruction.base in ("EXIT", "RET", "BRX", "JMP")
 
 
 def parse(text: str) -> Program:

@@ -114,6 +114,9 @@ def test_trips_that_are_in_a_table():
         ("ISETP.GE.U32.AND.EX P0, PT, R4, R5, PT, P1", {"R4": 2, "R5": 2, "P1": False}, {"P0": False}),
         ("ISETP.LT.OR P0, PT, R4, 0x0, P1", {"R4": 0xFFFFFFFF, "P1": False}, {"P0": True}),
         ("VIMNMX R2, R4, 0x3, PT", {"R4": 0xFFFFFFFF}, {"R2": 0xFFFFFFFF}),
+        ("VIMNMX R2, PT, PT, R4, 0x3, !PT", {"R4": 9}, {"R2": 9}),
+        ("LOP3.LUT R2, R2, 0x40, RZ, 0xfc, !PT", {}, {"R2": 0x40}),
+        ("SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR12], R14", {}, {"P4": True}),
         ("SEL R2, R4, 0x7, !P0", {"R4": 1, "P0": True}, {"R2": 7}),
         ("HFMA2.MMA R2, -RZ, RZ, 0, 5.9604644775390625e-08", {}, {"R2": 1}),
         ("PRMT R2, R4, 0x7610, R5", {"R4": 0x1234, "R5": 0xABCD0000}, {"R2": 0xABCD1234}),
@@ -128,6 +131,19 @@ def test_instructions_of_a_slice(instruction, registers, expected):
     state = dict(registers)
     _compile(line(instruction))(state)  # type: ignore[operator]
     assert {name: state.get(name) for name in expected} == expected
+
+
+def test_a_far_branch_is_written_as_a_call():
+    text = """
+        /*0000*/ IADD3 R2, R2, 0x1, RZ ;
+        /*0010*/ MOV R3, RZ ;
+        /*0020*/ IADD3 R3, R3, 0x1, RZ ;
+        /*0030*/ ISETP.GE.AND P1, PT, R3, 0x5, PT ;
+        /*0040*/ @P1 CALL.REL.NOINC 0x60 ;
+        /*0050*/ BRA 0x20 ;
+        /*0060*/ EXIT ;
+    """
+    assert executed(text) == {0x0: 1, 0x20: 5, 0x50: 4, 0x60: 1}
 
 
 def test_a_loop_that_depends_on_data_is_an_error():
