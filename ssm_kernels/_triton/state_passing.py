@@ -33,12 +33,14 @@ def _state_passing_kernel(
 ):  # fmt: skip
     """Pass BLOCK elements of one sequence's state through its segments.
 
-    Grid: (sequences, tiles of the state). Tiles are (BLOCK,). Replaces `segment_states` (M, size), the contribution of
-    each segment, by the state before it. Element e decays by `exp(A[e // ELEMENTS_PER_A] * dt_sum[m, e //
-    ELEMENTS_PER_DT])` in segment m.
+    Grid: sequences x tiles of the state, in one dimension, since the others end at 65,535. Tiles are (BLOCK,).
+
+    Replaces `segment_states` (M, size), the contribution of each segment, by the state before it. Element e decays by
+    `exp(A[e // ELEMENTS_PER_A] * dt_sum[m, e // ELEMENTS_PER_DT])` in segment m.
     """
-    sequence = tl.program_id(0)
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    tiles = (size + BLOCK - 1) // BLOCK
+    sequence, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    e = tile * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     mask = e < size
     a = tl.load(A_ptr + e // ELEMENTS_PER_A, mask, other=0.0).to(COMPUTE)
     dt_size = (size + ELEMENTS_PER_DT - 1) // ELEMENTS_PER_DT
@@ -49,12 +51,20 @@ def _state_passing_kernel(
         h = tl.load(incoming_ptr + row * size + e, and_scalar(mask, row >= 0), other=0.0).to(COMPUTE)
 
     first, after = tl.load(first_segment_ptr + sequence), tl.load(first_segment_ptr + sequence + 1)
+    e_dt = e // ELEMENTS_PER_DT
+    # Each segment is loaded while the one before it is summed: the loop would wait for memory at every step.
+    segment = (after - 1 if REVERSE else first).to(tl.int64)
+    mask_next = and_scalar(mask, first < after)
+    contribution = tl.load(segment_states_ptr + segment * size + e, mask_next, other=0.0)
+    dt_sum = tl.load(dt_sum_ptr + segment * dt_size + e_dt, mask_next, other=0.0)
     for i in range(after - first):
-        segment = (after - 1 - i if REVERSE else first + i).to(tl.int64)
-        contribution = tl.load(segment_states_ptr + segment * size + e, mask, other=0.0).to(COMPUTE)
-        dt_sum = tl.load(dt_sum_ptr + segment * dt_size + e // ELEMENTS_PER_DT, mask, other=0.0).to(COMPUTE)
+        next_segment = segment - 1 if REVERSE else segment + 1
+        mask_next = and_scalar(mask, i + 1 < after - first)
+        next_contribution = tl.load(segment_states_ptr + next_segment * size + e, mask_next, other=0.0)
+        next_dt_sum = tl.load(dt_sum_ptr + next_segment * dt_size + e_dt, mask_next, other=0.0)
         tl.store(segment_states_ptr + segment * size + e, h.to(segment_states_ptr.dtype.element_ty), mask)
-        h = tl.exp(a * dt_sum) * h + contribution
+        h = tl.exp(a * dt_sum.to(COMPUTE)) * h + contribution.to(COMPUTE)
+        segment, contribution, dt_sum = next_segment, next_contribution, next_dt_sum
 
     row = tl.load(outgoing_rows_ptr + sequence).to(tl.int64)
     tl.store(outgoing_ptr + row * size + e, h.to(outgoing_ptr.dtype.element_ty), and_scalar(mask, row >= 0))
@@ -87,7 +97,7 @@ def state_passing(
     block = min(256, triton.next_power_of_2(size))
     rows = (segments.initial_state_rows, segments.final_state_rows)
     with on_device(outgoing):
-        _state_passing_kernel[n_sequences, triton.cdiv(size, block)](
+        _state_passing_kernel[(n_sequences * triton.cdiv(size, block),)](
             segment_states, A, dt_sum, incoming, outgoing,
             segments.first_segment, *(reversed(rows) if reverse else rows), size,
             ELEMENTS_PER_A=size // A.numel(), ELEMENTS_PER_DT=size // dt_sum.shape[1], BLOCK=block, REVERSE=reverse,

@@ -54,6 +54,13 @@ WIDE = [
 ]
 
 
+def test_states_of_any_size_are_passed(grids):
+    """More than 65,535 tiles of a state, in a dimension of the grid that has room for them."""
+    compile_report.record([Case("ssd", Shape(1, 600, heads=2100, headdim=64, d_state=128), sequences=2)], "sm_90")
+    assert max(grid[0] for grid in grids) > 2 * MAX_PROGRAMS_Y
+    assert all(max(grid[1:], default=1) <= MAX_PROGRAMS_Y for grid in grids)
+
+
 @pytest.fixture
 def grids(monkeypatch) -> list[tuple[int, ...]]:
     """The grids of the launches of a test."""
