@@ -488,7 +488,7 @@ def noticed(case: Case, target: str, kernels: Sequence[str], every: int = 1) -> 
 
 
 BACKWARD = {
-    "ssd": ("_state_gradient_kernel", "_input_gradient_kernel", "_shared_gradient_kernel"),
+    "ssd": ("_state_kernel", "_input_gradient_kernel", "_shared_gradient_kernel"),
     "causal_conv1d": ("_backward_kernel",),
 }
 

@@ -142,7 +142,7 @@ def test_large_steps_stay_finite(backend):
 @needs_interpreter
 @pytest.mark.parametrize("packed", [False, True])
 def test_segments_of_sequences_join(monkeypatch, packed):
-    """Segments for a device that one program a head would not fill, and scratch for one segment of the backward."""
+    """Segments for a device that one program a head would not fill, and scratch for one checkpoint of the backward."""
     from ssm_kernels.ssd.triton import backward, chunk, forward
 
     tables = []
@@ -153,7 +153,8 @@ def test_segments_of_sequences_join(monkeypatch, packed):
 
     monkeypatch.setattr(forward, "num_sms", lambda device: 64)
     monkeypatch.setattr(backward, "num_sms", lambda device: 64)
-    monkeypatch.setattr(backward, "MAX_CHUNK_STATE_BYTES", 0)
+    monkeypatch.setattr(backward, "MAX_CHECKPOINT_BYTES", 0)
+    monkeypatch.setattr(backward, "MAX_CHECKPOINT_RATIO", 0)
     monkeypatch.setattr(chunk, "build_segment_table", build_and_record)
     tensors = make_inputs(1, 150, heads=2, rows=4 if packed else 1, dtype=torch.float32)
     if packed:

@@ -1,30 +1,36 @@
 """Backward of SSD in Triton.
 
-Sequences are divided into short segments. States pass forward over the segments, their gradients in reverse; then each
-segment is scanned both ways once more, to write the state before and the gradient after each of its chunks. With these
-the chunks are independent: one kernel computes the gradients of a head's own inputs, one those of B and C, which
-several heads share. Sums over programs are partial sums in buffers, added up at the end.
+The state of each head passes forward through its sequence, the gradient of the state in reverse, both in one launch.
+Every CHECKPOINT_CHUNKS chunks, the state before them and the gradient of the state after them are written. With these
+checkpoints chunks are independent: one kernel computes the gradients of a head's own inputs, one those of B and C,
+which several heads share. Each makes again, by one chunk's step, the states that no checkpoint holds. Sums over
+programs are partial sums in buffers, added up at the end.
+
+Where heads and sequences are too few to fill the device, sequences are divided into segments, as in the forward: a
+first pass computes what each segment adds, and `state_passing` turns that into the states at its ends.
+
+Memory: besides the results, the checkpoints take at most MAX_CHECKPOINT_BYTES or MAX_CHECKPOINT_RATIO times the memory
+of x, whichever is more; further checkpoints take further rounds of the kernels. bfloat16 with N = 128 and chunks of 64
+takes one round, whatever the length.
 """
 
 # The stubs know neither launches nor what jit functions return.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportReturnType=false
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import maxnreg_option, num_sms, on_device, with_contiguous_last_dim
-from ..._triton.primitives import LN2, load_segment, zero_padding
+from ..._triton.device import capability, maxnreg_option, num_sms, on_device, with_contiguous_last_dim
+from ..._triton.primitives import LN2, and_scalar, load_segment, zero_padding
 from ..._triton.segment_table import SegmentTable
 from ..._triton.state_passing import state_passing
 from .arguments import ScanArguments, ScanGradients
 from .chunk import (
-    CHUNKS_PER_SEGMENT,
     ScanInputs,
     Tiles,
     choose_tiles,
@@ -37,13 +43,19 @@ from .chunk import (
     load_head,
     split_program,
 )
-from .decays import compute_chunk_decays
-from .forward import STATE_REGISTERS, compute_segment_initial_states, launch_forward
 
-MAX_CHUNK_STATE_BYTES = 1 << 28
-"""Bound of the scratch memory for the states of chunks, if one segment does not need more."""
-CHUNK_STATE_DTYPES = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
-"""dtype of the states of chunks: that to which products round them anyway."""
+CHECKPOINT_CHUNKS = 2
+"""Chunks from one checkpoint to the next. Halves the memory traffic of states, for one more product a chunk."""
+MAX_CHECKPOINT_BYTES, MAX_CHECKPOINT_RATIO = 1 << 28, 2
+"""Bound of the scratch memory for checkpoints: so many bytes or so many times the memory of x, whichever is more."""
+CHECKPOINT_DTYPES = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
+"""dtype of checkpoints: that to which products round them anyway."""
+MIN_SEGMENT_CHECKPOINTS = 2
+"""Checkpoints of a segment, at least: shorter segments would write as many states at their ends as checkpoints."""
+STATE_REGISTERS = 255
+"""Registers of a thread in the kernel that passes states, on NVIDIA: its shared memory leaves room for two programs."""
+MIN_FULLNESS = 0.9
+"""Share of the multiprocessors that should be at work, on average over the rounds of a launch."""
 
 
 def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
@@ -52,68 +64,74 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
     inputs = ScanInputs(arguments)
     dy, dfinal_states = with_contiguous_last_dim(dy), dfinal_states.contiguous()
     tiles = choose_tiles(inputs, backward=True)
-    # The kernels that compute states alone take the forward's tiles.
-    state_tiles = choose_tiles(inputs, backward=False)._replace(chunk_size=tiles.chunk_size)
-    segments = inputs.build_segment_table(tiles.chunk_size * CHUNKS_PER_SEGMENT)
-    num_segments = len(segments.entries)
+    state_tiles = _choose_state_tiles(inputs, tiles)
+    checkpoints = inputs.build_segment_table(state_tiles.chunk_size)  # an entry for each checkpoint
+    num_checkpoints = len(checkpoints.entries)
+    segment_size = _segment_size(inputs, state_tiles)
+    segments = inputs.build_segment_table(segment_size)
 
-    decays = compute_chunk_decays(inputs, state_tiles, segments)
-    # The state before each segment, and the gradient of the state after it.
-    final_states = inputs.states_like(inputs.initial_states)
-    segment_initial_states, dt_sum = compute_segment_initial_states(inputs, state_tiles, segments, decays, final_states)
-    dsegment_states, dinitial_states = inputs.empty_states(num_segments), inputs.states_like(dfinal_states)
-    _launch_state_gradient(inputs, state_tiles, segments, dy, dinitial_states=dsegment_states)
-    state_passing(segments, dsegment_states, inputs.A, dt_sum, dfinal_states, dinitial_states, reverse=True)
+    # States and gradients where the segments start in either direction: the ends of sequences, or of segments.
+    dinitial_states = inputs.states_like(dfinal_states)
+    if segment_size >= inputs.length and not inputs.is_packed:
+        ends = {
+            "initial_states": inputs.initial_states, "initial_state_rows": segments.initial_state_rows,
+            "dfinal_states": dfinal_states, "dfinal_state_rows": segments.final_state_rows,
+            "dinitial_states": dinitial_states, "dinitial_state_rows": segments.initial_state_rows,
+        }  # fmt: skip
+    else:
+        segment_states, dsegment_states = (inputs.empty_states(len(segments.entries)) for _ in range(2))
+        dt_sum = inputs.empty(len(segments.entries), inputs.heads)
+        _launch_state_kernel(
+            inputs, state_tiles, segments, checkpoints, dy, final_states=segment_states,
+            dinitial_states=dsegment_states, dt_sum=dt_sum,
+        )  # fmt: skip
+        final_states = inputs.states_like(inputs.initial_states)
+        state_passing(segments, segment_states, inputs.A, dt_sum, inputs.initial_states, final_states, reverse=False)
+        state_passing(segments, dsegment_states, inputs.A, dt_sum, dfinal_states, dinitial_states, reverse=True)
+        ends = {"initial_states": segment_states, "dfinal_states": dsegment_states}
 
     # Partial gradients, with a leading or a last dimension for the programs that share a sum.
-    num_tiles = triton.cdiv(inputs.headdim, tiles.block_p)
-    num_chunks = num_segments * CHUNKS_PER_SEGMENT
+    input_tiles = _choose_input_tiles(inputs, tiles)
+    num_tiles = triton.cdiv(inputs.headdim, input_tiles.block_p)
+    num_chunks = num_checkpoints * CHECKPOINT_CHUNKS
     dx = inputs.empty(*inputs.x.shape, dtype=inputs.x.dtype)  # (B, L, H, P)
     ddt = inputs.empty(num_tiles, *inputs.dt.shape)  # (tiles, B, L, H)
     # Zeros, for the unused chunks.
     dA = inputs.empty(num_chunks, inputs.heads, num_tiles).zero_()  # (chunks, H, tiles)
-    dD = inputs.empty(num_chunks, inputs.heads, 0 if inputs.D is None else inputs.headdim).zero_()  # (chunks, H, P)
+    D = arguments.D
+    sums_of_D = 0 if D is None else inputs.headdim if D.shape[1] == inputs.headdim else num_tiles
+    dD = inputs.empty(num_chunks, inputs.heads, sums_of_D).zero_()  # (chunks, H, P or tiles)
 
-    # The states of all chunks would take several times the memory of the inputs: some segments at a time.
-    chunk_state_dtype = CHUNK_STATE_DTYPES.get(inputs.dot, inputs.state_dtype)
-    chunk_state_bytes = inputs.heads * inputs.headdim * inputs.d_state * torch.finfo(chunk_state_dtype).bits // 8
-    at_once = MAX_CHUNK_STATE_BYTES // (2 * CHUNKS_PER_SEGMENT * chunk_state_bytes)
-    at_once = max(1, min(num_segments, at_once))
-    chunk_states_shape = (at_once * CHUNKS_PER_SEGMENT, inputs.heads, inputs.headdim, inputs.d_state)
-    chunk_states = inputs.empty(*chunk_states_shape, dtype=chunk_state_dtype)
-    dchunk_states = inputs.empty(*chunk_states_shape, dtype=chunk_state_dtype)
-    # Programs of the kernel for B and C: enough to fill the device, and no more, since each has sums of its own.
-    programs = at_once * CHUNKS_PER_SEGMENT * inputs.groups
-    splits = triton.cdiv(2 * num_sms(inputs.device), programs)
-    splits = max(1, min(inputs.heads // inputs.groups, splits))
+    at_once = _checkpoints_at_once(inputs, num_checkpoints)
+    shape = (at_once, inputs.heads, inputs.headdim, inputs.d_state)
+    checkpoint_dtype = CHECKPOINT_DTYPES.get(inputs.dot, inputs.state_dtype)
+    checkpoint_states, dcheckpoint_states = (inputs.empty(*shape, dtype=checkpoint_dtype) for _ in range(2))
+    steps = inputs.empty(at_once, inputs.heads, 3, state_tiles.chunk_size)
+    splits = _choose_splits(at_once * CHECKPOINT_CHUNKS * inputs.groups, inputs)
     dB, dC = (inputs.empty(splits, *t.shape) for t in (inputs.B, inputs.C))  # (splits, B, L, G, N)
 
-    for first in range(0, num_segments, at_once):
-        segment_range = range(first, min(first + at_once, num_segments))
-        launch_forward(
-            inputs, state_tiles, segments, decays, initial_states=segment_initial_states, chunk_states=chunk_states,
-            segment_range=segment_range,
+    for first in range(0, num_checkpoints, at_once):
+        checkpoint_range = range(first, min(first + at_once, num_checkpoints))
+        states = (checkpoint_states, dcheckpoint_states, steps)
+        _launch_state_kernel(
+            inputs, state_tiles, segments, checkpoints, dy, checkpoint_states=checkpoint_states,
+            dcheckpoint_states=dcheckpoint_states, steps=steps, checkpoint_range=checkpoint_range, **ends,
         )  # fmt: skip
-        _launch_state_gradient(
-            inputs, state_tiles, segments, dy, dfinal_states=dsegment_states, dchunk_states=dchunk_states,
-            segment_range=segment_range,
-        )  # fmt: skip
-        _launch_input_gradient(inputs, tiles, segments, segment_range, dy, chunk_states, dchunk_states, dx, ddt, dA, dD)
-        _launch_shared_gradient(inputs, tiles, segments, segment_range, dy, chunk_states, dchunk_states, dB, dC, splits)
+        _launch_input_gradient(inputs, input_tiles, checkpoints, checkpoint_range, dy, *states, dx, ddt, dA, dD)
+        _launch_shared_gradient(inputs, tiles, checkpoints, checkpoint_range, dy, *states, dB, dC, splits)
 
     ddt, dB, dC = (t.sum(0) for t in (ddt, dB, dC))
     zero_padding(segments, dx, ddt, dB, dC)
-    if arguments.D is None or arguments.D.shape[1] == inputs.headdim:
-        dD = dD.sum(0)  # (H, P)
-    else:
-        dD = dD.sum((0, 2)).unsqueeze(1)  # (H, 1)
+    dD = dD.sum(0)
+    if D is not None and D.shape[1] != inputs.headdim:
+        dD = dD.sum(1, keepdim=True)  # (H, 1)
     return ScanGradients(
         x=dx,
         dt=ddt.to(arguments.dt.dtype),
         A=dA.sum((0, 2)).to(arguments.A.dtype),
         B=dB.to(arguments.B.dtype),
         C=dC.to(arguments.C.dtype),
-        D=_gradient_of(arguments.D, dD),
+        D=_gradient_of(D, dD),
         dt_bias=_gradient_of(arguments.dt_bias, ddt.sum((0, 1))),
         initial_states=_gradient_of(arguments.initial_states, dinitial_states),
     )
@@ -124,139 +142,302 @@ def _gradient_of(argument: Tensor | None, gradient: Tensor) -> Tensor:
     return gradient.new_empty(0) if argument is None else gradient.to(argument.dtype)
 
 
-def _launch_state_gradient(
+def _choose_state_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
+    """Tiles of the state kernel: a chunk for each checkpoint, and the whole head where its state fits in registers."""
+    # On Blackwell, whose accumulators pass through registers, four warps would spill some.
+    keep = inputs.dot in (tl.float32, tl.float64) or capability(inputs.device)[1] in (100, 103)
+    num_warps = tiles.num_warps if keep else 4
+    return tiles._replace(chunk_size=tiles.chunk_size * CHECKPOINT_CHUNKS, num_warps=num_warps)
+
+
+def _choose_input_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
+    """Tiles of the input gradient: on Hopper four warps, whose products have 64 rows, as a chunk has."""
+    fits = capability(inputs.device) == ("cuda", 90) and tiles.chunk_size == 64
+    return tiles._replace(num_warps=4) if fits else tiles
+
+
+def _segment_size(inputs: ScanInputs, tiles: Tiles) -> int:
+    """Steps of a segment: entire sequences where these fill the device, else whole intervals of checkpoints."""
+    sequences = 1 if inputs.is_packed else inputs.batch  # packed sequences may be one long one
+    wanted = triton.cdiv(2 * num_sms(inputs.device), max(1, sequences * inputs.num_head_tiles(tiles)))
+    if wanted == 1 and not inputs.is_packed:
+        return max(1, inputs.length)
+    checkpoints = triton.cdiv(triton.cdiv(inputs.length, tiles.chunk_size), wanted)
+    return max(MIN_SEGMENT_CHECKPOINTS, checkpoints) * tiles.chunk_size
+
+
+def _checkpoints_at_once(inputs: ScanInputs, num_checkpoints: int) -> int:
+    """Checkpoints that fit in the scratch memory; those of entire sequences where possible, each being scanned once."""
+    element_bytes = torch.finfo(CHECKPOINT_DTYPES.get(inputs.dot, inputs.state_dtype)).bits // 8
+    checkpoint_bytes = 2 * inputs.heads * inputs.headdim * inputs.d_state * element_bytes
+    max_bytes = max(MAX_CHECKPOINT_BYTES, MAX_CHECKPOINT_RATIO * inputs.x.numel() * inputs.x.element_size())
+    at_once = max(1, min(num_checkpoints, max_bytes // max(1, checkpoint_bytes)))
+    if not inputs.is_packed and inputs.batch:
+        a_row = num_checkpoints // inputs.batch
+        at_once -= at_once % a_row if at_once > a_row > 0 else 0
+    return at_once
+
+
+def _choose_splits(programs: int, inputs: ScanInputs) -> int:
+    """Programs among which the kernel for B and C divides the heads of a group: the fewest that fill the device.
+
+    One of them takes all registers of a multiprocessor. Each has sums of its own, so that more of them take memory.
+    """
+    sms = num_sms(inputs.device)
+
+    def fullness(splits: int) -> float:
+        return programs * splits / (triton.cdiv(programs * splits, sms) * sms)
+
+    choices = range(1, max(2, min(inputs.heads // inputs.groups, 2 * sms) + 1))
+    return next((splits for splits in choices if fullness(splits) >= MIN_FULLNESS), max(choices, key=fullness))
+
+
+def _launch_state_kernel(
     inputs: ScanInputs,
     tiles: Tiles,
     segments: SegmentTable,
+    checkpoints: SegmentTable,
     dy: Tensor,
     *,
+    initial_states: Tensor | None = None,
+    initial_state_rows: Tensor | None = None,
     dfinal_states: Tensor | None = None,
+    dfinal_state_rows: Tensor | None = None,
+    final_states: Tensor | None = None,
     dinitial_states: Tensor | None = None,
-    dchunk_states: Tensor | None = None,
-    segment_range: range | None = None,
+    dinitial_state_rows: Tensor | None = None,
+    dt_sum: Tensor | None = None,
+    checkpoint_states: Tensor | None = None,
+    dcheckpoint_states: Tensor | None = None,
+    steps: Tensor | None = None,
+    checkpoint_range: range = range(0),
 ) -> None:
-    """Run the state gradient kernel over all segments or those of `segment_range`, writing one of the outputs."""
-    segment_range = segment_range or range(len(segments.entries))
-    num_programs = len(segment_range) * inputs.num_head_tiles(tiles)
+    """Pass states and their gradients through all segments, writing the outputs that are passed."""
+    num_programs = len(segments.entries) * inputs.num_head_tiles(tiles)
     if not num_programs:
         return
-    dt, C = inputs.dt, inputs.C
+    x, dt, B, C = inputs.x, inputs.dt, inputs.B, inputs.C
     with on_device(dy):
-        _state_gradient_kernel[(num_programs,)](
-            dt, inputs.A, C, inputs.dt_bias, dy, dfinal_states, dinitial_states, dchunk_states, segments.entries,
-            segment_range.start, inputs.length, inputs.height, inputs.directions,
-            dt.stride(), C.stride(), dy.stride(),
-            CHUNKS_PER_SEGMENT=CHUNKS_PER_SEGMENT, HAS_DFINAL_STATES=dfinal_states is not None,
-            WRITE_DCHUNK_STATES=dchunk_states is not None, num_stages=2, **tiles.options(), **inputs.constants,
-            **maxnreg_option(STATE_REGISTERS, inputs.device),
+        _state_kernel[(num_programs, 2)](
+            x, dt, inputs.A, B, C, inputs.dt_bias, dy, initial_states, initial_state_rows, dfinal_states,
+            dfinal_state_rows, final_states, dinitial_states, dinitial_state_rows, dt_sum, checkpoint_states,
+            dcheckpoint_states, steps, segments.entries, checkpoints.first_segment, checkpoints.sequence_starts,
+            checkpoint_range.start, len(checkpoint_range), inputs.length, inputs.height, inputs.directions,
+            x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(),
+            num_stages=2, **tiles.options(), **inputs.constants, **maxnreg_option(STATE_REGISTERS, inputs.device),
         )  # fmt: skip
 
 
 @triton.jit
-def _state_gradient_kernel(
+def _state_kernel(
+    x_ptr,  # (B, L, H, P)
     dt_ptr,  # (B, L, H)
     A_ptr,  # (H,)
-    C_ptr,  # (B, L, G, N)
+    B_ptr, C_ptr,  # (B, L, G, N)
     dt_bias_ptr,  # (H,)
     dy_ptr,  # (B, L, H, P)
-    dfinal_states_ptr,  # (M, H, P, N)
-    dinitial_states_ptr,  # (M, H, P, N), written
-    dchunk_states_ptr,  # (segments of this launch, CHUNKS_PER_SEGMENT, H, P, N), written
+    initial_states_ptr, initial_state_rows_ptr,  # (rows, H, P, N), (S,)
+    dfinal_states_ptr, dfinal_state_rows_ptr,  # (rows, H, P, N), (S,)
+    final_states_ptr,  # (M, H, P, N), written
+    dinitial_states_ptr, dinitial_state_rows_ptr,  # (rows, H, P, N), written; (S,)
+    dt_sum_ptr,  # (M, H), written
+    checkpoint_states_ptr, dcheckpoint_states_ptr,  # (checkpoints of this launch, H, P, N), written
+    steps_ptr,  # (checkpoints of this launch, H, 3, Q), written
     segments_ptr,  # (M, 4)
-    segment_offset, length, height, directions,
-    dt_strides, C_strides, dy_strides,
+    first_checkpoint_ptr,  # (S + 1,)
+    sequence_starts_ptr,  # (S,)
+    checkpoint_offset, num_checkpoints, length, height, directions,
+    x_strides, dt_strides, B_strides, C_strides, dy_strides,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS_PER_SEGMENT: tl.constexpr,
-    HAS_DFINAL_STATES: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr,
-    WRITE_DCHUNK_STATES: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr,
-    DOT: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr,
+    DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Pass the gradient of the state through one segment in reverse, for BLOCK_P channels of one head.
+    """Pass the state of BLOCK_P channels of one head forward through one segment, or its gradient in reverse.
 
-    Grid: segments x heads x tiles of P. Tiles: dy (Q, BLOCK_P); C (Q, BLOCK_N); dstate (BLOCK_N, BLOCK_P).
+    Grid: (segments x heads x tiles of P, 2: states, gradients). Tiles: x, dy (Q, BLOCK_P); B, C (Q, BLOCK_N); state
+    (BLOCK_P, BLOCK_N). Q is the distance of checkpoints.
 
-    It starts from `dfinal_states`, or zero. With WRITE_DCHUNK_STATES the gradient of the state after each chunk is
-    written to `dchunk_states`, otherwise that of the state before the segment to `dinitial_states`.
+    States start from `initial_states` and gradients from `dfinal_states`, or from zero. Rows of states belong to
+    sequences, by the tables of rows; where these are None, they belong to segments. Only the checkpoints from
+    `checkpoint_offset` on, `num_checkpoints` of them, are written.
     """
     segment, head, tile = split_program(tl.program_id(0), H, P, BLOCK_P)
-    first_chunk = (segment * CHUNKS_PER_SEGMENT).to(tl.int64) * H + head  # row of dchunk_states
-    segment += segment_offset
     batch, start, end, sequence = load_segment(segments_ptr, segment)
     if sequence < 0:
         return
+    checkpoint = tl.load(first_checkpoint_ptr + sequence) - checkpoint_offset  # row of the checkpoint at `start`
+    checkpoint += (start - tl.load(sequence_starts_ptr + sequence)) // Q
     group = head // (H // G)
     direction = group_direction(directions, group, G, NUM_DIRECTIONS)
+    a, dt_bias = load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS, COMPUTE)
+    if tl.program_id(1) == 0:
+        _pass_states(
+            x_ptr, dt_ptr, a, B_ptr, dt_bias, initial_states_ptr, initial_state_rows_ptr, final_states_ptr, None,
+            dt_sum_ptr, checkpoint_states_ptr, steps_ptr, batch, start, end, sequence, segment, head, tile, group,
+            direction, checkpoint, num_checkpoints, length, height, x_strides, dt_strides, B_strides, H, P, N,
+            NUM_DIRECTIONS, Q, BLOCK_P, BLOCK_N, HAS_DT_LIMIT, DT_SOFTPLUS, DT_MIN, DT_MAX, DOT, COMPUTE, False,
+        )  # fmt: skip
+    else:
+        _pass_states(
+            dy_ptr, dt_ptr, a, C_ptr, dt_bias, dfinal_states_ptr, dfinal_state_rows_ptr, dinitial_states_ptr,
+            dinitial_state_rows_ptr, None, dcheckpoint_states_ptr, None, batch, start, end, sequence, segment, head,
+            tile, group, direction, checkpoint, num_checkpoints, length, height, dy_strides, dt_strides, C_strides, H,
+            P, N, NUM_DIRECTIONS, Q, BLOCK_P, BLOCK_N, HAS_DT_LIMIT, DT_SOFTPLUS, DT_MIN, DT_MAX, DOT, COMPUTE, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pass_states(
+    x_ptr, dt_ptr, a, B_ptr, dt_bias, initial_states_ptr, initial_rows_ptr, final_states_ptr, final_rows_ptr,
+    dt_sum_ptr, checkpoint_states_ptr, steps_ptr, batch, start, end, sequence, segment, head, tile, group, direction,
+    checkpoint,
+    num_checkpoints, length, height, x_strides, dt_strides, B_strides, H: tl.constexpr, P: tl.constexpr,
+    N: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_DT_LIMIT: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr,
+    DOT: tl.constexpr, COMPUTE: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Pass a state through one segment, writing it before each chunk; with REVERSE, from the last chunk to the first.
+
+    Forward, x and B add to the state (listing 1, steps 2 and 3). In reverse x is dy and B is C, which add to the
+    gradient of the state (the transpose of steps 3 and 4).
+    """
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     mask_p, mask_n = p < P, n < N
-    mask_state = mask_n[:, None] & mask_p[None, :]
-    state_offsets = p[None, :] * N + n[:, None]  # (N, P) in (P, N)
-    a, dt_bias = load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS, COMPUTE)
+    state_offsets = head.to(tl.int64) * (P * N) + p[:, None] * N + n[None, :]
+    mask_state = mask_p[:, None] & mask_n[None, :]
+    x_ptr += batch * x_strides[0] + head.to(tl.int64) * x_strides[2]
     dt_ptr += batch * dt_strides[0] + head.to(tl.int64) * dt_strides[2]
-    C_ptr += batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
-    dy_ptr += batch * dy_strides[0] + head.to(tl.int64) * dy_strides[2]
+    B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
 
-    segment_row = (segment.to(tl.int64) * H + head) * (P * N)  # of the states before and after segments
-    dstate = tl.zeros((BLOCK_N, BLOCK_P), COMPUTE)
-    if HAS_DFINAL_STATES:
-        dstate = tl.load(dfinal_states_ptr + segment_row + state_offsets, mask_state, other=0.0).to(COMPUTE)
+    state = tl.zeros((BLOCK_P, BLOCK_N), COMPUTE)
+    if initial_states_ptr is not None:
+        row = (segment if initial_rows_ptr is None else tl.load(initial_rows_ptr + sequence)).to(tl.int64)
+        initial_state_ptrs = initial_states_ptr + row * (H * P * N) + state_offsets
+        state = tl.load(initial_state_ptrs, and_scalar(mask_state, row >= 0), other=0.0).to(COMPUTE)
+    dt_sum = tl.zeros((), COMPUTE)
     num_chunks = (end - start + Q - 1) // Q
-    for chunks_after in range(num_chunks):
-        chunk = num_chunks - 1 - chunks_after
-        if WRITE_DCHUNK_STATES:
+    for i in range(num_chunks):
+        chunk = num_chunks - 1 - i if REVERSE else i
+        if checkpoint_states_ptr is not None:
+            in_range = (checkpoint + chunk >= 0) & (checkpoint + chunk < num_checkpoints)
+            checkpoint_row = (checkpoint + chunk).to(tl.int64) * H
             tl.store(
-                dchunk_states_ptr + (first_chunk + chunk * H) * (P * N) + state_offsets,
-                dstate.to(dchunk_states_ptr.dtype.element_ty),
-                mask_state,
+                checkpoint_states_ptr + checkpoint_row * (P * N) + state_offsets,
+                state.to(checkpoint_states_ptr.dtype.element_ty),
+                and_scalar(mask_state, in_range),
             )
-
         positions, mask_q = chunk_positions(start + chunk * Q, end, direction, length, height, Q, NUM_DIRECTIONS)
-        mask_x, mask_C = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
-
+        mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
         dt_ptrs = dt_ptr + positions * dt_strides[1]
         dt, _ = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
-        _, _, decay_from_start, _, chunk_decay = chunk_decays(dt, a, Q, COMPUTE)
-        C = tl.load(C_ptr + positions[:, None] * C_strides[1] + n[None, :], mask_C, other=0.0).to(DOT)  # (Q, N)
-        dy_ptrs = dy_ptr + positions[:, None] * dy_strides[1] + p[None, :]
-        dy = tl.load(dy_ptrs, mask_x, other=0.0).to(COMPUTE)  # (Q, P)
+        coarse, fine, decay_from_start, decay_to_end, chunk_decay = chunk_decays(dt, a, Q, COMPUTE)
+        if steps_ptr is not None:
+            if in_range & (tile == 0):
+                step_ptrs = steps_ptr + (checkpoint_row + head) * (3 * Q) + tl.arange(0, Q)
+                tl.store(step_ptrs, dt)
+                tl.store(step_ptrs + Q, coarse)
+                tl.store(step_ptrs + 2 * Q, fine)
+        x = load_rows(x_ptr, positions, x_strides[1], p, mask_x)  # (Q, P)
+        B = load_rows(B_ptr, positions, B_strides[1], n, mask_B).to(DOT)  # (Q, N)
+        weights = decay_from_start if REVERSE else dt * decay_to_end
+        state = advance_state(state, x, weights, B, chunk_decay, DOT, COMPUTE)
+        dt_sum += tl.sum(dt, axis=0)
 
-        # Transpose of listing 1, steps 3 and 4: through the decay of the chunk, and through its outputs.
-        decayed_dy = (dy * decay_from_start[:, None]).to(DOT)
-        dstate_of_outputs = dot(tl.trans(C), decayed_dy, COMPUTE)
-        dstate = dstate * chunk_decay + dstate_of_outputs  # (N, P)
+    if final_states_ptr is not None:
+        row = (segment if final_rows_ptr is None else tl.load(final_rows_ptr + sequence)).to(tl.int64)
+        final_state_ptrs = final_states_ptr + row * (H * P * N) + state_offsets
+        tl.store(final_state_ptrs, state.to(final_states_ptr.dtype.element_ty), and_scalar(mask_state, row >= 0))
+    if dt_sum_ptr is not None:
+        if tile == 0:
+            tl.store(dt_sum_ptr + segment.to(tl.int64) * H + head, dt_sum)
 
-    if not WRITE_DCHUNK_STATES:
-        tl.store(dinitial_states_ptr + segment_row + state_offsets, dstate, mask_state)
+
+@triton.jit
+def advance_state(state, x, weights, B, chunk_decay, DOT: tl.constexpr, COMPUTE: tl.constexpr):
+    """A state (P, N) after a chunk: decayed, and with the products of x (Q, P) times weights (Q,) and B (Q, N)."""
+    weighted = (x.to(COMPUTE) * weights[:, None]).to(DOT)  # (Q, P)
+    return state * chunk_decay + dot(tl.trans(weighted), B, COMPUTE)
 
 
-def _chunk_options(inputs: ScanInputs, tiles: Tiles) -> dict[str, Any]:
-    """Launch options of the kernels whose programs take one chunk each."""
-    return {"CHUNKS_PER_SEGMENT": CHUNKS_PER_SEGMENT, "num_stages": 1, **tiles.options(), **inputs.constants}
+@triton.jit
+def load_rows(ptr, positions, stride, columns, mask):
+    """Load a tile (rows, columns) of a tensor whose last dimension is contiguous, zeros outside the mask."""
+    return tl.load(ptr + positions[:, None] * stride + columns[None, :], mask, other=0.0)
+
+
+@triton.jit
+def load_decays(steps_ptr, first, Q: tl.constexpr, CHUNKS: tl.constexpr):
+    """Load what the state kernel wrote of the chunk that is `first` steps after a checkpoint, for one head.
+
+    Returns:
+        dt (Q,), and the results of `chunk_decays`.
+    """
+    SIZE: tl.constexpr = CHUNKS * Q
+    step_ptrs = steps_ptr + first + tl.arange(0, Q)
+    # The sums run from the checkpoint on.
+    last_ptr = steps_ptr + first + (Q - 1)
+    coarse_before = tl.load(steps_ptr + SIZE + first - 1, first > 0, other=0.0)
+    fine_before = tl.load(steps_ptr + 2 * SIZE + first - 1, first > 0, other=0.0)
+    dt = tl.load(step_ptrs)
+    coarse, fine = tl.load(step_ptrs + SIZE) - coarse_before, tl.load(step_ptrs + 2 * SIZE) - fine_before
+    coarse_total, fine_total = tl.load(last_ptr + SIZE) - coarse_before, tl.load(last_ptr + 2 * SIZE) - fine_before
+    decay_to_end = tl.exp2((coarse_total - coarse) + (fine_total - fine))
+    return dt, coarse, fine, tl.exp2(coarse + fine), decay_to_end, tl.exp2(coarse_total + fine_total)
+
+
+@triton.jit
+def sum_rows(x, y, mask, DOT: tl.constexpr):
+    """Sum of x * y over the columns, (Q,)."""
+    products = x * y
+    if DOT == tl.float32 or DOT == tl.float64:
+        # In small tiles a thread holds one product, and the compiler would fuse it into the addition of that of another
+        # thread: threads that should hold the same sum would round it differently. It fuses no selection.
+        products = tl.where(mask, products, 0.0)
+    return tl.sum(products, axis=1)
+
+
+@triton.jit
+def suffix_sums(terms, Q: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr):
+    """Sum the terms (Q, Q) of each column from a row to the last: a product with a triangle of ones.
+
+    Operands of 16 bits are the terms as a sum of two parts in bfloat16, which has the range of float32. They keep 16
+    bits of a term, whose own operands had 8 or 11.
+    """
+    is_after = tl.arange(0, Q)[:, None] <= tl.arange(0, Q)[None, :]  # (k, i): i >= k
+    if DOT == tl.float32 or DOT == tl.float64:
+        return dot(tl.where(is_after, tl.full((Q, Q), 1.0, COMPUTE), 0.0), terms, COMPUTE)
+    ones = tl.where(is_after, tl.full((Q, Q), 1.0, tl.bfloat16), tl.zeros((Q, Q), tl.bfloat16))
+    high = (terms.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)  # the upper 16 bits
+    low = terms - high
+    return dot(ones, high.to(tl.bfloat16), COMPUTE) + dot(ones, low.to(tl.bfloat16), COMPUTE)
 
 
 def _launch_input_gradient(
     inputs: ScanInputs,
     tiles: Tiles,
-    segments: SegmentTable,
-    segment_range: range,
+    checkpoints: SegmentTable,
+    checkpoint_range: range,
     dy: Tensor,
-    chunk_states: Tensor,
-    dchunk_states: Tensor,
+    checkpoint_states: Tensor,
+    dcheckpoint_states: Tensor,
+    steps: Tensor,
     dx: Tensor,
     ddt: Tensor,
     dA: Tensor,
     dD: Tensor,
 ) -> None:
-    """Write the gradients of x, dt, A and D for the chunks of some segments."""
+    """Write the gradients of x, dt, A and D for the chunks of some checkpoints."""
     x, dt, B, C, D = inputs.x, inputs.dt, inputs.B, inputs.C, inputs.D
-    num_programs = len(segment_range) * CHUNKS_PER_SEGMENT * inputs.num_head_tiles(tiles)
+    num_programs = len(checkpoint_range) * CHECKPOINT_CHUNKS * inputs.num_head_tiles(tiles)
     with on_device(x):
         _input_gradient_kernel[(num_programs,)](
-            x, dt, inputs.A, B, C, D, inputs.dt_bias, dy, chunk_states, dchunk_states, dx, ddt, dA, dD,
-            segments.entries,
-            segment_range.start, inputs.length, inputs.height, inputs.directions,
+            x, dt, inputs.A, B, C, D, inputs.dt_bias, dy, checkpoint_states, dcheckpoint_states, steps, dx, ddt, dA, dD,
+            checkpoints.entries,
+            checkpoint_range.start, inputs.length, inputs.height, inputs.directions,
             x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(), None if D is None else D.stride(),
             inputs.batch * inputs.length,
-            HAS_D=D is not None, **_chunk_options(inputs, tiles),
+            HAS_D=D is not None, WIDE_D=dD.shape[2] == inputs.headdim, CHECKPOINT_CHUNKS=CHECKPOINT_CHUNKS,
+            num_stages=1, **tiles.options(), **inputs.constants,
         )  # fmt: skip
 
 
@@ -269,125 +450,158 @@ def _input_gradient_kernel(
     D_ptr,  # (H, P)
     dt_bias_ptr,  # (H,)
     dy_ptr,  # (B, L, H, P)
-    chunk_states_ptr, dchunk_states_ptr,  # (segments of this launch, CHUNKS_PER_SEGMENT, H, P, N)
+    checkpoint_states_ptr, dcheckpoint_states_ptr,  # (checkpoints of this launch, H, P, N)
+    steps_ptr,  # (checkpoints of this launch, H, 3, CHECKPOINT_CHUNKS * Q)
     dx_ptr,  # (B, L, H, P), written
     ddt_ptr,  # (tiles, B, L, H), written
-    dA_ptr,  # (M * CHUNKS_PER_SEGMENT, H, tiles), written
-    dD_ptr,  # (M * CHUNKS_PER_SEGMENT, H, P), written
-    segments_ptr,  # (M, 4)
-    segment_offset, length, height, directions,
+    dA_ptr,  # (checkpoints * CHECKPOINT_CHUNKS, H, tiles), written
+    dD_ptr,  # (checkpoints * CHECKPOINT_CHUNKS, H, P) with WIDE_D, else (..., tiles), written
+    checkpoints_ptr,  # (checkpoints, 4)
+    checkpoint_offset, length, height, directions,
     x_strides, dt_strides, B_strides, C_strides, dy_strides, D_strides, num_positions,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS_PER_SEGMENT: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr,
-    DT_MAX: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHECKPOINT_CHUNKS: tl.constexpr, HAS_D: tl.constexpr,
+    WIDE_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr, DT_SOFTPLUS: tl.constexpr,
+    DT_MIN: tl.constexpr, DT_MAX: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Compute all gradients but those of B and C, of one chunk and BLOCK_P channels of one head.
 
-    Grid: segments x CHUNKS_PER_SEGMENT x heads x tiles of P. Tiles: x, dy (Q, BLOCK_P); B, C (Q, BLOCK_N); states
+    Grid: checkpoints x CHECKPOINT_CHUNKS x heads x tiles of P. Tiles: x, dy (Q, BLOCK_P); B, C (Q, BLOCK_N); states
     (BLOCK_P, BLOCK_N); scores (Q, Q).
 
-    Reads the state before the chunk and the gradient of the state after it. dx is complete; ddt is one partial sum a
-    tile of P; dA and dD are one partial sum a chunk (and tile). `num_positions` is B * L.
+    dx is complete; ddt is one partial sum a tile of P; dA and dD are one partial sum a chunk (and tile).
+    `num_positions` is B * L.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     chunk, head, tile = split_program(tl.program_id(0), H, P, BLOCK_P)
-    segment = segment_offset + chunk // CHUNKS_PER_SEGMENT
-    batch, start, end, sequence = load_segment(segments_ptr, segment)
-    first = start + chunk % CHUNKS_PER_SEGMENT * Q
+    checkpoint = chunk // CHECKPOINT_CHUNKS
+    batch, start, end, sequence = load_segment(checkpoints_ptr, checkpoint_offset + checkpoint)
+    first = start + chunk % CHECKPOINT_CHUNKS * Q
     if first >= end:
         return
     group = head // (H // G)
     direction = group_direction(directions, group, G, NUM_DIRECTIONS)
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     mask_p, mask_n = p < P, n < N
-    positions, mask_q = chunk_positions(first, end, direction, length, height, Q, NUM_DIRECTIONS)
-    mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
-
     a, dt_bias = load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS, COMPUTE)
     dt_ptr += batch * dt_strides[0] + head.to(tl.int64) * dt_strides[2]
-    dt_ptrs = dt_ptr + positions * dt_strides[1]
-    dt, dt_derivative = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
-    coarse, fine, decay_from_start, decay_to_end, chunk_decay = chunk_decays(dt, a, Q, COMPUTE)
-
     x_ptr += batch * x_strides[0] + head.to(tl.int64) * x_strides[2]
     dy_ptr += batch * dy_strides[0] + head.to(tl.int64) * dy_strides[2]
     B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
     C_ptr += batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
-    x = tl.load(x_ptr + positions[:, None] * x_strides[1] + p[None, :], mask_x, other=0.0).to(COMPUTE)  # (Q, P)
-    dy = tl.load(dy_ptr + positions[:, None] * dy_strides[1] + p[None, :], mask_x, other=0.0).to(COMPUTE)  # (Q, P)
-    B = tl.load(B_ptr + positions[:, None] * B_strides[1] + n[None, :], mask_B, other=0.0).to(DOT)  # (Q, N)
-    C = tl.load(C_ptr + positions[:, None] * C_strides[1] + n[None, :], mask_B, other=0.0).to(DOT)  # (Q, N)
-    state_offsets = (chunk.to(tl.int64) * H + head) * (P * N) + p[:, None] * N + n[None, :]
+    state_offsets = (checkpoint.to(tl.int64) * H + head) * (P * N) + p[:, None] * N + n[None, :]
     mask_state = mask_p[:, None] & mask_n[None, :]
-    state = tl.load(chunk_states_ptr + state_offsets, mask_state, other=0.0)  # (P, N)
-    dstate = tl.load(dchunk_states_ptr + state_offsets, mask_state, other=0.0)  # (P, N)
+    state = tl.load(checkpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
+    dstate = tl.load(dcheckpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
+
+    steps_ptr += (checkpoint.to(tl.int64) * H + head) * (3 * CHECKPOINT_CHUNKS * Q)
+
+    # The state before the chunk and the gradient of the state after it: of two chunks, the checkpoint holds the one
+    # for the first chunk and the other for the second, and the rest is one step from there through the other chunk.
+    if first > start:
+        positions, mask_q = chunk_positions(start, end, direction, length, height, Q, NUM_DIRECTIONS)
+        mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
+        dt, _, _, _, decay_to_end, chunk_decay = load_decays(steps_ptr, 0, Q, CHECKPOINT_CHUNKS)
+        x = load_rows(x_ptr, positions, x_strides[1], p, mask_x)
+        B = load_rows(B_ptr, positions, B_strides[1], n, mask_B).to(DOT)
+        state = advance_state(state.to(COMPUTE), x, dt * decay_to_end, B, chunk_decay, DOT, COMPUTE).to(DOT)
+    elif first + Q < end:
+        positions, mask_q = chunk_positions(first + Q, end, direction, length, height, Q, NUM_DIRECTIONS)
+        mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
+        _, _, _, decay_from_start, _, chunk_decay = load_decays(steps_ptr, Q, Q, CHECKPOINT_CHUNKS)
+        dy = load_rows(dy_ptr, positions, dy_strides[1], p, mask_x)
+        C = load_rows(C_ptr, positions, C_strides[1], n, mask_B).to(DOT)
+        dstate = advance_state(dstate.to(COMPUTE), dy, decay_from_start, C, chunk_decay, DOT, COMPUTE).to(DOT)
+
+    positions, mask_q = chunk_positions(first, end, direction, length, height, Q, NUM_DIRECTIONS)
+    mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
+    dt, coarse, fine, decay_from_start, decay_to_end, chunk_decay = load_decays(
+        steps_ptr, first - start, Q, CHECKPOINT_CHUNKS
+    )
+    x = load_rows(x_ptr, positions, x_strides[1], p, mask_x)  # (Q, P)
+    dy = load_rows(dy_ptr, positions, dy_strides[1], p, mask_x)  # (Q, P)
+    B = load_rows(B_ptr, positions, B_strides[1], n, mask_B).to(DOT)  # (Q, N)
+    C = load_rows(C_ptr, positions, C_strides[1], n, mask_B).to(DOT)  # (Q, N)
+
+    chunk_row = (checkpoint_offset.to(tl.int64) * CHECKPOINT_CHUNKS + chunk) * H + head
     if HAS_D:
-        D = tl.load(D_ptr + head * D_strides[0] + p * D_strides[1], mask_p, other=0.0).to(COMPUTE)  # (P,)
+        if WIDE_D:
+            tl.store(dD_ptr + chunk_row * P + p, tl.sum(dy.to(COMPUTE) * x.to(COMPUTE), axis=0), mask_p)
+        else:
+            column = sum_rows(x.to(COMPUTE), dy.to(COMPUTE), mask_x, DOT)[:, None]
+            tl.store(dD_ptr + chunk_row * TILES + tile + tl.arange(0, 1), tl.sum(column, axis=0))
 
     # The log decay dt A of step k acts on all that passes from before k to k or later: from the state before the chunk
     # to the state after it, from the former to output i >= k, from input j < k to output i >= k, and from input j < k
-    # to the state after.
-    dlog_decay = tl.sum(tl.sum(state.to(COMPUTE) * dstate.to(COMPUTE), axis=1), axis=0) * chunk_decay
+    # to the state after. Sums of the terms themselves, not differences of running totals, which would cancel.
+    p_0, p_1 = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_P)[None, :]
+    products = tl.where(p_0 == p_1, dot(state, tl.trans(dstate), COMPUTE), 0.0)  # (P, P)
+    dlog_decay = tl.sum(products) * chunk_decay
     # Listing 1, step 4, again.
-    y_of_state = dot(C, tl.trans(state.to(DOT)), COMPUTE)
-    y_of_state *= decay_from_start[:, None]  # (Q, P)
+    y_of_state = dot(C, tl.trans(state), COMPUTE)  # (Q, P)
+    from_state = sum_rows(dy.to(COMPUTE), y_of_state, mask_x, DOT) * decay_from_start  # (Q,)
+    dlog_decay += tl.cumsum(from_state, axis=0, reverse=True)
+    # Gradient of dt x through the state after the chunk: transpose of listing 1, step 2.
+    ddt_x = dot(B, tl.trans(dstate), COMPUTE)
+    ddt_x *= decay_to_end[:, None]  # (Q, P)
+    input_to_state = sum_rows(x.to(COMPUTE), ddt_x, mask_x, DOT) * dt  # (Q,)
+
     masked_scores = dot(C, tl.trans(B), COMPUTE)
     masked_scores *= decay_matrix(coarse, fine, Q)  # (Q, Q)
-    y_offsets = (((batch * length + positions) * H + head) * P)[:, None] + p[None, :]
-    dy_dot = dy.to(DOT)
-    dt_x = (x * dt[:, None]).to(DOT)
-    dmasked_scores = dot(dy_dot, tl.trans(dt_x), COMPUTE)  # (Q, Q)
+    dmasked_scores = dot(dy.to(DOT), tl.trans(x.to(DOT)), COMPUTE)  # (Q, Q), by dt of the input
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    # Entry (k, j): from input j to all outputs i >= k. Sums of the terms themselves, not differences of running
-    # totals, which would cancel.
-    from_input = tl.cumsum(tl.where(i > j, dmasked_scores * masked_scores, 0.0), axis=0, reverse=True)  # (Q, Q)
-
-    # Gradient of dt x through the state after the chunk: transpose of listing 1, step 2.
-    ddt_x_of_state = dot(B, tl.trans(dstate.to(DOT)), COMPUTE)
-    ddt_x_of_state *= decay_to_end[:, None]  # (Q, P)
-    ddt_input = tl.sum(x * ddt_x_of_state, axis=1)  # (Q,)
-    input_to_state = ddt_input * dt
-    dlog_decay += tl.cumsum(tl.sum(dy * y_of_state, axis=1), axis=0, reverse=True)
-    dlog_decay += tl.sum(tl.where(i > j, from_input + input_to_state[None, :], 0.0), axis=1)  # (Q,)
+    # Entry (k, j): from input j to all outputs i >= k.
+    from_input = suffix_sums(dmasked_scores * masked_scores, Q, DOT, COMPUTE)
+    from_input = from_input * dt[None, :] + input_to_state[None, :]
+    dlog_decay += tl.sum(tl.where(i > j, from_input, 0.0), axis=1)  # (Q,)
     # Gradient of dt x through the outputs of the chunk: transpose of listing 1, step 1.
-    ddt_x_of_outputs = dot(tl.trans(masked_scores.to(DOT)), dy_dot, COMPUTE)
-    ddt_input += tl.sum(x * ddt_x_of_outputs, axis=1)
+    ddt_x += dot(tl.trans(masked_scores.to(DOT)), dy.to(DOT), COMPUTE)
+    ddt_input = sum_rows(x.to(COMPUTE), ddt_x, mask_x, DOT)  # (Q,)
 
+    # Loaded again: held since then, the positions of the rows would not fit in registers.
+    batch, start, end, _ = load_segment(checkpoints_ptr, checkpoint_offset + checkpoint)
+    first = start + chunk % CHECKPOINT_CHUNKS * Q
+    positions, mask_q = chunk_positions(first, end, direction, length, height, Q, NUM_DIRECTIONS)
+    dt_ptrs = dt_ptr + positions * dt_strides[1]
+    _, dt_derivative = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
     ddt = (ddt_input + dlog_decay * (a * tl.full((), LN2, COMPUTE))) * dt_derivative
     ddt_offsets = ((tile.to(tl.int64) * num_positions + batch * length) + positions) * H + head
     tl.store(ddt_ptr + ddt_offsets, ddt, mask_q)
-    dx = (ddt_x_of_state + ddt_x_of_outputs) * dt[:, None]  # (Q, P)
-    chunk_row = (segment.to(tl.int64) * CHUNKS_PER_SEGMENT + chunk % CHUNKS_PER_SEGMENT) * H + head
+    dx = ddt_x * dt[:, None]  # (Q, P)
     if HAS_D:
-        dx += D[None, :] * dy
-        tl.store(dD_ptr + chunk_row * P + p, tl.sum(dy * x, axis=0), mask_p)
-    tl.store(dx_ptr + y_offsets, dx.to(dx_ptr.dtype.element_ty), mask_x)
-    # Summed as a column: of a vector, the compiler of triton 3.7 cannot lay this sum out on Blackwell.
+        if WIDE_D:
+            D = tl.load(D_ptr + head * D_strides[0] + p * D_strides[1], mask_p, other=0.0).to(COMPUTE)  # (P,)
+            dx += D[None, :] * dy.to(COMPUTE)
+        else:
+            dx += tl.load(D_ptr + head * D_strides[0]).to(COMPUTE) * dy.to(COMPUTE)
+    dx_offsets = (((batch * length + positions) * H + head) * P)[:, None] + p[None, :]
+    tl.store(dx_ptr + dx_offsets, dx.to(dx_ptr.dtype.element_ty), mask_q[:, None] & mask_p[None, :])
     tl.store(dA_ptr + chunk_row * TILES + tile + tl.arange(0, 1), tl.sum((dlog_decay * dt)[:, None], axis=0))
 
 
 def _launch_shared_gradient(
     inputs: ScanInputs,
     tiles: Tiles,
-    segments: SegmentTable,
-    segment_range: range,
+    checkpoints: SegmentTable,
+    checkpoint_range: range,
     dy: Tensor,
-    chunk_states: Tensor,
-    dchunk_states: Tensor,
+    checkpoint_states: Tensor,
+    dcheckpoint_states: Tensor,
+    steps: Tensor,
     dB: Tensor,
     dC: Tensor,
     splits: int,
 ) -> None:
-    """Write the gradients of B and C, which the heads of a group share, for the chunks of some segments."""
+    """Write the gradients of B and C, which the heads of a group share, for the chunks of some checkpoints."""
     x, dt, B, C = inputs.x, inputs.dt, inputs.B, inputs.C
-    num_programs = len(segment_range) * CHUNKS_PER_SEGMENT * inputs.groups * splits
+    num_programs = len(checkpoint_range) * CHECKPOINT_CHUNKS * inputs.groups * splits
     with on_device(x):
         _shared_gradient_kernel[(num_programs,)](
-            x, dt, inputs.A, B, C, inputs.dt_bias, dy, chunk_states, dchunk_states, dB, dC, segments.entries,
-            segment_range.start, inputs.length, inputs.height, inputs.directions,
+            x, dt, inputs.A, B, C, inputs.dt_bias, dy, checkpoint_states, dcheckpoint_states, steps, dB, dC,
+            checkpoints.entries,
+            checkpoint_range.start, inputs.length, inputs.height, inputs.directions,
             x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(), inputs.batch * inputs.length,
-            SPLITS=splits, **_chunk_options(inputs, tiles),
+            SPLITS=splits, CHECKPOINT_CHUNKS=CHECKPOINT_CHUNKS, num_stages=1, **tiles.options(), **inputs.constants,
         )  # fmt: skip
 
 
@@ -399,78 +613,97 @@ def _shared_gradient_kernel(
     B_ptr, C_ptr,  # (B, L, G, N)
     dt_bias_ptr,  # (H,)
     dy_ptr,  # (B, L, H, P)
-    chunk_states_ptr, dchunk_states_ptr,  # (segments of this launch, CHUNKS_PER_SEGMENT, H, P, N)
+    checkpoint_states_ptr, dcheckpoint_states_ptr,  # (checkpoints of this launch, H, P, N)
+    steps_ptr,  # (checkpoints of this launch, H, 3, CHECKPOINT_CHUNKS * Q)
     dB_ptr, dC_ptr,  # (SPLITS, B, L, G, N), written
-    segments_ptr,  # (M, 4)
-    segment_offset, length, height, directions,
+    checkpoints_ptr,  # (checkpoints, 4)
+    checkpoint_offset, length, height, directions,
     x_strides, dt_strides, B_strides, C_strides, dy_strides, num_positions,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS_PER_SEGMENT: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHECKPOINT_CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr,
     DT_MAX: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of B and C of one chunk, summed over some heads of a group: one partial sum a split.
 
-    Grid: segments x CHUNKS_PER_SEGMENT x groups x SPLITS. Tiles: x, dy (Q, BLOCK_P); B, C, dB, dC (Q, BLOCK_N); states
-    (BLOCK_P, BLOCK_N); scores (Q, Q). `num_positions` is B * L.
+    Grid: checkpoints x CHECKPOINT_CHUNKS x groups x SPLITS. Tiles: x, dy (Q, BLOCK_P); B, C, dB, dC (Q, BLOCK_N);
+    states (BLOCK_P, BLOCK_N); scores (Q, Q). `num_positions` is B * L.
+
+    The checkpoint's two chunks are a pair: from its first chunk to the outputs of its second leads a matrix of scores
+    whose decays are those of the rows times those of the columns, `cross_scores`. So no state between the two is
+    needed. `near` is this program's chunk, `far` the other of the pair.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     HEADS: tl.constexpr = H // G
     program = tl.program_id(0)
     chunk, group, split = program // (G * SPLITS), program // SPLITS % G, program % SPLITS
-    batch, start, end, sequence = load_segment(segments_ptr, segment_offset + chunk // CHUNKS_PER_SEGMENT)
-    first = start + chunk % CHUNKS_PER_SEGMENT * Q
+    checkpoint = chunk // CHECKPOINT_CHUNKS
+    batch, start, end, sequence = load_segment(checkpoints_ptr, checkpoint_offset + checkpoint)
+    first = start + chunk % CHECKPOINT_CHUNKS * Q
     if first >= end:
         return
+    is_second = first > start
+    far_first = tl.where(is_second, start, first + Q)
     direction = group_direction(directions, group, G, NUM_DIRECTIONS)
     n = tl.arange(0, BLOCK_N)
     positions, mask_q = chunk_positions(first, end, direction, length, height, Q, NUM_DIRECTIONS)
-    mask_B = mask_q[:, None] & (n < N)[None, :]
+    far_positions, far_mask_q = chunk_positions(far_first, end, direction, length, height, Q, NUM_DIRECTIONS)
+    mask_B, far_mask_B = mask_q[:, None] & (n < N)[None, :], far_mask_q[:, None] & (n < N)[None, :]
     x_ptr += batch * x_strides[0]
     dt_ptr += batch * dt_strides[0]
     dy_ptr += batch * dy_strides[0]
 
     dB, dC = tl.zeros((Q, BLOCK_N), COMPUTE), tl.zeros((Q, BLOCK_N), COMPUTE)
-    dscores = tl.zeros((Q, Q), COMPUTE)
+    dscores, dcross_scores = tl.zeros((Q, Q), COMPUTE), tl.zeros((Q, Q), COMPUTE)
     for head_tile in range(split * HEADS // SPLITS * TILES, (split + 1) * HEADS // SPLITS * TILES):
         head = tl.cast(group * HEADS + head_tile // TILES, tl.int64)
         p = head_tile % TILES * BLOCK_P + tl.arange(0, BLOCK_P)
-        mask_x = mask_q[:, None] & (p < P)[None, :]
+        mask_x, far_mask_x = mask_q[:, None] & (p < P)[None, :], far_mask_q[:, None] & (p < P)[None, :]
 
-        a, dt_bias = load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS, COMPUTE)
-        dt_ptrs = dt_ptr + (head * dt_strides[2] + positions * dt_strides[1])
-        dt, _ = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
-        coarse, fine, decay_from_start, decay_to_end, _ = chunk_decays(dt, a, Q, COMPUTE)
+        head_steps_ptr = steps_ptr + (checkpoint.to(tl.int64) * H + head) * (3 * CHECKPOINT_CHUNKS * Q)
+        dt, coarse, fine, decay_from_start, decay_to_end, _ = load_decays(
+            head_steps_ptr, first - start, Q, CHECKPOINT_CHUNKS
+        )
+        far_dt, _, _, far_decay_from_start, far_decay_to_end, far_decay = load_decays(
+            head_steps_ptr, far_first - start, Q, CHECKPOINT_CHUNKS
+        )
 
-        x_ptrs = x_ptr + head * x_strides[2] + positions[:, None] * x_strides[1] + p[None, :]
-        dt_x = tl.load(x_ptrs, mask_x, other=0.0).to(COMPUTE)
-        dt_x *= dt[:, None]  # (Q, P)
-        dy_ptrs = dy_ptr + head * dy_strides[2] + positions[:, None] * dy_strides[1] + p[None, :]
-        dy = tl.load(dy_ptrs, mask_x, other=0.0).to(COMPUTE)  # (Q, P)
-        state_offsets = (chunk.to(tl.int64) * H + head) * (P * N) + p[:, None] * N + n[None, :]
+        x = load_rows(x_ptr + head * x_strides[2], positions, x_strides[1], p, mask_x)  # (Q, P)
+        dy = load_rows(dy_ptr + head * dy_strides[2], positions, dy_strides[1], p, mask_x)  # (Q, P)
+        state_offsets = (checkpoint.to(tl.int64) * H + head) * (P * N) + p[:, None] * N + n[None, :]
         mask_state = (p < P)[:, None] & (n < N)[None, :]
-        state = tl.load(chunk_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
-        dstate = tl.load(dchunk_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
+        state = tl.load(checkpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
+        dstate = tl.load(dcheckpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
 
         # Listing 1, step 1: scores = C B^T, which all heads of the group share.
-        dmasked_scores = dot(dy.to(DOT), tl.trans(dt_x.to(DOT)), COMPUTE)
-        dscores += dmasked_scores * decay_matrix(coarse, fine, Q)  # (Q, Q)
-        # Step 4: C meets the state before the chunk.
-        decayed_dy = (dy * decay_from_start[:, None]).to(DOT)
-        dC += dot(decayed_dy, state, COMPUTE)  # (Q, N)
-        # Step 2: B writes to the state after the chunk.
-        decayed_input = (dt_x * decay_to_end[:, None]).to(DOT)
-        dB += dot(decayed_input, dstate, COMPUTE)  # (Q, N)
+        dmasked_scores = dot(dy.to(DOT), tl.trans(x.to(DOT)), COMPUTE)
+        dscores += dmasked_scores * decay_matrix(coarse, fine, Q) * dt[None, :]  # (Q, Q)
+        # Step 4: C meets the state before the chunk. Step 2: B writes to the state after the chunk.
+        decayed_dy = dy.to(COMPUTE) * decay_from_start[:, None]  # (Q, P)
+        decayed_input = x.to(COMPUTE) * (dt * decay_to_end)[:, None]  # (Q, P)
+        if is_second:
+            far_x = load_rows(x_ptr + head * x_strides[2], far_positions, x_strides[1], p, far_mask_x)
+            far = (far_x.to(COMPUTE) * (far_dt * far_decay_to_end)[:, None]).to(DOT)
+            near = decayed_dy.to(DOT)
+        else:
+            far_dy = load_rows(dy_ptr + head * dy_strides[2], far_positions, dy_strides[1], p, far_mask_x)
+            far = (far_dy.to(COMPUTE) * far_decay_from_start[:, None]).to(DOT)
+            near = decayed_input.to(DOT)
+        dcross_scores += dot(near, tl.trans(far), COMPUTE)  # (Q, Q)
+        dC += dot((decayed_dy * tl.where(is_second, far_decay, 1.0)).to(DOT), state, COMPUTE)  # (Q, N)
+        dB += dot((decayed_input * tl.where(is_second, 1.0, far_decay)).to(DOT), dstate, COMPUTE)  # (Q, N)
 
-    B_offsets = (
-        positions[:, None] * B_strides[1] + n[None, :] + batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
-    )
-    B = tl.load(B_ptr + B_offsets, mask_B, other=0.0).to(DOT)  # (Q, N)
+    B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
+    C_ptr += batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
+    if is_second:
+        far_B = load_rows(B_ptr, far_positions, B_strides[1], n, far_mask_B).to(DOT)
+        dC += dot(dcross_scores.to(DOT), far_B, COMPUTE)
+    else:
+        far_C = load_rows(C_ptr, far_positions, C_strides[1], n, far_mask_B).to(DOT)
+        dB += dot(dcross_scores.to(DOT), far_C, COMPUTE)
+    B = load_rows(B_ptr, positions, B_strides[1], n, mask_B).to(DOT)  # (Q, N)
     dC += dot(dscores.to(DOT), B, COMPUTE)
-    C_offsets = (
-        positions[:, None] * C_strides[1] + n[None, :] + batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
-    )
-    C = tl.load(C_ptr + C_offsets, mask_B, other=0.0).to(DOT)  # (Q, N)
+    C = load_rows(C_ptr, positions, C_strides[1], n, mask_B).to(DOT)  # (Q, N)
     dB += dot(tl.trans(dscores.to(DOT)), C, COMPUTE)
     offsets = ((split.to(tl.int64) * num_positions + batch * length + positions) * G + group)[:, None] * N + n[None, :]
     tl.store(dB_ptr + offsets, dB, mask_B)
