@@ -520,7 +520,7 @@ def _compare(i: Instruction):
     return compute
 
 
-def _vote(i: Instruction):
+def _vote(i: Instruction) -> Compute | None:
     """A predicate that any or all lanes have, taken to be that of one lane."""
     if len(i.operands) != 2 or not is_predicate(i.operands[0]):
         return None
@@ -528,9 +528,10 @@ def _vote(i: Instruction):
     return lambda r: {i.operands[0]: read(r)}
 
 
-def _succeed(i: Instruction):
+def _succeed(i: Instruction) -> Compute | None:
     """A wait, an allocation or an election, which succeeds at once: what it waits for is not counted."""
-    return (lambda r: {i.operands[0]: True}) if is_predicate(i.operands[0]) else None
+    name = i.operands[0]
+    return (lambda r: {name: True}) if is_predicate(name) else None
 
 
 def _select(i: Instruction):
@@ -676,5 +677,6 @@ _SEMANTICS: dict[str, Callable[[Instruction], Compute | None]] = {
     "IMNMX": _min_max, "VIMNMX": _min_max, "VIADDMNMX": _min_max, "PRMT": _permute, "LDG": _load,
     "HFMA2": _half_constant, "I2F": _to_float, "MUFU": _reciprocal, "F2I": _to_integer,
     "IABS": lambda i: _of_integers(i, [i.operands[1]], lambda a: abs(_signed(a))),
-    "SYNCS": _succeed, "UTCATOMSWS": _succeed, "ELECT": _succeed, "VOTE": _vote, "VOTEU": _vote, "P2R": _pack_predicates, "R2P": _unpack_predicates,
+    "SYNCS": _succeed, "UTCATOMSWS": _succeed, "ELECT": _succeed, "VOTE": _vote, "VOTEU": _vote,
+    "P2R": _pack_predicates, "R2P": _unpack_predicates,
 }  # fmt: skip
