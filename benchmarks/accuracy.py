@@ -55,6 +55,7 @@ def ground_truth(
 ) -> GroundTruth:
     """The result with which implementations of a case are compared."""
     by = "reference" if is_affordable(op, shape, dtype, device) else "torch"
+    # For gradients, and where no reference in the same dtype shows its own error.
     generous = allowed_error(0.0, dtype, SUMMED)
     result = Result(_y(build_float64(op, shape, dtype, by, device)))
     allowed = generous
@@ -78,6 +79,7 @@ def is_affordable(op: str, shape: Shape, dtype: torch.dtype, device: str) -> boo
             return False
     probe = build_float64(op, replace(shape, length=min(shape.length, PROBE), height=1), dtype, "reference", device)
     _, first = first_call(probe, "fwd")
+    # The first call also imports and allocates; where it was slow, the second one counts.
     seconds = first if first < SECONDS / shape.length * PROBE else first_call(probe, "fwd")[1]
     return seconds * max(1, shape.length / PROBE) <= SECONDS
 

@@ -78,6 +78,7 @@ def results(
         dtype: type of the floating-point inputs; by default their own, with their strides.
         noise: seed with which each input and upstream gradient is moved by a rounding of `dtype`; None moves none.
     """
+    # One generator for inputs and upstream gradients: results do not share their noise.
     generator = torch.Generator().manual_seed(noise or 0)
 
     def perturb(t: Tensor) -> Tensor:
@@ -120,9 +121,12 @@ def disagreement(expected: Expected, actual: Mapping[str, Tensor]) -> str:
             return f"{name}: dtype {got.dtype}, expected {peer.dtype}"
         rounding, limits = roundings(got.dtype, operands=expected.operands), torch.finfo(got.dtype)
         got, peer = got.double(), peer.double()
+        # Elements at which every run of the reference is finite decide the scale and the errors.
         is_finite = functools.reduce(torch.logical_and, [t.isfinite() for t in (want, peer, *perturbed)])
         scale, own, *samples = (_largest(t[is_finite]) for t in (want, peer - want, *(p - want for p in perturbed)))
+        # The reference's own error in this dtype, roundings of the result, and the sensitivity to its inputs.
         allowed = 2 * own + rounding * max(scale, 1e-3) + MARGIN * max(samples)
+        # So far from the largest number that neither the result nor a partial sum overflows.
         fits = (want.abs() + allowed < limits.max) & (want.abs() * ROUNDINGS < torch.finfo(expected.compute).max)
         failures = {
             "not finite": is_finite & fits & ~got.isfinite(),

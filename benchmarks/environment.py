@@ -73,6 +73,7 @@ def command_line(command: Any) -> str:
         if field.name == "out" or value == field.default:
             continue
         values = [str(v) for v in (value if isinstance(value, tuple) else (value,))]
+        # Annotations are text here: `from __future__ import annotations`.
         if "Positional" in str(field.type):
             words += values
         else:
@@ -97,6 +98,7 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
+    # Uncommitted changes show as "-dirty".
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

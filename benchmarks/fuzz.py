@@ -104,6 +104,7 @@ class Trial:
             for name, layout in self.layouts:
                 if name in tensors:
                     tensors[name] = _laid_out(tensors[name], layout)
+        # Bounds anywhere, so that some sequences are empty.
         if "cu_seqlens" in tensors:
             size = (self.case.sequences - 1,)
             bounds = torch.randint(self.case.shape.length + 1, size, device=device, generator=generator)
@@ -135,6 +136,7 @@ def draw(seed: int, ops: tuple[str, ...] = OPS) -> Trial:
     op = r.choice(ops)
     max_length, max_width = (12, 6) if is_interpreted() else (80, 24)
     groups = r.choice((1, 1, 1, 2, 3))
+    # Very short sequences are drawn often: shorter than a chunk, or than the convolution's window.
     length = r.choice((1, 2, 3, r.randint(1, max_length), r.randint(1, max_length), r.randint(1, max_length)))
     shape = Shape(
         batch=r.randint(1, 3), length=length, channels=groups * r.randint(1, max_width),
@@ -147,11 +149,13 @@ def draw(seed: int, ops: tuple[str, ...] = OPS) -> Trial:
     options: dict[str, Any] = {}
     for variant in r.sample(VARIANTS[op], k=min(len(VARIANTS[op]), r.randint(0, 3))):
         options |= variant
+    # Packing is by cu_seqlens or by seq_idx, and cu_seqlens packs one row.
     if options.get("seq_idx"):
         options.pop("sequences", None)
     if "sequences" in options:
         options["sequences"] = r.randint(1, 7)
         shape = replace(shape, batch=1)
+    # B and C of (D, N), constant in time, have no groups.
     if options.get("constant"):
         shape = replace(shape, groups=1)
     dtype = r.choice(("fp32", "fp32", "fp32", "bf16", "fp16", "fp64"))
@@ -192,6 +196,7 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
         reversed_dims = list(reversed(range(t.dim())))
         return t.permute(reversed_dims).contiguous().permute(reversed_dims)
     if layout == "strided":
+        # NaN beside each element shows a read that ignores the stride.
         buffer = t.new_full((*t.shape, 3), torch.nan)
         buffer[..., 1] = t
         return buffer[..., 1]
@@ -225,6 +230,7 @@ def wrong(trial: Trial, backend: Backend, device: str) -> str:
     except Exception as e:  # any error where the reference has none is a finding
         return f"raises {type(e).__name__}: {e}"
     outputs = {name: t for name, t in actual.items() if not name.startswith("gradient of ")}
+    # With anything that is not finite, gradients depend on the implementation: the outputs alone are compared.
     involved = [*tensors.values(), *(of[name] for of in (right.exact, right.rounded) for name in outputs)]
     if backend == "triton" and not is_interpreted():
         right = replace(right, operands=coarsest_dtype(tensors))

@@ -87,6 +87,7 @@ def _cells(case: Case, row: Mapping[str, Any]) -> dict[str, str]:
     cells = {}
     if "time" in row:
         t = row["time"]
+        # Ratios are to the first implementation that was timed in this mode.
         first = next(r["time"] for r in case["rows"] if r["mode"] == row["mode"] and "time" in r)
         bound = f" ({row['bound']})" if row["bound"] else ""
         share = "unknown" if row["share"] is None else f"{row['share']:.0%}{bound}"

@@ -83,6 +83,7 @@ def _bars(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     is_log = longest > LOG * least
     if is_log:
         axis.set_xscale("log")
+        # Space for the labels on the right of the bars.
         axis.set_xlim(least / 3, 12 * longest)
     elif timed:
         axis.set_xlim(0, 1.45 * longest)
@@ -99,7 +100,7 @@ def _bars(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         axis.axvline(floors[0], color="black", linestyle=":", label="roofline")
         axis.legend(fontsize=8, loc="lower right")
     axis.set_yticks(range(len(rows)), [row["impl"] for row in rows])
-    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row is on top
     axis.set_xlabel("ms, logarithmic" if is_log else "ms", fontsize=8)
     style_axis(axis)
 

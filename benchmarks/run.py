@@ -149,6 +149,7 @@ def _measure_setting(
     if "error" in command.metric and not all("missing" in row for row in rows.values()):
         truth = accuracy.ground_truth(op, shape, dtype, device, gradients=set(modes) != {"fwd"})
         case |= {"truth": truth.by, "allowed_error": truth.allowed, "allowed_gradient_error": truth.allowed_gradient}
+    # Built once a setting: all modes run on the same inputs and weights.
     make = functools.cache(lambda impl: build(op, impl, shape, dtype, device=device, **setting.options))
     for mode in modes:
         seconds: dict[str, float] = {}
@@ -163,7 +164,7 @@ def _measure_setting(
                 continue
             if truth is not None:
                 row |= truth.judge(result)
-            del result
+            del result  # its memory is free for the next one
         if "time" in command.metric:
             made = {impl: make(impl) for impl in seconds}
             for impl, times in time_rows(made, seconds, mode, device, command.calls).items():

@@ -77,12 +77,13 @@ LETTERS = {
 
 
 def _sizes(inputs: dict[str, str]) -> tuple[str, ...]:
+    # "W-1" stands beside "W" in every op that has it.
     letters = set(" ".join(inputs.values()).split())
     return tuple(size for size, of_size in LETTERS.items() if letters & set(of_size.split()))
 
 
 SIZES = {op: _sizes(inputs) for op, inputs in INPUTS.items()} | BLOCKS
 """Sizes that each op or block reads."""
-SIZES["rms_norm"] += ("groups",)
+SIZES["rms_norm"] += ("groups",)  # of the channels; no input has the shape of it
 WIDTHS = {"130m": 768, "370m": 1024, "790m": 1536, "1.3b": 2048, "2.7b": 2560}
 """d_model of the published Mamba and Mamba-2 models (2.8b and 1.4b in Mamba-1), whose inner width is twice that."""

@@ -29,6 +29,7 @@ def shrink(start: T, why: str, smaller: Callable[[T], Iterable[T]], wrong: Calla
     """
     candidates, attempts = iter(smaller(start)), 0
     while (candidate := next(candidates, None)) is not None and (attempts := attempts + 1) <= ATTEMPTS:
+        # After each success the search starts again at the largest reductions.
         try:
             found = wrong(candidate)
         except (ValueError, IndexError, RuntimeError):

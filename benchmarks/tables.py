@@ -26,7 +26,7 @@ def as_text(heads: Sequence[str], rows: Iterable[Row], names: Sequence[int] = (0
     Args:
         names: columns that hold words and are aligned to the left; the others hold numbers.
     """
-    lines = [Row(heads), *rows]
+    lines = [Row(heads), *rows]  # the headings are a row too
     widths = [max((len(line.cells[i]) for line in lines if i < len(line.cells)), default=0) for i in range(len(heads))]
     text = []
     for line in lines:

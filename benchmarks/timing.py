@@ -39,6 +39,8 @@ def summarize(seconds: Sequence[float]) -> Timing:
 
 
 class Result(NamedTuple):
+    """Result of a call."""
+
     y: Tensor
     gradients: tuple[Tensor | None, ...] = ()
     """Gradients of the workload's inputs, where the mode has a backward."""

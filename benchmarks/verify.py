@@ -167,11 +167,13 @@ class Candidate:
         except NotImplementedError:
             raise
         except Exception as e:  # any failure is reported
+            # Raises where the op refuses the case as well: the function is right to.
             case.call(case.inputs(self.device), "reference")
             return f"raises {type(e).__name__}: {e}"
         if report is not None and report.findings:
             return "; ".join(report.findings)
         self.has_backward |= carries
+        # Gradients that no result carries came out as zeros.
         if not carries:
             found = {name: found[name] for name in names[: self.num_results]}
 

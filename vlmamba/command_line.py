@@ -32,6 +32,7 @@ def run_commands(
         arguments: the process's own by default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    # An option of the program, beside its commands, which tyro does not have.
     if arguments[0] == "--version":
         print(prog, version("vl-mamba"))
         return
@@ -44,6 +45,7 @@ def run_commands(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped
             stream.reconfigure(errors="backslashreplace")
+    # The library logs, for example a slower backend; a command shows it.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         command = tyro.extras.subcommand_cli_from_dict(
@@ -51,7 +53,7 @@ def run_commands(
         )
         check_fields(command, lambda name: f"--{name.replace('_', '-')}")
         command.run()
-    except Interrupted:
+    except Interrupted:  # raised again: torchrun and the shell must see the signal's exit status
         print(f"\n{prog}: stopped and saved; the same command resumes here", file=sys.stderr)
         raise
     except KeyboardInterrupt:

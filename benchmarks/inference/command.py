@@ -133,6 +133,7 @@ class _Session:
             parameters = build(spec, dtype, "meta", 1).parameters
             models[name] = {"parameters": parameters, "same_size_as": SAME_SIZE.get(name)}
         weights = sum(sum(model["parameters"].values()) for model in models.values()) * dtype.itemsize
+        # States and activations need the rest of the memory.
         self.keep_models = weights < memory.free_memory(command.device) // 4
         total = len(command.models) * len(command.batch) * len(command.context)
         with tqdm(total=total, unit="row", file=sys.stderr) as bar, torch.inference_mode():
@@ -198,6 +199,7 @@ class _Session:
             self.known_times.setdefault(point.model, (seconds, work))
         seconds, work = self.known_times[point.model]
         calls = 1 if point.phase == "prefill" else WARM_UP + point.steps_per_round
+        # Small points are dominated by overhead: no time is predicted to be below that of the known point.
         predicted = seconds * max(1.0, point.work / work) * calls
         if predicted > self.command.budget:
             return f"skipped: predicted {predicted:,.0f} s, more than the budget of {self.command.budget:g} s"
@@ -208,6 +210,7 @@ class _Session:
         found: list[list[Row]] = [[] for _ in points]
         for _ in range(ROUNDS):
             for (point, row), done in zip(points, found, strict=True):
+                # No further turn where it would exceed the budget.
                 spent = sum(sum(turn["seconds"]) for turn in done)
                 if "missing" in row or (done and spent * (len(done) + 1) / len(done) > self.command.budget):
                     continue

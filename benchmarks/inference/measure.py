@@ -120,14 +120,14 @@ def run_once(model: InferenceModel, point: Point) -> dict[str, Any]:
 
 def _run_prompt(model: InferenceModel, point: Point) -> dict[str, Any]:
     """Time from images to a token, after a small prompt that compiles and allocates."""
-    text = random_text(point, point.batch, point.tokens - point.spec.image_tokens)
+    text = random_text(point, point.batch, point.tokens - point.spec.image_tokens)  # (B, L)
     images = model.images(point.batch)
     few = min(point.tokens, point.spec.image_tokens + 8)
     model.allocate(point.batch, point.capacity)
     model.prefill(model.prompt(model.encode(images), text), few, point.chunk).argmax(-1)
     synchronize(point.device)
     start = time.perf_counter()
-    features = model.encode(images)
+    features = model.encode(images)  # (B, image tokens, D)
     synchronize(point.device)
     encoded = time.perf_counter()
     model.prefill(model.prompt(features, text), point.tokens, point.chunk).argmax(-1)
@@ -144,7 +144,7 @@ def _run_steps(model: InferenceModel, point: Point) -> dict[str, Any]:
     for i in range(WARM_UP + point.steps_per_round):
         synchronize(point.device)
         start = time.perf_counter()
-        tokens = model.step(tokens).argmax(-1)
+        tokens = model.step(tokens).argmax(-1)  # (B, V) -> (B,)
         synchronize(point.device)
         if i >= WARM_UP:
             seconds.append(time.perf_counter() - start)
@@ -172,7 +172,8 @@ def check(model: InferenceModel, point: Point) -> tuple[dict[str, Any], float, f
     model.allocate(batch, n + CHECKED_STEPS)
     text = random_text(point, batch, extra + CHECKED_STEPS)
     prompt = model.prompt(model.encode(model.images(batch)), text)
-    unsplit = (n + CHECKED_STEPS) * batch
+    unsplit = (n + CHECKED_STEPS) * batch  # a prefill chunk of all packed prompts
+    # Logits (B, V) after n, n + 1, ... tokens, each by a prompt of its own.
     expected = [model.prefill(prompt, n + i, unsplit).clone() for i in range(CHECKED_STEPS + 1)]
     start = time.perf_counter()
     found = [model.prefill(prompt, n, n // 2 + 1).clone()]

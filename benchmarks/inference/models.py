@@ -94,7 +94,7 @@ class _Model:
 
     def encode(self, images: list[Tensor]) -> Tensor:
         """Embeddings of images for the language model, (B, image tokens, D)."""
-        return self.parts["connector"](self.parts["encoder"](images))
+        return self.parts["connector"](self.parts["encoder"](images))  # (B, h, w, vision width) -> (B, image tokens, D)
 
     def prompt(self, features: Tensor, text: Tensor) -> Prompt:
         """An image, (B, image tokens, D), with a text (B, L) after it, embedded chunk by chunk."""
@@ -143,7 +143,7 @@ class MambaModel(_Model):
             ]
             return torch.cat(rows, dim=1)  # (1, end - start, D)
 
-        bounds = torch.arange(batch + 1, dtype=torch.int32) * length
+        bounds = torch.arange(batch + 1, dtype=torch.int32) * length  # (B + 1,), as cu_seqlens
         return prefill(self.lm, packed, bounds, self.decoder.state, chunk)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -174,6 +174,7 @@ class TransformerModel(_Model):
         assert isinstance(lm, TransformerConfig)
         self.cache = StaticCache(config=self.lm.config, max_cache_len=capacity)
         self.cache.early_initialization(batch, lm.heads, lm.width // lm.heads, like.dtype, like.device)
+        # Filled in place at each step, so that a captured graph reads them.
         self.position = torch.zeros(1, 1, dtype=torch.int64, device=like.device)
         self.positions = torch.arange(capacity, device=like.device)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=like.device)
@@ -201,7 +202,7 @@ class TransformerModel(_Model):
         logits = torch.empty(0)
         for start in range(0, length, chunk):
             end = min(start + chunk, length)
-            positions = self.positions[start:end]
+            positions = self.positions[start:end]  # (end - start,)
             # Without a mask the first chunk is causal, by the fast path; the later ones attend to all before them.
             mask = None if start == 0 else (self.positions <= positions[:, None])[None, None]
             logits = self._run({"inputs_embeds": prompt(start, end)}, mask, positions[None])
@@ -258,4 +259,4 @@ class LDPv2(nn.Module):
         """(B, h, w, vision width) -> (B, h / 2 * w / 2, language width)."""
         x = self.fc2(F.gelu(self.fc1(x))).permute(0, 3, 1, 2)  # (B, D, h, w)
         x = F.avg_pool2d(x, 2)  # (B, D, h / 2, w / 2)
-        return (x + self.position(x)).flatten(2).mT
+        return (x + self.position(x)).flatten(2).mT  # (B, h / 2 * w / 2, D)

@@ -98,6 +98,7 @@ class VLMSpec:
         if isinstance(lm, TransformerConfig):
             return 2 * lm.layers * lm.width * tokens * size
         inner = lm.expand * lm.d_model
+        # States (inner, N) in at least float32, and the convolution's last K - 1 inputs.
         channels = inner + (2 * lm.ngroups * lm.d_state if lm.layer == "mamba2" else 0)  # of the convolution
         return lm.n_layer * (inner * lm.d_state * max(4, size) + channels * (lm.d_conv - 1) * size)
 

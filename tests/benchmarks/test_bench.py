@@ -69,7 +69,7 @@ def test_implementations_are_timed_in_turn():
 def test_peak_memory_grows_with_what_is_allocated():
     short, long = (peak_memory("ssd", "torch", replace(SMALL, length=n), "fwd+bwd") for n in (256, 4096))
     assert long > short + 8 * 2**20
-    # Of a backward alone, it is what comes on top of what the forward kept.
+    # Of a backward alone, it is beyond the tensors that the forward saved.
     assert 0 < peak_memory("ssd", "torch", replace(SMALL, length=4096), "bwd") < long
 
 

@@ -79,7 +79,7 @@ def test_convolution_norm_and_merge_by_hand():
     assert cost(Case("cross_merge", Shape(2, 100, 6, height=10)), "bwd") == Cost(4 * 1200, 4 * 4 * 1200)
 
 
-def test_ops_along_routes_read_what_they_share_once():
+def test_ops_along_directions_read_what_they_share_once():
     """Four directions over a grid of 10 by 10, 6 channels of 8 states, float32, without D."""
     case = Case("cross_selective_scan", Shape(2, 100, 6, 8, height=10), D=False, dt_softplus=False)
     found = cost(case, "fwd")
@@ -110,11 +110,11 @@ def test_matrix_operations_are_those_that_the_chunked_algorithm_executes():
     t = case.inputs()
     arguments = [t[name].detach() for name in ("x", "dt", "A", "B", "C")]
     with FlopCounterMode(display=False) as forward:
-        y, final, kept = pytorch._forward(*arguments, None, None, None, 8)
+        y, final, checkpoints = pytorch._forward(*arguments, None, None, None, 8)
     # One more product, of the state at each end, is the price of how that path keeps its states.
     assert cost(case, "fwd").matrix == forward.get_total_flops()
     with FlopCounterMode(display=False) as backward:
-        pytorch._backward(*arguments, kept, y, final, None, None, 8)
+        pytorch._backward(*arguments, checkpoints, y, final, None, None, 8)
     # That path multiplies C with the states once more than it must.
     again = 2 * 32 * 2 * 8 * (2 * 2 * 8)
     assert cost(case, "bwd").matrix == backward.get_total_flops() - again

@@ -41,5 +41,6 @@ class Evaluate:
             for name, share in easy_vqa.scores(records, answers).items():
                 print(f"{name:<8} {share:.2%}")
         else:
+            # turns[1] is the answer to the first question.
             correct = sum(a.strip() == r.turns[1].text.strip() for a, r in zip(answers, records, strict=True))
             print(f"exact match {correct / len(records):.2%} of {len(records)}")

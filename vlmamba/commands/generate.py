@@ -53,6 +53,7 @@ class Generate:
             raise ValueError("give either a prompt or --prompts FILE")
         if self.output is not None and self.prompts is None:
             raise ValueError("--output is for the answers to --prompts")
+        # A job scheduler sends SIGTERM; open files are closed before the end.
         with _exit_on_sigterm():
             if self.prompts is not None:
                 answer_prompts(self, lambda: load_with_tokenizer(self.model, self.dtype, self.device))

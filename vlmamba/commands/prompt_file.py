@@ -88,7 +88,7 @@ def read_prompts(path: Path, image: Path | None = None) -> list[Prompt]:
     prompts = []
     opened: dict[Path, str | None] = {}
     for number, line in enumerate(data.split(b"\n"), 1):
-        line = line.removesuffix(b"\r")
+        line = line.removesuffix(b"\r")  # a file from Windows
         if not line.strip():
             continue
         shown = line[:80].decode(errors="replace")
@@ -149,6 +149,7 @@ def answer_prompts(command: Generate, load: Callable[[], MambaLM | VLM]) -> None
     if done == len(prompts):
         print(f"all {done} prompts are answered in {command.output}", file=sys.stderr)
     else:
+        # Every prompt is known to be readable by now: a typo costs no minutes of loading.
         model = load()
         with (
             _open_output(command.output) as out,
@@ -160,6 +161,7 @@ def answer_prompts(command: Generate, load: Callable[[], MambaLM | VLM]) -> None
                 batch = prompts[start : start + command.batch_size]
                 for record in _records(model, batch, command.sampling):
                     failed += "error" in record
+                    # Flushed a record at a time: after a kill the complete lines count.
                     print(json_line(record, out.encoding), file=out, flush=True)
                 bar.update(len(batch))
     if failed:

@@ -59,6 +59,7 @@ def _run(command: Train, device: torch.device) -> None:
     config = model_config(model)
     name = command.recipe or recipe_for(config)
     recipe = recipe_named(name)
+    # Everything that can be wrong is looked up first: paths of all stages, then their records, then the model.
     stage_files = [(stage, _files(command, recipe, stage.name)) for stage in _stages(command, recipe)]
     print_once(f"model {model}, recipe {name}")
     data = [
@@ -73,6 +74,7 @@ def _run(command: Train, device: torch.device) -> None:
     if command.dry_run:
         _dry_run(command, model, recipe, data)
         return
+    # Found out now, not after hours of training.
     on_first_rank(lambda: check_replaceable(command.output / "model"))
     with only_run_in(command.output):
         _train(command, model, name, data, device)
