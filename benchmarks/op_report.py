@@ -107,43 +107,23 @@ def _sizes(case: Case) -> str:
     return f"{case['name']}: {', '.join(sizes)}"
 
 
+TRUTHS = {
+    "reference": "; y against the step-by-step reference",
+    "torch": "; y against the torch backend, the reference taking too long",
+    "transformers": "; differences of logits and gradients from transformers' own, in the same dtype",
+}
+"""Ground truth of the errors of a case, by its name in a report."""
+NOTES = (
+    "ms: medians of calls in turn, so that a drift of the machine affects all alike; times: relative to the first "
+    "implementation that was timed. Roofline: share of the speed that the device's peak rates allow, and the bound, if "
+    "they are known. Errors are the largest, relative to the largest value, against float64 on the same inputs; "
+    "those of gradients against the torch backend. A result that is wrong is marked, and its time means nothing."
+)
+
+
 def page(report: Report, png: bytes) -> str:
     """One HTML page with the table, the plot and the environment; `png` is empty without matplotlib."""
     body = as_html(*_table(report["cases"]), names=(0, 1, 2))
-    body += "".join(html.quiet(_sizes(case)) for case in report["cases"]) + html.quiet(_notes(report))
+    body += "".join(html.quiet(_sizes(case) + TRUTHS.get(case.get("truth", ""), "")) for case in report["cases"])
+    body += html.quiet(f"{NOTES} ours: the {report['ours']} backend, which backend=auto takes here.")
     return html.page(f"{report['op']}, {report['dtype']}", report, png, body)
-
-
-def _notes(report: Report) -> str:
-    """The meaning of the columns."""
-    rows = [row for _, row in _rows(report)]
-    notes = []
-    if any("time" in row for row in rows):
-        notes.append(
-            "ms: medians of calls in turn, so that a drift of the machine affects all alike; times: relative to the "
-            "first implementation that was timed."
-        )
-        if all(row["share"] is None for row in rows if "time" in row):
-            notes.append("No roofline: the peak rates of this device are not known, or the op is a complete block.")
-        else:
-            notes.append("Roofline: the share of the speed that the device's peak rates allow, and the bound.")
-    if any(row["impl"] == "ours" for row in rows):
-        notes.append(f"ours: the {report['ours']} backend, which backend=auto takes here.")
-    if any("error" in row for row in rows):
-        notes.append(_note_on_errors(report["cases"]))
-    return " ".join(notes)
-
-
-def _note_on_errors(cases: Sequence[Case]) -> str:
-    wrong = "A result that is wrong is marked, and its time means nothing."
-    if any(case.get("truth") == "transformers" for case in cases):
-        return (
-            "Errors are the largest differences of logits and gradients from transformers' own, in the same dtype, "
-            f"relative to the largest value. {wrong}"
-        )
-    by_torch = ", ".join(case["name"] for case in cases if case.get("truth") == "torch")
-    by_torch = by_torch and f" ({by_torch}: the torch backend, the reference taking too long)"
-    return (
-        "Errors are the largest, relative to the largest value, against float64 on the same inputs: of y against the "
-        f"step-by-step reference{by_torch}; of gradients against the torch backend. {wrong}"
-    )
