@@ -87,10 +87,11 @@ def assert_same(got, want, *context):
     assert got.shape == want.shape and same.all(), (*context, f"{(~same).sum()} of {same.numel()} differ")
 
 
+@pytest.mark.skipif(is_interpreted(), reason="the interpreter runs programs one by one, in one order")
 @pytest.mark.parametrize("op", OPS)
 def test_two_runs_are_equal(op, backend):
     """Forward and backward, with all sequences' shares of a gradient added up."""
-    for case in cases(op, SIZES["odd" if is_interpreted() else "long"], "fp32"):
+    for case in cases(op, SIZES["long"], "fp32"):
         once, twice = (run(case, case.inputs(), backend) for _ in range(2))
         for name, value in once.items():
             assert_same(twice[name], value, str(case), name)
