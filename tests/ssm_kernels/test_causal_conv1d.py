@@ -125,8 +125,8 @@ def test_nothing_crosses_a_bound(backend):
     tensors = make(1, 12, rows=2)
     bad = tensors | {"x": tensors["x"].clone()}
     bad["x"][:, :5] = torch.nan
-    good, spoilt = (causal_conv1d(**t, cu_seqlens=torch.tensor([0, 5, 12]), backend=backend) for t in (tensors, bad))
-    assert torch.equal(spoilt.y[:, 5:], good.y[:, 5:])
+    good, corrupted = (causal_conv1d(**t, cu_seqlens=torch.tensor([0, 5, 12]), backend=backend) for t in (tensors, bad))
+    assert torch.equal(corrupted.y[:, 5:], good.y[:, 5:])
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])

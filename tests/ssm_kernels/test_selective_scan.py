@@ -154,9 +154,9 @@ def test_nothing_crosses_a_bound():
     bad = {k: v.clone() for k, v in tensors.items()}
     bad["u"][:, :5] = torch.inf
     bounds = torch.tensor([0, 5, 12])
-    good, spoilt = (selective_scan(**t, dt_softplus=True, cu_seqlens=bounds) for t in (tensors, bad))
-    torch.testing.assert_close(spoilt.y[:, 5:], good.y[:, 5:])
-    torch.testing.assert_close(spoilt.final_states[1], good.final_states[1])
+    good, corrupted = (selective_scan(**t, dt_softplus=True, cu_seqlens=bounds) for t in (tensors, bad))
+    torch.testing.assert_close(corrupted.y[:, 5:], good.y[:, 5:])
+    torch.testing.assert_close(corrupted.final_states[1], good.final_states[1])
 
 
 @pytest.mark.parametrize("length", [5, 8])

@@ -25,7 +25,7 @@ def test_a_step_of_the_demo_has_the_gradients_of_the_torch_path(family):
     tokenizer = tokenizer_of(questions, 300)
     torch.manual_seed(0)
     model = tiny_vlm(family, tokenizer)
-    samples = Conversations(easy_vqa.conversations(questions, 2), model)
+    samples = Conversations(easy_vqa.conversations(questions, 1), model)
     batch = collate([samples[0], samples[1]])  # two conversations about images, packed
 
     found = {}
