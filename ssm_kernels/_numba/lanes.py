@@ -487,3 +487,31 @@ def write_row(tile, at, target, offset, stride, width):
         store_as(target, offset + v * n, load(tile, at + v * n))
     for k in range(n_vectors * n, width):
         set_element_as(target, offset + k * stride, element(tile, at + k))
+
+
+@njit(forceinline=True)
+def read_lanes(source, i, row, column, scratch):
+    """source[i, row, column:], as many as a vector holds; zeros where there are fewer."""
+    size = source.itemsize
+    stride = source.strides[2] // size
+    offset = i * (source.strides[0] // size) + row * (source.strides[1] // size) + column * stride
+    if stride == 1 and column + lane_count(source) <= source.shape[2]:
+        return load(source, offset)
+    store(scratch, 0, splat(source, 0.0))
+    for k in range(min(lane_count(source), source.shape[2] - column)):
+        set_element(scratch, k, element(source, offset + k * stride))
+    return load(scratch, 0)
+
+
+@njit(forceinline=True)
+def write_lanes(value, target, i, row, column, scratch):
+    """Write a vector to target[i, row, column:]."""
+    size = target.itemsize
+    stride = target.strides[2] // size
+    offset = i * (target.strides[0] // size) + row * (target.strides[1] // size) + column * stride
+    if stride == 1 and column + lane_count(target) <= target.shape[2]:
+        store(target, offset, value)
+        return
+    store(scratch, 0, value)
+    for k in range(min(lane_count(target), target.shape[2] - column)):
+        set_element(target, offset + k * stride, element(scratch, k))

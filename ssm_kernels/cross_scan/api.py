@@ -14,6 +14,7 @@ from ..causal_conv1d import triton as conv_triton
 from ..causal_conv1d.api import check_activation
 from ..selective_scan import numba as scan_numba
 from ..selective_scan import triton as scan_triton
+from ..ssd import numba as ssd_numba
 from ..ssd import triton as ssd_triton
 from ..ssd.api import canonical_skip, check_dt_limit
 from . import addressed, permuted, pytorch, reference, triton
@@ -22,7 +23,7 @@ from .directions import CROSS, ScanDirection, check_directions
 # Kernels that take directions, by backend.
 _CONV_KERNELS = {"triton": conv_triton, "numba": conv_numba}
 _SCAN_KERNELS = {"triton": scan_triton, "numba": scan_numba}
-_SSD_KERNELS = {"triton": ssd_triton}
+_SSD_KERNELS = {"triton": ssd_triton, "numba": ssd_numba}
 
 
 def cross_scan(x: Tensor, directions: Sequence[ScanDirection] = CROSS, *, backend: Backend = "auto") -> Tensor:

@@ -11,7 +11,7 @@ from .._core.dispatch import Backend, resolve_backend
 from .._core.sharding import shardable
 from .._core.validation import check_divides, check_integer, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
-from . import pytorch, reference, triton
+from . import numba, pytorch, reference, triton
 
 
 class SSDOutput(NamedTuple):
@@ -89,7 +89,7 @@ def ssd(
     chosen = resolve_backend(backend, x.device, "ssd")
     if chosen == "reference":
         return SSDOutput(*reference.ssd(*arguments))
-    scan = {"triton": triton.ssd, "torch": pytorch.ssd}[chosen]
+    scan = {"triton": triton.ssd, "numba": numba.ssd, "torch": pytorch.ssd}[chosen]
     return SSDOutput(*scan(*arguments, chunk_size=chunk_size))
 
 
@@ -135,7 +135,12 @@ def ssd_step(
     _check(x, dt, A, B, C, D, z, dt_bias, state)
     dt_limit = check_dt_limit(dt_limit)
     chosen = resolve_backend(backend, x.device, "ssd")
-    step = {"triton": triton.ssd_step, "torch": pytorch.ssd_step, "reference": reference.ssd_step}[chosen]
+    step = {
+        "triton": triton.ssd_step,
+        "numba": numba.ssd_step,
+        "torch": pytorch.ssd_step,
+        "reference": reference.ssd_step,
+    }[chosen]
     with torch.no_grad():
         y = step(state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, dt_limit)
     return y.squeeze(1) if is_single else y

@@ -97,11 +97,11 @@ def test_compiled_code_follows_the_choice(monkeypatch):
 def test_a_gpu_before_ampere_is_refused_by_name(version, choice):
     pytest.importorskip("triton")
     with fake_target(Target(("cuda", version), 40), "cpu"):
-        assert resolve_backend("auto", CPU, "ssd") == choice
+        assert resolve_backend("auto", CPU, "rms_norm") == choice
         if choice == "torch":
             refusal = r"cpu is sm_75, and the Triton kernels need sm_80 .* or later; backend='torch' runs there"
             with pytest.raises(RuntimeError, match=refusal):
-                resolve_backend("triton", CPU, "ssd")
+                resolve_backend("triton", CPU, "rms_norm")
 
 
 def test_compiled_code_takes_another_backend_on_a_gpu_before_ampere(monkeypatch):
@@ -116,7 +116,7 @@ def test_a_missing_numba_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_already_logged", set())
     with caplog.at_level("WARNING", logger="ssm_kernels"):
         assert [resolve_backend("auto", CPU, "selective_scan") for _ in range(2)] == ["torch", "torch"]
-        assert resolve_backend("auto", CPU, "ssd") == "torch"
+        assert resolve_backend("auto", CPU, "rms_norm") == "torch"
     assert len(caplog.records) == 1
     assert "pip install 'vl-mamba[cpu]'" in caplog.text and "6 times faster" in caplog.text
     with pytest.raises(RuntimeError, match="backend='numba' was requested, but the numba package is not installed"):
@@ -126,8 +126,8 @@ def test_a_missing_numba_is_logged_once(monkeypatch, caplog):
 def test_numba_is_taken_on_a_cpu_by_the_ops_that_have_it(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_NUMBA", True)
     assert resolve_backend("auto", CPU, "selective_scan") == "numba"
-    assert resolve_backend("auto", CPU, "ssd") == "torch"
-    with pytest.raises(RuntimeError, match="ssd has no kernels in numba"):
-        resolve_backend("numba", CPU, "ssd")
+    assert resolve_backend("auto", CPU, "rms_norm") == "torch"
+    with pytest.raises(RuntimeError, match="cross_scan has no kernels in numba"):
+        resolve_backend("numba", CPU, "cross_scan")
     with pytest.raises(RuntimeError, match="numba's kernels are for the CPU"):
         resolve_backend("numba", torch.device("meta"), "selective_scan")

@@ -101,18 +101,12 @@ def kernels(compiled_or_not):
     return compiled_or_not
 
 
-def skip_without_kernels(kernels, name):
-    if kernels == "numba" and name == "cross_ssd":
-        pytest.skip("cross_ssd has no kernels in numba")
-
-
 @pytest.mark.parametrize("name", ALONG)
 @FEWER
 @given(**GRIDS, dtype=DTYPES, optional=st.booleans(), seed=st.integers(0, 99))
 def test_ops_along_directions_agree_with_the_reference(
     kernels, name, batch, height, width, directions, dtype, optional, seed
 ):
-    skip_without_kernels(kernels, name)
     op, options = ALONG[name]
     tensors = make(name, batch, height, width, len(directions), dtype, seed, optional=optional)
     assert_agrees(op, tensors, options | {"directions": directions}, backend=kernels)
@@ -120,7 +114,6 @@ def test_ops_along_directions_agree_with_the_reference(
 
 @pytest.mark.parametrize("name", ALONG)
 def test_ops_along_directions_agree_over_several_segments(kernels, name):
-    skip_without_kernels(kernels, name)
     op, options = ALONG[name]
     tensors = make(name, 1, *((12, 25) if name == "cross_causal_conv1d" else (7, 10)), 4, torch.float32)
     first = next(iter(tensors))
@@ -130,7 +123,6 @@ def test_ops_along_directions_agree_over_several_segments(kernels, name):
 
 @pytest.mark.parametrize("name", ALONG)
 def test_ops_along_directions_compile_to_one_graph(kernels, name):
-    skip_without_kernels(kernels, name)
     op, options = ALONG[name]
     t = make(name, 1, 3, 4, 4, torch.float64)
     grads = []

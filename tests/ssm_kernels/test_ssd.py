@@ -16,6 +16,12 @@ from vlmamba.benchmarks.cases import Case, Shape
 pytestmark = pytest.mark.triton
 needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels need Triton's interpreter here")
 
+
+@pytest.fixture(scope="module")
+def backend(compiled_or_not):
+    return compiled_or_not
+
+
 TIME_ARGUMENTS = ("x", "dt", "B", "C", "z")
 """Arguments with a length."""
 
@@ -85,7 +91,9 @@ def test_seq_idx_agrees_with_the_reference(backend, changes, seed):
 
 
 def test_many_chunks_pass_several_checkpoints(backend):
-    assert_agrees(ssd, make_inputs(2, 83), {"dt_softplus": True, "chunk_size": 2}, backend=backend)
+    # Compiled chunks have a size of their own.
+    tensors = make_inputs(1, 291, heads=6, groups=1) if backend == "numba" else make_inputs(2, 83)
+    assert_agrees(ssd, tensors, {"dt_softplus": True, "chunk_size": 2}, backend=backend)
 
 
 def test_strided_inputs(backend):
@@ -325,6 +333,21 @@ def test_triton_ops_pass_opcheck():
     inputs = [t[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     step = (t["initial_states"], *inputs, True, 0.0, float("inf"))
     torch.library.opcheck(triton._step_op, step)
+
+
+def test_numba_ops_pass_opcheck():
+    pytest.importorskip("numba")
+    from ssm_kernels.ssd import numba
+
+    t = {k: v.float() for k, v in make_inputs(2, 9).items()}
+    arguments = scan_arguments(t)
+    torch.library.opcheck(numba._forward_op, (*arguments, True))
+    y, final_states, checkpoint_states = numba._forward_op(*arguments, True)
+    gradients = (torch.ones_like(y), torch.ones_like(final_states), checkpoint_states)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(numba._backward_op, (*gradients, *arguments), test_utils=checks)
+    step = (*(t[k] for k in ("initial_states", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")), True, 0.0, 2.0)
+    torch.library.opcheck(numba._step_op, step)
 
 
 def test_registered_ops_pass_opcheck():

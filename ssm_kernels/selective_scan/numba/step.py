@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
 from ..._numba.compile import Kernel
@@ -16,11 +15,13 @@ from ..._numba.lanes import (
     lane_count,
     load,
     locate_tile,
+    read_lanes,
     read_rows,
     set_element,
     splat,
     store,
     total,
+    write_lanes,
     write_rows,
 )
 from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of
@@ -85,31 +86,3 @@ def step_tiles(state, u, dt, A, B, C, D, z, dt_bias, y, dt_softplus, first, end)
                 gate = load(z_tile, i)
                 store(y_tile, i, load(y_tile, i) * (gate * sigmoid(gate)))
         write_rows(y_tile, y, zero, row, one, channel, width)
-
-
-@njit(forceinline=True)
-def read_lanes(source, i, row, column, scratch):
-    """source[i, row, column:], as many as a vector holds; zeros where there are fewer."""
-    size = source.itemsize
-    stride = source.strides[2] // size
-    offset = i * (source.strides[0] // size) + row * (source.strides[1] // size) + column * stride
-    if stride == 1 and column + lane_count(source) <= source.shape[2]:
-        return load(source, offset)
-    store(scratch, 0, splat(source, 0.0))
-    for k in range(min(lane_count(source), source.shape[2] - column)):
-        set_element(scratch, k, element(source, offset + k * stride))
-    return load(scratch, 0)
-
-
-@njit(forceinline=True)
-def write_lanes(value, target, i, row, column, scratch):
-    """Write a vector to target[i, row, column:]."""
-    size = target.itemsize
-    stride = target.strides[2] // size
-    offset = i * (target.strides[0] // size) + row * (target.strides[1] // size) + column * stride
-    if stride == 1 and column + lane_count(target) <= target.shape[2]:
-        store(target, offset, value)
-        return
-    store(scratch, 0, value)
-    for k in range(min(lane_count(target), target.shape[2] - column)):
-        set_element(target, offset + k * stride, element(scratch, k))

@@ -1,0 +1,141 @@
+"""SSD in numba on a CPU: registration of the ops. The modules with kernels are imported when an op first runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._core.discretization import skip_and_gate
+from ..._core.library import Gradient, define_op, lazy_function, unknown_size
+from ..._core.varlen import without_padding
+from ..triton.arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
+
+CHECKPOINT_INTERVAL = 256
+"""Steps between two states that the forward saves for the backward, which recomputes the states between them."""
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+    directions: tuple[int, ...] = (),
+    height: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Scan with arguments in the canonical form of `reference.ssd`, and the same results.
+
+    Args:
+        chunk_size: not used; chunks have the size that is fast here.
+        directions: codes of scan directions in `cross_scan.CROSS`. With them, L is a row-major grid, and the G groups
+            are as many equal runs as there are directions: each run is scanned along its own direction.
+        height: rows of that grid.
+    """
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    arguments = ScanArguments(
+        x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_min=dt_limit[0],
+        dt_max=dt_limit[1], initial_states=initial_states, chunk_size=chunk_size, cu_seqlens=cu_seqlens,
+        seq_idx=seq_idx, directions=list(directions), height=height, out_dtype=x.dtype if z is None else compute_dtype,
+    )  # fmt: skip
+    # Inside the op autograd is off: whether to save states is decided here.
+    save_states = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+    y, final_states, _ = _forward_op(*arguments, save_states)
+    if z is not None:
+        y = skip_and_gate(y, x, None, without_padding(z, cu_seqlens, seq_idx))
+    return y, final_states
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
+    return _step_op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit)
+
+
+def max_checkpoints(x: Tensor, n_sequences: int) -> int:
+    """Return at least the blocks of all sequences of x (B, L, ...), from shapes alone as tracing needs."""
+    # One more, so that tracing with a dynamic length need not know whether there is only one.
+    return x.shape[0] * x.shape[1] // CHECKPOINT_INTERVAL + n_sequences + 1
+
+
+def _save(ctx, inputs, outputs):
+    if not inputs.save_states:
+        raise RuntimeError("this graph was traced without gradients, and saved nothing that they need: trace it again")
+    *arguments, _ = inputs
+    _, _, checkpoint_states = outputs
+    ctx.save_for_backward(*(getattr(inputs, name) for name in TENSORS), checkpoint_states)
+    ctx.options = ScanArguments(*arguments)._replace(**dict.fromkeys(TENSORS))
+
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, dy, dfinal_states):
+    *tensors, checkpoint_states = ctx.saved_tensors
+    arguments: ScanArguments = ctx.options._replace(**dict(zip(TENSORS, tensors, strict=True)))
+    grads = ScanGradients(*_backward_op(dy, dfinal_states, checkpoint_states, *arguments))._asdict()
+    # The op returns an empty tensor for an argument that is None.
+    return {name: grad for name, grad in grads.items() if getattr(arguments, name) is not None}
+
+
+def _forward_fake(*args):
+    *arguments, save_states = args
+    arguments = ScanArguments(*arguments)
+    x, B, cu_seqlens = arguments.x, arguments.B, arguments.cu_seqlens
+    heads, headdim = x.shape[2:]
+    rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    checkpoints = 0
+    if save_states:
+        # With `seq_idx` the number of sequences depends on values.
+        checkpoints = unknown_size(x) if arguments.seq_idx is not None else max_checkpoints(x, rows)
+    y = x.new_empty(x.shape, dtype=arguments.out_dtype)
+    final_states = x.new_empty(rows, heads, headdim, B.shape[3], dtype=dtype)
+    return y, final_states, x.new_empty(checkpoints, heads, B.shape[3], headdim, dtype=dtype)
+
+
+def _backward_fake(dy, dfinal_states, checkpoint_states, *args):
+    arguments = ScanArguments(*args)._asdict()
+    inputs = (arguments[name] for name in ScanGradients._fields)
+    return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+
+def _step_fake(state, x, *rest):
+    return x.new_empty(x.shape)
+
+
+_forward_op = define_op(
+    f"ssd_numba({SCHEMA}, bool save_states) -> (Tensor, Tensor, Tensor)",
+    lazy_function(f"{__name__}.forward", "forward"),
+    _forward_fake,
+    Gradient(_save, _gradients, 2),
+)
+_backward_op = define_op(
+    f"ssd_numba_backward(Tensor dy, Tensor dfinal_states, Tensor checkpoint_states, {SCHEMA})"
+    f" -> ({', '.join(['Tensor'] * len(ScanGradients._fields))})",
+    lazy_function(f"{__name__}.backward", "backward"),
+    _backward_fake,
+)
+_step_op = define_op(
+    "ssd_numba_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
+    " Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max) -> Tensor",
+    lazy_function(f"{__name__}.step", "step"),
+    _step_fake,
+)
