@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 
 from ssm_kernels.testing import is_interpreted
 from vlmamba.benchmarks import cli
-from vlmamba.benchmarks.cases import Case, Shape
+from vlmamba.benchmarks.cases import Case, Shape, published
 from vlmamba.benchmarks.compile_report import Request
 from vlmamba.benchmarks.devices import MACHINES
+from vlmamba.benchmarks.machine_code.command import count
 from vlmamba.benchmarks.machine_code.control import Thread, count_blocks, slice_of_branches
+from vlmamba.benchmarks.machine_code.held import HELD, issue_seconds
 from vlmamba.benchmarks.machine_code.launches import Launch, Pointer, record_launches
 from vlmamba.benchmarks.machine_code.measure import compile_code, duplication, measure, unit_of
 from vlmamba.benchmarks.machine_code.memory import origins_of_addresses
 from vlmamba.benchmarks.machine_code.pipes import pipe_of, tensor_clocks
-from vlmamba.benchmarks.machine_code.report import compare_results, summarize
+from vlmamba.benchmarks.machine_code.report import compare_results, summarize, table_of_changes
 from vlmamba.benchmarks.machine_code.sass import parse
 
 compiled = pytest.mark.skipif(is_interpreted(), reason="kernels are compiled, not interpreted")
@@ -303,6 +307,33 @@ def test_other_machine_code_is_refused_by_name(capsys):
         cli.main(["machine-code", "add_rms_norm", "--target", "gfx942"])
     with pytest.raises(SystemExit, match="device A100 runs sm_80, and target is sm_90"):
         cli.main(["machine-code", "add_rms_norm", "--device", "A100"])
+
+
+@compiled
+def test_shipped_kernels_are_no_worse():
+    """SSD and the selective scan of the largest layers on sm_90: launches, instructions, bytes, spills, bounds."""
+    held = json.loads(HELD.read_text())
+    installed = version("triton")
+    if held["packages"]["triton"] != installed:
+        pytest.skip(f"the figures are those of Triton {held['packages']['triton']}, and {installed} is installed")
+    cases = [case for case in published("bf16", ("2.7b",)) if case.op in ("ssd", "selective_scan")]
+    changes = compare_results(held["results"], count(cases))
+    assert not any(change.is_worse(0.01) for change in changes), (
+        f"{table_of_changes(changes, 0.01)}\n"
+        "where it is worth that: ssm-bench machine-code --json benchmarks/results/machine-code.json"
+    )
+
+
+@compiled
+def test_the_roofline_shows_the_time_to_start_instructions():
+    case = next(case for case in published("bf16", ("2.7b",)) if case.op == "ssd")
+    held = next(r for r in json.loads(HELD.read_text())["results"] if r["case"] == str(case))
+    seconds = issue_seconds(case, "fwd", "H100")
+    assert seconds is not None
+    assert seconds == pytest.approx(1e-6 * held["passes"]["fwd"]["totals"]["bounds"]["H100"]["issue"], rel=1e-3)
+    smaller = issue_seconds(replace(case, shape=replace(case.shape, heads=24)), "fwd", "H100")
+    assert smaller == pytest.approx(seconds * 24 / 80)
+    assert issue_seconds(case, "fwd", "MI300X") is None
 
 
 def test_files_without_a_common_case_do_not_compare():
