@@ -99,12 +99,13 @@ def unroll(inputs: ScanInputs) -> int:
     """Choose how many steps are computed together, so that loads need not wait for stores.
 
     It divides CHECKPOINT_INTERVAL. Fewer along directions, where the position of each step takes registers, and where
-    NVIDIA's compiler would spill: before Hopper, and on consumer Blackwell.
+    NVIDIA's compiler would spill: with B or C in registers for all steps, before Hopper, and on consumer Blackwell.
     """
     vendor, version = capability(inputs.device)
     if inputs.has_directions:
         return 1
-    return 2 if vendor == "cuda" and not 90 <= int(version) < 120 else 4
+    is_constant = inputs.constants["CONSTANT_B"] or inputs.constants["CONSTANT_C"]
+    return 2 if vendor == "cuda" and (is_constant or not 90 <= int(version) < 120) else 4
 
 
 def strides(x: Tensor | None) -> tuple[Any, ...] | None:
