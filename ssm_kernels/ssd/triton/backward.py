@@ -76,7 +76,8 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
         ends = {
             "initial_states": inputs.initial_states, "initial_state_rows": segments.initial_state_rows,
             "dfinal_states": dfinal_states, "dfinal_state_rows": segments.final_state_rows,
-            "dinitial_states": dinitial_states, "dinitial_state_rows": segments.initial_state_rows,
+            "dinitial_states": None if inputs.initial_states is None else dinitial_states,
+            "dinitial_state_rows": segments.initial_state_rows,
         }  # fmt: skip
     else:
         segment_states, dsegment_states = (inputs.empty_states(len(segments.entries)) for _ in range(2))
@@ -108,7 +109,10 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
     checkpoint_states, dcheckpoint_states = (inputs.empty(*shape, dtype=checkpoint_dtype) for _ in range(2))
     steps = inputs.empty(at_once, inputs.heads, 3, state_tiles.chunk_size)
     splits = _choose_splits(at_once * CHECKPOINT_CHUNKS * inputs.groups, inputs)
-    dB, dC = (inputs.empty(splits, *t.shape) for t in (inputs.B, inputs.C))  # (splits, B, L, G, N)
+    # A single sum is the gradient, in its dtype.
+    B_dtype, C_dtype = (None, None) if splits > 1 else (inputs.B.dtype, inputs.C.dtype)
+    dB = inputs.empty(splits, *inputs.B.shape, dtype=B_dtype)  # (splits, B, L, G, N)
+    dC = inputs.empty(splits, *inputs.C.shape, dtype=C_dtype)
 
     for first in range(0, num_checkpoints, at_once):
         checkpoint_range = range(first, min(first + at_once, num_checkpoints))
@@ -120,7 +124,7 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
         _launch_input_gradient(inputs, input_tiles, checkpoints, checkpoint_range, dy, *states, dx, ddt, dA, dD)
         _launch_shared_gradient(inputs, tiles, checkpoints, checkpoint_range, dy, *states, dB, dC, splits)
 
-    ddt, dB, dC = (t.sum(0) for t in (ddt, dB, dC))
+    ddt, dB, dC = (t.sum(0) if len(t) > 1 else t[0] for t in (ddt, dB, dC))
     zero_padding(segments, dx, ddt, dB, dC)
     dD = dD.sum(0)
     if D is not None and D.shape[1] != inputs.headdim:
@@ -706,5 +710,5 @@ def _shared_gradient_kernel(
     C = load_rows(C_ptr, positions, C_strides[1], n, mask_B).to(DOT)  # (Q, N)
     dB += dot(tl.trans(dscores.to(DOT)), C, COMPUTE)
     offsets = ((split.to(tl.int64) * num_positions + batch * length + positions) * G + group)[:, None] * N + n[None, :]
-    tl.store(dB_ptr + offsets, dB, mask_B)
-    tl.store(dC_ptr + offsets, dC, mask_B)
+    tl.store(dB_ptr + offsets, dB.to(dB_ptr.dtype.element_ty), mask_B)
+    tl.store(dC_ptr + offsets, dC.to(dC_ptr.dtype.element_ty), mask_B)

@@ -103,27 +103,24 @@ def launch_forward(
     final_states: Tensor | None = None,
     final_state_rows: Tensor | None = None,
     dt_sum: Tensor | None = None,
-    chunk_states: Tensor | None = None,
-    segment_range: range | None = None,
 ) -> None:
-    """Run the forward kernel over all segments or those of `segment_range`, writing the outputs that are passed."""
-    segment_range = segment_range or range(len(segments.entries))
-    num_programs = len(segment_range) * inputs.num_head_tiles(tiles)
+    """Run the forward kernel over all segments, writing the outputs that are passed."""
+    num_programs = len(segments.entries) * inputs.num_head_tiles(tiles)
     if not num_programs:
         return
     x, B, C, D = inputs.x, inputs.B, inputs.C, inputs.D
     names = ("H", "P", "N", "G", "NUM_DIRECTIONS", "DOT", "COMPUTE")
     with on_device(x):
         _forward_kernel[(num_programs,)](
-            x, B, C, D, decays.steps, decays.totals, initial_states, y, final_states, dt_sum, chunk_states,
+            x, B, C, D, decays.steps, decays.totals, initial_states, y, final_states, dt_sum,
             segments.entries, initial_state_rows, final_state_rows,
-            segment_range.start, inputs.length, decays.segment_rows, inputs.height, inputs.directions,
+            inputs.length, decays.segment_rows, inputs.height, inputs.directions,
             x.stride(), B.stride(), C.stride(), None if D is None else D.stride(0),
             X_STEP=x.stride(1), B_STEP=B.stride(1), C_STEP=C.stride(1),
-            CHUNKS_PER_SEGMENT=CHUNKS_PER_SEGMENT, HAS_D=D is not None, WIDE_D=D is not None and D.stride(1) != 0,
+            HAS_D=D is not None, WIDE_D=D is not None and D.stride(1) != 0,
             IS_PACKED=inputs.is_packed, HAS_INITIAL_STATES=initial_states is not None,
             WRITE_Y=y is not None, WRITE_FINAL_STATES=final_states is not None, WRITE_DT_SUM=dt_sum is not None,
-            WRITE_CHUNK_STATES=chunk_states is not None, num_stages=2, **tiles.options(),
+            num_stages=2, **tiles.options(),
             **{name: inputs.constants[name] for name in names},
             **(maxnreg_option(STATE_REGISTERS, inputs.device) if y is None else {}),
         )  # fmt: skip
@@ -139,28 +136,25 @@ def _forward_kernel(
     y_ptr,  # (B, L, H, P), written
     final_states_ptr,  # (rows, H, P, N), written
     dt_sum_ptr,  # (M, H), written
-    chunk_states_ptr,  # (segments of this launch, CHUNKS_PER_SEGMENT, H, P, N), written
     segments_ptr,  # (M, 4)
     initial_state_rows_ptr, final_state_rows_ptr,  # (S,)
-    segment_offset, length, segment_rows, height, directions,
+    length, segment_rows, height, directions,
     x_strides, B_strides, C_strides, D_stride_head,
     X_STEP: tl.constexpr, B_STEP: tl.constexpr, C_STEP: tl.constexpr,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS_PER_SEGMENT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_INITIAL_STATES: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
     WRITE_Y: tl.constexpr, WRITE_FINAL_STATES: tl.constexpr, WRITE_DT_SUM: tl.constexpr,
-    WRITE_CHUNK_STATES: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr,
+    DOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Scan one segment for BLOCK_P channels of one head; write y, the final state, the state before each chunk.
+    """Scan one segment for BLOCK_P channels of one head; write y and the final state.
 
     Grid: segments x heads x tiles of P. Tiles: x (Q, BLOCK_P); B, C (Q, BLOCK_N); state (BLOCK_N, BLOCK_P).
 
     The rows of `initial_states` and `final_states` belong to sequences, by the tables of rows; where these are None,
-    they belong to segments. `segment_offset` is the first segment of this launch.
+    they belong to segments.
     """
     segment, head, tile = split_program(tl.program_id(0), H, P, BLOCK_P)
-    first_chunk = (segment * CHUNKS_PER_SEGMENT).to(tl.int64) * H + head  # row of chunk_states
-    segment += segment_offset
     batch, start, end, sequence = load_segment(segments_ptr, segment)
     if sequence < 0:
         return
@@ -211,12 +205,6 @@ def _forward_kernel(
         state_weight = tl.load(step_decay_ptrs + 3 * Q)  # (Q,)
         x = tl.load(x_ptrs, mask_x, other=0.0)  # (Q, P)
         B = tl.load(B_ptrs, mask_B, other=0.0).to(DOT)  # (Q, N)
-        if WRITE_CHUNK_STATES:
-            tl.store(
-                chunk_states_ptr + ((first_chunk + chunk) * P + first_p) * N + p[None, :] * N + n[:, None],
-                state.to(chunk_states_ptr.dtype.element_ty),
-                mask_n[:, None] & mask_p[None, :],
-            )
 
         # In this order of products the values that are live at once fit in registers.
         if WRITE_Y:
