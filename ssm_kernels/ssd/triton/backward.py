@@ -76,8 +76,8 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
         ends = {
             "initial_states": inputs.initial_states, "initial_state_rows": segments.initial_state_rows,
             "dfinal_states": dfinal_states, "dfinal_state_rows": segments.final_state_rows,
-            "dinitial_states": None if inputs.initial_states is None else dinitial_states,
-            "dinitial_state_rows": segments.initial_state_rows,
+            # Written always: without it Triton 3.7 takes shared memory that leaves room for one program, not two.
+            "dinitial_states": dinitial_states, "dinitial_state_rows": segments.initial_state_rows,
         }  # fmt: skip
     else:
         segment_states, dsegment_states = (inputs.empty_states(len(segments.entries)) for _ in range(2))
