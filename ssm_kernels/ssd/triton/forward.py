@@ -237,9 +237,9 @@ def _forward_kernel(
     if WRITE_FINAL_STATES:
         sequence = load_segment(segments_ptr, segment)[3]  # read again: kept, it takes a register through the loop
         row = (segment if final_state_rows_ptr is None else tl.load(final_state_rows_ptr + sequence)).to(tl.int64)
-        final_state_ptrs = final_states_ptr + ((row * H + head) * P + first_p) * N + p[None, :] * N + n[:, None]
-        mask_state = and_scalar(mask_n[:, None] & mask_p[None, :], row >= 0)
-        tl.store(final_state_ptrs, state.to(final_states_ptr.dtype.element_ty), mask_state)
+        final_state_ptrs = final_states_ptr + ((row * H + head) * P + first_p) * N + p[:, None] * N + n[None, :]
+        mask_state = and_scalar(mask_p[:, None] & mask_n[None, :], row >= 0)
+        tl.store(final_state_ptrs, tl.trans(state).to(final_states_ptr.dtype.element_ty), mask_state)
     if WRITE_DT_SUM:
         if tile == 0:
             tl.store(dt_sum_ptr + segment.to(tl.int64) * H + head, dt_sum)
