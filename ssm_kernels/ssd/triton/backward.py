@@ -156,8 +156,11 @@ def _choose_state_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
 
 def _choose_input_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
     """Tiles of the input gradient: on Hopper four warps, whose products have 64 rows, as a chunk has."""
-    fits = capability(inputs.device) == ("cuda", 90) and tiles.chunk_size == 64
-    return tiles._replace(num_warps=4) if fits else tiles
+    if capability(inputs.device) != ("cuda", 90) or tiles.chunk_size != 64:
+        return tiles
+    # Positions along scan directions take registers too: with the entire head some would spill.
+    block_p = min(tiles.block_p, 32) if inputs.directions else tiles.block_p
+    return tiles._replace(block_p=block_p, num_warps=4)
 
 
 def _segment_size(inputs: ScanInputs, tiles: Tiles) -> int:
