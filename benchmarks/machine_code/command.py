@@ -154,9 +154,9 @@ def _compile(calls: list[_Call], modes: tuple[str, ...], jobs: int) -> dict[str,
 
 def _compile_one(request: Request) -> Code | str:
     """Machine code, or the reason why there is none, as a configuration of a tuner may exceed a limit."""
-    stub_extensions()
     try:
-        code = compile_code(request)
+        with stub_extensions():
+            code = compile_code(request)
     except Exception as e:  # any failure of the compiler
         return f"{request.name}: {type(e).__name__}: {e}"
     limit = ARCHITECTURES[request.target].shared_block

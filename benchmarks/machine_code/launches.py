@@ -231,17 +231,23 @@ def _pointer(tensor: Tensor) -> Pointer:
     return Pointer(_distinct_bytes(tensor), data)
 
 
-def stub_extensions() -> None:
+@contextlib.contextmanager
+def stub_extensions() -> Iterator[None]:
     """Let `mamba_ssm` be imported where its CUDA extension is not built: its Triton kernels do not use it."""
     name = "selective_scan_cuda"
-    if name not in sys.modules and importlib.util.find_spec(name) is None:
+    is_missing = name not in sys.modules and importlib.util.find_spec(name) is None
+    if is_missing:
         sys.modules[name] = types.ModuleType(name)
+    try:
+        yield
+    finally:
+        if is_missing:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager
 def _pretended_device(target: str) -> Iterator[None]:
     """Let a peer ask for the properties of the current device, and select it, where there is none."""
-    stub_extensions()
     architecture = ARCHITECTURES[target]
     major, minor = divmod(int(architecture.arch), 10)
     name = next((name for name, machine in MACHINES.items() if machine.target == target), target)
@@ -255,6 +261,7 @@ def _pretended_device(target: str) -> Iterator[None]:
         "get_device_properties": properties,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
+        stack.enter_context(stub_extensions())
         for function, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, function, lambda *_, answer=answer, **__: answer))
         yield

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import torch
 
-from ssm_kernels import Backend, use_backend
+from ssm_kernels import Backend, resolve_backend, use_backend
 from vlmamba.benchmarks import cli, options, peers, run, timing
 from vlmamba.benchmarks.accuracy import ground_truth
 from vlmamba.benchmarks.cases import Case, Shape
@@ -139,7 +139,7 @@ def test_a_run_prints_and_writes_everything(tmp_path, capsys):
         assert ("gradient_error" in row) == (row["mode"] != "fwd")
         assert "peak_memory" not in row
     assert {"device", "threads", "packages", "commit", "date"} <= report.keys()
-    assert report["ours"] == "torch"
+    assert report["ours"] == resolve_backend("auto", torch.device("cpu"), "ssd")
     options = f"--batch 1 --length 40 --heads 2 --mode {' '.join(modes)} --metric time error --calls 3"
     assert report["command"] == f"ssm-bench run ssd {options}"
     assert re.search(r"transformers +fwd\+bwd", capsys.readouterr().out)

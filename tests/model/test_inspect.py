@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssm_kernels import use_backend
 from tests.makers import VISION
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, LMConfig, MambaLM, ViT, VLMConfig
@@ -90,13 +91,13 @@ def test_an_encoder_has_no_state(tmp_path):
 def test_operations_are_those_that_are_counted_in_a_run(config):
     """The counter sees matrix products: of a step all but convolution and scan, of which it sees Mamba-2's C h."""
     lm = MambaLM(config).eval()
-    with FlopCounterMode(display=False) as counter:
+    with use_backend("torch"), FlopCounterMode(display=False) as counter:  # kernels are not seen
         lm(torch.ones(1, 1, dtype=torch.int64), state=lm.new_state(1))
     decode = flops_per_token(config, prefill=False)
     seen = config.n_layer * 2 * 2 * config.d_model * config.d_state if config.layer == "mamba2" else 0
     assert counter.get_total_flops() == decode.projections + decode.head + seen
     length = 64
-    with FlopCounterMode(display=False) as counter:
+    with use_backend("torch"), FlopCounterMode(display=False) as counter:
         lm(torch.ones(1, length, dtype=torch.int64), logits_at=torch.tensor([length - 1]))
     prefill = flops_per_token(config, prefill=True)
     assert counter.get_total_flops() == length * prefill.projections + decode.head
