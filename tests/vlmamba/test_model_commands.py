@@ -497,6 +497,7 @@ class Terminal:
     def __init__(self, *command: str):
         pid, self.fd = pty.fork()
         if pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             os.execvpe(command[0], command, {**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"})
         self.pid, self.seen = pid, ""
 
