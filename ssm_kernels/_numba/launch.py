@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._core.memory_layout import empty_like
 from .._core.varlen import Sequences
-from .._triton.device import empty_like
 
 BLOCK = 64
 """Channels of a tile."""

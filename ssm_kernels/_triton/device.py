@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,24 +125,6 @@ def rows_of(x: Tensor) -> Tensor:
 def with_contiguous_last_dim(x: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a copy."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
-def has_contiguous_steps(x: Tensor) -> bool:
-    """Whether the steps of x (B, L, G, E) are contiguous in memory, and its channels are not."""
-    return x.stride(1) == 1 and x.stride(3) != 1
-
-
-def empty_like(x: Tensor, empty: Callable[..., Tensor] | None = None) -> Tensor:
-    """An empty tensor of the shape and dtype of x (B, L, G, E), with contiguous steps where x has them.
-
-    Args:
-        empty: makes a contiguous tensor of a shape; on the device of x by default.
-    """
-    empty = empty or (lambda shape: torch.empty(shape, dtype=x.dtype, device=x.device))
-    if has_contiguous_steps(x):
-        batch, length, groups, channels = x.shape
-        return empty((batch, groups, channels, length)).permute(0, 3, 1, 2)  # (B, L, G, E)
-    return empty(x.shape)
 
 
 MAX_DIRECTIONS = 15

@@ -1,4 +1,4 @@
-"""Arguments and gradients of `selective_scan_triton` and its backward, by name, in the order of their schemas.
+"""Arguments and gradients of the compiled selective scan and its backward, by name, in the order of their schemas.
 
 Letters: B batch, L length, G groups, E channels of a group, N states, S sequences in a pack.
 """

@@ -215,14 +215,14 @@ def kernel_arguments(layout="dense", **without):
 def test_kernels_pass_opcheck(backend):
     if backend == "torch":
         pytest.skip("has a test of its own")
-    ops = importlib.import_module(f"ssm_kernels.causal_conv1d.{backend}")
+    ops = importlib.import_module(f"ssm_kernels.causal_conv1d.{backend}").kernels
     for arguments in (kernel_arguments(), kernel_arguments("steps first", bias=False, initial_states=False)):
-        torch.library.opcheck(ops._forward_op, arguments)
-        dy, dfinal = (m.clone() for m in ops._forward_op(*arguments))
-        torch.library.opcheck(ops._backward_op, (*arguments, dy, dfinal))
-        torch.library.opcheck(ops._backward_op, (*arguments, dy, None))
+        torch.library.opcheck(ops.forward_op, arguments)
+        dy, dfinal = (m.clone() for m in ops.forward_op(*arguments))
+        torch.library.opcheck(ops.backward_op, (*arguments, dy, dfinal))
+        torch.library.opcheck(ops.backward_op, (*arguments, dy, None))
     x, weight, bias = arguments[0][:, 0, 0], arguments[1], arguments[2]
-    torch.library.opcheck(ops._step_op, (torch.randn(2, 3, 6), x, weight, bias, True))
+    torch.library.opcheck(ops.step_op, (torch.randn(2, 3, 6), x, weight, bias, True))
 
 
 @needs_interpreter

@@ -257,18 +257,18 @@ def test_registered_torch_ops_pass_opcheck():
 def test_registered_kernels_pass_opcheck(backend, packed):
     if backend == "torch":
         pytest.skip("has a test of its own")
-    ops = importlib.import_module(f"ssm_kernels.selective_scan.{backend}")
+    ops = importlib.import_module(f"ssm_kernels.selective_scan.{backend}").kernels
     t = {k: v.float() for k, v in make(1, 9).items()}
     u, dt, z = (t[k].unsqueeze(2) for k in ("u", "dt", "z"))
     bounds = torch.tensor([0, 9], dtype=torch.int32) if packed else None
     initial = t["initial_states"]
     args = (u, dt, t["A"], t["B"], t["C"], t["D"], z, t["dt_bias"], initial, bounds, None)
-    torch.library.opcheck(ops._forward_op, (*args, True, [], 1, True))
-    y, final, checkpoint_states = ops._forward_op(*args, True, [], 1, True)
+    torch.library.opcheck(ops.forward_op, (*args, True, [], 1, True))
+    y, final, checkpoint_states = ops.forward_op(*args, True, [], 1, True)
     args = (*args, True, [], 1, checkpoint_states, torch.ones_like(y), torch.ones_like(final))
-    torch.library.opcheck(ops._backward_op, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.backward_op, args, test_utils=("test_schema", "test_faketensor"))
     step = (initial, *(x[:, 0, 0] for x in (u, dt)), t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], z[:, 0, 0], None, True)
-    torch.library.opcheck(ops._step_op, step)
+    torch.library.opcheck(ops.step_op, step)
 
 
 @pytest.mark.parametrize("n", [1, 5, 12, 20, 40, 130, 256])

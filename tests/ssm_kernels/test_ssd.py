@@ -39,7 +39,7 @@ def make_inputs(
 
 def scan_arguments(tensors):
     """Arguments of the Triton ops, from float32 inputs."""
-    from ssm_kernels.ssd.triton.arguments import ScanArguments
+    from ssm_kernels.ssd.arguments import ScanArguments
 
     names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states")
     return ScanArguments(
@@ -332,7 +332,7 @@ def test_triton_ops_pass_opcheck():
     torch.library.opcheck(triton._backward_op, (dy, dfinal_states, *required))
     inputs = [t[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     step = (t["initial_states"], *inputs, True, 0.0, float("inf"))
-    torch.library.opcheck(triton._step_op, step)
+    torch.library.opcheck(triton.step_kernel.op, step)
 
 
 def test_numba_ops_pass_opcheck():
@@ -347,7 +347,7 @@ def test_numba_ops_pass_opcheck():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(numba._backward_op, (*gradients, *arguments), test_utils=checks)
     step = (*(t[k] for k in ("initial_states", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")), True, 0.0, 2.0)
-    torch.library.opcheck(numba._step_op, step)
+    torch.library.opcheck(numba.step_kernel.op, step)
 
 
 def test_registered_ops_pass_opcheck():

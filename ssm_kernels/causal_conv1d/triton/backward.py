@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import capability, empty_like, launch_grid, maxnreg_option, num_sms, on_device
+from ..._core.memory_layout import empty_like
+from ..._triton.device import capability, launch_grid, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import and_scalar, load_segment, silu_backward, unpack_direction, zero_padding
 from .tile import (
     load_run,

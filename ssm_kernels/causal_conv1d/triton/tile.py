@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import has_contiguous_steps, pack_directions
+from ..._core.memory_layout import has_contiguous_steps
+from ..._triton.device import pack_directions
 from ..._triton.primitives import and_scalar, compute_type, grid_offset
 from ..._triton.segment_table import SegmentTable, build_segment_table
 

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import capability, empty_like, maxnreg_option, num_sms, on_device
+from ..._core.memory_layout import empty_like
+from ..._triton.device import capability, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import (
     LN2,
     LOG2E,

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import empty_like, maxnreg_option, num_sms, on_device
+from ..._core.memory_layout import empty_like
+from ..._triton.device import maxnreg_option, num_sms, on_device
 from ..._triton.primitives import LOG2E, and_scalar, load_segment, silu, unpack_direction, zero_padding
 from ..._triton.segment_table import SegmentTable, build_segment_table
 from ..._triton.state_passing import state_passing

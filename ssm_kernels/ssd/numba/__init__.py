@@ -8,7 +8,8 @@ from torch import Tensor
 from ..._core.discretization import skip_and_gate
 from ..._core.library import Gradient, define_op, lazy_function, unknown_size
 from ..._core.varlen import without_padding
-from ..triton.arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
+from ..arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
+from ..registration import StepKernel, gradients_fake
 
 CHECKPOINT_INTERVAL = 256
 """Steps between two states that the forward saves for the backward, which recomputes the states between them."""
@@ -54,23 +55,6 @@ def ssd(
     return y, final_states
 
 
-def ssd_step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-) -> Tensor:
-    """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
-    return _step_op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit)
-
-
 def max_checkpoints(x: Tensor, n_sequences: int) -> int:
     """Return at least the blocks of all sequences of x (B, L, ...), from shapes alone as tracing needs."""
     # One more, so that tracing with a dynamic length need not know whether there is only one.
@@ -112,13 +96,7 @@ def _forward_fake(*args):
 
 
 def _backward_fake(dy, dfinal_states, checkpoint_states, *args):
-    arguments = ScanArguments(*args)._asdict()
-    inputs = (arguments[name] for name in ScanGradients._fields)
-    return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
-
-
-def _step_fake(state, x, *rest):
-    return x.new_empty(x.shape)
+    return gradients_fake(ScanArguments(*args), dy)
 
 
 _forward_op = define_op(
@@ -133,9 +111,5 @@ _backward_op = define_op(
     lazy_function(f"{__name__}.backward", "backward"),
     _backward_fake,
 )
-_step_op = define_op(
-    "ssd_numba_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
-    " Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max) -> Tensor",
-    lazy_function(f"{__name__}.step", "step"),
-    _step_fake,
-)
+step_kernel = StepKernel("ssd_numba_step", __name__)
+ssd_step = step_kernel.ssd_step

@@ -25,7 +25,7 @@ from ..._numba.lanes import (
 from ..._numba.launch import as_array, as_directions, memory_of, sequence_table, split_sequences, sum_parts
 from ..._numba.products import ROWS, add_product
 from ..._numba.threads import run_tiles
-from ..triton.arguments import ScanArguments, ScanGradients
+from ..arguments import ScanArguments, ScanGradients
 from . import CHECKPOINT_INTERVAL
 from .tiles import (
     CHUNK,

@@ -13,7 +13,7 @@ from ..._numba.lanes import aligned_empty, element, fma, lane_count, load, read_
 from ..._numba.launch import as_array, as_directions, memory_of, sequence_table
 from ..._numba.products import ROWS, add_product
 from ..._numba.threads import run_tiles
-from ..triton.arguments import ScanArguments
+from ..arguments import ScanArguments
 from . import CHECKPOINT_INTERVAL, max_checkpoints
 from .tiles import (
     CHUNK,

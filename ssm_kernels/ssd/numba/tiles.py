@@ -26,7 +26,7 @@ from ..._numba.lanes import (
     write_row,
 )
 from ..._numba.launch import as_array
-from ..triton.arguments import ScanArguments
+from ..arguments import ScanArguments
 
 CHUNK = 32
 """Steps that are one matrix product: fewer make more of the passes over the state, more of the scores."""

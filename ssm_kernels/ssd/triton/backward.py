@@ -29,7 +29,7 @@ from ..._triton.device import capability, maxnreg_option, num_sms, on_device, wi
 from ..._triton.primitives import LN2, and_scalar, load_segment, zero_padding
 from ..._triton.segment_table import SegmentTable
 from ..._triton.state_passing import state_passing
-from .arguments import ScanArguments, ScanGradients
+from ..arguments import ScanArguments, ScanGradients
 from .chunk import (
     ScanInputs,
     Tiles,

@@ -27,7 +27,7 @@ from ..._triton.primitives import (
     unpack_direction,
 )
 from ..._triton.segment_table import SegmentTable, build_segment_table
-from .arguments import ScanArguments
+from ..arguments import ScanArguments
 
 CHUNKS_PER_SEGMENT = 4
 """Chunks of a segment of the forward, at least: more of them need fewer states in memory, and make fewer programs."""

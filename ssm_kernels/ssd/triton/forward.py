@@ -22,7 +22,7 @@ from ..._triton.device import maxnreg_option, num_sms, on_device
 from ..._triton.primitives import and_scalar, load_segment, zero_padding
 from ..._triton.segment_table import SegmentTable
 from ..._triton.state_passing import state_passing
-from .arguments import ScanArguments
+from ..arguments import ScanArguments
 from .chunk import (
     CHUNKS_PER_SEGMENT,
     ScanInputs,

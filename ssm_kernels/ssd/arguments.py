@@ -1,4 +1,4 @@
-"""Arguments and gradients of the ops `ssd_triton` and `ssd_triton_backward`, by name, in the order of their schemas.
+"""Arguments and gradients of the compiled SSD and its backward, by name, in the order of their schemas.
 
 Letters: B batch, L length, H heads, P head dimension, N state, G groups, S sequences in a pack.
 """

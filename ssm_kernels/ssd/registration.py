@@ -1,0 +1,54 @@
+"""Parts of the registration that sets of compiled kernels of SSD share: the decoding step, and sizes of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .._core.library import define_op, lazy_function
+from .arguments import ScanArguments, ScanGradients
+
+
+class StepKernel:
+    """The decoding step by the kernel of a package, whose module `step` is imported when the op first runs.
+
+    Args:
+        name: of the op.
+        package: full name of the package.
+    """
+
+    def __init__(self, name: str, package: str):
+        self.op: Callable = define_op(
+            f"{name}(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
+            " Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max) -> Tensor",
+            lazy_function(f"{package}.step", "step"),
+            _step_fake,
+        )
+
+    def ssd_step(
+        self,
+        state: Tensor,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        dt_softplus: bool,
+        dt_limit: tuple[float, float],
+    ) -> Tensor:
+        """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
+        return self.op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit)
+
+
+def _step_fake(state, x, *rest):
+    return x.new_empty(x.shape)
+
+
+def gradients_fake(arguments: ScanArguments, dy: Tensor) -> tuple[Tensor, ...]:
+    """`ScanGradients` without values, as tracing needs them."""
+    inputs = (getattr(arguments, name) for name in ScanGradients._fields)
+    return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
