@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -36,9 +35,11 @@ from tqdm import tqdm
 from ssm_kernels.testing import BODIES, Target, fake_target, is_interpreted
 
 from ..model.files import write_atomic
+from . import tables
 from .cases import Case, check_ops, published, shipped
 from .environment import environment
 from .files import write_json
+from .machine_code.sass import dump, resources
 from .options import CompileReport
 
 
@@ -403,22 +404,12 @@ def _processor_time() -> float:
 
 
 def _read_cubin(row: Row, cubin: bytes) -> None:
-    import triton.backends.nvidia
-
-    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
-    registers, stack = (re.findall(rf"{name}:(\d+)", usage)[0] for name in ("REG", "STACK"))
-    row.registers = int(registers)
+    usage, sass = dump(cubin, "--dump-resource-usage", "-sass")
+    row.registers, stack = resources(usage)
     names = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
     names.pop("NOP", None)
     # A stack that no instruction reads or writes holds no spill: on Blackwell some kernels reserve one.
-    row.spills = int(stack) if _count(names, r"LDL|STL") else 0
+    row.spills = stack if _count(names, r"LDL|STL") else 0
     row.instructions = names.total()
     row.exponentials = _count(names, r"MUFU\.EX2")
     row.shuffles = _count(names, r"SHFL")
@@ -479,16 +470,26 @@ def resident_blocks(architecture: Architecture, warps: int, registers: int, shar
 
 def table(rows: list[Row]) -> str:
     """All rows as text, those with a problem again at the end."""
-    lines = [
-        f"{'target':<8}{'kernel':<34}{'warps':>6}{'regs':>6}{'spills':>8}{'shared':>9}{'matrix':>14}{'exp':>6}"
-        f"{'shfl':>6}{'instr':>8}{'occup.':>8}  case"
-    ]
+    heads = (
+        "target",
+        "kernel",
+        "warps",
+        "regs",
+        "spills",
+        "shared",
+        "matrix",
+        "exp",
+        "shfl",
+        "instr",
+        "occup.",
+        "case",
+    )
+    cells = []
     for r in sorted(rows, key=lambda r: (r.target, r.kernel, r.case)):
         matrix = " ".join(f"{times} {name}" for name, times in r.matrix.items())
-        lines.append(
-            f"{r.target:<8}{r.kernel:<34}{r.warps:>6}{r.registers:>6}{r.spills:>8}{r.shared:>9}{matrix:>14}"
-            f"{r.exponentials:>6}{r.shuffles:>6}{r.instructions:>8}{r.occupancy:>8.0%}  {r.case}"
-        )
+        numbers = (r.warps, r.registers, r.spills, r.shared, matrix, r.exponentials, r.shuffles, r.instructions)
+        cells.append(tables.Row((r.target, r.kernel, *map(str, numbers), f"{r.occupancy:.0%}", r.case)))
+    lines = [tables.as_text(heads, cells, names=(0, 1, 11))]
     failed = [r for r in rows if r.problem]
     lines += [f"FAILED {r.target} {r.kernel}: {r.problem} ({r.case})" for r in failed]
     seconds = sum(r.seconds for r in rows)

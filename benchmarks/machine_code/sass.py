@@ -308,24 +308,34 @@ class Cubin:
     """Offset in constant bank 0 and bytes of each parameter."""
 
 
-def disassemble(cubin: bytes) -> Cubin:
-    """Read a cubin with the tools in Triton's wheel.
-
-    Raises:
-        ValueError: the disassembler's output is not understood.
-    """
+def dump(cubin: bytes, *options: str) -> list[str]:
+    """Output of `cuobjdump`, a tool in Triton's wheel, with each of the options."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass, elf = (
+        return [
             subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "-sass", "-elf")
-        )
+            for option in options
+        ]
+
+
+def resources(usage: str) -> tuple[int, int]:
+    """Registers and bytes of stack a thread, from the output of `cuobjdump --dump-resource-usage`."""
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
-    return Cubin(parse(sass), registers, stack, _parameters(elf))
+    return registers, stack
+
+
+def disassemble(cubin: bytes) -> Cubin:
+    """Read a cubin.
+
+    Raises:
+        ValueError: the disassembler's output is not understood.
+    """
+    usage, sass, elf = dump(cubin, "--dump-resource-usage", "-sass", "-elf")
+    return Cubin(parse(sass), *resources(usage), _parameters(elf))
 
 
 def _parameters(elf: str) -> tuple[tuple[int, int], ...]:
