@@ -222,6 +222,14 @@ def batch_by_length(
         yield torch.tensor(members, device=device)[blocks.order], blocks
 
 
+def max_blocks(x: Tensor, n_sequences: int, size: int) -> int:
+    """A bound of the blocks of `size` steps of all sequences of x (B, L, ...), from shapes alone as tracing needs.
+
+    One more than needed, so that tracing with a dynamic length need not know whether there is only one.
+    """
+    return x.shape[0] * x.shape[1] // size + n_sequences + 1
+
+
 @cached_per_stream(maxsize=256)
 def make_blocks(starts: tuple[int, ...], lengths: tuple[int, ...], size: int, device: torch.device) -> Blocks:
     """Divide sequences into blocks of at most `size` steps (fewer when all sequences are shorter).

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
 from .._core.library import Gradient, autocast_off, define_op, unknown_size
-from .._core.varlen import Blocks, Sequences, batch_by_length, parse_sequences, without_padding
+from .._core.varlen import Blocks, Sequences, batch_by_length, max_blocks, parse_sequences, without_padding
 from .groups import repeat_groups
 
 # Elements of one step of the recurrence, and of one block of steps: the first keeps a step's operands in a
@@ -93,14 +93,6 @@ def _block_steps(state_size: int) -> int:
     return min(MAX_BLOCK, max(MIN_BLOCK, BLOCK_ELEMENTS // per_step))
 
 
-def _num_checkpoints(total_steps: int, n_sequences: int, dim: int, n: int) -> int:
-    """More than the blocks of all sequences together, told from shapes alone as tracing needs.
-
-    One more, so that tracing with a dynamic length need not know whether there is only one.
-    """
-    return total_steps // _block_steps(dim * n) + n_sequences + 1
-
-
 def _tiles(sequences: Sequences, a: Tensor, n_buffers: int) -> Iterator[tuple[Tensor, Blocks, _Buffers]]:
     """Sequences that are scanned together, their blocks, and scratch for these."""
     width = max(1, STEP_ELEMENTS // a.numel())
@@ -172,7 +164,7 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     inputs = [_flat(x, groups) for x in (u, dt, B, C)]
     y = A.new_zeros(u.shape) if sequences.padding_runs(batch * length) else A.new_empty(u.shape)
-    checkpoint_states = A.new_empty(_num_checkpoints(batch * length, len(states), dim, n), *states.shape[1:])
+    checkpoint_states = A.new_empty(max_blocks(u, len(states), _block_steps(dim * n)), *states.shape[1:])
     num_saved = 0
 
     for members, blocks, buffers in _tiles(sequences, a, 2):
@@ -269,7 +261,7 @@ def _forward_fake(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     batch, length, dim = u.shape
     groups, n = B.shape[2:]
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    num_saved = _num_checkpoints(batch * length, rows, dim, n) if seq_idx is None else unknown_size(u)
+    num_saved = max_blocks(u, rows, _block_steps(dim * n)) if seq_idx is None else unknown_size(u)
     checkpoint_states = A.new_empty(num_saved, groups, n, dim // groups)
     return A.new_empty(u.shape), A.new_empty(rows, dim, n), checkpoint_states
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
 from .._core.library import Gradient, autocast_off, define_op, unknown_size
-from .._core.varlen import Blocks, batch_by_length, parse_sequences, without_padding
+from .._core.varlen import Blocks, batch_by_length, max_blocks, parse_sequences, without_padding
 
 CHUNKS_PER_SEGMENT = 8
 """Chunks of a sequence in a segment: more of them are fewer and larger operations on more scratch memory."""
@@ -320,14 +320,6 @@ class _Layout:
         return by_group.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
 
-def _max_checkpoints(x: Tensor, n_sequences: int, chunk_size: int) -> int:
-    """Bound of the checkpoints, from shapes alone as tracing needs.
-
-    One more than the bound, so that tracing with a dynamic length need not know whether there is only one.
-    """
-    return x.shape[0] * x.shape[1] // (chunk_size * CHUNKS_PER_SEGMENT) + n_sequences + 1
-
-
 def _forward(
     x: Tensor,
     dt: Tensor,
@@ -344,7 +336,7 @@ def _forward(
     inputs = layout.flatten(x, dt, B, C)
     y = A.new_zeros(x.shape) if layout.has_padding else A.new_empty(x.shape)
     states = layout.states_of_sequences(initial_states, layout.initial_sequences)  # (S, G, N, E * P)
-    checkpoint_states = A.new_empty(_max_checkpoints(x, len(states), chunk_size), *states.shape[1:])
+    checkpoint_states = A.new_empty(max_blocks(x, len(states), chunk_size * CHUNKS_PER_SEGMENT), *states.shape[1:])
     n_checkpoints = 0
     for members, segment_indices in layout.batches():
         state = states[members]
@@ -404,7 +396,7 @@ def _forward_fake(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_siz
     batch, _, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    n_checkpoints = _max_checkpoints(x, rows, chunk_size) if seq_idx is None else unknown_size(x)
+    n_checkpoints = max_blocks(x, rows, chunk_size * CHUNKS_PER_SEGMENT) if seq_idx is None else unknown_size(x)
     checkpoint_states = A.new_empty(n_checkpoints, groups, d_state, heads // groups * headdim)
     return A.new_empty(x.shape), A.new_empty(rows, heads, headdim, d_state), checkpoint_states
 

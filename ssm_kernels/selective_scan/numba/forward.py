@@ -7,7 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..._core.varlen import parse_sequences
+from ..._core.varlen import max_blocks, parse_sequences
 from ..._numba.compile import Kernel
 from ..._numba.functions import LOG2_E, exp2, sigmoid
 from ..._numba.lanes import (
@@ -38,7 +38,7 @@ from ..._numba.launch import (
 )
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments
-from . import CHECKPOINT_INTERVAL, max_checkpoints
+from . import CHECKPOINT_INTERVAL
 from .tiles import prepare_steps, read_coefficients, with_four_dims
 
 
@@ -58,7 +58,7 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     n_sequences = len(sequences.lengths)
     y = empty_steps(u, sequences, compute)  # (B, L, G, E)
     final_states = u.new_empty(len(sequences.final_sequences), groups * dim, n, dtype=compute)
-    n_saved = max_checkpoints(u, n_sequences) if save_states else 0
+    n_saved = max_blocks(u, n_sequences, CHECKPOINT_INTERVAL) if save_states else 0
     checkpoint_states = u.new_zeros(n_saved, n, groups * dim, dtype=compute)  # zero, since a few are not used
 
     # States and A with channels last, (rows, N, D) and (1, N, D): a vector holds neighbouring channels.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._core.discretization import skip_and_gate
 from ..._core.library import Gradient, define_op, lazy_function, unknown_size
-from ..._core.varlen import without_padding
+from ..._core.varlen import max_blocks, without_padding
 from ..arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
 from ..registration import StepKernel, gradients_fake
 
@@ -55,12 +55,6 @@ def ssd(
     return y, final_states
 
 
-def max_checkpoints(x: Tensor, n_sequences: int) -> int:
-    """Return at least the blocks of all sequences of x (B, L, ...), from shapes alone as tracing needs."""
-    # One more, so that tracing with a dynamic length need not know whether there is only one.
-    return x.shape[0] * x.shape[1] // CHECKPOINT_INTERVAL + n_sequences + 1
-
-
 def _save(ctx, inputs, outputs):
     if not inputs.save_states:
         raise RuntimeError("this graph was traced without gradients, and saved nothing that they need: trace it again")
@@ -89,7 +83,7 @@ def _forward_fake(*args):
     checkpoints = 0
     if save_states:
         # With `seq_idx` the number of sequences depends on values.
-        checkpoints = unknown_size(x) if arguments.seq_idx is not None else max_checkpoints(x, rows)
+        checkpoints = unknown_size(x) if arguments.seq_idx is not None else max_blocks(x, rows, CHECKPOINT_INTERVAL)
     y = x.new_empty(x.shape, dtype=arguments.out_dtype)
     final_states = x.new_empty(rows, heads, headdim, B.shape[3], dtype=dtype)
     return y, final_states, x.new_empty(checkpoints, heads, B.shape[3], headdim, dtype=dtype)

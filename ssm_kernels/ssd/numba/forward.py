@@ -7,14 +7,14 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..._core.varlen import parse_sequences
+from ..._core.varlen import max_blocks, parse_sequences
 from ..._numba.compile import Kernel
 from ..._numba.lanes import aligned_empty, element, fma, lane_count, load, read_row, set_positions, store, write_row
 from ..._numba.launch import as_array, as_directions, memory_of, sequence_table
 from ..._numba.products import ROWS, add_product
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments
-from . import CHECKPOINT_INTERVAL, max_checkpoints
+from . import CHECKPOINT_INTERVAL
 from .tiles import (
     CHUNK,
     clear,
@@ -51,7 +51,7 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     new = x.new_zeros if sequences.padding_runs(batch * length) else x.new_empty
     y = new(x.shape, dtype=compute)  # (B, L, H, P)
     final_states = x.new_empty(len(sequences.final_sequences), heads, headdim, d_state, dtype=compute)
-    n_saved = max_checkpoints(x, n_sequences) if save_states else 0
+    n_saved = max_blocks(x, n_sequences, CHECKPOINT_INTERVAL) if save_states else 0
     checkpoint_states = x.new_zeros(n_saved, heads, d_state, headdim, dtype=compute)  # zero: a few are not used
     n_heads = heads_per_tile(heads, groups)
     args = (
