@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ssm_kernels.testing import assert_agrees, capability, is_interpreted
 
 from ..model.text_files import read_json
-from . import cases, compile_report
+from . import cases, compile_report, tables
 from .cases import Case, by_length, connector, layer, published, tiny
 from .environment import current_device, environment
 from .files import write_json
@@ -340,17 +340,17 @@ PARTS: dict[str, tuple[Callable[[Run], Jobs], float]] = {
 
 def _table(rows: list[Row]) -> str:
     """Times with their quartiles and share of the roofline, or the error."""
-    width = 2 + max((len(row.get("impl", "")) for row in rows), default=4)
-    lines = [f"{'us':>10}{'quartiles':>22}{'roofline':>10}{'differs':>10}  {'impl':<{width}}{'mode':<9}case"]
+    lines = []
     for row in rows:
-        label = f"  {row.get('impl', ''):<{width}}{row.get('mode', ''):<9}{row['case']}"
+        names = [row.get("impl", ""), row.get("mode", ""), row["case"]]
         if row["error"]:
-            lines.append(f"{row['error'].splitlines()[0][:52]:<52}{label}")
+            lines.append(tables.Row(names, row["error"].splitlines()[0]))
             continue
-        spread = f"{1e6 * row['low']:.1f} to {1e6 * row['high']:.1f}"
         share = "" if row["share"] is None else f"{row['share']:.0%}"
-        lines.append(f"{1e6 * row['median']:>10.1f}{spread:>22}{share:>10}{row['difference']:>10.0e}{label}")
-    return "\n".join(lines)
+        time = f"{1e6 * row['median']:.1f}", f"{1e6 * row['low']:.1f} to {1e6 * row['high']:.1f}"
+        lines.append(tables.Row([*names, *time, share, f"{row['difference']:.0e}"]))
+    heads = ("impl", "mode", "case", "us", "quartiles", "roofline", "differs")
+    return tables.as_text(heads, lines, names=(0, 1, 2))
 
 
 def _failures(rows: list[Row]) -> str:

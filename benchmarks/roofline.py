@@ -20,16 +20,13 @@ from .devices import DEVICES, Device, device_named
 from .files import write_json
 from .machine_code.held import issue_seconds
 from .options import Mode, Roofline
+from .tables import Row, as_text
 
 
 def run_roofline(command: Roofline) -> None:
     """`ssm-bench roofline`."""
     check_ops(command.op)
-    rows = []
-    print(
-        f"{'':<86}{'MB':>9}{'GFLOP':>9}{'Gexp':>8}{'FLOP/B':>8}"
-        + "".join(f"{d:>25}{'ours issue':>14}" for d in command.device)
-    )
+    rows, lines = [], []
     for case in published(command.dtype, command.size):
         if case.op not in command.op:
             continue
@@ -38,19 +35,23 @@ def run_roofline(command: Roofline) -> None:
             needs = cost(case, mode)
             bounds = {name: least_time(needs, DEVICES[name], DTYPES[command.dtype]) for name in command.device}
             issue = {name: issue_seconds(case, mode, name) for name in command.device}
-            print(
-                f"{f'{case} {mode}':<86}{needs.bytes / 1e6:>9.1f}{(needs.matrix + needs.other) / 1e9:>9.2f}"
-                f"{needs.exponentials / 1e9:>8.3f}{needs.intensity:>8.1f}"
-                + "".join(f"{1e6 * b.seconds:>9.1f} us {b.bound:<13}{_issue(issue[n])}" for n, b in bounds.items())
-            )
+            cells = [f"{case} {mode}", f"{needs.bytes / 1e6:.1f}", f"{(needs.matrix + needs.other) / 1e9:.2f}"]
+            cells += [f"{needs.exponentials / 1e9:.3f}", f"{needs.intensity:.1f}"]
+            for name, least in bounds.items():
+                cells += [f"{1e6 * least.seconds:.1f}", least.bound, _microseconds(issue[name])]
+            lines.append(Row(cells))
             times = {name: asdict(b) | {"issue": issue[name]} for name, b in bounds.items()}
             rows.append({"case": str(case), "pass": mode, "cost": asdict(needs), "floors": times})
+    heads = ["case", "MB", "GFLOP", "Gexp", "FLOP/B"]
+    for name in command.device:
+        heads += [f"{name} us", "bound", "ours issue us"]
+    print(as_text(heads, lines, names=(0, *range(6, len(heads), 3))))
     write_json(command.out, {"rows": rows, "devices": {name: asdict(DEVICES[name]) for name in command.device}})
 
 
-def _issue(seconds: float | None) -> str:
+def _microseconds(seconds: float | None) -> str:
     """The time that this project's kernels need to start their instructions: more than the least, or never reached."""
-    return f"{'-':>14}" if seconds is None else f"{1e6 * seconds:>11.1f} us"
+    return "-" if seconds is None else f"{1e6 * seconds:.1f}"
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..devices import Machine
+from ..tables import Row, as_text
 from .launches import Operation
 from .measure import Figures, Unit
 from .pipes import PIPES
@@ -100,32 +102,18 @@ def table(result: dict[str, Any]) -> str:
         Lines of text; several.
     """
     lines = [f"{result['impl']}: {result['case']}, {result['target']}; instructions a {result['unit']}, bytes a token"]
-    shown = [p for p in PIPES if any(k["pipes"][p] >= 0.05 for k in _kernels(result))]
-    devices = list(next(iter(result["passes"].values()))["totals"]["bounds"])
-    width = max(len(k["kernel"]) for k in _kernels(result)) + 2
+    kernels = [k for one in result["passes"].values() for k in one["kernels"]]
+    pipes = [p for p in PIPES if any(k["pipes"][p] >= 0.05 for k in kernels)]
     for mode, one in result["passes"].items():
-        head = (
-            f"{mode:<{width}}{'n':>3}{'programs':>10}{'warps':>6}{'regs':>5}{'smem':>7}{'blk':>4}{'last':>6}{'dup':>4}"
-        )
-        head += f"{'instr':>8}" + "".join(f"{p:>{_width(p)}}" for p in shown)
-        head += f" |{'turns':>6}{'instr':>6}{'bar':>4}{'shfl':>5}{'wait':>5} |{'bytes':>8}"
-        head += "".join(f" | {d + ' us:':<9}{'issue':>7}{'mem':>7}{'exp':>7}{'bound':>7}" for d in devices)
-        lines.append(head)
-        for k in one["kernels"]:
-            turn = k["turn"]
-            programs = k["grid"][0] * k["grid"][1] * k["grid"][2]
-            line = f"{k['kernel']:<{width}}{k['launches']:>3}{programs:>10}{k['warps']:>6}{k['registers']:>5}"
-            line += f"{k['shared']:>7}{k['blocks']:>4}{k['last_round']:>6.0%}{k['duplication']:>4.0f}"
-            line += f"{_short(k['instructions']):>8}" + "".join(f"{_short(k['pipes'][p]):>{_width(p)}}" for p in shown)
-            line += f" |{k['trips']:>6.0f}{turn['instructions']:>6.0f}{turn['barriers']:>4.0f}{turn['shuffles']:>5.0f}"
-            line += f"{turn['waits']:>5.0f} |{k['bytes']:>8.0f}" + _bounds(k["bounds"])
-            lines.append(line)
-            if k["configuration"]:
-                lines.append(f"  {k['configuration']}")
         total = one["totals"]
-        line = f"{'total':<{width}}{total['launches']:>3}{'':>42}{_short(total['instructions']):>8}"
-        line += "".join(f"{_short(sum(k['pipes'][p] for k in one['kernels'])):>{_width(p)}}" for p in shown)
-        lines.append(line + f" |{'':>26} |{total['bytes']:>8.0f}" + _bounds(total["bounds"]))
+        heads = [mode, "n", "programs", "warps", "regs", "smem", "blk", "last", "dup", "instr", *pipes]
+        heads += ["turns", "instr", "bar", "shfl", "wait", "bytes"]
+        for device in total["bounds"]:
+            heads += [f"{device} us: issue", "mem", "exp", "bound"]
+        sums = [_short(sum(k["pipes"][p] for k in one["kernels"])) for p in pipes]
+        cells = ["total", str(total["launches"]), *[""] * 7, _short(total["instructions"]), *sums]
+        cells += [*[""] * 5, f"{total['bytes']:.0f}", *_bounds(total["bounds"])]
+        lines.append(as_text(heads, [*(_kernel_row(k, pipes) for k in one["kernels"]), Row(cells)]))
         large = [f"{name} {b:,.0f}" for name, b in one["tensors"].items() if b >= 0.005 * total["bytes"]]
         if total["operations"]:
             large.append(f"{total['operations']} operations of PyTorch {total['bytes_of_operations']:,.0f}")
@@ -133,23 +121,21 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _kernels(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [k for one in result["passes"].values() for k in one["kernels"]]
-
-
-def _width(pipe: str) -> int:
-    return max(6, len(pipe) + 1)
+def _kernel_row(k: dict[str, Any], pipes: Sequence[str]) -> Row:
+    turn = k["turn"]
+    sizes = (k["launches"], math.prod(k["grid"]), k["warps"], k["registers"], k["shared"], k["blocks"])
+    cells = [k["kernel"], *map(str, sizes), f"{k['last_round']:.0%}", f"{k['duplication']:.0f}"]
+    cells += [_short(k["instructions"]), *(_short(k["pipes"][p]) for p in pipes), f"{k['trips']:.0f}"]
+    cells += [f"{turn[key]:.0f}" for key in ("instructions", "barriers", "shuffles", "waits")]
+    return Row([*cells, f"{k['bytes']:.0f}", *_bounds(k["bounds"])], k["configuration"] or "")
 
 
 def _short(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
-def _bounds(bounds: dict[str, dict[str, float]]) -> str:
-    return "".join(
-        f" | {'':<9}{b['issue']:>7.0f}{b['memory']:>7.0f}{b['exponentials']:>7.0f}{b['bound']:>7.0f}"
-        for b in bounds.values()
-    )
+def _bounds(bounds: dict[str, dict[str, float]]) -> list[str]:
+    return [f"{b[key]:.0f}" for b in bounds.values() for key in ("issue", "memory", "exponentials", "bound")]
 
 
 def beside(results: list[dict[str, Any]]) -> str:
@@ -161,28 +147,27 @@ def beside(results: list[dict[str, Any]]) -> str:
     Returns:
         Lines of text.
     """
-    lines = []
-    for key in dict.fromkeys((r["case"], r["target"]) for r in results):
-        same = [r for r in results if (r["case"], r["target"]) == key]
-        lines.append(f"{key[0]}, {key[1]}")
-        lines.append(f"{'':<42}" + "".join(f"{r['impl']:>12}" for r in same))
+    parts = []
+    for case, target in dict.fromkeys((r["case"], r["target"]) for r in results):
+        same = [r for r in results if (r["case"], r["target"]) == (case, target)]
+        rows = []
         for mode in same[0]["passes"]:
             totals = [r["passes"].get(mode, {}).get("totals") for r in same]
             for figure, name in TOTALS.items():
                 if figure != "spills" or any(t and t["spills"] for t in totals):
                     label = f"{mode} {name.format(unit=same[0]['unit'])}"
-                    lines.append(f"{label:<42}" + "".join(_cell(t and t[figure]) for t in totals))
+                    rows.append(Row([label, *(_cell(t and t[figure]) for t in totals)]))
             for device in totals[0]["bounds"]:
-                cells = "".join(_cell(t and t["bounds"][device]["bound"]) for t in totals)
-                lines.append(f"{f'{mode} bound on {device}, us':<42}" + cells)
-        lines.append("")
-    return "\n".join(lines)
+                bounds = (_cell(t and t["bounds"][device]["bound"]) for t in totals)
+                rows.append(Row([f"{mode} bound on {device}, us", *bounds]))
+        parts.append(f"{case}, {target}\n{as_text(['', *(r['impl'] for r in same)], rows)}\n")
+    return "\n".join(parts)
 
 
 def _cell(value: float | None) -> str:
     if value is None:
-        return f"{'-':>12}"
-    return f"{value:>12,.1f}" if isinstance(value, float) and value < 1000 else f"{value:>12,.0f}"
+        return "-"
+    return f"{value:,.1f}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
 
 
 TOTALS = {
@@ -247,12 +232,11 @@ def _key(result: dict[str, Any]) -> tuple[str, ...]:
 
 def table_of_changes(changes: list[Change], tolerance: float) -> str:
     """Changes as text, those that are worse beyond the tolerance marked."""
-    lines, name = [], None
+    if not changes:
+        return "no figure changed"
+    rows = []
     for change in changes:
-        if change.name != name:
-            name = change.name
-            lines.append(name)
-        ratio = f"{change.after / change.before:>8.3f}" if change.before else f"{'new':>8}"
-        mark = "  WORSE" if change.is_worse(tolerance) else ""
-        lines.append(f"  {change.figure:<38}{change.before:>12,.2f}{change.after:>12,.2f}{ratio}{mark}")
-    return "\n".join(lines) if lines else "no figure changed"
+        ratio = f"{change.after / change.before:.3f}" if change.before else "new"
+        cells = (change.name, change.figure, f"{change.before:,.2f}", f"{change.after:,.2f}", ratio)
+        rows.append(Row(cells, "WORSE" * change.is_worse(tolerance)))
+    return as_text(("pass", "figure", "before", "after", "ratio"), rows, names=(0, 1))
