@@ -14,7 +14,8 @@ from torch import Tensor
 from ssm_kernels.modules import MixerState
 
 from .generation.config import GenerationConfig
-from .generation.decoding import Decoder, graph_key, state_bytes
+from .generation.cuda_graph import graph_key
+from .generation.decoding import Decoder, state_bytes
 from .generation.generate import Completion, generate_packed
 from .generation.interface import LMState
 from .generation.prefill import EmbedFn, packed_tokens
@@ -171,7 +172,7 @@ class Conversation:
     def _rewind(self, ids: list[int]) -> tuple[Decoder, int]:
         """Bring the state to the longest known prefix of a prompt. Return the decoder and the prefix's length."""
         decoder = self._decoder
-        if decoder is None or decoder.graph_key != graph_key(self.lm):
+        if decoder is None or decoder.graph_key != graph_key(self.lm, self.lm.device):
             self._decoder = decoder = Decoder(self.lm, 1)
             self._state_tokens = self._checkpoint = None
 

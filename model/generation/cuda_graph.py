@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ssm_kernels import resolve_backend
+
+from .interface import LanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +24,23 @@ def has_graphs(device: torch.device) -> bool:
 def current_stream(device: torch.device) -> torch.cuda.Stream | None:
     """Return the stream on which work on this device is queued now, or None where there are no streams."""
     return torch.cuda.current_stream(device) if has_graphs(device) else None
+
+
+def graph_key(model: LanguageModel | nn.Module, device: torch.device) -> tuple:
+    """Return everything that a graph of the model depends on besides its static inputs and states.
+
+    Whoever keeps such memory, with or without a graph, keeps it for this key: on another stream a step would read
+    states before the last step on the first stream has written them.
+
+    Args:
+        model: its weights, which a graph reads at their addresses. Weights changed in place keep the key: a graph
+            reads their new values.
+        device: device of the states.
+    """
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    backend = resolve_backend("auto", device, "ssd")
+    weights = tuple((t.data_ptr(), t.dtype) for t in itertools.chain(model.parameters(), model.buffers()))
+    return device, current_stream(device), autocast, backend, torch.get_float32_matmul_precision(), weights
 
 
 def warm_up(step: Callable[[], Tensor], device: torch.device) -> Tensor:

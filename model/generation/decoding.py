@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ssm_kernels import resolve_backend
 from ssm_kernels.modules import MixerState
 
-from .cuda_graph import capture, current_stream, has_graphs, warm_up, warn_once
+from .cuda_graph import capture, graph_key, has_graphs, warm_up, warn_once
 from .interface import LanguageModel, LMState
 
 
@@ -47,7 +45,7 @@ class Decoder:
             and all(layer.ssm.device == self.device for layer in self.buffers)
             and not torch.is_autocast_enabled("cuda")
         )
-        self.graph_key = graph_key(lm)
+        self.graph_key = graph_key(lm, self.device)
         self.set_batch(batch)
 
     def set_batch(self, batch: int) -> None:
@@ -100,7 +98,7 @@ def acquire_decoder(lm: LanguageModel, batch: int) -> Decoder:
     """Take the model's cached decoder where it fits, or make one. Its state is reset."""
     # Two generators at once must not share buffers.
     decoder = _decoders.pop(lm, None)
-    if decoder is None or len(decoder.tokens) < batch or decoder.graph_key != graph_key(lm):
+    if decoder is None or len(decoder.tokens) < batch or decoder.graph_key != graph_key(lm, lm.device):
         decoder = Decoder(lm, batch)
     decoder.set_batch(batch)
     decoder.reset()
@@ -111,17 +109,6 @@ def release_decoder(lm: LanguageModel, decoder: Decoder) -> None:
     """Cache a decoder for the next caller, if it may hold graphs."""
     if has_graphs(decoder.device):
         _decoders[lm] = decoder
-
-
-def graph_key(lm: LanguageModel) -> tuple:
-    """Everything that a captured graph depends on besides the decoder's own buffers."""
-    device = lm.device
-    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    backend = resolve_backend("auto", device, "ssd")
-    # Weights changed in place keep the key: a graph reads their new values.
-    weights = tuple((t.data_ptr(), t.dtype) for t in itertools.chain(lm.parameters(), lm.buffers()))
-    # Another stream would not wait for the last step that wrote the state.
-    return device, current_stream(device), autocast, backend, torch.get_float32_matmul_precision(), weights
 
 
 def state_bytes(state: LMState) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssm_kernels.compat.mamba_ssm import InferenceParams
 
-from ..generation.cuda_graph import capture, has_graphs, warm_up, warn_once
+from ..generation.cuda_graph import capture, graph_key, has_graphs, warm_up, warn_once
 
 
 class Streamer(Protocol):
@@ -112,7 +112,7 @@ def decode(
         eos_token_id: stops decoding once all sequences produce it in the same step.
         teacher_outputs: (B, L') tokens to force, as far as they go.
         vocab_size: only tokens below it may be chosen; all rows of the head by default.
-        cg: replay a CUDA graph for each token. A CPU has none, which is logged once.
+        cg: replay a CUDA graph for each token. Where there is none, on a CPU or under autocast, this is logged once.
         enable_timing: print the time that decoding took.
         streamer: receives the prompts, and each step's tokens (B, 1).
 
@@ -126,10 +126,10 @@ def decode(
     _check(input_ids, max_length, repetition_penalty, teacher_outputs)
     check_sampling(top_k, top_p, min_p, temperature)
     batch, length = input_ids.shape
-    run = None  # a step on static memory
+    cache, run = None, None  # static memory, and a step on it
     if cg:
-        cache = update_graph_cache(model, getattr(model, "_decoding_cache", None), batch, length, max_length)
-        model._decoding_cache = cache  # pyright: ignore[reportArgumentType]  torch's stub takes tensors and modules
+        # Removed from the model while in use: two calls at once must not share it.
+        cache = update_graph_cache(model, vars(model).pop("_decoding_cache", None), batch, length, max_length)
         params, run = cache.params, cache.run
         params.reset(max_length, batch)
     else:
@@ -168,6 +168,8 @@ def decode(
         # All sequences in the same step, as in the original: none is tracked on its own.
         if eos_token_id is not None and (tokens == eos_token_id).all():
             break
+    if cache is not None:
+        model._decoding_cache = cache  # pyright: ignore[reportArgumentType]  torch's stub takes tensors and modules
     if streamer is not None:
         streamer.end()
     if enable_timing:
@@ -287,8 +289,8 @@ class DecodingCGCache:
     inference_params: InferenceParams | None = None
     run: Callable[[Tensor, Tensor, int], Tensor] | None = None
     """Step: (tokens (B, L'), their positions, number of tokens before them) -> logits (B, L', V)."""
-    weights: tuple[tuple[int, torch.dtype], ...] = ()
-    """Addresses and dtypes of the weights. A graph reads them there, and a copied model has others."""
+    key: tuple = ()
+    """`graph_key` of the model and of the stream that runs the steps."""
 
     @property
     def params(self) -> InferenceParams:
@@ -315,7 +317,8 @@ def update_graph_cache(
 ) -> DecodingCGCache:
     """Allocate caches for a batch and capture steps on them: CUDA graphs, or on a CPU the model itself.
 
-    If capture fails, the reason is logged once and steps run eagerly. Not run on a GPU.
+    If capture fails, the reason is logged once and steps run eagerly. Steps belong to the stream of this call: one that
+    runs them on another stream has to order them itself. Not run on a GPU.
 
     Args:
         model: with `allocate_inference_cache`.
@@ -333,12 +336,10 @@ def update_graph_cache(
     # The first parameter has the device and dtype of the model.
     like = next(model.parameters())
     dtype = like.dtype if dtype is None else dtype
-    weights = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
+    key = graph_key(model, like.device)
     if (
         cache is None
-        or (cache.device, cache.dtype, cache.max_batch_size) != (like.device, dtype, batch_size)
-        # A graph reads the weights at the addresses of its capture.
-        or cache.weights != weights
+        or (cache.key, cache.dtype, cache.max_batch_size) != (key, dtype, batch_size)
         or max_seqlen > cache.max_seqlen
     ):
         params = InferenceParams(
@@ -348,7 +349,7 @@ def update_graph_cache(
             key_value_memory_dict=_allocate(model, batch_size, max_seqlen, dtype),
             lengths_per_sample=torch.full((batch_size,), seqlen_og, dtype=torch.int32, device=like.device),
         )
-        cache = DecodingCGCache(batch_size, max_seqlen, like.device, dtype, inference_params=params, weights=weights)
+        cache = DecodingCGCache(batch_size, max_seqlen, like.device, dtype, inference_params=params, key=key)
     # One graph per shape; graphs of an earlier call are kept.
     for steps in decoding_seqlens:
         if (batch_size, steps) not in cache.callables:
@@ -374,8 +375,13 @@ def _make_step(
             input_ids, position_ids=position_ids, inference_params=params, num_last_tokens=input_ids.shape[1]
         ).logits
 
+    obstacle = None
     if not has_graphs(device):
-        warn_once(f"cg=True changes nothing on {device}, which has no CUDA graphs")
+        obstacle = f"on {device}, which has no CUDA graphs"
+    elif torch.is_autocast_enabled("cuda"):
+        obstacle = "under autocast, whose copies of the weights do not last until a replay"
+    if obstacle is not None:
+        warn_once(f"cg=True changes nothing {obstacle}")
         return eager
     # Static inputs of the graph.
     tokens, positions = (torch.zeros(batch, steps, dtype=torch.long, device=device) for _ in range(2))

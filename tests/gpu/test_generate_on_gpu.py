@@ -14,6 +14,7 @@ from vlmamba.model.generation import cuda_graph, decoding
 from vlmamba.model.generation.decoding import Decoder
 from vlmamba.model.generation.generate import generate_tokens
 from vlmamba.model.generation.prefill import packed_tokens
+from vlmamba.model.mamba_ssm import MambaConfig, MambaLMHeadModel
 from vlmamba.model.score import score
 
 if not torch.cuda.is_available():
@@ -122,6 +123,31 @@ def test_two_streams_at_once_do_not_mix(lm):
             else:
                 texts_streamed[i].append(text)
     assert ["".join(t) for t in texts_streamed] == want
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_mamba_ssm_decoding_on_two_streams_does_not_mix(layer):
+    torch.manual_seed(0)
+    model = MambaLMHeadModel(MambaConfig(d_model=128, n_layer=4, vocab_size=300, ssm_cfg={"layer": layer})).cuda()
+    one, two = torch.randint(300, (2, 2, 12)).cuda()
+    want = [model.generate(ids, 30) for ids in (one, two)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        model.generate(one, 30, cg=True)  # captures
+    torch.cuda.synchronize()
+
+    def sleeps(module, args, result):
+        # Between the prefill and the first step of the call on the other stream.
+        if args[0].shape[1] > 1 and torch.cuda.current_stream() == stream:
+            torch.cuda._sleep(1_000_000_000)  # clock cycles: half a second
+
+    hook = model.register_forward_hook(sleeps)
+    with torch.cuda.stream(stream):
+        late = model.generate(one, 30, cg=True)
+    found = model.generate(two, 30, cg=True)
+    hook.remove()
+    torch.cuda.synchronize()
+    assert late.equal(want[0]) and found.equal(want[1])
 
 
 def test_where_capture_fails_the_tokens_are_the_same(lm, monkeypatch, caplog):

@@ -338,7 +338,7 @@ def test_one_graph_for_each_number_of_sequences(lm, captured, monkeypatch):
 
 def test_another_stream_gets_a_decoder_of_its_own(lm, captured, monkeypatch):
     for stream in (1, 1, 2):
-        monkeypatch.setattr(decoding, "current_stream", lambda device, stream=stream: stream)
+        monkeypatch.setattr(cuda_graph, "current_stream", lambda device, stream=stream: stream)
         tokens_until_the_ends(lm, SAMPLED, PROMPTS[:1])
     assert captured == [1, 1]
 

@@ -20,7 +20,15 @@ from vlmamba.model import LMConfig, MambaLM
 from vlmamba.model import mamba_ssm as theirs
 from vlmamba.model.convert import convert
 from vlmamba.model.generation import cuda_graph
-from vlmamba.model.mamba_ssm import InferenceParams, MambaConfig, MambaLMHeadModel, MixerModel, decode, sample
+from vlmamba.model.mamba_ssm import (
+    InferenceParams,
+    MambaConfig,
+    MambaLMHeadModel,
+    MixerModel,
+    decode,
+    generation,
+    sample,
+)
 
 ATTENTION = {"num_heads": 4, "num_heads_kv": 2, "head_dim": 8, "causal": True, "d_conv": 4, "rotary_emb_dim": 4}
 ATTENTION |= {"out_proj_bias": False, "qkv_proj_bias": False}
@@ -345,6 +353,62 @@ def test_missing_graphs_are_logged_once(caplog):
     assert theirs.update_graph_cache(model, cache, 2, 5, 14) is cache
     assert theirs.update_graph_cache(model, cache, 1, 5, 14) is not cache
     assert theirs.update_graph_cache(model, cache, 2, 5, 15) is not cache
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """A CPU taken for a GPU with streams: a capture keeps nothing, a replay runs the step. Gives the captured steps."""
+    steps = []
+
+    def capture(step, device):
+        steps.append(step)
+        static = torch.full_like(step(), torch.nan)
+        return lambda: static.copy_(step()), static
+
+    monkeypatch.setattr(generation, "has_graphs", lambda device: True)
+    monkeypatch.setattr(generation, "warm_up", lambda step, device: step())
+    monkeypatch.setattr(generation, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "_warned", set())
+    return steps
+
+
+def test_another_stream_gets_caches_and_graphs_of_its_own(captures, monkeypatch):
+    model, places = make("hybrid"), []
+    want = model.generate(IDS, 20)
+    for stream in (1, 1, 2):
+        monkeypatch.setattr(cuda_graph, "current_stream", lambda device, stream=stream: stream)
+        assert model.generate(IDS, 20, cg=True).equal(want)
+        layers = model._decoding_cache.params.key_value_memory_dict.values()
+        places.append({t.data_ptr() for layer in layers for t in layer})
+    assert len(captures) == 2
+    assert places[0] == places[1] and not places[0] & places[2]
+
+
+def test_two_calls_at_once_do_not_share_caches(captures):
+    model = make("mamba")
+    one, two = IDS[:1], IDS[1:]
+    want = [model.generate(ids, 20) for ids in (one, two)]
+
+    class Streamer:
+        tokens = 0
+
+        def put(self, value):
+            self.tokens += value.shape[1]
+            if self.tokens == 15:
+                assert model.generate(two, 20, cg=True).equal(want[1])
+
+        def end(self):
+            pass
+
+    assert model.generate(one, 20, cg=True, streamer=Streamer()).equal(want[0])
+
+
+def test_no_graph_under_autocast(captures, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    model = make("mamba")
+    model.generate(IDS, 14, cg=True)
+    assert not captures
+    assert [r.message.split(",")[0] for r in caplog.records] == ["cg=True changes nothing under autocast"]
 
 
 def test_a_copied_model_does_not_run_the_steps_of_the_one_before():
