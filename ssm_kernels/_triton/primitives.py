@@ -146,12 +146,14 @@ def _zero_padding_kernel(
 ):  # fmt: skip
     """Zero BLOCK channels of one gap, STEPS positions at a time.
 
-    Grid: (gaps, programs of a gap, channel tiles). Tiles are (STEPS, BLOCK). x is (B, L, G, E).
+    Grid: (gaps x channel tiles, programs of a gap): the first dimension alone has room for any number of tiles. Tiles
+    are (STEPS, BLOCK). x is (B, L, G, E).
     """
     x_batch, x_step, x_group, x_channel = x_strides
-    gap_ptr = gaps_ptr + 2 * tl.program_id(0)
+    n_tiles = tl.cdiv(n_channels, BLOCK)
+    gap_ptr = gaps_ptr + 2 * (tl.program_id(0) // n_tiles).to(tl.int64)
     start, end = tl.load(gap_ptr), tl.load(gap_ptr + 1)
-    channel = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)  # (1, BLOCK)
+    channel = (tl.program_id(0) % n_tiles * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)  # (1, BLOCK)
     x_ptr += channel // channels * x_group + channel % channels * x_channel
     zeros = tl.zeros((STEPS, BLOCK), x_ptr.dtype.element_ty)
     for tile in range(tl.program_id(1), tl.cdiv(end - start, STEPS), tl.num_programs(1)):
@@ -168,9 +170,9 @@ def zero_padding(segments: SegmentTable, *tensors: Tensor) -> None:
         if not (len(segments.gaps) and x.numel()):
             continue
         steps, block = 16, min(128, triton.next_power_of_2(groups * channels))
-        programs = min(32, triton.cdiv(batch * length, steps))
+        tiles = len(segments.gaps) * triton.cdiv(groups * channels, block)
         with on_device(x):
-            _zero_padding_kernel[len(segments.gaps), programs, triton.cdiv(groups * channels, block)](
+            _zero_padding_kernel[(tiles, min(32, triton.cdiv(batch * length, steps)))](
                 x, segments.gaps, length, channels, groups * channels, x.stride(),
                 STEPS=steps, BLOCK=block, num_warps=4,
             )  # fmt: skip

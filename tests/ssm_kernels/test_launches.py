@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import ssm_kernels
 from ssm_kernels._triton.device import MAX_PROGRAMS_X, MAX_PROGRAMS_Y
 from ssm_kernels.testing import is_interpreted
 from vlmamba.benchmarks import cases, compile_report
@@ -59,6 +62,58 @@ def test_states_of_any_size_are_passed(grids):
     compile_report.record([Case("ssd", Shape(1, 600, heads=2100, headdim=64, d_state=128), sequences=2)], "sm_90")
     assert max(grid[0] for grid in grids) > 2 * MAX_PROGRAMS_Y
     assert all(max(grid[1:], default=1) <= MAX_PROGRAMS_Y for grid in grids)
+
+
+PADDED = [
+    Case("selective_scan", Shape(1, 2, 128 * MANY), sequences=2),
+    Case("ssd", Shape(1, 2, heads=2 * MANY, headdim=64, d_state=16), sequences=2),
+]
+"""Calls whose padding, once zeroed, takes a tile of channels more than the second dimension of a grid has room for."""
+
+
+@pytest.mark.parametrize("case", PADDED, ids=str)
+def test_padding_of_any_number_of_channels_is_zeroed(case, grids):
+    compile_report.record([case], "sm_90")
+    assert any(grid[0] == MANY for grid in grids)
+    assert all(max(grid[1:], default=1) <= MAX_PROGRAMS_Y for grid in grids)
+
+
+def test_every_dimension_of_a_grid_but_the_first_is_limited():
+    """In the source of each launch they are checked by `launch_grid`, numbers, or a minimum of a number and more."""
+    launches, unlimited = 0, []
+    for folder in {path.parent for path in Path(ssm_kernels.__file__).parent.rglob("*triton/*.py")}:
+        nodes = [node for path in folder.glob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+        grids = {ast.unparse(n.targets[0]): n.value for n in nodes if isinstance(n, ast.Assign)}
+        for node in nodes:
+            # kernel[grid](...)
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
+                continue
+            if ast.unparse(node.func.value).endswith("kernel"):
+                launches += 1
+                grid = grids.get(ast.unparse(node.func.slice), node.func.slice)
+                if not is_limited(grid):
+                    unlimited.append(f"{folder}, line {node.lineno}: {ast.unparse(grid)}")
+    assert launches > 15 and not unlimited
+
+
+def is_limited(grid: ast.expr) -> bool:
+    """Whether the source shows that no dimension of a grid but the first grows with a tensor."""
+    if isinstance(grid, ast.Call):
+        return ast.unparse(grid.func) == "launch_grid"
+    others = grid.elts[1:] if isinstance(grid, ast.Tuple) else [grid]
+    numbers = [
+        other.args[0] if isinstance(other, ast.Call) and ast.unparse(other.func) == "min" else other for other in others
+    ]
+    return all(isinstance(number, ast.Constant) for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("grid", "limited"),
+    [("(n, 2)", True), ("(n,)", True), ("n, min(32, m)", True), ("launch_grid(n, m, 'tiles')", True),
+     ("(n, m)", False), ("(n, 2, cdiv(m, 4))", False), ("(n, min(m, k))", False), ("grid", False)],
+)  # fmt: skip
+def test_a_dimension_that_grows_is_found(grid, limited):
+    assert is_limited(ast.parse(grid, mode="eval").body) == limited
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ssm_kernels._triton.primitives import d_softplus, softplus
+from ssm_kernels._triton.primitives import d_softplus, softplus, zero_padding
+from ssm_kernels._triton.segment_table import build_segment_table
 from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
@@ -56,6 +57,18 @@ def test_softplus_in_float64_keeps_its_digits():
     rounding = 1.25 * 2.0**-53 * x.clamp(max=0).abs()
     assert (error - rounding).max() < 5e-16
     assert (d_error - rounding).max() < 1e-14
+
+
+@needs_interpreter
+def test_padding_alone_is_zeroed():
+    """In three gaps, an empty one among them, and three tiles of channels."""
+    x = torch.ones(2, 40, 3, 100).transpose(1, 2).contiguous().transpose(1, 2)
+    gaps = torch.tensor([[3, 5], [9, 9], [37, 80]])
+    table = build_segment_table(2, 40, 8, None, None, x.device)._replace(gaps=gaps)
+    zero_padding(table, x)
+    want = torch.ones(80, 3, 100)
+    want[3:5], want[37:] = 0, 0
+    assert x.reshape(80, 3, 100).equal(want)
 
 
 @needs_interpreter
