@@ -92,8 +92,11 @@ class Architecture:
         return 32 if self.backend == "cuda" or self.is_rdna else 64
 
 
-# Limits: CUDA C++ programming guide, "Technical Specifications per Compute Capability"; AMD's CDNA and RDNA ISA
-# references and HIP's table of hardware features. Multiprocessors: the vendors' data sheets.
+# Limits: CUDA C++ programming guide, "Technical Specifications per Compute Capability", and NVIDIA's libcu++,
+# `arch_traits.h`, which agree; ROCm, "GPU hardware specifications" (compute units, LDS, registers), and HIP, "Hardware
+# features" (warps and blocks of CDNA 2, CDNA 3 and RDNA 3, which CDNA 4 and RDNA 4 are taken to share). LDS of RDNA is
+# 128 KB for two compute units. Multiprocessors: the vendors' whitepapers; of B300 all that the chip has ("Inside NVIDIA
+# Blackwell Ultra", NVIDIA Technical Blog), which a card may not.
 ARCHITECTURES: dict[str, Architecture] = {
     "sm_80": Architecture("cuda", 80, 108, 163 << 10, 164 << 10, 64, 32),  # A100
     "sm_86": Architecture("cuda", 86, 82, 99 << 10, 100 << 10, 48, 16),  # RTX 3090

@@ -170,7 +170,7 @@ class Roofline(Command):
     size: tuple[PublishedSize, ...] = ("2.7b",)
     """Models of Mamba and Mamba-2; the connectors' ops are those of 2.7b."""
     dtype: ModelDtype = "bf16"
-    device: tuple[Literal["A100", "H100", "H200", "B200", "MI300X", "L40S", "RTX 4090"], ...] = ("H100",)
+    device: tuple[Literal["A100", "H100", "H200", "B200", "B300", "MI300X", "L40S", "RTX 4090"], ...] = ("H100",)
     out: Path | None = None
     """JSON file to write."""
 
@@ -215,7 +215,7 @@ class MachineCode(Command):
     """gfx942 is refused: its text has no loops that this command can follow."""
     mode: tuple[Literal["fwd", "train-fwd", "bwd", "step"], ...] = ()
     """Passes; train-fwd is the forward that saves what the backward needs. Default: all that differ."""
-    device: tuple[Literal["H100", "H200", "A100", "B200", "RTX 4090", "RTX 5090"], ...] = ()
+    device: tuple[Literal["H100", "H200", "A100", "B200", "B300", "RTX 4090", "RTX 5090"], ...] = ()
     """Devices of the bounds. Default: the first with the target's machine code."""
     peer: tuple[Literal["mamba_ssm", "fla"], ...] = ("mamba_ssm", "fla")
     jobs: Count = _num_cpus()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..cases import DIRECTIONS, Case
 from ..compile_report import ARCHITECTURES, Request, compile_request, resident_blocks
-from ..devices import CLOCKS, Machine
+from ..devices import Machine
 from .control import Thread, count_blocks, depends_on_thread
 from .launches import Launch, Pointer
 from .memory import global_bytes, is_write, origins_of_addresses
@@ -167,10 +167,9 @@ class Figures:
         """Least seconds by issue, device memory and each pipe."""
         bytes_ = sum(read + written for read, written in self.traffic(machine).values())
         sm_clocks = machine.num_sms * machine.clock
-        clocks = CLOCKS | {"FP32": machine.fp32_clocks}
         named = {"MUFU": "exponentials", "FP32": "fp32", "ALU": "integers", "IMAD": "multiplies"}
         found = {"issue": self.instructions / machine.slots, "memory": bytes_ / machine.bandwidth}
-        found |= {name: self.pipes[pipe] * clocks[pipe] / machine.slots for pipe, name in named.items()}
+        found |= {name: self.pipes[pipe] * machine.clocks[pipe] / machine.slots for pipe, name in named.items()}
         # At least one wavefront an access of global, shared and local memory, one a clock.
         accesses = sum(self.pipes[p] for p in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL"))
         return found | {"accesses": accesses / sm_clocks, "tensor": self.tensor_clocks / sm_clocks}

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssm_kernels.ssd import pytorch
 from vlmamba.benchmarks import cli
 from vlmamba.benchmarks.cases import OPS, Case, Shape, published, small
-from vlmamba.benchmarks.devices import DEVICES, device_named
+from vlmamba.benchmarks.compile_report import ARCHITECTURES
+from vlmamba.benchmarks.devices import DEVICES, MACHINES, device_named
 from vlmamba.benchmarks.roofline import Cost, cost, least_time
 
 SMALL = Shape(batch=2, length=32, channels=6, d_state=8, heads=4, headdim=8, groups=2)
@@ -173,3 +174,14 @@ def test_more_work_costs_more():
     for field in ("read", "written", "matrix", "other", "exponentials"):
         for of in ("fwd", "bwd"):
             assert getattr(cost(longer, of), field) > getattr(cost(case, of), field)
+
+
+@pytest.mark.parametrize("name", sorted(DEVICES.keys() & MACHINES.keys()))
+def test_both_tables_of_devices_agree(name):
+    """The peaks imply a clock that the assumed one is below, and the rate of the exponential unit at it."""
+    device, machine = DEVICES[name], MACHINES[name]
+    assert machine.bandwidth == device.bandwidth and machine.num_sms == ARCHITECTURES[machine.target].num_sms
+    lanes = 4 * 32 * machine.num_sms  # if every instruction took a clock
+    boost = device.fp32 * machine.clocks["FP32"] / (2 * lanes)
+    assert 0.85 * boost < machine.clock < boost
+    assert device.exponentials == pytest.approx(lanes / machine.clocks["MUFU"] * boost)
