@@ -35,7 +35,7 @@ class Device:
 
 
 def _exponentials(fp32: float, lanes: int, per_clock: int = 16) -> float:
-    """Rate of the exponential unit: per multiprocessor and clock `per_clock`, while `lanes` float32 multiply-adds start.
+    """Rate of the exponential unit: `per_clock` per multiprocessor and clock, while `lanes` multiply-adds start.
 
     The clock follows from `fp32`. NVIDIA, 16: CUDA C++ programming guide, "Throughput of Native Arithmetic
     Instructions", row of reciprocal, exp2, log2; Zadouri et al., "FlashAttention-4" (2026), for Blackwell. AMD: a
