@@ -1,4 +1,4 @@
-"""State-space model kernels: selective scan (Mamba-1), SSD (Mamba-2) and what surrounds them."""
+"""State-space model kernels: selective scan (Mamba-1), SSD (Mamba-2), Mamba-3 and what surrounds them."""
 
 from ._core.dispatch import Backend, resolve_backend, use_backend
 from ._core.validation import NonFiniteError, has_readable_values
@@ -14,6 +14,7 @@ from .cross_scan import (
     cross_selective_scan,
     cross_ssd,
 )
+from .mamba3 import Mamba3Output, Mamba3States, mamba3, mamba3_step
 from .norm import AddRMSNormOutput, add_rms_norm, rms_norm
 from .selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
 from .ssd import SSDOutput, ssd, ssd_step
@@ -24,6 +25,8 @@ __all__ = [
     "AddRMSNormOutput",
     "Backend",
     "CausalConv1dOutput",
+    "Mamba3Output",
+    "Mamba3States",
     "NonFiniteError",
     "ScanDirection",
     "SSDOutput",
@@ -39,6 +42,8 @@ __all__ = [
     "cross_selective_scan",
     "cross_ssd",
     "has_readable_values",
+    "mamba3",
+    "mamba3_step",
     "resolve_backend",
     "rms_norm",
     "selective_scan",

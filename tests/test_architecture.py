@@ -176,7 +176,7 @@ def test_every_op_has_the_same_files():
     beside = {"_core", "_numba", "_triton", "compat", "context_parallel", "integrations", "modules", "testing"}
     folders = [p.parent for p in (ROOT / "ssm_kernels").glob("*/__init__.py")]
     ops = [p for p in folders if p.name not in beside]
-    assert {p.name for p in ops} == {"causal_conv1d", "cross_scan", "norm", "selective_scan", "ssd"}
+    assert {p.name for p in ops} == {"causal_conv1d", "cross_scan", "mamba3", "norm", "selective_scan", "ssd"}
     for op in ops:
         assert (op / "reference.py").exists()
         assert (op / "pytorch.py").exists()

@@ -103,7 +103,7 @@ class _ShardScan(NamedTuple):
             name: value[:, steps]
             for name, value in self.arguments.items()
             # B or C (D, N) is constant in time.
-            if name in ("u", "x", "dt", "B", "C", "z") and value is not None and value.dim() > 2
+            if name in ("u", "x", "dt", "B", "C", "z", "input_weights") and value is not None and value.dim() > 2
         }
         packing = {"initial_states": initial_states, "cu_seqlens": cu_seqlens}
         return self.op(**(self.arguments | timed | packing))

@@ -37,6 +37,7 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     initial_states: Tensor | None = None,
     *,
+    input_weights: Tensor | None = None,
     chunk_size: int = 64,
     cu_seqlens: Tensor | None = None,
     seq_idx: Tensor | None = None,
@@ -57,6 +58,8 @@ def ssd(
         dt_softplus: whether `dt` passes through softplus, after the bias.
         dt_limit: bounds that `dt` is clamped to, after the softplus.
         initial_states: (B, H, P, N) state before the first step; (S, H, P, N) with `cu_seqlens`.
+        input_weights: (B, L, H) weights w of the inputs, in place of dt: `S_t = exp(dt_t A) S_{t-1} + w_t x_t B_t^T`.
+            dt and A are then the decay alone: `dt = -a` with A of -1 gives each step its own log decay `a <= 0`.
         chunk_size: steps that the fast backends treat as one matrix product. Results do not depend on it.
         cu_seqlens: (S + 1,) int32 or int64 bounds of packed sequences; needs batch 1. No state crosses a bound.
             Steps after the last bound are padding.
@@ -81,6 +84,8 @@ def ssd(
         RuntimeError: `backend` was chosen by name and cannot run here.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx)
+    if input_weights is not None:
+        check_tensor("input_weights", input_weights, tuple(dt.shape), like=x)
     chunk_size = check_integer("chunk_size", chunk_size, 1)
     arguments = (
         x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, check_dt_limit(dt_limit), initial_states,
@@ -88,9 +93,9 @@ def ssd(
     )  # fmt: skip
     chosen = resolve_backend(backend, x.device, "ssd")
     if chosen == "reference":
-        return SSDOutput(*reference.ssd(*arguments))
+        return SSDOutput(*reference.ssd(*arguments, input_weights=input_weights))
     scan = {"triton": triton.ssd, "numba": numba.ssd, "torch": pytorch.ssd}[chosen]
-    return SSDOutput(*scan(*arguments, chunk_size=chunk_size))
+    return SSDOutput(*scan(*arguments, chunk_size=chunk_size, input_weights=input_weights))
 
 
 def ssd_step(

@@ -44,16 +44,18 @@ class ScanArguments(NamedTuple):
     """Rows of the grid that `directions` traverse."""
     out_dtype: torch.dtype
     """dtype of y."""
+    input_weights: Tensor | None
+    """(B, L, H) weights of the inputs, in place of dt."""
 
 
 SCHEMA = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus,"
     " float dt_min, float dt_max, Tensor? initial_states, int chunk_size, Tensor? cu_seqlens, Tensor? seq_idx,"
-    " int[] directions, int height, ScalarType out_dtype"
+    " int[] directions, int height, ScalarType out_dtype, Tensor? input_weights"
 )
 """`ScanArguments` in the language of `torch.library`."""
 
-TENSORS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states", "cu_seqlens", "seq_idx")
+TENSORS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states", "cu_seqlens", "seq_idx", "input_weights")
 """Fields of `ScanArguments` that hold tensors."""
 
 
@@ -68,3 +70,4 @@ class ScanGradients(NamedTuple):
     D: Tensor
     dt_bias: Tensor
     initial_states: Tensor
+    input_weights: Tensor

@@ -57,6 +57,7 @@ def ssd(
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
     chunk_size: int,
+    input_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan with arguments in the canonical form of `reference.ssd`, and the same results.
 
@@ -69,7 +70,9 @@ def ssd(
     dt = step_size(dt, dt_bias, dt_softplus, compute_dtype, dt_limit)
     chunk_size = -(-min(chunk_size, MAX_CHUNK_SIZE) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
     A = A.to(compute_dtype)
-    y, final_states, _ = _forward_op(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size)
+    if input_weights is not None:
+        input_weights = without_padding(input_weights, cu_seqlens, seq_idx).to(compute_dtype)
+    y, final_states, _ = _forward_op(x, dt, A, B, C, input_weights, initial_states, cu_seqlens, seq_idx, chunk_size)
     return skip_and_gate(y, x, D, z), final_states
 
 
@@ -109,16 +112,19 @@ def ssd_step(
 class _Segment:
     """Inputs of m chunks, and the intermediate results that the forward and the backward share."""
 
-    def __init__(self, active: tuple[int, ...], a: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor):
+    def __init__(
+        self, active: tuple[int, ...], a: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, weights: Tensor | None
+    ):
         self.active = active  # sequences that have a first, second, ... chunk here; their sum is m
         self.x, self.dt, self.a = x, dt, a  # (m, Q, G, E, P), (m, Q, G, E), (G, E)
+        self.weights = dt if weights is None else weights  # (m, Q, G, E)
         self.B, self.C = B.transpose(1, 2), C.transpose(1, 2)  # (m, G, Q, N)
         self.cumsum = _exact_cumsum(dt * a)  # (m, Q, G, E) twice
         coarse, fine = self.cumsum
         self.decay_from_start = (coarse + fine).exp().unsqueeze(-1)  # (m, Q, G, E, 1)
         self.decay_to_end = ((coarse[:, -1:] - coarse) + (fine[:, -1:] - fine)).exp().unsqueeze(-1)
         self.chunk_decay = self.decay_from_start[:, -1:].transpose(1, 2)  # (m, G, 1, E, 1)
-        self.dt_x = x * dt.unsqueeze(-1)  # (m, Q, G, E, P)
+        self.dt_x = x * self.weights.unsqueeze(-1)  # (m, Q, G, E, P)
         self.dt_x_by_head = _by_head(self.dt_x)  # (m, G, E, Q, P)
         self.decayed_input = _by_group(self.dt_x * self.decay_to_end)  # (m, G, Q, E * P)
 
@@ -162,8 +168,10 @@ class _Segment:
         # Listing 1, step 4: the output of the state before the chunk.
         return torch.addcmul(y_diag, self.undecayed_state_output(self.initial_states(state)), self.decay_from_start)
 
-    def backward(self, states: Tensor, dy: Tensor, dstate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the gradients of x, dt, B, C and a.
+    def backward(
+        self, states: Tensor, dy: Tensor, dstate: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of x, dt as the decay, B, C, the weights of the inputs, and a.
 
         Args:
             states: (m, G, N, E * P) before each chunk.
@@ -201,10 +209,9 @@ class _Segment:
         state_to_state = (states * dstates).unflatten(3, heads).sum((2, 4)).unsqueeze(1) * chunk_decay  # (m, 1, G, E)
         dlog_decay = input_to_output + state_to_output.flip(1).cumsum(1).flip(1) + input_to_state + state_to_state
 
-        ddt_input = (ddt_x * self.x).sum(-1)  # (m, Q, G, E)
-        ddt = ddt_input + dlog_decay * self.a
-        dx, da = ddt_x.mul_(self.dt.unsqueeze(-1)), (dlog_decay * self.dt).sum((0, 1))
-        return dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2), da
+        dweights, ddt = (ddt_x * self.x).sum(-1), dlog_decay * self.a  # (m, Q, G, E) twice
+        dx, da = ddt_x.mul_(self.weights.unsqueeze(-1)), (dlog_decay * self.dt).sum((0, 1))
+        return dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2), dweights, da
 
 
 def _exact_cumsum(log_decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,14 +303,16 @@ class _Layout:
             yield members, [_SegmentIndex(blocks, chunks[k : k + CHUNKS_PER_SEGMENT], self.chunk_size) for k in starts]
 
     def segment(self, index: _SegmentIndex, inputs: list[Tensor]) -> _Segment:
-        """Gather x, dt, B and C of a segment from `inputs`, as `flatten` returns them."""
-        return _Segment(index.active, self.a, *(index.gather(t, self.a.dtype) for t in inputs))
+        """Gather x, dt, B, C and the weights of a segment from `inputs`, as `flatten` returns them."""
+        gathered = [index.gather(t, self.a.dtype) for t in inputs]
+        return _Segment(index.active, self.a, *gathered, *[None] * (5 - len(gathered)))
 
-    def flatten(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
-        """(B, L, H, P), (B, L, H), (B, L, G, N) twice -> (B * L, G, E, P), (B * L, G, E), (B * L, G, N) twice."""
+    def flatten(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, weights: Tensor | None) -> list[Tensor]:
+        """x (B * L, G, E, P), dt (B * L, G, E), B and C (B * L, G, N), and the weights like dt where there are any."""
         group_shape = (self.heads[0], self.d_state)
-        shapes = ((*self.heads, self.headdim), self.heads, group_shape, group_shape)
-        return [t.reshape(t.shape[0] * t.shape[1], *shape) for t, shape in zip((x, dt, B, C), shapes, strict=True)]
+        shapes = ((*self.heads, self.headdim), self.heads, group_shape, group_shape, self.heads)
+        tensors = (x, dt, B, C) if weights is None else (x, dt, B, C, weights)
+        return [t.reshape(t.shape[0] * t.shape[1], *shape) for t, shape in zip(tensors, shapes, strict=False)]
 
     def states_of_sequences(self, rows: Tensor | None, sequences: Tensor) -> Tensor:
         """Put `rows` (rows, H, P, N) at `sequences` among zero states of all sequences, (S, G, N, E * P)."""
@@ -326,6 +335,7 @@ def _forward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    input_weights: Tensor | None,
     initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
@@ -333,7 +343,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y, the final states, and the state of each sequence before each segment, (checkpoints, G, N, E * P)."""
     layout = _Layout(x, A, B, cu_seqlens, seq_idx, chunk_size)
-    inputs = layout.flatten(x, dt, B, C)
+    inputs = layout.flatten(x, dt, B, C, input_weights)
     y = A.new_zeros(x.shape) if layout.has_padding else A.new_empty(x.shape)
     states = layout.states_of_sequences(initial_states, layout.initial_sequences)  # (S, G, N, E * P)
     checkpoint_states = A.new_empty(max_blocks(x, len(states), chunk_size * CHUNKS_PER_SEGMENT), *states.shape[1:])
@@ -357,20 +367,23 @@ def _backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    input_weights: Tensor | None,
     checkpoint_states: Tensor,
     dy: Tensor,
     dfinal_states: Tensor,
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of x, dt, A, B, C and the initial states."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of x, dt, A, B, C, the weights (empty without them) and the initial states."""
     layout = _Layout(x, A, B, cu_seqlens, seq_idx, chunk_size)
-    inputs, dy = layout.flatten(x, dt, B, C), dy.reshape(-1, *layout.heads, layout.headdim)  # (B * L, G, E, P)
+    inputs = layout.flatten(x, dt, B, C, input_weights)
+    dy = dy.reshape(-1, *layout.heads, layout.headdim)  # (B * L, G, E, P)
     dstates = layout.states_of_sequences(dfinal_states, layout.final_sequences)  # (S, G, N, E * P)
     new = torch.zeros_like if layout.has_padding else torch.empty_like
     dx, ddt, dB, dC = (new(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-    flat_gradients = layout.flatten(dx, ddt, dB, dC)
+    dweights = None if input_weights is None else new(input_weights, memory_format=torch.contiguous_format)
+    flat_gradients = layout.flatten(dx, ddt, dB, dC, dweights)
     da = torch.zeros_like(layout.a)  # (G, E)
     n_checkpoints = 0
     for members, segment_indices in layout.batches():
@@ -381,18 +394,23 @@ def _backward(
         for index, segment_state in zip(reversed(segment_indices), reversed(segment_states), strict=True):
             segment = layout.segment(index, inputs)
             chunk_states = segment.initial_states(segment_state.clone())
-            *gradients, segment_da = segment.backward(chunk_states, index.gather(dy, A.dtype), dstate)
+            *gradients, dinput, segment_da = segment.backward(chunk_states, index.gather(dy, A.dtype), dstate)
             da += segment_da
+            if dweights is None:  # dt is the weight too
+                gradients[1] += dinput
+            else:
+                gradients.append(dinput)
             for gradient, flat in zip(gradients, flat_gradients, strict=True):
                 index.scatter(gradient, flat)
         dstates[members] = dstate
-    return dx, ddt, da.view(A.shape), dB, dC, layout.states_of_rows(dstates, layout.initial_sequences)
+    dinitial_states = layout.states_of_rows(dstates, layout.initial_sequences)
+    return dx, ddt, da.view(A.shape), dB, dC, A.new_empty(0) if dweights is None else dweights, dinitial_states
 
 
 # --- ops --------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_size):
+def _forward_fake(x, dt, A, B, C, input_weights, initial_states, cu_seqlens, seq_idx, chunk_size):
     batch, _, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
@@ -401,16 +419,20 @@ def _forward_fake(x, dt, A, B, C, initial_states, cu_seqlens, seq_idx, chunk_siz
     return A.new_empty(x.shape), A.new_empty(rows, heads, headdim, d_state), checkpoint_states
 
 
-def _backward_fake(x, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx, chunk_size):
+def _backward_fake(
+    x, dt, A, B, C, input_weights, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx, chunk_size
+):
     dx, ddt, dA, dB, dC = (t.new_empty(t.shape) for t in (x, dt, A, B, C))
-    return dx, ddt, dA, dB, dC, A.new_empty(dfinal_states.shape)
+    dweights = A.new_empty(0 if input_weights is None else input_weights.shape)
+    return dx, ddt, dA, dB, dC, dweights, A.new_empty(dfinal_states.shape)
 
 
 def _save(ctx, inputs, outputs):
     _, _, checkpoint_states = outputs
     ctx.save_for_backward(
-        inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, checkpoint_states, inputs.cu_seqlens, inputs.seq_idx
-    )
+        inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.input_weights, checkpoint_states, inputs.cu_seqlens,
+        inputs.seq_idx,
+    )  # fmt: skip
     ctx.chunk_size = inputs.chunk_size
     ctx.initial_dtype = None if inputs.initial_states is None else inputs.initial_states.dtype
 
@@ -418,25 +440,27 @@ def _save(ctx, inputs, outputs):
 @torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal_states):
     # Read once: torch.utils.checkpoint does not return them again.
-    x, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx = ctx.saved_tensors
-    dx, ddt, dA, dB, dC, dinitial_states = _backward_op(
-        x, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx, ctx.chunk_size
+    x, dt, A, B, C, input_weights, checkpoint_states, cu_seqlens, seq_idx = ctx.saved_tensors
+    dx, ddt, dA, dB, dC, dweights, dinitial_states = _backward_op(
+        x, dt, A, B, C, input_weights, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx, ctx.chunk_size
     )
     grads = {"x": dx, "dt": ddt, "A": dA, "B": dB, "C": dC}
+    if input_weights is not None:
+        grads["input_weights"] = dweights
     return grads if ctx.initial_dtype is None else grads | {"initial_states": dinitial_states.to(ctx.initial_dtype)}
 
 
 _forward_op = define_op(
-    "ssd_torch(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states, Tensor? cu_seqlens,"
-    " Tensor? seq_idx, int chunk_size) -> (Tensor, Tensor, Tensor)",
+    "ssd_torch(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? input_weights, Tensor? initial_states,"
+    " Tensor? cu_seqlens, Tensor? seq_idx, int chunk_size) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     Gradient(_save, _gradients, 2),
 )
 _backward_op = define_op(
-    "ssd_torch_backward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor checkpoint_states, Tensor dy,"
-    " Tensor dfinal_states, Tensor? cu_seqlens, Tensor? seq_idx, int chunk_size)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ssd_torch_backward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? input_weights,"
+    " Tensor checkpoint_states, Tensor dy, Tensor dfinal_states, Tensor? cu_seqlens, Tensor? seq_idx, int chunk_size)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -23,6 +23,7 @@ def ssd(
     initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
+    input_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan step by step (arXiv 2405.21060, equation 2, with A a scalar a head).
 
@@ -36,6 +37,7 @@ def ssd(
         dt_limit: bounds that `dt` is clamped to, after the softplus.
         initial_states: (rows, H, P, N).
         cu_seqlens, seq_idx: as in `ssm_kernels.ssd`.
+        input_weights: (B, L, H) weights of the inputs; those of dt by default.
 
     Returns:
         y (B, L, H, P) in the dtype of x, and the final states (rows, H, P, N) in float32, or float64 where x is.
@@ -48,8 +50,9 @@ def ssd(
     z = None if z is None else without_padding(z, cu_seqlens, seq_idx)
 
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
+    weights = dt if input_weights is None else without_padding(input_weights, cu_seqlens, seq_idx)
     A = A.to(dtype)
-    xs, dts = (t.to(dtype).flatten(0, 1) for t in (x, dt))  # (B * L, H, P), (B * L, H)
+    xs, dts, weights = (t.to(dtype).flatten(0, 1) for t in (x, dt, weights))  # (B * L, H, P), (B * L, H) twice
     Bs, Cs = (t.to(dtype).flatten(0, 1).repeat_interleave(heads // groups, dim=1) for t in (B, C))  # (B * L, H, N)
     row_of_start = {s: row for row, s in enumerate(sequences.initial_sequences)}
     ys, final_states = [A.new_zeros(heads, headdim)] * (batch * length), []
@@ -58,7 +61,7 @@ def ssd(
         if initial_states is not None and s in row_of_start:
             state = initial_states[row_of_start[s]].to(dtype)
         for t in range(start, start + n_steps):
-            state, ys[t] = _advance(state, xs[t], dts[t], A, Bs[t], Cs[t])  # (H, P, N), (H, P)
+            state, ys[t] = _advance(state, xs[t], dts[t], weights[t], A, Bs[t], Cs[t])  # (H, P, N), (H, P)
         final_states.append(state)
     y = torch.stack(ys).unflatten(0, (batch, length)) if ys else A.new_zeros(x.shape)  # (B, L, H, P)
 
@@ -97,7 +100,7 @@ def ssd_step(
     B, C = (m.to(dtype).repeat_interleave(heads // m.shape[2], dim=2) for m in (B, C))  # (B, T, H, N)
     y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for t in range(tokens):
-        S, y[:, t] = _advance(state, x[:, t].to(dtype), dt[:, t], A.to(dtype), B[:, t], C[:, t])
+        S, y[:, t] = _advance(state, x[:, t].to(dtype), dt[:, t], dt[:, t], A.to(dtype), B[:, t], C[:, t])
         state.copy_(S)
     return _skip_and_gate(y, x, D, z)
 
@@ -114,11 +117,13 @@ def _step_size(
     return dt.clamp(*dt_limit)
 
 
-def _advance(S: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """One step: S (..., H, P, N); x (..., H, P); dt (..., H); A (H,); B, C (..., H, N) -> the next S, and y like x."""
-    # Equation 2, discretized: S_t = exp(dt A) S_{t-1} + dt x B^T.
+def _advance(
+    S: Tensor, x: Tensor, dt: Tensor, weight: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step: S (..., H, P, N); x (..., H, P); dt, weight (..., H); A (H,); B, C (..., H, N) -> S, and y like x."""
+    # Equation 2, discretized: S_t = exp(dt A) S_{t-1} + dt x B^T, or with a weight in place of the second dt.
     decay = torch.exp(dt * A)[..., None, None]  # (..., H, 1, 1)
-    S = decay * S + (dt[..., None] * x)[..., None] * B[..., None, :]  # (..., H, P, N)
+    S = decay * S + (weight[..., None] * x)[..., None] * B[..., None, :]  # (..., H, P, N)
     # y_t = S_t C_t.
     return S, (S * C[..., None, :]).sum(-1)
 

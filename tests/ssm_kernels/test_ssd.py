@@ -45,6 +45,7 @@ def scan_arguments(tensors):
     return ScanArguments(
         **{name: tensors[name] for name in names}, dt_softplus=True, dt_min=0.0, dt_max=float("inf"), chunk_size=16,
         cu_seqlens=None, seq_idx=None, directions=[], height=1, out_dtype=torch.float32,
+        input_weights=None,
     )  # fmt: skip
 
 
@@ -178,6 +179,19 @@ def test_sizes_that_fill_no_tile_agree(headdim, d_state):
     tensors = make_inputs(1, 37, heads=2, headdim=headdim, d_state=d_state, groups=2, dtype=torch.float32)
     tensors["B"] = torch.randn(37, 1, 2, d_state + 3)[..., 3:].transpose(0, 1)
     assert_agrees(ssd, tensors, {"dt_softplus": True, "chunk_size": 16}, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[37], [0, 5, 1, 20]])
+def test_weights_of_inputs_apart_from_decays(backend, lengths, dtype):
+    if backend == "triton":
+        pytest.skip("the Triton kernels do not take weights")
+    length, rows = sum(lengths) + 2, len(lengths) if len(lengths) > 1 else 0
+    tensors = make_inputs(1, length, groups=2, rows=rows, dtype=dtype)
+    tensors["input_weights"] = torch.randn(1, length, 4).to(dtype)  # of both signs
+    tensors["dt"][:, ::5] = -1000.0  # a decay of 1: no weight can be a multiple of its step size
+    bounds = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)} if rows else {}
+    assert_agrees(ssd, tensors | bounds, {"dt_softplus": True, "chunk_size": 16}, backend=backend)
 
 
 @needs_interpreter
@@ -352,7 +366,7 @@ def test_numba_ops_pass_opcheck():
 
 def test_registered_ops_pass_opcheck():
     t = {k: v.float() for k, v in make_inputs(2, 9).items()}
-    inputs, packing = [t[k] for k in ("x", "dt", "A", "B", "C")], (None, None)
+    inputs, packing = [*(t[k] for k in ("x", "dt", "A", "B", "C")), t["dt"].abs()], (None, None)
     args = (*inputs, t["initial_states"], *packing, 4)
     torch.library.opcheck(torch.ops.ssm_kernels.ssd_torch.default, args)
     y, final_states, checkpoint_states = torch.ops.ssm_kernels.ssd_torch(*args)

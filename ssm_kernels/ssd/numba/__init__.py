@@ -32,6 +32,7 @@ def ssd(
     chunk_size: int,
     directions: tuple[int, ...] = (),
     height: int = 1,
+    input_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan with arguments in the canonical form of `reference.ssd`, and the same results.
 
@@ -46,6 +47,7 @@ def ssd(
         x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_min=dt_limit[0],
         dt_max=dt_limit[1], initial_states=initial_states, chunk_size=chunk_size, cu_seqlens=cu_seqlens,
         seq_idx=seq_idx, directions=list(directions), height=height, out_dtype=x.dtype if z is None else compute_dtype,
+        input_weights=input_weights,
     )  # fmt: skip
     # Inside the op autograd is off: whether to save states is decided here.
     save_states = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)

@@ -61,6 +61,8 @@ def backward(dy, dfinal_states, checkpoint_states, *args) -> ScanGradients:
     n_blocks = -(-(heads // groups) // n_heads)
     new = x.new_zeros if sequences.padding_runs(batch * length) else x.new_empty
     dx, ddt = (new(t.shape, dtype=compute) for t in (x, arguments.dt))  # (B, L, H, P), (B, L, H)
+    input_weights = arguments.input_weights
+    dweights = x.new_empty(0, 0, 0, dtype=compute) if input_weights is None else new(input_weights.shape, dtype=compute)
     # A part for each tile of a group, so that tiles of different threads share no memory
     dB, dC = (new(n_blocks, *B.shape, dtype=compute) for _ in range(2))  # (tiles, B, L, G, N)
     # A part for each run of sequences
@@ -71,7 +73,7 @@ def backward(dy, dfinal_states, checkpoint_states, *args) -> ScanGradients:
         *input_arrays(arguments, compute), *(as_array(t, compute, 4) for t in (checkpoint_states, dy, dfinal_states)),
         sequence_table(sequences, length, CHECKPOINT_INTERVAL), as_directions(arguments.directions, 1),
         arguments.height,
-        *(memory_of(t) for t in (dx, dB.flatten(0, 1), dC.flatten(0, 1), ddt, dD, dA, ddt_bias, dinitial)),
+        *(memory_of(t) for t in (dx, dB.flatten(0, 1), dC.flatten(0, 1), ddt, dD, dA, ddt_bias, dinitial, dweights)),
         n_heads, n_runs, arguments.dt_softplus, arguments.dt_min, arguments.dt_max,
     )  # fmt: skip
     n_tiles = n_runs * groups * n_blocks
@@ -90,18 +92,19 @@ def backward(dy, dfinal_states, checkpoint_states, *args) -> ScanGradients:
         D=in_dtype(dD if D is None else dD.sum_to_size(D.shape), D),
         dt_bias=in_dtype(sum_parts(ddt_bias)[0], arguments.dt_bias),
         initial_states=in_dtype(dinitial, initial_states),
+        input_weights=in_dtype(dweights, input_weights),
     )
 
 
 @Kernel
 def scan_tiles_backward(
-    x, B, C, dt, D, A, dt_bias, checkpoint_states, dy, dfinal, sequences, directions, height,
-    dx, dB, dC, ddt, dD, dA, ddt_bias, dinitial, n_heads, n_runs, dt_softplus, dt_min, dt_max, first, end,
+    x, B, C, dt, D, A, dt_bias, input_weights, checkpoint_states, dy, dfinal, sequences, directions, height,
+    dx, dB, dC, ddt, dD, dA, ddt_bias, dinitial, dweights, n_heads, n_runs, dt_softplus, dt_min, dt_max, first, end,
 ):  # fmt: skip
     """Gradients of the tiles from `first` to `end` - 1. A tile takes the sequences of one of `n_runs` runs in turn.
 
     Inputs are as in `scan_tiles`, and dy (B, L, H, P), dfinal (rows, H, P, N). dx (B, L, H, P); dB, dC (tiles of a
-    group * B, L, G, N); ddt (B, L, H); dD (runs, H, P); dA, ddt_bias (runs, 1, H); dinitial (rows, H, P, N).
+    group * B, L, G, N); ddt, dweights (B, L, H); dD (runs, H, P); dA, ddt_bias (runs, 1, H); dinitial (rows, H, P, N).
     """
     grid_length, heads, headdim = x.shape[1:]
     groups, n = B.shape[2:]
@@ -119,6 +122,7 @@ def scan_tiles_backward(
         aligned_empty(x, CHUNKS * steps_size), aligned_empty(x, CHUNKS * steps_size),
         aligned_empty(x, CHUNKS * steps_size),
     )  # fmt: skip
+    weights = aligned_empty(x, CHUNKS * steps_size)
     # Of one chunk of one head
     matrix, masked, dmasked = aligned_empty(x, square), aligned_empty(x, square), aligned_empty(x, square)
     dy_tile, decayed, ddt_x = (
@@ -180,10 +184,10 @@ def scan_tiles_backward(
                     for c in range(n_chunks):
                         count = min(CHUNK, n_steps - c * CHUNK)
                         here = c * CHUNK * p_size
-                        read_step_sizes(dt, row, positions[c], count, head, A, dt_bias, dt_softplus, dt_min, dt_max,
-                                        raw, steps, decays, c * CHUNK)  # fmt: skip
+                        read_step_sizes(dt, row, positions[c], count, head, A, dt_bias, input_weights, dt_softplus,
+                                        dt_min, dt_max, raw, steps, decays, weights, c * CHUNK)  # fmt: skip
                         read_matrix(x, row, positions[c], count, head, x_tiles, here, p_size)
-                        multiply_rows(x_tiles, here, count, p_size, steps, c * CHUNK, dt_x_tiles, here)
+                        multiply_rows(x_tiles, here, count, p_size, weights, c * CHUNK, dt_x_tiles, here)
                         if c + 1 < n_chunks:
                             make_decays(decays, c * CHUNK, count, matrix, from_start, to_end)
                             multiply_rows(dt_x_tiles, here, count, p_size, to_end, 0, decayed, 0)
@@ -240,15 +244,20 @@ def scan_tiles_backward(
 
                         # dx = dt d(dt x) + D dy, and the sums of a step: ddt and, over time, dA, dD and ddt_bias
                         for t in range(count):
-                            step = element(steps, c * CHUNK + t)
+                            step, weight = element(steps, c * CHUNK + t), element(weights, c * CHUNK + t)
                             ddt_input = dot(ddt_x, t * p_size, x_tiles, here + t * p_size, p_size)
                             for i in range(0, p_size, lane_count(x)):
                                 j = t * p_size + i
                                 d = load(dy_tile, j)
                                 store(dskip, i, fma(d, load(x_tiles, here + j), load(dskip, i)))
-                                store(ddt_x, j, fma(d, load(skip, i), load(ddt_x, j) * step))
+                                store(ddt_x, j, fma(d, load(skip, i), load(ddt_x, j) * weight))
                             dA_sum += element(dlog, t) * step
-                            set_element(sums, t, ddt_input + element(dlog, t) * A[0, 0, head])
+                            ddt_step = element(dlog, t) * A[0, 0, head]
+                            if dweights.size:
+                                dweights[row, positions[c, t], head] = ddt_input
+                            else:
+                                ddt_step = ddt_input + ddt_step
+                            set_element(sums, t, ddt_step)
                         write_matrix(ddt_x, 0, p_size, dx, row, positions[c], count, head)
                         differentiate_step_sizes(raw, c * CHUNK, dt_softplus, dt_min, dt_max, sums)
                         for t in range(count):

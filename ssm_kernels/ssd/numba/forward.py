@@ -67,14 +67,14 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 @Kernel
 def scan_tiles(
-    x, B, C, dt, D, A, dt_bias, initial_states, sequences, directions, height, y, final_states, checkpoint_states,
-    n_heads, dt_softplus, dt_min, dt_max, first, end,
+    x, B, C, dt, D, A, dt_bias, input_weights, initial_states, sequences, directions, height, y, final_states,
+    checkpoint_states, n_heads, dt_softplus, dt_min, dt_max, first, end,
 ):  # fmt: skip
     """Scan the tiles from `first` to `end` - 1. All arrays have one dtype; those of size 0 are left out.
 
-    x, y (B, L, H, P); B, C (B, L, G, N); dt (B, L, H); D (1, H, P); A, dt_bias (1, 1, H); initial_states, final_states
-    (rows, H, P, N); checkpoint_states (blocks of steps, H, N, P); `sequences` (S, 6) as `sequence_table` makes it;
-    `directions` of equal runs of groups, over a grid of `height` rows.
+    x, y (B, L, H, P); B, C (B, L, G, N); dt, input_weights (B, L, H); D (1, H, P); A, dt_bias (1, 1, H);
+    initial_states, final_states (rows, H, P, N); checkpoint_states (blocks of steps, H, N, P); `sequences` (S, 6) as
+    `sequence_table` makes it; `directions` of equal runs of groups, over a grid of `height` rows.
     """
     grid_length, heads, headdim = x.shape[1:]
     groups, n = B.shape[2:]
@@ -90,6 +90,7 @@ def scan_tiles(
         aligned_empty(x, np.int64(CHUNK)), aligned_empty(x, np.int64(CHUNK)), aligned_empty(x, np.int64(CHUNK)),
     )  # fmt: skip
     from_start, to_end = aligned_empty(x, np.int64(CHUNK)), aligned_empty(x, np.int64(CHUNK))
+    weights = aligned_empty(x, np.int64(CHUNK))
     skip = aligned_empty(x, p_size)
     positions = np.empty(CHUNK, np.int64)
 
@@ -118,11 +119,11 @@ def scan_tiles(
                 if checkpoint_states.size and (at - start) % CHECKPOINT_INTERVAL == 0:
                     save_state(states, state, p_size, checkpoint_states, saved + (at - start) // CHECKPOINT_INTERVAL,
                                head)  # fmt: skip
-                read_step_sizes(dt, row, positions, count, head, A, dt_bias, dt_softplus, dt_min, dt_max, raw, steps,
-                                decays, 0)  # fmt: skip
+                read_step_sizes(dt, row, positions, count, head, A, dt_bias, input_weights, dt_softplus, dt_min,
+                                dt_max, raw, steps, decays, weights, 0)  # fmt: skip
                 make_decays(decays, 0, count, matrix, from_start, to_end)
                 read_matrix(x, row, positions, count, head, x_tile, 0, p_size)
-                multiply_rows(x_tile, 0, count, p_size, steps, 0, dt_x, 0)
+                multiply_rows(x_tile, 0, count, p_size, weights, 0, dt_x, 0)
                 # The output of the state before the chunk (listing 1, step 4)
                 clear(y_tile, 0, count * p_size)
                 add_product(y_tile, 0, p_size, C_tile, 0, n_size, 1, states, state, p_size, count, n, p_size)

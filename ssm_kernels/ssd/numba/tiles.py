@@ -41,12 +41,16 @@ def heads_per_tile(heads: int, groups: int) -> int:
 
 
 def input_arrays(arguments: ScanArguments, compute: torch.dtype) -> list[np.ndarray]:
-    """Return x, B, C (4 dims each), dt (B, L, H), D (1, H, P), A and dt_bias (1, 1, H) in the dtype of arithmetic."""
+    """Return x, B, C (4 dims each), dt (B, L, H), D (1, H, P), A and dt_bias (1, 1, H), and the weights like dt.
+
+    All are in the dtype of arithmetic.
+    """
     heads, headdim = arguments.x.shape[2:]
     D = None if arguments.D is None else arguments.D.expand(heads, headdim)[None]
     dt_bias = None if arguments.dt_bias is None else arguments.dt_bias[None, None]
     arrays = [as_array(t, compute, 4) for t in (arguments.x, arguments.B, arguments.C)]
-    return arrays + [as_array(t, compute, 3) for t in (arguments.dt, D, arguments.A[None, None], dt_bias)]
+    others = (arguments.dt, D, arguments.A[None, None], dt_bias, arguments.input_weights)
+    return arrays + [as_array(t, compute, 3) for t in others]
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
@@ -131,8 +135,14 @@ def write_state(tile, at, row_size, target, i, head):
 
 
 @njit
-def read_step_sizes(dt, row, positions, count, head, A, dt_bias, dt_softplus, dt_min, dt_max, raw, steps, decays, at):
-    """Read dt (B, L, H) of a chunk: with the bias to `raw`, the step size, and its decay. Steps of nothing are 0."""
+def read_step_sizes(
+    dt, row, positions, count, head, A, dt_bias, input_weights, dt_softplus, dt_min, dt_max, raw, steps, decays,
+    weights, at,
+):  # fmt: skip
+    """Read dt (B, L, H) of a chunk: with the bias to `raw`, the step size, its decay and the weight of its input.
+
+    The weight is that of `input_weights`, or the step size. Steps of nothing are 0.
+    """
     bias = dt_bias[0, 0, head] if dt_bias.size else 0.0
     for t in range(CHUNK):
         set_element(raw, at + t, dt[row, positions[t], head] + bias if t < count else bias)
@@ -144,6 +154,8 @@ def read_step_sizes(dt, row, positions, count, head, A, dt_bias, dt_softplus, dt
     for t in range(CHUNK):
         clamped = min(max(element(steps, at + t), dt_min), dt_max) if t < count else 0.0
         set_element(steps, at + t, clamped)
+        weight = input_weights[row, positions[t], head] if input_weights.size and t < count else clamped
+        set_element(weights, at + t, weight)
     for i in range(at, at + CHUNK, lane_count(steps)):
         store(decays, i, exp2(load(steps, i) * A[0, 0, head] * LOG2_E))
 

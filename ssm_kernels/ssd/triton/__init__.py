@@ -29,6 +29,7 @@ def ssd(
     chunk_size: int,
     directions: tuple[int, ...] = (),
     height: int = 1,
+    input_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan with arguments in the canonical form of `reference.ssd`, and the same results.
 
@@ -38,6 +39,8 @@ def ssd(
             are as many equal runs as there are directions: each run is scanned along its own direction.
         height: rows of that grid.
     """
+    if input_weights is not None:
+        raise RuntimeError("the Triton kernels of ssd do not take input_weights; use backend='torch'")
     # The gate is not in the kernels: Mamba-2 has its own in the norm, and here it would cost them registers.
     # PyTorch's silu is one launch on a GPU, that of `skip_and_gate` several.
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -45,6 +48,7 @@ def ssd(
         x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_min=dt_limit[0],
         dt_max=dt_limit[1], initial_states=initial_states, chunk_size=chunk_size, cu_seqlens=cu_seqlens,
         seq_idx=seq_idx, directions=list(directions), height=height, out_dtype=x.dtype if z is None else compute_dtype,
+        input_weights=input_weights,
     )  # fmt: skip
     y, final_states = _forward_op(*arguments)
     if z is not None:

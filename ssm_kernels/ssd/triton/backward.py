@@ -138,6 +138,7 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
         D=_gradient_of(D, dD),
         dt_bias=_gradient_of(arguments.dt_bias, ddt.sum((0, 1))),
         initial_states=_gradient_of(arguments.initial_states, dinitial_states),
+        input_weights=ddt.new_empty(0),
     )
 
 

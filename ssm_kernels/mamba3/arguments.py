@@ -1,0 +1,62 @@
+"""Arguments and states of Mamba-3 in canonical form, which the API, the reference and the fast path share.
+
+Letters: B batch, L length, R rank (1 for SISO), H heads, P head dimension, N state, G groups, K rotated pairs of a
+state, S sequences in a pack.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Mamba3States(NamedTuple):
+    """State of a batch of sequences between two steps, of the shapes that `mamba_ssm` keeps."""
+
+    angles: Tensor
+    """(B, H, K) rotation up to the last step, in radians, from 0 to 2 pi."""
+    ssm: Tensor
+    """(B, H, P, N) state of the recurrence."""
+    B: Tensor
+    """(B, R, H, N) input matrices of the last step, with their bias, rotated."""
+    x: Tensor
+    """(B, H, P) input of the last step."""
+
+
+class Mamba3Arguments(NamedTuple):
+    """Arguments of `mamba3`."""
+
+    x: Tensor
+    """(B, L, H, P)"""
+    dt: Tensor
+    """(B, L, H)"""
+    A: Tensor
+    """(B, L, H)"""
+    B: Tensor
+    """(B, L, R, G, N)"""
+    C: Tensor
+    """(B, L, R, G, N)"""
+    trap: Tensor
+    """(B, L, H)"""
+    angles: Tensor
+    """(B, L, K)"""
+    B_bias: Tensor | None
+    """(H, R, N)"""
+    C_bias: Tensor | None
+    """(H, R, N)"""
+    D: Tensor | None
+    """(H,)"""
+    z: Tensor | None
+    """(B, L, H, P)"""
+    mimo_x: Tensor | None
+    """(H, R, P); None for SISO."""
+    mimo_z: Tensor | None
+    """(H, R, P)"""
+    mimo_o: Tensor | None
+    """(H, R, P); None leaves the ranks of y apart."""
+    initial_states: Mamba3States | None
+    cu_seqlens: Tensor | None
+    """(S + 1,)"""
+    seq_idx: Tensor | None
+    """(B, L)"""

@@ -1,0 +1,305 @@
+"""Mamba-3 on the SSD of any backend.
+
+Rotating the state by an angle a step is the same as rotating B and C by the sum of all angles so far. What is left is
+a recurrence of scalar decays with the trapezoid `h_t = a_t (h_{t-1} + b_t B_{t-1} x_{t-1}) + c_t B_t x_t`, where
+`c = lambda dt` and `b = (1 - lambda) dt`. It is SSD: in states after its own step, input t weighs `c_t + b_{t+1}`. In
+its own output it weighs c_t, which is a correction on the diagonal.
+
+MIMO of rank R takes R steps of SSD a step: the state decays in the first of them, and each adds one rank of inputs and
+reads one rank of outputs. The ranks of a step that SSD's order hides from each other are part of the same correction.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._core.dispatch import Backend
+from .._core.invariant import silu
+from .._core.library import autocast_off
+from .._core.sharding import local
+from .._core.varlen import without_padding
+from ..ssd import ssd, ssd_step
+from .arguments import Mamba3Arguments, Mamba3States
+
+
+def mamba3(arguments: Mamba3Arguments, chunk_size: int, backend: Backend) -> tuple[Tensor, Mamba3States]:
+    """Scan with arguments in the canonical form of `reference.mamba3`, and the same results.
+
+    Args:
+        arguments: of the op.
+        chunk_size: most steps of a chunk of SSD, R for each step.
+        backend: of SSD.
+    """
+    with autocast_off(arguments.x.device):
+        return _scan(arguments, chunk_size, backend)
+
+
+def _scan(a: Mamba3Arguments, chunk_size: int, backend: Backend) -> tuple[Tensor, Mamba3States]:
+    batch, length, heads, headdim = a.x.shape
+    rank = a.B.shape[2]
+    compute = torch.promote_types(a.x.dtype, torch.float32)
+
+    def steps(t: Tensor) -> Tensor:
+        return without_padding(t, a.cu_seqlens, a.seq_idx).to(compute)
+
+    x, dt, trap, angles = steps(a.x), steps(a.dt), steps(a.trap), steps(a.angles)
+    initial_states = a.initial_states or _zero_states(a, compute)
+    x_ranks = _up_project(x, a.mimo_x)  # (B, L, R, H, P)
+    if not batch * length:
+        return _skip_gate_and_project(x_ranks, x_ranks, a), Mamba3States(*(t.to(compute) for t in initial_states))
+    bounds = _boundaries(batch, length, a.cu_seqlens, a.seq_idx, x.device)
+
+    weight_before, weight_now = _trapezoid(dt, trap)  # (B, L, H) twice
+    # b_{t+1}: none after the last step of a sequence, whose next step belongs to another, or is padding with a dt of 0.
+    weight_next = F.pad(weight_before.masked_fill(bounds.is_first.unsqueeze(2), 0)[:, 1:], (0, 0, 0, 1))
+    angles = _cumulative_angles(angles, dt, initial_states.angles, bounds)  # (B, L, H, K)
+    B, C = _rotated(a.B, a.B_bias, angles, a), _rotated(a.C, a.C_bias, angles, a)  # (B, L, R, H, N)
+
+    # The input before the first step, which its trapezoid needs.
+    outer = _outer(_up_project(initial_states.x.to(compute), a.mimo_x), initial_states.B.to(compute))  # (rows, H, P, N)
+    weight_first = weight_before.flatten(0, 1).index_select(0, bounds.first) * bounds.has_steps.unsqueeze(1)
+    ssm = torch.addcmul(initial_states.ssm.to(compute), weight_first[..., None, None], outer)
+
+    # On tensor cores B, C and x have the dtype of x; elsewhere SSD computes in float32 anyway.
+    operands = a.x.dtype if backend == "triton" else compute
+    B_operand, C_operand = B.to(operands), C.to(operands)
+    y, final_ssm = local(ssd)(
+        x_ranks.to(operands).flatten(1, 2),  # (B, L R, H, P)
+        F.pad((-steps(a.A) * dt).unsqueeze(2), (0, 0, 0, rank - 1)).flatten(1, 2),  # decays in the first rank alone
+        -x.new_ones(heads),
+        B_operand.flatten(1, 2),  # (B, L R, H, N)
+        C_operand.flatten(1, 2),
+        initial_states=ssm,
+        input_weights=(weight_now + weight_next).repeat_interleave(rank, 1),
+        chunk_size=chunk_size,
+        cu_seqlens=None if a.cu_seqlens is None else a.cu_seqlens * rank,
+        seq_idx=None if a.seq_idx is None else a.seq_idx.repeat_interleave(rank, 1),
+        backend=backend,
+    )
+    # Of the matrices as SSD rounds them: the two cancel where an input weighs more in the state than in its output.
+    own = _own_outputs(x_ranks, B_operand.to(compute), C_operand.to(compute), weight_now, -weight_next)
+    y = y.to(compute).view(batch, length, rank, heads, headdim) + own
+    y = _skip_gate_and_project(y, x_ranks, a)
+    last = (t.flatten(0, 1).index_select(0, bounds.last) for t in (angles, B, x))
+    has_steps = bounds.has_steps
+    last_angles, last_B, last_x = (
+        torch.where(has_steps.view(-1, *[1] * (t.dim() - 1)), t, before.to(compute))
+        for t, before in zip(last, (initial_states.angles, initial_states.B, initial_states.x), strict=True)
+    )
+    return y, Mamba3States(last_angles, final_ssm, last_B, last_x)
+
+
+def mamba3_step(arguments: Mamba3Arguments, backend: Backend) -> Tensor:
+    """Advance the states of `arguments`, in place, by the one step of the other arguments, (B, 1, ...)."""
+    with autocast_off(arguments.x.device):
+        return _step(arguments, backend)
+
+
+def _step(a: Mamba3Arguments, backend: Backend) -> Tensor:
+    states = a.initial_states
+    assert states is not None
+    batch, _, heads, headdim = a.x.shape
+    rank = a.B.shape[2]
+    compute = states.ssm.dtype
+    x, dt = a.x.to(compute), a.dt.to(compute)
+    weight_before, weight_now = _trapezoid(dt, a.trap.to(compute))  # (B, 1, H) twice
+    angles = _wrap(states.angles + _rotations(a.angles.to(compute), dt)[:, 0])  # (B, H, K)
+    B, C = (_rotated(m, bias, angles.unsqueeze(1), a) for m, bias in ((a.B, a.B_bias), (a.C, a.C_bias)))
+    x_ranks = _up_project(x, a.mimo_x)  # (B, 1, R, H, P)
+
+    # The decay first, on all that was before: then the step is 2 R rank-one updates without any.
+    decay = torch.exp(dt * a.A.to(compute))  # (B, 1, H)
+    states.ssm.mul_(decay[:, 0, :, None, None])
+    x_before = _up_project(states.x.to(compute).unsqueeze(1), a.mimo_x)  # (B, 1, R, H, P)
+    tokens = ssd_step(
+        states.ssm,
+        torch.cat([x_before, x_ranks], 1).flatten(1, 2),  # (B, 2 R, H, P)
+        torch.cat([weight_before * decay, weight_now], 1).repeat_interleave(rank, 1),
+        x.new_zeros(heads),
+        torch.cat([states.B.to(compute).unsqueeze(1), B], 1).flatten(1, 2),  # (B, 2 R, H, N)
+        torch.cat([C, C], 1).flatten(1, 2),
+        backend=backend,
+    )
+    y = tokens.view(batch, 2, rank, heads, headdim)[:, 1:]  # (B, 1, R, H, P)
+    if rank > 1:
+        y = y + _own_outputs(x_ranks, B, C, weight_now, torch.zeros_like(weight_now))
+    states.angles.copy_(angles)
+    states.B.copy_(B[:, 0])
+    states.x.copy_(x[:, 0])
+    return _skip_gate_and_project(y, x_ranks, a)
+
+
+# --- bounds of sequences ----------------------------------------------------------------------------------------
+
+
+class _Boundaries(NamedTuple):
+    """Bounds of sequences as tensors, made without a host-device synchronization."""
+
+    is_first: Tensor
+    """(B, L) bool: the first step of a sequence."""
+    start: Tensor | None
+    """(B * L,) position of the first step of each step's sequence; None where that of the row is."""
+    row: Tensor
+    """(B, L) row of the states that each step's sequence starts from; that of no state where it is negative."""
+    first: Tensor
+    """(rows,) position of the first step after each initial state, anywhere for none."""
+    last: Tensor
+    """(rows,) position of the last step before each final state, anywhere for none."""
+    has_steps: Tensor
+    """(rows,) bool"""
+
+
+def _boundaries(
+    batch: int, length: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None, device: torch.device
+) -> _Boundaries:
+    steps = torch.arange(length, device=device)
+    rows = torch.arange(batch, device=device)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(device)
+        # Of empty sequences at one position, the search finds the first that ends after it.
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)  # (L,); S in padding
+        starts = F.pad(cu_seqlens, (0, 1)).index_select(0, sequence)
+        in_padding = steps >= cu_seqlens[-1]
+        start = torch.where(in_padding, steps, starts)
+        first, last = cu_seqlens[:-1], cu_seqlens[1:] - 1
+        return _Boundaries(
+            (steps == start).unsqueeze(0), start, torch.where(in_padding, -1, sequence).unsqueeze(0),
+            first.clamp(0, length - 1), last.clamp(0, length - 1), first <= last,
+        )  # fmt: skip
+    if seq_idx is not None:
+        seq_idx = seq_idx.to(device)
+        is_first = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+        is_step = seq_idx >= 0
+        start = torch.where(is_first, steps, 0).cummax(1).values  # (B, L)
+        has_steps = is_step.any(1)
+        first = is_step.int().argmax(1)
+        last = length - 1 - is_step.flip(1).int().argmax(1)
+        row = torch.where(start == first.unsqueeze(1), rows.unsqueeze(1), -1)
+        base = rows * length
+        return _Boundaries(
+            is_first, (start + base.unsqueeze(1)).flatten(), row, first + base, last + base, has_steps
+        )  # fmt: skip
+    is_first = (steps == 0).expand(batch, -1)
+    first = rows * length
+    return _Boundaries(
+        is_first, None, rows.unsqueeze(1).expand(-1, length), first, first + length - 1, torch.ones_like(rows).bool()
+    )
+
+
+# --- parts of a step --------------------------------------------------------------------------------------------
+
+
+def _zero_states(a: Mamba3Arguments, dtype: torch.dtype) -> Mamba3States:
+    batch, _, heads, headdim = a.x.shape
+    rows = batch if a.cu_seqlens is None else len(a.cu_seqlens) - 1
+    rank, _, d_state = a.B.shape[2:]
+    shapes = ((heads, a.angles.shape[2]), (heads, headdim, d_state), (rank, heads, d_state), (heads, headdim))
+    return Mamba3States(*(a.x.new_zeros(rows, *shape, dtype=dtype) for shape in shapes))
+
+
+def _trapezoid(dt: Tensor, trap: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the step before and of this one, `(1 - lambda) dt` and `lambda dt`, neither by a difference."""
+    return dt * torch.sigmoid(-trap), dt * torch.sigmoid(trap)
+
+
+def _rotations(angles: Tensor, dt: Tensor) -> Tensor:
+    """Angle by which each step turns the state: (B, L, K), (B, L, H) -> (B, L, H, K)."""
+    return (torch.tanh(angles) * math.pi).unsqueeze(2) * dt.unsqueeze(3)
+
+
+def _wrap(angles: Tensor) -> Tensor:
+    """The same angles, from 0 to 2 pi."""
+    return angles - 2 * math.pi * (angles.detach() / (2 * math.pi)).floor()
+
+
+def _cumulative_angles(angles: Tensor, dt: Tensor, initial: Tensor, bounds: _Boundaries) -> Tensor:
+    """Angle through each step from the start of its sequence, and from its initial state: (B, L, H, K)."""
+    # In float64: a long sequence turns many times, of which the last fraction counts.
+    rotations = _rotations(angles, dt).double()
+    total = rotations.cumsum(1)
+    if bounds.start is None:
+        return _wrap(total + initial.double().unsqueeze(1)).to(dt.dtype)
+    before = (total - rotations).flatten(0, 1).index_select(0, bounds.start)
+    initial = F.pad(initial.double(), (0, 0, 0, 0, 1, 0))  # row 0 for sequences without an initial state
+    total = total.flatten(0, 1) - before + initial.index_select(0, bounds.row.flatten() + 1)
+    return _wrap(total).view_as(rotations).to(dt.dtype)
+
+
+def _rotated(matrix: Tensor, bias: Tensor | None, angles: Tensor, a: Mamba3Arguments) -> Tensor:
+    """B or C of each head, with its bias, rotated.
+
+    Args:
+        matrix: (B, L, R, G, N).
+        bias: (H, R, N), or None.
+        angles: (B, L, H, K).
+        a: arguments of the op.
+
+    Returns:
+        (B, L, R, H, N) in the dtype of the angles.
+    """
+    heads, pairs = angles.shape[2:]
+    matrix = without_padding(matrix, a.cu_seqlens, a.seq_idx).to(angles.dtype)
+    matrix = matrix.repeat_interleave(heads // matrix.shape[3], dim=3)  # (B, L, R, H, N)
+    if bias is not None:
+        matrix = matrix + bias.to(angles.dtype).transpose(0, 1)
+    cos, sin = (t.unsqueeze(2) for t in (angles.cos(), angles.sin()))  # (B, L, 1, H, K)
+    # As the published kernels pair them: entry n with that of the other half in MIMO, with its neighbor in SISO.
+    if a.mimo_x is not None:
+        halves = matrix.unflatten(-1, (2, -1))  # (B, L, R, H, 2, N / 2)
+        first, second = halves[..., :pairs].unbind(-2)
+        turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -2)  # (B, L, R, H, 2, K)
+        return torch.cat([turned, halves[..., pairs:]], -1).flatten(-2)
+    first, second = matrix[..., : 2 * pairs].unflatten(-1, (-1, 2)).unbind(-1)  # (B, L, R, H, K) twice
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
+    return torch.cat([turned.flatten(-2), matrix[..., 2 * pairs :]], -1)
+
+
+def _up_project(x: Tensor, mimo_x: Tensor | None) -> Tensor:
+    """Inputs of each rank: (..., H, P) -> (..., R, H, P)."""
+    x = x.unsqueeze(-3)
+    return x if mimo_x is None else x * mimo_x.to(x.dtype).transpose(0, 1)
+
+
+def _outer(x_ranks: Tensor, B: Tensor) -> Tensor:
+    """The sum over ranks of x B^T: (rows, R, H, P), (rows, R, H, N) -> (rows, H, P, N)."""
+    return torch.matmul(x_ranks.permute(0, 2, 3, 1), B.transpose(1, 2))
+
+
+def _own_outputs(x_ranks: Tensor, B: Tensor, C: Tensor, later_weight: Tensor, weight: Tensor) -> Tensor:
+    """Outputs of the inputs of the same step.
+
+    Args:
+        x_ranks: (B, L, R, H, P).
+        B, C: (B, L, R, H, N).
+        later_weight: (B, L, H) weight of an input in the outputs of the ranks before its own.
+        weight: (B, L, H) weight of an input in the outputs of its own rank and of those after it.
+
+    Returns:
+        like `x_ranks`.
+    """
+    rank = x_ranks.shape[2]
+    if rank == 1:
+        return ((C * B).sum(-1) * weight.unsqueeze(2)).unsqueeze(-1) * x_ranks
+    scores = torch.matmul(C.transpose(2, 3), B.permute(0, 1, 3, 4, 2))  # (B, L, H, R, R)
+    is_later = torch.ones(rank, rank, dtype=torch.bool, device=B.device).triu(1)
+    scores = scores * torch.where(is_later, later_weight[..., None, None], weight[..., None, None])
+    return torch.matmul(scores, x_ranks.transpose(2, 3)).transpose(2, 3)
+
+
+def _skip_gate_and_project(y: Tensor, x_ranks: Tensor, a: Mamba3Arguments) -> Tensor:
+    """The skip connection and the gate of y (B, L, R, H, P), and the sum over its ranks; in the dtype of x."""
+    if a.D is not None:
+        y = y + a.D.to(y.dtype).unsqueeze(-1) * x_ranks
+    if a.z is not None:
+        z = without_padding(a.z, a.cu_seqlens, a.seq_idx).to(y.dtype)
+        y = y * silu(_up_project(z, a.mimo_z))
+    if a.mimo_x is None:
+        y = y.squeeze(2)
+    elif a.mimo_o is not None:
+        y = (y * a.mimo_o.to(y.dtype).transpose(0, 1)).sum(2)
+    return y.to(a.x.dtype)
