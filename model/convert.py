@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .card import CARD, facts_of, model_card
 from .config import LMConfig, VLMConfig
 from .config_io import save_config, to_json_dict
 from .files import expand_home, remove_partials
 from .formats import detect_format, language
 from .formats.vlm import write_released
 from .hub import CONFIG, TOKENIZER, fetch_model, replacing_folder
-from .lm import neox_tokenizer
+from .lm import MambaLM, neox_tokenizer
 from .load import model_class
 from .vlm import VLM
 from .weights import LazyTensor, Weights, check_placement, dtype_of, save_weights
@@ -29,6 +31,12 @@ LAYOUTS: dict[Layout, str] = {
     "released": "a vision-language model",
 }
 """Layouts, and the models that each can hold."""
+_IN_WORDS: dict[Layout, str] = {
+    "own": "the layout of vl-mamba",
+    "state-spaces": "the layout of `mamba_ssm` (`MambaLMHeadModel.from_pretrained` loads it)",
+    "transformers": "the layout of `transformers` (`AutoModelForCausalLM.from_pretrained` loads it)",
+    "released": "the layout of the releases of Cobra and ML-Mamba",
+}
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 """Files that are equal in every layout, and copied."""
@@ -68,7 +76,7 @@ def convert(
         raise FileExistsError(f"{dst} exists and is not empty: give the name of a new folder")
     folder = fetch_model(src, **hub)
     if (kind := model_class(folder)) is VLM:
-        return _convert_vlm(folder, dst, to, dtype, hub)
+        return _convert_vlm(folder, src, dst, to, dtype, hub)
     if to == "released":
         raise ValueError(f"to = 'released' is for {LAYOUTS[to]}, and {src} is a {kind.__name__}")
     config, weights = language.open_language_model(folder)
@@ -94,10 +102,13 @@ def convert(
                 shutil.copyfile(folder / name, staged / name)
         if special and not (staged / "generation_config.json").exists():
             (staged / "generation_config.json").write_text(language.dump(special), encoding="utf-8")
+        _write_card(staged, folder, src, to, MambaLM, config)
     return config
 
 
-def _convert_vlm(folder: Path, dst: Path, to: Layout, dtype: torch.dtype | None, hub: dict[str, Any]) -> VLMConfig:
+def _convert_vlm(
+    folder: Path, src: str | Path, dst: Path, to: Layout, dtype: torch.dtype | None, hub: dict[str, Any]
+) -> VLMConfig:
     if to not in ("own", "released"):
         raise ValueError(f"to = {to!r} is for {LAYOUTS[to]}, and {folder} is a vision-language model")
     config, weights = VLM.open_checkpoint(folder, **hub)
@@ -116,7 +127,29 @@ def _convert_vlm(folder: Path, dst: Path, to: Layout, dtype: torch.dtype | None,
             shutil.copyfile(folder / TOKENIZER, staged / TOKENIZER)
         elif detect_format(folder) != "own" and (tokenizer := neox_tokenizer(**hub)) is not None:
             tokenizer.save(staged / TOKENIZER)
+        _write_card(staged, folder, src, to, VLM, config)
     return config
+
+
+def _write_card(
+    staged: Path,
+    folder: Path,
+    src: str | Path,
+    to: Layout,
+    kind: type[MambaLM] | type[VLM],
+    config: LMConfig | VLMConfig,
+) -> None:
+    """Copy the source's card, which knows more, or write one; either says what the layout is."""
+    layout = f"## Layout\n\nConverted to {_IN_WORDS[to]} by `vlmamba convert`."
+    # A snapshot of the Hub may or may not have its card, so that only a folder's is copied.
+    if expand_home(src).is_dir() and (folder / CARD).exists():
+        text = (folder / CARD).read_text(encoding="utf-8").rstrip()
+        (staged / CARD).write_text(f"{text}\n\n{layout}\n", encoding="utf-8")
+        return
+    # Parameters are counted, so no memory is needed.
+    with torch.device("meta"):
+        model = kind(config)  # pyright: ignore[reportArgumentType]  the config of that kind
+    model_card(model, config, replace(facts_of(src), sections=[layout])).save(staged / CARD)
 
 
 def _untied(weights: Weights, config: LMConfig, folder: Path) -> Weights:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, constants, snapshot_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor, nn
 
+from .card import CARD, CardFacts, model_card
 from .config_io import load_config, save_config
 from .files import PARTIAL, expand_home, sync, write_atomic
 from .weights import INDEX, WEIGHTS, DeviceMap, Weights, check_placement, load_into, open_weights, save_weights
@@ -34,7 +35,6 @@ from .weights import INDEX, WEIGHTS, DeviceMap, Weights, check_placement, load_i
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 PROCESSOR = "processor.json"
-CARD = "README.md"
 SMALL_FILES = (
     CONFIG,
     "params.json",
@@ -271,11 +271,12 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         return load_config(cls.config_class, folder / CONFIG), open_weights(folder)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Save as the mixin does, but atomically. An existing model card (`README.md`) stays.
+        """Save as the mixin does, but atomically, with a model card (`README.md`). An existing card stays, unless
+        `model_card_kwargs` has facts for a new one.
 
         Args:
             save_directory: folder, made where it does not exist.
-            kwargs: as for the mixin.
+            kwargs: as for the mixin; `model_card_kwargs={"facts": CardFacts(...)}` adds to the card.
 
         Returns:
             URL of the commit with `push_to_hub`, else None.
@@ -288,9 +289,22 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing_folder(save_directory) as staged:
             url = super().save_pretrained(staged, **kwargs)
-            if (Path(save_directory) / CARD).exists():
+            if (Path(save_directory) / CARD).exists() and not kwargs.get("model_card_kwargs"):
                 (staged / CARD).unlink()
         return url
+
+    def generate_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]  the mixin passes what it is given
+        self, facts: CardFacts | None = None
+    ) -> ModelCard:
+        """Write the model card; `save_pretrained` and `push_to_hub` save it.
+
+        Args:
+            facts: what the config does not have.
+
+        Returns:
+            The card.
+        """
+        return model_card(self, self.config, facts or CardFacts())
 
     def save_extras(self, folder: Path) -> None:
         """Write the files of the model besides weights and config.

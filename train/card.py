@@ -1,4 +1,4 @@
-"""Model card of a trained model: recipe, data, versions and final metrics, for the Hub."""
+"""Training in the model card: recipe, data, versions and final metrics of each stage."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..model.card import CardFacts, facts_of
 from ..model.config_io import to_json_dict
-from ..model.files import write_atomic
+from ..model.formats.vision import VISION_ENCODERS
+from ..model.presets import PRESETS, is_preset
 from .config import StageConfig
 from .identity import Fingerprint
 from .track import read_metrics
@@ -32,22 +34,31 @@ class TrainedStage:
     """Folder of the stage, with its metrics."""
 
 
-def write_card(folder: Path, base: str, recipe: str, stages: Sequence[TrainedStage], template: str) -> None:
-    """Write `README.md` into the folder of a saved model.
+def card_facts(base: str, recipe: str, stages: Sequence[TrainedStage]) -> CardFacts:
+    """Collect what the card of a trained model says besides its config.
 
     Args:
-        folder: folder of the model.
-        base: folder, name or preset of the model that training started from.
+        base: preset, folder, or name on the Hub of the model that training started from.
         recipe: name of the recipe.
         stages: finished stages, in order.
-        template: name of the model's prompt template.
+
+    Returns:
+        Facts for `save_pretrained`: base models and licence of the base, and sections on each stage and on versions.
     """
-    # The Hub reads the YAML front matter for tags and search.
-    parts = [_front_matter(base), _usage(folder.name, base, recipe, template)]
-    for trained in stages:
-        parts.append(_stage(trained))
-    parts.append("## Made with\n\n" + _table({"": "version", **versions()}))
-    write_atomic(folder / "README.md", "\n\n".join(parts) + "\n")
+    inherited = facts_of_base(base)
+    start = f"`{base}`" if is_preset(base) or not Path(base).is_dir() else "a saved model"
+    sections = [f"## Training\n\nTrained from {start} by the recipe `{recipe}`."]
+    sections += [_stage(trained) for trained in stages]
+    sections.append("## Made with\n\n" + _table({"": "version", **versions()}))
+    return replace(inherited, sections=sections)
+
+
+def facts_of_base(name: str) -> CardFacts:
+    """Collect what a trained model takes over from its base: the pretrained parts of a preset, or see `facts_of`."""
+    if not is_preset(name):
+        return facts_of(name)
+    preset = PRESETS[name]
+    return CardFacts((preset.language, *(VISION_ENCODERS[encoder].repo for encoder in preset.encoders)))
 
 
 def versions() -> dict[str, str]:
@@ -77,22 +88,6 @@ def _commit() -> str | None:
     return commit.strip() + (" with changes" if changes.strip() else "")
 
 
-def _front_matter(base: str) -> str:
-    # The Hub takes `base_model` for one of its names, so a local folder is left out.
-    on_hub = not Path(base).exists() and base.count("/") == 1
-    lines = ["library_name: vl-mamba", "pipeline_tag: image-text-to-text", "tags:", "- mamba", "- vision-language"]
-    return "\n".join(["---", *lines, *([f"base_model: {base}"] if on_hub else []), "---"])
-
-
-def _usage(name: str, base: str, recipe: str, template: str) -> str:
-    return (
-        f"# {name}\n\nTrained from `{base}` by the recipe `{recipe}`; its prompt "
-        f"template is `{template}`.\n\n"
-        "```python\nfrom vlmamba.model import VLM\n\n"
-        'model = VLM.from_pretrained("this folder")\nprint(model.generate(["What is this?"], ["picture.png"]))\n```'
-    )
-
-
 def _stage(trained: TrainedStage) -> str:
     settings = to_json_dict(trained.stage)
     name = settings.pop("name")
@@ -111,7 +106,7 @@ def _stage(trained: TrainedStage) -> str:
             f"loss, mean of the last {len(last)} steps": f"{sum(m['loss'] for m in last) / len(last):.4f}",
             "gradient norm, likewise": f"{sum(m['grad_norm'] for m in last) / len(last):.4f}",
         }
-    return "\n\n".join([f"## Stage {name}", "\n".join(data), _table({"setting": "", **settings}), _table(summary)])
+    return "\n\n".join([f"### Stage {name}", "\n".join(data), _table({"setting": "", **settings}), _table(summary)])
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from tests.makers import save_images
 from tests.train.makers import qa_record, tiny_vlm
@@ -21,6 +22,7 @@ from vlmamba import cli
 from vlmamba.commands import train_stages
 from vlmamba.commands.train import StageOverrides, Train
 from vlmamba.model import VLM, MambaLM, Tokenizer
+from vlmamba.model.card import CardFacts
 from vlmamba.model.config import LMConfig
 from vlmamba.train import loop
 from vlmamba.train.config import StageConfig
@@ -83,12 +85,13 @@ def test_both_stages_train_what_they_should_and_leave_a_card(model, data):
         assert '"utilization"' in (data.parent / "run" / stage / "speeds.jsonl").read_text()
 
     card = (data.parent / "run" / "model" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: vl-mamba\npipeline_tag: image-text-to-text\n")
-    assert "base_model" not in card  # a folder is no name on the Hub
+    data_of_card = ModelCard(card).data
+    assert data_of_card.library_name == "vl-mamba" and data_of_card.pipeline_tag == "image-text-to-text"
+    assert data_of_card.base_model is None and str(model) not in card  # a folder means nothing elsewhere
     annotations = (data / "train.json").read_bytes()
     assert f"| train.json | {len(annotations):,} | `{hashlib.sha256(annotations).hexdigest()}` |" in card
     assert "| records | 24 |" in card
-    assert "recipe `small`" in card and "## Stage align" in card and "| lr | 0.01 |" in card
+    assert "recipe `small`" in card and "### Stage align" in card and "| lr | 0.01 |" in card
     last = read_metrics(data.parent / "run" / "finetune")
     assert f"| loss, mean of the last 6 steps | {sum(m['loss'] for m in last) / 6:.4f} |" in card
     assert f"| torch | {importlib.metadata.version('torch')} |" in card
@@ -216,7 +219,7 @@ def test_a_template_of_captions_is_for_the_align_stage_alone(model, data, monkey
     monkeypatch.setattr(
         train_stages, "train_stage", lambda m, stage, samples, *rest: seen.append((stage.name, samples[0]))
     )
-    monkeypatch.setattr(train_stages, "write_card", lambda *a: None)
+    monkeypatch.setattr(train_stages, "card_facts", lambda *a: CardFacts())
     train(model, data / "train.json", "--images", data / "images", "--recipe", "ml-mamba", "--stage", "both")
     (_, align), (_, finetune) = seen
     tokenizer = VLM.from_pretrained(model).tokenizer

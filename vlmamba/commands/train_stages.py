@@ -19,7 +19,7 @@ from ..model.presets import is_preset
 from ..model.tokenizer import Tokenizer
 from ..model.vlm import VLM
 from ..train.base_model import check_checkpoint, model_config, model_without_weights, template_of
-from ..train.card import TrainedStage, write_card
+from ..train.card import TrainedStage, card_facts
 from ..train.config import StageConfig
 from ..train.distributed import on_first_rank, processes, rank, world_size
 from ..train.identity import Fingerprint, check_changeable, fingerprint
@@ -165,8 +165,8 @@ def _train(
             _train_stage(command, model, stage, records, files, device)
         done.append(TrainedStage(stage, len(records), files, command.output / stage.name))
     if rank() == 0:
-        model.cpu().eval().save_pretrained(command.output / "model")
-        write_card(command.output / "model", name, recipe_name, done, model.config.template)
+        facts = card_facts(name, recipe_name, done)
+        model.cpu().eval().save_pretrained(command.output / "model", model_card_kwargs={"facts": facts})
     print_once(f"saved {command.output / 'model'}")
 
 
