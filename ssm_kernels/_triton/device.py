@@ -84,6 +84,23 @@ def why_too_old(device: torch.device) -> str | None:
     )
 
 
+def check_float64_products(dtype: torch.dtype, op: str) -> None:
+    """Check that this Triton compiles an op whose kernels multiply matrices.
+
+    Raises:
+        RuntimeError: in float64, which `tl.dot` takes from Triton 3.5 on.
+    """
+    if dtype != torch.float64:
+        return
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        raise RuntimeError(
+            f"{op} in float64 needs Triton 3.5 or later for its matrix products, got {triton.__version__};"
+            " backend='torch' runs there"
+        )
+
+
 def maxnreg_option(count: int, device: torch.device) -> dict[str, int]:
     """A launch option for NVIDIA: `count` registers a thread. Without it, ptxas may spill to reach a lower count."""
     return {"maxnreg": count} if capability(device)[0] == "cuda" else {}

@@ -7,10 +7,11 @@ import threading
 import pytest
 import torch
 
-from ssm_kernels import cross_scan, resolve_backend, use_backend
+from ssm_kernels import cross_scan, resolve_backend, ssd, use_backend
 from ssm_kernels._core import dispatch
 from ssm_kernels.cross_scan import pytorch, reference
 from ssm_kernels.testing import Target, fake_target
+from vlmamba.benchmarks.cases import Case, Shape
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,15 @@ def test_a_gpu_before_ampere_is_refused_by_name(version, choice):
             refusal = r"cpu is sm_75, and the Triton kernels need sm_80 .* or later; backend='torch' runs there"
             with pytest.raises(RuntimeError, match=refusal):
                 resolve_backend("triton", CPU, "rms_norm")
+
+
+def test_products_in_float64_are_refused_where_triton_has_none(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    inputs = Case("ssd", Shape(1, 4, heads=1, headdim=4, d_state=4), "fp64").inputs()
+    refusal = r"ssd in float64 needs Triton 3.5 or later .* got 3.4.0; backend='torch' runs there"
+    with fake_target(Target(("cuda", 90), 2), "cpu"), pytest.raises(RuntimeError, match=refusal):
+        ssd(**inputs, backend="triton")
 
 
 def test_compiled_code_takes_another_backend_on_a_gpu_before_ampere(monkeypatch):

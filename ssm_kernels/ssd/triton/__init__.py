@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..._core.library import Gradient, define_op, lazy_function
 from ..._core.varlen import without_padding
+from ..._triton.device import check_float64_products
 from ..arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
 from ..registration import StepKernel, gradients_fake
 
@@ -38,9 +39,13 @@ def ssd(
         directions: codes of scan directions in `cross_scan.CROSS`. With them, L is a row-major grid, and the G groups
             are as many equal runs as there are directions: each run is scanned along its own direction.
         height: rows of that grid.
+
+    Raises:
+        RuntimeError: `input_weights` are passed, or see `check_float64_products`.
     """
     if input_weights is not None:
         raise RuntimeError("the Triton kernels of ssd do not take input_weights; use backend='torch'")
+    check_float64_products(x.dtype, "ssd")
     # The gate is not in the kernels: Mamba-2 has its own in the norm, and here it would cost them registers.
     # PyTorch's silu is one launch on a GPU, that of `skip_and_gate` several.
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
