@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_kernels import ScanDirection, cross_causal_conv1d, cross_ssd
-from ssm_kernels.modules import Mamba2, conv_weight, depthwise_conv, without_weight_decay
+from ssm_kernels.modules import Mamba2, conv_weight, decay_rate, depthwise_conv, without_weight_decay
 
 from .config import ConnectorConfig
 
@@ -169,7 +169,7 @@ class GridMamba2(Mamba2):
         y = cross_ssd(
             x.unflatten(-1, (self.nheads, self.headdim)),  # (B, h, w, K, H, P)
             dt.unsqueeze(3).expand(-1, -1, -1, len(self.directions), -1),  # (B, h, w, K, H)
-            -torch.exp(self._per_direction("A_log").float()),  # (K, H)
+            decay_rate(self._per_direction("A_log")),  # (K, H)
             B,
             C,
             self._per_direction("D"),  # (K, H)

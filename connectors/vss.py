@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_kernels import ScanDirection, cross_selective_scan
-from ssm_kernels.modules import initial_dt_bias, without_weight_decay
+from ssm_kernels.modules import decay_rate, initial_dt_bias, without_weight_decay
 
 
 class SS2D(nn.Module):
@@ -62,7 +62,7 @@ class SS2D(nn.Module):
         y = cross_selective_scan(
             x,
             dt,
-            -torch.exp(self.A_logs.float()).unflatten(0, per_direction),  # (K, E, N)
+            decay_rate(self.A_logs).unflatten(0, per_direction),  # (K, E, N)
             B,
             C,
             self.Ds.unflatten(0, per_direction),  # (K, E)

@@ -68,33 +68,38 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         state: LMState | None = None,
         cu_seqlens: Tensor | None = None,
         logits_at: Tensor | None = None,
+        return_state: bool = False,
     ) -> LMOutput:
         """Predict the next token at every position.
 
         Args:
             input_ids: (B, L) tokens; or `inputs_embeds` (B, L, D) in their place.
             inputs_embeds: (B, L, D) embeddings.
-            state: from `new_state`: the state of the sequences before this call, updated in place.
+            state: from `new_state`, or a result of this function: the state of the sequences before this call. Without
+                `return_state` it is updated in place, without gradients.
             cu_seqlens: (S + 1,) bounds of packed sequences, with B = 1; `state` then has S entries.
             logits_at: (n,) positions along L for which logits are wanted; all by default.
+            return_state: return the final state too, with gradients, and leave `state` as it is.
 
         Returns:
-            Logits (B, L or n, V), and the hidden states that they are computed from.
+            Logits (B, L or n, V), the hidden states that they are computed from, and the final state or None.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a token outside the vocabulary.
+            TypeError: a part of `state` is not a `MixerState`, or its dtype is narrower than the layer's.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, a token outside the vocabulary, or a `state`
+                of other layers or another number of sequences.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed(input_ids)  # (B, L, D)
-        hidden = self.backbone(inputs_embeds, state, cu_seqlens)  # (B, L, D)
+        hidden, final = self.backbone(inputs_embeds, state, cu_seqlens, return_state)  # (B, L, D)
         if logits_at is not None:
             hidden = hidden.index_select(1, logits_at.to(hidden.device))  # (B, n, D)
         hidden = hidden.to(self.device)
         logits = self.lm_head(hidden)  # (B, L or n, V)
-        return LMOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
+        return LMOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden, final)
 
     @property
     def device(self) -> torch.device:
@@ -219,16 +224,23 @@ class _Backbone(nn.Module):
         self.layers = layers  # pyright: ignore[reportAttributeAccessIssue]  ModuleList is not generic in torch's stubs
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, hidden: Tensor, state: LMState | None, cu_seqlens: Tensor | None) -> Tensor:
-        residual = None
+    def forward(
+        self, hidden: Tensor, state: LMState | None, cu_seqlens: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, LMState | None]:
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"state must have an entry for each of {len(self.layers)} layers, got {len(state)}")
+        residual, final = None, []
         for i, layer in enumerate(self.layers):
             device = layer.norm.weight.device
             hidden, residual, cu_seqlens = hidden.to(device), _to(device, residual), _to(device, cu_seqlens)
             # Both (B, L, D). The next layer's norm adds them in one kernel.
-            hidden, residual = layer(hidden, residual, None if state is None else state[i], cu_seqlens)
+            start = None if state is None else state[i]
+            hidden, residual, end = layer(hidden, residual, start, cu_seqlens, return_state)
+            final.append(end)
         device = self.norm_f.weight.device
         hidden, residual = hidden.to(device), _to(device, residual)
-        return _add_norm(self.norm_f, hidden, residual, self.residual_in_fp32)[0]  # (B, L, D)
+        hidden = _add_norm(self.norm_f, hidden, residual, self.residual_in_fp32)[0]  # (B, L, D)
+        return hidden, final if return_state else None
 
 
 def _add_norm(norm: RMSNorm, hidden: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> tuple[Tensor, Tensor]:
@@ -258,10 +270,18 @@ class _Layer(nn.Module):
         self.mixer = make_mixer(config)
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None, state: MixerState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        state: MixerState | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor, MixerState | None]:
         normed, residual = _add_norm(self.norm, hidden, residual, self.residual_in_fp32)  # (B, L, D) each
-        return self.mixer(normed, state, cu_seqlens), residual
+        if not return_state:
+            return self.mixer(normed, state, cu_seqlens), residual, None
+        y, final = self.mixer(normed, state, cu_seqlens, return_state=True)
+        return y, residual, final
 
 
 def make_mixer(config: LMConfig) -> Mamba | Mamba2:

@@ -23,6 +23,7 @@ from .formats import detect_format
 from .formats.vlm import merged, open_released
 from .generation.config import GenerationConfig
 from .generation.generate import Completion, generate_packed, stream_text
+from .generation.interface import LMState
 from .generation.prefill import EmbedFn, check_tokens
 from .hub import TOKENIZER, HubModel
 from .image import ImageLike, as_rgb
@@ -42,6 +43,8 @@ class VLMOutput(NamedTuple):
     """Mean cross-entropy over the targets, in nats."""
     n_targets: int
     """Number of targets."""
+    state: LMState | None = None
+    """State of the language model after each sample, with gradients; with `return_state` only."""
 
 
 class VisionTower(nn.Module):
@@ -101,7 +104,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         self.connector = build_connector(config.connector, self.vision.width, config.language.d_model)
         self.language_model = MambaLM(config.language)
 
-    def forward(self, batch: Batch) -> VLMOutput:
+    def forward(self, batch: Batch, state: LMState | None = None, return_state: bool = False) -> VLMOutput:
         """Compute the loss of a batch.
 
         Within `context_parallel`, every rank takes the entire batch, encodes its images, and computes the loss of the
@@ -109,12 +112,15 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
 
         Args:
             batch: packed samples.
+            state: state of the language model before each sample: zeros by default, or that of an earlier call, whose
+                samples these continue. Without `return_state` it is updated in place, without gradients.
+            return_state: return the state after each sample too, with gradients, and leave `state` as it is.
 
         Returns:
-            Mean loss over the targets, and their number.
+            Mean loss over the targets, their number, and the final state or None.
 
         Raises:
-            ValueError: the batch has no target.
+            TypeError, ValueError: the batch has no target, or as `MambaLM.forward`.
         """
         targets = batch.next_tokens()  # (T,)
         if (targets == IGNORE).all():
@@ -126,10 +132,16 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         embeds = self._embedder(batch)(start, end)  # (1, T of this rank, D)
         # Only targets need logits, which are the largest tensor of the step.
         logits_at = (targets != IGNORE).nonzero().flatten()  # (targets,)
-        out = self.language_model(inputs_embeds=embeds, cu_seqlens=batch.cu_seqlens, logits_at=logits_at)
+        out = self.language_model(
+            inputs_embeds=embeds,
+            state=state,
+            cu_seqlens=batch.cu_seqlens,
+            logits_at=logits_at,
+            return_state=return_state,
+        )
         if not len(logits_at):
-            return VLMOutput(out.logits.sum(), 0)  # 0, with a graph for the backward pass
-        return VLMOutput(F.cross_entropy(out.logits[0], targets[logits_at]), len(logits_at))
+            return VLMOutput(out.logits.sum(), 0, out.state)  # 0, with a graph for the backward pass
+        return VLMOutput(F.cross_entropy(out.logits[0], targets[logits_at]), len(logits_at), out.state)
 
     def embed(self, batch: Batch) -> Tensor:
         """Embed the tokens and images of a batch.

@@ -24,6 +24,8 @@ class LMOutput(NamedTuple):
     """(B, L, padded vocabulary); float32 unless the model is float64."""
     hidden: Tensor
     """(B, L, D) after the final norm."""
+    state: LMState | None = None
+    """State after the last step of each sequence, with gradients; with `return_state` only."""
 
 
 class LanguageModel(Protocol):
@@ -35,7 +37,7 @@ class LanguageModel(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    # (input_ids, *, inputs_embeds, state, cu_seqlens, logits_at) -> LMOutput
+    # (input_ids, *, inputs_embeds, state, cu_seqlens, logits_at, return_state) -> LMOutput
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def embed(self, input_ids: Tensor) -> Tensor: ...

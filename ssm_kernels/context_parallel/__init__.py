@@ -20,7 +20,7 @@ Bytes that a rank sends, and receives, in a forward, and again in the backward:
 - convolution: (W - 1) * B * (K - 1) * D * itemsize of its input.
 
 None depends on the length, nor on the number of packed sequences: at most one of them continues from a rank to the
-next. A mixer's `state` costs an all-reduce of the state besides.
+next. A mixer's `state` costs an all-gather of the state besides.
 
 All ranks must run the same ops in the same order, forward and backward: each calls `backward` on a loss that depends on
 its own outputs, with weight zero if need be; the objective is the sum of the losses. Under that condition no rank waits

@@ -45,6 +45,8 @@ def conv_halo(
     last = F.pad(last, (0, 0, n_halo - last.shape[1], 0))  # (B, K - 1, D), zeros before a shorter shard
     ends = all_gather(last, x, sharding.group)  # (W, B, K - 1, D)
     x = depend_on(x, ends)
+    if initial_states is not None:  # which may come from an exchange, and have no use on this rank
+        x = depend_on(x, initial_states)
     if shard.incoming is None:
         return x, initial_states, shard.cu_seqlens
     rows = shard.rows(shard.incoming, shard.incoming + 1)

@@ -179,6 +179,8 @@ def _scan_shard(shard: RankShard, op: _ShardScan, initial_states: Tensor | None)
     final_states = [untouched(0, n_before), *final_states, untouched(last, shard.n_sequences)]
     final_states = [s for s in final_states if len(s)]  # most often one, which need not be copied
     all_states = final_states[0] if len(final_states) == 1 else torch.cat(final_states or [untouched(0, 0)])
+    if initial_states is not None:  # which may come from an exchange, and have no use on this rank
+        y, all_states = depend_on(y, initial_states), depend_on(all_states, initial_states)
     return depend_on(y, messages), depend_on(all_states, messages)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from .exchange import all_gather
 from .sharding import RankShard, SequenceSharding
 
 
 def gather_final_states(
     sharding: SequenceSharding | None, final_states: Tensor, length: int, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Give every rank the final states of the complete sequences. Without gradients.
+    """Give every rank the final states of the complete sequences. Gradients flow back to the ranks that own them.
 
     Args:
         sharding: steps of each rank; None returns the states as they are.
@@ -28,10 +28,7 @@ def gather_final_states(
     like = final_states.new_empty(1 if cu_seqlens is not None else final_states.shape[0], length)
     shard = RankShard.of(sharding, "x", like, cu_seqlens)
     owners = [shard.owner(max(0, end - 1)) for end in shard.bounds[1:]]
-    is_owned = torch.tensor([o == shard.rank for o in owners], device=final_states.device)
-    is_owned = is_owned.view(-1, *[1] * (final_states.dim() - 1))  # (S or 1, 1, ...)
-    with torch.no_grad():
-        # A sum in which every state has one addend that is not zero.
-        gathered = torch.where(is_owned, final_states, 0)
-        dist.all_reduce(gathered, group=sharding.group)
-    return gathered
+    rows = torch.arange(len(final_states), device=final_states.device)
+    received = all_gather(final_states, final_states, sharding.group)  # (W, B or S, ...)
+    # One owner of each packed sequence, or one of all rows.
+    return received[torch.tensor(owners, device=rows.device), rows]

@@ -8,15 +8,17 @@ from .conv import conv_weight, depthwise_conv
 from .mamba import Mamba
 from .mamba2 import Mamba2
 from .norm import RMSNorm
-from .parameters import initial_dt_bias, is_plain, without_weight_decay
-from .state import MixerState
+from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
+from .state import MixerOutput, MixerState
 
 __all__ = [
     "Mamba",
     "Mamba2",
+    "MixerOutput",
     "MixerState",
     "RMSNorm",
     "conv_weight",
+    "decay_rate",
     "depthwise_conv",
     "initial_dt_bias",
     "is_plain",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,17 @@ from .._core.recompute import recompute_in_backward
 from ..causal_conv1d import causal_conv1d_step
 from ..selective_scan import selective_scan, selective_scan_step
 from .conv import conv_weight, convolve, depthwise_conv
-from .parameters import initial_dt_bias, is_plain, without_weight_decay
-from .state import MixerState, initial_states, is_decoding_step, update_state, zero_state
+from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
+from .state import (
+    MixerOutput,
+    MixerState,
+    StateLayout,
+    copied,
+    finish,
+    initial_states,
+    is_decoding_step,
+    n_sequences,
+)
 
 
 class Mamba(nn.Module):
@@ -79,20 +89,49 @@ class Mamba(nn.Module):
         Returns:
             zeros on the mixer's device.
         """
-        return zero_state(self.conv1d.weight, batch, (self.d_inner, self.d_state))
+        return self._state_layout().zeros(batch)
 
-    def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def _state_layout(self) -> StateLayout:
+        return StateLayout.of(self.conv1d, (self.d_inner, self.d_state))
+
+    @overload
+    def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: Literal[True],
+    ) -> MixerOutput: ...
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: bool = False,
+    ) -> Tensor | MixerOutput:
         """Mix over time.
 
         Args:
             hidden: (B, L, D).
-            state: state before the first step, one entry for each sequence; updated in place.
+            state: state before the first step, one row for each sequence; zeros by default. Without `return_state` it
+                is updated in place, without gradients.
             cu_seqlens: (S + 1,) bounds of sequences packed in one row.
+            return_state: return the final state too, with gradients, and leave `state` as it is.
 
         Returns:
-            (B, L, D).
+            (B, L, D); with `return_state`, a `MixerOutput`.
+
+        Raises:
+            TypeError, ValueError: `state` does not fit; the message names the part.
         """
-        return self.mix(self.in_proj(hidden), state, cu_seqlens)
+        y, final = self._run(self.in_proj(hidden), state, cu_seqlens, in_place=not return_state)
+        return y if final is None else MixerOutput(y, final)
 
     def mix(self, projected: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Run everything after `in_proj`.
@@ -104,11 +143,22 @@ class Mamba(nn.Module):
         Returns:
             (B, L, D).
         """
+        return self._run(projected, state, cu_seqlens, in_place=True)[0]
+
+    def _run(
+        self, projected: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, in_place: bool
+    ) -> tuple[Tensor, MixerState | None]:
+        """Mix (B, L, 2 E) to (B, L, D), and return the final state unless it is written into `state`."""
+        layout = self._state_layout()
+        if state is not None:
+            layout.check(state, n_sequences(projected, cu_seqlens))
         x, z = projected.chunk(2, dim=-1)  # (B, L, E) each
         if state is not None and is_decoding_step(projected, cu_seqlens):
-            return self.out_proj(self._step(x[:, 0], z[:, 0], state).unsqueeze(1))
-        A = -torch.exp(self.A_log.float())  # (E, N)
-        start = initial_states(state)
+            state = state if in_place else copied(state)
+            y = self._step(x[:, 0], z[:, 0], state).unsqueeze(1)  # (B, 1, E)
+            return self.out_proj(y), None if in_place else state
+        A = decay_rate(self.A_log)  # (E, N)
+        start = initial_states(state, in_place)
         x, final_conv, recompute_x = convolve(self.conv1d, x, start.conv, cu_seqlens)  # (B, L, E)
         saves_memory = self.use_mem_eff_path
         with recompute_in_backward((x, recompute_x), enabled=saves_memory):
@@ -123,8 +173,8 @@ class Mamba(nn.Module):
             y, final_ssm = selective_scan(
                 x, dt, A, B, C, self.D, z, dt_bias, True, start.ssm, cu_seqlens=cu_seqlens
             )  # (B, L, E)
-        update_state(state, final_conv, final_ssm, projected.shape[1], cu_seqlens)
-        return self.out_proj(y)  # (B, L, D)
+        final = finish(state, final_conv, final_ssm, layout, projected.shape[1], cu_seqlens, in_place)
+        return self.out_proj(y), final  # (B, L, D)
 
     def _step(self, x: Tensor, z: Tensor, state: MixerState) -> Tensor:
         """Advance by one token: x and z (B, E) -> y (B, E)."""
@@ -132,7 +182,7 @@ class Mamba(nn.Module):
         low_rank_dt, B, C = self.ssm_inputs(x)  # (B, R), (B, N), (B, N)
         dt, dt_bias = self.expand_dt(low_rank_dt)  # (B, E), (E,)
         B, C = B.unsqueeze(1), C.unsqueeze(1)  # (B, 1, N): one group
-        A = -torch.exp(self.A_log.float())  # (E, N)
+        A = decay_rate(self.A_log)  # (E, N)
         return selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, dt_bias, dt_softplus=True)
 
     def ssm_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +15,17 @@ from ..causal_conv1d import causal_conv1d_step
 from ..ssd import ssd, ssd_step
 from .conv import conv_weight, convolve, depthwise_conv
 from .norm import RMSNorm
-from .parameters import initial_dt_bias, is_plain, without_weight_decay
-from .state import MixerState, initial_states, is_decoding_step, update_state, zero_state
+from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
+from .state import (
+    MixerOutput,
+    MixerState,
+    StateLayout,
+    copied,
+    finish,
+    initial_states,
+    is_decoding_step,
+    n_sequences,
+)
 
 
 class Mamba2(nn.Module):
@@ -107,20 +118,49 @@ class Mamba2(nn.Module):
         Returns:
             zeros on the mixer's device.
         """
-        return zero_state(self.conv1d.weight, batch, (self.nheads, self.headdim, self.d_state))
+        return self._state_layout().zeros(batch)
 
-    def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def _state_layout(self) -> StateLayout:
+        return StateLayout.of(self.conv1d, (self.nheads, self.headdim, self.d_state))
+
+    @overload
+    def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: Literal[True],
+    ) -> MixerOutput: ...
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: bool = False,
+    ) -> Tensor | MixerOutput:
         """Mix over time.
 
         Args:
             hidden: (B, L, D).
-            state: state before the first step, one entry for each sequence; updated in place.
+            state: state before the first step, one row for each sequence; zeros by default. Without `return_state` it
+                is updated in place, without gradients.
             cu_seqlens: (S + 1,) bounds of sequences packed in one row.
+            return_state: return the final state too, with gradients, and leave `state` as it is.
 
         Returns:
-            (B, L, D).
+            (B, L, D); with `return_state`, a `MixerOutput`.
+
+        Raises:
+            TypeError, ValueError: `state` does not fit; the message names the part.
         """
-        return self.mix(self.in_proj(hidden), state, cu_seqlens)
+        y, final = self._run(self.in_proj(hidden), state, cu_seqlens, in_place=not return_state)
+        return y if final is None else MixerOutput(y, final)
 
     def mix(self, projected: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Run everything after `in_proj`.
@@ -132,12 +172,22 @@ class Mamba2(nn.Module):
         Returns:
             (B, L, D).
         """
+        return self._run(projected, state, cu_seqlens, in_place=True)[0]
+
+    def _run(
+        self, projected: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, in_place: bool
+    ) -> tuple[Tensor, MixerState | None]:
+        """Mix (B, L, ...) to (B, L, D), and return the final state unless it is written into `state`."""
+        layout = self._state_layout()
+        if state is not None:
+            layout.check(state, n_sequences(projected, cu_seqlens))
         mlp, z, xBC, dt = self.split_projected(projected)  # (B, L, ...), (B, L, H P), (B, L, channels), (B, L, H)
         if state is not None and is_decoding_step(projected, cu_seqlens):
+            state = state if in_place else copied(state)
             y = self._step(z[:, 0], xBC[:, 0], dt[:, 0], state).unsqueeze(1)  # (B, 1, H, P)
-            return self.out_proj(self.gate(y, z, mlp))
-        A = -torch.exp(self.A_log.float())  # (H,)
-        start = initial_states(state)
+            return self.out_proj(self.gate(y, z, mlp)), None if in_place else state
+        A = decay_rate(self.A_log)  # (H,)
+        start = initial_states(state, in_place)
         xBC, final_conv, recompute_xBC = convolve(self.conv1d, xBC, start.conv, cu_seqlens)  # (B, L, channels)
         with recompute_in_backward((xBC, recompute_xBC), enabled=self.use_mem_eff_path):
             x, B, C = self.ssm_inputs(xBC)  # (B, L, H, P), (B, L, G, N), (B, L, G, N)
@@ -145,14 +195,14 @@ class Mamba2(nn.Module):
                 x, dt, A, B, C, self.skip_weight, self.scan_gate(z), self.dt_bias, True, self.dt_limit,
                 start.ssm, chunk_size=self.chunk_size, cu_seqlens=cu_seqlens,
             )  # fmt: skip  # (B, L, H, P)
-        update_state(state, final_conv, final_ssm, projected.shape[1], cu_seqlens)
-        return self._gate_and_project(y, z, mlp)  # (B, L, D)
+        final = finish(state, final_conv, final_ssm, layout, projected.shape[1], cu_seqlens, in_place)
+        return self._gate_and_project(y, z, mlp), final  # (B, L, D)
 
     def _step(self, z: Tensor, xBC: Tensor, dt: Tensor, state: MixerState) -> Tensor:
         """Advance by one token: z (B, H P), xBC (B, channels), dt (B, H) -> y (B, H, P)."""
         xBC = causal_conv1d_step(state.conv, xBC, *conv_weight("conv1d", self.conv1d), "silu")  # (B, channels)
         x, B, C = self.ssm_inputs(xBC)  # (B, H, P), (B, G, N), (B, G, N)
-        A = -torch.exp(self.A_log.float())  # (H,)
+        A = decay_rate(self.A_log)  # (H,)
         gate = self.scan_gate(z)
         return ssd_step(state.ssm, x, dt, A, B, C, self.skip_weight, gate, self.dt_bias, True, self.dt_limit)
 

@@ -39,6 +39,18 @@ def initial_dt_bias(shape: tuple[int, ...], dt_min: float, dt_max: float, floor:
     return dt + torch.log(-torch.expm1(-dt))
 
 
+def decay_rate(A_log: Tensor) -> Tensor:
+    """Return A = -exp(A_log), in float32, or float64 where the parameter is.
+
+    Args:
+        A_log: parameter of any shape.
+
+    Returns:
+        the decay rate, negative, of that shape.
+    """
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module runs `kind.forward` and nothing else, so that an op may read its weights instead.
 

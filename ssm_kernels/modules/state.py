@@ -1,13 +1,14 @@
-"""The recurrent state of a mixer: its initial value, the states that a forward starts from, its update in place."""
+"""The recurrent state of a mixer: its initial value and checks, the states that a forward starts from, its update."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..context_parallel import current_sharding, gather_final_states
+from .conv import conv_weight
 
 
 class MixerState(NamedTuple):
@@ -19,6 +20,15 @@ class MixerState(NamedTuple):
     """State of the scan: (B, E, N), or (B, H, P, N) in Mamba-2. At least float32."""
 
 
+class MixerOutput(NamedTuple):
+    """Result of a mixer with `return_state=True`."""
+
+    y: Tensor
+    """(B, L, D)"""
+    state: MixerState
+    """State after the last step of each sequence. Gradients flow through it."""
+
+
 class InitialStates(NamedTuple):
     """States that the ops of one forward start from; None is zeros."""
 
@@ -26,48 +36,122 @@ class InitialStates(NamedTuple):
     ssm: Tensor | None
 
 
-def zero_state(conv_weight: Tensor, batch: int, ssm_shape: tuple[int, ...]) -> MixerState:
-    """Return zeros on the device of the convolution's weight (channels, 1, K).
+class StateLayout(NamedTuple):
+    """Sizes, dtypes and device of a mixer's state."""
+
+    conv_shape: tuple[int, ...]
+    """(K - 1, channels)"""
+    ssm_shape: tuple[int, ...]
+    conv_dtype: torch.dtype
+    ssm_dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, conv: nn.Module, ssm_shape: tuple[int, ...]) -> StateLayout:
+        """Return the layout for a mixer's `conv1d` and the shape of one sequence's scan state."""
+        weight, _ = conv_weight("conv1d", conv)  # (channels, K)
+        channels, width = weight.shape
+        ssm_dtype = torch.promote_types(weight.dtype, torch.float32)
+        return cls((width - 1, channels), ssm_shape, weight.dtype, ssm_dtype, weight.device)
+
+    def zeros(self, batch: int) -> MixerState:
+        """Return the state before the first token of `batch` sequences."""
+        return MixerState(
+            torch.zeros(batch, *self.conv_shape, dtype=self.conv_dtype, device=self.device),
+            torch.zeros(batch, *self.ssm_shape, dtype=self.ssm_dtype, device=self.device),
+        )
+
+    def check(self, state: object, batch: int) -> None:
+        """Check that a forward of `batch` sequences can start from `state`.
+
+        Raises:
+            TypeError: not a state, or a dtype that loses digits of the mixer's own.
+            ValueError: another batch, the sizes of another layer, or another device.
+        """
+        if not isinstance(state, MixerState):
+            raise TypeError(f"state must be a MixerState, got {type(state).__name__}")
+        layouts = ((self.conv_shape, self.conv_dtype), (self.ssm_shape, self.ssm_dtype))
+        for name, t, (shape, dtype) in zip(MixerState._fields, state, layouts, strict=True):
+            if t.shape != (batch, *shape):
+                expected = ", ".join(map(str, (batch, *shape)))
+                rows = f"a row for each of {batch} sequences"
+                raise ValueError(f"state.{name} must have shape ({expected}), {rows}; got {tuple(t.shape)}")
+            if t.dtype != dtype and (not t.is_floating_point() or torch.promote_types(t.dtype, dtype) != t.dtype):
+                raise TypeError(f"state.{name} must hold all digits of {dtype}, as new_state does; got {t.dtype}")
+            if t.device != self.device:
+                raise ValueError(f"state.{name} must be on {self.device} like the layer, got {t.device}")
+
+
+def initial_states(state: MixerState | None, in_place: bool) -> InitialStates:
+    """Return the states that a forward starts from: copies where a backward may need them after the update.
 
     Args:
-        conv_weight: weight of the mixer's convolution.
-        batch: sequences.
-        ssm_shape: shape of one sequence's scan state.
+        state: state before the first step; None is zeros.
+        in_place: whether the forward will write the final states into `state`.
+
+    Raises:
+        ValueError: gradients would flow to a state that the forward overwrites.
     """
-    channels, _, width = conv_weight.shape
-    conv = conv_weight.new_zeros(batch, width - 1, channels)
-    dtype = torch.promote_types(conv_weight.dtype, torch.float32)
-    return MixerState(conv, conv_weight.new_zeros(batch, *ssm_shape, dtype=dtype))
-
-
-def initial_states(state: MixerState | None) -> InitialStates:
-    """Return the states that a forward starts from: copies where a backward may need them after the update."""
     if state is None:
         return InitialStates(None, None)
-    if torch.is_grad_enabled():
-        return InitialStates(state.conv.clone(), state.ssm.clone())
-    return InitialStates(state.conv, state.ssm)
+    if not in_place or not torch.is_grad_enabled():
+        return InitialStates(state.conv, state.ssm)
+    if any(t.requires_grad for t in state):
+        raise ValueError("state requires gradients, so it cannot be updated in place: pass return_state=True")
+    return InitialStates(state.conv.clone(), state.ssm.clone())
 
 
-def update_state(
-    state: MixerState | None, final_conv: Tensor, final_ssm: Tensor, length: int, cu_seqlens: Tensor | None
-) -> None:
-    """Write the states after a forward into `state`.
+def copied(state: MixerState) -> MixerState:
+    """Return a copy that a step op may change."""
+    return MixerState(*(t.clone() for t in state))
 
-    Within `context_parallel` every rank writes those after the complete sequences.
+
+def finish(
+    state: MixerState | None,
+    final_conv: Tensor,
+    final_ssm: Tensor,
+    layout: StateLayout,
+    length: int,
+    cu_seqlens: Tensor | None,
+    in_place: bool,
+) -> MixerState | None:
+    """Write the states after a forward into `state`, without gradients; or return them, with gradients.
+
+    Within `context_parallel` every rank has those after the complete sequences.
 
     Args:
-        state: updated in place; None does nothing.
+        state: state before the first step.
         final_conv, final_ssm: final states of the ops.
+        layout: dtypes of the result where `state` is None; else they are those of `state`.
         length: steps in the forward, on this rank.
         cu_seqlens: (S + 1,) bounds of packed sequences, or None.
+        in_place: whether to write them into `state`, if there is one.
+
+    Returns:
+        the final state, or None in place.
     """
-    if state is not None:
-        for part, final in zip(state, (final_conv, final_ssm), strict=True):
-            part.copy_(gather_final_states(current_sharding(), final.detach(), length, cu_seqlens))
+    if in_place and state is None:
+        return None
+    sharding = current_sharding()
+    finals = [gather_final_states(sharding, t, length, cu_seqlens) for t in (final_conv, final_ssm)]
+    if not in_place:
+        dtypes = (layout.conv_dtype, layout.ssm_dtype) if state is None else (state.conv.dtype, state.ssm.dtype)
+        return MixerState(*(t.to(dtype) for t, dtype in zip(finals, dtypes, strict=True)))
+    assert state is not None
+    for part, final in zip(state, finals, strict=True):
+        part.copy_(final.detach())
+    return None
+
+
+def n_sequences(projected: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return the number of sequences in a forward of (B, L, ...): S of a pack, or B."""
+    return projected.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 def is_decoding_step(projected: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether a forward with a state may run the step ops: (B, 1, ...), no gradients, no other rank."""
-    can_step = current_sharding() is None and not torch.is_grad_enabled()
+    """Whether a forward with a state may run the step ops: (B, 1, ...), no gradients, no other rank.
+
+    An exported graph scans its one step: it has no op that changes a tensor, so every op of it can be decomposed.
+    """
+    can_step = current_sharding() is None and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
     return can_step and cu_seqlens is None and projected.shape[1] == 1

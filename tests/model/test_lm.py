@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from ssm_kernels import use_backend
 from tests.model.originals import config_pair, random_original, with_weights_of
 from vlmamba.model import LMConfig, MambaLM
 
@@ -86,6 +87,40 @@ def test_gradients_flow_to_every_parameter(pair):
     their_grads = {n.replace("embeddings.", "embedding."): p.grad for n, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, their_grads[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bptt_over_parts_is_that_of_the_whole(pair, packed):
+    ours = pair[0].double()
+    ids, bounds = (IDS[:1], torch.tensor([0, 13, 21])) if packed else (IDS, None)
+    with use_backend("torch"):
+        want = ours(ids, cu_seqlens=bounds, return_state=True)
+        if packed:  # sequences of 13 and 8 tokens, whose parts are 4 + 9 and 7 + 1
+            parts = [torch.cat([ids[:, :4], ids[:, 13:20]], 1), torch.cat([ids[:, 4:13], ids[:, 20:]], 1)]
+            first = ours(parts[0], cu_seqlens=torch.tensor([0, 4, 11]), return_state=True)
+            last = ours(parts[1], state=first.state, cu_seqlens=torch.tensor([0, 9, 10]), return_state=True)
+            cuts = first.logits[:, :4], last.logits[:, :9], first.logits[:, 4:], last.logits[:, 9:]
+        else:
+            last, cuts = ours(ids[:, :0], return_state=True), []
+            for part in ids.split([9, 1, 2, 9], dim=1):
+                last = ours(part, state=last.state, return_state=True)
+                cuts.append(last.logits)
+    logits, parameters = torch.cat(list(cuts), dim=1), list(ours.parameters())
+    torch.testing.assert_close(logits, want.logits)
+    losses = [
+        logits.square().sum() + sum(t.sin().sum() for layer in state for t in layer)
+        for logits, state in ((logits, last.state), (want.logits, want.state))
+    ]
+    for got, expected in zip(*(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
+        assert (got - expected).abs().max() <= 1e-10 * expected.abs().max() > 0
+
+
+def test_states_of_other_layers_are_named():
+    lm = MambaLM(CONFIGS["mamba"][0])
+    with pytest.raises(ValueError, match="state must have an entry for each of 3 layers, got 1"):
+        lm(IDS, state=lm.new_state(2)[:1])
+    with pytest.raises(ValueError, match=r"state.ssm must have shape .* got \(2, "):
+        lm(IDS, state=MambaLM(LMConfig(32, 3, 101, d_state=5)).new_state(2), return_state=True)
 
 
 @torch.no_grad()

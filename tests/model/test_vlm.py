@@ -13,6 +13,7 @@ from tests.makers import BLUE, RED, VISION, language_config, shape_tokenizer, sh
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import (
     VLM,
+    Batch,
     GenerationConfig,
     ImageProcessor,
     LMConfig,
@@ -76,6 +77,24 @@ def test_the_image_matters_and_gradients_reach_the_connector(vlm):
     assert vlm(collate([one])).loss != vlm(collate([two])).loss
     vlm(collate([one])).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vlm.connector.parameters())
+
+
+def test_a_conversation_in_two_parts_has_the_state_and_gradients_of_the_whole(vlm):
+    sample = vlm.double().prepare(conversation("what is the shape in the image?", "a blue triangle"), BLUE)
+    whole = collate([replace(sample, images=tuple(image.double() for image in sample.images))])
+    cut = whole.n_tokens - 3
+    first, second = (
+        Batch(whole.input_ids[run], whole.labels[run], torch.tensor([0, end]).int(), images)
+        for run, end, images in ((slice(cut), cut, whole.images), (slice(cut, None), 3, ()))
+    )
+    want = vlm(whole, return_state=True).state
+    got = vlm(second, vlm(first, return_state=True).state, return_state=True).state
+    parameters = list(vlm.connector.parameters())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    grads = (torch.autograd.grad(sum(layer.ssm.square().sum() for layer in state), parameters) for state in (got, want))
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
 
 
 QUESTIONS = ["what color?", "what is the shape in the image, tell me please", "a"]

@@ -31,7 +31,7 @@ from ssm_kernels import (
 )
 from ssm_kernels.context_parallel import gather_final_states
 from ssm_kernels.context_parallel.sharding import RankShard
-from ssm_kernels.modules import Mamba, Mamba2
+from ssm_kernels.modules import Mamba, Mamba2, MixerState
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, Batch, ImageProcessor, LMConfig, MambaLM, VisionConfig, ViTConfig, VLMConfig
 from vlmamba.model.prompt import IGNORE, IMAGE_TOKEN
@@ -249,6 +249,32 @@ def states(family: str, bounds: tuple[int, ...] | None, grad: bool) -> None:
                 same("y", mixer(sharding.shard(x), parted, cu), sharding.shard(y))
             for whole, other in zip(state, parted, strict=True):
                 same("state", other, whole)
+
+
+@case(*((family, bounds) for family in MIXERS for bounds in [None, (0, 4, 10, 12)]))
+def states_with_gradients(family: str, bounds: tuple[int, ...] | None) -> None:
+    """Each rank has the state after the complete sequences, and its gradient goes to the rank that computed it."""
+    sharding = shard_over((5, 1, 6))
+    mixer = MIXERS[family]().double()
+    cu = None if bounds is None else torch.tensor(bounds)
+    x = random(2 if bounds is None else 1, 12, 8).requires_grad_()
+
+    def loss(y: Tensor, state: MixerState) -> Tensor:
+        return (y * y).sum() + sum(weight * (t * weighted(t)).sum() for t in state)
+
+    y, state = mixer(x, cu_seqlens=cu, return_state=True)
+    y, state = mixer(x, state, cu, return_state=True)
+    weight = 3.0  # one for each rank
+    dx, *grads = torch.autograd.grad(loss(y, state), [x, *mixer.parameters()])
+    part, weight = sharding.shard(x.detach()).clone().requires_grad_(), 1.0
+    with context_parallel(sharding):
+        _, parted = mixer(part, cu_seqlens=cu, return_state=True)
+        y_part, parted = mixer(part, parted, cu, return_state=True)
+        loss(y_part, parted).backward()
+    for whole, other in zip(state, parted, strict=True):
+        same("state", other, whole)
+    same("gradient of x", part.grad, sharding.shard(dx))
+    compare_gradients(sharding, mixer, dict(zip(dict(mixer.named_parameters()), grads, strict=True)))
 
 
 CONFIGS = {

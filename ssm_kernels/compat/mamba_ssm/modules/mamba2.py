@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .... import modules
 from ...._core.validation import check_tensor
-from ....modules import MixerState, conv_weight
+from ....modules import MixerState, conv_weight, decay_rate
 from ....ssd import ssd_step
 from .._shared import INDICES, UNLIMITED
 from ..causal_conv1d import causal_conv1d_update
@@ -128,7 +128,8 @@ class Mamba2(CachedMixer, modules.Mamba2):
             state = self.new_state(len(starts))
             is_row_start = (starts % seq_idx.shape[1] == 0).view(-1, 1, 1, 1)  # (S, 1, 1, 1)
             state = MixerState(state.conv, torch.where(is_row_start, init_states.to(state.ssm), state.ssm))
-        out = modules.Mamba2.forward(self, hidden.flatten(0, 1).unsqueeze(0), state, bounds)  # (1, B * L, D)
+        packed = hidden.flatten(0, 1).unsqueeze(0)  # (1, B * L, D)
+        out = modules.Mamba2.forward(self, packed, state, bounds, return_state=True).y
         # Padding has run as sequences of its own.
         return out.masked_fill((seq_idx < 0).view(1, -1, 1), 0)
 
@@ -168,7 +169,7 @@ class Mamba2(CachedMixer, modules.Mamba2):
         x, B, C = self.ssm_inputs(xBC)  # (B, H, P), (B, G, N), (B, G, N)
         state = ssm_state.to(torch.promote_types(ssm_state.dtype, torch.float32))  # (B, H, P, N)
         y = ssd_step(
-            state, x, dt, -torch.exp(self.A_log.float()), B, C, self.skip_weight,
+            state, x, dt, decay_rate(self.A_log), B, C, self.skip_weight,
             self.scan_gate(z), self.dt_bias, True, self.dt_limit,
         )  # fmt: skip
         # The op updates a float32 cache in place; the copy of a narrower one is written back.

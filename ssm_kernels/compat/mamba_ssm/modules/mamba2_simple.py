@@ -78,6 +78,5 @@ class Mamba2Simple(Mamba2):
         if seq_idx is not None:
             return self._packed(u, seq_idx, self.init_states).view(u.shape)
         state = self.new_state(u.shape[0])
-        # The forward updates the state in place, which must not reach the parameter.
-        ssm = self.init_states.to(state.ssm).expand_as(state.ssm).clone()  # (B, H, P, N)
-        return modules.Mamba2.forward(self, u, MixerState(state.conv, ssm))
+        ssm = self.init_states.to(state.ssm).expand_as(state.ssm)  # (B, H, P, N)
+        return modules.Mamba2.forward(self, u, MixerState(state.conv, ssm), return_state=True).y

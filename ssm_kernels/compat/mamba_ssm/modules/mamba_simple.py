@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .... import modules
-from ....modules import conv_weight
+from ....modules import conv_weight, decay_rate
 from ..causal_conv1d import causal_conv1d_update
 from ..state_update import selective_state_update
 from .construction import cast_parameters, on_device
@@ -106,7 +106,7 @@ class Mamba(CachedMixer, modules.Mamba):
         x = causal_conv1d_update(x, conv_state, *conv_weight("conv1d", self.conv1d), self.activation)
         low_rank_dt, B, C = self.ssm_inputs(x)  # (B, R), (B, N), (B, N)
         dt, dt_bias = self.expand_dt(low_rank_dt)  # (B, E), (E,)
-        A = -torch.exp(self.A_log.float())  # (E, N)
+        A = decay_rate(self.A_log)  # (E, N)
         y = selective_state_update(ssm_state, x, dt, A, B, C, self.D, z, dt_bias, dt_softplus=True)
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
