@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.makers import VISION, language_config, save_images, shape_tokenizer, sharpen
 from vlmamba import cli
 from vlmamba.command_line import printable
 from vlmamba.commands import prompt_file
-from vlmamba.commands.chat import pasted_path
+from vlmamba.commands.chat import completions, pasted_path
 from vlmamba.commands.prompt_file import MAX_CHARACTERS, json_line, read_prompts
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import (
@@ -456,6 +457,40 @@ def test_a_language_model_answers_by_a_template_or_continues_text(folder, lm, mo
     assert out == f"{printable(lm.generate(['a red'], FEW)[0])}\n" * 2
     out = chat(monkeypatch, capsys, ["a red", "/quit"], folder / "lm", "--template", "qa")
     assert out == f"{printable(lm.generate(['a red' + chr(10)], FEW)[0])}\n"
+
+
+def test_chat_says_which_model_and_image_it_has(folder, vlm, monkeypatch, capsys):
+    typed = iter([f"/image {folder / 'blue.png'}", "/reset", "quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    cli.main(["chat", str(folder / "vlm"), "--image", str(folder / "red.png")])
+    parameters = sum(p.numel() for p in vlm.parameters())
+    width, height = Image.open(folder / "red.png").size
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.splitlines() == [
+        f"{folder / 'vlm'} · {parameters:,} parameters · float32 · cpu · image: red.png ({width} x {height}) · "
+        "/help lists the commands",
+        f"started over; image: blue.png ({width} x {height})",
+        "started over; no image",
+    ]
+
+
+def test_a_language_model_has_no_image_to_speak_of(folder, monkeypatch, capsys):
+    typed = iter(["/reset", "exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    cli.main(["chat", str(folder / "lm")])
+    head, reset = capsys.readouterr().err.splitlines()
+    assert "image" not in head and reset == "started over"
+
+
+def test_tab_completes_commands_and_paths(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert completions("/i") == ["/image "] and completions("/q") == ["/quit"]
+    assert completions("what") == [] and completions("") == []
+    assert completions("/image r") == ["/image red.png"]
+    assert completions("/image two w") == ["/image two words.png"]
+    assert completions("/image v") == ["/image vlm/"]
+    assert completions(f"/image {folder}/b") == [f"/image {folder}/blue.png"]
+    assert completions("/image nowhere/x") == [] and completions("/image ~nosuchuser/x") == []
 
 
 def test_paths_as_terminals_paste_them(folder, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ HELP = """\
 /reset       start over without an image
 /help        this list
 /quit        quit (or Ctrl-D)
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer; Tab completes a path."""
+QUIT = ("/quit", "quit", "exit")
+COMMANDS = ("/image ", "/reset", "/help", "/quit")
 
 
 @dataclass
@@ -57,19 +60,20 @@ class Chat:
         conversation = Conversation(model, self.image, self.sampling, template, self.history)
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is an error of its turn
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  line editing and history in input()
-        print("/help lists the commands", file=sys.stderr)
+        enable_completion()
+        note(f"{describe_model(self.model, conversation, self.image)} · /help lists the commands")
+        # Piped questions get the answers alone.
+        prompt = "> " if sys.stdin.isatty() else ""
         while True:
             try:
-                line = input("> ").strip()
+                line = input(prompt).strip()
             except EOFError:
                 print()
                 return
             except KeyboardInterrupt:
                 print("\n/quit or Ctrl-D quits")
                 continue
-            if line == "/quit":
+            if line in QUIT:
                 return
             # Everything but a closed pipe ends the turn alone.
             try:
@@ -90,10 +94,13 @@ class Chat:
             print(HELP)
         elif word == "/reset":
             conversation.reset()
+            note("; ".join(["started over", *describe_image(conversation, None)]))
         elif word == "/image":
             if not rest.strip():
                 raise ValueError("/image needs the path of an image")
-            conversation.reset(pasted_path(rest.strip()))
+            path = pasted_path(rest.strip())
+            conversation.reset(path)
+            note("; ".join(["started over", *describe_image(conversation, path)]))
         elif word.startswith("/"):
             raise ValueError(f"no command {word}; there are /image, /reset, /help and /quit")
         elif line:
@@ -123,6 +130,57 @@ class Chat:
                 f"{stats.tokens_per_second:.1f} tokens/s; state {mebibytes(conversation.state_bytes)}]",
                 file=sys.stderr,
             )
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no answer: on stderr, so that piped output has the answers alone."""
+    print(printable(text), file=sys.stderr)
+
+
+def describe_model(name: str, conversation: Conversation, image: Path | None) -> str:
+    """Name, size, dtype and device of the model, and its image, in one line."""
+    weights = list(conversation.model.parameters())
+    dtype = str(weights[0].dtype).removeprefix("torch.")
+    parts = [name, f"{sum(p.numel() for p in weights):,} parameters", dtype, str(conversation.lm.device)]
+    return " · ".join([*parts, *describe_image(conversation, image)])
+
+
+def describe_image(conversation: Conversation, path: Path | None) -> list[str]:
+    """The image that the conversation is about; nothing for a language model, which sees none."""
+    from PIL import Image
+
+    from ..model.vlm import VLM
+
+    if not isinstance(conversation.model, VLM):
+        return []
+    image = conversation.image
+    if path is None or not isinstance(image, Image.Image):
+        return ["no image"]
+    return [f"image: {path.name} ({image.width} x {image.height})"]
+
+
+def enable_completion() -> None:
+    """Edit lines with history, and complete commands and paths by Tab, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        return
+    readline.set_completer_delims("")  # a path may have spaces
+    readline.set_completer(lambda text, n: dict(enumerate(completions(text))).get(n))
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+
+
+def completions(line: str) -> list[str]:
+    """Complete a line that begins with `/`: the commands, or after `/image ` the paths."""
+    if not line.startswith("/image "):
+        return [command for command in COMMANDS if command.startswith(line) and line]
+    start = line.removeprefix("/image ")
+    folder, base = os.path.split(start)
+    with contextlib.suppress(OSError, ValueError):  # no such folder, or none that may be read
+        root = expand_home(folder or ".")
+        names = sorted(name for name in os.listdir(root) if name.startswith(base))
+        return [f"/image {os.path.join(folder, name)}{os.sep if (root / name).is_dir() else ''}" for name in names]
+    return []
 
 
 def pasted_path(text: str) -> Path:
