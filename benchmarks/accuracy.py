@@ -20,7 +20,7 @@ from .cases import DIRECTIONS, Shape
 from .timing import Result, first_call, prepare, upstream_gradient
 from .workloads import Workload, build, build_float64
 
-SECONDS = 30.0
+SECONDS = 10.0
 BYTES = 4 * 2**30
 PROBE = 64
 """Steps of the call from which the reference's time is extrapolated."""
@@ -80,8 +80,9 @@ def is_affordable(op: str, shape: Shape, dtype: torch.dtype, device: str) -> boo
     probe = build_float64(op, replace(shape, length=min(shape.length, PROBE), height=1), dtype, "reference", device)
     _, first = first_call(probe, "fwd")
     # The first call also imports and allocates; where it was slow, the second one counts.
-    seconds = first if first < SECONDS / shape.length * PROBE else first_call(probe, "fwd")[1]
-    return seconds * max(1, shape.length / PROBE) <= SECONDS
+    if first.seconds > SECONDS / shape.length * PROBE:
+        first = first_call(probe, "fwd")[1]
+    return first.seconds * max(1, shape.length / PROBE) <= SECONDS
 
 
 def allowed_error(own: float, dtype: torch.dtype, times: int = 1) -> float:

@@ -1,6 +1,7 @@
 """`ssm-bench compare`: regressions between two files of `ssm-bench run` or `sweep`.
 
-Cases are matched by their sizes; `ours` is compared with `ours`, whichever backend that was.
+Cases are matched by op, sizes and threads; `ours` is compared with `ours`, whichever backend that was. With one thread
+processor times are compared, else times by the clock.
 
 The test is Mann and Whitney's, two-sided, on the times of single calls: exact where both sides together have at most
 `EXACT` calls and no ties, else by the normal approximation with its correction for ties. The p values of one
@@ -65,10 +66,10 @@ def compare(before: Path, after: Path, relative_to: str | None = None) -> list[C
     """Match the rows of both files, as seconds or relative to an implementation.
 
     Raises:
-        ValueError: the files are not of the same op on the same device, or have no row of times in common.
+        ValueError: the files are not of the same dtype on the same device, or have no row of times in common.
     """
     a, b = read(before), read(after)
-    for field in ("op", "dtype", "device", "threads"):
+    for field in ("dtype", "device"):
         if a.get(field) != b.get(field):
             raise ValueError(
                 f"{before} and {after} do not compare: {field} is {a.get(field)} in one and {b.get(field)} in the other"
@@ -98,20 +99,27 @@ def unmatched(before: Path, after: Path) -> list[str]:
 
 
 Side = dict[tuple[str, str, str], list[float]]
-"""Seconds of each call by sizes, implementation and mode."""
+"""Seconds of each call by case, implementation and mode."""
 
 
 def _seconds(report: dict[str, Any]) -> Side:
-    rows = [(_sizes(case), row) for case in report["cases"] for row in case["rows"] if "time" in row]
-    return {(sizes, row["impl"], row["mode"]): row["time"]["seconds"] for sizes, row in rows}
+    found = {}
+    for case in report["cases"]:
+        clock = "processor_seconds" if case["threads"] == 1 else "seconds"
+        for row in case["rows"]:
+            if "time" in row:  # on a GPU without processor times
+                seconds = row["time"].get(clock) or row["time"]["seconds"]
+                found[_key(case), row["impl"], row["mode"]] = seconds
+    return found
 
 
 def _names(report: dict[str, Any]) -> dict[str, str]:
-    return {_sizes(case): case["name"] for case in report["cases"]}
+    many = len({case["threads"] for case in report["cases"]}) > 1
+    return {_key(c): f"{c['op']} {c['name']}" + f", {c['threads']} threads" * many for c in report["cases"]}
 
 
-def _sizes(case: dict[str, Any]) -> str:
-    return json.dumps([case["shape"], case.get("chunk_size")], sort_keys=True)
+def _key(case: dict[str, Any]) -> str:
+    return json.dumps([case["op"], case["shape"], case.get("chunk_size"), case["threads"]], sort_keys=True)
 
 
 def _relative(path: Path, side: Side, keys: list[tuple[str, str, str]], impl: str) -> Side:

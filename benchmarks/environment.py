@@ -47,7 +47,7 @@ def synchronize(device: str) -> None:
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Facts for a result file."""
     packages = {}
-    for name in ("torch", "triton", "numpy", *PACKAGES.values()):
+    for name in ("torch", "triton", "numpy", "numba", *PACKAGES.values()):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

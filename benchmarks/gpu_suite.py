@@ -33,7 +33,7 @@ from .cases import Case, by_length, connector, layer, published, tiny
 from .environment import current_device, environment
 from .files import write_json
 from .options import GPUSuite, Mode
-from .peers import CALLS, PACKAGES
+from .peers import peers_of
 from .roofline import cost, roofline_share
 from .tiles import CHOICES, Choice
 from .timing import run_once, time_together
@@ -234,7 +234,7 @@ def _oracle(case: Case) -> str:
 def peers(here: Run) -> Jobs:
     """Seconds of the kernels and of each peer that has the op; one that is not installed has that as its error."""
     wanted = tiny() if here.is_tiny else _layers() + by_length()[1:]
-    return _timed(here, wanted, lambda case: ("triton", *(name for name in PACKAGES if case.op in CALLS[name])))
+    return _timed(here, wanted, lambda case: ("triton", *peers_of(case.op, "cuda")))
 
 
 def tiles(here: Run) -> Jobs:

@@ -61,16 +61,17 @@ def _measure(command: Integration, model_type: str) -> dict[str, Any]:
     sides = {"ours": Workload(ours, parameters), "transformers": Workload(theirs, parameters)}
     allowed = max(TOLERANCE, 16 * torch.finfo(dtype).eps)
     shape = {name: getattr(command, name) for name in ("batch", "length", "width", "layers")}
-    case: dict[str, Any] = {"name": model_type, "truth": "transformers", "shape": shape}
+    case: dict[str, Any] = {"op": "integration", "name": model_type, "truth": "transformers", "shape": shape}
+    case |= {"threads": torch.get_num_threads()}
     case |= {"allowed_error": allowed, "allowed_gradient_error": allowed, "rows": []}
     for mode in command.mode:
-        results, seconds = {}, {}
+        results, first = {}, {}
         for name, side in sides.items():
-            results[name], seconds[name] = first_call(side, mode)
+            results[name], first[name] = first_call(side, mode)
         rows: dict[str, dict[str, Any]] = {name: {"impl": name, "mode": mode} for name in sides}
         rows["ours"] |= differences(results["ours"], results["transformers"], allowed)
         del results
-        for name, times in time_rows(sides, seconds, mode, command.device, command.calls).items():
+        for name, times in time_rows(sides, first, mode, command.device, command.calls, command.budget).items():
             rows[name] |= {"time": times, **UNKNOWN}
         case["rows"] += rows.values()
     print(op_report.text({"op": "integration", "dtype": command.dtype}, case), flush=True)

@@ -15,8 +15,9 @@ from .files import write_report
 from .tables import Row, as_html, as_text, milliseconds, spread
 
 COLUMNS = (
-    "impl", "mode", "median", "low", "high", "calls", "peak_memory", "truth", "error", "allowed_error",
-    "gradient_error", "allowed_gradient_error", "is_right", "floor", "bound", "share", "missing",
+    "impl", "mode", "median", "low", "high", "processor", "calls", "scaling", "peak_memory", "truth", "error",
+    "allowed_error", "gradient_error", "allowed_gradient_error", "is_right", "floor", "bound", "share", "other_cores",
+    "missing",
 )  # fmt: skip
 """Columns of the CSV, after those of the case; seconds and bytes."""
 Report = Mapping[str, Any]
@@ -32,12 +33,14 @@ def read(path: Path) -> dict[str, Any]:
     report = read_json(path)
     if not isinstance(report, dict) or not {"op", "cases", "device"} <= report.keys():
         raise ValueError(f"{path} is not a report of this version's ssm-bench run: it lacks op, cases or device")
+    if old := next((case["name"] for case in report["cases"] if not {"op", "threads"} <= case.keys()), None):
+        raise ValueError(f"{path} is not a report of this version's ssm-bench run: case {old} lacks op or threads")
     return report
 
 
 def write_all(report: Report, path: Path) -> None:
     """Write the report as JSON and, beside it, as CSV and HTML and, where anything was timed, as PNG."""
-    common = {key: report[key] for key in ("op", "dtype", "device", "commit")}
+    common = {key: report[key] for key in ("dtype", "device", "commit")}
     sizes = dict.fromkeys(name for case in report["cases"] for name in case["shape"])
     lines = [
         {**common, **case["shape"], **case, "case": case["name"], **row, **row.get("time", {})}
@@ -45,7 +48,7 @@ def write_all(report: Report, path: Path) -> None:
     ]
     draw = plots.bars if report["over"] is None else plots.lines
     plot = (lambda: draw(report)) if any("time" in row for _, row in _rows(report)) else None
-    columns = [*common, "case", *sizes, "chunk_size", *COLUMNS]
+    columns = [*common, "op", "case", "threads", *sizes, "chunk_size", *COLUMNS]
     write_report(path, report, columns, lines, plot, lambda png: page(report, png))
 
 
@@ -55,8 +58,8 @@ def _rows(report: Report) -> list[tuple[Case, dict[str, Any]]]:
 
 
 HEADS = {
-    "time": "ms", "spread": "quartiles", "ratio": "times", "share": "roofline", "memory": "peak MiB",
-    "error": "error y", "gradient_error": "gradients",
+    "time": "ms", "spread": "quartiles", "processor": "processor ms", "ratio": "times", "scaling": "speed-up",
+    "share": "of the limit", "memory": "peak MiB", "error": "error y", "gradient_error": "gradients",
 }  # fmt: skip
 """Headings of the columns of numbers."""
 
@@ -64,7 +67,7 @@ HEADS = {
 def text(report: Report, case: Case) -> str:
     """A case's rows as text; ratios are to the first implementation that was timed in that mode."""
     heads, rows = _table([case])
-    return f"{report['op']}, {report['dtype']}, {_sizes(case)}\n{as_text(heads, rows, names=(0, 1, 2))}"
+    return f"{case['op']}, {report['dtype']}, {_sizes(case)}\n{as_text(heads, rows, names=(0, 1, 2))}\n"
 
 
 def _table(cases: Sequence[Case]) -> tuple[list[str], list[Row]]:
@@ -74,7 +77,8 @@ def _table(cases: Sequence[Case]) -> tuple[list[str], list[Row]]:
     rows: list[Row] = []
     before = None
     for case, row, cells in pairs:
-        names, group = [case["name"], row["impl"], row["mode"]], (case["name"], row["mode"])
+        names = [f"{case['op']} {case['name']}", row["impl"], row["mode"]]
+        group = (names[0], case["threads"], row["mode"])
         numbers = [] if "missing" in row else [cells.get(key, "") for key in shown]
         is_wrong = not row.get("is_right", True)
         rows.append(Row(names + numbers, row.get("missing", ""), before not in (None, group), is_wrong))
@@ -92,7 +96,12 @@ def _cells(case: Case, row: Mapping[str, Any]) -> dict[str, str]:
         bound = f" ({row['bound']})" if row["bound"] else ""
         share = "unknown" if row["share"] is None else f"{row['share']:.0%}{bound}"
         cells = {"time": milliseconds(t["median"]), "spread": spread(t), "share": share}
-        cells["ratio"] = f"{t['median'] / first['median']:.2f}" if first["median"] else ""
+        if t.get("processor") is not None:
+            cells["processor"] = milliseconds(t["processor"])
+        mine, other = (decisive(time, case["threads"]) for time in (t, first))
+        cells["ratio"] = f"{mine / other:.2f}" if other else ""
+        if "scaling" in row:
+            cells["scaling"] = f"{row['scaling']:.2f}"
     if "peak_memory" in row:
         cells["memory"] = f"{row['peak_memory'] / 2**20:.1f}"
     cells |= {key: f"{row[key]:.1e}" for key in ("error", "gradient_error") if key in row}
@@ -101,10 +110,17 @@ def _cells(case: Case, row: Mapping[str, Any]) -> dict[str, str]:
     return cells
 
 
+def decisive(time: Mapping[str, Any], threads: int) -> float:
+    """Seconds that ratios and shares are taken of: with one thread its processor time, else the time by the clock."""
+    has_processor = threads == 1 and time.get("processor") is not None
+    return time["processor"] if has_processor else time["median"]
+
+
 def _sizes(case: Case) -> str:
     chunk_size = {"chunk_size": case["chunk_size"]} if "chunk_size" in case else {}
     sizes = [f"{name} {value:,}" for name, value in (case["shape"] | chunk_size).items()]
-    return f"{case['name']}: {', '.join(sizes)}"
+    threads = "1 thread" if case["threads"] == 1 else f"{case['threads']} threads"
+    return f"{case['name']}: {', '.join(sizes)}; {threads}"
 
 
 TRUTHS = {
@@ -114,10 +130,12 @@ TRUTHS = {
 }
 """Ground truth of the errors of a case, by its name in a report."""
 NOTES = (
-    "ms: medians of calls in turn, so that a drift of the machine affects all alike; times: relative to the first "
-    "implementation that was timed. Roofline: share of the speed that the device's peak rates allow, and the bound, if "
-    "they are known. Errors are the largest, relative to the largest value, against float64 on the same inputs; "
-    "those of gradients against the torch backend. A result that is wrong is marked, and its time means nothing."
+    "ms: medians of calls in turn, so that a drift of the machine affects all alike; processor ms: of all threads, "
+    "which other work on the machine lengthens least. Times: relative to the first implementation that was timed; with "
+    "one thread of processor times. Speed-up: over the first number of threads. Of the limit: share of the speed that "
+    "the rates of the device, or of the cores as measured before, allow, and which of them binds. Errors are the "
+    "largest, relative to the largest value, against float64 on the same inputs; those of gradients against the torch "
+    "backend. A result that is wrong is marked, and its time means nothing."
 )
 
 

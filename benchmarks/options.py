@@ -22,7 +22,10 @@ Span = Annotated[float, Interval("(0, inf]")]
 
 Op: TypeAlias = Literal[tuple(SIZES)]  # type: ignore[valid-type]
 """The ops of `ssm_kernels`, and complete mixers (blocks)."""
-Impl = Literal["ours", "triton", "numba", "torch", "reference", "mamba_ssm", "causal_conv1d", "fla", "transformers"]
+Impl = Literal[
+    "ours", "triton", "numba", "torch", "reference", "compiled", "mamba_ssm", "causal_conv1d", "fla", "transformers",
+    "mambapy", "mamba_minimal", "mamba2_minimal",
+]  # fmt: skip
 Metric = Literal["time", "memory", "error"]
 Mode = Literal["fwd", "bwd", "fwd+bwd"]
 Dtype = Literal["fp32", "fp64", "bf16", "fp16"]
@@ -33,7 +36,7 @@ Target = Literal[EmulatedTarget, "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx12
 """GPUs that kernels are compiled for; NVIDIA's before Ampere are not among them."""
 SizeName: TypeAlias = Literal[(*LETTERS, "chunk_size")]  # type: ignore[valid-type]
 PublishedSize: TypeAlias = Literal[tuple(WIDTHS)]  # type: ignore[valid-type]
-ShapeName: TypeAlias = Literal[("default", *WIDTHS, "vision", "long")]  # type: ignore[valid-type]
+ShapeName: TypeAlias = Literal[("default", "tiny", *WIDTHS, "vision", "long")]  # type: ignore[valid-type]
 ModelType = Literal[
     "mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "bamba", "zamba2", "nemotron_h", "granitemoehybrid",
     "falcon_h1",
@@ -79,35 +82,42 @@ SizeOptions = make_dataclass(
 class Measurement(SizeOptions, Command):
     """Options that `run` and `sweep` share."""
 
-    op: Positional[Op]
-    impl: tuple[Impl, ...] = ("ours", "transformers")
+    impl: tuple[Impl, ...] = ()
     """ours is the backend that `backend="auto"` takes: triton on a GPU, numba or torch on a CPU. triton on a CPU needs
-    TRITON_INTERPRET=1. transformers is the code that library runs where no kernels are installed."""
+    TRITON_INTERPRET=1. compiled is torch.compile of the reference. transformers is the code that library runs where no
+    kernels are installed. Default: ours, torch, and the peers that are installed and have the op."""
     mode: tuple[Mode, ...] = ()
     """bwd is the backward alone. Default: fwd and fwd+bwd, or in a sweep fwd+bwd; fwd for a decoding step."""
     metric: tuple[Metric, ...] = ("time", "memory", "error")
     dtype: Dtype = "fp32"
     device: str = "cpu"
     """cuda, or one of several such as cuda:1."""
+    threads: tuple[Count, ...] = ()
+    """Numbers of threads on a CPU, a case each; peers run with the first alone. Default: PyTorch's own number."""
+    budget: Span = 5.0
+    """Seconds of the timed calls of a row: fewer calls where they take longer. A row of which a call is predicted to
+    exceed it is left out, which its line says."""
     out: Path | None = None
     """JSON file to write, with a table as .csv, a plot as .png, and a page with both as .html beside it."""
 
 
 @dataclass
 class Run(Measurement):
-    """Measure implementations of an op side by side: time, error, and peak memory of the process.
+    """Measure implementations of ops side by side: time, share of the machine's limit, error, and peak memory.
 
-    Ops are those of ssm_kernels; a block is a complete mixer. The error of y is relative to the step-by-step
-    reference in float64 or, where that would take long, the torch backend in float64; that of gradients to the latter.
-    Exit status 1 if an implementation is wrong. A peer that is not installed is reported in its row.
+    Ops are those of ssm_kernels; a block is a complete mixer. On a CPU the limit is measured first: the largest of
+    bytes, multiply-adds and exponentials over the rates of the cores that run. The error of y is relative to the
+    step-by-step reference in float64 or, where that would take long, the torch backend in float64; that of gradients
+    to the latter. Exit status 1 if an implementation is wrong.
     """
 
     function: ClassVar[str] = "run:run_run"
+    op: Positional[tuple[Op, ...]] = field(kw_only=True)
     shape: tuple[ShapeName, ...] = ("default",)
-    """One or more, a case each: a published model's layer at batch 8 and length 2,048; vision: 2.7b on an image's 729
-    patches; long: 130m over 65,536 steps."""
+    """One or more, a case each: a published model's layer at batch 8 and length 2,048; tiny: 8 steps of 64 channels;
+    vision: 2.7b on an image's 729 patches; long: 130m over 65,536 steps."""
     calls: Count = 15
-    """Timed calls per implementation; one that takes more than five seconds is called once."""
+    """Timed calls per implementation, at most."""
 
 
 @dataclass
@@ -118,6 +128,7 @@ class Sweep(Measurement):
     """
 
     function: ClassVar[str] = "run:run_sweep"
+    op: Positional[Op] = field(kw_only=True)
     impl: tuple[Impl, ...] = ("ours",)
     """See `run`."""
     metric: tuple[Metric, ...] = ("time", "error")
@@ -129,9 +140,9 @@ class Sweep(Measurement):
     values: tuple[Count, ...] = ()
     """Its values. Default for the length: 1,024 to 65,536 by doubling."""
     calls: Count = 5
-    """Timed calls per implementation and size; one that takes more than five seconds is called once."""
-    patience: Span = 30.0
-    """Seconds; an implementation whose call took longer is left out at larger sizes."""
+    """Timed calls per implementation and size, at most."""
+    budget: Span = 30.0
+    """See `run`."""
     out: Path = Path("sweep.json")
     """See `run`."""
 
@@ -156,7 +167,10 @@ class Integration(Command):
     dtype: Dtype = "fp32"
     device: str = "cpu"
     calls: Count = 5
-    """Timed calls per side; one that takes more than five seconds, as transformers' own Mamba does, is called once."""
+    """Timed calls per side, at most."""
+    budget: Span = 30.0
+    """Seconds of the timed calls of a side; one whose first call takes longer, as of transformers' own Mamba, is called
+    once."""
     out: Path | None = None
     """JSON file to write, with a table as .csv, a plot as .png, and a page with both as .html beside it."""
 

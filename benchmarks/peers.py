@@ -1,4 +1,7 @@
-"""The same calls by other libraries, where they are installed: `mamba_ssm`, `causal_conv1d`, `fla`, `transformers`.
+"""The same calls by other libraries, where they are installed.
+
+On a GPU `mamba_ssm`, `causal_conv1d` and `fla`; on a CPU `mambapy` and the formulations of `mamba_minimal` and
+`mamba2_minimal`; on both `transformers`, with what it runs where no kernels are installed.
 
 Each function binds a case's inputs, in this project's dimensions, to a call that returns y in those. The call contains
 the views that a peer needs and the preparation that its own callers do. What a peer would copy because its memory
@@ -23,8 +26,23 @@ PACKAGES = {
     "causal_conv1d": "causal-conv1d",
     "fla": "flash-linear-attention",
     "transformers": "transformers",
+    "mambapy": "mambapy",
+    "mamba_minimal": "mamba-minimal",
+    "mamba2_minimal": "mamba2-minimal",
 }
-"""Names of the peers' distributions, for pip, by import name."""
+"""Names of the peers' distributions or repositories, by import name."""
+ON_CPU = ("transformers", "mambapy", "mamba_minimal", "mamba2_minimal")
+"""Peers that run on a CPU."""
+ON_GPU = ("mamba_ssm", "causal_conv1d", "fla", "transformers")
+"""Peers that are compared on a GPU."""
+_CLONE = "git clone https://github.com/{0} {1} && pip install einops, with the folder above {1} on PYTHONPATH"
+INSTALL = {name: f"pip install {package}" for name, package in PACKAGES.items()} | {
+    # Since July 2026 (f577286) mamba-ssm is installed without its CUDA scan unless that is asked for.
+    "mamba_ssm": "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm",
+    "mamba_minimal": _CLONE.format("johnma2006/mamba-minimal", "mamba_minimal"),
+    "mamba2_minimal": _CLONE.format("tommyip/mamba2-minimal", "mamba2_minimal"),
+}
+"""The command that gets each peer. Two are no packages, but a file to clone."""
 
 Call = Callable[[], Tensor]
 """A bound call, which returns y."""
@@ -41,6 +59,7 @@ def bind_peer(name: str, case: Case, t: Mapping[str, Tensor]) -> Call:
     """
     check_installed(name, case.op)
     lacks = case.initial_states or case.sequences or case.seq_idx or case.constant or not case.D
+    lacks |= case.op == "selective_scan" and case.shape.groups > 1 and name in ("mambapy", "mamba_minimal")
     if case.op not in CALLS[name] or lacks or (name == "transformers" and case.norm_before_gate):
         raise ValueError(f"{name} is not compared on {case}")
     bind, path = CALLS[name][case.op]
@@ -48,16 +67,21 @@ def bind_peer(name: str, case: Case, t: Mapping[str, Tensor]) -> Call:
     return bind(getattr(importlib.import_module(f"{name}{module}"), function), case, t)
 
 
-def own_layout(case: Case, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def peers_of(op: str, device: str) -> tuple[str, ...]:
+    """Peers that have an op on a device."""
+    return tuple(name for name in (ON_CPU if device == "cpu" else ON_GPU) if op in CALLS[name])
+
+
+def own_layout(name: str, case: Case, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Lay a case's inputs out in memory as the peers take them, so that a timed call copies none of them.
 
-    The peers' selective scans read (B, D, L) and (B, N, L) with contiguous steps, which their own callers make, and
-    copy what is not. The other ops take this project's layout.
+    The selective scans of `mamba_ssm` and `transformers` read (B, D, L) and (B, N, L) with contiguous steps, which
+    their own callers make, and copy what is not. The others take this project's layout.
 
     Returns:
         The inputs by name, with the same shapes and values; those that are laid out anew are leaves of their own.
     """
-    if case.op != "selective_scan":
+    if case.op != "selective_scan" or name not in ("mamba_ssm", "transformers"):
         return dict(t)
     return {name: _with_contiguous_steps(m) if name in ("u", "dt", "z", "B", "C") else m for name, m in t.items()}
 
@@ -73,9 +97,8 @@ def check_installed(name: str, op: str | None = None) -> None:
     Raises:
         ModuleNotFoundError: it cannot, or was not; the message has the command that installs it.
     """
-    # Since July 2026 (f577286) mamba-ssm is installed without its CUDA scan unless that is asked for.
-    command = "MAMBA_KEEP_CUDA_BUILD=TRUE " * (name == "mamba_ssm") + f"pip install {PACKAGES[name]}"
-    if importlib.util.find_spec(name) is None:
+    command = INSTALL[name]
+    if importlib.util.find_spec(name) is None or (name in NEED_EINOPS and importlib.util.find_spec("einops") is None):
         raise ModuleNotFoundError(f"{name} is not installed: {command}")
     if (name, op) == ("mamba_ssm", "selective_scan") and importlib.util.find_spec("selective_scan_cuda") is None:
         raise ModuleNotFoundError(f"{name} is installed without its CUDA scan: {command} --force-reinstall")
@@ -87,6 +110,37 @@ def _scan(selective_scan: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
         B, C = (t[k].movedim(1, -1) for k in ("B", "C"))  # (B, N, L) or (B, G, N, L)
         y = selective_scan(u, dt, t["A"], B, C, t["D"], z, t.get("dt_bias"), delta_softplus=case.dt_softplus)
         return y.transpose(1, 2)  # (B, L, D)
+
+    return run
+
+
+def _scan_of_block(block: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
+    """The scan of a block whose method has no dt bias, softplus or gate: its forward does these around it."""
+    scan = block.selective_scan
+
+    def run() -> Tensor:
+        dt = t["dt"] + t["dt_bias"] if case.dt_bias else t["dt"]
+        dt = F.softplus(dt) if case.dt_softplus else dt
+        # Neither scan reads the block that it is a method of.
+        y = scan(None, t["u"], dt, t["A"], t["B"], t["C"], t["D"])  # (B, L, D)
+        return y * F.silu(t["z"]) if case.z else y
+
+    return run
+
+
+def _minimal_ssd(ssd: Peer, case: Case, t: Mapping[str, Tensor]) -> Call:
+    """An SSD that takes complete chunks, and B and C of each head."""
+    repeats, length = case.shape.heads // case.shape.groups, case.shape.length
+    padding = -length % CHUNK_OF_MINIMAL
+
+    def run() -> Tensor:
+        dt = t["dt"] + t["dt_bias"] if case.dt_bias else t["dt"]
+        dt = F.softplus(dt) if case.dt_softplus else dt
+        B, C = (t[k].repeat_interleave(repeats, dim=2) for k in ("B", "C"))  # (B, L, H, N)
+        x, B, C = (F.pad(m, (0, 0, 0, 0, 0, padding)) for m in (t["x"], B, C))
+        dt = F.pad(dt, (0, 0, 0, padding))  # steps of no length
+        y = ssd(x, dt, t["A"], B, C, t["D"], CHUNK_OF_MINIMAL)[0][:, :length]  # (B, L, H, P)
+        return y * F.silu(t["z"]) if case.z else y
 
     return run
 
@@ -174,6 +228,9 @@ def _fla_ssd(chunk_simple_gla: Peer, case: Case, t: Mapping[str, Tensor]) -> Cal
     return run
 
 
+CHUNK_OF_MINIMAL = 64
+"""The chunk size that mamba2-minimal's own configuration has."""
+NEED_EINOPS = ("mamba_minimal", "mamba2_minimal")
 MAMBA, MAMBA2 = ".models.mamba.modeling_mamba", ".models.mamba2.modeling_mamba2"
 """Modules of `transformers` with the functions that it runs where no kernels are installed."""
 CALLS: dict[str, dict[str, tuple[Callable[[Peer, Case, Mapping[str, Tensor]], Call], str]]] = {
@@ -200,5 +257,8 @@ CALLS: dict[str, dict[str, tuple[Callable[[Peer, Case, Mapping[str, Tensor]], Ca
         "rms_norm": (_transformers_norm, f"{MAMBA2}:MambaRMSNormGated"),
         "add_rms_norm": (_transformers_add_norm, f"{MAMBA}:MambaRMSNorm"),
     },
+    "mambapy": {"selective_scan": (_scan_of_block, ".mamba:MambaBlock")},
+    "mamba_minimal": {"selective_scan": (_scan_of_block, ".model:MambaBlock")},
+    "mamba2_minimal": {"ssd": (_minimal_ssd, ".mamba2:ssd")},
 }
 """The ops of each peer: the function that binds a case's inputs, and the module and name of the peer's own."""

@@ -11,6 +11,7 @@ from .tables import milliseconds
 COLORS = {
     "ours": "#1f5fa8", "torch": "#5fa2dd", "triton": "#123a66", "numba": "#3f8f6b", "reference": "#888888",
     "mamba_ssm": "#d9822b", "causal_conv1d": "#a0522d", "fla": "#7b4fa3", "transformers": "#c9a227",
+    "mambapy": "#b0413e", "compiled": "#6d8f9c",
 }  # fmt: skip
 WRONG = "#c62828"
 LOG = 30
@@ -65,13 +66,13 @@ def bars(report: Mapping[str, Any]) -> bytes:
     """Medians and quartiles of every implementation, a panel for each case and mode; the roofline is a dotted line."""
     plt = pyplot_headless()
     cases = report["cases"]
-    modes, impls = (list(dict.fromkeys(row[key] for row in cases[0]["rows"])) for key in ("mode", "impl"))
+    modes, impls = (list(dict.fromkeys(r[key] for c in cases for r in c["rows"])) for key in ("mode", "impl"))
     size = (max(4.2, min(10.5, 4.2 * len(modes) + 1)), (0.34 * len(impls) + 1.05) * len(cases) + 0.3)
     figure, axes = plt.subplots(len(cases), len(modes), figsize=size, squeeze=False, sharey=True)
     for case, panels in zip(cases, axes, strict=True):
         for mode, axis in zip(modes, panels, strict=True):
             _bars(axis, [row for row in case["rows"] if row["mode"] == mode])
-            axis.set_title(f"{case['name']}, {mode}", fontsize=9, loc="left")
+            axis.set_title(f"{case['op']} {case['name']}, {mode}", fontsize=9, loc="left")
     return png(figure, f"{report['op']}, {report['dtype']}, {report['device']}")
 
 

@@ -20,6 +20,7 @@ from .devices import DEVICES, Device, device_named
 from .files import write_json
 from .machine_code.held import issue_seconds
 from .options import Mode, Roofline
+from .processor import Rates
 from .tables import Row, as_text
 
 
@@ -102,16 +103,44 @@ def least_time(cost: Cost, device: Device, dtype: torch.dtype) -> LeastTime:
     )
 
 
+CHUNKS = tuple(2**n for n in range(9))
+"""Chunk sizes of SSD on a CPU, whose kernels choose their own."""
+
+
+def least_time_here(case: Case, mode: Mode, rates: Rates) -> LeastTime:
+    """The least time of a call on cores of this machine, in float32 arithmetic whatever the dtype.
+
+    Matrix products and other arithmetic share a core's multiply-add units. SSD's is that of the best chunk size.
+    """
+
+    def least(case: Case) -> LeastTime:
+        needs = cost(case, mode)
+        device = Device(rates.bandwidth(needs.bytes), rates.operations, 0.0, rates.operations, rates.exponentials)
+        return least_time(replace(needs, matrix=0, other=needs.matrix + needs.other), device, torch.float32)
+
+    sizes = CHUNKS if case.folder == "ssd" and not case.is_step else (case.chunk_size,)
+    return min((least(replace(case, chunk_size=size)) for size in sizes), key=lambda time: time.seconds)
+
+
 UNKNOWN = {"floor": None, "bound": None, "share": None}
-"""The roofline's entries in a row where the device's rates are not known: on a CPU, and in float64."""
+"""The roofline's entries in a row where the device's rates are not known, and in float64."""
 
 
-def roofline_share(case: Case, mode: Mode, seconds: float, device: str) -> dict[str, Any]:
-    """The roofline's entries in a row: the least time, its bound, and the share of the peak that `seconds` reaches."""
-    known = None if device == "cpu" else device_named(torch.cuda.get_device_name(device))
-    if known is None or case.dtype == "fp64":
+def roofline_share(case: Case, mode: Mode, seconds: float, device: str, rates: Rates | None = None) -> dict[str, Any]:
+    """The roofline's entries in a row: the least time, its bound, and the share of the peak that `seconds` reaches.
+
+    Args:
+        rates: those of this machine's cores, for a call on the CPU.
+    """
+    if case.dtype == "fp64":
         return UNKNOWN
-    least = least_time(cost(case, mode), known, DTYPES[case.dtype])
+    if rates is not None:
+        least = least_time_here(case, mode, rates)
+    else:
+        known = None if device == "cpu" else device_named(torch.cuda.get_device_name(device))
+        if known is None:
+            return UNKNOWN
+        least = least_time(cost(case, mode), known, DTYPES[case.dtype])
     return {"floor": least.seconds, "bound": least.bound, "share": least.seconds / seconds}
 
 

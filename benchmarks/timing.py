@@ -14,9 +14,6 @@ from torch import Tensor
 from .options import Mode
 from .workloads import Workload
 
-SLOW = 5.0
-"""Seconds beyond which a call is measured once, not repeated."""
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -28,14 +25,27 @@ class Timing:
     calls: int
     seconds: tuple[float, ...] = ()
     """Seconds of each call, in order."""
+    processor: float | None = None
+    """Median of the processor seconds of all threads, which other work on the machine lengthens least."""
+    processor_seconds: tuple[float, ...] = ()
 
 
-def summarize(seconds: Sequence[float]) -> Timing:
-    """Median and quartiles of the seconds of single calls."""
-    if len(seconds) < 2:
-        return Timing(seconds[0], seconds[0], seconds[0], 1, tuple(seconds))
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(median, low, high, len(seconds), tuple(seconds))
+def summarize(seconds: Sequence[float], processor: Sequence[float] = ()) -> Timing:
+    """Median and quartiles of the seconds of single calls, and the median of their processor seconds."""
+    low = median = high = seconds[0]
+    if len(seconds) > 1:
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    median_processor = statistics.median(processor) if processor else None
+    return Timing(median, low, high, len(seconds), tuple(seconds), median_processor, tuple(processor))
+
+
+class Reading(NamedTuple):
+    """Times of a call."""
+
+    seconds: float
+    """By the clock."""
+    processor: float | None = None
+    """Processor seconds of all threads of this process; None on a GPU."""
 
 
 class Result(NamedTuple):
@@ -81,18 +91,20 @@ def run_once(workload: Workload, mode: Mode, dy: Tensor | None = None) -> Tensor
     return prepare(workload, mode, dy)().y
 
 
-def first_call(workload: Workload, mode: Mode) -> tuple[Result, float]:
-    """The result of a call, and the seconds that this first one took by the host's clock."""
+def first_call(workload: Workload, mode: Mode) -> tuple[Result, Reading]:
+    """The result of a call, and the times of this first one on the host."""
     call = prepare(workload, mode)
-    start = time.perf_counter()
+    stop = _cpu_timer()
     result = call()
     if result.y.is_cuda:
         torch.cuda.synchronize()
-    return result, time.perf_counter() - start
+    return result, stop()()
 
 
-def time_together(workloads: Mapping[str, Workload | Sequence[Workload]], mode: Mode, calls: int) -> dict[str, Timing]:
-    """Time several implementations in turn.
+def time_together(
+    workloads: Mapping[str, Workload | Sequence[Workload]], mode: Mode, calls: int | Mapping[str, int]
+) -> dict[str, Timing]:
+    """Time several implementations in turn, after a call of each that warms up.
 
     On a GPU the clock is events on the device's stream, and the host does not synchronize between calls: the time to
     launch is hidden.
@@ -100,71 +112,109 @@ def time_together(workloads: Mapping[str, Workload | Sequence[Workload]], mode: 
     Args:
         workloads: an implementation may come as several workloads on inputs of their own, used one after the other;
             together larger than a cache, they make each call read its inputs from memory.
-        calls: timed calls of each; an implementation slower than `SLOW` is called once.
+        calls: timed calls of each, or of each by name.
     """
     sets = {name: [w] if isinstance(w, Workload) else list(w) for name, w in workloads.items()}
+    wanted = calls if isinstance(calls, Mapping) else dict.fromkeys(sets, calls)
     every = [workload for workload_set in sets.values() for workload in workload_set]
     on_gpu = any(t.device.type == "cuda" for workload in every for t in workload.inputs)
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     start_timer = _gpu_timer if on_gpu else _cpu_timer
     gradients: dict[int, Tensor] = {}  # dy by workload
 
-    def time_one(workload: Workload) -> Callable[[], float]:
+    def time_one(workload: Workload) -> Callable[[], Reading]:
         call = prepare(workload, mode, gradients.get(id(workload)))
         stop = start_timer()
         y = call().y
-        seconds = stop()
+        reading = stop()
         if mode != "fwd" and id(workload) not in gradients:
             gradients[id(workload)] = upstream_gradient(y)
-        return seconds
+        return reading
 
     if on_gpu:
         for workload in every:  # compiles, and fills the allocator's cache
             gradients[id(workload)] = upstream_gradient(run_once(workload, mode))
         synchronize()
-    first = {name: time_one(workload_set[0]) for name, workload_set in sets.items()}
+    for workload_set in sets.values():
+        time_one(workload_set[0])
     synchronize()
-    # A slow one is not called again; of the others the first call is a warm-up.
-    timers = {name: [seconds] if seconds() > SLOW else [] for name, seconds in first.items()}
-    fast = [name for name, seconds in timers.items() if not seconds]
-    for i in range(calls):
-        for name in fast:
-            timers[name].append(time_one(sets[name][i % len(sets[name])]))
+    timers: dict[str, list[Callable[[], Reading]]] = {name: [] for name in sets}
+    for i in range(max(wanted.values())):
+        for name in sets:
+            if i < wanted[name]:
+                timers[name].append(time_one(sets[name][i % len(sets[name])]))
     synchronize()
-    return {name: summarize([seconds() for seconds in timers[name]]) for name in sets}
+    return {name: _summarize_readings([read() for read in timers[name]]) for name in sets}
 
 
-def _cpu_timer() -> Callable[[], Callable[[], float]]:
-    """Start a clock; the function returned stops it, and returns one that reads the seconds."""
-    start = time.perf_counter()
+def _summarize_readings(readings: Sequence[Reading]) -> Timing:
+    return summarize([r.seconds for r in readings], [r.processor for r in readings if r.processor is not None])
 
-    def stop() -> Callable[[], float]:
-        seconds = time.perf_counter() - start
-        return lambda: seconds
+
+def _cpu_timer() -> Callable[[], Callable[[], Reading]]:
+    """Start clocks; the function returned stops them, and returns one that reads them."""
+    start, start_processor = time.perf_counter(), time.process_time()
+
+    def stop() -> Callable[[], Reading]:
+        processor, seconds = time.process_time() - start_processor, time.perf_counter() - start
+        return lambda: Reading(seconds, processor)
 
     return stop
 
 
-def _gpu_timer() -> Callable[[], Callable[[], float]]:
+def _gpu_timer() -> Callable[[], Callable[[], Reading]]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
 
-    def stop() -> Callable[[], float]:
+    def stop() -> Callable[[], Reading]:
         end.record()
-        return lambda: start.elapsed_time(end) / 1e3  # after the device has been synchronized
+        return lambda: Reading(start.elapsed_time(end) / 1e3)  # after the device has been synchronized
 
     return stop
 
 
 def time_rows(
-    workloads: Mapping[str, Workload], first: Mapping[str, float], mode: Mode, device: str, calls: int
+    workloads: Mapping[str, Workload], first: Mapping[str, Reading], mode: Mode, device: str, calls: int, budget: float
 ) -> dict[str, dict[str, Any]]:
-    """Times for result rows: of fast implementations in turn, of a slow one its first call.
+    """Times for result rows: calls in turn, as many of each as the budget allows; of a slow one its first call.
 
     Args:
-        first: seconds of the first call of each; on a GPU that call compiles, and is not a time.
+        first: times of the first call of each; on a GPU that call compiles, and is not a time.
+        budget: seconds of all timed calls of an implementation.
     """
-    slow = {name: summarize([t]) for name, t in first.items() if t > SLOW and device == "cpu"}
+    counts = {name: min(calls, max(1, int(budget / max(r.seconds, 1e-9)))) for name, r in first.items()}
+    slow = {name for name, n in counts.items() if n == 1 < calls and device == "cpu"}
     fast = {name: workload for name, workload in workloads.items() if name not in slow}
-    found = (time_together(fast, mode, calls) if fast else {}) | slow
-    return {name: asdict(times) for name, times in found.items()}
+    found = time_together(fast, mode, counts) if fast else {}
+    return {name: asdict(found.get(name) or _summarize_readings([first[name]])) for name in workloads}
+
+
+SHORTEST, SHARE = 16, 64
+"""Steps of the shortest call from which a longer one's time is predicted, and the most times longer that one is."""
+
+
+def predict_excess(call_at: Callable[[int], float], length: int, budget: float) -> float | None:
+    """Predict from shorter calls whether a call exceeds its budget.
+
+    Its time grows at least in proportion to the length, and at most with its square.
+
+    Args:
+        call_at: seconds of a call at a length.
+        length: length of the call.
+        budget: seconds that it may take.
+
+    Returns:
+        The seconds that it takes at least, if they are more than the budget; else None.
+    """
+    n = max(SHORTEST, length // SHARE)
+    while n < length:
+        growth = length / n
+        seconds = call_at(n)
+        if seconds * growth**2 > budget:
+            seconds = min(seconds, call_at(n))  # a first call also imports, compiles and allocates
+        if seconds * growth**2 <= budget:
+            return None
+        if seconds * growth > budget:
+            return seconds * growth
+        n *= 2
+    return None

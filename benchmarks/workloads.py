@@ -22,16 +22,18 @@ SIDE = 27
 
 
 def named_shape(op: str, name: str) -> Shape:
-    """The sizes of a published model's layer at batch 8 and length 2,048, or one of three others.
+    """The sizes of a published model's layer at batch 8 and length 2,048, or one of four others.
 
-    `default` is the shape of the project's published figures, `vision` a 2.7b layer on the patches of a 384-pixel
-    image, `long` a 130m layer over one sequence of 65,536 steps. The ops on a grid take 27 x 27 patches, 32 x 32 in
-    `default` and 256 x 256 in `long`.
+    `default` is the shape of the project's published figures, `tiny` one where a call's fixed cost is most of its time,
+    `vision` a 2.7b layer on the patches of a 384-pixel image, `long` a 130m layer over one sequence of 65,536 steps.
+    The ops on a grid take 27 x 27 patches, 32 x 32 in `default` and 256 x 256 in `long`.
     """
     on_grid = op.startswith("cross_")
     shape = Shape(d_state=128) if op in ("ssd", "ssd_step", "cross_ssd", "mamba2_block") else Shape()
     if name == "default":
         return replace(shape, height=32) if on_grid else shape
+    if name == "tiny":
+        return Shape(1, 8, 64, 16, heads=4, headdim=16, height=2 if on_grid else 1)
     width = WIDTHS[{"vision": "2.7b", "long": "130m"}.get(name, name)]
     channels = width if op == "add_rms_norm" else 2 * width  # the residual stream's
     patches = SIDE * SIDE
@@ -99,7 +101,7 @@ def _double(t: Tensor) -> Tensor:
 
 def _build_call(case: Case, impl: str, tensors: Mapping[str, Tensor]) -> Workload:
     if impl in PACKAGES:
-        tensors = own_layout(case, tensors)
+        tensors = own_layout(impl, case, tensors)
     inputs = [t for t in tensors.values() if t.requires_grad or case.is_step]
     if impl in PACKAGES:
         return Workload(bind_peer(impl, case, tensors), inputs)
@@ -108,12 +110,14 @@ def _build_call(case: Case, impl: str, tensors: Mapping[str, Tensor]) -> Workloa
         out = case.run(tensors, _backend(impl))
         return out[0] if isinstance(out, tuple) else out
 
+    if impl == "compiled":
+        return Workload(torch.compile(run, dynamic=False, fullgraph=True), inputs)
     return Workload(run, inputs)
 
 
 def _backend(impl: str) -> Any:
     """The `backend` of one of this project's implementations."""
-    return "auto" if impl == "ours" else impl
+    return {"ours": "auto", "compiled": "reference"}.get(impl, impl)
 
 
 def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Mamba | Mamba2, Tensor]:
@@ -128,7 +132,7 @@ def _own_block(op: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[
 
 def _build_block(op: str, impl: str, shape: Shape, dtype: torch.dtype, device: str) -> Workload:
     block, x = _own_block(op, shape, dtype, device)
-    if impl not in PACKAGES:
+    if impl not in PACKAGES and impl != "compiled":
         return _run_block(block, x, _backend(impl))
     if impl != "transformers":
         raise ValueError(f"{impl} is not compared on {op}")

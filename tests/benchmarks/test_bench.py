@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -16,7 +17,14 @@ from vlmamba.benchmarks import cli, options, peers, run, timing
 from vlmamba.benchmarks.accuracy import ground_truth
 from vlmamba.benchmarks.cases import Case, Shape
 from vlmamba.benchmarks.memory import peak_memory
-from vlmamba.benchmarks.timing import first_call, prepare, run_once, time_together, upstream_gradient
+from vlmamba.benchmarks.timing import (
+    first_call,
+    predict_excess,
+    prepare,
+    run_once,
+    time_together,
+    upstream_gradient,
+)
 from vlmamba.benchmarks.workloads import Workload, build, named_shape
 
 IMPLEMENTATIONS = ("ours", "torch", "reference", "transformers")
@@ -82,6 +90,9 @@ class Clock:
     def perf_counter(self):
         return self.now
 
+    def process_time(self):
+        return self.now / 2
+
     def work(self):
         clock = self
 
@@ -104,35 +115,100 @@ class Clock:
 def test_a_mode_s_time_has_nothing_else_in_it(mode, seconds, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(timing, "time", clock)
-    monkeypatch.setattr(timing, "SLOW", 1000.0)
     work = clock.work()
-    assert first_call(work, mode)[1] == seconds
-    assert time_together({"a": work}, mode, 3)["a"].seconds == (seconds,) * 3
+    assert first_call(work, mode)[1] == (seconds, seconds / 2)
+    times = time_together({"a": work}, mode, 3)["a"]
+    assert times.seconds == (seconds,) * 3 and times.processor == seconds / 2
     result = prepare(work, mode)()
     expected = () if mode == "fwd" else (2 * upstream_gradient(result.y),)
     assert len(result.gradients) == len(expected) and all(map(torch.equal, result.gradients, expected))
 
 
-def test_what_is_slow_is_called_once(tmp_path, monkeypatch):
+def test_calls_fit_the_budget(tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(timing, "time", clock)
     monkeypatch.setattr(run, "build", lambda *args, **options: clock.work())
     out = tmp_path / "a.json"
-    cli.main(["run", "ssd", "--impl", "ours", "--mode", "fwd", "bwd", "--metric", "time", "--out", str(out)])
-    slow, fast = json.loads(out.read_text())["cases"][0]["rows"]
-    assert (slow["time"]["calls"], slow["time"]["median"]) == (1, 100)
-    assert (fast["time"]["calls"], fast["time"]["median"]) == (15, 1)
-    assert clock.now == 100 + 17 * 101  # once; a first call, a warm-up and fifteen
+    command = ["run", "ssd", "--impl", "reference", "--mode", "fwd", "bwd", "--metric", "time", "--length", "16"]
+    for budget, slow_calls in (("350", 3), ("150", 1)):
+        clock.now = 0
+        cli.main([*command, "--budget", budget, "--out", str(out)])
+        slow, fast = json.loads(out.read_text())["cases"][0]["rows"]
+        assert (slow["time"]["calls"], slow["time"]["median"]) == (slow_calls, 100)
+        assert (fast["time"]["calls"], fast["time"]["median"]) == (15, 1)
+        # A first call, and for several a warm-up before them.
+        assert clock.now == 100 * (1 if slow_calls == 1 else 2 + slow_calls) + 17 * 101
+
+
+def test_the_time_of_a_first_call_that_compiles_is_not_a_result(tmp_path, monkeypatch):
+    clock, calls = Clock(), []
+
+    def work():
+        calls.append(1)
+        clock.now += 60 if len(calls) == 1 else 1
+        return torch.zeros(1)
+
+    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(run, "build", lambda *args, **options: Workload(work, []))
+    out = tmp_path / "a.json"
+    cli.main(["run", "ssd_step", "--impl", "ours", "--metric", "time", "--budget", "2", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["cases"][0]["rows"]
+    assert (row["time"]["calls"], row["time"]["median"]) == (2, 1)
+
+
+def test_an_excess_is_predicted_from_short_calls():
+    linear, quadratic = (lambda n: n / 1000), (lambda n: (n / 100) ** 2)
+    seen = []
+    for call_at, length, budget, expected in (
+        (linear, 1024, 66, None), (linear, 1024, 1, 1.024), (linear, 8, 1e-9, None),
+        (quadratic, 1024, 110, None), (quadratic, 1024, 50, 512**2 / 1e4 * 2), (quadratic, 1024, 10, 128**2 / 1e4 * 8),
+    ):  # fmt: skip
+        found = predict_excess(lambda n, call=call_at: seen.append(n) or call(n), length, budget)
+        assert found == (expected and pytest.approx(expected))
+    assert all(n < 1024 for n in seen)
+    predict_excess(lambda n: seen.append(n) or 0.0, 2**18, 1.0)
+    assert seen[-1] == 2**12  # no more than 64 times is extrapolated
+
+
+def test_threads_are_cases_of_their_own_without_peers(tmp_path, capsys):
+    out, before = tmp_path / "a.json", torch.get_num_threads()
+    command = "run causal_conv1d --impl torch transformers --mode fwd --calls 1 --shape tiny --metric time".split()
+    cli.main([*command, "--threads", "1", "2", "--out", str(out)])
+    one, two = json.loads(out.read_text())["cases"]
+    assert [(c["threads"], [row["impl"] for row in c["rows"]]) for c in (one, two)] == [
+        (1, ["torch", "transformers"]), (2, ["torch"])
+    ]  # fmt: skip
+    expected = one["rows"][0]["time"]["median"] / two["rows"][0]["time"]["median"]
+    assert two["rows"][0]["scaling"] == expected and torch.get_num_threads() == before
+    assert "speed-up" in capsys.readouterr().out
+
+
+def test_without_a_choice_ours_and_torch_run_beside_the_peers_that_are_installed(tmp_path, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "mambapy" else found(n, *a))
+    out = tmp_path / "a.json"
+    run._say_once.cache_clear()
+    command = "run selective_scan rms_norm --mode fwd --shape tiny --calls 1 --metric time".split()
+    cli.main([*command, "--out", str(out)])
+    scan, norm = json.loads(out.read_text())["cases"]
+    expected = ["ours", "torch", "transformers"]
+    assert [row["impl"] for row in norm["rows"]] == expected
+    assert [row["impl"] for row in scan["rows"]][:3] == expected and "mambapy" not in str(scan["rows"])
+    said = capsys.readouterr().err
+    assert said.count("not compared: mambapy is not installed: pip install mambapy") == 1
+    assert re.search(r"selective_scan tiny fwd torch: [\d.]+ ms, once", said)  # as it comes
 
 
 def test_a_run_prints_and_writes_everything(tmp_path, capsys):
     out = tmp_path / "run.json"
     modes = ["fwd", "bwd", "fwd+bwd"]
     sizes = ["--length", "40", "--batch", "1", "--heads", "2", "--calls", "3"]
-    cli.main(["run", "ssd", "--mode", *modes, "--metric", "time", "error", *sizes, "--out", str(out)])
+    impl = ["--impl", "ours", "transformers"]
+    cli.main(["run", "ssd", "--mode", *modes, "--metric", "time", "error", *sizes, *impl, "--out", str(out)])
     report = json.loads(out.read_text())
     (case,) = report["cases"]
-    assert [(r["impl"], r["mode"]) for r in case["rows"]] == [(i, m) for m in modes for i in ("ours", "transformers")]
+    expected = [(impl, mode) for mode in modes for impl in ("ours", "transformers")]
+    assert [(row["impl"], row["mode"]) for row in case["rows"]] == expected
     for row in case["rows"]:
         assert row["time"]["median"] > 0
         assert row["error"] < 1e-4
@@ -140,8 +216,8 @@ def test_a_run_prints_and_writes_everything(tmp_path, capsys):
         assert "peak_memory" not in row
     assert {"device", "threads", "packages", "commit", "date"} <= report.keys()
     assert report["ours"] == resolve_backend("auto", torch.device("cpu"), "ssd")
-    options = f"--batch 1 --length 40 --heads 2 --mode {' '.join(modes)} --metric time error --calls 3"
-    assert report["command"] == f"ssm-bench run ssd {options}"
+    options = f"--impl ours transformers --mode {' '.join(modes)} --metric time error --calls 3"
+    assert report["command"] == f"ssm-bench run ssd --batch 1 --length 40 --heads 2 {options}"
     assert re.search(r"transformers +fwd\+bwd", capsys.readouterr().out)
 
 
@@ -167,7 +243,7 @@ def test_where_memory_cannot_be_measured_the_rest_is_kept_and_it_is_said(tmp_pat
     cli.main(["run", "ssd", "--impl", "ours", "--length", "20", "--mode", "fwd", "--calls", "1", "--out", str(out)])
     (row,) = json.loads(out.read_text())["cases"][0]["rows"]
     assert "peak_memory" not in row and row["time"]["calls"] == 1 and row["is_right"]
-    assert "default, ours fwd: no peak memory: killed" in capsys.readouterr().out
+    assert "ssd default fwd ours: no peak memory: killed" in capsys.readouterr().err
 
 
 def test_several_shapes_are_cases_of_one_report(tmp_path, capsys):
@@ -185,7 +261,7 @@ def test_several_shapes_are_cases_of_one_report(tmp_path, capsys):
         (name, heads, "ours") for name, heads in (("130m", "24"), ("2.7b", "80")) for _ in range(2)
     ]
     page = out.with_suffix(".html").read_text()
-    assert page.count('<td class="name">130m</td>') == page.count('<td class="name">2.7b</td>') == 4
+    assert page.count('<td class="name">ssd 130m</td>') == page.count('<td class="name">ssd 2.7b</td>') == 4
     assert page.count("<img") == 1 and page.count("pip install flash-linear-attention") == 4
     assert capsys.readouterr().out.count("fla is not installed") == 4
 
@@ -210,7 +286,9 @@ def test_a_sweep_writes_a_table_a_page_and_a_plot(tmp_path):
                 assert len(row["time"]["seconds"]) == 3 and row["time"]["low"] <= row["time"]["high"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page = out.with_suffix(".html").read_text()
-    assert page.count("<img") == 1 and page.count("<tr") >= 18 and '<td class="name">length 64</td>' in page
+    assert (
+        page.count("<img") == 1 and page.count("<tr") >= 18 and '<td class="name">causal_conv1d length 64</td>' in page
+    )
     with out.with_suffix(".csv").open() as file:
         assert [line["length"] for line in csv.DictReader(file)][::6] == ["16", "32", "64"]
 
@@ -237,12 +315,12 @@ def test_a_sweep_leaves_out_at_larger_sizes_what_was_slow(tmp_path, monkeypatch)
         return clock.work()
 
     monkeypatch.setattr(run, "build", slow)
-    command = ["sweep", "ssd", "--impl", "ours", "--mode", "fwd", "--values", "8", "16", "--metric", "time"]
-    cli.main([*command, "--out", str(out)])
+    command = ["sweep", "ssd", "--impl", "ours", "--mode", "fwd", "--values", "16", "32", "--metric", "time"]
+    cli.main([*command, "--budget", "150", "--out", str(out)])
     rows = [case["rows"][0] for case in json.loads(out.read_text())["cases"]]
-    assert "time" in rows[0] and rows[1]["missing"] == "left out: 100.0 s a call at length 8, beyond --patience 30"
-    assert seen == [("ours", 8)]
-    cli.main([*command, "--patience", "101", "--out", str(out)])
+    assert "time" in rows[0] and rows[1]["missing"] == "left out: a call takes 200 s or more, beyond --budget 150"
+    assert {length for _, length in seen} == {16}
+    cli.main([*command, "--budget", "500", "--out", str(out)])
     assert all("time" in case["rows"][0] for case in json.loads(out.read_text())["cases"])
 
 
@@ -320,7 +398,7 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 def test_the_names_of_the_options_are_those_of_the_tables():
-    assert set(get_args(options.Impl)) == {"ours", *get_args(Backend), *peers.PACKAGES} - {"auto"}
+    assert set(get_args(options.Impl)) == {"ours", "compiled", *get_args(Backend), *peers.PACKAGES} - {"auto"}
 
 
 def test_unknown_names_are_refused():

@@ -38,9 +38,9 @@ def test_holm():
 def written(path, seconds, **changes):
     times = {"median": sorted(seconds)[len(seconds) // 2], "low": 0, "high": 0, "calls": len(seconds)}
     row = {"impl": "torch", "mode": "fwd", "time": {**times, "seconds": seconds}}
-    case = {"name": "default", "shape": {"length": 8}, "rows": [row]}
+    case = {"op": "ssd", "name": "default", "threads": 1, "shape": {"length": 8}, "rows": [row]}
     case |= {key: changes.pop(key) for key in list(changes) if key in case}
-    result = {"op": "ssd", "dtype": "fp32", "device": "a", "threads": 1, "cases": [case]}
+    result = {"op": "ssd", "dtype": "fp32", "device": "a", "cases": [case]}
     path.write_text(json.dumps(result | changes))
     return path
 
@@ -83,10 +83,11 @@ def test_a_drift_of_the_machine_is_no_regression_relative_to_what_did_not_change
 
 def test_files_that_do_not_compare_are_refused(tmp_path):
     before = written(tmp_path / "a.json", [1.0, 1.1])
-    for field, value in {"device": "b", "op": "x", "dtype": "bf16", "threads": 2}.items():
+    for field, value in {"device": "b", "dtype": "bf16"}.items():
         with pytest.raises(ValueError, match=f"do not compare: {field} is"):
             compare(before, written(tmp_path / "b.json", [1.0, 1.1], **{field: value}))
-    for changes in ({"rows": [{"impl": "fla", "mode": "fwd", "missing": "no"}]}, {"shape": {"length": 9}}):
+    nothing = [{"impl": "fla", "mode": "fwd", "missing": "no"}]
+    for changes in ({"rows": nothing}, {"shape": {"length": 9}}, {"threads": 2}):
         with pytest.raises(ValueError, match="no sizes, implementation and mode in common"):
             compare(before, written(tmp_path / "b.json", [1.0], **changes))
     (tmp_path / "b.json").write_text("{}")
@@ -99,7 +100,14 @@ def test_files_that_do_not_compare_are_refused(tmp_path):
 def test_cases_are_compared_by_their_sizes_and_what_is_in_one_file_is_named(tmp_path, capsys):
     def case(name, shape, seconds, **more):
         time = {"median": seconds[7], "calls": 15, "seconds": seconds}
-        return {"name": name, "shape": shape, "rows": [{"impl": "ours", "mode": "fwd", "time": time}], **more}
+        return {
+            "op": "ssd",
+            "name": name,
+            "threads": 1,
+            "shape": shape,
+            "rows": [{"impl": "ours", "mode": "fwd", "time": time}],
+            **more,
+        }
 
     fast, slow = [1 + 0.001 * i for i in range(15)], [2 + 0.001 * i for i in range(15)]
     first = [case("a", {"length": 8}, fast), case("b", {"length": 9}, fast), case("gone", {"length": 7}, fast)]
@@ -112,16 +120,30 @@ def test_cases_are_compared_by_their_sizes_and_what_is_in_one_file_is_named(tmp_
     before = written(tmp_path / "a.json", [1.0], cases=first)
     after = written(tmp_path / "b.json", [1.0], cases=then)
     rows = compare(before, after)
-    assert {row.case: round(row.ratio, 1) for row in rows} == {"a": 2.0, "b2": 1.0}
-    assert [row.case for row in regressions(rows, 0.05, 0.01)] == ["a"]
-    assert unmatched(before, after) == [f"only in {before}: gone ours fwd, c ours fwd", f"only in {after}: c ours fwd"]
+    assert {row.case: round(row.ratio, 1) for row in rows} == {"ssd a": 2.0, "ssd b2": 1.0}
+    assert [row.case for row in regressions(rows, 0.05, 0.01)] == ["ssd a"]
+    assert unmatched(before, after) == [
+        f"only in {before}: ssd gone ours fwd, ssd c ours fwd", f"only in {after}: ssd c ours fwd"
+    ]  # fmt: skip
     with pytest.raises(SystemExit):
         cli.main(["compare", str(before), str(after)])
-    assert f"only in {before}: gone ours fwd" in capsys.readouterr().out
+    assert f"only in {before}: ssd gone ours fwd" in capsys.readouterr().out
+
+
+def test_processor_times_are_compared_where_there_is_one_thread(tmp_path):
+    def rows(seconds, processor):
+        time = {"median": seconds[7], "calls": 15, "seconds": seconds, "processor_seconds": processor}
+        return [{"impl": "ours", "mode": "fwd", "time": time}]
+
+    fast, slow = ([n + 0.001 * i for i in range(15)] for n in (1, 2))
+    for threads, ratio in ((1, 1.0), (2, 2.0)):
+        before = written(tmp_path / "a.json", [1.0], rows=rows(fast, fast), threads=threads)
+        after = written(tmp_path / "b.json", [1.0], rows=rows(slow, fast), threads=threads)
+        assert [round(row.ratio, 1) for row in compare(before, after)] == [ratio]
 
 
 def test_a_run_compares_with_itself(tmp_path):
-    command = ["run", "ssd", "--impl", "ours", "--shape", "default", "130m", "--mode", "fwd", "--metric", "time"]
+    command = ["run", "ssd", "ssd_step", "--impl", "ours", "--shape", "tiny", "--mode", "fwd", "--metric", "time"]
     for name in ("a.json", "b.json"):
-        cli.main([*command, "--batch", "1", "--length", "8", "--calls", "3", "--out", str(tmp_path / name)])
-    assert [row.case for row in compare(tmp_path / "a.json", tmp_path / "b.json")] == ["default", "130m"]
+        cli.main([*command, "--batch", "1", "--calls", "3", "--out", str(tmp_path / name)])
+    assert [row.case for row in compare(tmp_path / "a.json", tmp_path / "b.json")] == ["ssd tiny", "ssd_step tiny"]

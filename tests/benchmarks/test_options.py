@@ -56,7 +56,7 @@ def numbers(hint, interval=None):
         ("compare a b --threshold nan", "--threshold must be a finite number"),
         ("compile-report --jobs 0", "--jobs must be at least 1"),
         ("sweep ssd --values 64 0", r"--values\[1\] must be at least 1, got 0"),
-        ("sweep ssd --patience -3", "--patience must be positive"),
+        ("sweep ssd --budget -3", "--budget must be positive"),
         ("run ssd --calls 0", "--calls must be at least 1"),
         ("integration --batch -1", "--batch must be at least 1"),
     ],

@@ -13,7 +13,7 @@ import torch
 
 from ssm_kernels import selective_scan
 from vlmamba.benchmarks.cases import OPS, Case, Shape
-from vlmamba.benchmarks.peers import CALLS, PACKAGES, bind_peer, check_installed
+from vlmamba.benchmarks.peers import CALLS, INSTALL, ON_CPU, ON_GPU, PACKAGES, bind_peer, check_installed
 from vlmamba.benchmarks.timing import prepare
 from vlmamba.benchmarks.workloads import build_case
 
@@ -24,9 +24,9 @@ SHAPE = Shape(batch=2, length=40, channels=32, d_state=8, heads=4, headdim=8)
 def test_a_peer_gives_the_same(name, op):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
-    if name != "transformers" and not torch.cuda.is_available():
+    device = "cpu" if name in ON_CPU else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"{name} needs a GPU")
-    device = "cpu" if name == "transformers" else "cuda"
     for case in (Case(op, SHAPE, dt_bias=True), Case(op, SHAPE, z=op != "ssd" and op != "add_rms_norm")):
         inputs = case.inputs(device)
         want = case.call(inputs, "torch")[0]
@@ -99,5 +99,5 @@ def test_what_a_peer_does_not_have_is_refused():
 
 
 def test_peers_have_no_op_that_we_do_not_have():
-    assert CALLS.keys() == PACKAGES.keys()
+    assert CALLS.keys() == PACKAGES.keys() == INSTALL.keys() == {*ON_CPU, *ON_GPU}
     assert {op for ops in CALLS.values() for op in ops} <= set(OPS)

@@ -156,7 +156,7 @@ def test_the_roofline_is_reported_where_the_device_is_known(monkeypatch):
 def test_a_run_reports_the_roofline_of_the_op_it_times(tmp_path, monkeypatch):
     asked = []
     share = {"floor": 0.25, "bound": "memory", "share": 0.5}
-    monkeypatch.setattr(run, "roofline_share", lambda case, mode, seconds, device: asked.append((case, mode)) or share)
+    monkeypatch.setattr(run, "roofline_share", lambda case, mode, *others: asked.append((case, mode)) or share)
     command = "run ssd --impl ours --mode bwd --chunk-size 32 --metric time --length 20".split()
     cli.main([*command, "--out", str(tmp_path / "a.json")])
     ((case, mode),) = asked
@@ -169,7 +169,15 @@ def test_a_run_reports_the_roofline_of_the_op_it_times(tmp_path, monkeypatch):
 def written(rows, *, over=None, truth="reference"):
     """A report of `run` or `sweep` with a case for each list of rows."""
     cases = [
-        {"name": f"case {i}", "value": 2**i, "shape": {"batch": 1, "length": 2**i}, "truth": truth, "rows": some}
+        {
+            "op": "ssd",
+            "name": f"case {i}",
+            "threads": 1,
+            "value": 2**i,
+            "shape": {"batch": 1, "length": 2**i},
+            "truth": truth,
+            "rows": some,
+        }
         | {"allowed_error": 1e-5, "allowed_gradient_error": 1e-5}
         for i, some in enumerate(rows)
     ]
@@ -205,7 +213,7 @@ def test_the_page_shows_shares_of_the_roofline_and_which_error_is_wrong():
     assert "<td>25% (memory)</td>" in text
     assert "<td>1.0e-03 WRONG</td>" in text and "<td>1.0e-07</td>" in text
     assert "<td>0.50</td>" in text  # of the first one's time
-    assert "<th>roofline</th>" not in op_report.page(written([[timed("ours", 2.0)]]), [])
+    assert "<th>of the limit</th>" not in op_report.page(written([[timed("ours", 2.0)]]), [])
 
 
 def drawn(monkeypatch):
