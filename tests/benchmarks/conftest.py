@@ -1,4 +1,4 @@
-"""What tests of ssm-bench share: a machine whose rates are known, so that none are measured."""
+"""Fixtures of the tests of ssm-bench: a machine whose rates are known, so that none are measured."""
 
 from __future__ import annotations
 
