@@ -433,18 +433,42 @@ def test_the_gradient_of_a_decay_is_no_difference_of_larger_terms(backend):
     torch.testing.assert_close(tensors["A"].grad.double(), wide["A"].grad, rtol=1e-5, atol=0)
 
 
+BEYOND_FLOAT16 = {
+    "states": ({"initial_states": 1e6, "C": 1e-4}, 1e-3, 1e-3),
+    "scores": ({"B": 300, "C": 300, "x": 1e-3}, 1e-2, 1e-2),
+    "weighted inputs": ({"x": 1e4, "dt_bias": 30, "A": 1e-2, "B": 1e-4}, 1e-3, 1e-3),
+    "gated gradients": ({"z": 1e4, "x": 1e-3, "B": 1e-2, "C": 1e-2, "D": 1e-3}, 10, 1),
+    "gradients of states": ({"initial_states": 1e-4, "x": 1e-4, "B": 1e-4}, 1, 1e6),
+    "gradients of scores": ({"x": 300, "B": 1e-3, "C": 1e-3, "D": 1e-3}, 100, 1),
+}
+"""Values of a call that no operand in float16 holds, while inputs, results and gradients are within its range.
+
+Factors of some inputs, of y and of the final states; the latter two are those of their gradients.
+"""
+
+
 @pytest.mark.ptx
 @pytest.mark.skipif(is_interpreted(), reason="the interpreter has no products of float16")
-def test_float16_takes_states_beyond_its_range():
-    """A state of 1e6 is no operand of a product in float16, but small C make y of it that is none too large."""
+@pytest.mark.parametrize("name", BEYOND_FLOAT16)
+@pytest.mark.parametrize("target", ["sm_90"])
+def test_float16_takes_values_beyond_its_range(name, target):
     pytest.importorskip("triton")
     from vlmamba.benchmarks.ptx import emulated
 
-    tensors = make_inputs(1, 20, heads=1, headdim=16, d_state=16, dtype=torch.float16, z=False)
-    tensors["C"] *= 1e-4
-    tensors["initial_states"] = tensors["initial_states"].float() * 1e6
-    options = {"dt_softplus": True, "chunk_size": 16}
-    expected = ssd(**tensors, **options, backend="reference")
-    with emulated("sm_80"):
-        found = ssd(**tensors, **options, backend="triton")
-    torch.testing.assert_close(found.y, expected.y, rtol=4e-3, atol=4e-3 * expected.y.abs().max().item())
+    factors, y_factor, state_factor = BEYOND_FLOAT16[name]
+    z = "z" in factors
+    tensors = make_inputs(1, 40, heads=1, headdim=16, d_state=16, dtype=torch.float16, z=z, wide_D=False)
+    for argument in ("A", "D", "dt_bias", "initial_states"):
+        tensors[argument] = tensors[argument].float()
+    for argument, factor in factors.items():
+        tensors[argument] = tensors[argument] * factor
+    tensors["dt_bias"] = tensors["dt_bias"].abs()
+    assert all(t.isfinite().all() for t in tensors.values())
+
+    def scaled(backend, **arguments):
+        out = ssd(backend=backend, **arguments)
+        return out._replace(y=out.y * y_factor, final_states=out.final_states * state_factor)
+
+    with emulated(target) as report:
+        assert_agrees(scaled, tensors, {"dt_softplus": True, "chunk_size": 16}, backend="triton")
+    report.assert_clean()

@@ -41,7 +41,9 @@ from .chunk import (
     group_direction,
     load_dt,
     load_head,
+    scaled_operand,
     split_program,
+    weighted_operand,
 )
 
 CHECKPOINT_CHUNKS = 2
@@ -50,6 +52,8 @@ MAX_CHECKPOINT_BYTES, MAX_CHECKPOINT_RATIO = 1 << 28, 2
 """Bound of the scratch memory for checkpoints: so many bytes or so many times the memory of x, whichever is more."""
 CHECKPOINT_DTYPES = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
 """dtype of checkpoints: that to which products round them anyway."""
+SCALE_ROWS: tl.constexpr = tl.constexpr(16)
+"""Rows of a checkpoint in float16 that share a factor: those of the smallest tile, since the kernels' tiles differ."""
 MIN_SEGMENT_CHECKPOINTS = 2
 """Checkpoints of a segment, at least: shorter segments would write as many states at their ends as checkpoints."""
 STATE_REGISTERS = 255
@@ -107,6 +111,9 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
     shape = (at_once, inputs.heads, inputs.headdim, inputs.d_state)
     checkpoint_dtype = CHECKPOINT_DTYPES.get(inputs.dot, inputs.state_dtype)
     checkpoint_states, dcheckpoint_states = (inputs.empty(*shape, dtype=checkpoint_dtype) for _ in range(2))
+    scales = None
+    if inputs.dot == tl.float16:
+        scales = inputs.empty(at_once, inputs.heads, triton.cdiv(inputs.headdim, SCALE_ROWS.value), 2)
     steps = inputs.empty(at_once, inputs.heads, 3, state_tiles.chunk_size)
     splits = _choose_splits(at_once * CHECKPOINT_CHUNKS * inputs.groups, inputs)
     # A single sum is the gradient, in its dtype.
@@ -116,10 +123,11 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
 
     for first in range(0, num_checkpoints, at_once):
         checkpoint_range = range(first, min(first + at_once, num_checkpoints))
-        states = (checkpoint_states, dcheckpoint_states, steps)
+        states = (checkpoint_states, dcheckpoint_states, scales, steps)
         _launch_state_kernel(
             inputs, state_tiles, segments, checkpoints, dy, checkpoint_states=checkpoint_states,
-            dcheckpoint_states=dcheckpoint_states, steps=steps, checkpoint_range=checkpoint_range, **ends,
+            dcheckpoint_states=dcheckpoint_states, scales=scales, steps=steps, checkpoint_range=checkpoint_range,
+            **ends,
         )  # fmt: skip
         _launch_input_gradient(inputs, input_tiles, checkpoints, checkpoint_range, dy, *states, dx, ddt, dA, dD)
         _launch_shared_gradient(inputs, tiles, checkpoints, checkpoint_range, dy, *states, dB, dC, splits)
@@ -151,8 +159,11 @@ def _choose_state_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
     """Tiles of the state kernel: a chunk for each checkpoint, and the whole head where its state fits in registers."""
     # On Blackwell, whose accumulators pass through registers, four warps would spill some.
     keep = inputs.dot in (tl.float32, tl.float64) or capability(inputs.device)[1] in (100, 103)
-    num_warps = tiles.num_warps if keep else 4
-    return tiles._replace(chunk_size=tiles.chunk_size * CHECKPOINT_CHUNKS, num_warps=num_warps)
+    tiles = tiles._replace(chunk_size=tiles.chunk_size * CHECKPOINT_CHUNKS, num_warps=tiles.num_warps if keep else 4)
+    if not keep and tiles.block_n == 256 and capability(inputs.device) == ("cuda", 90):
+        # The other kernels take half the head. A product of Hopper has 64 rows: half the head would do without it.
+        tiles = tiles._replace(block_p=max(16, min(64, triton.next_power_of_2(inputs.headdim))), num_warps=8)
+    return tiles
 
 
 def _choose_input_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
@@ -217,6 +228,7 @@ def _launch_state_kernel(
     dt_sum: Tensor | None = None,
     checkpoint_states: Tensor | None = None,
     dcheckpoint_states: Tensor | None = None,
+    scales: Tensor | None = None,
     steps: Tensor | None = None,
     checkpoint_range: range = range(0),
 ) -> None:
@@ -229,7 +241,7 @@ def _launch_state_kernel(
         _state_kernel[(num_programs, 2)](
             x, dt, inputs.A, B, C, inputs.dt_bias, dy, initial_states, initial_state_rows, dfinal_states,
             dfinal_state_rows, final_states, dinitial_states, dinitial_state_rows, dt_sum, checkpoint_states,
-            dcheckpoint_states, steps, segments.entries, checkpoints.first_segment, checkpoints.sequence_starts,
+            dcheckpoint_states, scales, steps, segments.entries, checkpoints.first_segment, checkpoints.sequence_starts,
             checkpoint_range.start, len(checkpoint_range), inputs.length, inputs.height, inputs.directions,
             x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(),
             num_stages=2, **tiles.options(), **inputs.constants, **maxnreg_option(STATE_REGISTERS, inputs.device),
@@ -250,6 +262,7 @@ def _state_kernel(
     dinitial_states_ptr, dinitial_state_rows_ptr,  # (rows, H, P, N), written; (S,)
     dt_sum_ptr,  # (M, H), written
     checkpoint_states_ptr, dcheckpoint_states_ptr,  # (checkpoints of this launch, H, P, N), written
+    scales_ptr,  # (checkpoints of this launch, H, P / SCALE_ROWS, 2): factors of checkpoints in float16, written
     steps_ptr,  # (checkpoints of this launch, H, 3, Q), written
     segments_ptr,  # (M, 4)
     first_checkpoint_ptr,  # (S + 1,)
@@ -275,34 +288,37 @@ def _state_kernel(
         return
     checkpoint = tl.load(first_checkpoint_ptr + sequence) - checkpoint_offset  # row of the checkpoint at `start`
     checkpoint += (start - tl.load(sequence_starts_ptr + sequence)) // Q
+    if checkpoint_states_ptr is not None:
+        if (checkpoint >= num_checkpoints) | (checkpoint + tl.cdiv(end - start, Q) <= 0):
+            return  # another launch writes the checkpoints of this segment
     group = head // (H // G)
     direction = group_direction(directions, group, G, NUM_DIRECTIONS)
     a, dt_bias = load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS, COMPUTE)
     if tl.program_id(1) == 0:
         _pass_states(
             x_ptr, dt_ptr, a, B_ptr, dt_bias, initial_states_ptr, initial_state_rows_ptr, final_states_ptr, None,
-            dt_sum_ptr, checkpoint_states_ptr, steps_ptr, batch, start, end, sequence, segment, head, tile, group,
-            direction, checkpoint, num_checkpoints, length, height, x_strides, dt_strides, B_strides, H, P, N,
+            dt_sum_ptr, checkpoint_states_ptr, scales_ptr, steps_ptr, batch, start, end, sequence, segment, head, tile,
+            group, direction, checkpoint, num_checkpoints, length, height, x_strides, dt_strides, B_strides, H, P, N,
             NUM_DIRECTIONS, Q, BLOCK_P, BLOCK_N, HAS_DT_LIMIT, DT_SOFTPLUS, DT_MIN, DT_MAX, DOT, COMPUTE, False,
         )  # fmt: skip
     else:
         _pass_states(
             dy_ptr, dt_ptr, a, C_ptr, dt_bias, dfinal_states_ptr, dfinal_state_rows_ptr, dinitial_states_ptr,
-            dinitial_state_rows_ptr, None, dcheckpoint_states_ptr, None, batch, start, end, sequence, segment, head,
-            tile, group, direction, checkpoint, num_checkpoints, length, height, dy_strides, dt_strides, C_strides, H,
-            P, N, NUM_DIRECTIONS, Q, BLOCK_P, BLOCK_N, HAS_DT_LIMIT, DT_SOFTPLUS, DT_MIN, DT_MAX, DOT, COMPUTE, True,
+            dinitial_state_rows_ptr, None, dcheckpoint_states_ptr, scales_ptr, None, batch, start, end, sequence,
+            segment, head, tile, group, direction, checkpoint, num_checkpoints, length, height, dy_strides, dt_strides,
+            C_strides, H, P, N, NUM_DIRECTIONS, Q, BLOCK_P, BLOCK_N, HAS_DT_LIMIT, DT_SOFTPLUS, DT_MIN, DT_MAX, DOT,
+            COMPUTE, True,
         )  # fmt: skip
 
 
 @triton.jit
 def _pass_states(
     x_ptr, dt_ptr, a, B_ptr, dt_bias, initial_states_ptr, initial_rows_ptr, final_states_ptr, final_rows_ptr,
-    dt_sum_ptr, checkpoint_states_ptr, steps_ptr, batch, start, end, sequence, segment, head, tile, group, direction,
-    checkpoint,
-    num_checkpoints, length, height, x_strides, dt_strides, B_strides, H: tl.constexpr, P: tl.constexpr,
-    N: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_DT_LIMIT: tl.constexpr, DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr,
-    DOT: tl.constexpr, COMPUTE: tl.constexpr, REVERSE: tl.constexpr,
+    dt_sum_ptr, checkpoint_states_ptr, scales_ptr, steps_ptr, batch, start, end, sequence, segment, head, tile, group,
+    direction, checkpoint, num_checkpoints, length, height, x_strides, dt_strides, B_strides,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HAS_DT_LIMIT: tl.constexpr, DT_SOFTPLUS: tl.constexpr,
+    DT_MIN: tl.constexpr, DT_MAX: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Pass a state through one segment, writing it before each chunk; with REVERSE, from the last chunk to the first.
 
@@ -329,11 +345,14 @@ def _pass_states(
         if checkpoint_states_ptr is not None:
             in_range = (checkpoint + chunk >= 0) & (checkpoint + chunk < num_checkpoints)
             checkpoint_row = (checkpoint + chunk).to(tl.int64) * H
-            tl.store(
-                checkpoint_states_ptr + checkpoint_row * (P * N) + state_offsets,
-                state.to(checkpoint_states_ptr.dtype.element_ty),
-                and_scalar(mask_state, in_range),
-            )
+            checkpoint_ptrs = checkpoint_states_ptr + checkpoint_row * (P * N) + state_offsets
+            operand, scale = scaled_operand(state, checkpoint_states_ptr.dtype.element_ty)
+            tl.store(checkpoint_ptrs, operand, and_scalar(mask_state, in_range))
+            if scales_ptr is not None:
+                rows = tile * (BLOCK_P // SCALE_ROWS) + tl.arange(0, BLOCK_P // SCALE_ROWS)
+                SCALES: tl.constexpr = (P + SCALE_ROWS - 1) // SCALE_ROWS
+                scale_ptrs = scales_ptr + ((checkpoint_row + head) * SCALES + rows) * 2 + (1 if REVERSE else 0)
+                tl.store(scale_ptrs, tl.full(rows.shape, 0.0, tl.float32) + scale, and_scalar(rows < SCALES, in_range))
         positions, mask_q = chunk_positions(start + chunk * Q, end, direction, length, height, Q, NUM_DIRECTIONS)
         mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
         dt_ptrs = dt_ptr + positions * dt_strides[1]
@@ -363,14 +382,36 @@ def _pass_states(
 @triton.jit
 def advance_state(state, x, weights, B, chunk_decay, DOT: tl.constexpr, COMPUTE: tl.constexpr):
     """A state (P, N) after a chunk: decayed, and with the products of x (Q, P) times weights (Q,) and B (Q, N)."""
-    weighted = (x.to(COMPUTE) * weights[:, None]).to(DOT)  # (Q, P)
-    return state * chunk_decay + dot(tl.trans(weighted), B, COMPUTE)
+    weighted, scale = weighted_operand(x, weights, DOT, COMPUTE)  # (Q, P)
+    return state * chunk_decay + dot(tl.trans(weighted), B, COMPUTE) * scale
 
 
 @triton.jit
 def load_rows(ptr, positions, stride, columns, mask):
     """Load a tile (rows, columns) of a tensor whose last dimension is contiguous, zeros outside the mask."""
     return tl.load(ptr + positions[:, None] * stride + columns[None, :], mask, other=0.0)
+
+
+@triton.jit
+def load_checkpoints(
+    states_ptr, dstates_ptr, scales_ptr, checkpoint_head, first_p, p, n, P: tl.constexpr, N: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Load a state and a gradient of a state, rows p from `first_p` on and columns n, as operands of products.
+
+    Returns:
+        For each of the two, (P, N) and the factor of products with it.
+    """
+    offsets = checkpoint_head * (P * N) + p[:, None] * N + n[None, :]
+    mask = (p < P)[:, None] & (n < N)[None, :]
+    state = tl.load(states_ptr + offsets, mask, other=0.0).to(DOT)
+    dstate = tl.load(dstates_ptr + offsets, mask, other=0.0).to(DOT)
+    scale, dscale = 1.0, 1.0
+    if scales_ptr is not None:
+        SCALES: tl.constexpr = (P + SCALE_ROWS - 1) // SCALE_ROWS
+        scales_ptr += (checkpoint_head * SCALES + first_p // SCALE_ROWS) * 2
+        scale, dscale = tl.load(scales_ptr), tl.load(scales_ptr + 1)
+    return state, scale, dstate, dscale
 
 
 @triton.jit
@@ -428,6 +469,7 @@ def _launch_input_gradient(
     dy: Tensor,
     checkpoint_states: Tensor,
     dcheckpoint_states: Tensor,
+    scales: Tensor | None,
     steps: Tensor,
     dx: Tensor,
     ddt: Tensor,
@@ -439,8 +481,8 @@ def _launch_input_gradient(
     num_programs = len(checkpoint_range) * CHECKPOINT_CHUNKS * inputs.num_head_tiles(tiles)
     with on_device(x):
         _input_gradient_kernel[(num_programs,)](
-            x, dt, inputs.A, B, C, D, inputs.dt_bias, dy, checkpoint_states, dcheckpoint_states, steps, dx, ddt, dA, dD,
-            checkpoints.entries,
+            x, dt, inputs.A, B, C, D, inputs.dt_bias, dy, checkpoint_states, dcheckpoint_states, scales, steps, dx,
+            ddt, dA, dD, checkpoints.entries,
             checkpoint_range.start, inputs.length, inputs.height, inputs.directions,
             x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(), None if D is None else D.stride(),
             inputs.batch * inputs.length,
@@ -459,6 +501,7 @@ def _input_gradient_kernel(
     dt_bias_ptr,  # (H,)
     dy_ptr,  # (B, L, H, P)
     checkpoint_states_ptr, dcheckpoint_states_ptr,  # (checkpoints of this launch, H, P, N)
+    scales_ptr,  # (checkpoints of this launch, H, P / SCALE_ROWS, 2), or None
     steps_ptr,  # (checkpoints of this launch, H, 3, CHECKPOINT_CHUNKS * Q)
     dx_ptr,  # (B, L, H, P), written
     ddt_ptr,  # (tiles, B, L, H), written
@@ -497,12 +540,11 @@ def _input_gradient_kernel(
     dy_ptr += batch * dy_strides[0] + head.to(tl.int64) * dy_strides[2]
     B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
     C_ptr += batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
-    state_offsets = (checkpoint.to(tl.int64) * H + head) * (P * N) + p[:, None] * N + n[None, :]
-    mask_state = mask_p[:, None] & mask_n[None, :]
-    state = tl.load(checkpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
-    dstate = tl.load(dcheckpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
-
-    steps_ptr += (checkpoint.to(tl.int64) * H + head) * (3 * CHECKPOINT_CHUNKS * Q)
+    checkpoint_head = checkpoint.to(tl.int64) * H + head
+    state, state_scale, dstate, dstate_scale = load_checkpoints(
+        checkpoint_states_ptr, dcheckpoint_states_ptr, scales_ptr, checkpoint_head, tile * BLOCK_P, p, n, P, N, DOT
+    )  # (P, N)
+    steps_ptr += checkpoint_head * (3 * CHECKPOINT_CHUNKS * Q)
 
     # The state before the chunk and the gradient of the state after it: of two chunks, the checkpoint holds the one
     # for the first chunk and the other for the second, and the rest is one step from there through the other chunk.
@@ -512,14 +554,18 @@ def _input_gradient_kernel(
         dt, _, _, _, decay_to_end, chunk_decay = load_decays(steps_ptr, 0, Q, CHECKPOINT_CHUNKS)
         x = load_rows(x_ptr, positions, x_strides[1], p, mask_x)
         B = load_rows(B_ptr, positions, B_strides[1], n, mask_B).to(DOT)
-        state = advance_state(state.to(COMPUTE), x, dt * decay_to_end, B, chunk_decay, DOT, COMPUTE).to(DOT)
+        state = state.to(COMPUTE) * state_scale
+        state = advance_state(state, x, dt * decay_to_end, B, chunk_decay, DOT, COMPUTE)
+        state, state_scale = scaled_operand(state, DOT)
     elif first + Q < end:
         positions, mask_q = chunk_positions(first + Q, end, direction, length, height, Q, NUM_DIRECTIONS)
         mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
         _, _, _, decay_from_start, _, chunk_decay = load_decays(steps_ptr, Q, Q, CHECKPOINT_CHUNKS)
         dy = load_rows(dy_ptr, positions, dy_strides[1], p, mask_x)
         C = load_rows(C_ptr, positions, C_strides[1], n, mask_B).to(DOT)
-        dstate = advance_state(dstate.to(COMPUTE), dy, decay_from_start, C, chunk_decay, DOT, COMPUTE).to(DOT)
+        dstate = dstate.to(COMPUTE) * dstate_scale
+        dstate = advance_state(dstate, dy, decay_from_start, C, chunk_decay, DOT, COMPUTE)
+        dstate, dstate_scale = scaled_operand(dstate, DOT)
 
     positions, mask_q = chunk_positions(first, end, direction, length, height, Q, NUM_DIRECTIONS)
     mask_x, mask_B = mask_q[:, None] & mask_p[None, :], mask_q[:, None] & mask_n[None, :]
@@ -544,26 +590,28 @@ def _input_gradient_kernel(
     # to the state after. Sums of the terms themselves, not differences of running totals, which would cancel.
     p_0, p_1 = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_P)[None, :]
     products = tl.where(p_0 == p_1, dot(state, tl.trans(dstate), COMPUTE), 0.0)  # (P, P)
-    dlog_decay = tl.sum(products) * chunk_decay
+    dlog_decay = tl.sum(products) * state_scale * dstate_scale * chunk_decay
     # Listing 1, step 4, again.
     y_of_state = dot(C, tl.trans(state), COMPUTE)  # (Q, P)
-    from_state = sum_rows(dy.to(COMPUTE), y_of_state, mask_x, DOT) * decay_from_start  # (Q,)
+    from_state = sum_rows(dy.to(COMPUTE), y_of_state, mask_x, DOT) * (decay_from_start * state_scale)  # (Q,)
     dlog_decay += tl.cumsum(from_state, axis=0, reverse=True)
     # Gradient of dt x through the state after the chunk: transpose of listing 1, step 2.
     ddt_x = dot(B, tl.trans(dstate), COMPUTE)
-    ddt_x *= decay_to_end[:, None]  # (Q, P)
+    ddt_x *= (decay_to_end * dstate_scale)[:, None]  # (Q, P)
     input_to_state = sum_rows(x.to(COMPUTE), ddt_x, mask_x, DOT) * dt  # (Q,)
 
     masked_scores = dot(C, tl.trans(B), COMPUTE)
     masked_scores *= decay_matrix(coarse, fine, Q)  # (Q, Q)
-    dmasked_scores = dot(dy.to(DOT), tl.trans(x.to(DOT)), COMPUTE)  # (Q, Q), by dt of the input
+    dy_operand, dy_scale = scaled_operand(dy, DOT)
+    dmasked_scores = dot(dy_operand, tl.trans(x.to(DOT)), COMPUTE) * dy_scale  # (Q, Q), by dt of the input
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     # Entry (k, j): from input j to all outputs i >= k.
     from_input = suffix_sums(dmasked_scores * masked_scores, Q, DOT, COMPUTE)
     from_input = from_input * dt[None, :] + input_to_state[None, :]
     dlog_decay += tl.sum(tl.where(i > j, from_input, 0.0), axis=1)  # (Q,)
     # Gradient of dt x through the outputs of the chunk: transpose of listing 1, step 1.
-    ddt_x += dot(tl.trans(masked_scores.to(DOT)), dy.to(DOT), COMPUTE)
+    masked_scores, scale = scaled_operand(masked_scores, DOT)
+    ddt_x += dot(tl.trans(masked_scores), dy_operand, COMPUTE) * (scale * dy_scale)
     ddt_input = sum_rows(x.to(COMPUTE), ddt_x, mask_x, DOT)  # (Q,)
 
     # Loaded again: held since then, the positions of the rows would not fit in registers.
@@ -595,6 +643,7 @@ def _launch_shared_gradient(
     dy: Tensor,
     checkpoint_states: Tensor,
     dcheckpoint_states: Tensor,
+    scales: Tensor | None,
     steps: Tensor,
     dB: Tensor,
     dC: Tensor,
@@ -605,7 +654,7 @@ def _launch_shared_gradient(
     num_programs = len(checkpoint_range) * CHECKPOINT_CHUNKS * inputs.groups * splits
     with on_device(x):
         _shared_gradient_kernel[(num_programs,)](
-            x, dt, inputs.A, B, C, inputs.dt_bias, dy, checkpoint_states, dcheckpoint_states, steps, dB, dC,
+            x, dt, inputs.A, B, C, inputs.dt_bias, dy, checkpoint_states, dcheckpoint_states, scales, steps, dB, dC,
             checkpoints.entries,
             checkpoint_range.start, inputs.length, inputs.height, inputs.directions,
             x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(), inputs.batch * inputs.length,
@@ -622,6 +671,7 @@ def _shared_gradient_kernel(
     dt_bias_ptr,  # (H,)
     dy_ptr,  # (B, L, H, P)
     checkpoint_states_ptr, dcheckpoint_states_ptr,  # (checkpoints of this launch, H, P, N)
+    scales_ptr,  # (checkpoints of this launch, H, P / SCALE_ROWS, 2), or None
     steps_ptr,  # (checkpoints of this launch, H, 3, CHECKPOINT_CHUNKS * Q)
     dB_ptr, dC_ptr,  # (SPLITS, B, L, G, N), written
     checkpoints_ptr,  # (checkpoints, 4)
@@ -665,10 +715,12 @@ def _shared_gradient_kernel(
     dscores, dcross_scores = tl.zeros((Q, Q), COMPUTE), tl.zeros((Q, Q), COMPUTE)
     for head_tile in range(split * HEADS // SPLITS * TILES, (split + 1) * HEADS // SPLITS * TILES):
         head = tl.cast(group * HEADS + head_tile // TILES, tl.int64)
-        p = head_tile % TILES * BLOCK_P + tl.arange(0, BLOCK_P)
+        first_p = head_tile % TILES * BLOCK_P
+        p = first_p + tl.arange(0, BLOCK_P)
         mask_x, far_mask_x = mask_q[:, None] & (p < P)[None, :], far_mask_q[:, None] & (p < P)[None, :]
 
-        head_steps_ptr = steps_ptr + (checkpoint.to(tl.int64) * H + head) * (3 * CHECKPOINT_CHUNKS * Q)
+        checkpoint_head = checkpoint.to(tl.int64) * H + head
+        head_steps_ptr = steps_ptr + checkpoint_head * (3 * CHECKPOINT_CHUNKS * Q)
         dt, coarse, fine, decay_from_start, decay_to_end, _ = load_decays(
             head_steps_ptr, first - start, Q, CHECKPOINT_CHUNKS
         )
@@ -678,41 +730,44 @@ def _shared_gradient_kernel(
 
         x = load_rows(x_ptr + head * x_strides[2], positions, x_strides[1], p, mask_x)  # (Q, P)
         dy = load_rows(dy_ptr + head * dy_strides[2], positions, dy_strides[1], p, mask_x)  # (Q, P)
-        state_offsets = (checkpoint.to(tl.int64) * H + head) * (P * N) + p[:, None] * N + n[None, :]
-        mask_state = (p < P)[:, None] & (n < N)[None, :]
-        state = tl.load(checkpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
-        dstate = tl.load(dcheckpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
+        state, state_scale, dstate, dstate_scale = load_checkpoints(
+            checkpoint_states_ptr, dcheckpoint_states_ptr, scales_ptr, checkpoint_head, first_p, p, n, P, N, DOT
+        )  # (P, N)
 
         # Listing 1, step 1: scores = C B^T, which all heads of the group share.
-        dmasked_scores = dot(dy.to(DOT), tl.trans(x.to(DOT)), COMPUTE)
+        dy_operand, scale = scaled_operand(dy, DOT)
+        dmasked_scores = dot(dy_operand, tl.trans(x.to(DOT)), COMPUTE) * scale
         dscores += dmasked_scores * decay_matrix(coarse, fine, Q) * dt[None, :]  # (Q, Q)
         # Step 4: C meets the state before the chunk. Step 2: B writes to the state after the chunk.
-        decayed_dy = dy.to(COMPUTE) * decay_from_start[:, None]  # (Q, P)
-        decayed_input = x.to(COMPUTE) * (dt * decay_to_end)[:, None]  # (Q, P)
+        input_weights = dt * decay_to_end
         if is_second:
             far_x = load_rows(x_ptr + head * x_strides[2], far_positions, x_strides[1], p, far_mask_x)
-            far = (far_x.to(COMPUTE) * (far_dt * far_decay_to_end)[:, None]).to(DOT)
-            near = decayed_dy.to(DOT)
+            far, far_scale = weighted_operand(far_x, far_dt * far_decay_to_end, DOT, COMPUTE)  # (Q, P)
+            near, near_scale = weighted_operand(dy, decay_from_start, DOT, COMPUTE)
         else:
             far_dy = load_rows(dy_ptr + head * dy_strides[2], far_positions, dy_strides[1], p, far_mask_x)
-            far = (far_dy.to(COMPUTE) * far_decay_from_start[:, None]).to(DOT)
-            near = decayed_input.to(DOT)
-        dcross_scores += dot(near, tl.trans(far), COMPUTE)  # (Q, Q)
-        dC += dot((decayed_dy * tl.where(is_second, far_decay, 1.0)).to(DOT), state, COMPUTE)  # (Q, N)
-        dB += dot((decayed_input * tl.where(is_second, 1.0, far_decay)).to(DOT), dstate, COMPUTE)  # (Q, N)
+            far, far_scale = weighted_operand(far_dy, far_decay_from_start, DOT, COMPUTE)
+            near, near_scale = weighted_operand(x, input_weights, DOT, COMPUTE)
+        dcross_scores += dot(near, tl.trans(far), COMPUTE) * (near_scale * far_scale)  # (Q, Q)
+        decayed_dy, scale = weighted_operand(dy, decay_from_start * tl.where(is_second, far_decay, 1.0), DOT, COMPUTE)
+        dC += dot(decayed_dy, state, COMPUTE) * (scale * state_scale)  # (Q, N)
+        decayed_input, scale = weighted_operand(x, input_weights * tl.where(is_second, 1.0, far_decay), DOT, COMPUTE)
+        dB += dot(decayed_input, dstate, COMPUTE) * (scale * dstate_scale)  # (Q, N)
 
     B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
     C_ptr += batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
+    dcross_scores, scale = scaled_operand(dcross_scores, DOT)
     if is_second:
         far_B = load_rows(B_ptr, far_positions, B_strides[1], n, far_mask_B).to(DOT)
-        dC += dot(dcross_scores.to(DOT), far_B, COMPUTE)
+        dC += dot(dcross_scores, far_B, COMPUTE) * scale
     else:
         far_C = load_rows(C_ptr, far_positions, C_strides[1], n, far_mask_B).to(DOT)
-        dB += dot(dcross_scores.to(DOT), far_C, COMPUTE)
+        dB += dot(dcross_scores, far_C, COMPUTE) * scale
     B = load_rows(B_ptr, positions, B_strides[1], n, mask_B).to(DOT)  # (Q, N)
-    dC += dot(dscores.to(DOT), B, COMPUTE)
+    dscores, scale = scaled_operand(dscores, DOT)
+    dC += dot(dscores, B, COMPUTE) * scale
     C = load_rows(C_ptr, positions, C_strides[1], n, mask_B).to(DOT)  # (Q, N)
-    dB += dot(tl.trans(dscores.to(DOT)), C, COMPUTE)
+    dB += dot(tl.trans(dscores), C, COMPUTE) * scale
     offsets = ((split.to(tl.int64) * num_positions + batch * length + positions) * G + group)[:, None] * N + n[None, :]
     tl.store(dB_ptr + offsets, dB.to(dB_ptr.dtype.element_ty), mask_B)
     tl.store(dC_ptr + offsets, dC.to(dC_ptr.dtype.element_ty), mask_B)

@@ -130,7 +130,7 @@ def choose_tiles(inputs: ScanInputs, backward: bool) -> Tiles:
         chunk_size, state_elements, num_warps = 32, 8192, 4
     elif version in (100, 103):
         chunk_size, state_elements, num_warps = 64, 8192, 8
-    elif backward and block_n > 128:
+    elif backward and block_n > (256 if version == 90 else 128):
         chunk_size, state_elements, num_warps = 16, 32 * block_n, 8
     elif backward:
         chunk_size, state_elements, num_warps = 64 if version == 90 else 32, 8192, 8
@@ -144,7 +144,7 @@ def choose_tiles(inputs: ScanInputs, backward: bool) -> Tiles:
         chunk_size = 32 if block_n <= 128 else 16
         state_elements, num_warps = 64 * block_n, 8 if block_n > 64 else 4
     if inputs.dot == tl.float16 and not backward:
-        state_elements //= 2  # for what `state_operand` needs
+        state_elements //= 2  # for what `scaled_operand` needs
     block_p = max(16, min(64, triton.next_power_of_2(inputs.headdim), state_elements // block_n))
     chunk_size = max(16, min(chunk_size, triton.next_power_of_2(inputs.chunk_size)))
     return Tiles(chunk_size, block_p, block_n, num_warps)
@@ -221,22 +221,37 @@ def dot(a, b, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def state_operand(state, DOT: tl.constexpr):
-    """A state as an operand of matrix products.
+def scaled_operand(value, DOT: tl.constexpr):
+    """A computed tile as an operand of matrix products, and the factor of the product with it.
 
-    float16 ends at 65,504, which a state may exceed although y does not: it is divided by the power of two below its
-    largest element.
-
-    Returns:
-        the operand, and the factor of the product with it.
+    float16 ends at 65,504, which states, scores and weighted inputs may exceed although the results do not: the tile is
+    divided by the power of two below its largest element. Inputs in float16 and other types need no factor.
     """
     scale = 1.0
-    if DOT == tl.float16:
-        largest = tl.max(tl.max(tl.abs(state), axis=1), axis=0)
-        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-        scale = exponent.to(tl.float32, bitcast=True)
-        state *= (0x7F000000 - exponent).to(tl.float32, bitcast=True)  # 1 / scale
-    return state.to(DOT), scale
+    if DOT == tl.float16 and value.dtype != tl.float16:
+        scale, inverse = power_of_two(value)
+        value *= inverse
+    return value.to(DOT), scale
+
+
+@triton.jit
+def weighted_operand(x, weights, DOT: tl.constexpr, COMPUTE: tl.constexpr):
+    """`scaled_operand` of the rows of x, (Q, P), times weights, (Q,)."""
+    if DOT == tl.float16 and x.dtype == tl.float16:
+        # With weights of at most 1 the products are no larger than x, and fewer numbers are compared.
+        scale, inverse = power_of_two(weights)
+        return (x.to(COMPUTE) * (weights * (0.5 * inverse))[:, None]).to(DOT), 2 * scale
+    else:
+        return scaled_operand(x.to(COMPUTE) * weights[:, None], DOT)
+
+
+@triton.jit
+def power_of_two(value):
+    """The power of two at or below the largest magnitude in a float32 tile, and its reciprocal."""
+    exponent = tl.max(tl.abs(value)).to(tl.int32, bitcast=True) & 0x7F800000
+    # An infinity must not reach the rest of the tile by way of the factor.
+    exponent = tl.where(exponent == 0x7F800000, 0x3F800000, exponent)
+    return exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
 
 
 @triton.jit

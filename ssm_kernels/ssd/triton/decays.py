@@ -3,6 +3,10 @@
 They depend on dt and A alone, but take exponentials, cumulative sums over a chunk and their barriers: in a kernel that
 scans, these would come before the first matrix product of each chunk, with nothing to overlap them, and once a tile of
 P. Here many chunks are computed at once, and the scan reads four numbers a step and head, a chunk ahead.
+
+The backward has a table of its own, which its state kernel writes: dt and both sums, from a checkpoint on. That kernel
+waits for memory, not for its barriers, so a launch more would save no time; and of the numbers here, which are products
+with dt, the gradients of dt and A could not be computed.
 """
 
 # The stubs know neither launches nor what jit functions return.

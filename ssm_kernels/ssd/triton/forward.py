@@ -31,9 +31,10 @@ from .chunk import (
     coarse_decay_matrix,
     dot,
     group_direction,
+    scaled_operand,
     split_program,
-    state_operand,
     step_positions,
+    weighted_operand,
 )
 from .decays import ChunkDecays, chunk_row, compute_chunk_decays
 
@@ -211,7 +212,7 @@ def _forward_kernel(
             C = tl.load(C_ptrs, mask_B, other=0.0).to(DOT)  # (Q, N)
             coarse, fine = tl.load(step_decay_ptrs), tl.load(step_decay_ptrs + Q)  # (Q,)
             # Listing 1, step 4: the output from the state before the chunk.
-            operand, scale = state_operand(state, DOT)
+            operand, scale = scaled_operand(state, DOT)
             y = dot(C, operand, COMPUTE) * (tl.exp2(coarse + fine) * scale)[:, None]  # (Q, P)
             if HAS_D and WIDE_D:  # loaded in each chunk: D of all channels would take registers through the loop
                 y += tl.load(D_ptr + first_p + p, mask_p, other=0.0).to(COMPUTE)[None, :] * x.to(COMPUTE)
@@ -219,8 +220,8 @@ def _forward_kernel(
                 y += D * x.to(COMPUTE)
 
         # Listing 1, steps 2 and 3: the state after the chunk.
-        decayed_input = x.to(COMPUTE) * state_weight[:, None]
-        chunk_state = dot(tl.trans(B), decayed_input.to(DOT), COMPUTE)
+        decayed_input, scale = weighted_operand(x, state_weight, DOT, COMPUTE)
+        chunk_state = dot(tl.trans(B), decayed_input, COMPUTE) * scale
         state = state * chunk_decay + chunk_state  # (N, P)
 
         if WRITE_Y:
@@ -228,7 +229,8 @@ def _forward_kernel(
             scores = dot(C, tl.trans(B), COMPUTE)  # (Q, Q)
             masked_scores = scores * coarse_decay_matrix(coarse, Q) * tl.exp2(fine)[:, None]
             masked_scores *= tl.load(step_decay_ptrs + 2 * Q)[None, :]
-            y += dot(masked_scores.to(DOT), x.to(DOT), COMPUTE)
+            masked_scores, scale = scaled_operand(masked_scores, DOT)
+            y += dot(masked_scores, x.to(DOT), COMPUTE) * scale
             y_ptrs = y_ptr + base * (H * P) + positions[:, None] * (H * P) + p[None, :]
             tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask_x)
         if WRITE_DT_SUM:
