@@ -393,25 +393,14 @@ def load_rows(ptr, positions, stride, columns, mask):
 
 
 @triton.jit
-def load_checkpoints(
-    states_ptr, dstates_ptr, scales_ptr, checkpoint_head, first_p, p, n, P: tl.constexpr, N: tl.constexpr,
-    DOT: tl.constexpr,
-):  # fmt: skip
-    """Load a state and a gradient of a state, rows p from `first_p` on and columns n, as operands of products.
-
-    Returns:
-        For each of the two, (P, N) and the factor of products with it.
-    """
-    offsets = checkpoint_head * (P * N) + p[:, None] * N + n[None, :]
-    mask = (p < P)[:, None] & (n < N)[None, :]
-    state = tl.load(states_ptr + offsets, mask, other=0.0).to(DOT)
-    dstate = tl.load(dstates_ptr + offsets, mask, other=0.0).to(DOT)
+def load_scales(scales_ptr, checkpoint_head, first_p, P: tl.constexpr):
+    """Load the factors of products with a checkpoint's state and gradient of a state, rows from `first_p` on."""
     scale, dscale = 1.0, 1.0
     if scales_ptr is not None:
         SCALES: tl.constexpr = (P + SCALE_ROWS - 1) // SCALE_ROWS
         scales_ptr += (checkpoint_head * SCALES + first_p // SCALE_ROWS) * 2
         scale, dscale = tl.load(scales_ptr), tl.load(scales_ptr + 1)
-    return state, scale, dstate, dscale
+    return scale, dscale
 
 
 @triton.jit
@@ -541,9 +530,11 @@ def _input_gradient_kernel(
     B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
     C_ptr += batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
     checkpoint_head = checkpoint.to(tl.int64) * H + head
-    state, state_scale, dstate, dstate_scale = load_checkpoints(
-        checkpoint_states_ptr, dcheckpoint_states_ptr, scales_ptr, checkpoint_head, tile * BLOCK_P, p, n, P, N, DOT
-    )  # (P, N)
+    state_offsets = checkpoint_head * (P * N) + p[:, None] * N + n[None, :]
+    mask_state = mask_p[:, None] & mask_n[None, :]
+    state = tl.load(checkpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
+    dstate = tl.load(dcheckpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
+    state_scale, dstate_scale = load_scales(scales_ptr, checkpoint_head, tile * BLOCK_P, P)
     steps_ptr += checkpoint_head * (3 * CHECKPOINT_CHUNKS * Q)
 
     # The state before the chunk and the gradient of the state after it: of two chunks, the checkpoint holds the one
@@ -730,9 +721,11 @@ def _shared_gradient_kernel(
 
         x = load_rows(x_ptr + head * x_strides[2], positions, x_strides[1], p, mask_x)  # (Q, P)
         dy = load_rows(dy_ptr + head * dy_strides[2], positions, dy_strides[1], p, mask_x)  # (Q, P)
-        state, state_scale, dstate, dstate_scale = load_checkpoints(
-            checkpoint_states_ptr, dcheckpoint_states_ptr, scales_ptr, checkpoint_head, first_p, p, n, P, N, DOT
-        )  # (P, N)
+        state_offsets = checkpoint_head * (P * N) + p[:, None] * N + n[None, :]
+        mask_state = (p < P)[:, None] & (n < N)[None, :]
+        state = tl.load(checkpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
+        dstate = tl.load(dcheckpoint_states_ptr + state_offsets, mask_state, other=0.0).to(DOT)  # (P, N)
+        state_scale, dstate_scale = load_scales(scales_ptr, checkpoint_head, first_p, P)
 
         # Listing 1, step 1: scores = C B^T, which all heads of the group share.
         dy_operand, scale = scaled_operand(dy, DOT)
@@ -756,13 +749,14 @@ def _shared_gradient_kernel(
 
     B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
     C_ptr += batch * C_strides[0] + group.to(tl.int64) * C_strides[2]
-    dcross_scores, scale = scaled_operand(dcross_scores, DOT)
     if is_second:
         far_B = load_rows(B_ptr, far_positions, B_strides[1], n, far_mask_B).to(DOT)
-        dC += dot(dcross_scores, far_B, COMPUTE) * scale
+        operand, scale = scaled_operand(dcross_scores, DOT)
+        dC += dot(operand, far_B, COMPUTE) * scale
     else:
         far_C = load_rows(C_ptr, far_positions, C_strides[1], n, far_mask_B).to(DOT)
-        dB += dot(dcross_scores, far_C, COMPUTE) * scale
+        operand, scale = scaled_operand(dcross_scores, DOT)
+        dB += dot(operand, far_C, COMPUTE) * scale
     B = load_rows(B_ptr, positions, B_strides[1], n, mask_B).to(DOT)  # (Q, N)
     dscores, scale = scaled_operand(dscores, DOT)
     dC += dot(dscores, B, COMPUTE) * scale
