@@ -21,6 +21,7 @@ LIBRARY = "vl-mamba"
 PAPERS = {
     "mamba": ("Mamba", "2312.00752"),
     "mamba2": ("Mamba-2", "2405.21060"),
+    "mamba3": ("Mamba-3", "2603.15569"),
     "vl-mamba": ("VL-Mamba", "2403.13600"),
     "ml-mamba": ("ML-Mamba", "2407.19832"),
 }

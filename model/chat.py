@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ssm_kernels.modules import MixerState
-
 from .generation.config import GenerationConfig
 from .generation.cuda_graph import graph_key
 from .generation.decoding import Decoder, state_bytes
@@ -145,7 +143,7 @@ class Conversation:
                     now = time.perf_counter()
                     if len(answer.ids) == 1:
                         # The state is that after the prompt: the first token is chosen but not yet run.
-                        copies = [MixerState(*(t.clone() for t in layer)) for layer in decoder.state]
+                        copies = [layer._make(t.clone() for t in layer) for layer in decoder.state]
                         self._checkpoint = _Checkpoint(ids, copies)
                         first_token = now
                     self.turn_stats = TurnStats(

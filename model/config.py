@@ -11,26 +11,28 @@ from .fields import Interval, Size, check_fields
 from .image import ImageProcessor
 from .prompt import get_template
 
+Layer = Literal["mamba", "mamba2", "mamba3"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(frozen=True)
 class LMConfig:
-    """A Mamba or Mamba-2 language model. The published sizes are in `formats.language.PUBLISHED`."""
+    """A Mamba, Mamba-2 or Mamba-3 language model. The published sizes are in `formats.language.PUBLISHED`."""
 
     d_model: Size = 768
     n_layer: Annotated[int, Interval("[1, 4096]")] = 24
     vocab_size: Annotated[int, Interval("[1, 16777216]")] = 50277
-    layer: Literal["mamba", "mamba2"] = "mamba"
+    layer: Layer = "mamba"
     d_state: Size = 16
     """N."""
     d_conv: Size = 4
+    """K. Mamba-3 has no convolution."""
     expand: Size = 2
     """Inner width divided by `d_model`."""
     dt_rank: Size | None = None
     """R, Mamba-1 only; None is ceil(d_model / 16)."""
     headdim: Size = 64
-    """P. Mamba-2 only, like `ngroups`, `chunk_size` and `dt_limit`."""
+    """P. Not in Mamba-1, like `ngroups` and `chunk_size`; `dt_limit` is of Mamba-2 alone."""
     ngroups: Size = 1
     chunk_size: Size = 64
     dt_limit: tuple[Annotated[float, Interval("[0, inf]")], Annotated[float, Interval("[0, inf]")]] = (0.0, math.inf)
@@ -40,6 +42,12 @@ class LMConfig:
     norm_eps: Annotated[float, Interval("[0, inf)")] = 1e-5
     dt_bc_norm_eps: Annotated[float, Interval("[0, inf)")] | None = None
     """Epsilon of the RMS norm of dt, B and C before the scan (Falcon-Mamba, Mamba-1 only); None is no norm."""
+    rope_fraction: Annotated[float, Interval("[0.5, 1]")] = 0.5
+    """Share of a state's entries that rotate, 0.5 or 1. Mamba-3 only, like the next three."""
+    A_floor: Annotated[float, Interval("[0, inf)")] = 1e-4
+    is_outproj_norm: bool = False
+    mimo_rank: Size | None = None
+    """R, inputs and outputs of a head; None is SISO."""
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     pad_vocab_size_multiple: Size = 8
@@ -50,8 +58,14 @@ class LMConfig:
         low, high = self.dt_limit
         if low > high:
             raise ValueError(f"dt_limit must be a lower and an upper bound, got {self.dt_limit}")
-        if self.layer == "mamba2" and self.dt_bc_norm_eps is not None:
-            raise ValueError(f"dt_bc_norm_eps is for Mamba-1 layers only, got {self.dt_bc_norm_eps} for 'mamba2'")
+        if self.layer != "mamba" and self.dt_bc_norm_eps is not None:
+            raise ValueError(f"dt_bc_norm_eps is for Mamba-1 layers only, got {self.dt_bc_norm_eps} for {self.layer!r}")
+        if self.rope_fraction not in (0.5, 1.0):
+            raise ValueError(f"rope_fraction must be 0.5 or 1, got {self.rope_fraction}")
+        if self.layer == "mamba3" and self.bias:
+            raise ValueError("bias must be False for 'mamba3', whose projections have none")
+        if self.layer != "mamba3" and self.mimo_rank is not None:
+            raise ValueError(f"mimo_rank is for Mamba-3 layers only, got {self.mimo_rank} for {self.layer!r}")
 
     @property
     def padded_vocab_size(self) -> int:

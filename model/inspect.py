@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssm_kernels.modules import MixerState
+
 from .config import LMConfig
 from .formats import detect_format
 from .hub import fetch_model
@@ -24,15 +26,18 @@ from .weights import Weights, check_fit, dtype_of
 class Flops:
     """Floating-point operations of a language model per token; a multiplication and an addition are two.
 
-    Letters: D width, E = expand * D inner width, N state, R rank of dt, H heads, G groups, K width of the convolution,
-    Q chunk, V rows of the embedding. A layer's
+    Letters: D width, E = expand * D inner width, N state, R rank of dt or of MIMO, H heads, G groups, K width of the
+    convolution, Q chunk, V rows of the embedding. A layer's
 
-    - projections: Mamba `2 (2DE + E(R + 2N) + RE + ED)`, Mamba-2 `2 (D(2E + 2GN + H) + ED)`;
-    - convolution: `2 K` a channel, of which there are E, or E + 2GN in Mamba-2;
+    - projections: Mamba `2 (2DE + E(R + 2N) + RE + ED)`, Mamba-2 `2 (D(2E + 2GN + H) + ED)`, Mamba-3 with A angles
+      `2 (D(2E + 2RGN + 3H + A) + ED)`;
+    - convolution: `2 K` a channel, of which there are E, or E + 2GN in Mamba-2, and none in Mamba-3;
     - scan of Mamba: `7 E N` (dt A, its exponential, the decay, B x, their sum, and two for C h);
     - scan of Mamba-2, decoding: `5 E N` (the same without the first two, which are one number a head);
     - scan of Mamba-2, in prefill, by chunks: `2 Q (G N + E) + 4 E N` (C B^T, its product with x, and the state in and
-      out; the entire square of a chunk, as it is computed).
+      out; the entire square of a chunk, as it is computed);
+    - scan of Mamba-3, decoding: `(1 + 6 R) E N` (the decay, and for each rank the input before, this one, and C h);
+    - scan of Mamba-3, in prefill: that of Mamba-2 with a group a head, R times.
 
     The head takes `2 D V`; in a prefill it runs on the last token only, and is not counted. Norms, gates and
     activations are left out: about `10 E` a layer. Nothing depends on the length of the sequence.
@@ -65,6 +70,14 @@ def flops_per_token(config: LMConfig, prefill: bool) -> Flops:
         rank = math.ceil(width / 16) if config.dt_rank is None else config.dt_rank
         projections = 2 * (2 * width * inner + inner * (rank + 2 * state) + rank * inner + inner * width)
         channels, scan = inner, 7 * inner * state
+    elif config.layer == "mamba3":
+        rank, heads = config.mimo_rank or 1, inner // config.headdim
+        angles = int(state * config.rope_fraction) // 2
+        projected = 2 * inner + 2 * rank * config.ngroups * state + 3 * heads + angles
+        projections = 2 * (width * projected + inner * width)
+        channels, scan = 0, (1 + 6 * rank) * inner * state
+        if prefill:
+            scan = rank * (2 * config.chunk_size * (heads * state + inner) + 4 * inner * state)
     else:
         shared = config.ngroups * state
         projections = 2 * (width * (2 * inner + 2 * shared + inner // config.headdim) + inner * width)
@@ -171,11 +184,13 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
     if isinstance(lm, MambaLM):
         state_bytes = 0
         for i, one in enumerate(lm.new_state(1)):
-            name = f"{prefix}backbone.layers.{i}.mixer.conv1d.weight"
-            # The convolution's state has the dtype of its weight, the SSM state is at least float32.
+            mixer = f"{prefix}backbone.layers.{i}.mixer"
+            name = f"{mixer}.conv1d.weight" if isinstance(one, MixerState) else f"{mixer}.B_bias"
+            # The convolution's state has the dtype of its weight, all others are at least float32.
             inputs = dtype_of(name, stored[name], dtype)
-            state_bytes += one.conv.numel() * inputs.itemsize
-            state_bytes += one.ssm.numel() * torch.promote_types(inputs, torch.float32).itemsize
+            for part, t in zip(one._fields, one, strict=True):
+                kept = inputs if part == "conv" else torch.promote_types(inputs, torch.float32)
+                state_bytes += t.numel() * kept.itemsize
         decode, prefill = (flops_per_token(lm.config, prefill=prefill) for prefill in (False, True))
     return Report(
         str(name_or_path),

@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 language models, with the parameter names of the `state-spaces` checkpoints."""
+"""Mamba, Mamba-2 and Mamba-3 language models, with the parameter names of the `state-spaces` checkpoints."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssm_kernels import add_rms_norm, has_readable_values
-from ssm_kernels.modules import Mamba, Mamba2, MixerState, RMSNorm, is_plain
+from ssm_kernels import Mamba3States, add_rms_norm, has_readable_values
+from ssm_kernels.modules import Mamba, Mamba2, Mamba3, MixerState, RMSNorm, is_plain
 
 from .config import LMConfig
 from .formats import detect_format
@@ -31,7 +31,7 @@ NEOX = "EleutherAI/gpt-neox-20b"
 
 
 class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation"):
-    """Causal language model of Mamba (arXiv 2312.00752) or Mamba-2 (2405.21060) layers.
+    """Causal language model of Mamba (arXiv 2312.00752), Mamba-2 (2405.21060) or Mamba-3 (2603.15569) layers.
 
     `from_pretrained` reads this library's own format and those of `formats.language`: `state-spaces/mamba-130m`,
     `state-spaces/mamba-130m-hf`, `tiiuae/falcon-mamba-7b`, `mistralai/Mamba-Codestral-7B-v0.1` and their like. It sets
@@ -85,7 +85,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             Logits (B, L or n, V), the hidden states that they are computed from, and the final state or None.
 
         Raises:
-            TypeError: a part of `state` is not a `MixerState`, or its dtype is narrower than the layer's.
+            TypeError: a part of `state` is not what `new_state` returns, or its dtype is narrower than the layer's.
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, a token outside the vocabulary, or a `state`
                 of other layers or another number of sequences.
         """
@@ -273,10 +273,10 @@ class _Layer(nn.Module):
         self,
         hidden: Tensor,
         residual: Tensor | None,
-        state: MixerState | None,
+        state: MixerState | Mamba3States | None,
         cu_seqlens: Tensor | None,
         return_state: bool,
-    ) -> tuple[Tensor, Tensor, MixerState | None]:
+    ) -> tuple[Tensor, Tensor, MixerState | Mamba3States | None]:
         normed, residual = _add_norm(self.norm, hidden, residual, self.residual_in_fp32)  # (B, L, D) each
         if not return_state:
             return self.mixer(normed, state, cu_seqlens), residual, None
@@ -284,7 +284,7 @@ class _Layer(nn.Module):
         return y, residual, final
 
 
-def make_mixer(config: LMConfig) -> Mamba | Mamba2:
+def make_mixer(config: LMConfig) -> Mamba | Mamba2 | Mamba3:
     """Build the mixer of one layer."""
     if config.layer == "mamba":
         return Mamba(
@@ -296,6 +296,21 @@ def make_mixer(config: LMConfig) -> Mamba | Mamba2:
             conv_bias=config.conv_bias,
             bias=config.bias,
             dt_bc_norm_eps=config.dt_bc_norm_eps,
+        )
+    if config.layer == "mamba3":
+        return Mamba3(
+            config.d_model,
+            config.d_state,
+            config.expand,
+            config.headdim,
+            config.ngroups,
+            config.rope_fraction,
+            A_floor=config.A_floor,
+            is_outproj_norm=config.is_outproj_norm,
+            is_mimo=config.mimo_rank is not None,
+            mimo_rank=config.mimo_rank or 1,
+            chunk_size=config.chunk_size,
+            norm_eps=config.norm_eps,
         )
     return Mamba2(
         config.d_model,
@@ -316,7 +331,7 @@ def _init_weights(module: nn.Module, n_layer: int) -> None:
     """Initialize embeddings as GPT-2 does, and scale output projections down with depth: each adds to the residual."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    elif isinstance(module, Mamba | Mamba2):
+    elif isinstance(module, Mamba | Mamba2 | Mamba3):
         nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
         with torch.no_grad():
             module.out_proj.weight /= math.sqrt(n_layer)

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssm_kernels.modules import MixerState
-
 from .generation.interface import LanguageModel, LMState
 from .generation.prefill import EmbedFn, check_tokens, packed_tokens, prefill, prefill_chunks, run_prefill_chunk
 
@@ -156,7 +154,7 @@ def _score_after(
     longer = [i for i, (_, answer) in enumerate(pairs) if len(answer) > 1]
     if longer:
         copied_rows = rows[longer]
-        copies = [MixerState(*(t[copied_rows] for t in layer)) for layer in state]
+        copies = [layer._make(t[copied_rows] for t in layer) for layer in state]
         embed, bounds = packed_tokens(lm, [pairs[i][1][:-1] for i in longer])
         targets = torch.tensor([t for i in longer for t in pairs[i][1][1:]], device=device)  # (total,)
         owner = torch.tensor([i for i in longer for _ in pairs[i][1][1:]], device=device)  # (total,)

@@ -38,7 +38,9 @@ DeviceMap = str | torch.device | Mapping[str, "str | int | torch.device"]
 MAX_SHARD_SIZE = 5_000_000_000
 """Bytes of a file. Larger weights are saved in several."""
 
-_ALWAYS_FLOAT32 = re.compile(r"(?:.*\.)?(?:(?:A_logs?|Ds?|dt_bias|dt_projs_bias)(?:_\w+)?|dt_proj\.bias)")
+_ALWAYS_FLOAT32 = re.compile(
+    r"(?:.*\.)?(?:(?:A_logs?|Ds?|dt_bias|dt_projs_bias)(?:_\w+)?|dt_proj\.bias|[BC]_bias|mimo_[xzo])"
+)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -1,8 +1,8 @@
 """Operations on the recurrent states of mixers and language models.
 
-A state is a named tuple of tensors with the sequences first (`modules.MixerState`), or a list of them, one for each
-layer, as a language model has it. Functions return a new state of the same kind. Gradients flow through them, save for
-`detach` and files.
+A state is a named tuple of tensors with the sequences first (`modules.MixerState`, `Mamba3States`), or a list of them,
+one for each layer, as a language model has it. Functions return a new state of the same kind. Gradients flow through
+them, save for `detach` and files.
 
 >>> import torch
 >>> from ssm_kernels import states
@@ -23,10 +23,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .mamba3 import Mamba3States
 from .modules.state import MixerState
 
-State = TypeVar("State", MixerState, list[MixerState])
+State = TypeVar("State", MixerState, Mamba3States, list[MixerState | Mamba3States])
 """State of one mixer, or of each layer of a model."""
+Layer = TypeVar("Layer", bound="MixerState | Mamba3States")
 
 FORMAT, VERSION = "ssm_kernels.state", "1"
 """Metadata of a file of a state."""
@@ -74,9 +76,8 @@ def to(state: State, device: torch.device | str | None = None, dtype: torch.dtyp
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
 
     if isinstance(state, list):
-        return [to(layer, device, dtype) for layer in state]
-    wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
-    return MixerState(state.conv.to(device=device, dtype=dtype), state.ssm.to(device=device, dtype=wide))
+        return [_moved(layer, device, dtype) for layer in state]
+    return _moved(state, device, dtype)
 
 
 def reset(state: State, rows: Tensor) -> State:
@@ -204,13 +205,19 @@ def load(path: str | Path, model: _HasState) -> Any:
     return _map(lambda _: next(parts), like)
 
 
+def _moved(layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None) -> Layer:
+    wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
+    parts = layer._asdict().items()
+    return layer._make(t.to(device=device, dtype=dtype if name == "conv" else wide) for name, t in parts)
+
+
 def _map(function: Callable[[Tensor], Tensor], state: State) -> State:
     if isinstance(state, list):
         return [type(layer)(*map(function, layer)) for layer in state]
     return type(state)(*map(function, state))
 
 
-def _named(state: MixerState | list[MixerState]) -> dict[str, Tensor]:
+def _named(state: MixerState | Mamba3States | list[MixerState | Mamba3States]) -> dict[str, Tensor]:
     """Return the tensors of a state by name: `3.ssm` in layer 3 of a model, `ssm` in a mixer."""
     if isinstance(state, list):
         return {f"{i}.{field}": t for i, layer in enumerate(state) for field, t in layer._asdict().items()}

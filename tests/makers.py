@@ -35,7 +35,8 @@ def sharpen(lm: MambaLM, embedding: float = 20, out_proj: float = 20) -> None:
             lm.lm_head.weight.mul_(embedding)
         for layer in lm.backbone.layers:
             layer.mixer.out_proj.weight.mul_(out_proj)
-            layer.mixer.A_log.sub_(4)  # a slow decay: the first tokens still count at the end
+            if hasattr(layer.mixer, "A_log"):
+                layer.mixer.A_log.sub_(4)  # a slow decay: the first tokens still count at the end
 
 
 def sharpened_lm(config: LMConfig, tokenizer: Tokenizer | None = None, **scales: float) -> MambaLM:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels.modules import Mamba, Mamba2
+from ssm_kernels.modules import Mamba, Mamba2, Mamba3
 
 from .config import LoraConfig, Target
 
@@ -51,7 +51,9 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
     """
     if any(isinstance(m, LoraLinear) for m in model.modules()):
         raise ValueError("the model has LoRA already: merge it first")
-    mixers = [(n, m) for n, m in model.named_modules() if n.startswith(PREFIX) and isinstance(m, Mamba | Mamba2)]
+    mixers = [
+        (n, m) for n, m in model.named_modules() if n.startswith(PREFIX) and isinstance(m, Mamba | Mamba2 | Mamba3)
+    ]
     for target in config.targets:
         if not any(hasattr(m, target) for _, m in mixers):
             known = sorted({t for t in get_args(Target) for _, m in mixers if hasattr(m, t)})

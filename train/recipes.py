@@ -124,7 +124,7 @@ def recipe_for(config: VLMConfig) -> str:
     """Name of the recipe for a model: `small`, or that of the paper with its kind of language model."""
     if config.language.d_model <= SMALL_WIDTH:
         return "small"
-    return {"mamba": "vl-mamba", "mamba2": "ml-mamba"}[config.language.layer]
+    return "vl-mamba" if config.language.layer == "mamba" else "ml-mamba"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import LMConfig
+from ..config import Layer, LMConfig
 from ..config_io import load_config
 from ..weights import Weights, open_weights
 from . import detect_format, read_json
@@ -61,6 +61,17 @@ STATE_SPACES_SSM_CFG: dict[str, Table] = {
         "headdim": ("headdim", 64),
         "ngroups": ("ngroups", 1),
         "dt_limit": ("dt_limit", (0.0, math.inf)),
+    },
+    "mamba3": {
+        "d_state": ("d_state", 128),
+        "expand": ("expand", 2),
+        "headdim": ("headdim", 64),
+        "ngroups": ("ngroups", 1),
+        "rope_fraction": ("rope_fraction", 0.5),
+        "A_floor": ("A_floor", 1e-4),
+        "is_outproj_norm": ("is_outproj_norm", False),
+        # Of no meaning without `is_mimo`
+        "mimo_rank": ("mimo_rank", 4),
     },
 }
 """Keys inside `ssm_cfg`, by `LMConfig.layer`."""
@@ -167,21 +178,26 @@ def from_state_spaces(data: Mapping[str, Any]) -> LMConfig:
     settings.ignore("attn_cfg", "fused_add_norm", *GENERIC)
     ssm = Settings(settings.take("ssm_cfg", {}), "ssm_cfg")
     kind = ssm.take("layer", "Mamba1")
-    if kind not in ("Mamba1", "Mamba2"):
-        raise ValueError(f"ssm_cfg.layer must be 'Mamba1' or 'Mamba2', got {kind!r}")
+    layers: dict[Any, Layer] = {"Mamba1": "mamba", "Mamba2": "mamba2", "Mamba3": "mamba3"}
+    if kind not in list(layers):
+        raise ValueError(f"ssm_cfg.layer must be 'Mamba1', 'Mamba2' or 'Mamba3', got {kind!r}")
     # Initialization and placement.
     ssm.ignore("dt_min", "dt_max", "dt_init_floor", "conv_init", "device", "dtype")
     if kind == "Mamba1":
         # Initialization, and a switch between equal implementations.
         ssm.ignore("dt_init", "dt_scale", "use_fast_path")
+    elif kind == "Mamba3":
+        ssm.ignore("chunk_size", "dropout")
     else:
         # Results do not depend on chunking or parallelism.
         ssm.ignore("chunk_size", "A_init_range", "use_mem_eff_path", "process_group", "sequence_parallel")
         for key, supported in (("rmsnorm", True), ("norm_before_gate", False), ("D_has_hdim", False), ("d_ssm", None)):
             ssm.require(key, supported, _ANY_LAYER)
-    layer = "mamba" if kind == "Mamba1" else "mamba2"
+    layer = layers[kind]
     # The rest is one to one.
     values = settings.take_table(STATE_SPACES) | ssm.take_table(STATE_SPACES_SSM_CFG[layer])
+    if layer == "mamba3" and not ssm.take("is_mimo", False):
+        values["mimo_rank"] = None
     config = LMConfig(layer=layer, **_decoded(values))
     ssm.reject_unread()
     settings.reject_unread()
@@ -202,16 +218,17 @@ def to_state_spaces(config: LMConfig) -> dict[str, Any]:
         value = getattr(config, name)
         if value != supported:
             raise ValueError(f"'state-spaces' has no place for {name} {value!r}; it is always {supported!r}")
-    mamba2 = config.layer == "mamba2"
-    ssm: dict[str, Any] = {"layer": "Mamba2"} if mamba2 else {}
+    ssm: dict[str, Any] = {} if config.layer == "mamba" else {"layer": config.layer.capitalize()}
+    if config.mimo_rank is not None:
+        ssm["is_mimo"] = True
     for ours, (theirs, default) in STATE_SPACES_SSM_CFG[config.layer].items():
         value = "auto" if ours == "dt_rank" and config.dt_rank is None else getattr(config, ours)
         # Published files hold only what differs from the defaults.
-        if value != default:
+        if value != default and value is not None:
             ssm[theirs] = value
     data = {theirs: getattr(config, ours) for ours, (theirs, _) in STATE_SPACES.items()}
     data |= {"ssm_cfg": ssm, "rms_norm": True, "fused_add_norm": True}
-    if mamba2:
+    if config.layer != "mamba":
         data |= {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
     elif config.tie_embeddings:
         del data["tie_embeddings"]  # the published files of Mamba-1 lack the key
@@ -276,6 +293,8 @@ def to_transformers(config: LMConfig, special: Mapping[str, Any] | None = None) 
         config: of the model.
         special: `bos_token_id`, `eos_token_id` and `pad_token_id`; 0 where absent, as in GPT-NeoX.
     """
+    if config.layer == "mamba3":
+        raise ValueError("'transformers' has no model type for Mamba-3 layers; save as 'state-spaces'")
     # Falcon-Mamba is a Mamba-1 with norms of dt, B and C.
     model_type = config.layer if config.dt_bc_norm_eps is None else "falcon_mamba"
     architecture = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba"}[model_type]

@@ -8,8 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ssm_kernels.modules import MixerState
-
 from .cuda_graph import capture, graph_key, has_graphs, warm_up, warn_once
 from .interface import LanguageModel, LMState
 
@@ -51,7 +49,7 @@ class Decoder:
     def set_batch(self, batch: int) -> None:
         """Use the first `batch` rows of the buffers, with their current contents."""
         self.batch, self.steps = batch, 0
-        self.state: LMState = [MixerState(*(t[:batch] for t in layer)) for layer in self.buffers]
+        self.state: LMState = [layer._make(t[:batch] for t in layer) for layer in self.buffers]
 
     def reset(self) -> None:
         """Zero the state: all sequences are empty."""

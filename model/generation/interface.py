@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ssm_kernels import Mamba3States
 from ssm_kernels.modules import MixerState
 
 from ..config import LMConfig
 from ..tokenizer import Tokenizer
 
-LMState = list[MixerState]
-"""Recurrent state of a batch of sequences: one `MixerState` per layer, each tensor with the batch first."""
+LMState = list[MixerState | Mamba3States]
+"""Recurrent state of a batch of sequences: one tuple per layer, each tensor of it with the batch first."""
 
 
 class LMOutput(NamedTuple):

@@ -60,11 +60,6 @@ def _scan(a: Mamba3Arguments, chunk_size: int, backend: Backend) -> tuple[Tensor
     angles = _cumulative_angles(angles, dt, initial_states.angles, bounds)  # (B, L, H, K)
     B, C = _rotated(a.B, a.B_bias, angles, a), _rotated(a.C, a.C_bias, angles, a)  # (B, L, R, H, N)
 
-    # The input before the first step, which its trapezoid needs.
-    outer = _outer(_up_project(initial_states.x.to(compute), a.mimo_x), initial_states.B.to(compute))  # (rows, H, P, N)
-    weight_first = weight_before.flatten(0, 1).index_select(0, bounds.first) * bounds.has_steps.unsqueeze(1)
-    ssm = torch.addcmul(initial_states.ssm.to(compute), weight_first[..., None, None], outer)
-
     # On tensor cores B, C and x have the dtype of x; elsewhere SSD computes in float32 anyway.
     operands = a.x.dtype if backend == "triton" else compute
     B_operand, C_operand = B.to(operands), C.to(operands)
@@ -74,7 +69,7 @@ def _scan(a: Mamba3Arguments, chunk_size: int, backend: Backend) -> tuple[Tensor
         -x.new_ones(heads),
         B_operand.flatten(1, 2),  # (B, L R, H, N)
         C_operand.flatten(1, 2),
-        initial_states=ssm,
+        initial_states=None if a.initial_states is None else _with_input_before(a, weight_before, bounds),
         input_weights=(weight_now + weight_next).repeat_interleave(rank, 1),
         chunk_size=chunk_size,
         cu_seqlens=None if a.cu_seqlens is None else a.cu_seqlens * rank,
@@ -265,9 +260,14 @@ def _up_project(x: Tensor, mimo_x: Tensor | None) -> Tensor:
     return x if mimo_x is None else x * mimo_x.to(x.dtype).transpose(0, 1)
 
 
-def _outer(x_ranks: Tensor, B: Tensor) -> Tensor:
-    """The sum over ranks of x B^T: (rows, R, H, P), (rows, R, H, N) -> (rows, H, P, N)."""
-    return torch.matmul(x_ranks.permute(0, 2, 3, 1), B.transpose(1, 2))
+def _with_input_before(a: Mamba3Arguments, weight_before: Tensor, bounds: _Boundaries) -> Tensor:
+    """The initial states (rows, H, P, N) with the input before them, as the trapezoid of the first step has it."""
+    assert a.initial_states is not None
+    _, ssm, B, x = (t.to(weight_before.dtype) for t in a.initial_states)
+    weight = weight_before.flatten(0, 1).index_select(0, bounds.first) * bounds.has_steps.unsqueeze(1)  # (rows, H)
+    x_ranks = _up_project(x, a.mimo_x)  # (rows, R, H, P)
+    outer = torch.matmul(x_ranks.permute(0, 2, 3, 1), B.transpose(1, 2))  # (rows, H, P, N)
+    return torch.addcmul(ssm, weight[..., None, None], outer)
 
 
 def _own_outputs(x_ranks: Tensor, B: Tensor, C: Tensor, later_weight: Tensor, weight: Tensor) -> Tensor:

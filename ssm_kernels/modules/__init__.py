@@ -1,4 +1,4 @@
-"""The Mamba and Mamba-2 mixers on these ops, with the parameter names of the published checkpoints.
+"""The Mamba, Mamba-2 and Mamba-3 mixers on these ops, with the parameter names of the published checkpoints.
 
 Letters: B batch, L length, D model width, E = expand * D inner width, N state, R rank of dt, H heads, P head
 dimension, G groups, K convolution width, S sequences in a pack.
@@ -7,6 +7,7 @@ dimension, G groups, K convolution width, S sequences in a pack.
 from .conv import conv_weight, depthwise_conv
 from .mamba import Mamba
 from .mamba2 import Mamba2
+from .mamba3 import Mamba3, Mamba3MixerOutput
 from .norm import RMSNorm
 from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
 from .state import MixerOutput, MixerState
@@ -14,6 +15,8 @@ from .state import MixerOutput, MixerState
 __all__ = [
     "Mamba",
     "Mamba2",
+    "Mamba3",
+    "Mamba3MixerOutput",
     "MixerOutput",
     "MixerState",
     "RMSNorm",

@@ -366,7 +366,7 @@ MISTRAL = {
         (from_state_spaces, STATE_SPACES, {"rms_norm": False}, "rms_norm is False, but only True"),
         (from_state_spaces, STATE_SPACES, {"n_head": 3}, "settings that are not known: 'n_head'"),
         (from_state_spaces, STATE_SPACES, {"ssm_cfg": {"headdim": 3}}, "ssm_cfg has settings .* 'headdim'"),
-        (from_state_spaces, STATE_SPACES, {"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer must be .* got 'Mamba3'"),
+        (from_state_spaces, STATE_SPACES, {"ssm_cfg": {"layer": "Mamba9"}}, "ssm_cfg.layer must be .* got 'Mamba9'"),
         (from_state_spaces, STATE_SPACES_2, {"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "rmsnorm is False"),
         (
             from_state_spaces,

@@ -145,7 +145,7 @@ def test_bad_input_is_named():
         lm(torch.tensor([[5, 200]]))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         lm()
-    with pytest.raises(ValueError, match="layer must be one of 'mamba', 'mamba2'; got 'rwkv'"):
+    with pytest.raises(ValueError, match="layer must be one of 'mamba', 'mamba2', 'mamba3'; got 'rwkv'"):
         LMConfig(layer="rwkv")
     with pytest.raises(ValueError, match="dt_bc_norm_eps is for Mamba-1 layers only, got 1e-06 for 'mamba2'"):
         LMConfig(layer="mamba2", dt_bc_norm_eps=1e-6)
