@@ -9,6 +9,7 @@ from .commands.convert import Convert
 from .commands.data import Data
 from .commands.demo import Demo
 from .commands.evaluate import Evaluate
+from .commands.export import Export
 from .commands.generate import Generate
 from .commands.inspect import Inspect
 from .commands.train import Train
@@ -23,6 +24,7 @@ COMMANDS = {
     "chat": Chat,
     "inspect": Inspect,
     "convert": Convert,
+    "export": Export,
 }
 
 

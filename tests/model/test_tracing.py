@@ -7,6 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
+from ssm_kernels import states
 from vlmamba.connectors import ConnectorConfig, build_connector
 from vlmamba.model import LMConfig, MambaLM
 
@@ -34,6 +35,20 @@ def test_compiles_to_one_graph_with_dynamic_sizes(lm):
     for size in ((2, 5), (3, 40)):
         ids = torch.arange(size[0] * size[1]).view(size) % 9
         torch.testing.assert_close(compiled(ids).logits, lm(ids).logits)
+
+
+def test_states_compile_and_carry_gradients(lm):
+    compiled = torch.compile(lm, fullgraph=True, dynamic=True, backend="aot_eager")
+    ids = torch.arange(24).view(2, 12) % 9
+    before = states.detach(lm(ids[:, :7], return_state=True).state)
+    runs = []
+    for run in (compiled, lm):
+        start = [type(layer)(*(t.clone().requires_grad_() for t in layer)) for layer in before]
+        out = run(ids[:, 7:], state=start, return_state=True)
+        loss = out.logits.square().sum() + sum(t.sum() for layer in out.state for t in layer)
+        parts = [t for layer in start for t in layer]
+        runs.append((out.state, torch.autograd.grad(loss, [*parts, *lm.parameters()])))
+    torch.testing.assert_close(*runs)
 
 
 def test_exports_with_dynamic_batch_and_length(lm):
