@@ -14,8 +14,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
 
-demo: $(VENV)/.demo  ## train, evaluate and plot a tiny VL-Mamba and ML-Mamba (PRESET=quick or full)
-	$(BIN)/vlmamba demo --preset $(PRESET)
+demo: $(VENV)/.demo  ## train, evaluate and plot a tiny VL-Mamba and ML-Mamba (PRESET=quick or full, SEED=0)
+	$(BIN)/vlmamba demo --preset $(PRESET) --seed $(SEED)
 
 test: $(VENV)/.test lint  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ptx and not nightly"

@@ -63,7 +63,7 @@ def run_ablation(
     tokenizer = demo_tokenizer(folder, train)
     encoder = train_encoder(recipe, folder / "vision", train, test, device)
     # The language model does not depend on the connector: all variants start from the same one.
-    language = new_model(family, tokenizer, encoder, recipe.finetune.seed)
+    language = new_model(family, tokenizer, recipe.finetune.seed)
     text = Conversations([Record(r.turns) for r in [*train, *described]], language)
     train_stage(language, recipe.language, text, collate, folder / "language", device)
     table: dict[str, list[float]] = {}
@@ -71,11 +71,13 @@ def run_ablation(
         for seed in seeds:
             run_folder = folder / name.replace(", ", "-") / f"seed-{seed}"
             # Only the connector is untrained here, so a difference between variants is the connector's.
-            model = new_model(family, tokenizer, encoder, seed, connector)
+            model = new_model(family, tokenizer, seed, connector)
+            load_into(model.vision.encoders[0], unshared(encoder), "the trained encoder")
             load_into(model.language_model, unshared(language.language_model), "the trained language model")
             for stage, records in ((recipe.align, described), (recipe.finetune, questions)):
                 stage = replace(stage, seed=seed)
-                train_stage(model, stage, Conversations(records, model, True), collate, run_folder / stage.name, device)
+                samples = Conversations(records, model, keep_samples=True)
+                train_stage(model, stage, samples, collate, run_folder / stage.name, device)
             answers = cached_answers(run_folder / "answers.json", model, test)
             table.setdefault(name, []).append(easy_vqa.scores(test, answers)["overall"])
     write_atomic(folder / "ablation.json", json.dumps(table, indent=2) + "\n")

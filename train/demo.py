@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ..connectors import ConnectorConfig
 from ..model.batch import collate
@@ -20,18 +24,30 @@ from ..model.vlm import VLM
 from ..model.weights import load_into
 from . import easy_vqa, plots
 from .attribute_classifier import AttributeClassifier, AttributeImages, collate_augmented
+from .config import StageConfig
 from .evaluate import answer_all
+from .loader import Samples
 from .loop import train_stage
 from .recipes import FAMILIES, TINY_VISION, TURNS, DemoRecipe, Family, tiny_config
 from .records import Record
 from .samples import Conversations
+from .side_by_side import Job, run_side_by_side
+from .threads import pick_threads
 from .track import read_metrics
 
 CATEGORIES = ("overall", "yes/no", "color", "shape")
 
 
+class Event(Protocol):
+    """An event of `threading` or of `multiprocessing`."""
+
+    def set(self) -> None: ...
+
+    def wait(self) -> bool: ...
+
+
 def run_demo(
-    recipe: DemoRecipe, folder: Path, device: str = "cpu", sample_seed: int = 0
+    recipe: DemoRecipe, folder: Path, device: str = "cpu", cores: int = 1, sample_seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Train both models on easy-VQA, evaluate them on its test questions, and write everything to `folder`.
 
@@ -41,6 +57,8 @@ def run_demo(
         recipe: the stages.
         folder: folder of the run.
         device: device to train on.
+        cores: with several, the encoder and the two models train side by side, each in a process of its own, with as
+            many threads as a measurement at the start finds fastest: on two cores, one.
         sample_seed: seed that selects the test questions of the sample page.
 
     Returns:
@@ -49,17 +67,26 @@ def run_demo(
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     train, test = easy_vqa.load("train"), easy_vqa.load("test")
-    tokenizer = demo_tokenizer(folder, train)
-    encoder = train_encoder(recipe, folder / "vision", train, test, device)
+    # Both models read it from the folder.
+    demo_tokenizer(folder, train)
+    side_by_side = cores > 1
+    has_encoder: Event = multiprocessing.get_context("spawn").Event() if side_by_side else threading.Event()
+    # Two of the three processes have work most of the time.
+    shared = (recipe, folder, train, test, device, max(1, cores // 2) if side_by_side else None, has_encoder)
+    jobs = [Job("vision", _make_encoder, shared), *(Job(f, _make_model, (f, *shared)) for f in FAMILIES)]
+    if side_by_side:
+        print(f"the encoder and both models train side by side on {cores} cores")
+        run_side_by_side(jobs)
+    else:
+        for job in jobs:
+            job.function(*job.args)
 
     # The most frequent answer is the baseline to beat, and the model without images the next one.
     results = {"always 'yes'": easy_vqa.scores(test, ["yes"] * len(test))}
     answers = {}
     for family in FAMILIES:
-        model = train_family(family, recipe, folder / family, train, tokenizer, encoder, device)
-        blind = read_json(folder / family / "blind.json")
-        answers[family] = cached_answers(folder / family / "answers.json", model, test)
-        results[f"{family}, blind"] = easy_vqa.scores(test, blind)
+        answers[family] = read_json(folder / family / "answers.json")
+        results[f"{family}, blind"] = easy_vqa.scores(test, read_json(folder / family / "blind.json"))
         results[family] = easy_vqa.scores(test, answers[family])
 
     write_atomic(folder / "results.json", json.dumps(results, indent=2) + "\n")
@@ -78,6 +105,59 @@ def run_demo(
     return results
 
 
+def _make_encoder(
+    recipe: DemoRecipe,
+    folder: Path,
+    train: Sequence[Record],
+    test: Sequence[Record],
+    device: str,
+    most_threads: int | None,
+    has_encoder: Event,
+) -> None:
+    """Train the encoder that both models start from, and save it in `folder/vision/encoder`."""
+    encoder = train_encoder(recipe, folder / "vision", train, test, device, most_threads)
+    encoder.save_pretrained(folder / "vision" / "encoder")
+    has_encoder.set()
+
+
+def _make_model(
+    family: Family,
+    recipe: DemoRecipe,
+    folder: Path,
+    train: Sequence[Record],
+    test: Sequence[Record],
+    device: str,
+    most_threads: int | None,
+    has_encoder: Event,
+) -> None:
+    """Train one model through its stages, and save it and its answers.
+
+    The model goes to `folder/FAMILY/model`, its answers to the test questions to `answers.json`, and those without
+    images to `blind.json`.
+    """
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    encoder_folder, folder = folder / "vision" / "encoder", folder / family
+    model = new_model(family, tokenizer, recipe.finetune.seed)
+    described = easy_vqa.captions(train)
+    captions = Conversations(described, model, keep_samples=True)
+    questions = Conversations(easy_vqa.conversations(train, TURNS), model, keep_samples=True)
+    if most_threads is not None:
+        use_fastest_threads(folder, most_threads, model, recipe.finetune, questions, collate)
+
+    # A language model from scratch first sees text alone; pretrained ones start at the align stage.
+    text = Conversations([Record(r.turns) for r in [*train, *described]], model)
+    train_stage(model, recipe.language, text, collate, folder / "language", device)
+    cached_answers(folder / "blind.json", model, test, with_images=False)
+
+    # The encoder is frozen from here on, and its own training is the longest stage before.
+    has_encoder.wait()
+    load_into(model.vision.encoders[0], unshared(ViT.from_pretrained(encoder_folder)), "the trained encoder")
+    train_stage(model, recipe.align, captions, collate, folder / "align", device)
+    train_stage(model, recipe.finetune, questions, collate, folder / "finetune", device)
+    model.eval().save_pretrained(folder / "model")
+    cached_answers(folder / "answers.json", model, test)
+
+
 def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:
     """Load the tokenizer in the folder; at first, train it on the questions and answers."""
     path = folder / "tokenizer.json"
@@ -89,7 +169,12 @@ def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:
 
 
 def train_encoder(
-    recipe: DemoRecipe, folder: Path, train: Sequence[Record], test: Sequence[Record], device: str
+    recipe: DemoRecipe,
+    folder: Path,
+    train: Sequence[Record],
+    test: Sequence[Record],
+    device: str,
+    most_threads: int | None = None,
 ) -> ViT:
     """Train the image encoder on the colors and shapes that the training questions determine."""
     # Seeded before the weights are drawn, so that a resume builds the same model.
@@ -99,45 +184,43 @@ def train_encoder(
     images, held_out = (
         AttributeImages(easy_vqa.attributes(records), classes, TINY_VISION.processor) for records in (train, test)
     )
+    if most_threads is not None:
+        use_fastest_threads(folder, most_threads, model, recipe.vision, images, collate_augmented)
     train_stage(model, recipe.vision, images, collate_augmented, folder, device)
     model.to("cpu")
     print(f"vision encoder: color and shape right on {model.accuracy(held_out):.1%} of {len(held_out)} test images")
     return model.encoder
 
 
-def train_family(
-    family: Family,
-    recipe: DemoRecipe,
+def use_fastest_threads(
     folder: Path,
-    train: Sequence[Record],
-    tokenizer: Tokenizer,
-    encoder: ViT,
-    device: str,
-) -> VLM:
-    """Train one model through its stages and save it in `folder/model`; answers without images go to `blind.json`."""
-    model = new_model(family, tokenizer, encoder, recipe.finetune.seed)
-    described = easy_vqa.captions(train)
+    most: int,
+    model: nn.Module,
+    stage: StageConfig,
+    samples: Samples,
+    collate: Callable[[Sequence[Any]], Any],
+) -> None:
+    """Let PyTorch use 1 or `most` threads, whichever is faster for a batch of the stage.
 
-    # A language model from scratch first sees text alone; pretrained ones start at the align stage.
-    text = Conversations([Record(r.turns) for r in [*train, *described]], model)
-    train_stage(model, recipe.language, text, collate, folder / "language", device)
-    cached_answers(folder / "blind.json", model, easy_vqa.load("test"), with_images=False)
-    train_stage(model, recipe.align, Conversations(described, model, True), collate, folder / "align", device)
-    questions = Conversations(easy_vqa.conversations(train, TURNS), model, True)
-    train_stage(model, recipe.finetune, questions, collate, folder / "finetune", device)
-    model.eval().save_pretrained(folder / "model")
-    return model
+    The choice is written to `folder/threads.json`, so that a resume takes it too: sums of other threads are rounded
+    otherwise, and it takes exactly the steps that an uninterrupted run would take.
+    """
+    path = folder / "threads.json"
+    if path.exists() or most == 1:
+        torch.set_num_threads(read_json(path) if most > 1 else 1)
+        return
+    # Forward and backward alone: no weight changes.
+    batch = collate([samples[i] for i in range(min(stage.batch_size, len(samples)))])
+    chosen = pick_threads(lambda: model(batch).loss.backward(), most)
+    model.zero_grad()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(chosen))
 
 
-def new_model(
-    family: Family, tokenizer: Tokenizer, encoder: ViT, seed: int, connector: ConnectorConfig | None = None
-) -> VLM:
-    """Build a model with a trained encoder and random weights otherwise."""
-    # The seed of the connector and the language model; the encoder is the same in all runs.
+def new_model(family: Family, tokenizer: Tokenizer, seed: int, connector: ConnectorConfig | None = None) -> VLM:
+    """Build a model with random weights."""
     torch.manual_seed(seed)
-    model = VLM(tiny_config(family, tokenizer.vocab_size, connector), tokenizer)
-    load_into(model.vision.encoders[0], unshared(encoder), "the trained encoder")
-    return model
+    return VLM(tiny_config(family, tokenizer.vocab_size, connector), tokenizer)
 
 
 def cached_answers(path: Path, model: VLM, test: Sequence[Record], with_images: bool = True) -> list[str]:

@@ -149,8 +149,11 @@ class DemoRecipe:
 
     def faster(self, factor: float) -> DemoRecipe:
         """The same stages with epochs divided by `factor`."""
-        stages = (self.vision, self.language, self.align, self.finetune)
-        return DemoRecipe(*(replace(s, epochs=s.epochs / factor) for s in stages))
+        return DemoRecipe(*(replace(s, epochs=s.epochs / factor) for s in vars(self).values()))
+
+    def with_seed(self, seed: int) -> DemoRecipe:
+        """The same stages with another seed of the weights and of the order of the samples."""
+        return DemoRecipe(*(replace(s, seed=seed) for s in vars(self).values()))
 
 
 # Features of the last block, since this encoder is trained for just the attributes that are asked for.

@@ -21,8 +21,8 @@ class Conversations:
     Args:
         records: conversations, in the order of the samples.
         model: its tokenizer, prompt template and image processors are used. It is not stored.
-        keep_images: cache processed images in memory, for small datasets with many epochs. Each worker has a cache of
-            its own.
+        keep_samples: cache prepared samples in memory, for small datasets with many epochs; samples of the same image
+            share it. Each worker has a cache of its own.
         max_tokens: longest text of a sample, in tokens; longer ones are truncated, as in LLaVA and ML-Mamba. The tokens
             of an image are not counted. None truncates nothing.
 
@@ -32,7 +32,9 @@ class Conversations:
         ChangedDataError: on access: a data file has changed since it was read.
     """
 
-    def __init__(self, records: Sequence[Record], model: VLM, keep_images: bool = False, max_tokens: int | None = 2048):
+    def __init__(
+        self, records: Sequence[Record], model: VLM, keep_samples: bool = False, max_tokens: int | None = 2048
+    ):
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1 or None, got {max_tokens}")
         if model.tokenizer is None:
@@ -41,21 +43,28 @@ class Conversations:
         # Not the model itself: workers have no use for the weights.
         self.tokenizer, self.template = model.tokenizer, model.template
         self.processors, self.image_tokens = model.processors, model.image_tokens
-        self.cache: dict[Path | Member, tuple[Tensor, ...]] | None = {} if keep_images else None
+        self.keep_samples = keep_samples
+        self._samples: dict[int, Sample] = {}
+        self._processed: dict[Path | Member, tuple[Tensor, ...]] = {}
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
+        if index in self._samples:
+            return self._samples[index]
         location = self.records.location(index) if isinstance(self.records, Records) else f"record {index}"
         try:
-            return self._sample(self.records[index])
+            sample = self._sample(self.records[index])
         except ChangedDataError:
             raise
         except FileNotFoundError as e:
             raise FileNotFoundError(f"{location}: {e}") from e
         except ValueError as e:
             raise ValueError(f"{location}: {e}") from e
+        if self.keep_samples:
+            self._samples[index] = sample
+        return sample
 
     def _sample(self, record: Record) -> Sample:
         n_image_tokens = 0 if record.image is None else self.image_tokens
@@ -84,10 +93,10 @@ class Conversations:
 
     def _images(self, source: Path | Member) -> tuple[Tensor, ...]:
         """The image for each encoder, each (3, height, width)."""
-        if self.cache is not None and source in self.cache:
-            return self.cache[source]
+        if source in self._processed:
+            return self._processed[source]
         image = read_image(source)
         processed = tuple(processor(image) for processor in self.processors)
-        if self.cache is not None:
-            self.cache[source] = processed
+        if self.keep_samples:
+            self._processed[source] = processed
         return processed

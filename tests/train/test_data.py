@@ -374,12 +374,21 @@ def test_scores_by_category():
 TOKENIZER = Tokenizer.train(["color?", "red", "blue"], 280)
 
 
+@pytest.mark.parametrize("keep_samples", [True, False])
+def test_samples_are_prepared_again_unless_kept(images, keep_samples):
+    again = [*records(images), *records(images)]
+    samples = Conversations(again, new_model(), keep_samples=keep_samples)
+    first, same_image = samples[0], samples[2]
+    assert (samples[0] is first) == keep_samples
+    assert (same_image.images[0] is first.images[0]) == keep_samples
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_trained_to_distinguish_two_images(family, images, tmp_path):
     """The two stages of the demo on two images, then free generation."""
     torch.manual_seed(0)
     model = new_model(family)
-    data = Conversations(records(images), model, keep_images=True)
+    data = Conversations(records(images), model, keep_samples=True)
     align = StageConfig("align", ("connector",), lr=5e-3, epochs=10, batch_size=4, warmup_ratio=0)
     finetune = StageConfig(
         "finetune", ("connector", "language_model"), lr=5e-3, epochs=60, batch_size=4, warmup_ratio=0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from vlmamba.model import VLM
 from vlmamba.train import ablate, demo, easy_vqa
-from vlmamba.train.recipes import QUICK, DemoRecipe
+from vlmamba.train.recipes import FAMILIES, QUICK, DemoRecipe
 
 TINY = DemoRecipe(
     *(
@@ -19,27 +22,50 @@ TINY = DemoRecipe(
 )
 
 
-@pytest.fixture
-def little_data(monkeypatch):
+def take_little_data(patch: pytest.MonkeyPatch) -> None:
     """300 questions to learn from and 40 to answer."""
     real = easy_vqa.load
-    monkeypatch.setattr(easy_vqa, "load", lambda split: real(split)[: 300 if split == "train" else 40])
+    patch.setattr(easy_vqa, "load", lambda split: real(split)[: 300 if split == "train" else 40])
 
 
-def test_the_demo_writes_every_documented_file(tmp_path, little_data, capsys):
-    results = demo.run_demo(TINY, tmp_path)
+@pytest.fixture
+def little_data(monkeypatch):
+    take_little_data(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder and results of a run that was not interrupted, one model after the other."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        take_little_data(patch)
+        return folder, demo.run_demo(TINY, folder)
+
+
+def test_the_demo_writes_every_documented_file(whole):
+    folder, results = whole
     assert set(results) == {"always 'yes'", "vl-mamba, blind", "vl-mamba", "ml-mamba, blind", "ml-mamba"}
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert json.loads((folder / "results.json").read_text()) == results
     for name in ("learning-curves.png", "samples.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    for family in ("vl-mamba", "ml-mamba"):
-        model = VLM.from_pretrained(tmp_path / family / "model")
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    for family in FAMILIES:
+        model = VLM.from_pretrained(folder / family / "model")
         assert isinstance(model.generate(["what color is the shape?"], [None])[0], str)
-    assert "always 'yes'" in capsys.readouterr().out
 
 
-def test_an_interrupted_demo_resumes_to_the_same_result(tmp_path, little_data, monkeypatch):
-    whole = demo.run_demo(TINY, tmp_path / "whole")
+def test_side_by_side_the_results_are_the_same(whole, tmp_path, little_data, capfd):
+    folder, results = whole
+    assert demo.run_demo(TINY, tmp_path, cores=2) == results
+    for family in FAMILIES:
+        assert answers_in(tmp_path / family) == answers_in(folder / family)
+    shown = capfd.readouterr()
+    assert "always 'yes'" in shown.out
+    for name in ("vision", *FAMILIES):
+        assert f"{name:<8} | " in shown.err
+
+
+def test_an_interrupted_demo_resumes_to_the_same_result(whole, tmp_path, little_data, monkeypatch):
+    folder, results = whole
     real, calls = demo.train_stage, []
 
     def fails_later(model, stage, *rest):
@@ -50,12 +76,37 @@ def test_an_interrupted_demo_resumes_to_the_same_result(tmp_path, little_data, m
 
     monkeypatch.setattr(demo, "train_stage", fails_later)
     with pytest.raises(KeyboardInterrupt):
-        demo.run_demo(TINY, tmp_path / "interrupted")
-    again = demo.run_demo(TINY, tmp_path / "interrupted")
-    assert again == whole
-    for family in ("vl-mamba", "ml-mamba"):
-        one, two = (json.loads((tmp_path / d / family / "answers.json").read_text()) for d in ("whole", "interrupted"))
-        assert one == two
+        demo.run_demo(TINY, tmp_path)
+    assert demo.run_demo(TINY, tmp_path) == results
+    for family in FAMILIES:
+        assert answers_in(tmp_path / family) == answers_in(folder / family)
+
+
+def test_the_fastest_number_of_threads_is_taken_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "pick_threads", lambda step, most: most if step() is None else 0)
+    used = []
+    monkeypatch.setattr(demo.torch, "set_num_threads", used.append)
+    layer = nn.Linear(1, 1)
+    arguments = (replace(QUICK.vision, batch_size=2), [torch.ones(1)] * 2, lambda samples: torch.stack(samples))
+    model = ReturnsLoss(layer)
+    demo.use_fastest_threads(tmp_path, 1, model, *arguments)
+    assert used == [1] and not list(tmp_path.iterdir())
+    demo.use_fastest_threads(tmp_path, 4, model, *arguments)
+    monkeypatch.setattr(demo, "pick_threads", None)
+    demo.use_fastest_threads(tmp_path, 4, model, *arguments)
+    assert used == [1, 4]
+    assert layer.weight.grad is None
+
+
+class ReturnsLoss(nn.Sequential):
+    """Layers whose output has a `loss`."""
+
+    def forward(self, batch):
+        return SimpleNamespace(loss=super().forward(batch).sum())
+
+
+def answers_in(folder):
+    return json.loads((folder / "answers.json").read_text())
 
 
 def test_the_ablation_covers_every_variant_and_seed(tmp_path, little_data, capsys):

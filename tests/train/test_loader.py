@@ -242,7 +242,7 @@ def main():
     tokenizer = Tokenizer.train(["red blue"], 280)
     model = VLM(tiny_config("vl-mamba", tokenizer.vocab_size), tokenizer)
     model.template = TEMPLATES[sys.argv[3]]
-    samples = Conversations(read_llava([folder / "d.json", folder / "s.tar"]), model, keep_images=True)
+    samples = Conversations(read_llava([folder / "d.json", folder / "s.tar"]), model, keep_samples=True)
     steps = []
     for workers in (0, 2):
         stage = StageConfig("s", ("",), lr=1.0, batch_size=3, micro_batch_size=2, workers=workers)
