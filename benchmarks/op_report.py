@@ -12,7 +12,8 @@ from typing import Any
 from ..model.text_files import read_json
 from . import html, plots
 from .files import write_report
-from .tables import Row, as_html, as_text, milliseconds, spread
+from .other_work import NOTICED
+from .tables import Row, as_html, as_markdown, as_text, milliseconds, percent, spread
 
 COLUMNS = (
     "impl", "mode", "median", "low", "high", "processor", "calls", "scaling", "peak_memory", "truth", "error",
@@ -91,15 +92,12 @@ def _cells(case: Case, row: Mapping[str, Any]) -> dict[str, str]:
     cells = {}
     if "time" in row:
         t = row["time"]
-        # Ratios are to the first implementation that was timed in this mode.
-        first = next(r["time"] for r in case["rows"] if r["mode"] == row["mode"] and "time" in r)
         bound = f" ({row['bound']})" if row["bound"] else ""
-        share = "unknown" if row["share"] is None else f"{row['share']:.0%}{bound}"
+        share = "unknown" if row["share"] is None else percent(row["share"]) + bound
         cells = {"time": milliseconds(t["median"]), "spread": spread(t), "share": share}
         if t.get("processor") is not None:
             cells["processor"] = milliseconds(t["processor"])
-        mine, other = (decisive(time, case["threads"]) for time in (t, first))
-        cells["ratio"] = f"{mine / other:.2f}" if other else ""
+        cells["ratio"] = f"{_ratio(case, row):.2f}"
         if "scaling" in row:
             cells["scaling"] = f"{row['scaling']:.2f}"
     if "peak_memory" in row:
@@ -108,6 +106,62 @@ def _cells(case: Case, row: Mapping[str, Any]) -> dict[str, str]:
     if not row.get("is_right", True):
         cells["error" if row["error"] > case["allowed_error"] else "gradient_error"] += " WRONG"
     return cells
+
+
+def markdown(report: Report) -> str:
+    """A table for a documentation page, under the machine's name: a row for each case and implementation.
+
+    Times are `decisive` ones, and the share of the limit stands behind them.
+    """
+    modes = list(dict.fromkeys(row["mode"] for _, row in _rows(report)))
+    has_scaling = any("scaling" in row for _, row in _rows(report))
+    has_memory = any("peak_memory" in row for _, row in _rows(report))
+    is_over_length = report["over"] == "length"
+    heads = ["", "", *(f"{mode}, ms" for mode in modes)]
+    heads += ["µs a step"] * is_over_length + ["speed-up"] * has_scaling + ["peak MiB"] * has_memory
+    lines, before = [], None
+    for case in report["cases"]:
+        name = f"{case['op']} {case['name']}" if case["name"] != "default" else case["op"]
+        name += f", {case['threads']} threads" * (case["threads"] > 1)
+        for impl in dict.fromkeys(row["impl"] for row in case["rows"]):
+            rows = {row["mode"]: row for row in case["rows"] if row["impl"] == impl}
+            last = rows[[mode for mode in modes if mode in rows][-1]]
+            cells = [name if name != before else "", impl, *(_time_and_share(case, rows.get(m, {})) for m in modes)]
+            if is_over_length:
+                steps = case["shape"]["batch"] * case["shape"]["length"]
+                cells.append(f"{1e6 * decisive(last['time'], case['threads']) / steps:.2f}" if "time" in last else "")
+            if has_scaling:
+                cells.append(", ".join(f"{row['scaling']:.2f}" for row in rows.values() if "scaling" in row))
+            if has_memory:
+                cells.append(f"{last['peak_memory'] / 2**20:,.1f}" if "peak_memory" in last else "")
+            lines.append(Row(cells))
+            before = name
+    others = max((row.get("other_cores") or 0.0 for _, row in _rows(report)), default=0.0)
+    busy = f"; other work took up to {others:.1f} of {report['cores']} cores" * (others >= NOTICED)
+    made = f"{report['device']}, commit {report['commit']}, {report['date'][:10]}{busy}."
+    limits = "".join(f" {limit}." for limit in report.get("limits", {}).values())
+    return f"{made}{limits}\n\n{as_markdown(heads, lines, names=(0, 1))}"
+
+
+def _time_and_share(case: Case, row: Mapping[str, Any]) -> str:
+    """A cell: milliseconds, the share of the limit, and behind the first implementation how many times its time."""
+    if "time" not in row:
+        return "over the budget" if row.get("missing", "").startswith("left out") else row.get("missing", "")
+    notes = [] if row["share"] is None else [f"{percent(row['share'])} of {row['bound']}"]
+    notes += [] if row["time"] is _first(case, row["mode"]) else [f"{_ratio(case, row):.1f}×"]
+    text = milliseconds(decisive(row["time"], case["threads"])) + f" ({', '.join(notes)})" * bool(notes)
+    return text + " WRONG" * (not row.get("is_right", True))
+
+
+def _first(case: Case, mode: str) -> Mapping[str, Any]:
+    """Times of the first implementation that was timed in a mode."""
+    return next(row["time"] for row in case["rows"] if row["mode"] == mode and "time" in row)
+
+
+def _ratio(case: Case, row: Mapping[str, Any]) -> float:
+    """A row's time over that of the first implementation in its mode."""
+    mine, first = (decisive(t, case["threads"]) for t in (row["time"], _first(case, row["mode"])))
+    return mine / first if first else float("nan")
 
 
 def decisive(time: Mapping[str, Any], threads: int) -> float:

@@ -88,13 +88,14 @@ class Measurement(SizeOptions, Command):
     kernels are installed. Default: ours, torch, and the peers that are installed and have the op."""
     mode: tuple[Mode, ...] = ()
     """bwd is the backward alone. Default: fwd and fwd+bwd, or in a sweep fwd+bwd; fwd for a decoding step."""
-    metric: tuple[Metric, ...] = ("time", "memory", "error")
+    metric: tuple[Metric, ...] = ("time", "error")
+    """memory is the peak of a call, on a CPU of a fresh process, which takes some seconds a row."""
     dtype: Dtype = "fp32"
     device: str = "cpu"
     """cuda, or one of several such as cuda:1."""
     threads: tuple[Count, ...] = ()
     """Numbers of threads on a CPU, a case each; peers run with the first alone. Default: PyTorch's own number."""
-    budget: Span = 5.0
+    budget: Span = 2.0
     """Seconds of the timed calls of a row: fewer calls where they take longer. A row of which a call is predicted to
     exceed it is left out, which its line says."""
     out: Path | None = None
@@ -131,7 +132,6 @@ class Sweep(Measurement):
     op: Positional[Op] = field(kw_only=True)
     impl: tuple[Impl, ...] = ("ours",)
     """See `run`."""
-    metric: tuple[Metric, ...] = ("time", "error")
     shape: ShapeName = "default"
     """The sizes that are not swept, as in `run`, but with batch 1 by default."""
     batch: Count | None = field(default=1, kw_only=True)
@@ -262,6 +262,48 @@ class Compare(Command):
 
 
 @dataclass
+class Against(Command):
+    """Time the ops of this checkout and of another one, such as an earlier commit, in processes that take turns.
+
+    On a CPU with one thread, in fp32; a step or a tiny call is repeated within a sample. Example:
+    `git worktree add ../before d90f8f8`, then `ssm-bench against ../before --backend torch`.
+    """
+
+    function: ClassVar[str] = "against:run_against"
+    checkout: Positional[Path]
+    backend: Literal["auto", "numba", "torch", "reference"] = "auto"
+    """The other checkout's; this one's is auto."""
+    op: tuple[Literal[OPS], ...] = (  # type: ignore[valid-type]
+        "selective_scan",
+        "ssd",
+        "causal_conv1d",
+        "rms_norm",
+        "add_rms_norm",
+        "selective_scan_step",
+        "ssd_step",
+        "causal_conv1d_step",
+    )
+    shape: tuple[ShapeName, ...] = ("default", "tiny")
+    rounds: Count = 5
+    """Processes of each checkout."""
+    out: Path | None = None
+    """JSON file to write, with a table as .csv, a plot as .png, and a page with both as .html beside it."""
+
+
+@dataclass
+class Page(Command):
+    """Write the tables of a documentation page from the files that its commands write.
+
+    A table stands between `<!-- table: FILE -->` and `<!-- end of table -->`. Paths are relative to the current folder.
+    """
+
+    function: ClassVar[str] = "page:run_page"
+    page: Positional[Path]
+    measure: bool = False
+    """Run the page's `ssm-bench run` and `sweep` commands first, one after another."""
+
+
+@dataclass
 class Verify(Command):
     """Compare your own function with the reference at every option of an op; exit status 1 if it is wrong.
 
@@ -384,6 +426,8 @@ COMMANDS: dict[str, type[Command]] = {
     "machine-code": MachineCode,
     "gpu-suite": GPUSuite,
     "compare": Compare,
+    "against": Against,
+    "page": Page,
     "verify": Verify,
     "emulate": Emulate,
     "fuzz": Fuzz,

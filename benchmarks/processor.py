@@ -1,8 +1,8 @@
 """Rates of this machine's processor, measured in seconds: the limit beside the times on a CPU.
 
 Each rate is the best of several rounds: by numba where it is installed, else by PyTorch's own operations, which reach
-less. That of one core is of its processor time; that of several is of the time on the wall, so that other work on the
-machine lowers it.
+less. A core's rate is of its processor time, which other work on the machine lengthens least. Several cores are
+measured at once, so that they share caches and memory, and their rates are added.
 """
 
 from __future__ import annotations
@@ -85,14 +85,8 @@ def _rate(pool: ThreadPoolExecutor, threads: int, make: Callable[[], Work]) -> f
         repeats *= 4
         seconds = _timed(call, repeats)
     repeats = max(1, round(repeats * SECONDS / seconds))
-    if threads == 1:
-        return units * repeats / min(_timed(call, repeats) for _ in range(ROUNDS))
-    best = float("inf")
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        list(pool.map(lambda work: work[0](repeats), works))
-        best = min(best, time.perf_counter() - start)
-    return threads * units * repeats / best
+    rounds = [list(pool.map(lambda work: _timed(work[0], repeats), works)) for _ in range(ROUNDS)]
+    return max(sum(units * repeats / seconds for seconds in of_round) for of_round in rounds)
 
 
 def _timed(call: Callable[[int], object], repeats: int) -> float:

@@ -54,10 +54,23 @@ def as_html(heads: Sequence[str], rows: Iterable[Row], names: Sequence[int] = (0
     return f"<table>{head}<tbody>{body}</tbody></table>\n"
 
 
+def as_markdown(heads: Sequence[str], rows: Iterable[Row], names: Sequence[int] = (0,)) -> str:
+    """The same table in Markdown, without the marks of its rows."""
+    rules = ["---" if i in names else "--:" for i in range(len(heads))]
+    lines = [heads, rules, *([*row.cells, *[row.remark] * bool(row.remark)] for row in rows)]
+    padded = ([*line, *[""] * (len(heads) - len(line))] for line in lines)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in padded)
+
+
 def milliseconds(seconds: float) -> str:
     """Seconds as milliseconds, with three significant digits or all before the point."""
     ms = 1e3 * seconds
     return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}"
+
+
+def percent(share: float) -> str:
+    """A share with two significant digits, or all before the point."""
+    return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
 
 
 def spread(time: Mapping[str, Any]) -> str:

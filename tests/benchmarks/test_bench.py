@@ -240,7 +240,8 @@ def test_where_memory_cannot_be_measured_the_rest_is_kept_and_it_is_said(tmp_pat
 
     monkeypatch.setattr(run, "peak_memory", failing)
     out = tmp_path / "run.json"
-    cli.main(["run", "ssd", "--impl", "ours", "--length", "20", "--mode", "fwd", "--calls", "1", "--out", str(out)])
+    command = "run ssd --impl ours --length 20 --mode fwd --calls 1 --metric time memory error --out".split()
+    cli.main([*command, str(out)])
     (row,) = json.loads(out.read_text())["cases"][0]["rows"]
     assert "peak_memory" not in row and row["time"]["calls"] == 1 and row["is_right"]
     assert "ssd default fwd ours: no peak memory: killed" in capsys.readouterr().err
