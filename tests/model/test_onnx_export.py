@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from ssm_kernels import use_backend
+from ssm_kernels.export import decompositions
+from ssm_kernels.modules import Mamba, Mamba2
 from vlmamba import cli
 from vlmamba.model import LMConfig, MambaLM, onnx_export
 from vlmamba.model.onnx_export import export_onnx, named_parts
@@ -42,6 +44,21 @@ def test_prompts_and_steps_agree_with_the_model(kind, tmp_path, capsys):
             torch.testing.assert_close(torch.from_numpy(logits), want, rtol=1e-4, atol=1e-4)
             for got, (_, t) in zip(past, named_parts(state), strict=True):
                 torch.testing.assert_close(torch.from_numpy(got), t, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mixer", [Mamba(16, d_state=4), Mamba2(16, d_state=4, headdim=8)], ids=["mamba", "mamba2"])
+def test_mixers_alone_agree(mixer, tmp_path):
+    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=4096)}
+    exported = torch.export.export(mixer.eval(), (torch.randn(2, 30, 16),), dynamic_shapes=(sizes,))
+    exported = exported.run_decompositions(decompositions())
+    torch.onnx.export(exported, (), tmp_path / "mixer.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "mixer.onnx")
+    for size in ((2, 30, 16), (1, 7, 16), (3, 300, 16)):
+        x = torch.randn(size)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad(), use_backend("torch"):
+            torch.testing.assert_close(torch.from_numpy(got), mixer(x), rtol=1e-4, atol=1e-4)
 
 
 def test_missing_packages_and_devices_are_named(tmp_path, monkeypatch):
