@@ -16,11 +16,12 @@ onnxruntime = pytest.importorskip("onnxruntime")
 CONFIGS = {
     "mamba": LMConfig(16, 1, 9, d_state=4),
     "mamba2": LMConfig(16, 1, 9, "mamba2", d_state=4, headdim=8),
+    "mamba3": LMConfig(16, 1, 9, "mamba3", d_state=4, headdim=8),
 }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [pytest.param("mamba", marks=pytest.mark.nightly), "mamba2"])
+@pytest.mark.parametrize("kind", ["mamba2", *(pytest.param(k, marks=pytest.mark.nightly) for k in ("mamba", "mamba3"))])
 def test_prompts_and_steps_agree_with_the_model(kind, tmp_path, capsys):
     torch.manual_seed(0)
     lm = MambaLM(CONFIGS[kind])
@@ -29,9 +30,10 @@ def test_prompts_and_steps_agree_with_the_model(kind, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'onnx' / 'step.onnx'}"
     prompt, step = (onnxruntime.InferenceSession(tmp_path / "onnx" / f"{name}.onnx") for name in ("prompt", "step"))
     names = [i.name for i in prompt.get_inputs()]
-    assert names == ["input_ids", "past.0.conv", "past.0.ssm"]
+    parts = [name for name, _ in named_parts(lm.new_state(1))]
+    assert names == ["input_ids", *(f"past.{part}" for part in parts)]
     assert prompt.get_inputs()[0].shape == ["batch", "length"] and step.get_inputs()[0].shape == ["batch", 1]
-    assert [o.name for o in step.get_outputs()] == ["logits", "present.0.conv", "present.0.ssm"]
+    assert [o.name for o in step.get_outputs()] == ["logits", *(f"present.{part}" for part in parts)]
     for batch, length in ((2, 7), (1, 150)):
         ids, state = torch.randint(9, (batch, length + 3)), lm.new_state(batch)
         past = [t.clone().numpy() for _, t in named_parts(state)]
