@@ -72,6 +72,8 @@ class _Cache(FunctionCache):
 @functools.cache
 def _digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    folder = Path(__file__).parent
+    # Kernels share the parts in this folder, and those beside the kernels of any op.
+    for path in sorted([*folder.glob("*.py"), *folder.parent.glob("*/numba/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -138,7 +138,7 @@ for _op, _instruction in (
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def _address(context, builder, array_type, kind, array, offset):
+def address_of(context, builder, array_type, kind, array, offset):
     """Pointer to something of an LLVM type at an offset."""
     data = cgutils.create_struct_proxy(array_type)(context, builder, value=array).data
     return builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
@@ -151,7 +151,7 @@ def load(typingctx, array, offset):
 
     def codegen(context, builder, sig, args):
         # Aligned to an element only: an offset may be any, and processors load a vector from any address.
-        pointer = _address(context, builder, sig.args[0], _vector(lanes), *args)
+        pointer = address_of(context, builder, sig.args[0], _vector(lanes), *args)
         return builder.load(pointer, align=lanes.dtype.bitwidth // 8)
 
     return lanes(array, types.intp), codegen
@@ -164,7 +164,7 @@ def load_as(typingctx, like, array, offset):
 
     def codegen(context, builder, sig, args):
         kind = ir.VectorType(_storage(array.dtype), lanes.count)
-        pointer = _address(context, builder, sig.args[1], kind, *args[1:])
+        pointer = address_of(context, builder, sig.args[1], kind, *args[1:])
         raw = builder.load(pointer, align=array.dtype.bitwidth // 8)
         return _widen(builder, array.dtype, lanes.dtype, raw, lanes.count)
 
@@ -177,7 +177,7 @@ def store_as(typingctx, array, offset, value):
 
     def codegen(context, builder, sig, args):
         raw = _narrow(builder, value.dtype, array.dtype, args[2], value.count)
-        pointer = _address(context, builder, sig.args[0], raw.type, *args[:2])
+        pointer = address_of(context, builder, sig.args[0], raw.type, *args[:2])
         builder.store(raw, pointer, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
@@ -189,7 +189,7 @@ def element_as(typingctx, like, array, offset):
     """One element, as `load_as`."""
 
     def codegen(context, builder, sig, args):
-        raw = builder.load(_address(context, builder, sig.args[1], _storage(array.dtype), *args[1:]))
+        raw = builder.load(address_of(context, builder, sig.args[1], _storage(array.dtype), *args[1:]))
         return _widen(builder, array.dtype, like.dtype, raw, 1)
 
     return like.dtype(like, array, types.intp), codegen
@@ -201,7 +201,7 @@ def set_element_as(typingctx, array, offset, value):
 
     def codegen(context, builder, sig, args):
         raw = _narrow(builder, value, array.dtype, args[2], 1)
-        builder.store(raw, _address(context, builder, sig.args[0], raw.type, *args[:2]))
+        builder.store(raw, address_of(context, builder, sig.args[0], raw.type, *args[:2]))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, value), codegen
@@ -252,7 +252,7 @@ def store(typingctx, array, offset, value):
     """Write consecutive elements from an offset on."""
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[0], args[2].type, *args[:2])
+        pointer = address_of(context, builder, sig.args[0], args[2].type, *args[:2])
         builder.store(args[2], pointer, align=value.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
@@ -264,7 +264,7 @@ def element(typingctx, array, offset):
     """One element, whatever the array's dimensions."""
 
     def codegen(context, builder, sig, args):
-        return builder.load(_address(context, builder, sig.args[0], context.get_data_type(array.dtype), *args))
+        return builder.load(address_of(context, builder, sig.args[0], context.get_data_type(array.dtype), *args))
 
     return array.dtype(array, types.intp), codegen
 
@@ -274,7 +274,7 @@ def set_element(typingctx, array, offset, value):
     """Write one element."""
 
     def codegen(context, builder, sig, args):
-        builder.store(args[2], _address(context, builder, sig.args[0], args[2].type, *args[:2]))
+        builder.store(args[2], address_of(context, builder, sig.args[0], args[2].type, *args[:2]))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, array.dtype), codegen
@@ -345,7 +345,7 @@ def add_totals(typingctx, array, offset, x, y):
             # Lane i ^ half is in the same half as lane i, so that x and y stay apart.
             value = builder.fadd(value, _shuffle(builder, value, value, [i ^ half for i in range(n)]))
         sums = _shuffle(builder, value, value, [0, n // 2])
-        pointer = _address(context, builder, sig.args[0], sums.type, *args[:2])
+        pointer = address_of(context, builder, sig.args[0], sums.type, *args[:2])
         align = lanes.dtype.bitwidth // 8
         builder.store(builder.fadd(builder.load(pointer, align=align), sums), pointer, align=align)
         return context.get_dummy_value()

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
 
-from .lanes import Lanes, _address, _vector, fma_value, intrinsic, lane_count, splat_value
+from .lanes import Lanes, _vector, address_of, fma_value, intrinsic, lane_count, splat_value
 
 ROWS = 8
 """Rows of a block. With two vectors a row its sums fill half of the registers of AVX-512."""
@@ -31,7 +31,7 @@ def _block(n_rows: int, n_vectors: int) -> Callable:
 
             def address(index, position):
                 kind = _vector(lanes) if index != 3 else context.get_data_type(lanes.dtype)
-                return _address(context, builder, sig.args[index], kind, args[index], position)
+                return address_of(context, builder, sig.args[index], kind, args[index], position)
 
             width, align = ir.Constant(at.type, lanes.count), lanes.dtype.bitwidth // 8
             cells = [(r, v) for r in range(n_rows) for v in range(n_vectors)]

@@ -5,6 +5,7 @@ dimension, G groups, K convolution width, S sequences in a pack.
 """
 
 from .conv import conv_weight, depthwise_conv
+from .fused_step import fuse_step, obstacle_to_fusing
 from .mamba import Mamba
 from .mamba2 import Mamba2
 from .mamba3 import Mamba3, Mamba3MixerOutput
@@ -23,7 +24,9 @@ __all__ = [
     "conv_weight",
     "decay_rate",
     "depthwise_conv",
+    "fuse_step",
     "initial_dt_bias",
     "is_plain",
+    "obstacle_to_fusing",
     "without_weight_decay",
 ]

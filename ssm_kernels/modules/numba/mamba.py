@@ -1,0 +1,173 @@
+"""Kernel of a decoding step through Mamba-1 layers."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from ..._numba.compile import Kernel
+from ..._numba.functions import LOG2_E, exp2, sigmoid
+from ..._numba.lanes import (
+    BLOCK,
+    aligned_empty,
+    element,
+    element_as,
+    fill,
+    fma,
+    lane_count,
+    load,
+    read_row,
+    set_element,
+    splat,
+    store,
+    total,
+    write_row,
+)
+from ..._numba.stages import array_at, await_blocks, finish_block, take_block
+from ..._numba.vectors import count_blocks, dot, project
+from ...selective_scan.numba.tiles import prepare_steps
+from .parts import normalize, predict, project_in, project_out
+from .tensors import (
+    A_LOG,
+    CONV_BIAS,
+    CONV_STATE,
+    CONV_WEIGHT,
+    DT_BIAS,
+    DT_PROJ,
+    IN_BIAS,
+    IN_PROJ,
+    NORM,
+    OUT_BIAS,
+    OUT_PROJ,
+    SCAN_STATE,
+    SKIP,
+    X_PROJ,
+)
+
+STAGES = 4
+"""Stages of a layer: in_proj with the convolution, x_proj, the scan with dt_proj and the gate, out_proj."""
+X_PROJ_ROWS = 2
+"""Rows of each stream in a block of x_proj, which has few."""
+
+
+@Kernel
+def step_layers(
+    compute, stored, layers, counters, norm_at, head_at, residual_at, projected_at, y_at, logits_at, low_rank_at, batch,
+    width, inner, vocabulary, n_taps, n_states, rank, eps, mixer_eps,
+):  # fmt: skip
+    """Advance all layers by one token, and predict the next one: the share of one thread.
+
+    compute, stored (0,) have the dtypes of the arithmetic and of the weights; layers (n, N_COLUMNS) holds addresses, as
+    the arguments `_at` are. residual (B, D) holds the embeddings at first; projected (B, 2 E) x and z; low_rank
+    (B, R + 2 N) dt, B and C; y (B, E); logits (B, V). `mixer_eps` is that of the norms of dt, B and C, or negative
+    without these.
+    """
+    rows, n_low_rank = 2 * inner, rank + 2 * n_states
+    residual, logits = array_at(compute, residual_at, batch * width), array_at(compute, logits_at, batch * vocabulary)
+    projected, y = array_at(compute, projected_at, batch * rows), array_at(compute, y_at, batch * inner)
+    low_rank = array_at(compute, low_rank_at, batch * n_low_rank)
+    for layer in range(layers.shape[0]):
+        p, stage = layers[layer], layer * STAGES
+        project_in(
+            counters, stage, batch, residual, array_at(stored, p[NORM], width), eps,
+            array_at(stored, p[IN_PROJ], rows * width), array_at(stored, p[IN_BIAS], rows),
+            array_at(stored, p[CONV_WEIGHT], inner * n_taps), array_at(stored, p[CONV_BIAS], inner),
+            array_at(stored, p[CONV_STATE], batch * (n_taps - 1) * inner), 0, n_taps, projected,
+        )  # fmt: skip
+        project_x(
+            counters, stage + 1, batch, projected, array_at(stored, p[X_PROJ], n_low_rank * inner), low_rank, inner
+        )  # fmt: skip
+        scan(
+            counters, stage + 2, batch, projected, low_rank, array_at(stored, p[DT_PROJ], inner * rank),
+            array_at(stored, p[DT_BIAS], inner), array_at(stored, p[A_LOG], inner * n_states),
+            array_at(stored, p[SKIP], inner), array_at(compute, p[SCAN_STATE], batch * inner * n_states),
+            n_states, mixer_eps, y,
+        )  # fmt: skip
+        project_out(
+            counters, stage + 3, batch, y, array_at(stored, p[OUT_PROJ], width * inner),
+            array_at(stored, p[OUT_BIAS], width), residual,
+        )  # fmt: skip
+    predict(
+        counters, layers.shape[0] * STAGES, batch, residual, array_at(stored, norm_at, width), eps,
+        array_at(stored, head_at, vocabulary * width), logits,
+    )  # fmt: skip
+
+
+@njit
+def project_x(counters, stage, batch, projected, weight, low_rank, inner):
+    """low_rank (B, R + 2 N) = x_proj(x), with x the first channels of `projected`."""
+    rows, n_low_rank, block_rows = projected.size // batch, low_rank.size // batch, np.int64(X_PROJ_ROWS)
+    zero = np.int64(0)
+    nothing = weight[:0]
+    n_blocks = count_blocks(n_low_rank, block_rows)
+    block = take_block(counters, stage)
+    while block < n_blocks:
+        for b in range(batch):
+            project(
+                weight, nothing, block, block_rows, n_low_rank, projected, b * rows, inner, low_rank, b * n_low_rank,
+                zero,
+            )  # fmt: skip
+        finish_block(counters, stage)
+        block = take_block(counters, stage)
+    await_blocks(counters, stage, n_blocks)
+
+
+@njit
+def scan(counters, stage, batch, projected, low_rank, dt_proj, dt_bias, A_log, D, state, n, mixer_eps, y):
+    """Advance the states (B, E, N) of a layer; y (B, E) = (C h + D x) silu(z). A block is BLOCK channels."""
+    rows, inner, n_low_rank = projected.size // batch, y.size // batch, low_rank.size // batch
+    rank, lanes, nothing, zero, one = n_low_rank - 2 * n, lane_count(y), dt_proj[:0], np.int64(0), np.int64(1)
+    padded = (n + lanes - 1) // lanes * lanes
+    x, dt, dt_x, bias, gates = (
+        aligned_empty(y, one * BLOCK), aligned_empty(y, one * BLOCK), aligned_empty(y, one * BLOCK),
+        aligned_empty(y, one * BLOCK), aligned_empty(y, one * BLOCK),
+    )  # fmt: skip
+    a_row, h_row, B, C = (
+        aligned_empty(y, padded),
+        aligned_empty(y, padded),
+        aligned_empty(y, padded),
+        aligned_empty(y, padded),
+    )
+    parts = aligned_empty(y, n_low_rank)
+    n_blocks = (inner + BLOCK - 1) // BLOCK
+    block = take_block(counters, stage)
+    while block < n_blocks:
+        channel = block * BLOCK
+        width = min(BLOCK, inner - channel)
+        for b in range(batch):
+            for i in range(n_low_rank):
+                set_element(parts, i, element(low_rank, b * n_low_rank + i))
+            if mixer_eps >= 0:
+                normalize(parts, zero, rank, nothing, mixer_eps, parts, zero)
+                normalize(parts, rank, n, nothing, mixer_eps, parts, rank)
+                normalize(parts, rank + n, n, nothing, mixer_eps, parts, rank + n)
+            read_row(parts, rank, one, n, B, zero)
+            read_row(parts, rank + n, one, n, C, zero)
+            read_row(projected, b * rows + channel, one, width, x, zero)
+            read_row(dt_bias, channel, one, width, bias, zero)
+            fill(dt, 0.0)
+            for i in range(width):
+                set_element(dt, i, dot(parts, zero, dt_proj, (channel + i) * rank, rank))
+            prepare_steps(one, width, bias, True, x, dt, dt_x)
+            for i in range(width):
+                at = (channel + i) * n
+                result, step = splat(y, 0.0), element(dt, i) * LOG2_E
+                read_row(A_log, at, one, n, a_row, zero)
+                read_row(state, b * inner * n + at, one, n, h_row, zero)
+                for j in range(0, n, lanes):
+                    # h = exp(dt A) h + dt B x, y = C h, with A = -exp(A_log) (arXiv 2312.00752, equation 2)
+                    decay = exp2(exp2(load(a_row, j) * LOG2_E) * -step)
+                    h = fma(decay, load(h_row, j), load(B, j) * element(dt_x, i))
+                    result = fma(load(C, j), h, result)
+                    store(h_row, j, h)
+                write_row(h_row, zero, state, b * inner * n + at, one, n)
+                # `dt` is free: it holds y from here on.
+                set_element(dt, i, total(result) + element_as(y, D, channel + i) * element(x, i))
+            read_row(projected, b * rows + inner + channel, one, width, gates, zero)
+            for i in range(0, width, lanes):
+                gate = load(gates, i)
+                store(dt, i, load(dt, i) * (gate * sigmoid(gate)))
+            write_row(dt, zero, y, b * inner + channel, one, width)
+        finish_block(counters, stage)
+        block = take_block(counters, stage)
+    await_blocks(counters, stage, n_blocks)

@@ -1,0 +1,71 @@
+"""Launch of a fused decoding step. Imports numba."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..._numba.launch import TYPES
+from ..._numba.stages import new_counters
+from ..._numba.threads import run_tiles
+from ..mamba import Mamba
+from ..norm import RMSNorm
+from ..state import MixerState
+from . import mamba, mamba2
+from .tensors import N_COLUMNS, Layer, tensors
+
+
+class FusedStep:
+    """The function that `fused_step.fuse_step` makes."""
+
+    def __init__(self, layers: Sequence[Layer], norm: RMSNorm, head: nn.Linear, states: Sequence[MixerState]):
+        table = np.zeros((len(layers), N_COLUMNS), np.int64)
+        self._tensors: list[Tensor] = [norm.weight, head.weight]
+        for row, layer, state in zip(table, layers, states, strict=True):
+            for column, (tensor, n_elements) in tensors(*layer, state).items():
+                if tensor is not None:
+                    if tensor.numel() != n_elements:
+                        raise ValueError(
+                            f"tensor {column} of a layer must have {n_elements} elements, got {tensor.shape}"
+                        )
+                    row[column] = tensor.data_ptr()
+                    self._tensors.append(tensor)
+        self._addresses = [t.data_ptr() for t in self._tensors]
+        self._memory = [t.detach() for t in self._tensors]  # alive, whatever becomes of the modules
+        self._work = sum(t.numel() for t in self._tensors)
+
+        (first_norm, mixer), batch, vocabulary = layers[0], len(states[0].conv), head.out_features
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
+            self._residual = torch.empty(batch, mixer.d_model, dtype=torch.float32)  # (B, D)
+        self._logits = self._residual.new_empty(batch, vocabulary)  # (B, V)
+        projected, y = (self._residual.new_empty(batch, n) for n in (mixer.in_proj.out_features, mixer.d_inner))
+        buffers = [self._residual, projected, y, self._logits]
+        shape = (batch, mixer.d_model, mixer.d_inner, vocabulary, mixer.d_conv, mixer.d_state)
+        if isinstance(mixer, Mamba):
+            kernel = mamba.step_layers
+            buffers.append(self._residual.new_empty(batch, mixer.dt_rank + 2 * mixer.d_state))
+            options = (mixer.dt_rank, first_norm.eps, -1.0 if mixer.dt_bc_norm_eps is None else mixer.dt_bc_norm_eps)
+        else:
+            kernel = mamba2.step_layers
+            options = (
+                mixer.headdim, mixer.ngroups, first_norm.eps, mixer.norm.eps if mixer.rmsnorm else -1.0,
+                mixer.norm_before_gate, mixer.D_has_hdim, *map(float, mixer.dt_limit),
+            )  # fmt: skip
+        self._buffers = buffers
+        self._counters = new_counters(4 * len(layers) + 1)
+        compute, stored = np.empty(0, np.float32), np.empty(0, TYPES[head.weight.dtype])
+        addresses = (*self._addresses[:2], *(t.data_ptr() for t in buffers))
+        args = (compute, stored, table, self._counters, *addresses, *shape, *options)
+        self._run = lambda first, end: kernel(*args)
+
+    def __call__(self, embeddings: Tensor) -> Tensor | None:
+        if [t.data_ptr() for t in self._tensors] != self._addresses:
+            return None
+        self._residual.copy_(embeddings)
+        self._counters.fill(0)
+        # Each thread takes blocks from all stages: there are as many shares as threads.
+        run_tiles(self._run, torch.get_num_threads(), self._work)
+        return self._logits
