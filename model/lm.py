@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_kernels import Mamba3States, add_rms_norm, has_readable_values
-from ssm_kernels.modules import Mamba, Mamba2, Mamba3, MixerState, RMSNorm, is_plain
+from ssm_kernels.modules import Mamba, Mamba2, Mamba3, MixerState, RMSNorm, fuse_step, is_plain, obstacle_to_fusing
 
 from .config import LMConfig
 from .formats import detect_format
@@ -136,6 +136,32 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             batch: number of sequences.
         """
         return [layer.mixer.new_state(batch) for layer in self.backbone.layers]
+
+    def obstacle_to_fusing(self) -> str | None:
+        """Return the reason why `fuse_step` cannot take this model, or None."""
+        backbone = self.backbone
+        if not (is_plain(self, MambaLM) and is_plain(backbone, _Backbone)):
+            return "the model is adapted or hooked"
+        if not all(is_plain(layer, _Layer) for layer in backbone.layers):
+            return "a layer is adapted or hooked"
+        layers = [(layer.norm, layer.mixer) for layer in backbone.layers]
+        obstacle = obstacle_to_fusing(layers, backbone.norm_f, self.lm_head)
+        if obstacle is None and not backbone.residual_in_fp32 and self.lm_head.weight.dtype != torch.float32:
+            return "its residual stream is not float32"
+        return obstacle
+
+    def fuse_step(self, state: LMState) -> Callable[[Tensor], Tensor | None]:
+        """Return the function of embeddings (B, D) and `state` that `ssm_kernels.modules.fuse_step` makes.
+
+        Args:
+            state: from `new_state`; the function updates it in place.
+
+        Raises:
+            ValueError: there is an obstacle to fusing.
+        """
+        layers = [(x.norm, x.mixer) for x in self.backbone.layers if isinstance(x.mixer, Mamba | Mamba2)]
+        states = [x for x in state if isinstance(x, MixerState)]
+        return fuse_step(layers, self.backbone.norm_f, self.lm_head, states)
 
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[LMConfig, Weights]:

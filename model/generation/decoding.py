@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ssm_kernels import resolve_backend
+
 from .cuda_graph import capture, graph_key, has_graphs, warm_up, warn_once
 from .interface import LanguageModel, LMState
+
+logger = logging.getLogger(__name__)
+
+MAX_FUSED_BATCH = 3
+"""Sequences up to which a fused step reads each weight once for all of them, and is faster than matrix products."""
 
 
 class Decoder:
@@ -18,6 +26,10 @@ class Decoder:
     State, tokens and (in a graph) logits keep their addresses. On a GPU, the first steps of a batch size are the
     warm-up; then a step is captured in a CUDA graph, one per batch size, and replayed. No step synchronizes the host
     with the device. Where capture fails, the reason is logged once and steps run eagerly.
+
+    On a CPU with numba, a step of a few sequences is one compiled kernel (`LanguageModel.fuse_step`), unless the model
+    has something that it would bypass; the reason is then logged once, at level INFO. The model is
+    looked at when a generation starts, and again when weights have moved.
 
     Follows the rules of `torch.cuda.graphs`: warm-up on a side stream, static memory, no read by the host. Not run on
     a GPU; tests on a CPU check that addresses stay and that nothing is read.
@@ -50,6 +62,12 @@ class Decoder:
         """Use the first `batch` rows of the buffers, with their current contents."""
         self.batch, self.steps = batch, 0
         self.state: LMState = [layer._make(t[:batch] for t in layer) for layer in self.buffers]
+        self.forget_fused_step()
+
+    def forget_fused_step(self) -> None:
+        """Look again, at the next step, at whether the model allows fused steps: it may have changed."""
+        self.fused: Callable[[Tensor], Tensor | None] | None = None
+        self.may_fuse = self.device.type == "cpu" and self.batch <= MAX_FUSED_BATCH
 
     def reset(self) -> None:
         """Zero the state: all sequences are empty."""
@@ -85,7 +103,43 @@ class Decoder:
 
     def step(self) -> Tensor:
         """Run one step on the buffers: the function that is captured."""
-        return self.lm(self.tokens[: self.batch], state=self.state).logits[:, 0]  # (S, V)
+        tokens = self.tokens[: self.batch]  # (S, 1)
+        if (
+            self.may_fuse
+            and resolve_backend("auto", self.device, "ssd") == "numba"
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            logits = self.fused_step(tokens)  # (S, V)
+            if logits is not None:
+                return logits
+        return self.lm(tokens, state=self.state).logits[:, 0]  # (S, V)
+
+    def fused_step(self, tokens: Tensor) -> Tensor | None:
+        """Run one step by one kernel: tokens (S, 1) -> logits (S, V). None where backend or model do not allow it."""
+        if resolve_backend("auto", self.device, "ssd") != "numba":
+            return None
+        if self.fused is not None:
+            logits = self.fused(self.lm.embed(tokens)[:, 0])
+            if logits is not None:
+                return logits
+        # At the first step, and after a weight has moved: the model may have become another one.
+        obstacle = self.lm.obstacle_to_fusing()
+        if obstacle is not None:
+            self.may_fuse = False
+            log_once(f"decoding runs op by op: {obstacle}")
+            return None
+        self.fused = step = self.lm.fuse_step(self.state)
+        return step(self.lm.embed(tokens)[:, 0])
+
+
+_logged: set[str] = set()
+
+
+def log_once(message: str) -> None:
+    """Log a message at level INFO the first time that it occurs in this process."""
+    if message not in _logged:
+        _logged.add(message)
+        logger.info(message)
 
 
 # The last decoder of each model, with its graphs. It is removed while in use.

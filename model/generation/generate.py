@@ -58,6 +58,7 @@ def generate_tokens(
     owned = None
     if decoder is None:
         decoder = owned = acquire_decoder(lm, n)
+    decoder.forget_fused_step()
     try:
         sampler = Sampler(config, prompt_ids, vocab_size, device)
         logits = prefill(lm, embeds, cu_seqlens, decoder.state, config.prefill_chunk)  # (S, V)

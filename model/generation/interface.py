@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,6 +44,10 @@ class LanguageModel(Protocol):
     def embed(self, input_ids: Tensor) -> Tensor: ...
 
     def new_state(self, batch: int) -> LMState: ...
+
+    def obstacle_to_fusing(self) -> str | None: ...
+
+    def fuse_step(self, state: LMState) -> Callable[[Tensor], Tensor | None]: ...
 
     def parameters(self) -> Iterator[Tensor]: ...
 

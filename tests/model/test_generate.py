@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ssm_kernels import use_backend
+from ssm_kernels._core.dispatch import HAS_NUMBA
 from ssm_kernels.testing import Target, fake_target
 from tests.makers import random_prompts, sharpened_lm
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
@@ -121,6 +123,7 @@ def test_a_prompt_of_131072_tokens_takes_the_memory_of_a_prefill_chunk(kind):
         config = GenerationConfig(2, prefill_chunk=2048)
         found.extend(t for (t,), _ in generate_tokens(lm, embeds, cu_seqlens, [[]], config, 300))
 
+    Decoder(lm, 1)(torch.tensor([1]))  # compiles the step, which takes memory once
     assert highest_memory(run) < 24 * 2**20
     assert max(asked) == 2048 and sum(asked) == length
     state = lm.new_state(1)
@@ -297,6 +300,42 @@ def test_decoding_stays_where_it_is_in_memory(lm):
         now = [decoder.tokens, *(t for layer in decoder.state for t in layer)]
         assert [t.data_ptr() for t in now] == places
     assert all(not torch.equal(a, b) for a, b in zip(now, values, strict=True))
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="needs numba")
+def test_steps_are_fused_where_that_bypasses_nothing(lm, caplog, monkeypatch):
+    monkeypatch.setattr(decoding, "_logged", set())
+    tokens = torch.tensor([5, 7])
+
+    def step(is_fused, batch=2):
+        decoder = Decoder(lm, batch)
+        logits = decoder(tokens[:batch])
+        assert (decoder.fused is not None) == is_fused
+        return logits
+
+    fused = step(True)
+    with use_backend("torch"):
+        torch.testing.assert_close(fused, step(False), rtol=1e-4, atol=1e-4)
+    tokens = tokens.repeat(9)
+    step(False, decoding.MAX_FUSED_BATCH + 1)
+    calls, projection = [], lm.backbone.layers[1].mixer.out_proj
+    hook = projection.register_forward_hook(lambda *_: calls.append(1))
+    with caplog.at_level(logging.INFO):
+        step(False), step(False)
+    assert len(calls) == 2
+    reason = "Linear is adapted, quantized, hooked, or of an unknown kind"
+    assert [r.message for r in caplog.records] == [f"decoding runs op by op: {reason}"]
+    hook.remove()
+    step(True)
+
+
+def test_a_fused_step_follows_weights_that_move(lm):
+    decoder = Decoder(lm, 1)
+    decoder(torch.tensor([5]))
+    for p in lm.parameters():
+        p.data = p.data * 1.5
+    decoder.reset()
+    torch.testing.assert_close(decoder(torch.tensor([5])), lm(torch.tensor([[5]])).logits[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_state_made_in_inference_mode_can_be_used_outside(lm):
