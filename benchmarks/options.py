@@ -41,7 +41,7 @@ ModelType = Literal[
     "mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "bamba", "zamba2", "nemotron_h", "granitemoehybrid",
     "falcon_h1",
 ]  # fmt: skip
-Size = Literal["published", "small"]
+Size = Literal["published", "130m", "small"]
 Model = Literal[
     "vl-mamba", "transformer-siglip", "ml-mamba", "ml-mamba-on-mamba1", "transformer-dinov2-siglip", "tinyllava",
     "mobilevlm-v2",

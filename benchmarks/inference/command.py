@@ -239,6 +239,10 @@ class _Session:
                 row |= {"encode": asdict(encode), "prompt_tokens_s": point.batch * point.tokens / lm.median}
             else:
                 row["tokens_s"] = point.batch / times.median
+                if point.device == "cpu":
+                    weights = self.result["models"][point.model]["parameters"]["language"] * point.type.itemsize
+                    seconds = [s for turn in done for s in turn["seconds_of_bandwidth"]]
+                    row["bandwidth_share"] = measure.bandwidth_share(weights, min(seconds))
             self.known_times[point.model] = (times.median, point.work)
 
 

@@ -13,6 +13,7 @@ from .. import memory
 from ..cases import DTYPES
 from ..environment import synchronize
 from ..options import Size
+from ..processor import measure_rates
 from .models import PREFILL_CHUNK, InferenceModel, build
 from .specs import SPECS, VLMSpec, grid_tokens
 
@@ -140,15 +141,24 @@ def _run_steps(model: InferenceModel, point: Point) -> dict[str, Any]:
     model.allocate(point.batch, point.capacity)
     model.fill(point.context)
     tokens = random_text(point, point.batch, 1)[:, 0]  # (B,)
-    seconds = []
+    seconds, processor_seconds = [], []
     for i in range(WARM_UP + point.steps_per_round):
         synchronize(point.device)
-        start = time.perf_counter()
+        start, processor_start = time.perf_counter(), time.process_time()
         tokens = model.step(tokens).argmax(-1)  # (B, V) -> (B,)
         synchronize(point.device)
         if i >= WARM_UP:
             seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds}
+            processor_seconds.append(time.process_time() - processor_start)
+    # As the bandwidth is measured: that of one core by its processor time, that of several by the clock
+    of_bandwidth = processor_seconds if torch.get_num_threads() == 1 else seconds
+    return {"seconds": seconds, "seconds_of_bandwidth": of_bandwidth}
+
+
+def bandwidth_share(n_bytes: int, seconds: float) -> float:
+    """Share of the cores' measured read bandwidth that reading so many bytes in this time makes use of."""
+    rates = measure_rates(torch.get_num_threads())
+    return n_bytes / seconds / rates.read[max(rates.read)]
 
 
 _RUN = {"prefill": _run_prompt, "decode": _run_steps}

@@ -14,12 +14,12 @@ from .specs import SAME_SIZE, SPECS
 
 COLUMNS = {
     "prefill": ("median", "low", "high", "calls", "encode", "tokens", "prompt_tokens_s", "state_bytes", "peak_memory"),
-    "decode": ("median", "low", "high", "calls", "tokens_s", "state_bytes", "peak_memory"),
+    "decode": ("median", "low", "high", "calls", "tokens_s", "bandwidth_share", "state_bytes", "peak_memory"),
 }
 """Columns of the CSV, after those that name the row; seconds and bytes."""
 HEADS = {
     "prefill": ("LM", "first token ms", "quartiles", "encoder ms", "tokens", "tokens/s", "state MiB", "peak MiB"),
-    "decode": ("LM", "ms a step", "quartiles", "tokens/s", "each", "state MiB", "peak MiB"),
+    "decode": ("LM", "ms a step", "quartiles", "tokens/s", "each", "of bandwidth", "state MiB", "peak MiB"),
 }
 """Headings of a table, after context and model."""
 COLORS = {
@@ -81,7 +81,9 @@ def _cells(result: Result, row: Record) -> list[str]:
         tokens = f"{row['tokens']:,}" + "*" * row["in_prefill_chunks"]
         rates = [milliseconds(row["encode"]["median"]), tokens, f"{row['prompt_tokens_s']:,.0f}"]
     else:
-        rates = [f"{row['tokens_s']:,.1f}", f"{row['tokens_s'] / row['batch']:,.1f}"]
+        share = row.get("bandwidth_share")  # on a CPU
+        share = "" if share is None else f"{share:.0%}"
+        rates = [f"{row['tokens_s']:,.1f}", f"{row['tokens_s'] / row['batch']:,.1f}", share]
     return [size, *times, *rates, *memory]
 
 
@@ -147,8 +149,9 @@ def plot(result: Result) -> bytes:
 
 NOTES = (
     "Random weights; LM: parameters of the language model. Medians of models that take turns. State: memory of a "
-    "sequence's state, counted from the tensors; peak: above the weights. The same image and text for all; * a prompt "
-    "run in prefill chunks."
+    "sequence's state, counted from the tensors; peak: above the weights. Of bandwidth: the bytes of the language "
+    "model's weights over the fastest step, as a share of the read bandwidth measured in the same run; of one core "
+    "by processor time. The same image and text for all; * a prompt run in prefill chunks."
 )
 
 

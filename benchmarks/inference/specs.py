@@ -158,6 +158,21 @@ SPECS: dict[Size, dict[str, VLMSpec]] = {
             "ldp-v2", TransformerConfig("llama", 2560, 32, 32, 6912, 32000, False),
         ),
     },
+    "130m": {
+        "vl-mamba": VLMSpec(
+            _SIGLIP, ConnectorConfig("vss-l2"), PUBLISHED["state-spaces/mamba-130m"].config
+        ),
+        "transformer-siglip": VLMSpec(_SIGLIP, "mlp", TransformerConfig("llama", 768, 12, 12, 2248, 50280, True)),
+        "ml-mamba": VLMSpec(_DINOV2 + _SIGLIP, _ML_CONNECTOR, PUBLISHED["state-spaces/mamba2-130m"].config),
+        "ml-mamba-on-mamba1": VLMSpec(
+            _DINOV2 + _SIGLIP, _ML_CONNECTOR, PUBLISHED["state-spaces/mamba-130m"].config
+        ),
+        "transformer-dinov2-siglip": VLMSpec(
+            _DINOV2 + _SIGLIP, "mlp", TransformerConfig("llama", 768, 12, 12, 2248, 50280, True)
+        ),
+        "tinyllava": VLMSpec(_SIGLIP, "mlp", TransformerConfig("phi", 768, 12, 12, 3072, 50280, False, 0.5)),
+        "mobilevlm-v2": VLMSpec(_CLIP, "ldp-v2", TransformerConfig("llama", 768, 12, 12, 2112, 50280, False)),
+    },
     "small": {
         "vl-mamba": VLMSpec(_SIGLIP, ConnectorConfig("vss-l2"), _MAMBA),
         "transformer-siglip": VLMSpec(_SIGLIP, "mlp", TransformerConfig("llama", 256, 4, 4, 800, 8192, True)),
@@ -170,7 +185,8 @@ SPECS: dict[Size, dict[str, VLMSpec]] = {
         "mobilevlm-v2": VLMSpec(_CLIP, "ldp-v2", TransformerConfig("llama", 256, 4, 4, 704, 8192, False)),
     },
 }  # fmt: skip
-"""The models by size and name. The small ones have the published proportions: two Mamba layers a Transformer layer."""
+"""The models by size and name, in the published proportions: two Mamba layers a Transformer layer. Those of `130m` have
+the language models of the smallest published checkpoints, and small encoders."""
 SAME_SIZE = {
     "transformer-siglip": "vl-mamba",
     "transformer-dinov2-siglip": "ml-mamba",
