@@ -29,10 +29,12 @@ class _Graph(nn.Module):
         self.lm = lm
 
     def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        # A graph has no tuples: the tensors of the state come one after the other.
         parts = iter(past)
         state = [type(layer)(*(next(parts) for _ in layer)) for layer in self.lm.new_state(1)]
         last = torch.arange(input_ids.shape[1], device=input_ids.device)[-1:]  # (1,)
         out = self.lm(input_ids, state=state, logits_at=last, return_state=True)
+        # (B, V), then the state
         return out.logits[:, 0], *(t for _, t in named_parts(out.state or []))
 
 
@@ -65,7 +67,9 @@ def trace(lm: MambaLM, graph: Literal["prompt", "step"]) -> ExportedProgram:
     batch = Dim("batch", max=MAX_BATCH)
     ids = torch.zeros(2, 5 if is_prompt else 1, dtype=torch.int64)  # (B, L)
     past = tuple(t for _, t in named_parts(lm.new_state(2)))
+    # A graph of one token and one of several differ: decoding has ops of its own.
     sizes = {0: batch} | ({1: Dim("length", min=2, max=MAX_LENGTH)} if is_prompt else {})
+    # Without gradients the mixers recompute nothing.
     with torch.no_grad():
         program = torch.export.export(
             _Graph(lm), (ids, *past), dynamic_shapes=(sizes, tuple({0: batch} for _ in past)), strict=False

@@ -56,7 +56,7 @@ def _scan(a: Mamba3Arguments, chunk_size: int, backend: Backend) -> tuple[Tensor
 
     weight_before, weight_now = _trapezoid(dt, trap)  # (B, L, H) twice
     # b_{t+1}: none after the last step of a sequence, whose next step belongs to another, or is padding with a dt of 0.
-    weight_next = F.pad(weight_before.masked_fill(bounds.is_first.unsqueeze(2), 0)[:, 1:], (0, 0, 0, 1))
+    weight_next = F.pad(weight_before.masked_fill(bounds.is_first.unsqueeze(2), 0), (0, 0, 0, 1))[:, 1:]
     angles = _cumulative_angles(angles, dt, initial_states.angles, bounds)  # (B, L, H, K)
     B, C = _rotated(a.B, a.B_bias, angles, a), _rotated(a.C, a.C_bias, angles, a)  # (B, L, R, H, N)
 

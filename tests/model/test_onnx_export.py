@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from ssm_kernels import use_backend
+from ssm_kernels.export import decompositions
+from ssm_kernels.modules import Mamba, Mamba2
 from vlmamba import cli
 from vlmamba.model import LMConfig, MambaLM, onnx_export
 from vlmamba.model.onnx_export import export_onnx, named_parts
@@ -14,11 +16,12 @@ onnxruntime = pytest.importorskip("onnxruntime")
 CONFIGS = {
     "mamba": LMConfig(16, 1, 9, d_state=4),
     "mamba2": LMConfig(16, 1, 9, "mamba2", d_state=4, headdim=8),
+    "mamba3": LMConfig(16, 1, 9, "mamba3", d_state=4, headdim=8),
 }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [pytest.param("mamba", marks=pytest.mark.nightly), "mamba2"])
+@pytest.mark.parametrize("kind", ["mamba2", *(pytest.param(k, marks=pytest.mark.nightly) for k in ("mamba", "mamba3"))])
 def test_prompts_and_steps_agree_with_the_model(kind, tmp_path, capsys):
     torch.manual_seed(0)
     lm = MambaLM(CONFIGS[kind])
@@ -27,9 +30,10 @@ def test_prompts_and_steps_agree_with_the_model(kind, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'onnx' / 'step.onnx'}"
     prompt, step = (onnxruntime.InferenceSession(tmp_path / "onnx" / f"{name}.onnx") for name in ("prompt", "step"))
     names = [i.name for i in prompt.get_inputs()]
-    assert names == ["input_ids", "past.0.conv", "past.0.ssm"]
+    parts = [name for name, _ in named_parts(lm.new_state(1))]
+    assert names == ["input_ids", *(f"past.{part}" for part in parts)]
     assert prompt.get_inputs()[0].shape == ["batch", "length"] and step.get_inputs()[0].shape == ["batch", 1]
-    assert [o.name for o in step.get_outputs()] == ["logits", "present.0.conv", "present.0.ssm"]
+    assert [o.name for o in step.get_outputs()] == ["logits", *(f"present.{part}" for part in parts)]
     for batch, length in ((2, 7), (1, 150)):
         ids, state = torch.randint(9, (batch, length + 3)), lm.new_state(batch)
         past = [t.clone().numpy() for _, t in named_parts(state)]
@@ -42,6 +46,21 @@ def test_prompts_and_steps_agree_with_the_model(kind, tmp_path, capsys):
             torch.testing.assert_close(torch.from_numpy(logits), want, rtol=1e-4, atol=1e-4)
             for got, (_, t) in zip(past, named_parts(state), strict=True):
                 torch.testing.assert_close(torch.from_numpy(got), t, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mixer", [Mamba(16, d_state=4), Mamba2(16, d_state=4, headdim=8)], ids=["mamba", "mamba2"])
+def test_mixers_alone_agree(mixer, tmp_path):
+    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=4096)}
+    exported = torch.export.export(mixer.eval(), (torch.randn(2, 30, 16),), dynamic_shapes=(sizes,))
+    exported = exported.run_decompositions(decompositions())
+    torch.onnx.export(exported, (), tmp_path / "mixer.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "mixer.onnx")
+    for size in ((2, 30, 16), (1, 7, 16), (3, 300, 16)):
+        x = torch.randn(size)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad(), use_backend("torch"):
+            torch.testing.assert_close(torch.from_numpy(got), mixer(x), rtol=1e-4, atol=1e-4)
 
 
 def test_missing_packages_and_devices_are_named(tmp_path, monkeypatch):

@@ -332,6 +332,7 @@ cli.main(sys.argv[1:])
         ("inspect {0}/nothing", "no folder at"),
         ("convert {0}/vlm {0}/out --to transformers", "is for a language model"),
         ("convert {0}/lm {0}/vlm --to own", "exists and is not empty"),
+        ("export {0}/vlm --onnx {0}/graphs", "is a vision-language model"),
     ],
 )
 def test_an_error_is_one_line_on_stderr(arguments, message, folder):
