@@ -98,7 +98,13 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    # Uncommitted changes show as "-dirty".
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    """The commit, with "-dirty" where code differs from it; measured figures themselves may."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+    commit = git("describe", "--always", "--abbrev=12").stdout.strip()
+    code = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs")
+    is_dirty = git("diff", "--quiet", "HEAD", "--", *code).returncode == 1
+    return commit + "-dirty" * is_dirty if commit else None
