@@ -184,8 +184,6 @@ def test_sizes_that_fill_no_tile_agree(headdim, d_state):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[37], [0, 5, 1, 20]])
 def test_weights_of_inputs_apart_from_decays(backend, lengths, dtype):
-    if backend == "triton":
-        pytest.skip("the Triton kernels do not take weights")
     length, rows = sum(lengths) + 2, len(lengths) if len(lengths) > 1 else 0
     tensors = make_inputs(1, length, groups=2, rows=rows, dtype=dtype)
     tensors["input_weights"] = torch.randn(1, length, 4).to(dtype)  # of both signs

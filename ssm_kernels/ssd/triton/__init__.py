@@ -41,10 +41,8 @@ def ssd(
         height: rows of that grid.
 
     Raises:
-        RuntimeError: `input_weights` are passed, or see `check_float64_products`.
+        RuntimeError: see `check_float64_products`.
     """
-    if input_weights is not None:
-        raise RuntimeError("the Triton kernels of ssd do not take input_weights; use backend='torch'")
     check_float64_products(x.dtype, "ssd")
     # The gate is not in the kernels: Mamba-2 has its own in the norm, and here it would cost them registers.
     # PyTorch's silu is one launch on a GPU, that of `skip_and_gate` several.

@@ -101,6 +101,7 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
     num_chunks = num_checkpoints * CHECKPOINT_CHUNKS
     dx = inputs.empty(*inputs.x.shape, dtype=inputs.x.dtype)  # (B, L, H, P)
     ddt = inputs.empty(num_tiles, *inputs.dt.shape)  # (tiles, B, L, H)
+    dweights = None if inputs.input_weights is None else torch.empty_like(ddt)  # (tiles, B, L, H)
     # Zeros, for the unused chunks.
     dA = inputs.empty(num_chunks, inputs.heads, num_tiles).zero_()  # (chunks, H, tiles)
     D = arguments.D
@@ -129,11 +130,18 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
             dcheckpoint_states=dcheckpoint_states, scales=scales, steps=steps, checkpoint_range=checkpoint_range,
             **ends,
         )  # fmt: skip
-        _launch_input_gradient(inputs, input_tiles, checkpoints, checkpoint_range, dy, *states, dx, ddt, dA, dD)
+        _launch_input_gradient(
+            inputs, input_tiles, checkpoints, checkpoint_range, dy, *states, dx, ddt, dweights, dA, dD
+        )
         _launch_shared_gradient(inputs, tiles, checkpoints, checkpoint_range, dy, *states, dB, dC, splits)
 
     ddt, dB, dC = (t.sum(0) if len(t) > 1 else t[0] for t in (ddt, dB, dC))
     zero_padding(segments, dx, ddt, dB, dC)
+    if dweights is None:
+        dweights = ddt.new_empty(0)
+    else:
+        dweights = dweights.sum(0)
+        zero_padding(segments, dweights)
     dD = dD.sum(0)
     if D is not None and D.shape[1] != inputs.headdim:
         dD = dD.sum(1, keepdim=True)  # (H, 1)
@@ -146,7 +154,7 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
         D=_gradient_of(D, dD),
         dt_bias=_gradient_of(arguments.dt_bias, ddt.sum((0, 1))),
         initial_states=_gradient_of(arguments.initial_states, dinitial_states),
-        input_weights=ddt.new_empty(0),
+        input_weights=_gradient_of(arguments.input_weights, dweights),
     )
 
 
@@ -239,11 +247,11 @@ def _launch_state_kernel(
     x, dt, B, C = inputs.x, inputs.dt, inputs.B, inputs.C
     with on_device(dy):
         _state_kernel[(num_programs, 2)](
-            x, dt, inputs.A, B, C, inputs.dt_bias, dy, initial_states, initial_state_rows, dfinal_states,
-            dfinal_state_rows, final_states, dinitial_states, dinitial_state_rows, dt_sum, checkpoint_states,
-            dcheckpoint_states, scales, steps, segments.entries, checkpoints.first_segment, checkpoints.sequence_starts,
-            checkpoint_range.start, len(checkpoint_range), inputs.length, inputs.height, inputs.directions,
-            x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(),
+            x, dt, inputs.A, B, C, inputs.dt_bias, inputs.input_weights, dy, initial_states, initial_state_rows,
+            dfinal_states, dfinal_state_rows, final_states, dinitial_states, dinitial_state_rows, dt_sum,
+            checkpoint_states, dcheckpoint_states, scales, steps, segments.entries, checkpoints.first_segment,
+            checkpoints.sequence_starts, checkpoint_range.start, len(checkpoint_range), inputs.length, inputs.height,
+            inputs.directions, x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(), inputs.weight_strides,
             num_stages=2, **tiles.options(), **inputs.constants, **maxnreg_option(STATE_REGISTERS, inputs.device),
         )  # fmt: skip
 
@@ -255,6 +263,7 @@ def _state_kernel(
     A_ptr,  # (H,)
     B_ptr, C_ptr,  # (B, L, G, N)
     dt_bias_ptr,  # (H,)
+    weights_ptr,  # (B, L, H), or None
     dy_ptr,  # (B, L, H, P)
     initial_states_ptr, initial_state_rows_ptr,  # (rows, H, P, N), (S,)
     dfinal_states_ptr, dfinal_state_rows_ptr,  # (rows, H, P, N), (S,)
@@ -263,12 +272,12 @@ def _state_kernel(
     dt_sum_ptr,  # (M, H), written
     checkpoint_states_ptr, dcheckpoint_states_ptr,  # (checkpoints of this launch, H, P, N), written
     scales_ptr,  # (checkpoints of this launch, H, P / SCALE_ROWS, 2): factors of checkpoints in float16, written
-    steps_ptr,  # (checkpoints of this launch, H, 3, Q), written
+    steps_ptr,  # (checkpoints of this launch, H, 3, Q), written: the weights of inputs, dt by default, and both sums
     segments_ptr,  # (M, 4)
     first_checkpoint_ptr,  # (S + 1,)
     sequence_starts_ptr,  # (S,)
     checkpoint_offset, num_checkpoints, length, height, directions,
-    x_strides, dt_strides, B_strides, C_strides, dy_strides,
+    x_strides, dt_strides, B_strides, C_strides, dy_strides, weight_strides,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr,
     DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr,
@@ -298,16 +307,17 @@ def _state_kernel(
         _pass_states(
             x_ptr, dt_ptr, a, B_ptr, dt_bias, initial_states_ptr, initial_state_rows_ptr, final_states_ptr, None,
             dt_sum_ptr, checkpoint_states_ptr, scales_ptr, steps_ptr, batch, start, end, sequence, segment, head, tile,
-            group, direction, checkpoint, num_checkpoints, length, height, x_strides, dt_strides, B_strides, H, P, N,
-            NUM_DIRECTIONS, Q, BLOCK_P, BLOCK_N, HAS_DT_LIMIT, DT_SOFTPLUS, DT_MIN, DT_MAX, DOT, COMPUTE, False,
+            group, direction, checkpoint, num_checkpoints, length, height, x_strides, dt_strides, B_strides,
+            weights_ptr, weight_strides, H, P, N, NUM_DIRECTIONS, Q, BLOCK_P, BLOCK_N, HAS_DT_LIMIT, DT_SOFTPLUS,
+            DT_MIN, DT_MAX, DOT, COMPUTE, False,
         )  # fmt: skip
     else:
         _pass_states(
             dy_ptr, dt_ptr, a, C_ptr, dt_bias, dfinal_states_ptr, dfinal_state_rows_ptr, dinitial_states_ptr,
             dinitial_state_rows_ptr, None, dcheckpoint_states_ptr, scales_ptr, None, batch, start, end, sequence,
             segment, head, tile, group, direction, checkpoint, num_checkpoints, length, height, dy_strides, dt_strides,
-            C_strides, H, P, N, NUM_DIRECTIONS, Q, BLOCK_P, BLOCK_N, HAS_DT_LIMIT, DT_SOFTPLUS, DT_MIN, DT_MAX, DOT,
-            COMPUTE, True,
+            C_strides, None, None, H, P, N, NUM_DIRECTIONS, Q, BLOCK_P, BLOCK_N, HAS_DT_LIMIT, DT_SOFTPLUS, DT_MIN,
+            DT_MAX, DOT, COMPUTE, True,
         )  # fmt: skip
 
 
@@ -315,7 +325,8 @@ def _state_kernel(
 def _pass_states(
     x_ptr, dt_ptr, a, B_ptr, dt_bias, initial_states_ptr, initial_rows_ptr, final_states_ptr, final_rows_ptr,
     dt_sum_ptr, checkpoint_states_ptr, scales_ptr, steps_ptr, batch, start, end, sequence, segment, head, tile, group,
-    direction, checkpoint, num_checkpoints, length, height, x_strides, dt_strides, B_strides,
+    direction, checkpoint, num_checkpoints, length, height, x_strides, dt_strides, B_strides, weights_ptr,
+    weight_strides,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HAS_DT_LIMIT: tl.constexpr, DT_SOFTPLUS: tl.constexpr,
     DT_MIN: tl.constexpr, DT_MAX: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr, REVERSE: tl.constexpr,
@@ -331,6 +342,8 @@ def _pass_states(
     mask_state = mask_p[:, None] & mask_n[None, :]
     x_ptr += batch * x_strides[0] + head.to(tl.int64) * x_strides[2]
     dt_ptr += batch * dt_strides[0] + head.to(tl.int64) * dt_strides[2]
+    if weights_ptr is not None:
+        weights_ptr += batch * weight_strides[0] + head.to(tl.int64) * weight_strides[2]
     B_ptr += batch * B_strides[0] + group.to(tl.int64) * B_strides[2]
 
     state = tl.zeros((BLOCK_P, BLOCK_N), COMPUTE)
@@ -358,15 +371,18 @@ def _pass_states(
         dt_ptrs = dt_ptr + positions * dt_strides[1]
         dt, _ = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
         coarse, fine, decay_from_start, decay_to_end, chunk_decay = chunk_decays(dt, a, Q, COMPUTE)
+        input_weights = dt
+        if weights_ptr is not None:
+            input_weights = tl.load(weights_ptr + positions * weight_strides[1], mask_q, other=0.0).to(COMPUTE)
         if steps_ptr is not None:
             if in_range & (tile == 0):
                 step_ptrs = steps_ptr + (checkpoint_row + head) * (3 * Q) + tl.arange(0, Q)
-                tl.store(step_ptrs, dt)
+                tl.store(step_ptrs, input_weights)
                 tl.store(step_ptrs + Q, coarse)
                 tl.store(step_ptrs + 2 * Q, fine)
         x = load_rows(x_ptr, positions, x_strides[1], p, mask_x)  # (Q, P)
         B = load_rows(B_ptr, positions, B_strides[1], n, mask_B).to(DOT)  # (Q, N)
-        weights = decay_from_start if REVERSE else dt * decay_to_end
+        weights = decay_from_start if REVERSE else input_weights * decay_to_end
         state = advance_state(state, x, weights, B, chunk_decay, DOT, COMPUTE)
         dt_sum += tl.sum(dt, axis=0)
 
@@ -408,7 +424,7 @@ def load_decays(steps_ptr, first, Q: tl.constexpr, CHUNKS: tl.constexpr):
     """Load what the state kernel wrote of the chunk that is `first` steps after a checkpoint, for one head.
 
     Returns:
-        dt (Q,), and the results of `chunk_decays`.
+        the weights of inputs (Q,), those of dt by default, and the results of `chunk_decays`.
     """
     SIZE: tl.constexpr = CHUNKS * Q
     step_ptrs = steps_ptr + first + tl.arange(0, Q)
@@ -462,16 +478,17 @@ def _launch_input_gradient(
     steps: Tensor,
     dx: Tensor,
     ddt: Tensor,
+    dweights: Tensor | None,
     dA: Tensor,
     dD: Tensor,
 ) -> None:
-    """Write the gradients of x, dt, A and D for the chunks of some checkpoints."""
+    """Write the gradients of x, dt, the weights of inputs, A and D for the chunks of some checkpoints."""
     x, dt, B, C, D = inputs.x, inputs.dt, inputs.B, inputs.C, inputs.D
     num_programs = len(checkpoint_range) * CHECKPOINT_CHUNKS * inputs.num_head_tiles(tiles)
     with on_device(x):
         _input_gradient_kernel[(num_programs,)](
             x, dt, inputs.A, B, C, D, inputs.dt_bias, dy, checkpoint_states, dcheckpoint_states, scales, steps, dx,
-            ddt, dA, dD, checkpoints.entries,
+            ddt, dweights, dA, dD, checkpoints.entries,
             checkpoint_range.start, inputs.length, inputs.height, inputs.directions,
             x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(), None if D is None else D.stride(),
             inputs.batch * inputs.length,
@@ -494,6 +511,7 @@ def _input_gradient_kernel(
     steps_ptr,  # (checkpoints of this launch, H, 3, CHECKPOINT_CHUNKS * Q)
     dx_ptr,  # (B, L, H, P), written
     ddt_ptr,  # (tiles, B, L, H), written
+    dweights_ptr,  # (tiles, B, L, H), written; None where dt is the weight of inputs too
     dA_ptr,  # (checkpoints * CHECKPOINT_CHUNKS, H, tiles), written
     dD_ptr,  # (checkpoints * CHECKPOINT_CHUNKS, H, P) with WIDE_D, else (..., tiles), written
     checkpoints_ptr,  # (checkpoints, 4)
@@ -610,10 +628,15 @@ def _input_gradient_kernel(
     first = start + chunk % CHECKPOINT_CHUNKS * Q
     positions, mask_q = chunk_positions(first, end, direction, length, height, Q, NUM_DIRECTIONS)
     dt_ptrs = dt_ptr + positions * dt_strides[1]
-    _, dt_derivative = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
-    ddt = (ddt_input + dlog_decay * (a * tl.full((), LN2, COMPUTE))) * dt_derivative
+    step, dt_derivative = load_dt(dt_ptrs, mask_q, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)
     ddt_offsets = ((tile.to(tl.int64) * num_positions + batch * length) + positions) * H + head
-    tl.store(ddt_ptr + ddt_offsets, ddt, mask_q)
+    ddt = dlog_decay * (a * tl.full((), LN2, COMPUTE))
+    if dweights_ptr is None:
+        ddt = ddt_input + ddt
+        step = dt
+    else:
+        tl.store(dweights_ptr + ddt_offsets, ddt_input, mask_q)
+    tl.store(ddt_ptr + ddt_offsets, ddt * dt_derivative, mask_q)
     dx = ddt_x * dt[:, None]  # (Q, P)
     if HAS_D:
         if WIDE_D:
@@ -623,7 +646,7 @@ def _input_gradient_kernel(
             dx += tl.load(D_ptr + head * D_strides[0]).to(COMPUTE) * dy.to(COMPUTE)
     dx_offsets = (((batch * length + positions) * H + head) * P)[:, None] + p[None, :]
     tl.store(dx_ptr + dx_offsets, dx.to(dx_ptr.dtype.element_ty), mask_q[:, None] & mask_p[None, :])
-    tl.store(dA_ptr + chunk_row * TILES + tile + tl.arange(0, 1), tl.sum((dlog_decay * dt)[:, None], axis=0))
+    tl.store(dA_ptr + chunk_row * TILES + tile + tl.arange(0, 1), tl.sum((dlog_decay * step)[:, None], axis=0))
 
 
 def _launch_shared_gradient(

@@ -60,6 +60,8 @@ class ScanInputs:
         self.groups, self.d_state = B.shape[2:]
         self.x, self.B, self.C = (with_contiguous_last_dim(t) for t in (x, B, C))
         self.dt = arguments.dt
+        self.input_weights = arguments.input_weights
+        self.weight_strides = None if self.input_weights is None else self.input_weights.stride()
         self.A = arguments.A.contiguous()
         D = arguments.D
         self.D = None if D is None else with_contiguous_last_dim(D).expand(self.heads, self.headdim)

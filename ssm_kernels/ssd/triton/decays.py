@@ -40,7 +40,7 @@ class ChunkDecays(NamedTuple):
     steps: Tensor
     """(rows, H, 4, Q): for each step the coarse and the fine part of the cumulative log2 decay, as `sum_log_decays`
     returns them, and the weights of its input in an output of the chunk, dt exp2(-fine), and in the state after the
-    chunk, dt exp2(total - coarse - fine)."""
+    chunk, dt exp2(total - coarse - fine); with `input_weights` those in place of dt."""
     totals: Tensor
     """(rows, H, 2): the decay across the chunk, and the sum of its dt."""
     segment_rows: int
@@ -59,8 +59,9 @@ def compute_chunk_decays(inputs: ScanInputs, tiles: Tiles, segments: SegmentTabl
     if num_programs:
         with on_device(inputs.x):
             _chunk_decays_kernel[(num_programs,)](
-                inputs.dt, inputs.A, inputs.dt_bias, decays.steps, decays.totals, segments.entries,
-                inputs.length, segment_rows, inputs.height, inputs.directions, inputs.dt.stride(),
+                inputs.dt, inputs.A, inputs.dt_bias, inputs.input_weights, decays.steps, decays.totals,
+                segments.entries, inputs.length, segment_rows, inputs.height, inputs.directions, inputs.dt.stride(),
+                inputs.weight_strides,
                 Q=Q, BLOCK_H=BLOCK_H, PARALLEL_CHUNKS=parallel_chunks, IS_PACKED=inputs.is_packed, num_warps=4,
                 **{name: inputs.constants[name] for name in names},
             )  # fmt: skip
@@ -84,10 +85,11 @@ def _chunk_decays_kernel(
     dt_ptr,  # (B, L, H)
     A_ptr,  # (H,)
     dt_bias_ptr,  # (H,)
+    weights_ptr,  # (B, L, H), or None
     steps_ptr,  # (rows, H, 4, Q), written
     totals_ptr,  # (rows, H, 2), written
     segments_ptr,  # (M, 4)
-    length, segment_rows, height, directions, dt_strides,
+    length, segment_rows, height, directions, dt_strides, weight_strides,
     H: tl.constexpr, G: tl.constexpr, NUM_DIRECTIONS: tl.constexpr, Q: tl.constexpr, BLOCK_H: tl.constexpr,
     PARALLEL_CHUNKS: tl.constexpr, IS_PACKED: tl.constexpr, HAS_DT_BIAS: tl.constexpr, DT_SOFTPLUS: tl.constexpr,
     HAS_DT_LIMIT: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr, COMPUTE: tl.constexpr,
@@ -108,6 +110,8 @@ def _chunk_decays_kernel(
     direction = group_direction(directions, head // (H // G), G, NUM_DIRECTIONS)
     a, dt_bias = load_head(A_ptr, dt_bias_ptr, head, HAS_DT_BIAS, COMPUTE)
     dt_ptr += batch * dt_strides[0] + head.to(tl.int64) * dt_strides[2]
+    if weights_ptr is not None:
+        weights_ptr += batch * weight_strides[0] + head.to(tl.int64) * weight_strides[2]
 
     # An unused entry has no steps.
     for chunk in range(program // HEAD_TILES % PARALLEL_CHUNKS, tl.cdiv(end - start, Q), PARALLEL_CHUNKS):
@@ -118,12 +122,16 @@ def _chunk_decays_kernel(
         coarse, fine, coarse_total, fine_total = sum_log_decays(dt, a, Q, COMPUTE)
         decay_to_end = tl.exp2((coarse_total[None, :] - coarse) + (fine_total[None, :] - fine))
 
+        weights = dt
+        if weights_ptr is not None:
+            weights = tl.load(weights_ptr + positions * weight_strides[1], mask, other=0.0).to(COMPUTE)
+
         chunk_head = (row + chunk) * H + head  # (1, BLOCK_H)
         step_ptrs = steps_ptr + chunk_head * (4 * Q) + q
         tl.store(step_ptrs, coarse, mask_h)
         tl.store(step_ptrs + Q, fine, mask_h)
-        tl.store(step_ptrs + 2 * Q, dt * tl.exp2(-fine), mask_h)
-        tl.store(step_ptrs + 3 * Q, dt * decay_to_end, mask_h)
+        tl.store(step_ptrs + 2 * Q, weights * tl.exp2(-fine), mask_h)
+        tl.store(step_ptrs + 3 * Q, weights * decay_to_end, mask_h)
         total_ptrs = totals_ptr + chunk_head * 2
         tl.store(total_ptrs, tl.exp2(coarse_total + fine_total)[None, :], mask_h)
         tl.store(total_ptrs + 1, tl.sum(dt, axis=0)[None, :], mask_h)
