@@ -99,7 +99,7 @@ class Block:
         self.is_blocked &= ~arrived
         self.shared.synchronize(np.unique(self.warp[arrived]))
 
-    def fence_proxy(self, active: Mask) -> None:
+    def fence_proxy(self, active: Mask, at: Instruction) -> None:
         """Order earlier writes before accesses of the asynchronous proxy ("membar / fence")."""
         self.shared.fence(np.unique(self.warp[np.broadcast_to(True if active is None else active, (self.threads,))]))
 
@@ -173,7 +173,7 @@ class Block:
         self.copies.append(self.open_copies)
         self.open_copies = []
 
-    def wait_for_copies(self, pending: int) -> None:
+    def wait_for_copies(self, pending: int, at: Instruction) -> None:
         """Complete all groups but the newest `pending` ("cp.async.wait_group")."""
         while len(self.copies) > pending:
             for copy in self.copies.pop(0):
@@ -325,7 +325,7 @@ class Block:
         self.product_groups.append(self.open_products)
         self.open_products = []
 
-    def wait_for_wgmma(self, pending: int) -> None:
+    def wait_for_wgmma(self, pending: int, at: Instruction) -> None:
         """Complete all groups but the newest `pending` ("wgmma.wait_group"); `settled` returns their accumulators."""
         while len(self.product_groups) > pending:
             for numbers, read in self.product_groups.pop(0):

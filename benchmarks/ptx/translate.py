@@ -337,9 +337,9 @@ class _Translator:
         if kind == "commit_group":
             return self._emit("block.commit_copies()")
         if kind == "wait_group":
-            return self._emit(f"block.wait_for_copies({int(i.operands[0], 0)})")
+            return self._emit(f"block.wait_for_copies({int(i.operands[0], 0)}, {self.at})")
         if kind == "wait_all":
-            return self._emit("block.commit_copies(); block.wait_for_copies(0)")
+            return self._emit(f"block.commit_copies(); block.wait_for_copies(0, {self.at})")
         if kind not in ("ca", "cg"):
             raise Unsupported("its completion mechanism")
         to, source = self._address(i.operands[0], U4), self._address(i.operands[1], U8)
@@ -351,7 +351,7 @@ class _Translator:
     def _fence(self, i: Instruction, guard: str | None) -> None:
         """Section "Parallel Synchronization and Communication Instructions: membar / fence"."""
         if "proxy" in i.parts:
-            self._emit(f"block.fence_proxy({guard})")
+            self._emit(f"block.fence_proxy({guard}, {self.at})")
 
     def _nothing(self, i: Instruction, guard: str | None) -> None:
         """An instruction without effect in the emulator."""
@@ -439,7 +439,7 @@ class _Translator:
         if what == "commit_group":
             return self._emit("block.commit_wgmma()")
         if what == "wait_group":
-            self._emit(f"block.wait_for_wgmma({int(i.operands[0], 0)})")
+            self._emit(f"block.wait_for_wgmma({int(i.operands[0], 0)}, {self.at})")
             names = [register[0] for r in sorted(self.accumulators) if (register := self._register(r))]
             self._emit("if block.finished:")
             for name in names:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ssm_kernels._triton.primitives import d_softplus, softplus, zero_padding
 from ssm_kernels._triton.segment_table import build_segment_table
+from ssm_kernels.ssd.triton.chunk import scaled_operand, weighted_operand
 from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
@@ -78,3 +79,37 @@ def test_softplus_at_the_ends():
     torch.testing.assert_close(y[:5], torch.tensor([0.0, 0.0, 0.6931472, 200.0, torch.inf]))
     torch.testing.assert_close(dy[:5], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
     assert y[5].isnan() and dy[5].isnan()
+
+
+@triton.jit
+def operands_kernel(x_ptr, weights_ptr, scaled_ptr, weighted_ptr, Q: tl.constexpr, P: tl.constexpr):
+    """Write a tile and a weighted tile as operands in float16, times their factors."""
+    q, p = tl.arange(0, Q), tl.arange(0, P)
+    offsets = q[:, None] * P + p[None, :]
+    x, weights = tl.load(x_ptr + offsets), tl.load(weights_ptr + q)
+    operand, scale = scaled_operand(x * weights[:, None], tl.float16)
+    tl.store(scaled_ptr + offsets, operand.to(tl.float32) * scale)
+    operand, scale = weighted_operand((x * 0.5).to(tl.float16), weights, tl.float16, tl.float32)
+    tl.store(weighted_ptr + offsets, operand.to(tl.float32) * scale)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e6, 1e30])
+def test_operands_in_float16_have_the_range_of_float32(size):
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).clamp(-4, 4) * 3e4
+    weights = torch.linspace(-1, 1, 16) * size
+    scaled, weighted = torch.empty_like(x), torch.empty_like(x)
+    operands_kernel[(1,)](x, weights, scaled, weighted, Q=16, P=32)
+    exact = x * weights[:, None]
+    torch.testing.assert_close(scaled, exact, rtol=1e-3, atol=1e-6 * exact.abs().max().item())
+    torch.testing.assert_close(weighted, exact / 2, rtol=2e-3, atol=1e-6 * exact.abs().max().item())
+
+
+@needs_interpreter
+def test_an_infinity_stays_alone_in_an_operand_in_float16():
+    x, weights = torch.ones(16, 32), torch.ones(16)
+    x[3, 5] = float("inf")
+    scaled, weighted = torch.empty_like(x), torch.empty_like(x)
+    operands_kernel[(1,)](x, weights, scaled, weighted, Q=16, P=32)
+    for found, factor in ((scaled, 1), (weighted, 2)):
+        assert torch.equal(found * factor, x)
