@@ -6,7 +6,8 @@ batch of one matrix by another routine than a batch of several, and its rounding
 operands too.
 
 A compiled or exported graph uses PyTorch's own: an exported one would hold the steps of a Function here, which have no
-gradient in place, and a wrong one where they overflow.
+gradient in place, and a wrong one where they overflow. So do transforms of `torch.func`, forward-mode AD, and the
+gradients of gradients.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .transforms import is_transformed
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -23,7 +26,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x))."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return F.silu(x)
     return _SiLU.apply(x)
 
@@ -37,7 +40,7 @@ def silu_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), accurate for x of any size."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return -F.logsigmoid(-x)
     return _Softplus.apply(x)
 
@@ -74,9 +77,12 @@ class _SiLU(torch.autograd.Function):
         return x / x.neg().exp_().add_(1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return silu_backward(dy, *ctx.saved_tensors)
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the steps of `silu_backward` are in place, and have no derivative
+            s = torch.sigmoid(x)
+            return dy * (s * (1 + x * (1 - s)))
+        return silu_backward(dy, x)
 
 
 class _Softplus(torch.autograd.Function):
@@ -87,7 +93,7 @@ class _Softplus(torch.autograd.Function):
         return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
         # softplus' = sigmoid
-        return dy * sigmoid(*ctx.saved_tensors)
+        return dy * (torch.sigmoid(x) if torch.is_grad_enabled() else sigmoid(x))

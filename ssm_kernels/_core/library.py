@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 NAMESPACE = __name__.rpartition("._core.")[0].replace(".", "_")
 """Namespace of the ops: another copy of this package, imported under another name, has its own."""
@@ -19,13 +21,19 @@ BODIES: dict[torch._ops.OpOverload, Callable] = {}
 """Body of each op, for tools that run it where the dispatcher would take the fake."""
 
 
+Formula = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
+"""The differentiable results of an op from its arguments by name, in PyTorch operations alone."""
+
+
 class Gradient(NamedTuple):
     """Gradient formula of an op. It belongs to the op, so that exported and compiled graphs have it too."""
 
     save: Callable[[Any, Any, tuple[Tensor, ...]], None]
     """`save(ctx, inputs, outputs)` saves what the backward needs; `inputs` is a named tuple by the schema."""
-    backward: Callable[..., dict[str, Tensor | None]]
+    backward: Callable[..., Mapping[str, Tensor | None]]
     """`backward(ctx, *grads)`: gradients of the differentiable outputs to those of inputs, by name."""
+    formula: Formula
+    """Computes the differentiable results under transforms of `torch.func` and in forward-mode AD."""
     n_differentiable: int
     """Leading outputs that have gradients; the others are for the backward alone."""
     materialize_grads: bool = True
@@ -60,10 +68,43 @@ def define_op(schema: str, body: Callable, fake: Callable, gradient: Gradient | 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if gradient is not None:
-        setup_context, backward = _autograd_formula(gradient, [a.name for a in op._schema.arguments])
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+        _register_autograd(op, name, gradient)
     BODIES[op] = body
     return op
+
+
+def _register_autograd(op: torch._ops.OpOverload, name: str, gradient: Gradient) -> None:
+    """Do as `torch.library.register_autograd`, whose ops fail in transforms, or return tangents of zero."""
+    setup_context, backward = autograd_formula(gradient, [a.name for a in op._schema.arguments])
+    with_backward = make_autograd_impl(op, Info(backward, setup_context))
+
+    def run(keyset, *args):
+        # In a graph that was exported or compiled: the functions of this package do not call the op then.
+        if has_func_transforms() or in_forward_mode():
+            return run_formula(op, gradient.formula, args)
+        return with_backward(keyset, *args)
+
+    _library.impl(name, run, "Autograd", with_keyset=True)
+
+
+def run_formula(op: Callable, formula: Formula, args: Sequence[Any]) -> Any:
+    """Compute the results of an op by its formula; those that are for the backward alone are empty."""
+    schema = op._schema  # pyright: ignore[reportFunctionMemberAccess]
+    like = next(a for a in args if isinstance(a, Tensor))
+    with autocast_off(like.device):
+        results = formula(dict(zip((a.name for a in schema.arguments), args, strict=True)))
+    results = (*results, *(like.new_empty(0) for _ in range(len(schema.returns) - len(results))))
+    return results if len(schema.returns) > 1 else results[0]
+
+
+def has_func_transforms() -> bool:
+    """Whether a transform of `torch.func` is active."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
 
 
 def unknown_size(like: Tensor) -> int | torch.SymInt:
@@ -104,8 +145,8 @@ def _as_base(result: Tensor) -> Tensor:
     return result.new_empty(0).set_(result)  # pyright: ignore[reportArgumentType]
 
 
-def _autograd_formula(gradient: Gradient, argument_names: list[str]) -> tuple[Callable, Callable]:
-    """Return `setup_context` and `backward` for `torch.library.register_autograd`."""
+def autograd_formula(gradient: Gradient, argument_names: list[str]) -> tuple[Callable, Callable]:
+    """Return `setup_context` and `backward`, as `torch.library.register_autograd` takes them."""
     n = gradient.n_differentiable
     inputs_type = namedtuple("Inputs", argument_names)
 

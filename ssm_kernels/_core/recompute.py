@@ -9,19 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .transforms import is_transformed
+
 
 @contextlib.contextmanager
 def recompute_in_backward(*activations: tuple[Tensor, Callable[[], Tensor]], enabled: bool = True) -> Iterator[None]:
     """Make autograd save neither these tensors nor their views; the backward recomputes each, once.
 
     `torch.utils.checkpoint` would recompute everything inside too. Where its hooks, or others, are active already, and
-    in a compiled graph, nothing is changed: they choose what is saved.
+    in a compiled graph, nothing is changed: they choose what is saved. Nor is anything under a transform of
+    `torch.func`, which takes no hooks.
 
     Args:
         activations: tensors, each with the function that computes it again.
         enabled: False changes nothing.
     """
-    if not enabled or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_hooks():
+    if not enabled or torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled() or _has_hooks():
         yield
         return
     # By storage, so that views of an activation are recognized too.

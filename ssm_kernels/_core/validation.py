@@ -101,8 +101,17 @@ def has_readable_values(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
+def without_transforms(x: Tensor) -> Tensor:
+    """Return the tensor inside those of transforms of `torch.func`: under vmap, that of all samples."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def check_no_nan(name: str, value: Tensor) -> None:
     """Raise a `NonFiniteError` with the index of the first NaN, where values can be read."""
+    value = without_transforms(value)
     if not has_readable_values(value) or not value.numel():
         return
     # One number to test, and no mask of the size of the tensor unless there is a NaN.

@@ -8,6 +8,8 @@ sequence are its final state, however short it is. The backward recomputes the s
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from .._core.invariant import silu as invariant_silu
 from .._core.invariant import silu_backward
 from .._core.library import Gradient, define_op
 from .._core.stream_cache import cached_per_stream
+from .._core.transforms import Fold, backward_formula, transformable
 from .._core.varlen import parse_sequences
+from . import differentiable
 
 
 def causal_conv1d(
@@ -29,7 +33,7 @@ def causal_conv1d(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve with arguments in the canonical form of `reference.causal_conv1d`, and the same results."""
-    y, final_states = _forward_op(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
+    y, final_states = _conv(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx)
     return y.to(x.dtype), final_states.to(x.dtype)
 
 
@@ -155,15 +159,20 @@ def _backward_fake(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, d
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial_states
 
 
+def _formula(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    names = ("weight", "bias", "silu", "initial_states", "cu_seqlens", "seq_idx")
+    y, final_states = differentiable.causal_conv1d(arguments["x"].unsqueeze(2), *(arguments[name] for name in names))
+    return y.squeeze(2), final_states
+
+
 def _save(ctx, inputs, outputs):
     x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx = inputs
     ctx.save_for_backward(x, weight, bias, initial_states, cu_seqlens, seq_idx)
 
 
-@torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal_states):
     x, weight, bias, initial_states, cu_seqlens, seq_idx = ctx.saved_tensors
-    dx, dweight, dbias, dinitial_states = _backward_op(
+    dx, dweight, dbias, dinitial_states = _backward_conv(
         x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, dy, dfinal_states
     )
     return {
@@ -174,16 +183,25 @@ def _gradients(ctx, dy, dfinal_states):
     }
 
 
+_GRADIENTS = ("x", "weight", "bias", "initial_states")
+_FOLDED = {"x": -1, "weight": -2, "bias": -1, "initial_states": -1, "dy": -1, "dfinal_states": -1}
+"""Dimension of channels of each tensor."""
+
+_gradient = Gradient(_save, _gradients, _formula, 2)
 _forward_op = define_op(
     "causal_conv1d_torch(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states,"
     " Tensor? cu_seqlens, Tensor? seq_idx) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
-    Gradient(_save, _gradients, 2),
+    _gradient,
 )
 _backward_op = define_op(
     "causal_conv1d_torch_backward(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states,"
     " Tensor? cu_seqlens, Tensor? seq_idx, Tensor dy, Tensor dfinal_states) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+)
+_conv = transformable(_forward_op, Fold(_FOLDED, ("x", "initial_states")), _gradient)
+_backward_conv = transformable(
+    _backward_op, Fold(_FOLDED, _GRADIENTS), backward_formula(_formula, _GRADIENTS, ("dy", "dfinal_states"))
 )

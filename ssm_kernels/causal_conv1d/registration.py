@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._core.library import Gradient, define_op, lazy_function
 from .._core.memory_layout import empty_like
+from .._core.transforms import Fold, backward_formula, refuse_forward_mode, transformable
+from . import differentiable
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, Tensor? cu_seqlens, Tensor? seq_idx,"
@@ -31,12 +33,21 @@ class ConvKernels:
             lazy_function(f"{package}.backward", "backward"),
             _backward_fake,
         )
+        backward = transformable(
+            self.backward_op,
+            Fold(_FOLDED, _GRADIENTS, ("directions",)),
+            backward_formula(_formula, _GRADIENTS, ("dy", "dfinal_states")),
+        )
+        # Most callers do not use the final states.
+        gradient = Gradient(_save, _gradients(backward), _formula, 2, materialize_grads=False)
         self.forward_op = define_op(
             f"{name}({_ARGUMENTS}) -> (Tensor, Tensor)",
             lazy_function(f"{package}.forward", "forward"),
             _forward_fake,
-            # Most callers do not use the final states.
-            Gradient(_save, _gradients(self.backward_op), 2, materialize_grads=False),
+            gradient,
+        )
+        self._forward = transformable(
+            self.forward_op, Fold(_FOLDED, ("x", "initial_states"), ("directions",)), gradient
         )
         self.step_op = define_op(
             f"{name}_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
@@ -55,7 +66,7 @@ class ConvKernels:
         seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Convolve with arguments in the canonical form of `reference.causal_conv1d`, and the same results."""
-        y, final_states = self.forward_op(
+        y, final_states = self._forward(
             x.unsqueeze(2), weight, _contiguous(bias), silu, initial_states, cu_seqlens, seq_idx, [], 1
         )
         return y.squeeze(2), final_states
@@ -74,10 +85,11 @@ class ConvKernels:
         Returns:
             y (B, L, G, E) in row-major order, in the dtype of x.
         """
-        return self.forward_op(x, weight, _contiguous(bias), silu, None, None, None, list(directions), height)[0]
+        return self._forward(x, weight, _contiguous(bias), silu, None, None, None, list(directions), height)[0]
 
     def causal_conv1d_step(self, state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
         """Advance by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
+        refuse_forward_mode("causal_conv1d_step")
         return self.step_op(state, x, weight, _contiguous(bias), silu)
 
 
@@ -85,17 +97,27 @@ def _contiguous(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
+_GRADIENTS = ("x", "weight", "bias", "initial_states")
+_FOLDED = {"x": -2, "weight": -2, "bias": -1, "initial_states": -1, "dy": -2, "dfinal_states": -1}
+"""Dimension of groups, or of channels, of each tensor."""
+
+
+def _formula(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    names = ("x", "weight", "bias", "silu", "initial_states", "cu_seqlens", "seq_idx", "directions", "height")
+    y, final_states = differentiable.causal_conv1d(*(arguments[name] for name in names))
+    return y.to(arguments["x"].dtype), final_states.to(arguments["x"].dtype)
+
+
 def _save(ctx, inputs, outputs):
     x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, ctx.directions, ctx.height = inputs
     ctx.save_for_backward(x, weight, bias, initial_states, cu_seqlens, seq_idx)
 
 
-def _gradients(backward_op: Callable) -> Callable:
-    @torch.autograd.function.once_differentiable
+def _gradients(backward: Callable) -> Callable:
     def gradients(ctx, dy, dfinal_states):
         x, weight, bias, initial_states, cu_seqlens, seq_idx = ctx.saved_tensors
         dy = x.new_zeros(x.shape) if dy is None else dy
-        dx, dweight, dbias, dinitial_states = backward_op(
+        dx, dweight, dbias, dinitial_states = backward(
             x, weight, bias, ctx.silu, initial_states, cu_seqlens, seq_idx, ctx.directions, ctx.height,
             dy, dfinal_states,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._core.dispatch import bind_backend
 from .._core.recompute import recompute_in_backward
+from .._core.transforms import is_transformed
 from ..causal_conv1d import causal_conv1d_step
 from ..ssd import ssd, ssd_step
 from .conv import conv_weight, convolve, depthwise_conv
@@ -271,7 +272,7 @@ class Mamba2(nn.Module):
         """Gate, normalize and project y (B, L, H, P) to (B, L, D), without saving the gated activations."""
         # A norm with hooks is not called again; without norm and MLP there is nothing to discard.
         can_recompute = is_plain(self.norm, RMSNorm) if self.rmsnorm else self.d_mlp > 0
-        is_tracing = torch.compiler.is_compiling()
+        is_tracing = torch.compiler.is_compiling() or is_transformed()  # transforms take no hooks
         if not (can_recompute and self.use_mem_eff_path and torch.is_grad_enabled()) or is_tracing:
             return self.out_proj(self.gate(y, z, mlp))
         gate = bind_backend(self.gate)

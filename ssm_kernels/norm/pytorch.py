@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .._core.invariant import silu
 from .._core.library import autocast_off
+from .._core.transforms import is_transformed, vjp
+from .differentiable import normalize
 
 
 def rms_norm(
@@ -24,10 +26,10 @@ def rms_norm(
         if gate is not None and not norm_before_gate:
             y = y * gate
         if group_size == x.shape[-1]:
-            y = _Norm.apply(y, weight.to(dtype), eps)
+            y = _normalize(y, weight.to(dtype), eps)
         else:
-            groups = (m.unflatten(-1, (-1, group_size)) for m in (y, weight.to(dtype)))  # (..., groups, group_size)
-            y = _Norm.apply(*groups, eps).flatten(-2)  # (..., D)
+            y, weight = (m.unflatten(-1, (-1, group_size)) for m in (y, weight.to(dtype)))  # (..., groups, group_size)
+            y = _normalize(y, weight, eps).flatten(-2)  # (..., D)
         if gate is not None and norm_before_gate:
             y = y * gate
     return y.to(x.dtype)
@@ -41,6 +43,12 @@ def add_rms_norm(
     return rms_norm(residual_out, weight, None, eps, x.shape[-1], False).to(x.dtype), residual_out
 
 
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if is_transformed():
+        return normalize(x, weight, eps)
+    return _Norm.apply(x, weight, eps)
+
+
 class _Norm(torch.autograd.Function):
     """x * rstd * weight, with rstd = 1 / sqrt(mean(x^2) + eps) over the last dimension; weight broadcasts to x."""
 
@@ -49,12 +57,16 @@ class _Norm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # (..., 1)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
         return (x * rstd).mul_(weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the graph of the backward is wanted, and rstd has none
+            arguments = {"x": x, "weight": weight}
+            grads = vjp(lambda a: (normalize(a["x"], a["weight"], ctx.eps),), arguments, ("x", "weight"), (dy,))
+            return grads["x"], grads["weight"], None
         normalized = x * rstd
         product = dy * normalized
         dweight = product.sum_to_size(weight.shape)

@@ -9,7 +9,8 @@ backward keeps the state before each block only, computes the block again, and w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from torch import Tensor
 from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
 from .._core.library import Gradient, autocast_off, define_op, unknown_size
+from .._core.transforms import Fold, backward_formula, transformable
 from .._core.varlen import Blocks, Sequences, batch_by_length, max_blocks, parse_sequences, without_padding
+from . import differentiable
 from .groups import repeat_groups
 
 # Elements of one step of the recurrence, and of one block of steps: the first keeps a step's operands in a
@@ -51,7 +54,7 @@ def selective_scan(
     B, C = (m.expand(*u.shape[:2], -1, -1) if m.dim() == 2 else m for m in (B, C))  # (B, L, G, N)
     groups = max(B.shape[2], C.shape[2])
     B, C = (repeat_groups(m, groups) for m in (B, C))
-    y, final_states, _ = _forward_op(u, dt, A.to(dtype), B, C, initial_states, cu_seqlens, seq_idx)
+    y, final_states, _ = _scan(u, dt, A.to(dtype), B, C, initial_states, cu_seqlens, seq_idx)
     return skip_and_gate(y, u, D, z), final_states
 
 
@@ -201,7 +204,7 @@ def _write(blocks: Blocks, k: int, parts: list[Tensor], outs: list[Tensor]) -> N
 # --- backward ---------------------------------------------------------------------------------------------------
 
 
-def _backward(u, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx):
+def _backward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx, checkpoint_states, dy, dfinal_states):
     batch, length, dim = u.shape
     groups, n = B.shape[2:]
     sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
@@ -227,7 +230,10 @@ def _backward(u, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, 
             da += da_k
         dstates[members] = dh
     du, ddt, dB, dC = grads
-    return du, ddt, _from_inner(da[None])[0], dB, dC, _from_inner(dstates[first])
+    dinitial_states = _from_inner(dstates[first])
+    if initial_states is not None:
+        dinitial_states = dinitial_states.to(initial_states.dtype)
+    return du, ddt, _from_inner(da[None])[0], dB, dC, dinitial_states
 
 
 def _block_backward(buffers, start, u, dt, B, C, dy, a, dh):
@@ -266,40 +272,60 @@ def _forward_fake(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     return A.new_empty(u.shape), A.new_empty(rows, dim, n), checkpoint_states
 
 
-def _backward_fake(u, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx):
+def _backward_fake(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx, checkpoint_states, dy, dfinal_states):
     grads = (x.new_empty(x.shape) for x in (u, dt, A, B, C))
-    return *grads, A.new_empty(dfinal_states.shape)
+    dtype = A.dtype if initial_states is None else initial_states.dtype
+    return *grads, A.new_empty(dfinal_states.shape, dtype=dtype)
+
+
+def _formula(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    u, dt, A, B, C, initial_states, cu_seqlens, seq_idx = (arguments[name] for name in _TENSORS)
+    u, dt = (x.unflatten(2, (B.shape[2], -1)) for x in (u, dt))  # (B, L, G, E)
+    y, final_states = differentiable.selective_scan(
+        u, dt, A, B, C, initial_states=initial_states, cu_seqlens=cu_seqlens, seq_idx=seq_idx
+    )
+    return y.flatten(2), final_states
 
 
 def _save(ctx, inputs, outputs):
-    u, dt, A, B, C, initial_states, cu_seqlens, seq_idx = inputs
     _, _, checkpoint_states = outputs
-    ctx.save_for_backward(u, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx)
-    ctx.state_dtype = None if initial_states is None else initial_states.dtype
+    ctx.save_for_backward(*inputs, checkpoint_states)
 
 
-@torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal_states):
     # Read once: torch.utils.checkpoint does not return them again.
-    u, dt, A, B, C, checkpoint_states, cu_seqlens, seq_idx = ctx.saved_tensors
-    du, ddt, dA, dB, dC, dinitial_states = _backward_op(
-        u, dt, A, B, C, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx
-    )
-    grads = {"u": du, "dt": ddt, "A": dA, "B": dB, "C": dC}
-    return grads if ctx.state_dtype is None else grads | {"initial_states": dinitial_states.to(ctx.state_dtype)}
+    *tensors, checkpoint_states = ctx.saved_tensors
+    grads = dict(zip(_GRADIENTS, _backward_scan(*tensors, checkpoint_states, dy, dfinal_states), strict=True))
+    return {name: grad for (name, grad), x in zip(grads.items(), tensors, strict=False) if x is not None}
 
 
+def _saved(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        _, _, states = _scan(*(arguments[name] for name in _TENSORS))
+    return {"checkpoint_states": states}
+
+
+_TENSORS = ("u", "dt", "A", "B", "C", "initial_states", "cu_seqlens", "seq_idx")
+_GRADIENTS = _TENSORS[:6]
+_SCHEMA = (
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states, Tensor? cu_seqlens, Tensor? seq_idx"
+)
+_FOLDED = {"u": -1, "dt": -1, "A": -2, "B": -2, "C": -2, "initial_states": -2, "dy": -1, "dfinal_states": -2}
+"""Dimension of groups, or of channels, of each tensor."""
+
+_gradient = Gradient(_save, _gradients, _formula, 2)
 _forward_op = define_op(
-    "selective_scan_torch(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_states,"
-    " Tensor? cu_seqlens, Tensor? seq_idx) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    Gradient(_save, _gradients, 2),
+    f"selective_scan_torch({_SCHEMA}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake, _gradient
 )
 _backward_op = define_op(
-    "selective_scan_torch_backward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor checkpoint_states,"
-    " Tensor dy, Tensor dfinal_states, Tensor? cu_seqlens, Tensor? seq_idx)"
+    f"selective_scan_torch_backward({_SCHEMA}, Tensor checkpoint_states, Tensor dy, Tensor dfinal_states)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+)
+_scan = transformable(_forward_op, Fold(_FOLDED, ("u", "initial_states", None)), _gradient)
+_backward_scan = transformable(
+    _backward_op,
+    Fold(_FOLDED, _GRADIENTS, saved=_saved),
+    backward_formula(_formula, _GRADIENTS, ("dy", "dfinal_states")),
 )

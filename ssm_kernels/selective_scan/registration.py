@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._core.library import Gradient, define_op, lazy_function, unknown_size
 from .._core.memory_layout import empty_like
+from .._core.transforms import Fold, backward_formula, may_need_gradients, refuse_forward_mode, transformable
+from . import differentiable
 from .arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
 from .groups import repeat_groups
 
@@ -33,11 +36,20 @@ class ScanKernels:
             lazy_function(f"{package}.backward", "backward"),
             _backward_fake,
         )
+        backward = transformable(
+            self.backward_op,
+            Fold(_FOLDED, ScanGradients._fields, ("directions",), self._saved),
+            backward_formula(_formula, ScanGradients._fields, ("dy", "dfinal_states")),
+        )
+        gradient = Gradient(_save, _gradients(backward), _formula, 2)
         self.forward_op = define_op(
             f"{name}({SCHEMA}, bool save_states) -> (Tensor, Tensor, Tensor)",
             lazy_function(f"{package}.forward", "forward"),
             self._forward_fake,
-            Gradient(_save, _gradients(self.backward_op), 2),
+            gradient,
+        )
+        self._forward = transformable(
+            self.forward_op, Fold(_FOLDED, ("u", "initial_states", None), ("directions",)), gradient
         )
         self.step_op = define_op(
             f"{name}_step(Tensor(a!) state, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
@@ -103,8 +115,7 @@ class ScanKernels:
             u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states, cu_seqlens=cu_seqlens,
             seq_idx=seq_idx, dt_softplus=dt_softplus, directions=list(directions), height=height,
         )  # fmt: skip
-        save_states = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
-        y, final_states, _ = self.forward_op(*arguments, save_states)
+        y, final_states, _ = self._forward(*arguments, may_need_gradients(arguments))
         return y, final_states
 
     def selective_scan_step(
@@ -121,7 +132,13 @@ class ScanKernels:
         dt_softplus: bool,
     ) -> Tensor:
         """Advance `state` (B, D, N) in place; u, dt, z (B, D); B, C (B, G, N) or (D, N) -> y (B, D)."""
+        refuse_forward_mode("selective_scan_step")
         return self.step_op(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+    def _saved(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            _, _, states = self._forward(*(arguments[name] for name in ScanArguments._fields), True)
+        return {"checkpoint_states": states}
 
     def _forward_fake(self, *args):
         *arguments, save_states = args
@@ -138,6 +155,19 @@ class ScanKernels:
         return y, final_states, u.new_empty(count, *sizes, dtype=state_dtype)
 
 
+_FOLDED = {
+    "u": -2, "dt": -2, "A": -2, "B": -2, "C": -2, "D": -1, "z": -2, "dt_bias": -1, "initial_states": -2, "dy": -2,
+    "dfinal_states": -2,
+}  # fmt: skip
+"""Dimension of groups, or of channels, of each tensor."""
+
+
+def _formula(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    by_name = {name: arguments[name] for name in ScanArguments._fields}
+    y, final_states = differentiable.selective_scan(**by_name)
+    return y.to(arguments["u"].dtype), final_states
+
+
 def _save(ctx, inputs, outputs):
     if not inputs.save_states:
         raise RuntimeError("this graph was traced without gradients, and saved nothing that they need: trace it again")
@@ -146,12 +176,11 @@ def _save(ctx, inputs, outputs):
     ctx.options = {name: getattr(inputs, name) for name in ("dt_softplus", "directions", "height")}
 
 
-def _gradients(backward_op: Callable) -> Callable:
-    @torch.autograd.function.once_differentiable
+def _gradients(backward: Callable) -> Callable:
     def gradients(ctx, dy, dfinal_states):
         *tensors, checkpoint_states = ctx.saved_tensors
         arguments = ScanArguments(**dict(zip(TENSORS, tensors, strict=True)), **ctx.options)
-        grads = ScanGradients(*backward_op(*arguments, checkpoint_states, dy, dfinal_states))._asdict()
+        grads = ScanGradients(*backward(*arguments, checkpoint_states, dy, dfinal_states))._asdict()
         # The op returns an empty tensor for an input that is None.
         return {name: None if getattr(arguments, name) is None else grad for name, grad in grads.items()}
 

@@ -14,8 +14,8 @@ share is one matrix product.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,9 @@ from torch import Tensor
 from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
 from .._core.library import Gradient, autocast_off, define_op, unknown_size
+from .._core.transforms import Fold, backward_formula, transformable
 from .._core.varlen import Blocks, batch_by_length, max_blocks, parse_sequences, without_padding
+from . import differentiable
 
 CHUNKS_PER_SEGMENT = 8
 """Chunks of a sequence in a segment: more of them are fewer and larger operations on more scratch memory."""
@@ -72,7 +74,7 @@ def ssd(
     A = A.to(compute_dtype)
     if input_weights is not None:
         input_weights = without_padding(input_weights, cu_seqlens, seq_idx).to(compute_dtype)
-    y, final_states, _ = _forward_op(x, dt, A, B, C, input_weights, initial_states, cu_seqlens, seq_idx, chunk_size)
+    y, final_states, _ = _scan(x, dt, A, B, C, input_weights, initial_states, cu_seqlens, seq_idx, chunk_size)
     return skip_and_gate(y, x, D, z), final_states
 
 
@@ -368,12 +370,13 @@ def _backward(
     B: Tensor,
     C: Tensor,
     input_weights: Tensor | None,
-    checkpoint_states: Tensor,
-    dy: Tensor,
-    dfinal_states: Tensor,
+    initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
     chunk_size: int,
+    checkpoint_states: Tensor,
+    dy: Tensor,
+    dfinal_states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of x, dt, A, B, C, the weights (empty without them) and the initial states."""
     layout = _Layout(x, A, B, cu_seqlens, seq_idx, chunk_size)
@@ -404,6 +407,8 @@ def _backward(
                 index.scatter(gradient, flat)
         dstates[members] = dstate
     dinitial_states = layout.states_of_rows(dstates, layout.initial_sequences)
+    if initial_states is not None:
+        dinitial_states = dinitial_states.to(initial_states.dtype)
     return dx, ddt, da.view(A.shape), dB, dC, A.new_empty(0) if dweights is None else dweights, dinitial_states
 
 
@@ -420,47 +425,62 @@ def _forward_fake(x, dt, A, B, C, input_weights, initial_states, cu_seqlens, seq
 
 
 def _backward_fake(
-    x, dt, A, B, C, input_weights, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx, chunk_size
-):
+    x, dt, A, B, C, input_weights, initial_states, cu_seqlens, seq_idx, chunk_size, checkpoint_states, dy,
+    dfinal_states,
+):  # fmt: skip
     dx, ddt, dA, dB, dC = (t.new_empty(t.shape) for t in (x, dt, A, B, C))
+    dtype = A.dtype if initial_states is None else initial_states.dtype
     dweights = A.new_empty(0 if input_weights is None else input_weights.shape)
-    return dx, ddt, dA, dB, dC, dweights, A.new_empty(dfinal_states.shape)
+    return dx, ddt, dA, dB, dC, dweights, A.new_empty(dfinal_states.shape, dtype=dtype)
+
+
+def _formula(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    return differentiable.ssd(**{name: arguments[name] for name in _TENSORS})
 
 
 def _save(ctx, inputs, outputs):
+    *tensors, ctx.chunk_size = inputs
     _, _, checkpoint_states = outputs
-    ctx.save_for_backward(
-        inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.input_weights, checkpoint_states, inputs.cu_seqlens,
-        inputs.seq_idx,
-    )  # fmt: skip
-    ctx.chunk_size = inputs.chunk_size
-    ctx.initial_dtype = None if inputs.initial_states is None else inputs.initial_states.dtype
+    ctx.save_for_backward(*tensors, checkpoint_states)
 
 
-@torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal_states):
     # Read once: torch.utils.checkpoint does not return them again.
-    x, dt, A, B, C, input_weights, checkpoint_states, cu_seqlens, seq_idx = ctx.saved_tensors
-    dx, ddt, dA, dB, dC, dweights, dinitial_states = _backward_op(
-        x, dt, A, B, C, input_weights, checkpoint_states, dy, dfinal_states, cu_seqlens, seq_idx, ctx.chunk_size
-    )
-    grads = {"x": dx, "dt": ddt, "A": dA, "B": dB, "C": dC}
-    if input_weights is not None:
-        grads["input_weights"] = dweights
-    return grads if ctx.initial_dtype is None else grads | {"initial_states": dinitial_states.to(ctx.initial_dtype)}
+    *tensors, checkpoint_states = ctx.saved_tensors
+    results = _backward_scan(*tensors, ctx.chunk_size, checkpoint_states, dy, dfinal_states)
+    grads = dict(zip(_GRADIENTS, results, strict=True))
+    return {name: grad for (name, grad), x in zip(grads.items(), tensors, strict=False) if x is not None}
 
 
-_forward_op = define_op(
-    "ssd_torch(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? input_weights, Tensor? initial_states,"
-    " Tensor? cu_seqlens, Tensor? seq_idx, int chunk_size) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    Gradient(_save, _gradients, 2),
+def _saved(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        _, _, states = _scan(*(arguments[name] for name in (*_TENSORS, "chunk_size")))
+    return {"checkpoint_states": states}
+
+
+_TENSORS = ("x", "dt", "A", "B", "C", "input_weights", "initial_states", "cu_seqlens", "seq_idx")
+_GRADIENTS = _TENSORS[:7]
+_SCHEMA = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? input_weights, Tensor? initial_states,"
+    " Tensor? cu_seqlens, Tensor? seq_idx, int chunk_size"
 )
+_FOLDED = {
+    "x": -2, "dt": -1, "A": -1, "B": -2, "C": -2, "input_weights": -1, "initial_states": -3, "dy": -2,
+    "dfinal_states": -3,
+}  # fmt: skip
+"""Dimension of heads, or of groups, of each tensor."""
+
+_gradient = Gradient(_save, _gradients, _formula, 2)
+_forward_op = define_op(f"ssd_torch({_SCHEMA}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake, _gradient)
 _backward_op = define_op(
-    "ssd_torch_backward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? input_weights,"
-    " Tensor checkpoint_states, Tensor dy, Tensor dfinal_states, Tensor? cu_seqlens, Tensor? seq_idx, int chunk_size)"
+    f"ssd_torch_backward({_SCHEMA}, Tensor checkpoint_states, Tensor dy, Tensor dfinal_states)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+)
+_scan = transformable(_forward_op, Fold(_FOLDED, ("x", "initial_states", None)), _gradient)
+_backward_scan = transformable(
+    _backward_op,
+    Fold(_FOLDED, _GRADIENTS, saved=_saved),
+    backward_formula(_formula, _GRADIENTS, ("dy", "dfinal_states")),
 )

@@ -1,13 +1,16 @@
-"""Parts of the registration that sets of compiled kernels of SSD share: the decoding step, and sizes of gradients."""
+"""Parts of the registration that sets of compiled kernels of SSD share: decoding step, sizes of gradients, formula."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from .._core.library import define_op, lazy_function
-from .arguments import ScanArguments, ScanGradients
+from .._core.transforms import refuse_forward_mode
+from . import differentiable
+from .arguments import TENSORS, ScanArguments, ScanGradients
 
 
 class StepKernel:
@@ -41,6 +44,7 @@ class StepKernel:
         dt_limit: tuple[float, float],
     ) -> Tensor:
         """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
+        refuse_forward_mode("ssd_step")
         return self.op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit)
 
 
@@ -52,3 +56,19 @@ def gradients_fake(arguments: ScanArguments, dy: Tensor) -> tuple[Tensor, ...]:
     """`ScanGradients` without values, as tracing needs them."""
     inputs = (getattr(arguments, name) for name in ScanGradients._fields)
     return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+
+FOLDED = {
+    "x": -2, "dt": -1, "A": -1, "B": -2, "C": -2, "D": -2, "dt_bias": -1, "input_weights": -1, "initial_states": -3,
+    "dy": -2, "dfinal_states": -3,
+}  # fmt: skip
+"""Dimension of heads, or of groups, of each tensor."""
+
+
+def formula(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The results of the kernels, differentiable any number of times."""
+    y, final_states = differentiable.ssd(
+        **{name: arguments[name] for name in (*TENSORS, "dt_softplus", "directions", "height")},
+        dt_limit=(arguments["dt_min"], arguments["dt_max"]),
+    )
+    return y.to(arguments["out_dtype"]), final_states

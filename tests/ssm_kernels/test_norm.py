@@ -94,7 +94,7 @@ def test_registered_ops_pass_opcheck(backend):
     torch.library.opcheck(kernels.forward_op, (x, None, w, x.clone(), 1e-5, 4, True, x.dtype))
     torch.library.opcheck(kernels.forward_op, (x, x.clone(), w, None, 1e-5, 12, False, torch.float64))
     rstd, dtotal = randn(5, 1).float(), x.clone()
-    arguments = (x, w, None, rstd, x.clone(), dtotal, 12, False, torch.float32, torch.bfloat16)
+    arguments = (x, w, None, rstd, x.clone(), dtotal, 12, False, torch.float32, torch.bfloat16, 1e-5)
     torch.library.opcheck(kernels.backward_op, arguments)
 
 

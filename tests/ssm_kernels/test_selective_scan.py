@@ -249,7 +249,7 @@ def test_registered_torch_ops_pass_opcheck():
     args = (t["u"], t["dt"], t["A"], t["B"], t["C"], t["initial_states"], None, None)
     torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_torch.default, args)
     y, final, checkpoint_states = torch.ops.ssm_kernels.selective_scan_torch(*args)
-    args = (*args[:5], checkpoint_states, torch.ones_like(y), torch.ones_like(final), None, None)
+    args = (*args, checkpoint_states, torch.ones_like(y), torch.ones_like(final))
     torch.library.opcheck(torch.ops.ssm_kernels.selective_scan_torch_backward.default, args)
 
 

@@ -369,7 +369,7 @@ def test_registered_ops_pass_opcheck():
     torch.library.opcheck(torch.ops.ssm_kernels.ssd_torch.default, args)
     y, final_states, checkpoint_states = torch.ops.ssm_kernels.ssd_torch(*args)
     dy, dfinal_states = torch.ones_like(y), torch.ones_like(final_states)
-    args = (*inputs, checkpoint_states, dy, dfinal_states, *packing, 4)
+    args = (*args, checkpoint_states, dy, dfinal_states)
     torch.library.opcheck(torch.ops.ssm_kernels.ssd_torch_backward.default, args)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..._core.discretization import skip_and_gate
 from ..._core.library import Gradient, define_op, lazy_function, unknown_size
+from ..._core.transforms import Fold, backward_formula, may_need_gradients, transformable
 from ..._core.varlen import max_blocks, without_padding
 from ..arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
-from ..registration import StepKernel, gradients_fake
+from ..registration import FOLDED, StepKernel, formula, gradients_fake
 
 CHECKPOINT_INTERVAL = 256
 """Steps between two states that the forward saves for the backward, which recomputes the states between them."""
@@ -50,8 +54,7 @@ def ssd(
         input_weights=input_weights,
     )  # fmt: skip
     # Inside the op autograd is off: whether to save states is decided here.
-    save_states = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
-    y, final_states, _ = _forward_op(*arguments, save_states)
+    y, final_states, _ = _scan(*arguments, may_need_gradients(arguments))
     if z is not None:
         y = skip_and_gate(y, x, None, without_padding(z, cu_seqlens, seq_idx))
     return y, final_states
@@ -66,11 +69,10 @@ def _save(ctx, inputs, outputs):
     ctx.options = ScanArguments(*arguments)._replace(**dict.fromkeys(TENSORS))
 
 
-@torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal_states):
     *tensors, checkpoint_states = ctx.saved_tensors
     arguments: ScanArguments = ctx.options._replace(**dict(zip(TENSORS, tensors, strict=True)))
-    grads = ScanGradients(*_backward_op(dy, dfinal_states, checkpoint_states, *arguments))._asdict()
+    grads = ScanGradients(*_backward_scan(dy, dfinal_states, checkpoint_states, *arguments))._asdict()
     # The op returns an empty tensor for an argument that is None.
     return {name: grad for name, grad in grads.items() if getattr(arguments, name) is not None}
 
@@ -95,17 +97,30 @@ def _backward_fake(dy, dfinal_states, checkpoint_states, *args):
     return gradients_fake(ScanArguments(*args), dy)
 
 
+def _saved(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        _, _, states = _scan(*(arguments[name] for name in ScanArguments._fields), True)
+    return {"checkpoint_states": states}
+
+
+_gradient = Gradient(_save, _gradients, formula, 2)
 _forward_op = define_op(
     f"ssd_numba({SCHEMA}, bool save_states) -> (Tensor, Tensor, Tensor)",
     lazy_function(f"{__name__}.forward", "forward"),
     _forward_fake,
-    Gradient(_save, _gradients, 2),
+    _gradient,
 )
 _backward_op = define_op(
     f"ssd_numba_backward(Tensor dy, Tensor dfinal_states, Tensor checkpoint_states, {SCHEMA})"
     f" -> ({', '.join(['Tensor'] * len(ScanGradients._fields))})",
     lazy_function(f"{__name__}.backward", "backward"),
     _backward_fake,
+)
+_scan = transformable(_forward_op, Fold(FOLDED, ("x", "initial_states", None), ("directions",)), _gradient)
+_backward_scan = transformable(
+    _backward_op,
+    Fold(FOLDED, ScanGradients._fields, ("directions",), _saved),
+    backward_formula(formula, ScanGradients._fields, ("dy", "dfinal_states")),
 )
 step_kernel = StepKernel("ssd_numba_step", __name__)
 ssd_step = step_kernel.ssd_step

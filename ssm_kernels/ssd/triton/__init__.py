@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core.library import Gradient, define_op, lazy_function
+from ..._core.transforms import Fold, backward_formula, transformable
 from ..._core.varlen import without_padding
 from ..._triton.device import check_float64_products
 from ..arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
-from ..registration import StepKernel, gradients_fake
+from ..registration import FOLDED, StepKernel, formula, gradients_fake
 
 
 def ssd(
@@ -53,7 +54,7 @@ def ssd(
         seq_idx=seq_idx, directions=list(directions), height=height, out_dtype=x.dtype if z is None else compute_dtype,
         input_weights=input_weights,
     )  # fmt: skip
-    y, final_states = _forward_op(*arguments)
+    y, final_states = _scan(*arguments)
     if z is not None:
         z = without_padding(z, cu_seqlens, seq_idx)
         y = (y * F.silu(z.to(compute_dtype))).to(x.dtype)
@@ -65,10 +66,9 @@ def _save(ctx, inputs, outputs):
     ctx.options = ScanArguments(*inputs)._replace(**dict.fromkeys(TENSORS))
 
 
-@torch.autograd.function.once_differentiable
 def _gradients(ctx, dy, dfinal_states):
     arguments: ScanArguments = ctx.options._replace(**dict(zip(TENSORS, ctx.saved_tensors, strict=True)))
-    grads = ScanGradients(*_backward_op(dy, dfinal_states, *arguments))._asdict()
+    grads = ScanGradients(*_backward_scan(dy, dfinal_states, *arguments))._asdict()
     # The op returns an empty tensor for an argument that is None.
     return {name: grad for name, grad in grads.items() if getattr(arguments, name) is not None}
 
@@ -86,17 +86,24 @@ def _backward_fake(dy, dfinal_states, *args):
     return gradients_fake(ScanArguments(*args), dy)
 
 
+_gradient = Gradient(_save, _gradients, formula, 2)
 _forward_op = define_op(
     f"ssd_triton({SCHEMA}) -> (Tensor, Tensor)",
     lazy_function(f"{__name__}.forward", "forward"),
     _forward_fake,
-    Gradient(_save, _gradients, 2),
+    _gradient,
 )
 _backward_op = define_op(
     f"ssd_triton_backward(Tensor dy, Tensor dfinal_states, {SCHEMA})"
     f" -> ({', '.join(['Tensor'] * len(ScanGradients._fields))})",
     lazy_function(f"{__name__}.backward", "backward"),
     _backward_fake,
+)
+_scan = transformable(_forward_op, Fold(FOLDED, ("x", "initial_states"), ("directions",)), _gradient)
+_backward_scan = transformable(
+    _backward_op,
+    Fold(FOLDED, ScanGradients._fields, ("directions",)),
+    backward_formula(formula, ScanGradients._fields, ("dy", "dfinal_states")),
 )
 step_kernel = StepKernel("ssd_triton_step", __name__)
 ssd_step = step_kernel.ssd_step
