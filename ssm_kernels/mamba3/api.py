@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.sharding import current
-from .._core.validation import check_divides, check_integer, check_no_nan, check_tensor, has_readable_values
+from .._core.validation import (
+    check_divides,
+    check_integer,
+    check_no_nan,
+    check_tensor,
+    has_readable_values,
+    without_transforms,
+)
 from .._core.varlen import check_packing, without_padding
 from . import pytorch, reference
 from .arguments import Mamba3Arguments, Mamba3States
@@ -213,6 +220,7 @@ def _canonical(
     dt_steps, A_steps = (without_padding(t.detach(), cu_seqlens, seq_idx) for t in (dt, A))
     check_no_nan("dt", dt_steps)
     check_no_nan("A", A_steps)
+    dt_steps, A_steps = without_transforms(dt_steps), without_transforms(A_steps)
     if has_readable_values(x) and dt.numel():
         if (least := dt_steps.min()) < 0:
             raise ValueError(f"dt must not be negative, got {least:g}")

@@ -25,7 +25,7 @@ from ssm_kernels import (
     ssd,
     use_backend,
 )
-from ssm_kernels.modules import Mamba, Mamba2
+from ssm_kernels.modules import Mamba, Mamba2, Mamba3
 from ssm_kernels.testing import is_interpreted
 from tests.ssm_kernels.makers import leaf, negative_leaf, random_tensor
 
@@ -280,7 +280,14 @@ def test_each_sample_may_be_packed_in_its_own_way(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mixer", [lambda: Mamba(8, d_state=2), lambda: Mamba2(8, d_state=4, headdim=4, chunk_size=16)])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        lambda: Mamba(8, d_state=2),
+        lambda: Mamba2(8, d_state=4, headdim=4, chunk_size=16),
+        lambda: Mamba3(16, d_state=8, headdim=8),
+    ],
+)
 def test_mixers_have_gradients_of_samples_and_gradients_of_gradients(mixer, backend):
     """Those of activations that the backward computes again too."""
     if backend == "numba":
@@ -288,7 +295,7 @@ def test_mixers_have_gradients_of_samples_and_gradients_of_gradients(mixer, back
     torch.manual_seed(0)
     mixer = mixer().double()
     parameters = {name: p.detach() for name, p in mixer.named_parameters()}
-    samples = random_tensor(2, 1, 3, 8)
+    samples = random_tensor(2, 1, 3, mixer.d_model)
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(mixer, parameters, (x,)).square().sum()
