@@ -129,7 +129,7 @@ ssd(x, x, x, x, x, backend="cuda")  # wrong
 ssd(x, x, x, x, x).states  # wrong
 use_backend("fast")  # wrong
 ConnectorConfig("vss-l3")  # wrong
-LMConfig(layer="mamba3")  # wrong
+LMConfig(layer="rwkv")  # wrong
 GenerationConfig(max_tokens=8)  # wrong
 VLM.from_pretrained("name", dtyp=torch.bfloat16)  # wrong
 """

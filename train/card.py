@@ -49,7 +49,7 @@ def card_facts(base: str, recipe: str, stages: Sequence[TrainedStage]) -> CardFa
     start = f"`{base}`" if is_preset(base) or not Path(base).is_dir() else "a saved model"
     sections = [f"## Training\n\nTrained from {start} by the recipe `{recipe}`."]
     sections += [_stage(trained) for trained in stages]
-    sections.append("## Made with\n\n" + _table({"": "version", **versions()}))
+    sections.append(made_with())
     return replace(inherited, sections=sections)
 
 
@@ -59,6 +59,11 @@ def facts_of_base(name: str) -> CardFacts:
         return facts_of(name)
     preset = PRESETS[name]
     return CardFacts((preset.language, *(VISION_ENCODERS[encoder].repo for encoder in preset.encoders)))
+
+
+def made_with() -> str:
+    """Section with the versions of Python and the packages."""
+    return "## Made with\n\n" + _table({"": "version", **versions()})
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..connectors import ConnectorConfig
 from ..model.batch import collate
+from ..model.card import CardFacts, Evaluation
 from ..model.files import write_atomic, writing_atomic
 from ..model.hub import unshared
 from ..model.text_files import read_json
@@ -24,6 +25,7 @@ from ..model.vlm import VLM
 from ..model.weights import load_into
 from . import easy_vqa, plots
 from .attribute_classifier import AttributeClassifier, AttributeImages, collate_augmented
+from .card import made_with
 from .config import StageConfig
 from .evaluate import answer_all
 from .loader import Samples
@@ -154,8 +156,13 @@ def _make_model(
     load_into(model.vision.encoders[0], unshared(ViT.from_pretrained(encoder_folder)), "the trained encoder")
     train_stage(model, recipe.align, captions, collate, folder / "align", device)
     train_stage(model, recipe.finetune, questions, collate, folder / "finetune", device)
-    model.eval().save_pretrained(folder / "model")
-    cached_answers(folder / "answers.json", model, test)
+    answers = cached_answers(folder / "answers.json", model.eval(), test)
+    accuracy = easy_vqa.scores(test, answers)["overall"]
+    facts = CardFacts(
+        evaluations=(Evaluation("easy-VQA", "test", "accuracy", accuracy, len(test)),),
+        sections=("## Training\n\nTrained from scratch on easy-VQA (PyPI, MIT) by `vlmamba demo`.", made_with()),
+    )
+    model.save_pretrained(folder / "model", model_card_kwargs={"facts": facts})
 
 
 def demo_tokenizer(folder: Path, train: Sequence[Record]) -> Tokenizer:

@@ -216,7 +216,7 @@ def test_a_run_prints_and_writes_everything(tmp_path, capsys):
         assert "peak_memory" not in row
     assert {"device", "threads", "packages", "commit", "date"} <= report.keys()
     assert report["ours"] == resolve_backend("auto", torch.device("cpu"), "ssd")
-    options = f"--impl ours transformers --mode {' '.join(modes)} --metric time error --calls 3"
+    options = f"--impl ours transformers --mode {' '.join(modes)} --calls 3"
     assert report["command"] == f"ssm-bench run ssd --batch 1 --length 40 --heads 2 {options}"
     assert re.search(r"transformers +fwd\+bwd", capsys.readouterr().out)
 

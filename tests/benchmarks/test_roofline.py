@@ -115,7 +115,7 @@ def test_matrix_operations_are_those_that_the_chunked_algorithm_executes():
     # One more product, of the state at each end, is the price of how that path keeps its states.
     assert cost(case, "fwd").matrix == forward.get_total_flops()
     with FlopCounterMode(display=False) as backward:
-        pytorch._backward(*arguments, None, checkpoints, y, final, None, None, 8)
+        pytorch._backward(*arguments, None, None, None, None, 8, checkpoints, y, final)
     # That path multiplies C with the states once more than it must.
     again = 2 * 32 * 2 * 8 * (2 * 2 * 8)
     assert cost(case, "bwd").matrix == backward.get_total_flops() - again

@@ -121,7 +121,7 @@ def test_answers_about_images_have_the_loss_of_training(vlm, batch_size):
             prompt = vlm.prepare(turns, image).input_ids
             sample = replace(sample, labels=[-100] * len(prompt) + sample.labels[len(prompt) :])
             with torch.no_grad():
-                loss, n = vlm(collate([sample]))
+                loss, n, _ = vlm(collate([sample]))
             assert one.tokens == n
             assert one.logprob == pytest.approx(-float(loss) * n, rel=1e-5, abs=1e-5)
             assert not one.greedy

@@ -280,7 +280,10 @@ def test_configs_survive_json():
         ({"langauge": {}}, "VLMConfig has no setting 'langauge'; did you mean 'language'"),
         ({"language": {"d_modl": 3}}, r"VLMConfig.language has no setting 'd_modl'; did you mean 'd_model'"),
         ({"language": {"d_model": "wide"}}, "VLMConfig.language.d_model must be int, got 'wide'"),
-        ({"language": {"layer": "rwkv"}}, "VLMConfig.language.layer must be one of 'mamba', 'mamba2'; got 'rwkv'"),
+        (
+            {"language": {"layer": "rwkv"}},
+            "VLMConfig.language.layer must be one of 'mamba', 'mamba2', 'mamba3'; got 'rwkv'",
+        ),
         ({"language": {"dt_limit": [1]}}, "dt_limit must have 2 entries, got 1"),
         ({"vision": 3}, "VLMConfig.vision must be a list, got 3"),
         ({"template": "chatml"}, None),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 
 from vlmamba.model import VLM
@@ -51,6 +52,8 @@ def test_the_demo_writes_every_documented_file(whole):
     for family in FAMILIES:
         model = VLM.from_pretrained(folder / family / "model")
         assert isinstance(model.generate(["what color is the shape?"], [None])[0], str)
+        (evaluation,) = ModelCard.load(folder / family / "model" / "README.md").data.eval_results
+        assert evaluation.metric_value == results[family]["overall"]
 
 
 def test_side_by_side_the_results_are_the_same(whole, tmp_path, little_data, capfd):
