@@ -7,8 +7,8 @@ from numba import njit
 from .lanes import element, element_as, fma, lane_count, load, load_as, set_element, splat, total
 
 STREAMS = 4
-"""Places of a matrix that are read at once. One alone, or neighbouring rows, get 60 to 80 % of the bandwidth: a
-processor fetches ahead within a page of memory only."""
+"""Places of a matrix that are read at once. One alone got 58 to 95 % of the bandwidth of a Xeon, four neighbouring rows
+34 to 52 %, four far apart all of it."""
 
 
 @njit
