@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ssm_kernels import states
+
 from .generation.config import GenerationConfig
 from .generation.cuda_graph import graph_key
 from .generation.decoding import Decoder, state_bytes
@@ -143,8 +145,7 @@ class Conversation:
                     now = time.perf_counter()
                     if len(answer.ids) == 1:
                         # The state is that after the prompt: the first token is chosen but not yet run.
-                        copies = [layer._make(t.clone() for t in layer) for layer in decoder.state]
-                        self._checkpoint = _Checkpoint(ids, copies)
+                        self._checkpoint = _Checkpoint(ids, states.clone(decoder.state))
                         first_token = now
                     self.turn_stats = TurnStats(
                         len(ids) - n_seen, first_token - started, len(answer.ids), now - first_token

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ssm_kernels import states
 from ssm_kernels.export import decompositions
 
-from .generation.interface import LMState
 from .lm import MambaLM
 
 GRAPHS: tuple[Literal["prompt", "step"], ...] = ("prompt", "step")
@@ -35,21 +34,7 @@ class _Graph(nn.Module):
         last = torch.arange(input_ids.shape[1], device=input_ids.device)[-1:]  # (1,)
         out = self.lm(input_ids, state=state, logits_at=last, return_state=True)
         # (B, V), then the state
-        return out.logits[:, 0], *(t for _, t in named_parts(out.state or []))
-
-
-def named_parts(state: LMState) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a state with their names, `0.conv`, `0.ssm`, `1.conv` and so on.
-
-    Args:
-        state: state of a language model.
-
-    Yields:
-        name and tensor.
-    """
-    for i, layer in enumerate(state):
-        for field, t in layer._asdict().items():
-            yield f"{i}.{field}", t
+        return out.logits[:, 0], *states.named(out.state or []).values()
 
 
 def trace(lm: MambaLM, graph: Literal["prompt", "step"]) -> ExportedProgram:
@@ -66,7 +51,7 @@ def trace(lm: MambaLM, graph: Literal["prompt", "step"]) -> ExportedProgram:
     is_prompt = graph == "prompt"
     batch = Dim("batch", max=MAX_BATCH)
     ids = torch.zeros(2, 5 if is_prompt else 1, dtype=torch.int64)  # (B, L)
-    past = tuple(t for _, t in named_parts(lm.new_state(2)))
+    past = tuple(states.named(lm.new_state(2)).values())
     # A graph of one token and one of several differ: decoding has ops of its own.
     sizes = {0: batch} | ({1: Dim("length", min=2, max=MAX_LENGTH)} if is_prompt else {})
     # Without gradients the mixers recompute nothing.
@@ -110,7 +95,7 @@ def export_onnx(lm: MambaLM, folder: str | Path) -> list[Path]:
         raise ValueError(f"lm must be on a CPU to be exported, got {lm.device}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name, _ in named_parts(lm.new_state(1))]
+    names = list(states.named(lm.new_state(1)))
     files = [folder / f"{graph}.onnx" for graph in GRAPHS]
     for graph, file in zip(GRAPHS, files, strict=True):
         torch.onnx.export(

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssm_kernels import states
+
 from .generation.interface import LanguageModel, LMState
 from .generation.prefill import EmbedFn, check_tokens, packed_tokens, prefill, prefill_chunks, run_prefill_chunk
 
@@ -153,8 +155,7 @@ def _score_after(
     # The other tokens are predicted by a packed run over the answers, from copies of the prompts' states.
     longer = [i for i, (_, answer) in enumerate(pairs) if len(answer) > 1]
     if longer:
-        copied_rows = rows[longer]
-        copies = [layer._make(t[copied_rows] for t in layer) for layer in state]
+        copies = states.select(state, rows[longer])
         embed, bounds = packed_tokens(lm, [pairs[i][1][:-1] for i in longer])
         targets = torch.tensor([t for i in longer for t in pairs[i][1][1:]], device=device)  # (total,)
         owner = torch.tensor([i for i in longer for _ in pairs[i][1][1:]], device=device)  # (total,)

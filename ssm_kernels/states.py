@@ -141,6 +141,20 @@ def repeat(state: State, n: int) -> State:
     return _map(lambda t: t.repeat_interleave(n, dim=0), state)
 
 
+def named(state: MixerState | Mamba3States | Sequence[MixerState | Mamba3States]) -> dict[str, Tensor]:
+    """Name the tensors of a state, in their order: `3.ssm` in layer 3 of a model, `ssm` in a mixer.
+
+    Args:
+        state: a state.
+
+    Returns:
+        the tensors by name.
+    """
+    if isinstance(state, (MixerState, Mamba3States)):
+        return state._asdict()
+    return {f"{i}.{field}": t for i, layer in enumerate(state) for field, t in layer._asdict().items()}
+
+
 def save(state: State, path: str | Path) -> None:
     """Write a state to a safetensors file, which `load` reads.
 
@@ -151,7 +165,7 @@ def save(state: State, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     # Copies: the format refuses tensors that share memory, as slices of one batch do.
-    tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in _named(state).items()}
+    tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in named(state).items()}
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
     save_file(tensors, unfinished, {"format": FORMAT, "version": VERSION})
@@ -193,7 +207,7 @@ def load(path: str | Path, model: _HasState) -> Any:
         raise ValueError(f"{path} has version {metadata.get('version')} of the format; this library reads {VERSION}")
     batches = {t.shape[0] for t in tensors.values()}
     like = model.new_state(batches.pop() if len(batches) == 1 else 0)
-    want = {name: tuple(t.shape) for name, t in _named(like).items()}
+    want = {name: tuple(t.shape) for name, t in named(like).items()}
     have = {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(want.keys() | have.keys()):
         if want.get(name) != have.get(name):
@@ -201,7 +215,7 @@ def load(path: str | Path, model: _HasState) -> Any:
                 f"{path} is the state of another model: {name} is {have.get(name, 'missing')} there, and "
                 f"{want.get(name, 'missing')} here"
             )
-    parts = iter(tensors[name].to(t.device) for name, t in _named(like).items())
+    parts = iter(tensors[name].to(t.device) for name, t in named(like).items())
     return _map(lambda _: next(parts), like)
 
 
@@ -215,10 +229,3 @@ def _map(function: Callable[[Tensor], Tensor], state: State) -> State:
     if isinstance(state, list):
         return [type(layer)(*map(function, layer)) for layer in state]
     return type(state)(*map(function, state))
-
-
-def _named(state: MixerState | Mamba3States | list[MixerState | Mamba3States]) -> dict[str, Tensor]:
-    """Return the tensors of a state by name: `3.ssm` in layer 3 of a model, `ssm` in a mixer."""
-    if isinstance(state, list):
-        return {f"{i}.{field}": t for i, layer in enumerate(state) for field, t in layer._asdict().items()}
-    return state._asdict()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 
 class Interrupted(SystemExit):
     """A signal stopped the stage, which has saved a checkpoint and can be resumed.
@@ -27,3 +29,13 @@ class ChangedDataError(DataError, ValueError):
 
 class WorkerDiedError(DataError, ChildProcessError):
     """A process that prepares data ended before its work was done."""
+
+
+def picklable(error: BaseException) -> BaseException:
+    """Return an error that another process can load, with the same text."""
+    # An exception whose __init__ takes other arguments fails only when it is loaded.
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import pickle
 import signal
 import threading
 import time
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..model.files import continue_json_lines, json_lines
 from .config import StageConfig
-from .errors import BrokenDataError, ChangedDataError, WorkerDiedError
+from .errors import BrokenDataError, ChangedDataError, WorkerDiedError, picklable
 from .sampler import samples_of_step
 
 MIN_SAMPLES_SEEN = 1000
@@ -76,7 +75,7 @@ class _Prepared(NamedTuple):
     batch: Any
     broken: list[tuple[int, str]]
     """Index and reason."""
-    error: Exception | None = None
+    error: BaseException | None = None
     """Returned as a value, so that an exception of the data loader itself can only mean that a worker died."""
     trace: str = ""
     """Traceback of the error in the worker."""
@@ -273,7 +272,7 @@ class _Preparation(Dataset[_Prepared]):
         except Exception as e:
             if not is_worker:
                 return _Prepared(None, [], e)  # it has its own traceback
-            return _Prepared(None, [], _picklable(e), traceback.format_exc())
+            return _Prepared(None, [], picklable(e), traceback.format_exc())
 
     def _prepare(self, micro_batch: _MicroBatch) -> _Prepared:
         seed = np.random.SeedSequence((self.seed, micro_batch.step, micro_batch.start)).generate_state(1)[0]
@@ -317,15 +316,6 @@ def _share(value: Any) -> None:
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
             _share(inner)
-
-
-def _picklable(error: Exception) -> Exception:
-    # An exception whose __init__ takes other arguments fails only when it is loaded, in the loop.
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from .loader import Loader, Samples, StepData
 from .lock import only_run_in
 from .lora import add_lora, merge_lora
 from .optim import clip_gradients, freeze_all_but, learning_rate, make_optimizer
+from .signals import handling
 from .track import Tracker
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -356,12 +357,5 @@ def _received_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    try:
-        previous = {s: signal.signal(s, handle) for s in SIGNALS}
-    except ValueError:  # only the main thread can handle signals
-        previous = {}
-    try:
+    with handling(SIGNALS, handle):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -7,7 +7,6 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -21,7 +20,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from .errors import Interrupted
+from .errors import Interrupted, picklable
+from .signals import handling
 
 LOG_INTERVAL = 30.0
 """Seconds between the lines of a progress bar where the output is no terminal."""
@@ -108,7 +108,7 @@ def _run(job: Job, columns: int, output: Connection, outcome: Connection) -> Non
     try:
         job.function(*job.args)
     except BaseException as e:  # also a signal's, which the parent reports
-        failure = _Failure(_picklable(e), traceback.format_exc())
+        failure = _Failure(picklable(e), traceback.format_exc())
     # A parent that was killed reads nothing.
     with contextlib.suppress(BrokenPipeError):
         outcome.send(failure)
@@ -176,25 +176,8 @@ def _passing_signals_on(running: Sequence[_Running]) -> Iterator[list[int]]:
         for r in running:
             (r.process.kill if again else r.process.terminate)()
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    try:
-        previous = {s: signal.signal(s, handle) for s in numbers}
-    except ValueError:  # only the main thread can handle signals
-        previous = {}
-    try:
+    with handling((signal.SIGTERM, signal.SIGINT), handle):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _picklable(error: BaseException) -> BaseException:
-    # An exception whose __init__ takes other arguments fails only when it is loaded, in the parent.
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 class _Display:

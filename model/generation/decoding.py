@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ssm_kernels import resolve_backend
+from ssm_kernels import resolve_backend, states
 
 from .cuda_graph import capture, graph_key, has_graphs, warm_up, warn_once
 from .interface import LanguageModel, LMState
@@ -61,7 +61,7 @@ class Decoder:
     def set_batch(self, batch: int) -> None:
         """Use the first `batch` rows of the buffers, with their current contents."""
         self.batch, self.steps = batch, 0
-        self.state: LMState = [layer._make(t[:batch] for t in layer) for layer in self.buffers]
+        self.state: LMState = states.select(self.buffers, slice(batch))
         self.forget_fused_step()
 
     def forget_fused_step(self) -> None:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssm_kernels import states
+
 from .interface import LanguageModel, LMState
 
 EmbedFn = Callable[[int, int], Tensor]
@@ -76,7 +78,7 @@ def run_prefill_chunk(
         Logits (len(logits_at), V).
     """
     vectors = embeds[:, chunk.start : chunk.end] if isinstance(embeds, Tensor) else embeds(chunk.start, chunk.end)
-    rows = [layer._make(t[chunk.rows] for t in layer) for layer in state]  # views, so `state` itself advances
+    rows = states.select(state, chunk.rows)  # views, so `state` itself advances
     positions = torch.tensor(logits_at, dtype=torch.int64, device=vectors.device)
     output = lm(inputs_embeds=vectors, state=rows, cu_seqlens=chunk.cu_seqlens, logits_at=positions)
     return output.logits[0]  # (len(logits_at), V)

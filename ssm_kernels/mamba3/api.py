@@ -99,8 +99,11 @@ def mamba3(
     if current() is not None:
         raise RuntimeError("mamba3 does not run within context_parallel: it has no exchange of its states")
     arguments = _canonical(
-        x, dt, A, B, C, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, initial_states, cu_seqlens, seq_idx
-    )
+        Mamba3Arguments(
+            x, dt, A, B, C, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, initial_states, cu_seqlens,
+            seq_idx,
+        )
+    )  # fmt: skip
     chunk_size = check_integer("chunk_size", chunk_size, 1)
     chosen = resolve_backend(backend, x.device, "ssd")
     if chosen == "reference":
@@ -148,7 +151,7 @@ def mamba3_step(
     x, dt, A, B, C, trap, angles = (t.unsqueeze(1) for t in (x, dt, A, B, C, trap, angles))  # (B, 1, ...)
     z = None if z is None else z.unsqueeze(1)
     arguments = _canonical(
-        x, dt, A, B, C, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, states, None, None
+        Mamba3Arguments(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, states, None, None)
     )
     check_tensor("states.ssm", states.ssm, tuple(states.ssm.shape), like=x, dtypes=(torch.float32, torch.float64))
     chosen = resolve_backend(backend, x.device, "ssd")
@@ -162,26 +165,11 @@ def mamba3_step(
     return y.squeeze(1)
 
 
-def _canonical(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    trap: Tensor,
-    angles: Tensor,
-    B_bias: Tensor | None,
-    C_bias: Tensor | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    mimo_x: Tensor | None,
-    mimo_z: Tensor | None,
-    mimo_o: Tensor | None,
-    initial_states: Mamba3States | None,
-    cu_seqlens: Tensor | None,
-    seq_idx: Tensor | None,
-) -> Mamba3Arguments:
+def _canonical(arguments: Mamba3Arguments) -> Mamba3Arguments:
     """Check the arguments, and give B, C and their biases a rank."""
+    (
+        x, dt, A, B, C, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, initial_states, cu_seqlens, seq_idx
+    ) = arguments  # fmt: skip
     check_tensor("x", x, ("B", "L", "H", "P"))
     batch, length, heads, headdim = x.shape
     check_packing(batch, length, cu_seqlens, seq_idx)
@@ -229,6 +217,4 @@ def _canonical(
     if mimo_x is None:
         B, C = B.unsqueeze(2), C.unsqueeze(2)  # (B, L, 1, G, N)
         B_bias, C_bias = (None if t is None else t.unsqueeze(1) for t in (B_bias, C_bias))  # (H, 1, N)
-    return Mamba3Arguments(
-        x, dt, A, B, C, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, initial_states, cu_seqlens, seq_idx
-    )
+    return arguments._replace(B=B, C=C, B_bias=B_bias, C_bias=C_bias, initial_states=initial_states)

@@ -9,6 +9,7 @@ from .fused_step import fuse_step, obstacle_to_fusing
 from .mamba import Mamba
 from .mamba2 import Mamba2
 from .mamba3 import Mamba3, Mamba3MixerOutput
+from .mixer import StatefulMixer
 from .norm import RMSNorm
 from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
 from .state import MixerOutput, MixerState
@@ -21,6 +22,7 @@ __all__ = [
     "MixerOutput",
     "MixerState",
     "RMSNorm",
+    "StatefulMixer",
     "conv_weight",
     "decay_rate",
     "depthwise_conv",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,9 @@ from .._core.recompute import recompute_in_backward
 from ..causal_conv1d import causal_conv1d_step
 from ..selective_scan import selective_scan, selective_scan_step
 from .conv import conv_weight, convolve, depthwise_conv
+from .mixer import StatefulMixer
 from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
 from .state import (
-    MixerOutput,
     MixerState,
     StateLayout,
     copied,
@@ -26,7 +25,7 @@ from .state import (
 )
 
 
-class Mamba(nn.Module):
+class Mamba(StatefulMixer):
     """The Mamba-1 mixer (arXiv 2312.00752, section 3.4).
 
     A layer that replaces a projection (an adapter, a quantized layer) is called once a forward, and hooks run once. A
@@ -80,70 +79,8 @@ class Mamba(nn.Module):
         self.D = without_weight_decay(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
-    def new_state(self, batch: int) -> MixerState:
-        """Make the state before the first token.
-
-        Args:
-            batch: number of sequences.
-
-        Returns:
-            zeros on the mixer's device.
-        """
-        return self._state_layout().zeros(batch)
-
     def _state_layout(self) -> StateLayout:
         return StateLayout.of(self.conv1d, (self.d_inner, self.d_state))
-
-    @overload
-    def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        hidden: Tensor,
-        state: MixerState | None = None,
-        cu_seqlens: Tensor | None = None,
-        *,
-        return_state: Literal[True],
-    ) -> MixerOutput: ...
-
-    def forward(
-        self,
-        hidden: Tensor,
-        state: MixerState | None = None,
-        cu_seqlens: Tensor | None = None,
-        *,
-        return_state: bool = False,
-    ) -> Tensor | MixerOutput:
-        """Mix over time.
-
-        Args:
-            hidden: (B, L, D).
-            state: state before the first step, one row for each sequence; zeros by default. Without `return_state` it
-                is updated in place, without gradients.
-            cu_seqlens: (S + 1,) bounds of sequences packed in one row.
-            return_state: return the final state too, with gradients, and leave `state` as it is.
-
-        Returns:
-            (B, L, D); with `return_state`, a `MixerOutput`.
-
-        Raises:
-            TypeError, ValueError: `state` does not fit; the message names the part.
-        """
-        y, final = self._run(self.in_proj(hidden), state, cu_seqlens, in_place=not return_state)
-        return y if final is None else MixerOutput(y, final)
-
-    def mix(self, projected: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Run everything after `in_proj`.
-
-        Args:
-            projected: (B, L, 2 E) output of `in_proj`: x, then the gate z.
-            state, cu_seqlens: as in `forward`.
-
-        Returns:
-            (B, L, D).
-        """
-        return self._run(projected, state, cu_seqlens, in_place=True)[0]
 
     def _run(
         self, projected: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, in_place: bool

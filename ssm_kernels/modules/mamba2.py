@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,10 +13,10 @@ from .._core.transforms import is_transformed
 from ..causal_conv1d import causal_conv1d_step
 from ..ssd import ssd, ssd_step
 from .conv import conv_weight, convolve, depthwise_conv
+from .mixer import StatefulMixer
 from .norm import RMSNorm
 from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
 from .state import (
-    MixerOutput,
     MixerState,
     StateLayout,
     copied,
@@ -29,7 +27,7 @@ from .state import (
 )
 
 
-class Mamba2(nn.Module):
+class Mamba2(StatefulMixer):
     """The Mamba-2 mixer (arXiv 2405.21060, section 7).
 
     A layer that replaces a projection or the norm (an adapter, a quantized layer) is called once a forward, and hooks
@@ -110,70 +108,8 @@ class Mamba2(nn.Module):
             self.norm = RMSNorm(self.d_ssm, norm_eps, self.d_ssm // ngroups, norm_before_gate)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
-    def new_state(self, batch: int) -> MixerState:
-        """Make the state before the first token.
-
-        Args:
-            batch: number of sequences.
-
-        Returns:
-            zeros on the mixer's device.
-        """
-        return self._state_layout().zeros(batch)
-
     def _state_layout(self) -> StateLayout:
         return StateLayout.of(self.conv1d, (self.nheads, self.headdim, self.d_state))
-
-    @overload
-    def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        hidden: Tensor,
-        state: MixerState | None = None,
-        cu_seqlens: Tensor | None = None,
-        *,
-        return_state: Literal[True],
-    ) -> MixerOutput: ...
-
-    def forward(
-        self,
-        hidden: Tensor,
-        state: MixerState | None = None,
-        cu_seqlens: Tensor | None = None,
-        *,
-        return_state: bool = False,
-    ) -> Tensor | MixerOutput:
-        """Mix over time.
-
-        Args:
-            hidden: (B, L, D).
-            state: state before the first step, one row for each sequence; zeros by default. Without `return_state` it
-                is updated in place, without gradients.
-            cu_seqlens: (S + 1,) bounds of sequences packed in one row.
-            return_state: return the final state too, with gradients, and leave `state` as it is.
-
-        Returns:
-            (B, L, D); with `return_state`, a `MixerOutput`.
-
-        Raises:
-            TypeError, ValueError: `state` does not fit; the message names the part.
-        """
-        y, final = self._run(self.in_proj(hidden), state, cu_seqlens, in_place=not return_state)
-        return y if final is None else MixerOutput(y, final)
-
-    def mix(self, projected: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Run everything after `in_proj`.
-
-        Args:
-            projected: (B, L, ...) output of `in_proj`; see `split_projected`.
-            state, cu_seqlens: as in `forward`.
-
-        Returns:
-            (B, L, D).
-        """
-        return self._run(projected, state, cu_seqlens, in_place=True)[0]
 
     def _run(
         self, projected: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, in_place: bool

@@ -11,7 +11,7 @@ from .._core.invariant import softplus
 from ..mamba3 import Mamba3States, mamba3, mamba3_step
 from .norm import RMSNorm
 from .parameters import initial_dt_bias, without_weight_decay
-from .state import is_decoding_step
+from .state import check_digits, check_no_gradients, copied, is_decoding_step
 
 
 class Mamba3MixerOutput(NamedTuple):
@@ -158,13 +158,13 @@ class Mamba3(nn.Module):
         z, *inputs = self.scan_inputs(projected)
         gate = None if self.is_outproj_norm else z
         if state is not None and is_decoding_step(projected, cu_seqlens):
-            final = Mamba3States(*(t.clone() for t in state)) if return_state else state
+            final = copied(state) if return_state else state
             gate = None if gate is None else gate[:, 0]
             y = mamba3_step(final, *(t[:, 0] for t in inputs), **self._parameters_of_scan(gate)).unsqueeze(1)
         else:
             start = state
             if state is not None and not return_state and torch.is_grad_enabled():
-                start = Mamba3States(*(t.clone() for t in state))  # a backward may need it as it was
+                start = copied(state)  # a backward may need it as it was
             y, final = mamba3(
                 *inputs, **self._parameters_of_scan(gate), initial_states=start, chunk_size=self.chunk_size,
                 cu_seqlens=cu_seqlens,
@@ -237,9 +237,7 @@ def _check_state(state: object, dtype: torch.dtype, return_state: bool) -> None:
         return
     if not isinstance(state, Mamba3States):
         raise TypeError(f"state must be a Mamba3States, got {type(state).__name__}")
-    wanted = torch.promote_types(dtype, torch.float32)
     for name, t in state._asdict().items():
-        if t.dtype != wanted and (not t.is_floating_point() or torch.promote_types(t.dtype, wanted) != t.dtype):
-            raise TypeError(f"state.{name} must hold all digits of {wanted}, as new_state does; got {t.dtype}")
-    if not return_state and torch.is_grad_enabled() and any(t.requires_grad for t in state):
-        raise ValueError("state requires gradients, so it cannot be updated in place: pass return_state=True")
+        check_digits(f"state.{name}", t, torch.promote_types(dtype, torch.float32))
+    if not return_state:
+        check_no_gradients(state)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..context_parallel import current_sharding, gather_final_states
+from ..mamba3 import Mamba3States
 from .conv import conv_weight
 
 
@@ -18,6 +19,9 @@ class MixerState(NamedTuple):
     """(B, K - 1, channels) last inputs of the convolution."""
     ssm: Tensor
     """State of the scan: (B, E, N), or (B, H, P, N) in Mamba-2. At least float32."""
+
+
+AnyState = TypeVar("AnyState", MixerState, Mamba3States)
 
 
 class MixerOutput(NamedTuple):
@@ -76,10 +80,21 @@ class StateLayout(NamedTuple):
                 expected = ", ".join(map(str, (batch, *shape)))
                 rows = f"a row for each of {batch} sequences"
                 raise ValueError(f"state.{name} must have shape ({expected}), {rows}; got {tuple(t.shape)}")
-            if t.dtype != dtype and (not t.is_floating_point() or torch.promote_types(t.dtype, dtype) != t.dtype):
-                raise TypeError(f"state.{name} must hold all digits of {dtype}, as new_state does; got {t.dtype}")
+            check_digits(f"state.{name}", t, dtype)
             if t.device != self.device:
                 raise ValueError(f"state.{name} must be on {self.device} like the layer, got {t.device}")
+
+
+def check_digits(name: str, t: Tensor, dtype: torch.dtype) -> None:
+    """Raise a TypeError if the dtype of a part of a state loses digits of the mixer's own."""
+    if t.dtype != dtype and (not t.is_floating_point() or torch.promote_types(t.dtype, dtype) != t.dtype):
+        raise TypeError(f"{name} must hold all digits of {dtype}, as new_state does; got {t.dtype}")
+
+
+def check_no_gradients(state: MixerState | Mamba3States) -> None:
+    """Raise a ValueError if gradients would flow to a state that a forward overwrites."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in state):
+        raise ValueError("state requires gradients, so it cannot be updated in place: pass return_state=True")
 
 
 def initial_states(state: MixerState | None, in_place: bool) -> InitialStates:
@@ -96,14 +111,13 @@ def initial_states(state: MixerState | None, in_place: bool) -> InitialStates:
         return InitialStates(None, None)
     if not in_place or not torch.is_grad_enabled():
         return InitialStates(state.conv, state.ssm)
-    if any(t.requires_grad for t in state):
-        raise ValueError("state requires gradients, so it cannot be updated in place: pass return_state=True")
+    check_no_gradients(state)
     return InitialStates(state.conv.clone(), state.ssm.clone())
 
 
-def copied(state: MixerState) -> MixerState:
-    """Return a copy that a step op may change."""
-    return MixerState(*(t.clone() for t in state))
+def copied(state: AnyState) -> AnyState:
+    """Return a copy that a step op may change, or that stays as it is."""
+    return state._make(t.clone() for t in state)
 
 
 def finish(

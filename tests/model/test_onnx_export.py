@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssm_kernels import use_backend
+from ssm_kernels import states, use_backend
 from ssm_kernels.export import decompositions
 from ssm_kernels.modules import Mamba, Mamba2
 from vlmamba import cli
 from vlmamba.model import LMConfig, MambaLM, onnx_export
-from vlmamba.model.onnx_export import export_onnx, named_parts
+from vlmamba.model.onnx_export import export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
 CONFIGS = {
@@ -30,13 +30,13 @@ def test_prompts_and_steps_agree_with_the_model(kind, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'onnx' / 'step.onnx'}"
     prompt, step = (onnxruntime.InferenceSession(tmp_path / "onnx" / f"{name}.onnx") for name in ("prompt", "step"))
     names = [i.name for i in prompt.get_inputs()]
-    parts = [name for name, _ in named_parts(lm.new_state(1))]
+    parts = list(states.named(lm.new_state(1)))
     assert names == ["input_ids", *(f"past.{part}" for part in parts)]
     assert prompt.get_inputs()[0].shape == ["batch", "length"] and step.get_inputs()[0].shape == ["batch", 1]
     assert [o.name for o in step.get_outputs()] == ["logits", *(f"present.{part}" for part in parts)]
     for batch, length in ((2, 7), (1, 150)):
         ids, state = torch.randint(9, (batch, length + 3)), lm.new_state(batch)
-        past = [t.clone().numpy() for _, t in named_parts(state)]
+        past = [t.clone().numpy() for t in states.named(state).values()]
         # The prompt in two parts, and three steps.
         for part in ids.split([length - 2, 2, 1, 1, 1], dim=1):
             session = step if part.shape[1] == 1 else prompt
@@ -44,7 +44,7 @@ def test_prompts_and_steps_agree_with_the_model(kind, tmp_path, capsys):
             with use_backend("torch"):
                 want = lm(part, state=state).logits[:, -1]
             torch.testing.assert_close(torch.from_numpy(logits), want, rtol=1e-4, atol=1e-4)
-            for got, (_, t) in zip(past, named_parts(state), strict=True):
+            for got, t in zip(past, states.named(state).values(), strict=True):
                 torch.testing.assert_close(torch.from_numpy(got), t, rtol=1e-4, atol=1e-4)
 
 

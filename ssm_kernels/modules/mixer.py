@@ -1,0 +1,87 @@
+"""The forwards that the Mamba and Mamba-2 mixers share, around the part that each has of its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal, overload
+
+from torch import Tensor, nn
+
+from .state import MixerOutput, MixerState, StateLayout
+
+
+class StatefulMixer(nn.Module):
+    """A mixer of `in_proj`, a causal convolution, a scan and `out_proj`, with the state of the two in the middle."""
+
+    in_proj: nn.Linear
+
+    @abstractmethod
+    def _state_layout(self) -> StateLayout: ...
+
+    @abstractmethod
+    def _run(
+        self, projected: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, in_place: bool
+    ) -> tuple[Tensor, MixerState | None]:
+        """Mix the output of `in_proj` to (B, L, D), and return the final state unless it is written into `state`."""
+
+    def new_state(self, batch: int) -> MixerState:
+        """Make the state before the first token.
+
+        Args:
+            batch: number of sequences.
+
+        Returns:
+            zeros on the mixer's device.
+        """
+        return self._state_layout().zeros(batch)
+
+    @overload
+    def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: Literal[True],
+    ) -> MixerOutput: ...
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: bool = False,
+    ) -> Tensor | MixerOutput:
+        """Mix over time.
+
+        Args:
+            hidden: (B, L, D).
+            state: state before the first step, one row for each sequence; zeros by default. Without `return_state` it
+                is updated in place, without gradients.
+            cu_seqlens: (S + 1,) bounds of sequences packed in one row.
+            return_state: return the final state too, with gradients, and leave `state` as it is.
+
+        Returns:
+            (B, L, D); with `return_state`, a `MixerOutput`.
+
+        Raises:
+            TypeError, ValueError: `state` does not fit; the message names the part.
+        """
+        y, final = self._run(self.in_proj(hidden), state, cu_seqlens, in_place=not return_state)
+        return y if final is None else MixerOutput(y, final)
+
+    def mix(self, projected: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Run everything after `in_proj`.
+
+        Args:
+            projected: (B, L, ...) output of `in_proj`: x and the gate z of `Mamba`; see `Mamba2.split_projected`.
+            state, cu_seqlens: as in `forward`.
+
+        Returns:
+            (B, L, D).
+        """
+        return self._run(projected, state, cu_seqlens, in_place=True)[0]
