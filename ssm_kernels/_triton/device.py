@@ -101,6 +101,10 @@ def check_float64_products(dtype: torch.dtype, op: str) -> None:
         )
 
 
+FUSED_MULTIPLY_ADD: dict[str, bool] = {"enable_fp_fusion": True}
+"""Launch option of every kernel: a product and a sum may be rounded once. From Triton 3.10 it is no longer default."""
+
+
 def maxnreg_option(count: int, device: torch.device) -> dict[str, int]:
     """A launch option for NVIDIA: `count` registers a thread. Without it, ptxas may spill to reach a lower count."""
     return {"maxnreg": count} if capability(device)[0] == "cuda" else {}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import is_interpreted, on_device
+from .device import FUSED_MULTIPLY_ADD, is_interpreted, on_device
 from .segment_table import SegmentTable
 
 
@@ -175,4 +175,5 @@ def zero_padding(segments: SegmentTable, *tensors: Tensor) -> None:
             _zero_padding_kernel[(tiles, min(32, triton.cdiv(batch * length, steps)))](
                 x, segments.gaps, length, channels, groups * channels, x.stride(),
                 STEPS=steps, BLOCK=block, num_warps=4,
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import on_device
+from .device import FUSED_MULTIPLY_ADD, on_device
 from .primitives import and_scalar, compute_type
 from .segment_table import SegmentTable
 
@@ -102,4 +102,5 @@ def state_passing(
             segments.first_segment, *(reversed(rows) if reverse else rows), size,
             ELEMENTS_PER_A=size // A.numel(), ELEMENTS_PER_DT=size // dt_sum.shape[1], BLOCK=block, REVERSE=reverse,
             HAS_INCOMING=incoming is not None, COMPUTE=compute_type(segment_states.dtype), num_warps=4,
+            **FUSED_MULTIPLY_ADD,
         )  # fmt: skip

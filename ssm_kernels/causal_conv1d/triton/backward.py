@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._core.memory_layout import empty_like
-from ..._triton.device import capability, launch_grid, maxnreg_option, num_sms, on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, capability, launch_grid, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import and_scalar, load_segment, silu_backward, unpack_direction, zero_padding
 from .tile import (
     load_run,
@@ -243,12 +243,14 @@ def backward(
                 *shared.sizes, x.stride(), dy.stride(), dx.stride(), *weight_and_state_strides,
                 HAS_INITIAL=initial_states is not None, HAS_DFINAL=dfinal_states is not None, **shared.options,
                 **shared.run_options, **_register_limit(x.device),
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
         if initial_states is not None and n_sequences and n_channels:
             _initial_states_kernel[launch_grid(n_sequences, shared.channel_tiles, "tiles of channels")](
                 x, weight, bias, initial_states, dy, dfinal_states, dinitial_states, *segments.tables, *shared.sizes,
                 x.stride(), dy.stride(), *weight_and_state_strides, HAS_DFINAL=dfinal_states is not None,
                 **shared.options,
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     zero_padding(segments, dx)
     dbias = dbias.sum(0) if bias is None else dbias.sum(0).to(bias.dtype)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._core.memory_layout import empty_like
-from ..._triton.device import launch_grid, on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, launch_grid, on_device
 from ..._triton.primitives import and_scalar, load_segment, silu, unpack_direction, zero_padding
 from .tile import (
     load_run,
@@ -123,6 +123,7 @@ def forward(
                 x, weight, bias, initial_states, y, final_states, *segments.tables, n_segments, *shared.sizes,
                 x.stride(), y.stride(), weight.stride(), optional_strides(initial_states),
                 HAS_INITIAL=initial_states is not None, **shared.options, **shared.run_options,
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     zero_padding(segments, y)
     return y, final_states

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import launch_grid, on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, launch_grid, on_device
 from ..._triton.primitives import compute_type, silu
 from .tile import load_taps_and_bias
 
@@ -60,5 +60,6 @@ def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bo
                 state, x, weight, bias, y, dim, state.stride(), x.stride(), weight.stride(),
                 WIDTH=weight.shape[1], BLOCK=BLOCK, HAS_BIAS=bias is not None, SILU=silu,
                 COMPUTE=compute_type(x.dtype), num_warps=4,
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     return y

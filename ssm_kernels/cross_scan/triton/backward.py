@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, on_device
 from ..._triton.primitives import compute_type, unpack_direction
 from .tile import step_at, tile_options, tile_positions
 
@@ -44,5 +44,7 @@ def merge(y: Tensor, height: int, width: int, directions: Sequence[int]) -> Tens
     if x.numel():
         grid, options = tile_options(batch, length, dim, directions)
         with on_device(y):
-            _merge_kernel[grid](y, x, height, width, dim, y.stride(), COMPUTE=compute_type(y.dtype), **options)
+            _merge_kernel[grid](
+                y, x, height, width, dim, y.stride(), COMPUTE=compute_type(y.dtype), **options, **FUSED_MULTIPLY_ADD
+            )
     return x

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, on_device
 from ..._triton.primitives import unpack_direction
 from .tile import step_at, tile_options, tile_positions
 
@@ -42,5 +42,5 @@ def scan(x: Tensor, directions: Sequence[int]) -> Tensor:
     if y.numel():
         grid, options = tile_options(batch, height * width, dim, directions)
         with on_device(x):
-            _scan_kernel[grid](x, y, height, width, dim, x.stride(), **options)
+            _scan_kernel[grid](x, y, height, width, dim, x.stride(), **options, **FUSED_MULTIPLY_ADD)
     return y

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import launch_grid, num_sms, on_device, rows_of
+from ..._triton.device import FUSED_MULTIPLY_ADD, launch_grid, num_sms, on_device, rows_of
 from ..._triton.primitives import and_scalar
 from .tile import load_gate, row_stride, tile_channels, tile_options
 
@@ -174,5 +174,6 @@ def backward(
                 n_rows, row_stride(rows), row_stride(z), row_stride(dy), row_stride(dresidual_out),
                 HAS_DRESIDUAL_OUT=dresidual_out is not None, HAS_DRESIDUAL=residual_dtype != x_dtype,
                 HAS_Z=z is not None, NORM_BEFORE_GATE=norm_before_gate, **options,
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     return dx, dresidual, dweight.sum(0).to(weight.dtype), dz

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import launch_grid, on_device, rows_of
+from ..._triton.device import FUSED_MULTIPLY_ADD, launch_grid, on_device, rows_of
 from .tile import load_gate, row_stride, tile_channels, tile_options
 
 WIDE = {"BLOCK": 4096, "BLOCK_ROWS": 1, "num_warps": 16}
@@ -100,5 +100,6 @@ def forward(
                 rows, residual, weight.contiguous(), z, y, residual_out, rstd,
                 n_rows, row_stride(rows), row_stride(residual), row_stride(z), EPS=float(eps),
                 HAS_RESIDUAL=residual is not None, HAS_Z=z is not None, NORM_BEFORE_GATE=norm_before_gate, **options,
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     return y, residual_out, rstd

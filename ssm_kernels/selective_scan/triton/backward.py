@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._core.memory_layout import empty_like
-from ..._triton.device import capability, maxnreg_option, num_sms, on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, capability, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import (
     LN2,
     LOG2E,
@@ -116,6 +116,7 @@ def _compute_state_gradients(
                 strides(dt), strides(C), strides(z), strides(dy),
                 channel_stride(dt), channel_stride(z), channel_stride(dy),
                 UNROLL=unroll(inputs), **options, **maxnreg_option(REGISTERS, inputs.device),
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
         state_passing(
             segments, dstates, inputs.A.flatten(), dt_sum, dfinal_states, dinitial_states, reverse=True
@@ -163,6 +164,7 @@ def _compute_gradients(
                 CHECKPOINT_INTERVAL=CHECKPOINT_INTERVAL, PART_STEPS=PART_STEPS, UNROLL=unrolled,
                 WHOLE_TILES=inputs.group_channels % tile["BLOCK_E"] == 0,
                 WHOLE_BLOCKS=not inputs.is_packed and inputs.length % unrolled == 0, **inputs.options(tile),
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     sums = {"A": dA, "B": dB, "C": dC, "D": dD, "dt_bias": ddt_bias}
     summed = {name: None if x is None else x.sum(0) for name, x in sums.items()}

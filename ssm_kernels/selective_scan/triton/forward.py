@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._core.memory_layout import empty_like
-from ..._triton.device import maxnreg_option, num_sms, on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import LOG2E, and_scalar, load_segment, silu, unpack_direction, zero_padding
 from ..._triton.segment_table import SegmentTable, build_segment_table
 from ..._triton.state_passing import state_passing
@@ -164,6 +164,7 @@ class _Launch(NamedTuple):
                 WRITE_CHECKPOINTS=checkpoint_states is not None and len(checkpoint_states) > 0,
                 STATES_ONLY=states_only, CHECKPOINT_INTERVAL=CHECKPOINT_INTERVAL, UNROLL=unroll(inputs),
                 **inputs.options(self.tile), **maxnreg_option(REGISTERS, inputs.device),
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import on_device, with_contiguous_last_dim
+from ..._triton.device import FUSED_MULTIPLY_ADD, on_device, with_contiguous_last_dim
 from ..._triton.primitives import LOG2E, compute_type, silu, softplus
 from .tile import load_vector
 
@@ -47,6 +47,7 @@ def step(
                 N=n, BLOCK_N=block_n, BLOCK_D=block_d, HAS_D=D is not None, HAS_Z=z is not None,
                 HAS_DT_BIAS=dt_bias is not None, DT_SOFTPLUS=dt_softplus, COMPUTE=compute_type(state.dtype),
                 num_warps=4,
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     return y
 

@@ -25,7 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import capability, maxnreg_option, num_sms, on_device, with_contiguous_last_dim
+from ..._triton.device import (
+    FUSED_MULTIPLY_ADD,
+    capability,
+    maxnreg_option,
+    num_sms,
+    on_device,
+    with_contiguous_last_dim,
+)
 from ..._triton.primitives import LN2, and_scalar, load_segment, zero_padding
 from ..._triton.segment_table import SegmentTable
 from ..._triton.state_passing import state_passing
@@ -253,6 +260,7 @@ def _launch_state_kernel(
             checkpoints.sequence_starts, checkpoint_range.start, len(checkpoint_range), inputs.length, inputs.height,
             inputs.directions, x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(), inputs.weight_strides,
             num_stages=2, **tiles.options(), **inputs.constants, **maxnreg_option(STATE_REGISTERS, inputs.device),
+            **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
 
 
@@ -494,6 +502,7 @@ def _launch_input_gradient(
             inputs.batch * inputs.length,
             HAS_D=D is not None, WIDE_D=dD.shape[2] == inputs.headdim, CHECKPOINT_CHUNKS=CHECKPOINT_CHUNKS,
             num_stages=1, **tiles.options(), **inputs.constants,
+            **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
 
 
@@ -673,6 +682,7 @@ def _launch_shared_gradient(
             checkpoint_range.start, inputs.length, inputs.height, inputs.directions,
             x.stride(), dt.stride(), B.stride(), C.stride(), dy.stride(), inputs.batch * inputs.length,
             SPLITS=splits, CHECKPOINT_CHUNKS=CHECKPOINT_CHUNKS, num_stages=1, **tiles.options(), **inputs.constants,
+            **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
 
 

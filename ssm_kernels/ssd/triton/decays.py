@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, on_device
 from ..._triton.primitives import load_segment
 from ..._triton.segment_table import SegmentTable
 from .chunk import ScanInputs, Tiles, group_direction, load_dt, load_head, step_positions, sum_log_decays
@@ -64,6 +64,7 @@ def compute_chunk_decays(inputs: ScanInputs, tiles: Tiles, segments: SegmentTabl
                 inputs.weight_strides,
                 Q=Q, BLOCK_H=BLOCK_H, PARALLEL_CHUNKS=parallel_chunks, IS_PACKED=inputs.is_packed, num_warps=4,
                 **{name: inputs.constants[name] for name in names},
+                **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     return decays
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import maxnreg_option, num_sms, on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import and_scalar, load_segment, zero_padding
 from ..._triton.segment_table import SegmentTable
 from ..._triton.state_passing import state_passing
@@ -124,6 +124,7 @@ def launch_forward(
             num_stages=2, **tiles.options(),
             **{name: inputs.constants[name] for name in names},
             **(maxnreg_option(STATE_REGISTERS, inputs.device) if y is None else {}),
+            **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import on_device, with_contiguous_last_dim
+from ..._triton.device import FUSED_MULTIPLY_ADD, on_device, with_contiguous_last_dim
 from ..._triton.primitives import compute_type, silu
 from .chunk import dt_constants, load_dt
 
@@ -52,6 +52,7 @@ def step(
             H=heads, P=headdim, N=d_state, G=groups, BLOCK_P=block_p, BLOCK_N=block_n, HAS_D=D is not None,
             HAS_Z=z is not None, **dt_constants(dt_bias, dt_softplus, dt_min, dt_max),
             COMPUTE=compute_type(state.dtype), num_warps=4,
+            **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     return y
 
