@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from .config import ConnectorConfig, Kind, Scan
+from .config import VSS, ConnectorConfig, Kind, Scan
 from .mamba2_scan import GridMamba2, Mamba2ScanConnector, ThreeLayerMLP
-from .vss import SS2D, MLPConnector, VSSL2Connector, VSSMLPConnector
+from .vss import SS2D, DirectionalMamba, MLPConnector, VSSL2Connector, VSSMLPConnector
 
 __all__ = [
     "SS2D",
+    "VSS",
     "ConnectorConfig",
+    "DirectionalMamba",
     "GridMamba2",
     "Kind",
     "MLPConnector",
@@ -40,5 +42,5 @@ def build_connector(config: ConnectorConfig, vision_width: int, lm_width: int) -
         return ThreeLayerMLP(vision_width, lm_width)
     if config.kind in ("vss-mlp", "vss-l2"):
         connector = VSSMLPConnector if config.kind == "vss-mlp" else VSSL2Connector
-        return connector(vision_width, lm_width, config.directions, config.d_state or 16, config.expand)
+        return connector(vision_width, lm_width, config)
     return Mamba2ScanConnector(vision_width, lm_width, config)

@@ -1,6 +1,7 @@
 """VL-Mamba's connectors: an MLP, alone or with a two-dimensional selective scan (arXiv 2403.13600, section 3.2).
 
-The scan is the first version of VMamba's SS2D (arXiv 2401.10166), with its parameter names. Letters: B batch, h and w
+The scan is the first version of VMamba's SS2D (arXiv 2401.10166), with its parameter names, or a Mamba-1 mixer along
+each direction. Letters: B batch, h and w
 the grid of patches, D width, E inner width, N state, R rank of dt, K scan directions.
 """
 
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels import ScanDirection, cross_selective_scan
-from ssm_kernels.modules import decay_rate, initial_dt_bias, without_weight_decay
+from ssm_kernels import ScanDirection, cross_merge, cross_scan, cross_selective_scan
+from ssm_kernels.modules import Mamba, decay_rate, initial_dt_bias, without_weight_decay
+
+from .config import ConnectorConfig
 
 
 class SS2D(nn.Module):
@@ -74,6 +77,45 @@ class SS2D(nn.Module):
         return self.out_proj(y * F.silu(z))  # (B, h, w, D)
 
 
+class DirectionalMamba(nn.Module):
+    """One Mamba-1 mixer that runs along K directions over a grid; what they give a patch is summed.
+
+    Args:
+        width: D.
+        directions: K scan directions.
+        d_state: N.
+        expand: E / D.
+        d_conv: width of the convolution, along each direction.
+    """
+
+    def __init__(self, width: int, directions: tuple[ScanDirection, ...], d_state: int, expand: int, d_conv: int):
+        super().__init__()
+        self.directions = directions
+        self.mamba = Mamba(width, d_state, d_conv, expand)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the patches of a grid.
+
+        Args:
+            x: (B, h, w, D) features.
+
+        Returns:
+            (B, h, w, D).
+        """
+        height, width = x.shape[1:3]
+        paths = cross_scan(x, self.directions)  # (B, K, h * w, D)
+        y = self.mamba(paths.flatten(0, 1)).unflatten(0, paths.shape[:2])  # (B, K, h * w, D)
+        return cross_merge(y, height, width, self.directions)  # (B, h, w, D)
+
+
+def build_vss(width: int, config: ConnectorConfig) -> SS2D | DirectionalMamba:
+    """Build the layer that scans, at width D."""
+    d_state = config.d_state or 16
+    if config.vss == "mamba":
+        return DirectionalMamba(width, config.directions, d_state, config.expand, config.d_conv)
+    return SS2D(width, config.directions, d_state, config.expand)
+
+
 class MLPConnector(nn.Module):
     """Two linear layers on each patch, as in LLaVA-1.5.
 
@@ -100,21 +142,17 @@ class MLPConnector(nn.Module):
 
 
 class VSSMLPConnector(nn.Module):
-    """Scan at the encoder's width, then an MLP: `MLP(Norm(SS2D(V) + V))`.
+    """Scan at the encoder's width, then an MLP: `MLP(Norm(VSS(V) + V))`.
 
     Args:
         vision_width: width of the patch features.
         lm_width: width of the language model.
-        directions: scan directions.
-        d_state: N.
-        expand: inner width of the scan divided by `vision_width`.
+        config: layer that scans, its directions and sizes.
     """
 
-    def __init__(
-        self, vision_width: int, lm_width: int, directions: tuple[ScanDirection, ...], d_state: int, expand: int
-    ):
+    def __init__(self, vision_width: int, lm_width: int, config: ConnectorConfig):
         super().__init__()
-        self.vss = SS2D(vision_width, directions, d_state, expand)
+        self.vss = build_vss(vision_width, config)
         self.norm = nn.LayerNorm(vision_width)
         self.mlp = MLPConnector(vision_width, lm_width)
 
@@ -132,22 +170,18 @@ class VSSMLPConnector(nn.Module):
 
 
 class VSSL2Connector(nn.Module):
-    """Scan between two linear layers, at the language model's width: `L2(Norm(SS2D(GELU(L1 V)) + L1 V))`.
+    """Scan between two linear layers, at the language model's width: `L2(Norm(VSS(GELU(L1 V)) + L1 V))`.
 
     Args:
         vision_width: width of the patch features.
         lm_width: width of the language model.
-        directions: scan directions.
-        d_state: N.
-        expand: inner width of the scan divided by `lm_width`.
+        config: layer that scans, its directions and sizes.
     """
 
-    def __init__(
-        self, vision_width: int, lm_width: int, directions: tuple[ScanDirection, ...], d_state: int, expand: int
-    ):
+    def __init__(self, vision_width: int, lm_width: int, config: ConnectorConfig):
         super().__init__()
         self.linear1 = nn.Linear(vision_width, lm_width)
-        self.vss = SS2D(lm_width, directions, d_state, expand)
+        self.vss = build_vss(lm_width, config)
         self.norm = nn.LayerNorm(lm_width)
         self.linear2 = nn.Linear(lm_width, lm_width)
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..connectors import SS2D
+from ..connectors import SS2D, DirectionalMamba
 from ..model.vlm import VLM
 from ..model.weights import dtype_of
 
@@ -254,7 +254,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     for module in reversed(list(model.modules())):
         if isinstance(module, nn.ModuleList):
             found.extend(module)
-        elif isinstance(module, SS2D):
+        elif isinstance(module, SS2D | DirectionalMamba):
             found.append(module)
     return found
 

@@ -12,6 +12,7 @@ from vlmamba.connectors import ConnectorConfig
     [
         ({"kind": "ldp"}, "connector kind must be one of mlp, vss-mlp, .*; got 'ldp'"),
         ({"scan": "spiral"}, "scan must be 'bidirectional' or 'cross', got 'spiral'"),
+        ({"vss": "mamba2"}, "vss must be 'ss2d' or 'mamba', got 'mamba2'"),
         ({"d_state": 0}, "d_state must be at least 1, got 0"),
         ({"expand": 0}, "expand must be at least 1"),
     ],

@@ -8,12 +8,14 @@ import torch
 from ssm_kernels import use_backend
 from vlmamba.connectors import ConnectorConfig, build_connector
 
-KINDS = ["mlp", "vss-mlp", "vss-l2", "mamba2-mlp", "mamba2-basic", "mamba2-advanced"]
+SCANS = ["vss-mlp", "vss-l2", "vss-mlp, mamba", "vss-l2, mamba", "mamba2-basic", "mamba2-advanced"]
+KINDS = ["mlp", "mamba2-mlp", *SCANS]
 
 
 def small(kind, scan="bidirectional"):
     torch.manual_seed(0)
-    return build_connector(ConnectorConfig(kind, scan, d_state=4, headdim=16), 24, 32).double()
+    kind, _, vss = kind.partition(", ")
+    return build_connector(ConnectorConfig(kind, scan, vss or "ss2d", d_state=4, headdim=16), 24, 32).double()
 
 
 @pytest.mark.parametrize("scan", ["bidirectional", "cross"])
@@ -35,7 +37,7 @@ def test_an_mlp_treats_each_patch_alone_and_keeps_their_order(kind):
     torch.testing.assert_close(connector(x)[0, 2 * 5 + 3], connector(x[:, 2:3, 3:4])[0, 0])
 
 
-@pytest.mark.parametrize("kind", ["vss-mlp", "vss-l2", "mamba2-basic", "mamba2-advanced"])
+@pytest.mark.parametrize("kind", SCANS)
 @pytest.mark.parametrize("scan", ["bidirectional", "cross"])
 def test_a_scan_carries_every_patch_to_every_other(kind, scan):
     connector = small(kind, scan)
@@ -47,7 +49,7 @@ def test_a_scan_carries_every_patch_to_every_other(kind, scan):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("kind", ["vss-l2", "mamba2-basic"])
+@pytest.mark.parametrize("kind", ["vss-l2", "vss-l2, mamba", "mamba2-basic"])
 def test_every_backend_gives_the_same(backend, kind):
     connector = small(kind, "cross")
     results = []

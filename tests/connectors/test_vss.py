@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ssm_kernels import selective_scan
-from vlmamba.connectors import SS2D, ConnectorConfig
+from vlmamba.connectors import SS2D, ConnectorConfig, DirectionalMamba
 
 
 @pytest.mark.parametrize("scan", ["bidirectional", "cross"])
@@ -64,3 +64,18 @@ def test_vss_names_are_vmambas():
         "out_norm.bias": (128,),
         "out_proj.weight": (64, 128),
     }
+
+
+def test_directional_mamba_is_the_sum_of_one_mixer_along_each_direction():
+    """Gather each direction by a loop over positions, mix it alone, and scatter it back."""
+    torch.manual_seed(0)
+    module = DirectionalMamba(8, ConnectorConfig(scan="cross").directions, 3, 2, 4).double()
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    rows = [(h, w) for h in range(3) for w in range(4)]
+    columns = [(h, w) for w in range(4) for h in range(3)]
+    want = torch.zeros_like(x)
+    for path in (rows, rows[::-1], columns, columns[::-1]):
+        y = module.mamba(torch.stack([x[:, h, w] for h, w in path], 1))
+        for t, (h, w) in enumerate(path):
+            want[:, h, w] += y[:, t]
+    torch.testing.assert_close(module(x), want, rtol=1e-10, atol=1e-12)
