@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..connectors import ConnectorConfig, Kind, Scan
+from ..connectors import VSS, ConnectorConfig, Kind, Scan
 from .config import VLMConfig
 from .formats import language
 from .formats.vision import VISION_ENCODERS
@@ -63,8 +63,9 @@ def _vl_mamba(
     encoder: str = SIGLIP,
     kind: Kind = "vss-l2",
     scan: Scan = "bidirectional",
+    vss: VSS = "ss2d",
 ) -> Preset:
-    return Preset(f"state-spaces/{language}", (encoder,), ConnectorConfig(kind, scan), "vicuna")
+    return Preset(f"state-spaces/{language}", (encoder,), ConnectorConfig(kind, scan, vss), "vicuna")
 
 
 def _ml_mamba(
@@ -82,6 +83,7 @@ PRESETS = {
     # template (here LLaVA-1.5's, whose recipe it follows) and which of CLIP's and SigLIP's files it took.
     "vl-mamba-2.8b": _vl_mamba(),
     "vl-mamba-2.8b-cross": _vl_mamba(scan="cross"),
+    "vl-mamba-2.8b-mamba-layer": _vl_mamba(vss="mamba"),
     "vl-mamba-2.8b-vss-mlp": _vl_mamba(kind="vss-mlp"),
     "vl-mamba-2.8b-mlp": _vl_mamba(kind="mlp"),
     "vl-mamba-2.8b-clip-mlp": _vl_mamba(encoder=CLIP, kind="mlp"),

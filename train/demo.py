@@ -182,20 +182,23 @@ def train_encoder(
     test: Sequence[Record],
     device: str,
     most_threads: int | None = None,
+    attributes: Sequence[str] = tuple(easy_vqa.ATTRIBUTES),
 ) -> ViT:
-    """Train the image encoder on the colors and shapes that the training questions determine."""
+    """Train the image encoder on the colors and shapes that the training questions determine, or on one of the two."""
     # Seeded before the weights are drawn, so that a resume builds the same model.
     torch.manual_seed(recipe.vision.seed)
-    classes = (easy_vqa.COLORS, easy_vqa.SHAPES)
+    classes = [easy_vqa.ATTRIBUTES[a] for a in attributes]
     model = AttributeClassifier(TINY_VISION.encoder, [len(c) for c in classes])
     images, held_out = (
-        AttributeImages(easy_vqa.attributes(records), classes, TINY_VISION.processor) for records in (train, test)
+        AttributeImages(easy_vqa.attributes(records, attributes), classes, TINY_VISION.processor)
+        for records in (train, test)
     )
     if most_threads is not None:
         use_fastest_threads(folder, most_threads, model, recipe.vision, images, collate_augmented)
     train_stage(model, recipe.vision, images, collate_augmented, folder, device)
     model.to("cpu")
-    print(f"vision encoder: color and shape right on {model.accuracy(held_out):.1%} of {len(held_out)} test images")
+    told, share = " and ".join(attributes), model.accuracy(held_out)
+    print(f"vision encoder: {told} right on {share:.1%} of {len(held_out)} test images")
     return model.encoder
 
 

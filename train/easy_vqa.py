@@ -16,6 +16,8 @@ from .records import Record, write_llava
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+ATTRIBUTES = {"color": COLORS, "shape": SHAPES}
+"""Attributes of an image, and their values."""
 
 
 def load(split: Literal["train", "test"]) -> list[Record]:
@@ -70,8 +72,8 @@ def category(answer: str) -> Literal["yes/no", "color", "shape"]:
     return "shape" if answer in SHAPES else "color"
 
 
-def attributes(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
-    """Color and shape of each image whose questions determine both.
+def attributes(records: Sequence[Record], names: Sequence[str] = tuple(ATTRIBUTES)) -> dict[Path, tuple[str, ...]]:
+    """Color and shape, or one of them, of each image whose questions determine both.
 
     "What" questions have one of the two as their answer; a statement that is true names what is in it.
     """
@@ -86,7 +88,7 @@ def attributes(records: Sequence[Record]) -> dict[Path, tuple[str, str]]:
                 if word in SHAPES or word in COLORS:
                     found[_path(record)][category(word)] = word
     # Images with only one of the two known are left out.
-    return {image: (a["color"], a["shape"]) for image, a in found.items() if len(a) == 2}
+    return {image: tuple(a[name] for name in names) for image, a in found.items() if len(a) == len(ATTRIBUTES)}
 
 
 def captions(records: Sequence[Record]) -> list[Record]:

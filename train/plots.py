@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .records import Record
+from .reproduction.intervals import Interval
 from .sources import read_image
 
 
@@ -59,24 +60,29 @@ def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]],
     plt.close(figure)
 
 
-def ablation_bars(table: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Plot the accuracy of each variant: the mean over seeds as a bar, the seeds as dots.
+def accuracy_intervals(
+    accuracies: Mapping[str, Sequence[float]], intervals: Mapping[str, Interval], path: Path
+) -> None:
+    """Plot the accuracy of each row: its interval as a line, its seeds as dots.
 
     Args:
-        table: variant -> accuracy with each seed.
+        accuracies: row -> accuracy with each seed.
+        intervals: row -> mean and interval.
         path: image file to write.
     """
     plt = _pyplot()
-    # Each bar has the same width, whatever their number.
-    figure, axis = plt.subplots(figsize=(1.6 + 1.1 * len(table), 3.6))
-    for x, values in enumerate(table.values()):
-        axis.bar(x, 100 * sum(values) / len(values), color="tab:blue", alpha=0.5)
-        axis.plot([x] * len(values), [100 * v for v in values], "k.", markersize=5)
-    axis.set_xticks(range(len(table)), list(table), rotation=30, ha="right")
-    # The axis starts below the lowest accuracy, so that small differences are visible.
-    lowest = min(v for values in table.values() for v in values)
-    axis.set(ylabel="accuracy, %", ylim=(max(0, 100 * lowest - 10), 100))
-    axis.grid(axis="y", alpha=0.3)
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.5 * len(accuracies)))
+    for y, (name, values) in enumerate(accuracies.items()):
+        i = intervals[name]
+        axis.plot([100 * i.low, 100 * i.high], [y, y], color="tab:blue", linewidth=6, alpha=0.35, solid_capstyle="butt")
+        axis.plot([100 * v for v in values], [y] * len(values), ".", color="0.45", markersize=5)
+        axis.plot([100 * i.mean], [y], "|", color="tab:blue", markersize=14, markeredgewidth=2)
+    axis.set_yticks(range(len(accuracies)), list(accuracies))
+    # From the top, in the order of the table.
+    axis.invert_yaxis()
+    axis.margins(y=0.2)
+    axis.set_xlabel("accuracy, %: seeds as dots, their mean with its interval")
+    axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

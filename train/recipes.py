@@ -82,8 +82,10 @@ VL_MAMBA = Recipe(
 )  # fmt: skip
 ML_MAMBA = Recipe(
     # ML-Mamba (2407.19832). Finetune by the paper: AdamW, 2e-5, global batch 64, weight decay 0.1, cosine, warm-up 3 %,
-    # two epochs (so its text; its table of settings says one). Its code has a batch of 128. Clip and seed, and all of
-    # align, which the paper finally leaves out and has no settings for, are its code's. Betas are PyTorch's.
+    # two epochs (so its text; its table of settings says one). Its code has a batch of 128. The paper and
+    # the command in its repository name LLaVA's 665,000 records, the released model's config 1,231,000: see below. Clip
+    # and seed, and all of align, which the paper finally leaves out and has no settings for, are its code's. Betas are
+    # PyTorch's.
     # Not followed: batches of images alone or text alone, of like lengths. Packed samples have no padding to save.
     "ml-mamba-3b",
     align=StageConfig(
@@ -95,16 +97,23 @@ ML_MAMBA = Recipe(
         weight_decay=0.1, precision="bf16", gradient_checkpointing=True, seed=7,
     ),
     align_data=(LLAVA_558K,),
-    finetune_data=(LLAVA_LVIS_LRV,),
+    finetune_data=(LLAVA_665K,),
     align_template="caption",
 )  # fmt: skip
+ML_MAMBA_1231K = replace(ML_MAMBA, finetune_data=(LLAVA_LVIS_LRV,))
+"""ML-Mamba on the data that the config of its released model names. Which of the two made its weights is not known."""
 SMALL = Recipe(
     None,
     align=StageConfig("align", ("connector",), lr=1e-3, batch_size=64),
     finetune=StageConfig("finetune", ("connector", "language_model"), lr=1e-3, batch_size=64),
 )
 """For models as small as the demo's, with learning rates at which a large one would diverge."""
-RECIPES: dict[str, Recipe] = {"vl-mamba": VL_MAMBA, "ml-mamba": ML_MAMBA, "small": SMALL}
+RECIPES: dict[str, Recipe] = {
+    "vl-mamba": VL_MAMBA,
+    "ml-mamba": ML_MAMBA,
+    "ml-mamba-1231k": ML_MAMBA_1231K,
+    "small": SMALL,
+}
 SMALL_WIDTH = 256
 """Largest width of a language model that the recipe `small` is for."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .command_line import run_commands
-from .commands.ablate import Ablate
 from .commands.chat import Chat
 from .commands.convert import Convert
 from .commands.data import Data
@@ -12,13 +11,14 @@ from .commands.evaluate import Evaluate
 from .commands.export import Export
 from .commands.generate import Generate
 from .commands.inspect import Inspect
+from .commands.reproduce import Reproduce
 from .commands.train import Train
 
 COMMANDS = {
     "demo": Demo,
     "data": Data,
     "train": Train,
-    "ablate": Ablate,
+    "reproduce": Reproduce,
     "evaluate": Evaluate,
     "generate": Generate,
     "chat": Chat,

@@ -32,7 +32,7 @@ def test_devices_by_name(monkeypatch):
         (cli.main, ["chat", "nowhere"]),
         (cli.main, ["train", "small", "--output", "x"]),
         (cli.main, ["demo", "--output", "x"]),
-        (cli.main, ["ablate", "--output", "x"]),
+        (cli.main, ["reproduce", "vl-mamba", "--miniature", "--output", "x"]),
         (bench.main, ["run", "ssd"]),
         (bench.main, ["fuzz"]),
     ],

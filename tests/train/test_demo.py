@@ -1,4 +1,4 @@
-"""The demo and the ablation, end to end on a few samples: interrupted anywhere, they go on and end the same."""
+"""The demo, end to end on a few samples: interrupted anywhere, they go on and end the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from vlmamba.model import VLM
-from vlmamba.train import ablate, demo, easy_vqa
+from vlmamba.train import demo, easy_vqa
 from vlmamba.train.recipes import FAMILIES, QUICK, DemoRecipe
 
 TINY = DemoRecipe(
@@ -110,11 +110,3 @@ class ReturnsLoss(nn.Sequential):
 
 def answers_in(folder):
     return json.loads((folder / "answers.json").read_text())
-
-
-def test_the_ablation_covers_every_variant_and_seed(tmp_path, little_data, capsys):
-    table = ablate.run_ablation("ml-mamba", TINY, tmp_path, range(2), 20)
-    assert list(table) == list(ablate.variants("ml-mamba"))
-    assert all(len(values) == 2 for values in table.values())
-    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    assert "mamba2-advanced, cross" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from vlmamba.train import plots
+from vlmamba.train.reproduction.intervals import Interval
 
 from .makers import qa_record
 
@@ -53,10 +54,10 @@ def test_an_answer_is_green_where_it_is_right_and_a_record_needs_no_image(tmp_pa
     assert len(first.images) == 1 and not second.images and not empty.texts and not empty.images
 
 
-def test_a_bar_is_the_mean_of_its_seeds(tmp_path, drawn):
-    plots.ablation_bars({"mlp": [0.5, 0.7], "vss-l2": [0.9]}, tmp_path / "a.png")
+def test_a_row_has_its_interval_its_seeds_and_their_mean(tmp_path, drawn):
+    intervals = {"mlp": Interval(0.6, 0.5, 0.7), "vss-l2": Interval(0.9, 0.9, 0.9)}
+    plots.accuracy_intervals({"mlp": [0.5, 0.7], "vss-l2": [0.9]}, intervals, tmp_path / "a.png")
     (axis,) = drawn[0].axes
-    assert [bar.get_height() for bar in axis.patches] == pytest.approx([60.0, 90.0])
-    assert [list(line.get_ydata()) for line in axis.get_lines()] == [[50.0, 70.0], [90.0]]
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["mlp", "vss-l2"]
-    assert axis.get_ylim() == (40.0, 100.0)
+    lines = [list(line.get_xdata()) for line in axis.get_lines()]
+    assert lines == [pytest.approx(x) for x in ([50, 70], [50, 70], [60], [90, 90], [90], [90])]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["mlp", "vss-l2"]

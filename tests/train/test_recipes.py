@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vlmamba.model.config import LMConfig, VLMConfig
@@ -25,7 +27,10 @@ def test_ml_mamba_is_trained_by_its_paper():
     recipe = RECIPES["ml-mamba"]
     assert settings(recipe.align) == (1e-3, 256, 1, 0.03, 0, "bf16")
     assert settings(recipe.finetune) == (2e-5, 64, 2, 0.03, 0.1, "bf16")
-    assert "lvis4v_lrv" in recipe.finetune_data[0].annotations
+    assert [f.n_records for f in recipe.finetune_data] == [665_298]
+    other = RECIPES["ml-mamba-1231k"]
+    assert "lvis4v_lrv" in other.finetune_data[0].annotations
+    assert replace(other, finetune_data=recipe.finetune_data) == recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -47,5 +52,5 @@ def test_each_preset_has_the_recipe_of_its_paper():
 def test_an_unknown_recipe_gets_a_suggestion():
     with pytest.raises(ValueError, match="no recipe 'vlmamba'; did you mean 'vl-mamba'"):
         recipe_named("vlmamba")
-    with pytest.raises(ValueError, match="known are vl-mamba, ml-mamba, small"):
+    with pytest.raises(ValueError, match="known are vl-mamba, ml-mamba, ml-mamba-1231k, small"):
         recipe_named("x")

@@ -519,7 +519,9 @@ def test_convert_there_and_back(folder, lm, tmp_path, capsys):
             assert torch.equal(again.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "ablate", "evaluate", "generate", "chat", "inspect", "convert"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "reproduce", "evaluate", "generate", "chat", "inspect", "convert"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
