@@ -11,17 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .image_tokens import ProcessedImage
 from .prompt import IGNORE, IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as tokens, with its image preprocessed for each encoder."""
+    """One conversation as tokens, with its images preprocessed for each encoder."""
 
     input_ids: list[int]
     labels: list[int]
-    images: tuple[Tensor, ...] = ()
-    """One (3, height, width) per vision encoder; empty for a conversation without an image."""
+    images: tuple[ProcessedImage, ...] = ()
+    """In the order of their places in `input_ids`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Batch:
     cu_seqlens: Tensor
     """(S + 1,) int32 bounds of the samples."""
     images: tuple[Tensor, ...] = ()
-    """For each vision encoder, (images, 3, height, width)."""
+    """For each vision encoder, the views of all images, (views, 3, height, width)."""
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.labels.shape or self.input_ids.dim() != 1:
@@ -84,19 +85,18 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Pack samples in their order.
 
     Args:
-        samples: conversations; those with images have one for each vision encoder.
+        samples: conversations, with any number of images each.
 
     Returns:
         The batch, on the CPU.
     """
     lengths = torch.tensor([0, *(len(s.input_ids) for s in samples)])
-    # Samples without images are skipped: their tokens have no image positions.
-    with_image = [s.images for s in samples if s.images]
+    pixels = [image.pixels for s in samples for image in s.images]
     return Batch(
         torch.tensor([t for s in samples for t in s.input_ids], dtype=torch.int64),
         torch.tensor([t for s in samples for t in s.labels], dtype=torch.int64),
         lengths.cumsum(0).to(torch.int32),
-        tuple(torch.stack(images) for images in zip(*with_image, strict=True)),
+        tuple(torch.cat(views) for views in zip(*pixels, strict=True)),  # (views, 3, height, width) each
     )
 
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Generator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ssm_kernels import states
 
+from .batch import Sample
 from .generation.config import GenerationConfig
 from .generation.cuda_graph import graph_key
 from .generation.decoding import Decoder, state_bytes
 from .generation.generate import Completion, generate_packed
 from .generation.interface import LMState
 from .generation.prefill import EmbedFn, packed_tokens
-from .image import ImageLike, open_image
+from .image_tokens import ProcessedImage
 from .lm import MambaLM
-from .prompt import PromptTemplate, Turn
+from .prompt import IGNORE, IMAGE_MARK, IMAGE_TOKEN, PromptTemplate, Turn, count_marks
 from .tokenizer import require_tokenizer
-from .vlm import VLM
+from .vlm import VLM, Images, as_list
 
 
 class TurnStats(NamedTuple):
@@ -63,7 +64,7 @@ class Conversation:
 
     Args:
         model: with a tokenizer.
-        image: what a VLM's conversation is about.
+        image: the image that a VLM's conversation is about, or a list of them.
         config: generation settings; greedy by default. `seed` is that of the first answer; each answer takes the
             next one.
         template: the VLM's own by default. A language model without one continues each text by itself.
@@ -77,7 +78,7 @@ class Conversation:
     def __init__(
         self,
         model: VLM | MambaLM,
-        image: ImageLike | None = None,
+        image: Images = None,
         config: GenerationConfig | None = None,
         template: PromptTemplate | None = None,
         history: bool = True,
@@ -93,23 +94,34 @@ class Conversation:
         """Number of answers started. Each takes the next seed, so that a repeated question is sampled anew."""
         self.reset(image)
 
-    def reset(self, image: ImageLike | None = None) -> None:
+    def reset(self, image: Images = None) -> None:
         """Start a new conversation.
 
         Args:
-            image: what it is about, if anything.
+            image: the image that it is about, or a list of them.
 
         Raises:
             ValueError, FileNotFoundError: see the constructor; the conversation is then unchanged.
         """
-        if image is not None and not isinstance(self.model, VLM):
-            raise ValueError("the model is a language model, which sees no image")
-        self.image = open_image(image) if isinstance(image, str | Path) else image
+        self.images: list[ProcessedImage] = self._process(image)
+        """Images of the turns so far and of the next one, in the order of their marks."""
         self.turns: list[Turn] = []
+        """Turns so far. A user's turn has a mark `<image>` for each image that came with it."""
         self._state_tokens: list[int] | None = None
         """Tokens that the decoder's state has seen; None if unknown."""
         self._checkpoint: _Checkpoint | None = None
         """Tokens up to the last answer, and the state after them."""
+
+    def add(self, image: Images) -> None:
+        """Show an image, or a list of them, with the next question; the conversation continues.
+
+        Args:
+            image: what to show.
+
+        Raises:
+            ValueError, FileNotFoundError: see the constructor; the conversation is then unchanged.
+        """
+        self.images += self._process(image)
 
     @property
     def state_bytes(self) -> int:
@@ -122,16 +134,23 @@ class Conversation:
         If the generator is closed early, the answer in the history is the text so far.
 
         Args:
-            text: the user's turn.
+            text: the user's turn. Images that it is the first to see come before it, or at its marks `<image>`.
 
         Yields:
             Parts of the answer.
+
+        Raises:
+            ValueError: the text has marks, but not as many as there are new images.
         """
-        turns = [*self.turns, Turn("user", text)]
+        # Marks are written into the turns, so that the whole conversation has the same layout if it is run again.
+        if not count_marks([question := Turn("user", text)]):
+            n_new = len(self.images) - count_marks(self.turns)
+            question = Turn("user", f"{IMAGE_MARK}\n" * n_new + text)
+        turns = [*self.turns, question]
         ids = self._tokens(turns)
         started = time.perf_counter()
         decoder, n_seen = self._rewind(ids)
-        embeds, bounds = self._embed(turns, ids, n_seen)
+        embeds, bounds = self._embed(ids, n_seen)
         # Seeds wrap around at the end of their range.
         config = replace(self.config, seed=(self.config.seed + self._n_asked) % 2**63)
         self._n_asked += 1
@@ -165,8 +184,15 @@ class Conversation:
         if self.template is None:
             # Without a template, the text itself is continued.
             return self.tokenizer.encode(turns[-1].text) or [self.tokenizer.eos_id]
-        n_image_tokens = self.model.image_tokens if self.image is not None and isinstance(self.model, VLM) else 0
-        return self.template.encode(self.tokenizer, turns, n_image_tokens)[0]
+        return self.template.encode(self.tokenizer, turns, [i.n_tokens for i in self.images])[0]
+
+    def _process(self, image: Images) -> list[ProcessedImage]:
+        images = as_list(image)
+        if not isinstance(self.model, VLM):
+            if images:
+                raise ValueError("the model is a language model, which sees no image")
+            return []
+        return [i if isinstance(i, ProcessedImage) else self.model.preprocess(i) for i in images]
 
     def _rewind(self, ids: list[int]) -> tuple[Decoder, int]:
         """Bring the state to the longest known prefix of a prompt. Return the decoder and the prefix's length."""
@@ -190,9 +216,12 @@ class Conversation:
         decoder.reset()
         return decoder, 0
 
-    def _embed(self, turns: list[Turn], ids: list[int], n_seen: int) -> tuple[EmbedFn, Tensor]:
+    def _embed(self, ids: list[int], n_seen: int) -> tuple[EmbedFn, Tensor]:
         """Return a function that embeds the tokens after the first `n_seen`, and their bounds."""
-        # Later turns find the image in the state.
-        if self.image is not None and n_seen == 0 and isinstance(self.model, VLM):
-            return self.model.packed([self.model.prepare(turns, self.image)])
-        return packed_tokens(self.lm, [ids[n_seen:]])
+        new = ids[n_seen:]
+        if not isinstance(self.model, VLM) or IMAGE_TOKEN not in new:
+            return packed_tokens(self.lm, [new])
+        # Earlier images are in the state: a known prefix ends with a turn, and never within an image.
+        bounds = itertools.accumulate((i.n_tokens for i in self.images), initial=0)
+        n_images_seen = list(bounds).index(ids[:n_seen].count(IMAGE_TOKEN))
+        return self.model.packed([Sample(new, [IGNORE] * len(new), tuple(self.images[n_images_seen:]))])

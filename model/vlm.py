@@ -26,7 +26,8 @@ from .generation.generate import Completion, generate_packed, stream_text
 from .generation.interface import LMState
 from .generation.prefill import EmbedFn, check_tokens
 from .hub import TOKENIZER, HubModel
-from .image import ImageLike, as_rgb
+from .image import ImageLike
+from .image_tokens import ImagePreprocessor, ProcessedImage
 from .lm import MambaLM, neox_tokenizer
 from .presets import get_preset
 from .prompt import IGNORE, Turn, get_template
@@ -34,6 +35,9 @@ from .score import BATCH_SIZE, Score, batches, score_packed
 from .tokenizer import Tokenizer, require_tokenizer
 from .vit import ViT
 from .weights import DeviceMap, Weights, check_placement, load_into
+
+Images = ImageLike | ProcessedImage | Sequence[ImageLike | ProcessedImage] | None
+"""The image of a conversation, or a list of its images in the order of their marks, or none."""
 
 
 class VLMOutput(NamedTuple):
@@ -99,7 +103,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         self.always_encodes = False
         """Encode a blank image if a batch has none. Ranks with sharded weights must all run the same modules."""
         self.template = get_template(config.template)
-        self.processors = [v.processor for v in config.vision]
+        self.preprocess = ImagePreprocessor(config)
         self.vision = VisionTower(config)
         self.connector = build_connector(config.connector, self.vision.width, config.language.d_model)
         self.language_model = MambaLM(config.language)
@@ -191,38 +195,37 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         height, width = self.config.grid
         return height * width
 
-    def prepare(self, turns: Sequence[Turn], image: ImageLike | None = None) -> Sample:
+    def prepare(self, turns: Sequence[Turn], image: Images = None) -> Sample:
         """Convert a conversation to tokens, for training or as a prompt.
 
         Args:
-            turns: user and assistant alternating, the user first.
-            image: what the conversation is about, if anything.
+            turns: user and assistant alternating, the user first. An image stands at its mark `<image>`.
+            image: the image that the conversation is about, or a list of as many as there are marks; preprocessed
+                already where it is used again. An only image needs no mark.
 
         Returns:
-            Tokens, labels and the preprocessed image.
+            Tokens, labels and the preprocessed images.
 
         Raises:
-            ValueError: the model has no tokenizer, or the turns are malformed.
+            ValueError: the model has no tokenizer, the turns are malformed, or marks and images are not equally many.
             FileNotFoundError, TypeError, ValueError: see `image.as_rgb`.
         """
         tokenizer = require_tokenizer(self)
-        rgb = None if image is None else as_rgb(image)
-        images = () if rgb is None else tuple(processor(rgb) for processor in self.processors)
-        n_image_tokens = self.image_tokens if images else 0
-        ids, labels = self.template.encode(tokenizer, turns, n_image_tokens)
+        images = tuple(i if isinstance(i, ProcessedImage) else self.preprocess(i) for i in as_list(image))
+        ids, labels = self.template.encode(tokenizer, turns, [i.n_tokens for i in images])
         return Sample(ids, labels, images)
 
     def generate(
         self,
         conversations: Sequence[Sequence[Turn] | str],
-        images: Sequence[ImageLike | None],
+        images: Sequence[Images],
         config: GenerationConfig | None = None,
     ) -> list[str]:
         """Answer several conversations in one batch. Each answer is the one it would get alone.
 
         Args:
             conversations: questions, or turns that end with the user's.
-            images: one per conversation, or None.
+            images: for each conversation its image, a list of images at the marks `<image>` of its turns, or None.
             config: generation settings; greedy by default.
 
         Returns:
@@ -235,13 +238,13 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         return [c.text for c in completions]
 
     def stream(
-        self, conversation: Sequence[Turn] | str, image: ImageLike | None = None, config: GenerationConfig | None = None
+        self, conversation: Sequence[Turn] | str, image: Images = None, config: GenerationConfig | None = None
     ) -> Iterator[str]:
         """Answer one conversation, yielding new text as it is generated.
 
         Args:
             conversation: a question, or turns that end with the user's.
-            image: what the conversation is about, if anything.
+            image: its image, a list of images at the marks `<image>` of its turns, or None.
             config: generation settings; greedy by default.
 
         Yields:
@@ -252,7 +255,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
     def score(
         self,
         conversations: Sequence[Sequence[Turn] | str],
-        images: Sequence[ImageLike | None],
+        images: Sequence[Images],
         answers: Sequence[Sequence[str]],
         batch_size: int = BATCH_SIZE,
     ) -> list[list[Score]]:
@@ -263,7 +266,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
 
         Args:
             conversations: questions, or turns that end with the user's.
-            images: one per conversation, or None.
+            images: for each conversation its image, a list of images at the marks `<image>` of its turns, or None.
             answers: for each conversation, one or more.
             batch_size: answers per batch.
 
@@ -293,7 +296,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
     def _complete(
         self,
         conversations: Sequence[Sequence[Turn] | str],
-        images: Sequence[ImageLike | None],
+        images: Sequence[Images],
         config: GenerationConfig,
     ) -> Iterator[list[Completion]]:
         samples = self._prompts(conversations, images)
@@ -303,15 +306,20 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         prompt_ids = [s.input_ids for s in samples]
         return generate_packed(self.language_model, embed, bounds, prompt_ids, require_tokenizer(self), config)
 
-    def _prompts(
-        self, conversations: Sequence[Sequence[Turn] | str], images: Sequence[ImageLike | None]
-    ) -> list[Sample]:
+    def _prompts(self, conversations: Sequence[Sequence[Turn] | str], images: Sequence[Images]) -> list[Sample]:
         if len(conversations) != len(images):
             raise ValueError(f"images must have one entry a conversation ({len(conversations)}), got {len(images)}")
-        return [
-            self.prepare([Turn("user", c)] if isinstance(c, str) else c, image)
-            for c, image in zip(conversations, images, strict=True)
-        ]
+        # A batch of many says which conversation is malformed.
+        samples = []
+        for i, (conversation, image) in enumerate(zip(conversations, images, strict=True)):
+            turns = [Turn("user", conversation)] if isinstance(conversation, str) else conversation
+            try:
+                samples.append(self.prepare(turns, image))
+            except ValueError as e:
+                if len(conversations) == 1:
+                    raise
+                raise ValueError(f"conversation {i}: {e}") from e
+        return samples
 
     @torch.no_grad()
     def packed(self, samples: Sequence[Sample]) -> tuple[EmbedFn, Tensor]:
@@ -401,3 +409,13 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             self.tokenizer = Tokenizer.from_file(folder / TOKENIZER)
         elif detect_format(folder) in ("ml-mamba", "cobra"):
             self.tokenizer = neox_tokenizer(**hub)
+
+
+def as_list(images: Images) -> list[ImageLike | ProcessedImage]:
+    """Return the images of a conversation as a list."""
+    if images is None:
+        return []
+    # Not by `Sequence`: a path as text is one, too.
+    if isinstance(images, ImageLike | ProcessedImage):
+        return [images]
+    return list(images)

@@ -325,7 +325,7 @@ def write_shards(folder: Path) -> None:
     folder.mkdir()
     records: dict[Path, Record] = {}
     for record in easy_vqa.load("train"):
-        records.setdefault(record.image, record)
+        records.setdefault(record.images[0], record)
         if len(records) == N_RECORDS:
             break
     for s in range(2):

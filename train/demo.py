@@ -103,7 +103,7 @@ def run_demo(
                       folder / "samples.png")  # fmt: skip
     print(results_table(results))
     print(f"\n{time.perf_counter() - start:.0f} s. Curves and samples: {folder}/*.png. Chat with a model:")
-    print(f"  vlmamba chat {folder / FAMILIES[0] / 'model'} --image {test[chosen[0]].image}")
+    print(f"  vlmamba chat {folder / FAMILIES[0] / 'model'} --image {test[chosen[0]].images[0]}")
     return results
 
 

@@ -28,7 +28,7 @@ def load(split: Literal["train", "test"]) -> list[Record]:
     """
     questions = read_json(_folder() / split / "questions.json")
     images = _folder() / split / "images"
-    return [Record((Turn("user", q), Turn("assistant", a)), images / f"{i}.png") for q, a, i in questions]
+    return [Record((Turn("user", q), Turn("assistant", a)), (images / f"{i}.png",)) for q, a, i in questions]
 
 
 def export(folder: str | Path, n_turns: int = 6) -> list[Path]:
@@ -59,7 +59,7 @@ def export(folder: str | Path, n_turns: int = 6) -> list[Path]:
         ("train", "train", conversations(train, n_turns)),
         ("test", "test", test),
     ):
-        copied = [Record(r.turns, folder / "images" / split / _path(r).name) for r in records]
+        copied = [Record(r.turns, (folder / "images" / split / _path(r).name,)) for r in records]
         written.append(folder / f"{name}.json")
         write_llava(copied, written[-1], folder)
     return written
@@ -95,7 +95,7 @@ def captions(records: Sequence[Record]) -> list[Record]:
     """Describe each image whose questions determine its color and shape, for the align stage."""
     described = attributes(records)
     return [
-        Record((Turn("user", "describe the image"), Turn("assistant", f"a {color} {shape}")), image)
+        Record((Turn("user", "describe the image"), Turn("assistant", f"a {color} {shape}")), (image,))
         for image, (color, shape) in sorted(described.items())
     ]
 
@@ -111,7 +111,7 @@ def conversations(records: Sequence[Record], n_turns: int, seed: int = 0) -> lis
     for image, group in about.items():
         rng.shuffle(group)
         for i in range(0, len(group), n_turns):
-            joined.append(Record(tuple(t for r in group[i : i + n_turns] for t in r.turns), image))
+            joined.append(Record(tuple(t for r in group[i : i + n_turns] for t in r.turns), (image,)))
     return joined
 
 
@@ -128,8 +128,9 @@ def scores(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float
 
 
 def _path(record: Record) -> Path:
-    assert isinstance(record.image, Path)  # every record of easy-VQA has an image file
-    return record.image
+    (image,) = record.images
+    assert isinstance(image, Path)  # every record of easy-VQA has an image file
+    return image
 
 
 def _folder() -> Path:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from ..model.generation.config import GenerationConfig
-from ..model.image import ImageLike
+from ..model.prompt import IMAGE_MARK
 from ..model.vlm import VLM
 from .records import Record
-from .sources import Member, read_image
+from .sources import read_image
 
 
 def answer_all(
     model: VLM, records: Sequence[Record], *, batch_size: int = 256, max_new_tokens: int = 8, with_images: bool = True
 ) -> list[str]:
-    """Answer the first question of each record.
+    """Answer the first question of each record, with the images of its first turn.
 
     Args:
         model: a model in any mode; it is in eval mode afterwards.
@@ -30,20 +30,21 @@ def answer_all(
     """
     model.eval()
     config = GenerationConfig(max_new_tokens)
-    # Questions about the same image are adjacent, so that it is read and encoded once.
-    order = sorted(range(len(records)), key=lambda i: (str(records[i].image), i))
+    # Questions about the same image are adjacent, so that it is read once.
+    order = sorted(range(len(records)), key=lambda i: ([str(image) for image in records[i].images], i))
     answers = [""] * len(records)
     with tqdm(total=len(records), desc="evaluate", unit="question", dynamic_ncols=True) as bar:
         for start in range(0, len(records), batch_size):
             chosen = order[start : start + batch_size]
             # The first turn alone: later questions would need the answers before them.
-            questions = [records[i].turns[:1] for i in chosen]
-            images = [_image(records[i]) if with_images else None for i in chosen]
+            asked = [records[i].first_question() for i in chosen]
+            if with_images:
+                processed = {s: model.preprocess(read_image(s)) for s in {s: None for _, seen in asked for s in seen}}
+                questions, images = [[turn] for turn, _ in asked], [[processed[s] for s in seen] for _, seen in asked]
+            else:
+                questions = [turn.text.replace(IMAGE_MARK, "") for turn, _ in asked]
+                images = [None] * len(asked)
             for i, answer in zip(chosen, model.generate(questions, images, config), strict=True):
                 answers[i] = answer
             bar.update(len(chosen))
     return answers
-
-
-def _image(record: Record) -> ImageLike | None:
-    return read_image(record.image) if isinstance(record.image, Member) else record.image

@@ -28,8 +28,8 @@ class Entry(NamedTuple):
     """Index in a list, line number in JSON Lines, or file number in a shard."""
     value: Any
     """The JSON value, or the exception that reading it raised."""
-    image: int = -1
-    """File number of its image in a shard; -1 where there is none."""
+    images: tuple[int, ...] = ()
+    """File numbers of its images in a shard, in order."""
 
 
 def json_lines_entries(path: Path) -> Iterator[Entry]:

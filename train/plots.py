@@ -48,8 +48,8 @@ def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]],
         axis.axis("off")
     for i, (axis, record) in enumerate(zip(axes.flat, records, strict=False)):
         question, truth = (t.text for t in record.turns[:2])
-        if record.image is not None:
-            axis.imshow(read_image(record.image))
+        if record.images:
+            axis.imshow(read_image(record.images[0]))
         axis.set_title(f"{question}\ntruth: {truth}", fontsize=9)
         for k, (name, texts) in enumerate(answers.items()):
             color = "tab:green" if texts[i] == truth else "tab:red"

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..model.files import write_atomic
 from ..model.image import is_image
-from ..model.prompt import Turn, check_turns
+from ..model.prompt import Turn, check_turns, count_marks, mark_images
 from ..model.text_files import parse_json
 from .errors import BrokenDataError, ChangedDataError
 from .json_records import json_lines_entries, json_list_entries
@@ -30,10 +30,17 @@ _ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assi
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation, with or without an image."""
+    """One conversation, with any number of images."""
 
     turns: tuple[Turn, ...]
-    image: Path | Member | None = None
+    images: tuple[Path | Member, ...] = ()
+    """In the order of their marks `<image>` in the turns. An only image needs no mark."""
+
+    def first_question(self) -> tuple[Turn, tuple[Path | Member, ...]]:
+        """Return the first turn and its images."""
+        # An only image without a mark belongs to the first turn.
+        marked = count_marks(self.turns)
+        return self.turns[0], self.images[: count_marks(self.turns[:1])] if marked else self.images
 
 
 class _AnnotationFile(NamedTuple):
@@ -47,17 +54,20 @@ class _AnnotationFile(NamedTuple):
 
 
 class Records(Sequence[Record]):
-    """Records read from their files on access; only an index is in memory, 40 bytes a record.
+    """Records read from their files on access; only an index is in memory, 48 bytes a record.
 
     Args:
         files: the annotation files.
-        table: int64, (records, 5): number of the file, byte offset, bytes, number within the file, and number of the
-            image in a shard (elsewhere 0), -1 for none.
+        table: int64, (records, 6): number of the file, byte offset, bytes, number within the file, number of images,
+            and in a shard the position of the first one in `members`.
+        members: int64, numbers of the images of shards within their shard, those of a record one after the other.
         broken: location and error of each record that was left out.
     """
 
-    def __init__(self, files: Sequence[_AnnotationFile], table: np.ndarray, broken: Sequence[str] = ()):
-        self._files, self._table = files, table
+    def __init__(
+        self, files: Sequence[_AnnotationFile], table: np.ndarray, members: np.ndarray, broken: Sequence[str] = ()
+    ):
+        self._files, self._table, self._members = files, table, members
         self.broken = tuple(broken)
 
     def __len__(self) -> int:
@@ -69,8 +79,8 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: slice) -> Records: ...
     def __getitem__(self, index: int | slice) -> Record | Records:
         if isinstance(index, slice):
-            return Records(self._files, self._table[index], self.broken)
-        number, start, size, _, image = self._table[index].tolist()
+            return Records(self._files, self._table[index], self._members, self.broken)
+        number, start, size, _, n_images, first = self._table[index].tolist()
         path, images, is_shard, indexed_stamp = self._files[number]
         try:
             file = open(path, "rb")
@@ -82,25 +92,23 @@ class Records(Sequence[Record]):
                 raise ChangedDataError(f"{path} has changed since it was read")
             file.seek(start)
             item = parse_json(file.read(size))
-        turns, name = _parse(item)
-        if image < 0:
-            return Record(turns)
+        turns, names = _parse(item)
         if is_shard:
             assert isinstance(images, TarImages)
-            return Record(turns, images.member(image))
-        if name is None:
+            return Record(turns, tuple(map(images.member, self._members[first : first + n_images].tolist())))
+        if len(names) != n_images:
             raise ChangedDataError(f"{path} has changed since it was read")
-        return Record(turns, images[name])
+        return Record(turns, tuple(images[name] for name in names))
 
     def location(self, index: int) -> str:
         """Name the file of a record, and its place in it."""
-        file, _, _, number, _ = self._table[index].tolist()
+        file, _, _, number, *_ = self._table[index].tolist()
         return _location(self._files[file], number)
 
     @property
     def n_with_image(self) -> int:
         """Number of records with an image."""
-        return int((self._table[:, 4] >= 0).sum())
+        return int((self._table[:, 4] > 0).sum())
 
     def __str__(self) -> str:
         left_out = f"; {len(self.broken):,} more are broken and left out" if self.broken else ""
@@ -120,18 +128,19 @@ def read_llava(
     """Read conversations in LLaVA's format, and check every one of them.
 
     A record has `conversations`, a list of `{"from": "human" | "gpt", "value": text}`, and may have `image`, the name
-    of one image, or a list of one name; `images` means the same. Records are the items of a JSON list, the lines of a
-    `.jsonl` file, or in shards as WebDataset writes them: a `.tar`, a folder of them, or a pattern such as
-    `shard-{000..012}.tar`, where `KEY.json` is a record and `KEY.jpg` (or another image format) is its image. Whether
-    an image exists is looked up in a listing of its source, without a request for each.
+    of an image or a list of names; `images` means the same. The questions have a mark `<image>` at the place of each
+    image, which an only image does not need. Records are the items of a JSON list, the lines of a `.jsonl` file, or in
+    shards as WebDataset writes them: a `.tar`, a folder of them, or a pattern such as `shard-{000..012}.tar`, where
+    `KEY.json` is a record and `KEY.jpg` (or another image format) its image, or `KEY.0.jpg`, `KEY.1.jpg`, ... its
+    images. Whether an image exists is looked up in a listing of its source, without a request for each.
 
     Args:
         paths: one file, folder or pattern, or several, whose records are concatenated.
         images: the folder, `.zip` or `.tar` that `image` names are relative to, one for all paths or one for each; by
             default the path's own folder. Shards have their own images.
         max_broken: fraction of the records that may be left out with a warning. A record is broken if it is malformed,
-            is larger than `MAX_RECORD_BYTES`, has several images, or refers to a missing one: by its name, by
-            `<image>` in a question, or under another key.
+            is larger than `MAX_RECORD_BYTES`, has more marks than images or fewer, or refers to a missing image: by
+            its name, by `<image>` in a question, or under another key.
 
     Returns:
         The records that are not broken, as an index into their files.
@@ -150,6 +159,7 @@ def read_llava(
     opened: dict[Path, Images] = {}
     files: list[_AnnotationFile] = []
     tables: list[np.ndarray] = []
+    members: list[int] = []
     broken: list[str] = []
     for path, source in zip(paths, sources, strict=True):
         shards = shard_paths(Path(path))
@@ -164,14 +174,14 @@ def read_llava(
             with open(file, "rb") as opened_file:
                 current_stamp = stamp(opened_file)
             files.append(_AnnotationFile(file, contents, bool(shards), current_stamp))
-            table, broken_here = _index(files[-1], len(files) - 1)
+            table, broken_here = _index(files[-1], len(files) - 1, members)
             tables.append(table)
             broken += broken_here
     # Records hold paths and archive members from here on.
     for source in opened.values():  # the listings are not needed any more
         if isinstance(source, FolderImages):
             source.clear_cache()
-    table = np.concatenate(tables) if tables else np.empty((0, 5), np.int64)  # (records, 5)
+    table = np.concatenate(tables) if tables else np.empty((0, 6), np.int64)  # (records, 6)
     if broken:
         text = f"{len(broken):,} of {len(table) + len(broken):,} records are broken"
         first = "; ".join(broken[:5]) + (f"; and {len(broken) - 5:,} more" if len(broken) > 5 else "")
@@ -179,7 +189,7 @@ def read_llava(
         if len(broken) > max_broken * (len(table) + len(broken)):
             raise BrokenDataError(f"{text}, more than max_broken = {max_broken} allows: {first}")
         logger.warning("%s and left out: %s", text, first)
-    return Records(files, table, broken)
+    return Records(files, table, np.array(members, dtype=np.int64), broken)
 
 
 def write_llava(records: Sequence[Record], path: str | Path, images: str | Path) -> None:
@@ -199,10 +209,11 @@ def write_llava(records: Sequence[Record], path: str | Path, images: str | Path)
         turns = [{"from": names[t.role], "value": t.text} for t in record.turns]
         # Only what `read_llava` reads, and an id, which other programs expect.
         item: dict[str, Any] = {"id": str(i), "conversations": turns}
-        if record.image is not None:
-            item["image"] = _name_in(record.image, Path(images))
-            # LLaVA marks the place of the image in the first question.
-            if not _mentions_image(record.turns):
+        if record.images:
+            names_in = [_name_in(image, Path(images)) for image in record.images]
+            item["image"] = names_in[0] if len(names_in) == 1 else names_in
+            # LLaVA marks the place of an only image in the first question.
+            if not count_marks(record.turns):
                 turns[0]["value"] = "<image>\n" + turns[0]["value"]
         items.append(item)
     write_atomic(path, json.dumps(items))
@@ -216,11 +227,11 @@ def _name_in(image: Path | Member, images: Path) -> str:
     raise ValueError(f"{image} is not in {images}, which image names must be relative to")
 
 
-def _index(file: _AnnotationFile, file_number: int) -> tuple[np.ndarray, list[str]]:
-    """Read all records of a file.
+def _index(file: _AnnotationFile, file_number: int, members: list[int]) -> tuple[np.ndarray, list[str]]:
+    """Read all records of a file, and append the images of a shard to `members`.
 
     Returns:
-        Rows of `Records.table`, (records, 5), for the valid ones; location and error of each broken one.
+        Rows of `Records.table`, (records, 6), for the valid ones; location and error of each broken one.
     """
     if isinstance(file.images, TarImages) and file.is_shard:
         entries = shard_entries(file.images)
@@ -232,20 +243,27 @@ def _index(file: _AnnotationFile, file_number: int) -> tuple[np.ndarray, list[st
         try:
             if isinstance(entry.value, Exception):
                 raise entry.value
-            turns, name = _parse(entry.value)
-            image = entry.image
-            if not file.is_shard and name is not None:
+            turns, names = _parse(entry.value)
+            if file.is_shard:
+                n_images = len(entry.images)
+                # In a shard a name says nothing but that there is an image.
+                if names and len(names) != n_images:
+                    raise ValueError(f"it names {_listed(names)}, but the shard has {n_images or 'no'} images for it")
+            else:
+                n_images = len(names)
                 # A lookup in the listing; the image itself is decoded when its sample is prepared.
-                if name not in file.images:
-                    raise ValueError(file.images.missing(name))
-                image = 0
-            if image < 0:
-                _check_no_image(entry.value, turns, name)
+                for name in names:
+                    if name not in file.images:
+                        raise ValueError(file.images.missing(name))
+            mark_images(turns, n_images)
+            if not n_images:
+                _check_no_image(entry.value)
         except ValueError as e:
             broken.append(f"{_location(file, entry.number)}: {e}")
         else:
-            rows.append((file_number, entry.start, entry.size, entry.number, image))
-    return np.array(rows, dtype=np.int64).reshape(-1, 5), broken
+            rows.append((file_number, entry.start, entry.size, entry.number, n_images, len(members)))
+            members += entry.images
+    return np.array(rows, dtype=np.int64).reshape(-1, 6), broken
 
 
 def _location(file: _AnnotationFile, number: int) -> str:
@@ -255,8 +273,8 @@ def _location(file: _AnnotationFile, number: int) -> str:
     return f"{file.path}, {'line' if file.path.suffix == '.jsonl' else 'record'} {number}"
 
 
-def _parse(item: object) -> tuple[tuple[Turn, ...], str | None]:
-    """Parse a record into its turns and the name of its image.
+def _parse(item: object) -> tuple[tuple[Turn, ...], list[str]]:
+    """Parse a record into its turns and the names of its images.
 
     Raises:
         ValueError: it is malformed.
@@ -273,33 +291,33 @@ def _parse(item: object) -> tuple[tuple[Turn, ...], str | None]:
     check_turns(turns)
     if turns[-1].role != "assistant":
         raise ValueError("the last turn must be an answer")
-    names = {name for key in ("image", "images") if (name := _one_name(key, item.get(key))) is not None}
-    if len(names) > 1:
-        raise ValueError(f"`image` and `images` name two: {' and '.join(map(reprlib.repr, sorted(names)))}")
-    return tuple(turns), names.pop() if names else None
+    image, images = (_names(key, item.get(key)) for key in ("image", "images"))
+    if image and images and image != images:
+        raise ValueError(f"`image` and `images` differ: {_listed(image)} and {_listed(images)}")
+    return tuple(turns), image or images
 
 
-def _one_name(key: str, value: object) -> str | None:
-    if isinstance(value, list) and len(value) > 1:
-        raise ValueError(f"`{key}` must be one name, got {len(value)}: a conversation has one image at most")
-    name = value[0] if isinstance(value, list) and value else value
-    if name is None or name == []:
-        return None
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"`{key}` must be one name, got {reprlib.repr(name)}")
-    return name
+def _names(key: str, value: object) -> list[str]:
+    if value is None:
+        return []
+    names: list[str] = []
+    for name in value if isinstance(value, list) else [value]:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`{key}` must be a name or a list of names, got {reprlib.repr(name)}")
+        names.append(name)
+    return names
 
 
-def _check_no_image(item: Mapping[str, Any], turns: Sequence[Turn], name: str | None) -> None:
-    """Check that a record without an image refers to none, so that none is trained on without its image.
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(reprlib.repr, names))
+
+
+def _check_no_image(item: Mapping[str, Any]) -> None:
+    """Check that no other key of a record without an image holds one, so that none is trained on without its image.
 
     Raises:
-        ValueError: it refers to an image.
+        ValueError: one does.
     """
-    if name is not None:
-        raise ValueError(f"it names the image {name}, but the shard has none for it")
-    if _mentions_image(turns):
-        raise ValueError("a question has <image>, but the record names no image")
     # Other keys that hold an image, such as img or image_path: by their name, or by a value that is an image's name.
     for key, value in item.items():
         texts = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
@@ -309,7 +327,3 @@ def _check_no_image(item: Mapping[str, Any], turns: Sequence[Turn], name: str | 
 
 
 _IMAGE_KEY = re.compile("image|img|picture|photo", re.IGNORECASE)
-
-
-def _mentions_image(turns: Sequence[Turn]) -> bool:
-    return any(turn.role == "user" and "<image>" in turn.text for turn in turns)

@@ -31,16 +31,20 @@ def shard_entries(shard: TarImages) -> Iterator[Entry]:
         images = [name for name in parts if is_image(name)]
         # Number of the file to report an error with: the record if there is one.
         number = next((shard.names[name] for name in [*records, *parts] if name in shard.names), -1)
-        # Exactly one record and at most one image, all of them readable.
+        # Exactly one record and any number of images, all of them readable.
         try:
             for name in parts:
                 if name in shard.problems:
                     raise ValueError(f"{name} is {shard.problems[name]}")
             if not records:
                 raise ValueError(f"an image without a .json beside it: {parts[0]}")
-            for kind, names in (("records", records), ("images", images)):
-                if len(names) > 1:
-                    raise ValueError(f"it has several {kind}: {', '.join(names)}")
+            if len(records) > 1:
+                raise ValueError(f"it has several records: {', '.join(records)}")
+            numbers = set(map(_image_number, images))
+            if len(images) > 1 and (len(numbers) < len(images) or () in numbers):
+                raise ValueError(
+                    f"it has several images, which must be numbered as KEY.0.jpg and KEY.1.jpg: {', '.join(images)}"
+                )
             if not images and len(parts) > 1:
                 raise ValueError(f"its image has an unsupported format: {parts[-1]}")
             start, size = shard.spans[number].tolist()
@@ -55,7 +59,13 @@ def shard_entries(shard: TarImages) -> Iterator[Entry]:
         except ValueError as e:
             yield Entry(0, 0, number, e)
         else:
-            yield Entry(start, size, number, value, shard.names[images[0]] if images else -1)
+            yield Entry(start, size, number, value, tuple(shard.names[n] for n in sorted(images, key=_image_number)))
+
+
+def _image_number(name: str) -> tuple[int, ...]:
+    """Number of an image among those of a record: 1 for KEY.1.jpg, as a sort key; empty where it has none."""
+    number = os.path.basename(name).partition(".")[2].partition(".")[0]
+    return (int(number),) if number.isdecimal() else ()
 
 
 def _is_record(base: str) -> bool:

@@ -165,8 +165,8 @@ class SampleAnswers:
         with _resume_lines(self.folder / "answers.jsonl", step) as file:
             for i, (record, answer) in enumerate(zip(self.records, answers, strict=True)):
                 question, truth = (t.text for t in record.turns[:2])
-                image = None if record.image is None else str(record.image)
-                line = {"step": step, "image": image, "question": question, "truth": truth, "answer": answer}
+                images = [str(image) for image in record.first_question()[1]]
+                line = {"step": step, "images": images, "question": question, "truth": truth, "answer": answer}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 if board:
                     board.add_text(f"answer {i}", f"{question}\n\ntruth: {truth}\n\nanswer: {answer}", step)
@@ -176,7 +176,8 @@ class SampleAnswers:
     def _answer(self, model: Any) -> list[str]:
         was_training, shards = model.training, [m for m in model.modules() if isinstance(m, FSDPModule)]
         device = next((p.device.type for p in model.parameters()), "cpu")
-        images = [r.image and read_image(r.image) for r in self.records]
+        questions = [record.first_question() for record in self.records]
+        images = [[read_image(image) for image in seen] for _, seen in questions]
         for module in shards:
             module.unshard()  # generation also reads weights without calling their module
         # Gathered weights change their addresses, so no CUDA graph can be used; under autocast generation uses none.
@@ -184,7 +185,7 @@ class SampleAnswers:
         model.eval()
         try:
             with torch.autocast(device, torch.bfloat16, enabled=half):
-                return model.generate([r.turns[:1] for r in self.records], images, self.config)
+                return model.generate([[turn] for turn, _ in questions], images, self.config)
         finally:
             model.train(was_training)
             for module in shards:

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from ..prompt import IMAGE_MARK
 from ..score import batches
 from ..vlm import VLM
 from . import generation_batches, load, parse_batch_size
@@ -36,7 +37,9 @@ def manifest() -> ModelManifest:
 
 
 class HarnessVLM(lmms):
-    """`VLM` for the harness, of its kind "simple": the document's image, followed by a text.
+    """`VLM` for the harness, of its kind "simple": the document's images, and a text.
+
+    Images stand at the marks `<image>` of the text; without marks they come before it.
 
     Args:
         pretrained: name or folder for `VLM.from_pretrained`; or a model.
@@ -46,8 +49,8 @@ class HarnessVLM(lmms):
         batch_size: requests per batch.
 
     Raises:
-        ValueError: see `load`; or `batch_size` is not a positive integer. While running: a document with several
-            images, or with something other than an image.
+        ValueError: see `load`; or `batch_size` is not a positive integer. While running: a document with more
+            marks than images or fewer, or with something other than an image.
     """
 
     def __init__(
@@ -85,7 +88,8 @@ class HarnessVLM(lmms):
             ((config, _),) = generation_batches([(context, kwargs)], MAX_NEW_TOKENS, 1)
             visuals, answers, info = doc_to_visual(doc), [], None
             for n in count(1):
-                answers += self.model.generate([context], [_image(visuals, document_key)], config)
+                text, images = _place(context, visuals, document_key)
+                answers += self.model.generate([text], [images], config)
                 visuals, context, ended, answers, info = doc_to_text(
                     doc, previous_output=answers, round_idx=n, previous_round_info=info
                 )
@@ -119,8 +123,8 @@ class HarnessVLM(lmms):
     def _document(self, doc_id: int, task: str, split: str) -> dict[str, Any]:
         return self.task_dict[task][split][doc_id]
 
-    def _prompt(self, context: str, doc_to_visual: Any, *document_key: Any) -> tuple[str, Image.Image | None]:
-        return context, _image(doc_to_visual(self._document(*document_key)), document_key)
+    def _prompt(self, context: str, doc_to_visual: Any, *document_key: Any) -> tuple[str, list[Image.Image]]:
+        return _place(context, doc_to_visual(self._document(*document_key)), document_key)
 
     def _continuation(
         self, context: str, target: str | Callable[[Any], str], doc_to_visual: Any, *document_key: Any
@@ -128,12 +132,16 @@ class HarnessVLM(lmms):
         return target(self._document(*document_key)) if callable(target) else target
 
 
-def _image(visuals: list | None, document_key: Any) -> Image.Image | None:
-    """Return the image of a document, or None."""
-    if not visuals:
-        return None
-    if len(visuals) > 1 or not isinstance(visuals[0], Image.Image):
-        doc_id, task, split = document_key
-        kinds = ", ".join(type(v).__name__ for v in visuals)
-        raise ValueError(f"the model reads one image, but document {doc_id} of {task} ({split}) has {kinds}")
-    return visuals[0]
+def _place(context: str, visuals: list | None, document_key: Any) -> tuple[str, list[Image.Image]]:
+    """Return a document's text with a mark for each image, and its images."""
+    images = visuals or []
+    doc_id, task, split = document_key
+    if not all(isinstance(image, Image.Image) for image in images):
+        kinds = ", ".join(type(image).__name__ for image in images)
+        raise ValueError(f"the model reads images, but document {doc_id} of {task} ({split}) has {kinds}")
+    marks = context.count(IMAGE_MARK)
+    if not marks:
+        return f"{IMAGE_MARK}\n" * len(images) + context, images
+    if marks != len(images):
+        raise ValueError(f"document {doc_id} of {task} ({split}) has {marks} marks <image> for {len(images)} images")
+    return context, images

@@ -26,6 +26,11 @@ def vlm(request):
     return sharpened_vlm(config, TOKENIZER)
 
 
+def without_marks(turns):
+    """The turns as they were asked before their images were marked."""
+    return [replace(turn, text=turn.text.removeprefix("<image>\n")) for turn in turns]
+
+
 def tokens_run(lm):
     """The lengths of what the language model is given, as they come."""
     lengths = []
@@ -50,7 +55,7 @@ def test_answers_are_those_of_the_conversation_run_again(vlm, config):
         (want,) = vlm.generate([turns], [RED], replace(config, seed=config.seed + i))
         assert got == want
         turns.append(Turn("assistant", got))
-    assert conversation.turns == turns
+    assert without_marks(conversation.turns) == turns
 
 
 def test_a_repeated_question_is_sampled_anew_and_a_seeded_conversation_repeats(vlm):
@@ -104,7 +109,7 @@ def test_only_what_is_new_is_run(vlm, monkeypatch):
     before = 0
     for question in QUESTIONS:
         list(conversation.ask(question))
-        ids, _ = vlm.template.encode(TOKENIZER, conversation.turns[:-1], vlm.image_tokens)
+        ids, _ = vlm.template.encode(TOKENIZER, conversation.turns[:-1], [vlm.image_tokens])
         assert sum(lengths) <= len(ids) - before + 3 and conversation.turn_stats.prompt_tokens == lengths[0]
         before = len(ids)
         lengths.clear()
@@ -144,7 +149,7 @@ def test_an_interrupted_answer_stays_in_the_conversation_as_far_as_it_got(vlm):
             if len(given) > 2:
                 break
     turns = [Turn("user", "what color?"), Turn("assistant", given)]
-    assert conversation.turns == turns
+    assert without_marks(conversation.turns) == turns
     turns.append(Turn("user", "and now?"))
     assert "".join(conversation.ask("and now?")) == vlm.generate([turns], [BLUE], config)[0]
 
@@ -173,6 +178,32 @@ def test_a_step_that_is_interrupted_leaves_no_half_state(vlm, steps):
     assert "".join(conversation.ask("go on")) == vlm.generate([turns], [None], config)[0]
 
 
+def test_images_join_the_conversation_where_they_are_shown(vlm):
+    """Each is encoded once, and the answers are those of the whole conversation run again."""
+    config = GenerationConfig(8)
+    conversation, encoded = Conversation(vlm, config=config), []
+    vlm.vision.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0][0])))
+    turns, images = [], []
+    for shown, question in [
+        ([], "what color?"), ([RED], "and here?"), ([BLUE, RED], "a <image> or a <image>?"), ([], "sure?"),
+    ]:  # fmt: skip
+        for image in shown:
+            conversation.add(image)
+        images += shown
+        encoded.clear()
+        got = "".join(conversation.ask(question))
+        assert encoded == [len(shown)][: len(shown)]
+        marks = "" if "<image>" in question else "<image>\n" * len(shown)
+        turns.append(Turn("user", marks + question))
+        assert got == vlm.generate([turns], [images], config)[0]
+        turns.append(Turn("assistant", got))
+    assert conversation.turns == turns
+    conversation.add(BLUE)
+    with pytest.raises(ValueError, match=r"got 5 marks \(1 in turn 2, 2 in turn 4, 2 in turn 8\) for 4 images"):
+        list(conversation.ask("<image> <image>"))
+    assert conversation.turns == turns
+
+
 def test_reset_forgets_all_but_a_new_image(vlm):
     config = GenerationConfig(10)
     conversation = Conversation(vlm, RED, config)
@@ -182,7 +213,7 @@ def test_reset_forgets_all_but_a_new_image(vlm):
     assert "".join(conversation.ask("what color?")) == vlm.generate(["what color?"], [BLUE], config)[0]
     with pytest.raises(FileNotFoundError, match=r"no image at nowhere.png"):
         conversation.reset("nowhere.png")
-    assert conversation.image is BLUE and len(conversation.turns) == 2
+    assert len(conversation.images) == 1 and len(conversation.turns) == 2
 
 
 def test_without_history_each_question_is_answered_alone(vlm):

@@ -475,15 +475,23 @@ def test_lmms_eval_rounds(vlm, images, tmp_path):
     assert results["acc,none"] == 0.5
 
 
-def test_lmms_eval_refuses_several_images(vlm, images, tmp_path):
+def test_lmms_eval_places_several_images_and_refuses_others(vlm, images, tmp_path):
     pytest.importorskip("lmms_eval")
     from vlmamba.model.harness.lmms_eval import HarnessVLM
 
-    docs = [{"question": "What is it?", "images": [str(image) for image in images[:2]], "answer": "red"}]
-    kwargs = {"generation_kwargs": {"max_new_tokens": 2}, "metric_list": metric_list("exact_match")}
+    shown, questions = images[:2], ["What are they?", "Is <image> as <image>?"]
+    answers = vlm.generate(["<image><image>" + questions[0], questions[1]], [shown, shown], GenerationConfig(6))
+    docs = [
+        {"question": q, "images": [str(image) for image in shown], "answer": a}
+        for q, a in zip(questions, answers, strict=True)
+    ]
+    kwargs = {"generation_kwargs": {"max_new_tokens": 6}, "metric_list": metric_list("exact_match")}
     write_task(tmp_path, docs, visual_task("several", "generate_until", **kwargs))
-    with pytest.raises(ValueError, match="one image, but document 0 of several"):
-        evaluate_vlm(HarnessVLM(vlm), tmp_path, "several")
+    assert evaluate_vlm(HarnessVLM(vlm), tmp_path, "several")[0]["exact_match,none"] == 1
+    docs[0]["question"] = "<image> <image> <image>"
+    write_task(tmp_path, docs, visual_task("fewer", "generate_until", **kwargs))
+    with pytest.raises(ValueError, match=r"document 0 of fewer \(.*\) has 3 marks <image> for 2 images"):
+        evaluate_vlm(HarnessVLM(vlm), tmp_path, "fewer")
 
 
 def test_lmms_eval_finds_the_model():

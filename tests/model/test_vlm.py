@@ -81,7 +81,7 @@ def test_the_image_matters_and_gradients_reach_the_connector(vlm):
 
 def test_a_conversation_in_two_parts_has_the_state_and_gradients_of_the_whole(vlm):
     sample = vlm.double().prepare(conversation("what is the shape in the image?", "a blue triangle"), BLUE)
-    whole = collate([replace(sample, images=tuple(image.double() for image in sample.images))])
+    whole = collate([replace(sample, images=tuple(image.to(torch.float64) for image in sample.images))])
     cut = whole.n_tokens - 3
     first, second = (
         Batch(whole.input_ids[run], whole.labels[run], torch.tensor([0, end]).int(), images)

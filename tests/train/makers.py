@@ -12,7 +12,7 @@ from vlmamba.train.records import Record
 
 def qa_record(question: str, answer: str, image: Path | None = None) -> Record:
     """Return a conversation of one question and its answer."""
-    return Record((Turn("user", question), Turn("assistant", answer)), image)
+    return Record((Turn("user", question), Turn("assistant", answer)), () if image is None else (image,))
 
 
 def tokenizer_of(records: Iterable[Record], vocab_size: int = 280) -> Tokenizer:

@@ -21,7 +21,7 @@ from tests.train.makers import qa_record, tiny_vlm
 from vlmamba import cli
 from vlmamba.model import VLM, GenerationConfig, Tokenizer, Turn, collate
 from vlmamba.model.image import open_image
-from vlmamba.model.prompt import IGNORE, get_template
+from vlmamba.model.prompt import IGNORE, IMAGE_TOKEN, get_template
 from vlmamba.train import easy_vqa, json_records
 from vlmamba.train.attribute_classifier import AttributeClassifier, AttributeImages, collate_augmented
 from vlmamba.train.config import StageConfig
@@ -56,7 +56,7 @@ def test_llava_records_are_read(images, suffix):
     path = images / f"data{suffix}"
     path.write_text(json.dumps(items) if suffix == ".json" else "\n".join(map(json.dumps, items)) + "\n")
     first, second = read_llava(path)
-    assert first.image == images / "red.png"
+    assert first.images == (images / "red.png",)
     assert [t.role for t in first.turns] == ["user", "assistant", "user", "assistant"]
     assert second == qa_record("hello", "hi")
 
@@ -64,7 +64,7 @@ def test_llava_records_are_read(images, suffix):
 def test_written_records_come_back(images):
     write_llava(records(images), images / "out.json", images)
     again = read_llava(images / "out.json")
-    assert [r.image for r in again] == [r.image for r in records(images)]
+    assert [r.images for r in again] == [r.images for r in records(images)]
     assert again[0].turns[0].text == "<image>\ncolor?"
 
 
@@ -81,13 +81,13 @@ MALFORMED = [
     (
         "d.jsonl",
         GOOD.replace('"red.png"', '["red.png", "blue.png"]'),
-        "line 1: `image` must be one name, got 2: a conversation",
+        "line 1: there must be a mark <image> for each image, got 0 marks for 2 images",
     ),
-    ("d.jsonl", GOOD.replace('"red.png"', "7"), "line 1: `image` must be one name, got 7"),
+    ("d.jsonl", GOOD.replace('"red.png"', "7"), "line 1: `image` must be a name or a list of names, got 7"),
     ("d.jsonl", GOOD[: GOOD.index(', {"from": "gpt')] + "]}", "the last turn must be an answer"),
-    ("d.jsonl", GOOD.replace('"red.png"', '""'), "line 1: `image` must be one name, got ''"),
-    ("d.jsonl", GOOD.replace('"red.png"', '{"bytes": "x"}'), "line 1: `image` must be one name, got {'bytes'"),
-    ("d.jsonl", GOOD.replace('"image"', '"images": ["blue.png"], "image"'), "name two: 'blue.png' and 'red.png'"),
+    ("d.jsonl", GOOD.replace('"red.png"', '""'), "line 1: `image` must be a name or a list of names, got ''"),
+    ("d.jsonl", GOOD.replace('"red.png"', '{"bytes": "x"}'), "line 1: `image` must be .*names, got {'bytes'"),
+    ("d.jsonl", GOOD.replace('"image"', '"images": ["blue.png"], "image"'), "differ: 'red.png' and 'blue.png'"),
     ("d.jsonl", GOOD.replace('"gpt"', '["gpt"]'), "line 1: a turn must be"),
     ("d.jsonl", "5", "line 1: a record must be an object"),
     ("d.jsonl", '"text"', "line 1: a record must be an object"),
@@ -176,7 +176,7 @@ def test_several_files_are_mixed_each_with_its_images(images, tmp_path):
     (images / "a.jsonl").write_text(GOOD)
     (images / "b.json").write_text(f"[{GOOD.replace('red', 'blue')}]")
     mixed = read_llava([images / "a.jsonl", images / "b.json"], [None, other])
-    assert [r.image for r in mixed] == [images / "red.png", other / "blue.png"]
+    assert [r.images for r in mixed] == [(images / "red.png",), (other / "blue.png",)]
     with pytest.raises(ValueError, match="images must be one for all paths or one for each of 2, got 1"):
         read_llava([images / "a.jsonl", images / "b.json"], [other])
 
@@ -227,11 +227,11 @@ def test_images_in_an_archive_are_those_of_the_folder(images, kind):
     packed = pickle.loads(pickle.dumps(read_llava(images / "d.jsonl", path)))
     model = new_model()
     for record, name in zip(packed, ("red", "blue"), strict=True):
-        assert list(read_image(record.image).getcolors()) == list(open_image(images / f"{name}.png").getcolors())
+        assert list(read_image(record.images[0]).getcolors()) == list(open_image(images / f"{name}.png").getcolors())
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         seen = list(pool.map(Conversations(packed, model).__getitem__, [0, 1] * 20))
-    assert all(torch.equal(s.images[0], seen[i % 2].images[0]) for i, s in enumerate(seen))
-    assert answer_all(model, packed) == answer_all(model, [Record(r.turns, images / f"{c}.png") for r, c in
+    assert all(torch.equal(s.images[0].pixels[0], seen[i % 2].images[0].pixels[0]) for i, s in enumerate(seen))
+    assert answer_all(model, packed) == answer_all(model, [Record(r.turns, (images / f"{c}.png",)) for r, c in
                                                            zip(packed, ("red", "blue"), strict=True)])  # fmt: skip
     with pytest.raises(FileNotFoundError, match="no image green.png in"):
         open_source(path)["green.png"]
@@ -286,8 +286,8 @@ def test_webdataset_shards_are_records_and_images(images):
     shard(folder, "s-01.tar", {"in/000.json": text.encode(), "in/000.png": blue})
     for path in (folder, f"{folder}/s-{{00..01}}.tar"):
         found = read_llava(path)
-        colors = [r.image and read_image(r.image).getpixel((0, 0)) for r in found]
-        assert colors == [(255, 0, 0), None, (0, 0, 255)]
+        colors = [bool(r.images) and read_image(r.images[0]).getpixel((0, 0)) for r in found]
+        assert colors == [(255, 0, 0), False, (0, 0, 255)]
         assert found[1].turns == (Turn("user", "a"), Turn("assistant", "b"))
         assert found.location(2) == f"{folder / 's-01.tar'}, in/000.json"
     assert [len(read_llava(p)) for p in (folder / "s-00.tar", [folder, folder / "s-01.tar"])] == [2, 4]
@@ -298,7 +298,7 @@ def test_webdataset_shards_are_records_and_images(images):
         read_llava(folder)
     two = {"1.png": red, "1.jpg": red, "1.json": text.encode(), "2.json": text.encode(), "2.JSON": text.encode()}
     shard(folder, "s-01.tar", {**two, "3.json": text.encode()})
-    with pytest.raises(BrokenDataError, match=r"1.json: it has several images: 1.png, 1.jpg; .*several records: 2.js"):
+    with pytest.raises(BrokenDataError, match=r"1.json: it has several images, .*1.png, 1.jpg; .*several records: 2"):
         read_llava(folder)
     assert len(read_llava(folder / "s-01.tar", max_broken=0.7)) == 1
 
@@ -322,7 +322,7 @@ def test_easy_vqa_is_exported_in_llavas_format(tmp_path):
     here = [r for r in easy_vqa.load("test")]
     assert len(test) == len(here)
     assert test[77].turns[1] == here[77].turns[1] and test[77].turns[0].text == "<image>\n" + here[77].turns[0].text
-    assert test[77].image.read_bytes() == here[77].image.read_bytes()
+    assert test[77].images[0].read_bytes() == here[77].images[0].read_bytes()
     assert sum(len(r.turns) for r in train) == 2 * len(easy_vqa.load("train"))
     assert len(captions) == len(easy_vqa.captions(easy_vqa.load("train")))
 
@@ -335,7 +335,7 @@ def test_a_missing_annotation_file_is_named(tmp_path):
 def test_easy_vqa_is_as_published():
     train, test = easy_vqa.load("train"), easy_vqa.load("test")
     assert (len(train), len(test)) == (38_575, 9_673)
-    assert len({r.image for r in [*train, *test]}) == 5_000
+    assert len({r.images for r in [*train, *test]}) == 5_000
     assert len({r.turns[1].text for r in train}) == 13
     assert round(easy_vqa.scores(test, ["yes"] * len(test))["overall"], 3) == 0.373
 
@@ -346,9 +346,9 @@ def test_attributes_agree_with_every_question():
     known = easy_vqa.attributes(train)
     assert len(known) > 3000
     for record in train:
-        if record.image not in known:
+        if record.images[0] not in known:
             continue
-        color, shape = known[record.image]
+        color, shape = known[record.images[0]]
         question, answer = (t.text for t in record.turns)
         if answer in easy_vqa.COLORS:
             assert answer == color
@@ -360,7 +360,7 @@ def test_attributes_agree_with_every_question():
             holds = named <= {color, shape}
             assert (answer == "yes") == (holds != bool({"no", "not"} & set(words)))
     caption = easy_vqa.captions(train)[0]
-    assert caption.turns[1].text == "a {} {}".format(*known[caption.image])
+    assert caption.turns[1].text == "a {} {}".format(*known[caption.images[0]])
 
 
 def test_scores_by_category():
@@ -487,8 +487,8 @@ def test_conversations_ask_every_question_once_about_one_image_each():
     train = easy_vqa.load("train")[:500]
     joined = easy_vqa.conversations(train, 4)
     assert max(len(r.turns) for r in joined) == 8
-    asked = sorted((r.image, q.text, a.text) for r in joined for q, a in zip(r.turns[::2], r.turns[1::2], strict=True))
-    assert asked == sorted((r.image, *(t.text for t in r.turns)) for r in train)
+    asked = sorted((r.images, q.text, a.text) for r in joined for q, a in zip(r.turns[::2], r.turns[1::2], strict=True))
+    assert asked == sorted((r.images, *(t.text for t in r.turns)) for r in train)
 
 
 def ask(value="a", **extra):
@@ -498,15 +498,15 @@ def ask(value="a", **extra):
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (ask("<image>\na"), "a question has <image>, but the record names no image"),
-        (ask("<image>\na", image=None), "a question has <image>"),
-        (ask("<image>\na", image=[]), "a question has <image>"),
+        (ask("<image>\na"), r"got 1 marks \(1 in turn 0\) for 0 images"),
+        (ask("<image>\na", image=None), "got 1 marks"),
+        (ask("<image>\na", image=[]), "got 1 marks"),
         (ask(img="red.png"), "it has `img`: 'red.png', but only `image` is read as an image"),
         (ask(image_path=["red.png"]), "it has `image_path`"),
         (ask(file_name="red.png"), "it has `file_name`"),
         (ask(picture={"bytes": "aGk="}), "it has `picture`"),
-        (ask(images=["red.png", "blue.png"]), "`images` must be one name, got 2: a conversation"),
-        (ask(images=[{"path": "red.png"}]), "`images` must be one name, got {'path': 'red.png'}"),
+        (ask("<image>", images=["red.png", "blue.png"]), r"got 1 marks \(1 in turn 0\) for 2 images"),
+        (ask(images=[{"path": "red.png"}]), "`images` must be a name or a list of names, got {'path': 'red.png'}"),
         (ask(image="red.heic"), "no image red.heic in"),
     ],
 )
@@ -516,7 +516,7 @@ def test_a_record_that_mentions_an_image_and_has_none_is_broken(images, item, me
     text = json.dumps(items) if suffix == ".json" else "\n".join(map(json.dumps, items))
     (images / f"d{suffix}").write_text(text)
     found = read_llava(images / f"d{suffix}", max_broken=0.5)
-    assert [r.image for r in found] == [None, images / "blue.png"]
+    assert [r.images for r in found] == [(), (images / "blue.png",)]
     assert re.search(message, found.broken[0])
     assert str(found) == "2 records, 1 of them with an image; 1 more are broken and left out"
 
@@ -525,7 +525,59 @@ def test_a_record_that_mentions_an_image_and_has_none_is_broken(images, item, me
                                    {"image": "red.png", "images": ["red.png"], "image_id": "7"}])  # fmt: skip
 def test_one_image_is_read_however_it_is_written(images, extra):
     (images / "d.jsonl").write_text(json.dumps(ask("no mark of it", **extra)))
-    assert read_llava(images / "d.jsonl")[0].image == images / "red.png"
+    assert read_llava(images / "d.jsonl")[0].images == (images / "red.png",)
+
+
+def several_images() -> dict:
+    turns = ["<image>\n<image>\nwhich is red?", "the first", "and <image>?", "it is blue"]
+    names = ["red.png", "blue.png", "blue.png"]
+    return {"image": names, "conversations": [
+        {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}  # fmt: skip
+
+
+def test_several_images_are_read_written_and_prepared_in_order(images):
+    (images / "d.jsonl").write_text(json.dumps(several_images()) + "\n" + GOOD)
+    found = read_llava(images / "d.jsonl")
+    assert [[p.stem for p in r.images] for r in found] == [["red", "blue", "blue"], ["red"]]
+    assert (str(found), found[1:].n_with_image) == ("2 records, 2 of them with an image", 1)
+    write_llava(found, images / "again.json", images)
+    assert [r.images for r in read_llava(images / "again.json")] == [r.images for r in found]
+    model = new_model()
+    sample = Conversations(found, model)[0]
+    means = [image.pixels[0].mean((0, 2, 3)).argmax() for image in sample.images]
+    assert means == [0, 2, 2]
+    assert sample.input_ids.count(IMAGE_TOKEN) == 3 * model.image_tokens
+    assert model(collate([sample])).loss.isfinite()
+    first = found[0].first_question()
+    assert (first[0].text, [p.stem for p in first[1]]) == ("<image>\n<image>\nwhich is red?", ["red", "blue"])
+
+
+def test_several_images_of_a_shard_are_those_with_numbers(images):
+    red, blue = ((images / f"{c}.png").read_bytes() for c in ("red", "blue"))
+    text = json.dumps(several_images()).encode()
+    path = shard(images, "s.tar", {"1.2.png": blue, "1.10.png": blue, "1.json": text, "1.1.png": red,
+                                   "2.json": text, "2.0.png": red})  # fmt: skip
+    found = read_llava(path, max_broken=0.5)
+    assert [read_image(i).getpixel((0, 0))[0] for i in found[0].images] == [255, 0, 0]
+    assert found[0].images[2].name == "1.10.png"
+    assert "2.json: it names 'red.png', 'blue.png', 'blue.png', but the shard has 1 images for it" in found.broken[0]
+
+
+@pytest.mark.parametrize("n", [1, 5, 9, 14, 20, 27, 32])
+def test_truncation_keeps_images_whole(images, n):
+    (images / "d.jsonl").write_text(json.dumps(several_images()))
+    model, (record,) = new_model(), read_llava(images / "d.jsonl")
+    whole = Conversations([record], model)[0]
+    is_text = [t != IMAGE_TOKEN for t in whole.input_ids]
+    end = [i for i, text in enumerate(is_text) if text][n - 1] + 1
+    if all(label == IGNORE for label in whole.labels[1:end]):
+        with pytest.raises(ValueError, match=f"no target token within max_tokens = {n}"):
+            Conversations([record], model, max_tokens=n)[0]
+        return
+    cut = Conversations([record], model, max_tokens=n)[0]
+    assert (cut.input_ids, cut.labels) == (whole.input_ids[:end], whole.labels[:end])
+    assert len(cut.images) * model.image_tokens == is_text[:end].count(False)
+    assert model(collate([cut])).loss.isfinite()
 
 
 def test_text_that_only_looks_like_an_image_is_no_image(images):
@@ -533,7 +585,7 @@ def test_text_that_only_looks_like_an_image_is_no_image(images):
     del plain["image"]
     plain["conversations"][1]["value"] = "write <image> there"
     (images / "d.jsonl").write_text(json.dumps(plain))
-    assert read_llava(images / "d.jsonl")[0].image is None
+    assert read_llava(images / "d.jsonl")[0].images == ()
 
 
 def test_a_byte_order_mark_is_no_part_of_the_data(images):
@@ -611,7 +663,7 @@ def test_records_of_an_archive_are_written_and_come_back(images, kind):
     found = read_llava(images / "d.jsonl", path)
     write_llava(found, images / "again.json", path)
     again = read_llava(images / "again.json", path)
-    assert [r.image for r in again] == [r.image for r in found]
+    assert [r.images for r in again] == [r.images for r in found]
     write_llava(again, images / "third.json", path)
     assert [r.turns[0].text for r in read_llava(images / "third.json", path)] == ["<image>\na", "<image>\na", "a"]
     with pytest.raises(ValueError, match=rf"red.png in \S*images.{kind} is not in"):

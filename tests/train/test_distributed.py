@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from vlmamba.cli import COMMANDS
 from vlmamba.model.batch import Sample, collate
+from vlmamba.model.image_tokens import ProcessedImage
 from vlmamba.model.prompt import IGNORE, IMAGE_TOKEN
 from vlmamba.model.vlm import VLM
 from vlmamba.train.config import StageConfig
@@ -78,7 +79,7 @@ def samples(n=12):
     made = []
     for i in range(n):
         ids = torch.randint(0, VOCABULARY, (5 + 2 * i,), generator=draw).tolist()
-        image = () if i % 2 else (torch.randn(3, 48, 48, generator=draw),)
+        image = () if i % 2 else (ProcessedImage((torch.randn(1, 3, 48, 48, generator=draw),), 36),)
         places = [] if i % 2 else [IMAGE_TOKEN] * 36
         made.append(Sample(places + ids, [IGNORE] * (len(places) + 2) + ids[2:], image))
     return made

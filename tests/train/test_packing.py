@@ -27,7 +27,7 @@ def records(tmp_path):
         Image.fromarray(torch.randint(0, 256, (60, 50, 3), dtype=torch.uint8).numpy()).save(path)
         text = [" ".join(WORDS[(i + k) % len(WORDS)] for k in range(n_words + t)) for t in range(2 * n_turns)]
         turns = tuple(Turn(("user", "assistant")[t % 2], words) for t, words in enumerate(text))
-        made.append(Record(turns, path if about_image else None))
+        made.append(Record(turns, (path,) if about_image else ()))
     return made
 
 
@@ -43,7 +43,7 @@ def test_packed_samples_have_the_loss_and_gradients_of_samples_alone(family, rec
     model = tiny_vlm(family, TOKENIZER).double()
     data = Conversations(records, model)
     samples = [data[i] for i in range(len(data))]
-    samples = [type(s)(s.input_ids, s.labels, tuple(i.double() for i in s.images)) for s in samples]
+    samples = [type(s)(s.input_ids, s.labels, tuple(i.to(torch.float64) for i in s.images)) for s in samples]
     packed = collate(samples)
     assert packed.n_tokens == sum(len(s.input_ids) for s in samples)  # no padding
     assert len({len(s.input_ids) for s in samples}) == len(samples)

@@ -88,6 +88,19 @@ def test_one_question(folder, vlm, lm, capsys):
     assert out == printable(half.generate(["a red"], FEW)[0]) + "\n"
 
 
+def test_a_question_about_several_images(folder, vlm, capsys):
+    question, images = "is <image> as red as <image>?", [folder / "red.png", folder / "blue.png"]
+    (want,) = vlm.generate([question], [images], FEW)
+    out = run(capsys, "generate", folder / "vlm", question, "--image", *images, "--max-new-tokens", 6)
+    assert out == want + "\n"
+    prompts = folder / "several.jsonl"
+    prompts.write_text(json.dumps({"prompt": question, "image": ["red.png", "blue.png"]}))
+    answer = json.loads(run(capsys, "generate", folder / "vlm", "--prompts", prompts, "--max-new-tokens", 6))
+    assert answer == {"prompt": question, "answer": want, "image": [str(i) for i in images]}
+    with pytest.raises(SystemExit, match="got 2 marks .2 in turn 0. for 1 images"):
+        cli.main(["generate", str(folder / "no model"), question, "--image", str(images[0])])
+
+
 def test_questions_of_a_file(folder, vlm, lm, capsys):
     lines = folder / "prompts.txt"
     lines.write_text("what color?\n\na red\nwhat is the shape of it?\n")
@@ -117,8 +130,10 @@ def test_questions_of_a_file(folder, vlm, lm, capsys):
         (b"[1]", r'expected a record with a text "prompt", got \[1\]'),
         (b'{"prompt": 3}', r'expected a record with a text "prompt"'),
         (b'{"prompt": "a", "image": "nowhere.png"}', "no image at .*nowhere.png"),
-        (b'{"prompt": "a", "image": ["nowhere.png"]}', r"\"image\" must be the path of a file, got \['nowhere"),
+        (b'{"prompt": "a", "image": ["nowhere.png"]}', "no image at .*nowhere.png"),
         (b'{"prompt": "a", "image": "broken.png"}', "broken.png is not an image that can be read"),
+        (b'{"prompt": "a", "image": ["a.png", "b.png"]}', "got 0 marks for 2 images"),
+        (b'{"prompt": "a", "image": [3]}', r'"image" must be the path of a file or a list of paths, got \[3\]'),
         (b"{", "not valid JSON|Expecting property name"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"prompt": "\\ud83d"}', "half a surrogate pair"),
@@ -366,12 +381,14 @@ def test_chat_keeps_the_history(folder, vlm, monkeypatch, capsys):
     first = vlm.generate([turns], [red], FEW)[0]
     turns += [Turn("assistant", first), Turn("user", "and the shape?")]
     second = vlm.generate([turns], [red], FEW)[0]
-    anew = [vlm.generate(["what color?"], [image], FEW)[0] for image in (blue, None)]
+    marked = [Turn("user", "<image>\nwhat color?"), *turns[1:], Turn("assistant", second)]
+    third = vlm.generate([[*marked, Turn("user", "<image>\nwhat color?")]], [[red, blue]], FEW)[0]
+    anew = vlm.generate(["what color?"], [None], FEW)[0]
     lines = [
         "what color?", "and the shape?", f"/image {blue}", "what color?", "/reset", "what color?", "", EOFError(),
     ]  # fmt: skip
     out = chat(monkeypatch, capsys, lines, folder / "vlm", "--image", red)
-    assert out.rstrip("\n") == "\n".join([first, second, *anew]).rstrip("\n")
+    assert out.rstrip("\n") == "\n".join([first, second, third, anew]).rstrip("\n")
     alone = vlm.generate(["and the shape?"], [red], FEW)[0]
     out = chat(monkeypatch, capsys, [*lines[:2], "/quit"], folder / "vlm", "--image", red, "--no-history")
     assert out == f"{first}\n{alone}\n"
@@ -470,7 +487,7 @@ def test_chat_says_which_model_and_image_it_has(folder, vlm, monkeypatch, capsys
     assert said.out == "" and said.err.splitlines() == [
         f"{folder / 'vlm'} · {parameters:,} parameters · float32 · cpu · image: red.png ({width} x {height}) · "
         "/help lists the commands",
-        f"started over; image: blue.png ({width} x {height})",
+        f"with the next question: image: blue.png ({width} x {height})",
         "started over; no image",
     ]
 

@@ -18,11 +18,13 @@ from ..model.prompt import TEMPLATES, get_template
 from .options import DtypeName, Positional, Sampling
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..model.chat import Conversation
 
 HELP = """\
-/image PATH  show an image and start over
-/reset       start over without an image
+/image PATH  show an image with the next question
+/reset       start over without images
 /help        this list
 /quit        quit (or Ctrl-D)
 Ctrl-C stops an answer; Tab completes a path."""
@@ -36,8 +38,8 @@ class Chat:
 
     model: Positional[str]
     """Folder, or name on the Hugging Face Hub."""
-    image: Path | None = None
-    """Image that the conversation starts with."""
+    image: tuple[Path, ...] = ()
+    """Images that the conversation starts with."""
     history: bool = True
     """Keep the conversation so far as context, where the model's template has turns; else each question is alone."""
     template: Literal[tuple(TEMPLATES)] | None = None  # type: ignore[valid-type]
@@ -53,15 +55,18 @@ class Chat:
     def run(self) -> None:
         """Read and answer turns until /quit or the end of the input. An error in a turn ends that turn alone."""
         from ..model.chat import Conversation
+        from ..model.image import open_image
         from .loading import load_with_tokenizer
 
         model = load_with_tokenizer(self.model, self.dtype, self.device)
         template = None if self.template is None else get_template(self.template)
-        conversation = Conversation(model, self.image, self.sampling, template, self.history)
+        images = [open_image(path) for path in self.image]
+        conversation = Conversation(model, images, self.sampling, template, self.history)
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is an error of its turn
         enable_completion()
-        note(f"{describe_model(self.model, conversation, self.image)} · /help lists the commands")
+        seen = describe_images(conversation, list(zip(self.image, images, strict=True)))
+        note(" · ".join([describe_model(self.model, conversation), *seen, "/help lists the commands"]))
         # Piped questions get the answers alone.
         prompt = "> " if sys.stdin.isatty() else ""
         while True:
@@ -86,6 +91,7 @@ class Chat:
                 print(printable(describe(e)))
 
     def _run_line(self, conversation: Conversation, line: str) -> None:
+        from ..model.image import open_image
         from .prompt_file import check_text
 
         check_text(line)
@@ -94,13 +100,14 @@ class Chat:
             print(HELP)
         elif word == "/reset":
             conversation.reset()
-            note("; ".join(["started over", *describe_image(conversation, None)]))
+            note("; ".join(["started over", *describe_images(conversation, [])]))
         elif word == "/image":
             if not rest.strip():
                 raise ValueError("/image needs the path of an image")
             path = pasted_path(rest.strip())
-            conversation.reset(path)
-            note("; ".join(["started over", *describe_image(conversation, path)]))
+            image = open_image(path)
+            conversation.add(image)
+            note(f"with the next question: {describe_images(conversation, [(path, image)])[0]}")
         elif word.startswith("/"):
             raise ValueError(f"no command {word}; there are /image, /reset, /help and /quit")
         elif line:
@@ -137,26 +144,20 @@ def note(text: str) -> None:
     print(printable(text), file=sys.stderr)
 
 
-def describe_model(name: str, conversation: Conversation, image: Path | None) -> str:
-    """Name, size, dtype and device of the model, and its image, in one line."""
+def describe_model(name: str, conversation: Conversation) -> str:
+    """Name, size, dtype and device of the model, in one line."""
     weights = list(conversation.model.parameters())
     dtype = str(weights[0].dtype).removeprefix("torch.")
-    parts = [name, f"{sum(p.numel() for p in weights):,} parameters", dtype, str(conversation.lm.device)]
-    return " · ".join([*parts, *describe_image(conversation, image)])
+    return " · ".join([name, f"{sum(p.numel() for p in weights):,} parameters", dtype, str(conversation.lm.device)])
 
 
-def describe_image(conversation: Conversation, path: Path | None) -> list[str]:
-    """The image that the conversation is about; nothing for a language model, which sees none."""
-    from PIL import Image
-
+def describe_images(conversation: Conversation, images: list[tuple[Path, Image.Image]]) -> list[str]:
+    """Images that are shown, by name and size; nothing for a language model, which sees none."""
     from ..model.vlm import VLM
 
     if not isinstance(conversation.model, VLM):
         return []
-    image = conversation.image
-    if path is None or not isinstance(image, Image.Image):
-        return ["no image"]
-    return [f"image: {path.name} ({image.width} x {image.height})"]
+    return [f"image: {path.name} ({image.width} x {image.height})" for path, image in images] or ["no image"]
 
 
 def enable_completion() -> None:

@@ -28,10 +28,12 @@ class Generate:
     """Folder, or name on the Hugging Face Hub."""
     prompt: Positional[str | None] = None
     """The question, or the text to continue."""
-    image: Path | None = None
-    """Image that the question is about. With --prompts: the image of each prompt that names none."""
+    image: tuple[Path, ...] = ()
+    """Images that the question is about, each at its mark <image>; one alone needs no mark. With --prompts: the images
+    of each prompt that names none."""
     prompts: Path | None = None
-    """File of prompts, one a line; or JSONL, records with "prompt" and perhaps "image", a path relative to the file.
+    """File of prompts, one a line; or JSONL, records with "prompt" and perhaps "image", a path relative to the file or
+    a list of them.
     Answers are printed as JSONL; a prompt that cannot be answered has an "error" in place of the "answer"."""
     output: Path | None = None
     """JSONL file that the answers to --prompts are appended to. The same command resumes it."""
@@ -46,6 +48,7 @@ class Generate:
     def run(self) -> None:
         """Answer the prompt, or those of the file. SIGTERM ends with status 143; answers already written stay."""
         from ..model.image import open_image
+        from ..model.prompt import Turn, mark_images
         from .loading import load_with_tokenizer
         from .prompt_file import answer_prompts, check_text
 
@@ -60,8 +63,11 @@ class Generate:
                 return
             assert self.prompt is not None
             check_text(self.prompt)
-            if self.image is not None:
-                open_image(self.image)  # a broken image is reported before the model is loaded
+            # Broken images, and those without a place, are reported before the model is loaded.
+            if self.image:
+                mark_images([Turn("user", self.prompt)], len(self.image))
+            for image in self.image:
+                open_image(image)
             model = load_with_tokenizer(self.model, self.dtype, self.device)
             for text in _stream(model, self.prompt, self.image, self.sampling):
                 print(printable(text), end="", flush=True)
@@ -82,11 +88,11 @@ def _exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _stream(model: MambaLM | VLM, prompt: str, image: Path | None, config: GenerationConfig) -> Iterator[str]:
+def _stream(model: MambaLM | VLM, prompt: str, images: tuple[Path, ...], config: GenerationConfig) -> Iterator[str]:
     from ..model.vlm import VLM
 
     if isinstance(model, VLM):
-        return model.stream(prompt, image, config)
-    if image is not None:
-        raise ValueError(f"the model is a language model and takes no image, got {image}")
+        return model.stream(prompt, images, config)
+    if images:
+        raise ValueError(f"the model is a language model and takes no image, got {images[0]}")
     return model.stream(prompt, config)

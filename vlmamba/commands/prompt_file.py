@@ -25,6 +25,7 @@ from ..model.files import json_lines, write_atomic
 from ..model.generation.config import GenerationConfig
 from ..model.hub import fetch_model
 from ..model.image import open_image
+from ..model.prompt import Turn, mark_images
 from ..model.text_files import decode, parse_json, read_json
 from ..train.identity import fingerprint
 
@@ -42,10 +43,10 @@ SETTINGS = ".settings.json"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and its image."""
+    """A prompt and its images."""
 
     text: str
-    image: Path | None = None
+    images: tuple[Path, ...] = ()
     error: str | None = None
     """Why it cannot be answered; None where it can."""
 
@@ -64,14 +65,15 @@ def check_text(text: str) -> None:
         raise ValueError(f"the text is not UTF-8: it has {text[e.start]!a} after {e.start} characters") from e
 
 
-def read_prompts(path: Path, image: Path | None = None) -> list[Prompt]:
+def read_prompts(path: Path, images: tuple[Path, ...] = ()) -> list[Prompt]:
     """Read the prompts of a file: one a line, or in JSONL one record a line. Empty lines are skipped.
 
     Lines end at a line feed alone. Every image is opened, so that a broken one is reported before a model is loaded.
 
     Args:
-        path: text file, or records with "prompt" and perhaps "image" where it ends in `.jsonl`.
-        image: image of each prompt that names none.
+        path: text file, or records with "prompt" and perhaps "image", a path or a list of them, where it ends in
+            `.jsonl`.
+        images: images of each prompt that names none.
 
     Returns:
         The prompts. One that is malformed, or whose image cannot be read, has an error that names its line.
@@ -93,34 +95,40 @@ def read_prompts(path: Path, image: Path | None = None) -> list[Prompt]:
             continue
         shown = line[:80].decode(errors="replace")
         try:
-            prompt = _parse(decode(line), path, image)
+            prompt = _parse(decode(line), path, images)
             shown = prompt.text[:80]
             check_text(prompt.text)
+            if prompt.images:
+                mark_images([Turn("user", prompt.text)], len(prompt.images))
         except ValueError as e:
-            prompts.append(Prompt(shown, None, f"{path}:{number}: {e}"))
+            prompts.append(Prompt(shown, (), f"{path}:{number}: {e}"))
             continue
-        if prompt.image is not None:
+        for image in prompt.images:
             # Many prompts may share an image, which is opened once.
-            if prompt.image not in opened:
-                opened[prompt.image] = _why_unreadable(prompt.image)
-            if why := opened[prompt.image]:
+            if image not in opened:
+                opened[image] = _why_unreadable(image)
+            if why := opened[image]:
                 prompt = replace(prompt, error=f"{path}:{number}: {why}")
+                break
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path} has no prompts")
     return prompts
 
 
-def _parse(line: str, path: Path, image: Path | None) -> Prompt:
+def _parse(line: str, path: Path, images: tuple[Path, ...]) -> Prompt:
     if path.suffix != ".jsonl":
-        return Prompt(line, image)
+        return Prompt(line, images)
     record = parse_json(line)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ValueError(f'expected a record with a text "prompt", got {line.strip()[:80]}')
     own = record.get("image")
-    if own is not None and not isinstance(own, str):
-        raise ValueError(f'"image" must be the path of a file, got {own!r}')
-    return Prompt(record["prompt"], image if own is None else path.parent / own)
+    if own is None:
+        return Prompt(record["prompt"], images)
+    names = own if isinstance(own, list) else [own]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f'"image" must be the path of a file or a list of paths, got {own!r}')
+    return Prompt(record["prompt"], tuple(path.parent / name for name in names))
 
 
 def _why_unreadable(image: Path) -> str | None:
@@ -174,13 +182,16 @@ def _open_output(output: Path | None) -> contextlib.AbstractContextManager[TextI
     return open(output, "a", encoding="utf-8", newline="\n")
 
 
-def _records(model: MambaLM | VLM, prompts: Sequence[Prompt], config: GenerationConfig) -> Iterator[dict[str, str]]:
+def _records(model: MambaLM | VLM, prompts: Sequence[Prompt], config: GenerationConfig) -> Iterator[dict[str, Any]]:
     """The record of each prompt of a batch."""
     # Broken prompts are left out of the batch, and get their record in place.
     answers = iter(_answers(model, [p for p in prompts if p.error is None], config))
     for prompt in prompts:
-        record = {"prompt": prompt.text} | (next(answers) if prompt.error is None else {"error": prompt.error})
-        yield record | ({} if prompt.image is None else {"image": str(prompt.image)})
+        record: dict[str, Any] = {"prompt": prompt.text} | (
+            next(answers) if prompt.error is None else {"error": prompt.error}
+        )
+        names = [str(image) for image in prompt.images]
+        yield record | ({} if not names else {"image": names[0] if len(names) == 1 else names})
 
 
 def _answers(model: MambaLM | VLM, prompts: Sequence[Prompt], config: GenerationConfig) -> list[dict[str, str]]:
@@ -202,10 +213,10 @@ def answer_together(model: MambaLM | VLM, prompts: Sequence[Prompt], config: Gen
     from ..model.vlm import VLM
 
     if isinstance(model, VLM):
-        return model.generate([p.text for p in prompts], [p.image for p in prompts], config)
+        return model.generate([p.text for p in prompts], [p.images for p in prompts], config)
     for prompt in prompts:
-        if prompt.image is not None:
-            raise ValueError(f"the model is a language model and takes no image, got {prompt.image}")
+        if prompt.images:
+            raise ValueError(f"the model is a language model and takes no image, got {prompt.images[0]}")
     return model.generate([p.text for p in prompts], config)
 
 
@@ -229,7 +240,7 @@ def _settings(command: Generate) -> dict[str, Any]:
         "model": command.model,
         "content of the model": _digest(fetch_model(command.model)),
         "content of --prompts": fingerprint(command.prompts).sha256,
-        "--image": None if command.image is None else str(command.image),
+        "--image": [str(image) for image in command.image],
         "--dtype": command.dtype,
         **{f"--{name.replace('_', '-')}": value for name, value in to_json_dict(command.sampling).items()},
     }
