@@ -1,7 +1,18 @@
 """Documentation: `make docs`. The op contracts are the docstrings; examples in `{doctest}` blocks are run."""
 
+import contextlib
 import importlib.metadata
+import inspect
+import io
+import os
 import re
+from unittest import mock
+
+import tyro
+from sphinx.util.nodes import make_refnode
+
+from vlmamba.benchmarks.cli import COMMANDS as SSM_BENCH
+from vlmamba.cli import COMMANDS as VLMAMBA
 
 project = "vl-mamba"
 author = "the vl-mamba authors"
@@ -15,7 +26,7 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build"]
-default_role = "code"  # docstrings write `name`
+default_role = "py:obj"  # docstrings write `name`: a link where a page has the object, code elsewhere
 myst_heading_anchors = 3
 myst_enable_extensions = ["html_image"]
 suppress_warnings = ["myst.header"]  # parts of the README begin below its first heading
@@ -26,6 +37,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # `x, z: ...` stays one line
 
 doctest_global_setup = """
 import torch
@@ -36,6 +48,9 @@ html_show_copyright = False
 html_theme = "furo"
 html_title = f"vl-mamba {release}"
 html_show_sourcelink = False
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
+pygments_dark_style = "github-dark"
 
 PAGES = {
     "docs/cluster": "/cluster/README.md",
@@ -48,6 +63,40 @@ PAGES = {
 
 def setup(app):
     app.connect("include-read", _links_of_the_readme)
+    app.connect("source-read", _with_help_of_commands)
+    app.connect("missing-reference", _link_by_short_name)
+
+
+def _with_help_of_commands(app, docname, source):
+    """Put the help of each subcommand in the place of `<!-- help of NAME -->`, as its parser prints it."""
+
+    def sections(match):
+        commands = {"vlmamba": VLMAMBA, "ssm-bench": SSM_BENCH}[match[1]]
+        return "\n\n".join(_section(match[1], name, kind) for name, kind in commands.items())
+
+    source[0] = re.sub(r"<!-- help of (\S+) -->", sections, source[0])
+
+
+def _section(program, name, kind):
+    out = io.StringIO()
+    width = mock.patch.dict(os.environ, COLUMNS="80")
+    with width, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(kind, prog=f"{program} {name}", args=["--help"])
+    # Its description is text of the page already.
+    text = re.sub(r"\n\n.*?(?=\n╭)", "\n", out.getvalue(), count=1, flags=re.DOTALL)
+    return f"## {name}\n\n{inspect.getdoc(kind)}\n\n```text\n{text.strip()}\n```"
+
+
+def _link_by_short_name(app, env, node, contnode):
+    """Link a name to the one documented object whose full name ends with it."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not re.fullmatch(r"[A-Za-z_][\w.]*", target):
+        return None
+    found = [(name, entry) for name, entry in env.domains["py"].objects.items() if name.endswith(f".{target}")]
+    if len(found) != 1:
+        return None
+    name, entry = found[0]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, name)
 
 
 def _links_of_the_readme(app, path, docname, content):
