@@ -15,8 +15,9 @@ BELOW = {
     "connectors": {"ssm_kernels"},
     "model": {"ssm_kernels", "connectors"},
     "train": {"ssm_kernels", "connectors", "model"},
-    "vlmamba": {"ssm_kernels", "connectors", "model", "train"},
-    "benchmarks": {"ssm_kernels", "connectors", "model", "train", "vlmamba"},
+    "serve": {"ssm_kernels", "connectors", "model"},
+    "vlmamba": {"ssm_kernels", "connectors", "model", "serve", "train"},
+    "benchmarks": {"ssm_kernels", "connectors", "model", "serve", "train", "vlmamba"},
 }
 FILES = [path for package in BELOW for path in sorted((ROOT / package).rglob("*.py"))]
 

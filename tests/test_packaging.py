@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
-FLOORS = ("ssm_kernels", "connectors", "model", "train", "vlmamba", "benchmarks")
+FLOORS = ("ssm_kernels", "connectors", "model", "serve", "train", "vlmamba", "benchmarks")
 
 
 def folder_of(package: str) -> Path:

@@ -19,7 +19,7 @@ import vlmamba.connectors
 import vlmamba.model
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = ("ssm_kernels", "connectors", "model", "train")
+LIBRARY = ("ssm_kernels", "connectors", "model", "serve", "train")
 PACKAGES = (*LIBRARY, "vlmamba", "benchmarks")
 FILES = [path for package in (*PACKAGES, "tests") for path in sorted((ROOT / package).rglob("*.py"))]
 BANNED = ("What", "Of", "Where", "How", "As")

@@ -1,0 +1,89 @@
+"""Requests to an engine, their answers, and what `generate` answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from tests.makers import VISION, language_config, random_prompts, shape_tokenizer, sharpened_vlm
+from vlmamba.connectors import ConnectorConfig
+from vlmamba.model import VLM, GenerationConfig, Turn, VLMConfig
+from vlmamba.model.batch import Sample
+from vlmamba.model.generation.generate import generate_packed
+from vlmamba.model.generation.prefill import packed_tokens
+from vlmamba.serve.config import ServeConfig
+from vlmamba.serve.engine import Engine, Request
+from vlmamba.serve.prompts import Prompt, chat_prompt
+
+TOKENIZER = shape_tokenizer()
+CONFIG = ServeConfig(slots=4, prefill_tokens=64)
+GREEDY, SAMPLED = GenerationConfig(12), GenerationConfig(12, temperature=1.5, top_k=40, top_p=0.9, seed=3)
+PENALIZED = dataclasses.replace(SAMPLED, repetition_penalty=1.3, seed=8, top_k=0)
+PROMPTS = random_prompts((5, 1, 23, 70, 2, 130, 64, 17, 33), TOKENIZER.vocab_size)
+
+
+def small_vlm(layer: str = "mamba") -> VLM:
+    """Build a small VLM with the template of the demo."""
+    config = VLMConfig(language_config(layer), (VISION,), ConnectorConfig("mlp"), template="qa")
+    return sharpened_vlm(config, TOKENIZER)
+
+
+class Client:
+    """Events of an engine's requests, by request."""
+
+    def __init__(self, model, config: ServeConfig = CONFIG):
+        self.events = defaultdict(list)
+        self.engine = Engine(model, config, self.deliver)
+
+    def deliver(self, batch):
+        for request, event in batch:
+            assert not self.finish(request), "an event after the end"
+            self.events[request].append(event)
+
+    def text(self, request):
+        return "".join(e.text for e in self.events[request])
+
+    def finish(self, request):
+        return self.events[request][-1].finish if self.events[request] else None
+
+    def logprobs(self, request):
+        return [p for e in self.events[request] for p in e.logprobs]
+
+    def run(self, *requests):
+        """Submit requests and step until they are finished; return their texts."""
+        self.engine.submit(*requests)
+        self.finish_all()
+        return [self.text(r) for r in requests]
+
+    def finish_all(self):
+        for _ in range(500):
+            if not self.engine.n_active and not len(self.engine.waiting):
+                return
+            self.engine.step()
+        raise AssertionError("the engine does not come to an end")
+
+
+def text_request(ids, sampling=GREEDY, **options):
+    return Request(Prompt(Sample(ids, []), salt=options.pop("salt", b"")), sampling, **options)
+
+
+def alone(lm, ids, sampling):
+    """The answer of `generate`, and its tokens."""
+    *_, (completion,) = generate_packed(lm, *packed_tokens(lm, [ids]), [ids], TOKENIZER, sampling)
+    return completion.text, completion.ids
+
+
+def vlm_request(vlm, question, image, sampling=GREEDY, salt=b"", **options):
+    images = [] if image is None else [(image, image.tobytes()[:32])]
+    turns = question if isinstance(question, list) else [Turn("user", question)]
+    return Request(chat_prompt(vlm, vlm.template, turns, images, salt), sampling, **options)
+
+
+def wait_for(condition: Callable, seconds: float = 20.0) -> None:
+    """Wait until a condition holds, which takes another thread."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.01)

@@ -1,0 +1,224 @@
+"""Engine: answers equal to `generate` whatever the batch, joining and leaving, fairness, limits, failures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.makers import BLUE, RED, language_config, random_prompts, sharpened_lm
+from tests.serve.makers import (
+    CONFIG,
+    GREEDY,
+    PENALIZED,
+    PROMPTS,
+    SAMPLED,
+    TOKENIZER,
+    Client,
+    alone,
+    small_vlm,
+    text_request,
+    vlm_request,
+    wait_for,
+)
+from vlmamba.model import GenerationConfig
+from vlmamba.serve.engine import Busy, Stopping
+from vlmamba.serve.waiting import WaitingQueue
+
+
+@pytest.fixture(params=["mamba", "mamba2"])
+def lm(request):
+    return sharpened_lm(language_config(request.param), TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return small_vlm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_answer_is_that_of_generate_whatever_runs_beside_it(lm, dtype):
+    """Prompts of nine lengths in four slots: they join and leave at different steps, and wait for one another."""
+    lm = lm.to(dtype)
+    samplings = [GREEDY, SAMPLED, PENALIZED]
+    requests = [
+        text_request(p, dataclasses.replace(samplings[i % 3], max_new_tokens=3 + 4 * (i % 4)), logprobs=0)
+        for i, p in enumerate(PROMPTS)
+    ]
+    client = Client(lm)
+    texts = client.run(*requests)
+    rows = client.engine.stats
+    assert rows.decode_steps < rows.new_tokens / 2  # answers did share steps
+    for request, text in zip(requests, texts, strict=True):
+        want, ids = alone(lm, request.prompt.ids, request.sampling)
+        assert (text, request.new_tokens) == (want, len(ids))
+        reported = [p.token for p in client.logprobs(request)]
+        assert reported == [t for t in ids if t != TOKENIZER.eos_id]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_logits_agree_to_rounding_whatever_runs_beside(lm, dtype, tolerance):
+    lm = lm.to(dtype)
+    sampling = GenerationConfig(6, stop=())
+    requests = [text_request(p, sampling, logprobs=3, ignore_eos=True) for p in PROMPTS]
+    among = Client(lm, dataclasses.replace(CONFIG, cache_mb=0))
+    among.run(*requests)
+    for request in requests[:4]:
+        single = Client(lm, dataclasses.replace(CONFIG, cache_mb=0))
+        (again,) = [dataclasses.replace(request, new_tokens=0)]
+        single.run(again)
+        for a, b in zip(among.logprobs(request), single.logprobs(again), strict=True):
+            assert [t for t, _ in a.top] == [t for t, _ in b.top]
+            torch.testing.assert_close(
+                torch.tensor([p for _, p in a.top]),
+                torch.tensor([p for _, p in b.top]),
+                rtol=tolerance,
+                atol=tolerance * 40,
+            )
+
+
+def test_log_probabilities_are_those_of_the_model(lm):
+    ids = PROMPTS[2]
+    client = Client(lm)
+    request = text_request(ids, dataclasses.replace(SAMPLED, max_new_tokens=4), logprobs=5)
+    client.run(request)
+    tokens = ids + [p.token for p in client.logprobs(request)]
+    with torch.no_grad():
+        logprobs = lm(torch.tensor([tokens])).logits[0, len(ids) - 1 :, : TOKENIZER.vocab_size].log_softmax(-1)
+    for got, want in zip(client.logprobs(request), logprobs, strict=False):
+        assert got.logprob == pytest.approx(float(want[got.token]), abs=1e-3)
+        assert [t for t, _ in got.top] == want.topk(5).indices.tolist()
+
+
+def test_answers_about_images_are_those_of_generate(vlm):
+    questions = ["what color is the shape?", "a red circle", "blue?", "what?"] * 2
+    images = [RED, BLUE, None, RED, BLUE, BLUE, RED, None]
+    requests = [vlm_request(vlm, q, i) for q, i in zip(questions, images, strict=True)]
+    assert Client(vlm).run(*requests) == vlm.generate(questions, images, GREEDY)
+    assert len(set(vlm.generate(questions[:2], images[:2], GREEDY))) == 2
+
+
+def test_a_request_that_comes_later_joins_the_running_batch(lm):
+    client = Client(lm)
+    first, second = text_request(PROMPTS[0], ignore_eos=True), text_request(PROMPTS[2], ignore_eos=True)
+    client.engine.submit(first)
+    client.engine.step()
+    client.engine.step()
+    assert client.engine.stats.decode_steps == 2 and first.new_tokens == 3
+    client.engine.submit(second)
+    client.engine.step()
+    assert second.new_tokens == 2 and first.new_tokens == 4  # one step of both
+    client.finish_all()
+    assert client.engine.stats.decode_steps == 13
+    assert client.text(second) == Client(lm).run(dataclasses.replace(second, new_tokens=0))[0]
+
+
+def test_a_long_prompt_does_not_hold_up_others(lm):
+    client = Client(lm, dataclasses.replace(CONFIG, prefill_tokens=128))
+    running = text_request(PROMPTS[0], GenerationConfig(40), ignore_eos=True)
+    long, short = (
+        text_request(random_prompts([1500], TOKENIZER.vocab_size)[0]),
+        text_request(PROMPTS[2], ignore_eos=True),
+    )
+    client.engine.submit(running)
+    client.engine.step()
+    client.engine.submit(long, short)
+    client.engine.step()
+    assert short.new_tokens == 2 and long.new_tokens == 0  # the short one had its turn beside the long one
+    for _ in range(5):
+        client.engine.step()
+    assert running.new_tokens == 8 and long.new_tokens == 0  # a token a step, while the long prompt is run
+
+
+def test_users_take_turns():
+    queue = WaitingQueue[int]()
+    for i in range(4):
+        queue.push(b"many", i)
+    queue.push(b"one", 10)
+    assert queue.remove(b"many", 1) and not queue.remove(b"many", 1) and not queue.remove(b"none", 1)
+    assert len(queue) == 4
+    assert [queue.pop() for _ in range(3)] == [0, 10, 2]
+    assert queue.clear() == [3]
+    with pytest.raises(IndexError):
+        queue.pop()
+
+
+def test_a_full_queue_refuses_all_of_a_call_and_nothing_else(lm):
+    client = Client(lm, dataclasses.replace(CONFIG, slots=2, max_waiting=1))
+    accepted = [text_request(PROMPTS[i]) for i in range(2)]
+    client.engine.submit(*accepted)
+    with pytest.raises(Busy):
+        client.engine.submit(text_request(PROMPTS[2]), text_request(PROMPTS[3]))
+    assert len(client.engine.waiting) == 2
+    client.engine.submit(text_request(PROMPTS[2]))
+    client.finish_all()
+    assert client.engine.stats.finished == 3
+
+
+def test_a_cancelled_request_leaves_its_slot_and_the_others_alone(lm):
+    client = Client(lm)
+    requests = [text_request(p, ignore_eos=True) for p in PROMPTS[:6]]
+    client.engine.submit(*requests)
+    client.engine.step()
+    client.engine.cancel(requests[0])  # runs
+    client.engine.cancel(requests[3])  # its prompt is being run
+    client.engine.cancel(requests[5])  # waits
+    n_events = [len(client.events[r]) for r in requests]
+    client.finish_all()
+    assert client.engine.stats.cancelled == 3 and client.engine.stats.finished == 3
+    for i, request in enumerate(requests):
+        if i in (0, 3, 5):
+            assert len(client.events[request]) == n_events[i]
+        else:
+            assert client.text(request) == Client(lm).run(dataclasses.replace(request, new_tokens=0))[0]
+
+
+def test_stop_strings_end_an_answer_and_are_not_part_of_it(lm):
+    text, _ = alone(lm, PROMPTS[3], GREEDY)
+    stop = next(c for c in text[1:] if c.isascii())
+    sampling = dataclasses.replace(GREEDY, stop=(stop,))
+    client, request = Client(lm), text_request(PROMPTS[3], sampling)
+    assert client.run(request) == [text[: text.index(stop)]]
+    assert client.finish(request) == "stop"
+    whole = text_request(PROMPTS[3], ignore_eos=True)
+    client.run(whole)
+    assert client.finish(whole) == "length" and whole.new_tokens == 12
+
+
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(lm, monkeypatch):
+    client = Client(lm)
+    with monkeypatch.context() as patch:
+        patch.setattr(client.engine, "_decode", lambda: 1 / 0)
+        client.engine.start()
+        failed = text_request(PROMPTS[0])
+        client.engine.submit(failed)
+        wait_for(lambda: client.finish(failed))
+    assert client.finish(failed) == "error" and "failed" in client.events[failed][-1].error
+    request = text_request(PROMPTS[0])
+    client.engine.submit(request)
+    wait_for(lambda: client.finish(request))
+    assert client.text(request) == alone(lm, PROMPTS[0], GREEDY)[0]
+    client.engine.stop()
+    with pytest.raises(Stopping):
+        client.engine.submit(request)
+
+
+def test_what_is_unfinished_at_a_stop_gets_an_error(lm):
+    client = Client(lm, dataclasses.replace(CONFIG, slots=1))
+    requests = [text_request(PROMPTS[0]), text_request(PROMPTS[1])]
+    client.engine.submit(*requests)
+    client.engine.step()
+    client.engine.stop()
+    assert [client.finish(r) for r in requests] == ["error", "error"]
+
+
+def test_graphs_get_few_batch_sizes(lm, monkeypatch):
+    engine = Client(lm, dataclasses.replace(CONFIG, slots=12)).engine
+    assert [engine._batch_rows(n) for n in (1, 3, 11)] == [1, 3, 11]
+    monkeypatch.setattr("vlmamba.serve.engine.has_graphs", lambda device: True)
+    assert [engine._batch_rows(n) for n in (1, 2, 3, 5, 8, 9, 12)] == [1, 2, 4, 8, 8, 12, 12]
+    client = Client(lm)
+    requests = [text_request(p) for p in PROMPTS[:7]]
+    texts = client.run(*requests)  # with rows of no sequence
+    assert texts == [alone(lm, p, GREEDY)[0] for p in PROMPTS[:7]]
