@@ -186,7 +186,7 @@ def test_stop_strings_end_an_answer_and_are_not_part_of_it(lm):
     assert client.finish(whole) == "length" and whole.new_tokens == 12
 
 
-def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(lm, monkeypatch):
+def test_a_failed_step_ends_its_requests_and_no_later_ones(lm, monkeypatch):
     client = Client(lm)
     with monkeypatch.context() as patch:
         patch.setattr(client.engine, "_decode", lambda: 1 / 0)
@@ -204,7 +204,7 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(lm, monkeypatch)
         client.engine.submit(request)
 
 
-def test_what_is_unfinished_at_a_stop_gets_an_error(lm):
+def test_an_unfinished_request_gets_an_error_at_a_stop(lm):
     client = Client(lm, dataclasses.replace(CONFIG, slots=1))
     requests = [text_request(PROMPTS[0]), text_request(PROMPTS[1])]
     client.engine.submit(*requests)
