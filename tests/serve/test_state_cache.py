@@ -62,7 +62,7 @@ def test_tokens_after_an_answer_go_on_from_its_state(lm):
     assert after.cached_tokens == len(seen)
 
 
-def test_a_conversation_goes_on_from_its_past(vlm):
+def test_a_conversation_continues_from_its_past(vlm):
     client, known = Client(vlm), 0
     turns = [Turn("user", "what color is the shape?")]
     for _ in range(3):
