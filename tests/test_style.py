@@ -19,8 +19,8 @@ import vlmamba.connectors
 import vlmamba.model
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = ("ssm_kernels", "connectors", "model", "serve", "train")
-PACKAGES = (*LIBRARY, "vlmamba", "benchmarks")
+LIBRARY = ("ssm_kernels", "connectors", "model", "train")
+PACKAGES = (*LIBRARY, "serve", "vlmamba", "benchmarks")
 FILES = [path for package in (*PACKAGES, "tests") for path in sorted((ROOT / package).rglob("*.py"))]
 BANNED = ("What", "Of", "Where", "How", "As")
 """A docstring starts with a verb or with the noun that names the thing."""
