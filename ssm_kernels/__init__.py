@@ -1,6 +1,7 @@
 """State-space model kernels: selective scan (Mamba-1), SSD (Mamba-2), Mamba-3 and what surrounds them."""
 
 from ._core.dispatch import Backend, resolve_backend, use_backend
+from ._core.slots import StateSlots
 from ._core.validation import NonFiniteError, has_readable_values
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .context_parallel import SequenceSharding, context_parallel
@@ -32,6 +33,7 @@ __all__ = [
     "SSDOutput",
     "SelectiveScanOutput",
     "SequenceSharding",
+    "StateSlots",
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_step",

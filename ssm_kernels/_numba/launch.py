@@ -36,7 +36,7 @@ class _Memory:
         }
 
 
-TYPES = {torch.float32: "=f4", torch.float64: "=f8", torch.bfloat16: "=u2"}
+TYPES = {torch.float32: "=f4", torch.float64: "=f8", torch.bfloat16: "=u2", torch.int64: "=i8"}
 """NumPy's types of the memory that kernels take. It has no bfloat16: `load_as` reads its bits."""
 
 
@@ -62,6 +62,22 @@ def _nothing(dtype: torch.dtype, n_dims: int) -> np.ndarray:
 def as_row(x: Tensor | None) -> Tensor | None:
     """(D,) -> (1, 1, D)"""
     return None if x is None else x[None, None]
+
+
+def plan_arrays(
+    sources: Tensor | None, destinations: Tensor | None, bounds: Tensor | None, batch: int, tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the fields of a `StepPlan`; without one, those of a state for each of `batch` rows of `tokens` tokens."""
+    if sources is None or destinations is None or bounds is None:
+        return _plan_in_order(batch, tokens)
+    return memory_of(sources), memory_of(destinations), memory_of(bounds)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_in_order(batch: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    sources, destinations = np.arange(batch), np.full((batch, tokens), -1)
+    destinations[:, -1:] = sources[:, None]
+    return sources, destinations.reshape(-1), np.arange(batch + 1) * tokens
 
 
 def as_directions(directions: Sequence[int], groups: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.sharding import shardable
+from .._core.slots import StateSlots, plan_step
 from .._core.validation import check_tensor
 from .._core.varlen import check_packing
 from . import numba, pytorch, reference, triton
@@ -88,25 +89,32 @@ def causal_conv1d_step(
     bias: Tensor | None = None,
     activation: Literal["silu"] | None = None,
     *,
+    slots: StateSlots | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Advance the convolution by one step, for decoding. No gradients.
+    """Advance the convolution by one token, or by a few, for decoding. No gradients.
 
     Args:
-        state: (B, K - 1, D) the last inputs, of any floating-point dtype; **updated in place**.
-        x: (B, D).
+        state: (B, K - 1, D) the last inputs, of any floating-point dtype; with `slots` a pool with the slots first.
+            **Updated in place**.
+        x: (B, D), or (B, T, D) for T tokens.
         weight, bias, activation: as in `causal_conv1d`.
+        slots: slots of `state` that each sequence reads and writes; row b reads and writes state b by default.
         backend: see `ssm_kernels.use_backend`.
 
     Returns:
-        y (B, D) in the dtype of `x`.
+        y of the shape and dtype of `x`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `causal_conv1d`.
     """
-    check_tensor("x", x, ("B", "D"))
+    is_single = isinstance(x, Tensor) and x.dim() == 2
+    check_tensor("x", x, ("B", "D") if is_single else ("B", "T", "D"))
     _check_weights(x, weight, bias, activation)
-    check_tensor("state", state, (x.shape[0], weight.shape[1] - 1, x.shape[1]), like=x)
+    batch, tokens = (x.shape[0], 1) if is_single else x.shape[:2]
+    rows = batch if slots is None else "slots"
+    check_tensor("state", state, (rows, weight.shape[1] - 1, x.shape[-1]), like=x)
+    plan = plan_step(slots, state, batch, tokens)
     chosen = resolve_backend(backend, x.device, "causal_conv1d")
     step = {
         "triton": triton.causal_conv1d_step,
@@ -115,7 +123,8 @@ def causal_conv1d_step(
         "reference": reference.causal_conv1d_step,
     }[chosen]
     with torch.no_grad():
-        return step(state, x, weight, bias, activation == "silu")
+        y = step(state, x if is_single else x.flatten(0, 1), weight, bias, activation == "silu", plan)  # (M, D)
+    return y if is_single else y.unflatten(0, (batch, tokens))
 
 
 def _check_weights(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .._core.invariant import silu as invariant_silu
 from .._core.invariant import silu_backward
 from .._core.library import Gradient, define_op
+from .._core.slots import StepPlan, step_by_slots
 from .._core.stream_cache import cached_per_stream
 from .._core.transforms import Fold, backward_formula, transformable
 from .._core.varlen import parse_sequences
@@ -37,8 +38,16 @@ def causal_conv1d(
     return y.to(x.dtype), final_states.to(x.dtype)
 
 
-def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """Advance by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
+def causal_conv1d_step(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, plan: StepPlan | None
+) -> Tensor:
+    """Advance by one step: state (B, K - 1, D), updated in place; x (M, D) -> y (M, D)."""
+    if plan is not None:
+
+        def step(h: Tensor, x: Tensor) -> Tensor:
+            return causal_conv1d_step(h, x, weight, bias, silu, None)
+
+        return step_by_slots(step, state, plan, torch.zeros_like(x), (x,))
     dtype = torch.promote_types(x.dtype, torch.float32)
     window = torch.cat([state, x.unsqueeze(1).to(state.dtype)], dim=1)  # (B, K, D)
     y = (window.to(dtype) * weight.to(dtype).T).sum(1)  # (B, D)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core.slots import StepPlan
 from .._core.varlen import parse_sequences
 
 
@@ -54,18 +55,30 @@ def causal_conv1d(
     return y.to(x.dtype), final.to(x.dtype)
 
 
-def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def causal_conv1d_step(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, plan: StepPlan | None
+) -> Tensor:
     """Advance the convolution by one step.
 
     Args:
-        state: (B, K - 1, D) the last inputs, in order of time; updated in place.
-        x: (B, D), rounded to the dtype of the state.
+        state: (B, K - 1, D) the last inputs, in order of time, or a pool of them; updated in place.
+        x: (M, D), rounded to the dtype of the state.
         weight, bias, silu: as in `causal_conv1d`.
+        plan: slots of the tokens; None for one token of every state.
 
     Returns:
-        y (B, D) in the dtype of x.
+        y (M, D) in the dtype of x.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if plan is not None:
+        before, y = state.clone(), torch.zeros_like(x)
+        for s, source in enumerate(plan.sources.tolist()):
+            h = before[source, None].clone()  # (1, K - 1, D)
+            for m in range(*plan.bounds[s : s + 2].tolist()) if source >= 0 else ():
+                y[m] = causal_conv1d_step(h, x[m, None], weight, bias, silu, None)[0]
+                if plan.destinations[m] >= 0:
+                    state[plan.destinations[m]] = h[0]
+        return y
     window = torch.cat([state, x[:, None].to(state.dtype)], dim=1)  # (B, K, D)
     state.copy_(window[:, 1:])
     return _convolve(window.to(dtype), weight.to(dtype), bias, silu).to(x.dtype)

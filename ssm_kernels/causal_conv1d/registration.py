@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._core.library import Gradient, define_op, lazy_function
 from .._core.memory_layout import empty_like
+from .._core.slots import PLAN_SCHEMA, StepPlan, plan_tensors
 from .._core.transforms import Fold, backward_formula, refuse_forward_mode, transformable
 from . import differentiable
 
@@ -50,9 +51,9 @@ class ConvKernels:
             self.forward_op, Fold(_FOLDED, ("x", "initial_states"), ("directions",)), gradient
         )
         self.step_op = define_op(
-            f"{name}_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+            f"{name}_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu, {PLAN_SCHEMA}) -> Tensor",
             lazy_function(f"{package}.step", "step"),
-            lambda state, x, weight, bias, silu: x.new_empty(x.shape),
+            lambda state, x, *rest: x.new_empty(x.shape),
         )
 
     def causal_conv1d(
@@ -87,10 +88,12 @@ class ConvKernels:
         """
         return self._forward(x, weight, _contiguous(bias), silu, None, None, None, list(directions), height)[0]
 
-    def causal_conv1d_step(self, state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-        """Advance by one step: state (B, K - 1, D), updated in place; x (B, D) -> y (B, D)."""
+    def causal_conv1d_step(
+        self, state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, plan: StepPlan | None
+    ) -> Tensor:
+        """Advance by one step: state (B, K - 1, D), updated in place; x (M, D) -> y (M, D)."""
         refuse_forward_mode("causal_conv1d_step")
-        return self.step_op(state, x, weight, _contiguous(bias), silu)
+        return self.step_op(state, x, weight, _contiguous(bias), silu, *plan_tensors(plan))
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.sharding import shardable
+from .._core.slots import StateSlots, plan_step
 from .._core.validation import check_divides, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
 from . import numba, pytorch, reference, triton
@@ -101,39 +102,50 @@ def selective_scan_step(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     *,
+    slots: StateSlots | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Advance the scan by one step, for decoding. It has no gradients.
+    """Advance the scan by one token, or by a few, for decoding. It has no gradients.
 
     Args:
-        state: (B, D, N), float32 or float64; **updated in place**.
-        u, dt, z: (B, D).
-        B, C: (B, G, N), or (D, N) where constant in time: as in `selective_scan`, the number of dimensions tells, so
-            that one group is (B, 1, N).
+        state: (B, D, N), float32 or float64; with `slots` a pool with the slots first. **Updated in place**.
+        u, dt, z: (B, D), or (B, T, D) for T tokens.
+        B, C: (B, G, N), or (B, T, G, N); or (D, N) where constant in time: as in `selective_scan`, the number of
+            dimensions tells, so that one group is (B, 1, N).
         A, D, dt_bias, dt_softplus: as in `selective_scan`.
+        slots: slots of `state` that each sequence reads and writes; row b reads and writes state b by default.
         backend: see `ssm_kernels.use_backend`.
 
-    The step has no host-device synchronization, so that it can be captured in a CUDA graph.
+    The step has no host-device synchronization, so that it can be captured in a CUDA graph; on the torch backend this
+    holds without `slots` and for one token.
 
     Returns:
-        y (B, D) in the dtype of `u`.
+        y of the shape and dtype of `u`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `selective_scan`.
     """
-    check_tensor("u", u, ("B", "D"))
-    batch, dim = u.shape
+    is_single = isinstance(u, Tensor) and u.dim() == 2
+    check_tensor("u", u, ("B", "D") if is_single else ("B", "T", "D"))
+    dim, at = u.shape[-1], tuple(u.shape[:-1])  # (B,) or (B, T)
     check_tensor("A", A, (dim, "N"), like=u)
-    check_tensor("state", state, (batch, dim, A.shape[1]), like=u, dtypes=(torch.float32, torch.float64))
-    check_tensor("dt", dt, (batch, dim), like=u)
+    rows = at[0] if slots is None else "slots"
+    check_tensor("state", state, (rows, dim, A.shape[1]), like=u, dtypes=(torch.float32, torch.float64))
+    check_tensor("dt", dt, (*at, dim), like=u)
     for name, m in (("B", B), ("C", C)):
         is_constant = isinstance(m, Tensor) and m.dim() == 2
-        check_tensor(name, m, A.shape if is_constant else (batch, "G", A.shape[1]), like=u)
+        check_tensor(name, m, A.shape if is_constant else (*at, "G", A.shape[1]), like=u)
     if z is not None:
-        check_tensor("z", z, (batch, dim), like=u)
-    B_1, C_1 = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
-    z_1 = None if z is None else z.unsqueeze(1)  # (B, 1, D)
-    _check(u.unsqueeze(1), dt.unsqueeze(1), A, B_1, C_1, D, z_1, dt_bias, state)
+        check_tensor("z", z, (*at, dim), like=u)
+    if is_single:
+        u, dt = u.unsqueeze(1), dt.unsqueeze(1)  # (B, 1, D)
+        B, C = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
+        z = None if z is None else z.unsqueeze(1)  # (B, 1, D)
+    plan = plan_step(slots, state, u.shape[0], u.shape[1])
+    _check(u, dt if plan is None else plan.blank(dt), A, B, C, D, z, dt_bias, None)
+    u_m, dt_m = u.flatten(0, 1), dt.flatten(0, 1)  # (M, D)
+    B, C = (m if m.dim() == 2 else m.flatten(0, 1) for m in (B, C))  # (D, N) or (M, G, N)
+    z = None if z is None else z.flatten(0, 1)
     chosen = resolve_backend(backend, u.device, "selective_scan")
     step = {
         "triton": triton.selective_scan_step,
@@ -142,7 +154,8 @@ def selective_scan_step(
         "reference": reference.selective_scan_step,
     }[chosen]
     with torch.no_grad():
-        return step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        y = step(state, u_m, dt_m, A, B, C, D, z, dt_bias, dt_softplus, plan)  # (M, D)
+    return y if is_single else y.unflatten(0, at)
 
 
 def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_idx=None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
 from .._core.library import Gradient, autocast_off, define_op, unknown_size
+from .._core.slots import StepPlan, step_by_slots
 from .._core.transforms import Fold, backward_formula, transformable
 from .._core.varlen import Blocks, Sequences, batch_by_length, max_blocks, parse_sequences, without_padding
 from . import differentiable
@@ -69,8 +70,16 @@ def selective_scan_step(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    plan: StepPlan | None,
 ) -> Tensor:
-    """Advance `state` (B, D, N) in place; u, dt, z (B, D); B, C (B, G, N) or (D, N) -> y (B, D). No gradients."""
+    """Advance `state` (B, D, N) in place; u, dt, z (M, D); B, C (M, G, N) or (D, N) -> y (M, D). No gradients."""
+    if plan is not None:
+        B, C = (m.expand(len(u), *m.shape) if m.dim() == 2 else m for m in (B, C))  # (M, G, N)
+
+        def step(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
+            return selective_scan_step(h, u, dt, A, B, C, D, z, dt_bias, dt_softplus, None)
+
+        return step_by_slots(step, state, plan, torch.zeros_like(u), (u, dt, B, C, z))
     dtype = state.dtype
     with autocast_off(u.device):
         dt = step_size(dt, dt_bias, dt_softplus, dtype)

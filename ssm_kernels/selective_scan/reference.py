@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core.slots import StepPlan
 from .._core.varlen import parse_sequences, without_padding
 
 
@@ -74,20 +75,35 @@ def selective_scan_step(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    plan: StepPlan | None,
 ) -> Tensor:
     """Advance the scan by one step.
 
     Args:
-        state: (B, D, N) in float32 or float64, updated in place; the step is computed in its dtype.
-        u, dt, z: (B, D).
-        B, C: (B, G, N), each with its own G, or (D, N) where constant in time.
+        state: (B, D, N) in float32 or float64, or a pool of them, updated in place; the step is computed in its dtype.
+        u, dt, z: (M, D).
+        B, C: (M, G, N), each with its own G, or (D, N) where constant in time.
         A, D, dt_bias, dt_softplus: as in `selective_scan`.
+        plan: slots of the tokens; None for one token of every state.
 
     Returns:
-        y (B, D) in the dtype of u.
+        y (M, D) in the dtype of u.
     """
     batch, dim = u.shape
     dtype = state.dtype
+    if plan is not None:
+        before, y = state.clone(), torch.zeros_like(u)
+        for s, source in enumerate(plan.sources.tolist()):
+            h = before[source, None].clone()  # (1, D, N)
+            for m in range(*plan.bounds[s : s + 2].tolist()) if source >= 0 else ():
+                B_m, C_m = (x if x.dim() == 2 else x[m, None] for x in (B, C))
+                z_m = None if z is None else z[m, None]
+                y[m] = selective_scan_step(h, u[m, None], dt[m, None], A, B_m, C_m, D, z_m, dt_bias, dt_softplus, None)[
+                    0
+                ]
+                if plan.destinations[m] >= 0:
+                    state[plan.destinations[m]] = h[0]
+        return y
     dt = _step_size(dt, dt_bias, dt_softplus, dtype)  # (B, D)
     B, C = (_per_channel(m.to(dtype), batch, dim) for m in (B, C))  # (B, D, N)
     h, y = _advance(state, u.to(dtype), dt, A.to(dtype), B, C)

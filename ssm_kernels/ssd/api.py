@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.sharding import shardable
+from .._core.slots import StateSlots
 from .._core.validation import check_divides, check_integer, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
 from . import numba, pytorch, reference, triton
@@ -111,16 +112,18 @@ def ssd_step(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     *,
+    slots: StateSlots | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Advance the scan by one token, or by a few, for decoding. No gradients.
 
     Args:
-        state: (B, H, P, N), float32 or float64; **updated in place**.
+        state: (B, H, P, N), float32 or float64; with `slots` a pool with the slots first. **Updated in place**.
         x, z: (B, H, P), or (B, T, H, P) for T tokens.
         dt: (B, H), or (B, T, H).
         B, C: (B, G, N), or (B, T, G, N).
         A, D, dt_bias, dt_softplus, dt_limit: as in `ssd`.
+        slots: slots of `state` that each sequence reads and writes; row b reads and writes state b by default.
         backend: see `ssm_kernels.use_backend`.
 
     Returns:
@@ -135,9 +138,10 @@ def ssd_step(
         z = None if z is None else z.unsqueeze(1)
     check_tensor("x", x, ("B", "T", "H", "P"))
     check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
-    shape = (x.shape[0], *x.shape[2:], B.shape[3])
+    shape = (x.shape[0] if slots is None else "slots", *x.shape[2:], B.shape[3])
     check_tensor("state", state, shape, like=x, dtypes=(torch.float32, torch.float64))
-    _check(x, dt, A, B, C, D, z, dt_bias, state)
+    plan = None if slots is None else slots.plan(len(state), x.shape[0], x.shape[1])
+    _check(x, dt if plan is None else plan.blank(dt), A, B, C, D, z, dt_bias, None)
     dt_limit = check_dt_limit(dt_limit)
     chosen = resolve_backend(backend, x.device, "ssd")
     step = {
@@ -147,7 +151,7 @@ def ssd_step(
         "reference": reference.ssd_step,
     }[chosen]
     with torch.no_grad():
-        y = step(state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, dt_limit)
+        y = step(state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, dt_limit, plan)
     return y.squeeze(1) if is_single else y
 
 

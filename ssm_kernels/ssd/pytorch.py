@@ -24,6 +24,7 @@ from torch import Tensor
 from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
 from .._core.library import Gradient, autocast_off, define_op, unknown_size
+from .._core.slots import StepPlan, step_by_slots
 from .._core.transforms import Fold, backward_formula, transformable
 from .._core.varlen import Blocks, batch_by_length, max_blocks, parse_sequences, without_padding
 from . import differentiable
@@ -90,8 +91,16 @@ def ssd_step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
+    plan: StepPlan | None,
 ) -> Tensor:
     """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
+    if plan is not None:
+
+        def step(h: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
+            return ssd_step(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, None)[:, 0]
+
+        inputs = [None if t is None else t.flatten(0, 1).unsqueeze(1) for t in (x, dt, B, C, z)]  # (M, 1, ...)
+        return step_by_slots(step, state, plan, torch.zeros_like(x).flatten(0, 1), inputs).view(x.shape)
     compute_dtype = state.dtype
     tokens, heads = x.shape[1:3]
     with autocast_off(x.device):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core.slots import StepPlan
 from .._core.varlen import parse_sequences, without_padding
 
 
@@ -81,19 +82,35 @@ def ssd_step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
+    plan: StepPlan | None,
 ) -> Tensor:
     """Advance the scan by T tokens, one after the other.
 
     Args:
-        state: (B, H, P, N) in float32 or float64, updated in place; the tokens are computed in its dtype.
+        state: (B, H, P, N) in float32 or float64, or a pool of them, updated in place; the tokens are computed in its
+            dtype.
         x, z: (B, T, H, P).
         dt: (B, T, H).
         B, C: (B, T, G, N).
         A, D, dt_bias, dt_softplus, dt_limit: as in `ssd`.
+        plan: slots of the tokens; None where every state has T of them.
 
     Returns:
         y (B, T, H, P) in the dtype of x.
     """
+    if plan is not None:
+        x_m, dt_m, B_m, C_m = (t.flatten(0, 1)[:, None] for t in (x, dt, B, C))  # (M, 1, ...)
+        z_m = None if z is None else z.flatten(0, 1)[:, None]
+        before, y = state.clone(), torch.zeros_like(x.flatten(0, 1))  # (M, H, P)
+        for s, source in enumerate(plan.sources.tolist()):
+            S = before[source, None].clone()  # (1, H, P, N)
+            for m in range(*plan.bounds[s : s + 2].tolist()) if source >= 0 else ():
+                inputs = (x_m[m, None], dt_m[m, None], A, B_m[m, None], C_m[m, None], D)
+                gate = None if z_m is None else z_m[m, None]
+                y[m] = ssd_step(S, *inputs, gate, dt_bias, dt_softplus, dt_limit, None)[0, 0]
+                if plan.destinations[m] >= 0:
+                    state[plan.destinations[m]] = S[0]
+        return y.view(x.shape)
     tokens, heads = x.shape[1:3]
     dtype = state.dtype
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)  # (B, T, H)

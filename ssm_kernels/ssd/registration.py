@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._core.library import define_op, lazy_function
+from .._core.slots import PLAN_SCHEMA, StepPlan, plan_tensors
 from .._core.transforms import refuse_forward_mode
 from . import differentiable
 from .arguments import TENSORS, ScanArguments, ScanGradients
@@ -24,7 +25,7 @@ class StepKernel:
     def __init__(self, name: str, package: str):
         self.op: Callable = define_op(
             f"{name}(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
-            " Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max) -> Tensor",
+            f" Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max, {PLAN_SCHEMA}) -> Tensor",
             lazy_function(f"{package}.step", "step"),
             _step_fake,
         )
@@ -42,10 +43,11 @@ class StepKernel:
         dt_bias: Tensor | None,
         dt_softplus: bool,
         dt_limit: tuple[float, float],
+        plan: StepPlan | None,
     ) -> Tensor:
         """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
         refuse_forward_mode("ssd_step")
-        return self.op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit)
+        return self.op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit, *plan_tensors(plan))
 
 
 def _step_fake(state, x, *rest):

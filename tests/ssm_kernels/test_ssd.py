@@ -244,6 +244,9 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory):
         True,
         0.0,
         float("inf"),
+        None,
+        None,
+        None,
     )
 
 

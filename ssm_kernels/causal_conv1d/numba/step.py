@@ -1,4 +1,4 @@
-"""One step of the compiled convolution, for decoding."""
+"""Steps of the compiled convolution, for decoding."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from torch import Tensor
 from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
 from ..._numba.lanes import aligned_empty, fill, lane_count, load, locate_tile, read_rows, store, write_rows
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of, plan_arrays
 from ..._numba.threads import run_tiles
 from .tiles import convolve_rows
 
 
-def step(state, x, weight, bias, silu) -> Tensor:
-    """Return y (B, D) in the dtype of x. `state` (B, K - 1, D) is updated in place."""
-    batch, dim = x.shape
+def step(state, x, weight, bias, silu, sources, destinations, bounds) -> Tensor:
+    """Return y (M, D) in the dtype of x. `state` (B, K - 1, D), or a pool of slots, is updated in place."""
+    tokens, dim = x.shape
     compute = torch.promote_types(x.dtype, torch.float32)
-    y = x.new_empty(1, batch, dim, dtype=compute)  # (1, B, D)
+    y = x.new_zeros(1, tokens, dim, dtype=compute)  # (1, M, D), zero where no sequence has the token
+    plan = plan_arrays(sources, destinations, bounds, tokens, 1)
     new_state = state.to(compute)  # the state itself where it has this dtype
     # The state takes x in its own dtype, and the sum reads it from there.
     inputs = (as_array(m, compute, 3) for m in (new_state, x.to(state.dtype)[None], weight.T[None], as_row(bias)))
-    args = (*inputs, memory_of(y), silu)
-    run_tiles(lambda first, end: step_tiles(*args, first, end), batch * count_tiles(dim), x.numel())
+    args = (*inputs, memory_of(y), *plan, silu)
+    run_tiles(lambda first, end: step_tiles(*args, first, end), len(plan[0]) * count_tiles(dim), x.numel())
     if new_state is not state:
         state.copy_(new_state)
     return y[0].to(x.dtype)
 
 
 @Kernel
-def step_tiles(state, x, weight, bias, y, silu, first, end):
+def step_tiles(state, x, weight, bias, y, sources, destinations, bounds, silu, first, end):
     """Advance the tiles from `first` to `end` - 1: a sequence and BLOCK channels each.
 
-    state (B, K - 1, D); x, y (1, B, D); weight (1, K, D); bias (1, 1, D).
+    state (slots, K - 1, D); x, y (1, M, D); weight (1, K, D); bias (1, 1, D); sources (S,); destinations (M,);
+    bounds (S + 1,).
     """
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
     n_taps, dim = weight.shape[1:]
@@ -42,16 +44,22 @@ def step_tiles(state, x, weight, bias, y, silu, first, end):
     fill(b_tile, 0.0)
     for tile in range(first, end):
         row, _, channel, width = locate_tile(tile, dim, one)
+        if sources[row] < 0:
+            continue
         read_rows(weight, zero, zero, n_taps, channel, width, w_tile)
         if bias.size:
             read_rows(bias, zero, zero, one, channel, width, b_tile)
         # Rows of `x_tile` are the window (x_{t - K + 1}, ..., x_t); all but the first are the next state.
-        read_rows(state, row, zero, n_taps - 1, channel, width, x_tile)
-        read_rows(x, zero, row, one, channel, width, x_tile[(n_taps - 1) * BLOCK :])
-        convolve_rows(x_tile, w_tile, b_tile, n_taps, one, width, y_tile)
-        if silu:
-            for i in range(0, width, lane_count(x)):
-                value = load(y_tile, i)
-                store(y_tile, i, value * sigmoid(value))
-        write_rows(x_tile[BLOCK:], state, row, zero, n_taps - 1, channel, width)
-        write_rows(y_tile, y, zero, row, one, channel, width)
+        read_rows(state, sources[row], zero, n_taps - 1, channel, width, x_tile)
+        for token in range(bounds[row], bounds[row + 1]):
+            if token > bounds[row]:
+                x_tile[: (n_taps - 1) * BLOCK] = x_tile[BLOCK:]
+            read_rows(x, zero, token, one, channel, width, x_tile[(n_taps - 1) * BLOCK :])
+            convolve_rows(x_tile, w_tile, b_tile, n_taps, one, width, y_tile)
+            if silu:
+                for i in range(0, width, lane_count(x)):
+                    value = load(y_tile, i)
+                    store(y_tile, i, value * sigmoid(value))
+            if destinations[token] >= 0:
+                write_rows(x_tile[BLOCK:], state, destinations[token], zero, n_taps - 1, channel, width)
+            write_rows(y_tile, y, zero, token, one, channel, width)

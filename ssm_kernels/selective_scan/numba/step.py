@@ -1,4 +1,4 @@
-"""One step of the compiled selective scan, for decoding."""
+"""Steps of the compiled selective scan, for decoding."""
 
 from __future__ import annotations
 
@@ -24,29 +24,37 @@ from ..._numba.lanes import (
     write_lanes,
     write_rows,
 )
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of
+from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of, plan_arrays
 from ..._numba.threads import run_tiles
 from .tiles import prepare_steps
 
 
-def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Tensor:
-    """state (B, D, N), updated in place; u, dt, z (B, D); B, C (B, G, N) or (D, N) -> y (B, D) in the dtype of u."""
-    (batch, dim), compute = u.shape, state.dtype
-    y = u.new_empty(1, batch, dim, dtype=compute)  # (1, B, D)
+def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, sources, destinations, bounds) -> Tensor:
+    """Return y (M, D) in the dtype of u. `state` (B, D, N), or a pool of slots, is updated in place.
+
+    u, dt and z are (M, D); B and C (M, G, N) or (D, N).
+    """
+    (tokens, dim), compute = u.shape, state.dtype
+    y = u.new_zeros(1, tokens, dim, dtype=compute)  # (1, M, D), zero where no sequence has the token
+    plan = plan_arrays(sources, destinations, bounds, tokens, 1)
     inputs = [as_array(x, compute, 3) for x in (state, u[None], dt[None], A[None])]
-    # (B, G, N), or a group for each channel that all sequences share
-    inputs += [as_array(m.expand(batch, *m.shape) if m.dim() == 2 else m, compute, 3) for m in (B, C)]
+    # (M, G, N), or a group for each channel that all tokens share
+    inputs += [as_array(m.expand(tokens, *m.shape) if m.dim() == 2 else m, compute, 3) for m in (B, C)]
     inputs += [as_array(x, compute, 3) for x in (as_row(D), None if z is None else z[None], as_row(dt_bias))]
-    args = (*inputs, memory_of(y), dt_softplus)
-    run_tiles(lambda first, end: step_tiles(*args, first, end), batch * count_tiles(dim, 1), u.numel() * A.shape[1])
+    args = (*inputs, memory_of(y), *plan, dt_softplus)
+    n_tiles = len(plan[0]) * count_tiles(dim, 1)
+    run_tiles(lambda first, end: step_tiles(*args, first, end), n_tiles, u.numel() * A.shape[1])
     return y[0].to(u.dtype)
 
 
 @Kernel
-def step_tiles(state, u, dt, A, B, C, D, z, dt_bias, y, dt_softplus, first, end):
+def step_tiles(
+    state, u, dt, A, B, C, D, z, dt_bias, y, sources, destinations, bounds, dt_softplus, first, end
+):  # fmt: skip
     """Advance the states of the tiles from `first` to `end` - 1: a sequence and BLOCK channels each.
 
-    state (B, D, N); u, dt, z, y (1, B, D); A (1, D, N); B, C (B, G, N); D, dt_bias (1, 1, D). Lanes hold states.
+    state (slots, D, N); u, dt, z, y (1, M, D); A (1, D, N); B, C (M, G, N); D, dt_bias (1, 1, D); sources (S,);
+    destinations (M,); bounds (S + 1,). Lanes hold states.
     """
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
     dim, n = A.shape[1:]
@@ -55,34 +63,44 @@ def step_tiles(state, u, dt, A, B, C, D, z, dt_bias, y, dt_softplus, first, end)
     y_tile, z_tile, bias = aligned_empty(u, row_size), aligned_empty(u, row_size), aligned_empty(u, row_size)
     scratch = aligned_empty(u, one * lane_count(u))
     fill(bias, 0.0)
+    n_padded = -(-n // lane_count(u)) * lane_count(u)
+    h_tile = aligned_empty(u, row_size * n_padded)  # (BLOCK, padded N): the state between tokens
 
     for tile in range(first, end):
         row, _, channel, width = locate_tile(tile, dim, one)
-        read_rows(u, zero, row, one, channel, width, u_tile)
-        read_rows(dt, zero, row, one, channel, width, dt_tile)
+        if sources[row] < 0:
+            continue
         if dt_bias.size:
             read_rows(dt_bias, zero, zero, one, channel, width, bias)
-        prepare_steps(one, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
-        for i in range(width):
-            B_group, C_group = (channel + i) // (dim // B.shape[1]), (channel + i) // (dim // C.shape[1])
-            step_size, dt_u = element(dt_tile, i) * LOG2_E, element(input_tile, i)
-            result = splat(u, 0.0)
-            for j in range(0, n, lane_count(u)):
-                a, b = read_lanes(A, zero, channel + i, j, scratch), read_lanes(B, row, B_group, j, scratch)
-                h, c = read_lanes(state, row, channel + i, j, scratch), read_lanes(C, row, C_group, j, scratch)
-                # h = exp(dt A) h + dt B u, y = C h (equation 2)
-                h = fma(exp2(a * step_size), h, b * dt_u)
-                result = fma(c, h, result)
-                write_lanes(h, state, row, channel + i, j, scratch)
-            set_element(y_tile, i, total(result))
-        if D.size:
-            # `dt_tile` is free: it holds D from here on.
-            read_rows(D, zero, zero, one, channel, width, dt_tile)
-            for i in range(0, width, lane_count(u)):
-                store(y_tile, i, fma(load(dt_tile, i), load(u_tile, i), load(y_tile, i)))
-        if z.size:
-            read_rows(z, zero, row, one, channel, width, z_tile)
-            for i in range(0, width, lane_count(u)):
-                gate = load(z_tile, i)
-                store(y_tile, i, load(y_tile, i) * (gate * sigmoid(gate)))
-        write_rows(y_tile, y, zero, row, one, channel, width)
+        for token in range(bounds[row], bounds[row + 1]):
+            is_first, is_last, slot = token == bounds[row], token + 1 == bounds[row + 1], destinations[token]
+            read_rows(u, zero, token, one, channel, width, u_tile)
+            read_rows(dt, zero, token, one, channel, width, dt_tile)
+            prepare_steps(one, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
+            for i in range(width):
+                B_group, C_group = (channel + i) // (dim // B.shape[1]), (channel + i) // (dim // C.shape[1])
+                step_size, dt_u = element(dt_tile, i) * LOG2_E, element(input_tile, i)
+                result = splat(u, 0.0)
+                for j in range(0, n, lane_count(u)):
+                    a, b = read_lanes(A, zero, channel + i, j, scratch), read_lanes(B, token, B_group, j, scratch)
+                    c, at = read_lanes(C, token, C_group, j, scratch), i * n_padded + j
+                    h = read_lanes(state, sources[row], channel + i, j, scratch) if is_first else load(h_tile, at)
+                    # h = exp(dt A) h + dt B u, y = C h (equation 2)
+                    h = fma(exp2(a * step_size), h, b * dt_u)
+                    result = fma(c, h, result)
+                    if slot >= 0:
+                        write_lanes(h, state, slot, channel + i, j, scratch)
+                    if not is_last:
+                        store(h_tile, at, h)
+                set_element(y_tile, i, total(result))
+            if D.size:
+                # `dt_tile` is free: it holds D from here on.
+                read_rows(D, zero, zero, one, channel, width, dt_tile)
+                for i in range(0, width, lane_count(u)):
+                    store(y_tile, i, fma(load(dt_tile, i), load(u_tile, i), load(y_tile, i)))
+            if z.size:
+                read_rows(z, zero, token, one, channel, width, z_tile)
+                for i in range(0, width, lane_count(u)):
+                    gate = load(z_tile, i)
+                    store(y_tile, i, load(y_tile, i) * (gate * sigmoid(gate)))
+            write_rows(y_tile, y, zero, token, one, channel, width)

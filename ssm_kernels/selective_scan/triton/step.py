@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.device import FUSED_MULTIPLY_ADD, on_device, with_contiguous_last_dim
-from ..._triton.primitives import LOG2E, compute_type, silu, softplus
+from ..._triton.primitives import LOG2E, and_scalar, compute_type, silu, softplus
 from .tile import load_vector
 
 STATE_ELEMENTS = 512
@@ -29,12 +29,16 @@ def step(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    sources: Tensor | None,
+    destinations: Tensor | None,
+    bounds: Tensor | None,
 ) -> Tensor:
-    """Compute y (B, D) and update `state` (B, D, N). Body of `selective_scan_triton_step`."""
-    batch, dim = u.shape
+    """Compute y (M, D) and update `state` (B, D, N), or slots of it. Body of `selective_scan_triton_step`."""
+    has_plan, dim = sources is not None, u.shape[1]
+    batch = u.shape[0] if sources is None else len(sources)
     n = A.shape[1]
     B, C = with_contiguous_last_dim(B), with_contiguous_last_dim(C)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    y = (torch.zeros if has_plan else torch.empty)(u.shape, dtype=u.dtype, device=u.device)
     block_n = triton.next_power_of_2(n)
     block_d = max(1, STATE_ELEMENTS // block_n)
     if y.numel():
@@ -43,10 +47,10 @@ def step(
                 state, u, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), z,
                 None if dt_bias is None else dt_bias.contiguous(), y, dim, _channels_per_row(B, dim),
                 _channels_per_row(C, dim), state.stride(), u.stride(), dt.stride(), _row_strides(B), _row_strides(C),
-                None if z is None else z.stride(),
+                None if z is None else z.stride(), sources, destinations, bounds,
                 N=n, BLOCK_N=block_n, BLOCK_D=block_d, HAS_D=D is not None, HAS_Z=z is not None,
-                HAS_DT_BIAS=dt_bias is not None, DT_SOFTPLUS=dt_softplus, COMPUTE=compute_type(state.dtype),
-                num_warps=4,
+                HAS_DT_BIAS=dt_bias is not None, HAS_PLAN=has_plan, DT_SOFTPLUS=dt_softplus,
+                COMPUTE=compute_type(state.dtype), num_warps=4,
                 **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
     return y
@@ -64,20 +68,24 @@ def _row_strides(m: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def _step_kernel(
-    state_ptr,  # (B, D, N), updated
-    u_ptr, dt_ptr,  # (B, D)
+    state_ptr,  # (B, D, N), or slots of it; updated
+    u_ptr, dt_ptr,  # (M, D)
     A_ptr,  # (D, N)
-    B_ptr, C_ptr,  # (B, G, N) or (D, N)
+    B_ptr, C_ptr,  # (M, G, N) or (D, N)
     D_ptr,  # (D,)
-    z_ptr,  # (B, D)
+    z_ptr,  # (M, D)
     dt_bias_ptr,  # (D,)
-    y_ptr,  # (B, D), written
+    y_ptr,  # (M, D), written
     dim, B_channels, C_channels,
     state_strides, u_strides, dt_strides, B_strides, C_strides, z_strides,
+    sources_ptr,  # (S,) slot that a sequence starts from; -1 where it is skipped
+    destinations_ptr,  # (M,) slot that takes the state after a token; -1 where it is not kept
+    bounds_ptr,  # (S + 1,) first token of a sequence
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_DT_BIAS: tl.constexpr, DT_SOFTPLUS: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr, HAS_PLAN: tl.constexpr, DT_SOFTPLUS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Advance the state of BLOCK_D channels of one sequence by one step, in place, and write y.
+    """Advance the state of BLOCK_D channels of one sequence and write y: by one token, in place; or with HAS_PLAN by
+    the tokens of its bounds, from and to slots.
 
     Grid: batch x tiles of D. Tiles: inputs (BLOCK_D, 1); B, C and state (BLOCK_D, BLOCK_N). Channel d reads row
     d // B_channels of B and d // C_channels of C.
@@ -88,27 +96,58 @@ def _step_kernel(
     n = tl.arange(0, BLOCK_N)[None, :]
     mask = d < dim
     mask_state = mask & (n < N)
+    state_offsets = d * state_strides[1] + n * state_strides[2]
+    if not HAS_PLAN:
+        state_ptrs = state_ptr + batch * state_strides[0] + state_offsets
+        h = _advance(
+            tl.load(state_ptrs, mask_state, other=0.0), batch, d, n, mask, mask_state, u_ptr, dt_ptr, A_ptr, B_ptr,
+            C_ptr, D_ptr, z_ptr, dt_bias_ptr, y_ptr, dim, B_channels, C_channels, u_strides, dt_strides, B_strides,
+            C_strides, z_strides, N, HAS_D, HAS_Z, HAS_DT_BIAS, DT_SOFTPLUS, COMPUTE,
+        )  # fmt: skip
+        tl.store(state_ptrs, h, mask_state)
+    else:
+        source = tl.load(sources_ptr + batch)
+        first_token, end_token = tl.load(bounds_ptr + batch), tl.load(bounds_ptr + batch + 1)
+        end_token = tl.where(source < 0, first_token, end_token)  # a skipped sequence has no token
+        source_ptrs = state_ptr + source * state_strides[0] + state_offsets
+        h = tl.load(source_ptrs, and_scalar(mask_state, source >= 0), other=0.0)  # (D, N)
+        for token in range(first_token, end_token):
+            h = _advance(
+                h, tl.cast(token, tl.int64), d, n, mask, mask_state, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr,
+                dt_bias_ptr, y_ptr, dim, B_channels, C_channels, u_strides, dt_strides, B_strides, C_strides,
+                z_strides, N, HAS_D, HAS_Z, HAS_DT_BIAS, DT_SOFTPLUS, COMPUTE,
+            )  # fmt: skip
+            slot = tl.load(destinations_ptr + token)
+            tl.store(state_ptr + slot * state_strides[0] + state_offsets, h, and_scalar(mask_state, slot >= 0))
 
+
+@triton.jit
+def _advance(
+    h, token, d, n, mask, mask_state, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_ptr, y_ptr, dim,
+    B_channels, C_channels, u_strides, dt_strides, B_strides, C_strides, z_strides,
+    N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, DT_SOFTPLUS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Write y of one token, and return the state (BLOCK_D, BLOCK_N) after it."""
     # Load.
-    dt = load_vector(dt_ptr + batch * dt_strides[0] + d * dt_strides[1], mask, COMPUTE)  # (D, 1)
+    dt = load_vector(dt_ptr + token * dt_strides[0] + d * dt_strides[1], mask, COMPUTE)  # (D, 1)
     if HAS_DT_BIAS:
         dt += load_vector(dt_bias_ptr + d, mask, COMPUTE)
     if DT_SOFTPLUS:
         dt = softplus(dt)
-    u = load_vector(u_ptr + batch * u_strides[0] + d * u_strides[1], mask, COMPUTE)  # (D, 1)
+    u = load_vector(u_ptr + token * u_strides[0] + d * u_strides[1], mask, COMPUTE)  # (D, 1)
     a = load_vector(A_ptr + d * N + n, mask_state, COMPUTE)  # (D, N)
-    b = load_vector(B_ptr + batch * B_strides[0] + d // B_channels * B_strides[1] + n, mask_state, COMPUTE)
-    c = load_vector(C_ptr + batch * C_strides[0] + d // C_channels * C_strides[1] + n, mask_state, COMPUTE)
+    b = load_vector(B_ptr + token * B_strides[0] + d // B_channels * B_strides[1] + n, mask_state, COMPUTE)
+    c = load_vector(C_ptr + token * C_strides[0] + d // C_channels * C_strides[1] + n, mask_state, COMPUTE)
 
     # Equation 2a of arXiv 2312.00752: h_t = exp(dt A) h_{t-1} + dt B u_t.
-    state_ptrs = state_ptr + batch * state_strides[0] + d * state_strides[1] + n * state_strides[2]
-    h = tl.exp2(dt * (a * LOG2E)) * tl.load(state_ptrs, mask_state, other=0.0) + dt * u * b  # (D, N)
-    tl.store(state_ptrs, h, mask_state)
+    h = tl.exp2(dt * (a * LOG2E)) * h + dt * u * b  # (D, N)
 
     # Equation 2b: y_t = C h_t; then skip connection and gate.
     y = tl.sum(c * h, axis=1, keep_dims=True)  # (D, 1)
     if HAS_D:
         y += load_vector(D_ptr + d, mask, COMPUTE) * u
     if HAS_Z:
-        y *= silu(load_vector(z_ptr + batch * z_strides[0] + d * z_strides[1], mask, COMPUTE))
-    tl.store(y_ptr + batch * dim + d, y.to(y_ptr.dtype.element_ty), mask)
+        y *= silu(load_vector(z_ptr + token * z_strides[0] + d * z_strides[1], mask, COMPUTE))
+    tl.store(y_ptr + token * dim + d, y.to(y_ptr.dtype.element_ty), mask)
+    return h

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.device import FUSED_MULTIPLY_ADD, on_device, with_contiguous_last_dim
-from ..._triton.primitives import compute_type, silu
+from ..._triton.primitives import and_scalar, compute_type, silu
 from .chunk import dt_constants, load_dt
 
 STATE_ELEMENTS = 2048
@@ -31,14 +31,22 @@ def step(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    sources: Tensor | None,
+    destinations: Tensor | None,
+    bounds: Tensor | None,
 ) -> Tensor:
-    """Compute y (B, T, H, P) and update `state` (B, H, P, N). Body of `ssd_triton_step`."""
-    batch, tokens, heads, headdim = x.shape
+    """Compute y (B, T, H, P) and update `state` (B, H, P, N), or slots of it. Body of `ssd_triton_step`."""
+    shape, has_plan = x.shape, sources is not None
+    if has_plan:  # one row of all tokens
+        x, dt, B, C = (t.flatten(0, 1).unsqueeze(0) for t in (x, dt, B, C))  # (1, M, ...)
+        z = None if z is None else z.flatten(0, 1).unsqueeze(0)
+    _, tokens, heads, headdim = x.shape
+    batch = x.shape[0] if sources is None else len(sources)
     groups, d_state = B.shape[2:]
     x, B, C = (with_contiguous_last_dim(t) for t in (x, B, C))
     z = None if z is None else with_contiguous_last_dim(z)
     D = None if D is None else D.expand(heads, headdim)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = (torch.zeros if has_plan else torch.empty)(shape, dtype=x.dtype, device=x.device)
     block_n = triton.next_power_of_2(d_state)
     block_p = max(1, min(triton.next_power_of_2(headdim), STATE_ELEMENTS // block_n))
     num_programs = batch * heads * triton.cdiv(headdim, block_p)
@@ -48,9 +56,9 @@ def step(
         _step_kernel[(num_programs,)](
             state, x, dt, A.contiguous(), B, C, D, z, None if dt_bias is None else dt_bias.contiguous(), y,
             state.stride(), x.stride(), dt.stride(), B.stride(), C.stride(), None if D is None else D.stride(),
-            None if z is None else z.stride(), tokens,
+            None if z is None else z.stride(), tokens, sources, destinations, bounds,
             H=heads, P=headdim, N=d_state, G=groups, BLOCK_P=block_p, BLOCK_N=block_n, HAS_D=D is not None,
-            HAS_Z=z is not None, **dt_constants(dt_bias, dt_softplus, dt_min, dt_max),
+            HAS_Z=z is not None, HAS_PLAN=has_plan, **dt_constants(dt_bias, dt_softplus, dt_min, dt_max),
             COMPUTE=compute_type(state.dtype), num_warps=4,
             **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
@@ -69,11 +77,16 @@ def _step_kernel(
     dt_bias_ptr,  # (H,)
     y_ptr,  # (B, T, H, P), written
     state_strides, x_strides, dt_strides, B_strides, C_strides, D_strides, z_strides, tokens,
+    sources_ptr,  # (S,) slot that a sequence starts from; -1 where it is skipped
+    destinations_ptr,  # (M,) slot that takes the state after a token; -1 where it is not kept
+    bounds_ptr,  # (S + 1,) first token of a sequence
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_DT_LIMIT: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_PLAN: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
+    HAS_DT_LIMIT: tl.constexpr,
     DT_SOFTPLUS: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Advance the state of BLOCK_P channels of one head, in place, by T tokens of one sequence.
+    """Advance the state of BLOCK_P channels of one head by the tokens of one sequence: T of them, in place; or with
+    HAS_PLAN those of its bounds, from and to slots.
 
     Grid: batch x heads x tiles of P. Tiles: x (BLOCK_P,); B, C (BLOCK_N,); state (BLOCK_P, BLOCK_N).
     """
@@ -83,9 +96,20 @@ def _step_kernel(
     p, n = program % TILES * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     mask_p, mask_n = p < P, n < N
     mask_state = mask_p[:, None] & mask_n[None, :]
-    state_ptr += batch * state_strides[0] + head * state_strides[1]
+    if HAS_PLAN:
+        # Tokens of all sequences are in one row; a skipped sequence has none.
+        source = tl.load(sources_ptr + batch)
+        first_token, end_token = tl.load(bounds_ptr + batch), tl.load(bounds_ptr + batch + 1)
+        end_token = tl.where(source < 0, first_token, end_token)
+        mask_source = and_scalar(mask_state, source >= 0)
+        batch = tl.cast(0, tl.int64)
+    else:
+        source, mask_source = batch, mask_state
+        first_token, end_token = 0, tokens
+    state_ptr += head * state_strides[1]
     state_offsets = p[:, None].to(tl.int64) * state_strides[2] + n[None, :] * state_strides[3]
-    state = tl.load(state_ptr + state_offsets, mask_state, other=0.0).to(COMPUTE)  # (P, N)
+    source_ptrs = state_ptr + source * state_strides[0] + state_offsets
+    state = tl.load(source_ptrs, mask_source, other=0.0).to(COMPUTE)  # (P, N)
     A = tl.load(A_ptr + head).to(COMPUTE)
     dt_bias = tl.load(dt_bias_ptr + head).to(COMPUTE) if HAS_DT_BIAS else 0.0
     if HAS_D:
@@ -95,7 +119,7 @@ def _step_kernel(
     B_ptr += batch * B_strides[0] + head // (H // G) * B_strides[2]
     C_ptr += batch * C_strides[0] + head // (H // G) * C_strides[2]
 
-    for token in range(tokens):
+    for token in range(first_token, end_token):
         t = tl.cast(token, tl.int64)
         mask_t = tl.full((1,), True, tl.int1)
         dt_ptrs = dt_ptr + t * dt_strides[1] + tl.arange(0, 1)
@@ -114,4 +138,9 @@ def _step_kernel(
             z_offsets = batch * z_strides[0] + t * z_strides[1] + head * z_strides[2] + p
             y *= silu(tl.load(z_ptr + z_offsets, mask_p, other=0.0).to(COMPUTE))
         tl.store(y_ptr + ((batch * tokens + t) * H + head) * P + p, y.to(y_ptr.dtype.element_ty), mask_p)
-    tl.store(state_ptr + state_offsets, state.to(state_ptr.dtype.element_ty), mask_state)
+        if HAS_PLAN:
+            slot = tl.load(destinations_ptr + t)
+            slot_ptrs = state_ptr + slot * state_strides[0] + state_offsets
+            tl.store(slot_ptrs, state.to(state_ptr.dtype.element_ty), and_scalar(mask_state, slot >= 0))
+    if not HAS_PLAN:
+        tl.store(source_ptrs, state.to(state_ptr.dtype.element_ty), mask_state)
