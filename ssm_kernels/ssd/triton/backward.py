@@ -467,11 +467,13 @@ def suffix_sums(terms, Q: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr
     """
     is_after = tl.arange(0, Q)[:, None] <= tl.arange(0, Q)[None, :]  # (k, i): i >= k
     if DOT == tl.float32 or DOT == tl.float64:
-        return dot(tl.where(is_after, tl.full((Q, Q), 1.0, COMPUTE), 0.0), terms, COMPUTE)
-    ones = tl.where(is_after, tl.full((Q, Q), 1.0, tl.bfloat16), tl.zeros((Q, Q), tl.bfloat16))
-    high = (terms.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)  # the upper 16 bits
-    low = terms - high
-    return dot(ones, high.to(tl.bfloat16), COMPUTE) + dot(ones, low.to(tl.bfloat16), COMPUTE)
+        sums = dot(tl.where(is_after, tl.full((Q, Q), 1.0, COMPUTE), 0.0), terms, COMPUTE)
+    else:
+        ones = tl.where(is_after, tl.full((Q, Q), 1.0, tl.bfloat16), tl.zeros((Q, Q), tl.bfloat16))
+        high = (terms.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)  # the upper 16 bits
+        low = terms - high
+        sums = dot(ones, high.to(tl.bfloat16), COMPUTE) + dot(ones, low.to(tl.bfloat16), COMPUTE)
+    return sums
 
 
 def _launch_input_gradient(
