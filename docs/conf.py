@@ -65,6 +65,9 @@ def setup(app):
     app.connect("include-read", _links_of_the_readme)
     app.connect("source-read", _with_help_of_commands)
     app.connect("missing-reference", _link_by_short_name)
+    # Around napoleon, which runs at 500 and takes the text before a colon for the type of an attribute.
+    app.connect("autodoc-process-docstring", _keep_attribute, priority=400)
+    app.connect("autodoc-process-docstring", _restore_attribute, priority=600)
 
 
 def _with_help_of_commands(app, docname, source):
@@ -82,9 +85,22 @@ def _section(program, name, kind):
     width = mock.patch.dict(os.environ, COLUMNS="80")
     with width, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         tyro.cli(kind, prog=f"{program} {name}", args=["--help"])
-    # Its description is text of the page already.
-    text = re.sub(r"\n\n.*?(?=\n╭)", "\n", out.getvalue(), count=1, flags=re.DOTALL)
+    # Its description is text of the page already; a group is a heading above a rule.
+    text = re.sub(r"\n\n.*?(?=\n\n \S[^\n]*\n -+\n)", "", out.getvalue(), count=1, flags=re.DOTALL)
     return f"## {name}\n\n{inspect.getdoc(kind)}\n\n```text\n{text.strip()}\n```"
+
+
+_attribute = {}
+
+
+def _keep_attribute(app, what, name, obj, options, lines):
+    if what in ("attribute", "data", "property"):
+        _attribute[name] = list(lines)
+
+
+def _restore_attribute(app, what, name, obj, options, lines):
+    if name in _attribute:
+        lines[:] = _attribute.pop(name)
 
 
 def _link_by_short_name(app, env, node, contnode):
@@ -92,11 +108,12 @@ def _link_by_short_name(app, env, node, contnode):
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py" or not re.fullmatch(r"[A-Za-z_][\w.]*", target):
         return None
-    found = [(name, entry) for name, entry in env.domains["py"].objects.items() if name.endswith(f".{target}")]
+    objects = env.domains["py"].objects
+    # An object that is documented under two names has one place.
+    found = {(entry.docname, entry.node_id) for name, entry in objects.items() if name.endswith(f".{target}")}
     if len(found) != 1:
         return None
-    name, entry = found[0]
-    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, name)
+    return make_refnode(app.builder, node["refdoc"], *found.pop(), contnode, target)
 
 
 def _links_of_the_readme(app, path, docname, content):

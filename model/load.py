@@ -54,8 +54,8 @@ def load_model(
         The model, in evaluation mode.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: see `from_pretrained`; or it is a vision
-            encoder.
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: see `HubModel.from_pretrained`; or it is a
+            vision encoder.
     """
     kind = model_class(fetch_model(name_or_path, **hub))
     if issubclass(kind, ViT):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import html
 import re
 import subprocess
 import sys
@@ -40,6 +42,51 @@ def test_pages_ask_for_nothing_from_elsewhere(pages):
     for page in pages.rglob("*.html"):
         loads = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?://[^"]+)"', page.read_text())
         assert not loads, f"{page.name} loads {loads}"
+
+
+def faults(page: str) -> list[str]:
+    """Find what Sphinx renders wrongly without a warning."""
+    found = []
+    text = html.unescape(re.sub(r"<[^>]+>", "", page))
+    if "<blockquote" in page:  # an indented block without `::` before it
+        found.append("a quotation")
+    found += re.findall(r"Built-in (?:im)?mutable sequence", text)  # the docstring of a constant's type
+    found += re.findall(r"<(?:function|class|module|object) [^>]*>", text)  # a value that has no literal
+    found += re.findall(r'class="default_value">(?:<[^>]+>)*_\w+', page)  # a private name as a default
+    found += re.findall(r"Type<span class=\"colon\">:</span></dt>.*", page)  # an attribute's text cut at a colon
+    # `x, z: ...` as a line for each name
+    for arguments in re.findall(r'<ul class="simple">(.*?)</ul>', page, re.DOTALL):
+        lines = [re.sub(r"<[^>]+>", "", item).partition(" – ")[2] for item in arguments.split("<li>")]
+        found += [line for line, n in collections.Counter(lines).items() if n > 1 and len(line) > 60]
+    # "see" a name that is neither a link nor an argument on the page
+    for name in re.findall(r'see <code class="xref py py-obj[^"]*"><span class="pre">([\w.]+)', page):
+        if f"<strong>{name}</strong>" not in page:
+            found.append(f"see {name}")
+    return found
+
+
+def test_no_page_renders_a_docstring_wrongly(pages):
+    found = {}
+    for page in pages.rglob("*.html"):
+        if "_modules" not in page.parts:
+            found[page.name] = faults(page.read_text())
+    assert not {name: list(f) for name, f in found.items() if f}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<blockquote><div>from a import b</div></blockquote>",
+        "CROSS = (1, 2) Built-in immutable sequence.",
+        "{'a': &lt;function f&gt;}",
+        '<em>dt_limit=<span class="default_value"><span class="pre">_UNLIMITED</span></span></em>',
+        '<dt>Type<span class="colon">:</span></dt><dd>they end the text</dd>',
+        '<ul class="simple"><li>x – {0}</li><li>z – {0}</li></ul>'.format("(B, D), or (B, H, P). " * 3),
+        '<p>see <code class="xref py py-obj docutils"><span class="pre">fetch</span></code></p>',
+    ],
+)
+def test_the_search_sees_each_fault(page):
+    assert faults(page)
 
 
 def test_examples_run_and_print_their_results(tmp_path):

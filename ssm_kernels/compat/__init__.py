@@ -1,7 +1,7 @@
 """Names and signatures of other packages on the ops of this one.
 
 `ssm_kernels.compat.mamba_ssm` and `ssm_kernels.compat.vmamba` are imported instead of the originals. Unmodified code
-finds the originals' own names after
+finds the originals' own names after ::
 
     import ssm_kernels.compat
 

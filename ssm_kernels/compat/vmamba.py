@@ -1,9 +1,9 @@
 """VMamba's scans over images under the names of its code (`csm_triton.py`, `csms6s.py`).
 
-Each project has its own copy of the two files; change its imports:
+Each project has its own copy of the two files; change its imports::
 
-    from .csm_triton import cross_scan_fn, cross_merge_fn
-    from ssm_kernels.compat.vmamba import cross_scan_fn, cross_merge_fn
+    from .csm_triton import cross_scan_fn, cross_merge_fn  # before
+    from ssm_kernels.compat.vmamba import cross_scan_fn, cross_merge_fn  # after
 
 Letters: B batch, C channels, H height, W width, L = H W, N state, K = 4 directions.
 """

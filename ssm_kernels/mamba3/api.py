@@ -55,7 +55,7 @@ def mamba3(
 ) -> Mamba3Output:
     """Scan by the exponential-trapezoidal rule, with a state that decays and turns (arXiv 2603.15569, section 3).
 
-    With `lambda_t = sigmoid(trap_t)` and R_t the rotation of K pairs of the state by `dt_t pi tanh(angles_t)`:
+    With `lambda_t = sigmoid(trap_t)` and R_t the rotation of K pairs of the state by `dt_t pi tanh(angles_t)`::
 
         h_t = exp(dt_t A_t) R_t (h_{t-1} + (1 - lambda_t) dt_t x_{t-1} B_{t-1}^T) + lambda_t dt_t x_t B_t^T
         y_t = h_t C_t + D x_t, gated by silu(z_t)

@@ -1,9 +1,9 @@
 """The names, signatures and layouts of `mamba_ssm` 2.3 and `causal_conv1d` 1.6 on the ops of this package.
 
-To port existing code, change its imports:
+To port existing code, change its imports::
 
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    from ssm_kernels.compat.mamba_ssm import selective_scan_fn
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # before
+    from ssm_kernels.compat.mamba_ssm import selective_scan_fn  # after
 
 Unmodified code finds them under the original names after `ssm_kernels.compat.install()`.
 
