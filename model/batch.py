@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .image_tokens import ProcessedImage
 from .prompt import IGNORE, IMAGE_TOKEN
+from .tiles import TileGrid
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,27 @@ class Sample:
     labels: list[int]
     images: tuple[ProcessedImage, ...] = ()
     """In the order of their places in `input_ids`."""
+
+    def image_spans(self) -> list[tuple[int, int]]:
+        """Return the range of positions of each image in `input_ids`."""
+        spans, end = [], 0
+        for image in self.images:
+            start = self.input_ids.index(IMAGE_TOKEN, end)
+            end = start + image.n_tokens
+            spans.append((start, end))
+        return spans
+
+    def after(self, position: int) -> Sample:
+        """Cut off the start of a sample, with the images in it.
+
+        Args:
+            position: first token of the rest; not within an image.
+
+        Returns:
+            The rest.
+        """
+        n_before = sum(end <= position for _, end in self.image_spans())
+        return Sample(self.input_ids[position:], self.labels[position:], self.images[n_before:])
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,9 @@ class Batch:
     """(S + 1,) int32 bounds of the samples."""
     images: tuple[Tensor, ...] = ()
     """For each vision encoder, the views of all images, (views, 3, height, width)."""
+    layouts: tuple[tuple[int, TileGrid | None], ...] = ()
+    """For each image the number of its views, and the grid of its tiles if it has some. Without layouts each view is an
+    image."""
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.labels.shape or self.input_ids.dim() != 1:
@@ -59,6 +84,7 @@ class Batch:
             self.labels.to(device, non_blocking=True),
             self.cu_seqlens,
             tuple(i.to(device, non_blocking=True) for i in self.images),
+            self.layouts,
         )
 
     @property
@@ -91,12 +117,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
         The batch, on the CPU.
     """
     lengths = torch.tensor([0, *(len(s.input_ids) for s in samples)])
-    pixels = [image.pixels for s in samples for image in s.images]
+    images = [image for s in samples for image in s.images]
     return Batch(
         torch.tensor([t for s in samples for t in s.input_ids], dtype=torch.int64),
         torch.tensor([t for s in samples for t in s.labels], dtype=torch.int64),
         lengths.cumsum(0).to(torch.int32),
-        tuple(torch.cat(views) for views in zip(*pixels, strict=True)),  # (views, 3, height, width) each
+        tuple(torch.cat(views) for views in zip(*(i.pixels for i in images), strict=True)),
+        tuple((i.n_views, i.grid) for i in images),
     )
 
 

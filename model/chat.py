@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Generator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from .generation.interface import LMState
 from .generation.prefill import EmbedFn, packed_tokens
 from .image_tokens import ProcessedImage
 from .lm import MambaLM
-from .prompt import IGNORE, IMAGE_MARK, IMAGE_TOKEN, PromptTemplate, Turn, count_marks
+from .prompt import IGNORE, IMAGE_MARK, PromptTemplate, Turn, count_marks
 from .tokenizer import require_tokenizer
 from .vlm import VLM, Images, as_list
 
@@ -218,10 +217,8 @@ class Conversation:
 
     def _embed(self, ids: list[int], n_seen: int) -> tuple[EmbedFn, Tensor]:
         """Return a function that embeds the tokens after the first `n_seen`, and their bounds."""
-        new = ids[n_seen:]
-        if not isinstance(self.model, VLM) or IMAGE_TOKEN not in new:
-            return packed_tokens(self.lm, [new])
         # Earlier images are in the state: a known prefix ends with a turn, and never within an image.
-        bounds = itertools.accumulate((i.n_tokens for i in self.images), initial=0)
-        n_images_seen = list(bounds).index(ids[:n_seen].count(IMAGE_TOKEN))
-        return self.model.packed([Sample(new, [IGNORE] * len(new), tuple(self.images[n_images_seen:]))])
+        new = Sample(ids, [IGNORE] * len(ids), tuple(self.images)).after(n_seen)
+        if isinstance(self.model, VLM) and new.images:
+            return self.model.packed([new])
+        return packed_tokens(self.lm, [new.input_ids])

@@ -140,6 +140,30 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class TilesConfig:
+    """Tiles of an image at a higher resolution (LLaVA-NeXT): after a view of the whole image, a grid of views."""
+
+    grids: tuple[tuple[Annotated[int, Interval("[1, 64]")], Annotated[int, Interval("[1, 64]")]], ...] = (
+        (1, 2), (2, 1), (2, 2), (3, 1), (1, 3),
+    )  # fmt: skip
+    """Grids to choose from for each image, as rows and columns of tiles: LLaVA-NeXT's `image_grid_pinpoints`, divided
+    by the encoder's side. The one is taken that keeps most of the image's pixels, and wastes fewest."""
+    merge: Literal["spatial", "spatial_unpad"] = "spatial"
+    """`spatial` joins the rows of patches over all tiles. `spatial_unpad` leaves out those of the border, and ends each
+    row with a trained vector, `image_newline`; an image without tiles ends with one."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.grids:
+            raise ValueError("grids must have at least one grid (rows, columns), got none")
+
+    @property
+    def unpads(self) -> bool:
+        """Whether border is left out and rows end with `image_newline`."""
+        return self.merge == "spatial_unpad"
+
+
+@dataclass(frozen=True)
 class VLMConfig:
     """A vision-language model: encoders whose features are concatenated, a connector, a language model."""
 
@@ -148,6 +172,8 @@ class VLMConfig:
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     template: str = "vicuna"
     """Name of the prompt template in `model.prompt`."""
+    tiles: TilesConfig | None = None
+    """Tiles of each image; None is one view of it."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -9,16 +9,24 @@ from torch import Tensor
 
 from .config import VLMConfig
 from .image import ImageLike, as_rgb
+from .tiles import TileGrid, choose_grid, count_tokens, cut_tiles, patch_bounds
 
 
 @dataclass(frozen=True)
 class ProcessedImage:
-    """An image preprocessed for each vision encoder."""
+    """An image preprocessed for each vision encoder: one view, or with tiles a view of the whole and each tile."""
 
     pixels: tuple[Tensor, ...]
     """For each encoder, (views, 3, height, width)."""
     n_tokens: int
     """Number of tokens of the language model that the image takes."""
+    grid: TileGrid | None = None
+    """Grid of the tiles, if any."""
+
+    @property
+    def n_views(self) -> int:
+        """Number of images that each encoder sees."""
+        return len(self.pixels[0])
 
     def to(self, dtype: torch.dtype) -> ProcessedImage:
         """Convert the pixels to a dtype."""
@@ -29,11 +37,15 @@ class ImagePreprocessor:
     """Preprocessing of a model's images. It has no weights, so that workers can have a copy.
 
     Args:
-        config: of the model; its `vision` lists encoders and processors.
+        config: of the model; its `vision` lists encoders and processors, its `tiles` the grids.
     """
 
     def __init__(self, config: VLMConfig):
-        self.config = config
+        self.tiles = config.tiles
+        self.processors = [v.processor for v in config.vision]
+        # Tiles have the encoder's size, and the view of the whole beside them is never cropped.
+        self.tile_processors = [replace(p, resize="naive", resize_to=None) for p in self.processors]
+        self.patches = config.grid[0]
 
     def __call__(self, image: ImageLike) -> ProcessedImage:
         """Preprocess an image.
@@ -48,6 +60,25 @@ class ImagePreprocessor:
             FileNotFoundError, TypeError, ValueError: see `image.as_rgb`.
         """
         rgb = as_rgb(image)
-        pixels = tuple(v.processor(rgb).unsqueeze(0) for v in self.config.vision)  # (1, 3, height, width) each
-        rows, columns = self.config.grid
-        return ProcessedImage(pixels, rows * columns)
+        if self.tiles is None:
+            pixels = tuple(processor(rgb)[None] for processor in self.processors)  # (1, 3, height, width) each
+            return ProcessedImage(pixels, self._count(1))
+        chosen = choose_grid(rgb.size, self.tiles.grids, self.processors[0].size)
+        grid = patch_bounds(rgb.size, chosen, self.patches, self.tiles.unpads)
+        # Encoders of other sizes see the same grid in tiles of their own.
+        pixels = tuple(
+            torch.stack([processor(view) for view in [rgb, *cut_tiles(rgb, chosen, processor.size)]])
+            for processor in self.tile_processors
+        )  # (1 + tiles, 3, height, width) each
+        return ProcessedImage(pixels, self._count(len(pixels[0]), grid), grid)
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens that an image takes."""
+        if self.tiles is None:
+            return self._count(1)
+        n = self.patches
+        return max(self._count(1 + r * c, TileGrid(r, c, 0, r * n, 0, c * n)) for r, c in self.tiles.grids)
+
+    def _count(self, n_views: int, grid: TileGrid | None = None) -> int:
+        return count_tokens(n_views, grid, self.patches, self.tiles is not None and self.tiles.unpads)

@@ -109,7 +109,7 @@ class Report:
     prefill: Flops | None
     """Per token of a prompt."""
     image_tokens: int | None
-    """Number of tokens of an image; None without a vision encoder and a language model."""
+    """Most tokens of an image; None without a vision encoder and a language model."""
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values, with totals added."""
@@ -202,7 +202,7 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         state_bytes,
         decode,
         prefill,
-        model.image_tokens if isinstance(model, VLM) else None,
+        model.preprocess.most_tokens if isinstance(model, VLM) else None,
     )
 
 

@@ -18,7 +18,7 @@ from ssm_kernels.context_parallel import current_sharding
 
 from ..connectors import build_connector
 from .batch import Batch, Sample, collate, image_positions
-from .config import VLMConfig
+from .config import TilesConfig, VLMConfig
 from .formats import detect_format
 from .formats.vlm import merged, open_released
 from .generation.config import GenerationConfig
@@ -32,6 +32,7 @@ from .lm import MambaLM, neox_tokenizer
 from .presets import get_preset
 from .prompt import IGNORE, Turn, get_template
 from .score import BATCH_SIZE, Score, batches, score_packed
+from .tiles import TileGrid, merge_views
 from .tokenizer import Tokenizer, require_tokenizer
 from .vit import ViT
 from .weights import DeviceMap, Weights, check_placement, load_into
@@ -105,7 +106,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         self.template = get_template(config.template)
         self.preprocess = ImagePreprocessor(config)
         self.vision = VisionTower(config)
-        self.connector = build_connector(config.connector, self.vision.width, config.language.d_model)
+        self.connector = new_connector(config)
         self.language_model = MambaLM(config.language)
 
     def forward(self, batch: Batch, state: LMState | None = None, return_state: bool = False) -> VLMOutput:
@@ -172,7 +173,8 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             sizes = [v.encoder.image_size for v in self.config.vision]
             images = tuple(torch.zeros(1, 3, size, size, device=positions.device) for size in sizes)
         if images:
-            features = self.connector(self.vision(images)).flatten(0, 1)  # (images * h * w, D)
+            layouts = batch.layouts or ((1, None),) * len(images[0])
+            features = self._merge(self.connector(self.vision(images)), layouts)  # (tokens of images, D)
             if batch.images and len(features) != n_positions:
                 raise ValueError(f"the images have {len(features)} features, but input_ids has {n_positions} places")
         if n_positions and not batch.images:
@@ -189,9 +191,17 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
 
         return embed
 
+    def _merge(self, features: Tensor, layouts: Sequence[tuple[int, TileGrid | None]]) -> Tensor:
+        """Join the features of views, (views, h * w, D), to those of images in the order of their tokens."""
+        if self.config.tiles is None:
+            return features.flatten(0, 1)
+        views = features.unflatten(1, self.config.grid).split([n for n, _ in layouts])  # (views, h, w, D) each
+        newline = self.connector.get_parameter("image_newline") if self.config.tiles.unpads else None
+        return torch.cat([merge_views(v, grid, newline) for v, (_, grid) in zip(views, layouts, strict=True)])
+
     @property
     def image_tokens(self) -> int:
-        """Number of tokens that an image takes."""
+        """Number of tokens of a view: of an image without tiles."""
         height, width = self.config.grid
         return height * width
 
@@ -358,6 +368,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         name: str,
         *,
         seed: int = 0,
+        tiles: TilesConfig | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         force_download: bool = False,
@@ -372,6 +383,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         Args:
             name: one of `presets.PRESETS`.
             seed: of the connector's initialization.
+            tiles: tiles of each image; None is one view of it, as in the papers.
             cache_dir, token, force_download, local_files_only, dtype, device_map: see `HubModel.from_pretrained`.
 
         Returns:
@@ -390,12 +402,13 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         }
         check_placement(dtype, device_map)
         config, pretrained = preset.open(**hub)
+        config = replace(config, tiles=tiles)
         with torch.device("meta"):
             vlm = cls(config, neox_tokenizer(**hub))
         # The seed of the caller's generator is left alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            connector = build_connector(config.connector, vlm.vision.width, config.language.d_model)
+            connector = new_connector(config)
         new = Weights.from_tensors(connector.state_dict())
         load_into(vlm, merged({"": pretrained, "connector.": new}), f"preset {name}", dtype, device_map)
         return vlm.eval()
@@ -409,6 +422,16 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             self.tokenizer = Tokenizer.from_file(folder / TOKENIZER)
         elif detect_format(folder) in ("ml-mamba", "cobra"):
             self.tokenizer = neox_tokenizer(**hub)
+
+
+def new_connector(config: VLMConfig) -> nn.Module:
+    """Build the connector of a model with new weights."""
+    lm_width = config.language.d_model
+    connector = build_connector(config.connector, sum(v.encoder.width for v in config.vision), lm_width)
+    if config.tiles is not None and config.tiles.unpads:
+        # Drawn as LLaVA's. A part of the connector, so that it is trained wherever the connector is.
+        connector.image_newline = nn.Parameter(torch.randn(lm_width) * lm_width**-0.5)
+    return connector
 
 
 def as_list(images: Images) -> list[ImageLike | ProcessedImage]:

@@ -39,7 +39,8 @@ class SampleSize:
     """Tokens of text and image."""
     targets: float
     """Target tokens."""
-    images: float
+    views: float
+    """Images, each tile of one counted: what the encoders see."""
 
 
 def measure(samples: Any, n: int = 256) -> SampleSize:
@@ -52,8 +53,9 @@ def measure(samples: Any, n: int = 256) -> SampleSize:
         raise ValueError("there are no records to train on")
     n = min(n, len(samples))
     seen: list[Sample] = [samples[i * len(samples) // n] for i in range(n)]
+    views = sum(image.n_views for sample in seen for image in sample.images)
     targets = sum(collate([s]).n_targets for s in seen)
-    return SampleSize(n, sum(len(s.input_ids) for s in seen) / n, targets / n, sum(bool(s.images) for s in seen) / n)
+    return SampleSize(n, sum(len(s.input_ids) for s in seen) / n, targets / n, views / n)
 
 
 @dataclass(frozen=True)
@@ -197,14 +199,14 @@ def flops_of_sample(model: VLM, size: SampleSize) -> float:
     A frozen language model has gradients of its activations alone, which is half of a backward. Encoders, which no
     gradient passes, have no backward. Of the connector the linear layers are counted.
     """
-    language, image_tokens = model.config.language, size.images * model.image_tokens
+    language, image_tokens = model.config.language, size.views * model.image_tokens
     weights = [(p.numel(), p.requires_grad) for p in model.language_model.parameters()]
     # In units of the forward: 1, 1 for gradients of activations, 1 for those of weights, as far as they are trainable.
     passes = 2 + sum(n for n, is_trainable in weights if is_trainable) / sum(n for n, _ in weights)
     head = 2 * language.d_model * language.padded_vocab_size
     # The head runs on target tokens alone.
     lm = flops_per_token(language, prefill=True).total * size.tokens + head * size.targets
-    vision = size.images * sum(_encoder_flops(v) for v in model.config.vision)
+    vision = size.views * sum(_encoder_flops(v) for v in model.config.vision)
     connector = 3 * image_tokens * sum(2 * m.weight.numel() for m in _linears(model.connector))
     return passes * lm + vision + connector
 
@@ -227,7 +229,7 @@ def _activations(model: VLM, size: SampleSize, width: int, checkpointed: bool) -
     connector = sum(width * (m.in_features + m.out_features) for m in _linears(model.connector))
     # Logits in the activation dtype, in float32, their softmax and its gradient.
     logits = (12 + width) * language.padded_vocab_size
-    return size.tokens * layers + size.images * model.image_tokens * connector + size.targets * logits
+    return size.tokens * layers + size.views * model.image_tokens * connector + size.targets * logits
 
 
 def _layer_bytes(config: LMConfig, width: int) -> float:

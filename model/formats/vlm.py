@@ -103,6 +103,8 @@ def write_released(config: VLMConfig, weights: Weights, folder: Path, model_id: 
     kind, names = config.connector.kind, tuple(_encoder_name(v) for v in config.vision)
     vision_id = next((key for key, known in ENCODERS.items() if known == names), None)
     resize = {key for key, ours in RESIZE.items() if all(v.processor.resize == ours for v in config.vision)}
+    if config.tiles is not None:
+        raise ValueError("the released layouts have no tiles, but the model's config has")
     if kind not in ("mlp", "mamba2-mlp", "mamba2-advanced"):
         raise ValueError(f"the released layouts have no connector {kind!r}, only mlp, mamba2-mlp and mamba2-advanced")
     # Their code loads encoders by name from timm, so other encoders cannot be stored.

@@ -284,7 +284,7 @@ def train_to_nan(folder):
 
 def test_an_image_that_is_not_a_number_stops_and_keeps_the_batch(tmp_path):
     made = samples()
-    made[0].images[0].fill_(torch.nan)
+    made[0].images[0].pixels[0].fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="met a non-finite value"):
         train_stage(tiny("ml-mamba"), STAGE, made, collate, tmp_path)
     assert torch.load(tmp_path / "bad-batch-0.pt", weights_only=True)["images"][0].isnan().any()

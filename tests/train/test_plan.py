@@ -25,7 +25,7 @@ from vlmamba.train.plan import SampleSize, disk_problem, make_plan, measure
 from vlmamba.train.recipes import ML_MAMBA, SMALL, VL_MAMBA, tiny_config
 from vlmamba.train.samples import Conversations
 
-SIZE = SampleSize(256, tokens=800, targets=100, images=0.9)
+SIZE = SampleSize(256, tokens=800, targets=100, views=0.9)
 
 
 def test_the_published_sizes_are_planned_without_weights():
@@ -120,13 +120,13 @@ def test_samples_are_counted_exactly_where_all_are_seen(tiny):
     samples = Conversations(RECORDS, tiny)
     batch = collate([samples[i] for i in range(40)])
     size = measure(samples)
-    assert (size.n_seen, size.tokens * 40, size.images) == (40, batch.n_tokens, 0)
+    assert (size.n_seen, size.tokens * 40, size.views) == (40, batch.n_tokens, 0)
     assert size.targets * 40 == pytest.approx(batch.n_targets)
     assert measure(samples, 10).n_seen == 10
 
 
 def test_a_broken_sample_is_found(tiny, tmp_path):
-    broken = [*RECORDS[:5], replace(RECORDS[5], image=tmp_path / "gone.png")]
+    broken = [*RECORDS[:5], replace(RECORDS[5], images=(tmp_path / "gone.png",))]
     with pytest.raises((ValueError, OSError), match="gone.png"):
         measure(Conversations(broken, tiny))
 
@@ -139,7 +139,7 @@ def test_operations_are_those_of_the_matrix_products():
         model.vision([images])
     patches = 2 * 36 * 2 * 3 * 64 * 8 * 8  # of the embedding of patches, left out
     assert 2 * plan._encoder_flops(model.config.vision[0]) == counter.get_total_flops() - patches
-    text = SampleSize(1, tokens=1000, targets=10, images=0)
+    text = SampleSize(1, tokens=1000, targets=10, views=0)
     lm = model.config.language
     head = 2 * 64 * lm.padded_vocab_size * 10
     per_token = sum(
