@@ -163,7 +163,9 @@ def autograd_formula(gradient: Gradient, argument_names: list[str]) -> tuple[Cal
         grads = list(grads[:n])
         for i, (shape, dtype, device) in enumerate(ctx.differentiable):
             if grads[i] is None and gradient.materialize_grads:
-                grads[i] = torch.zeros(shape, dtype=dtype, device=device)
+                # What runs on a CPU reads any strides: no memory to fill, and no threads to fill it.
+                size = () if device.type == "cpu" else shape
+                grads[i] = torch.zeros(size, dtype=dtype, device=device).expand(shape)
         input_grads = gradient.backward(ctx, *grads)
         return tuple(input_grads.get(name) for name in argument_names)
 

@@ -109,14 +109,27 @@ def without_transforms(x: Tensor) -> Tensor:
     return x
 
 
+SERIAL = 1 << 15
+"""Elements that PyTorch sums in the calling thread."""
+
+
+def _sum(x: Tensor) -> Tensor:
+    # OpenMP's threads would spin for milliseconds after a larger sum, on cores that a kernel of the CPU wants.
+    if x.numel() < SERIAL or torch.get_num_threads() == 1 or x.device.type != "cpu":
+        return x.sum()
+    rows = max(1, (SERIAL - 1) // x[0].numel() if x.dim() > 1 else SERIAL - 1)
+    if rows > 1:
+        return torch.stack([part.sum() for part in x.split(rows)]).sum()
+    return torch.stack([_sum(row) for row in x]).sum()
+
+
 def check_no_nan(name: str, value: Tensor) -> None:
     """Raise a `NonFiniteError` with the index of the first NaN, where values can be read."""
     value = without_transforms(value)
     if not has_readable_values(value) or not value.numel():
         return
-    # One number to test, and no mask of the size of the tensor unless there is a NaN.
     # One pass, and no mask of the tensor's size unless the sum is NaN.
-    if torch.isnan(value.detach().sum()):
+    if torch.isnan(_sum(value.detach())):
         indices = torch.isnan(value).nonzero()
         # The sum of infinities of both signs is NaN too.
         if len(indices):

@@ -124,6 +124,10 @@ def split_sequences(n_sequences: int) -> int:
     return min(n_sequences, MAX_RUNS)
 
 
-def sum_parts(parts: Tensor) -> Tensor:
-    """Sum over the first dimension in order, which `torch.sum` does not promise for all sizes alike."""
-    return functools.reduce(torch.add, parts.unbind()) if len(parts) else parts.new_zeros(parts.shape[1:])
+def clear_unused(checkpoints: Tensor, table: np.ndarray, interval: int) -> None:
+    """Set the checkpoints (n, ...) to zero that no sequence of a table of `interval` steps writes."""
+    starts = np.zeros(len(checkpoints) + 1, np.int64)  # sequences that start at a block, less those that end there
+    np.add.at(starts, table[:, 5], 1)
+    np.add.at(starts, table[:, 5] - -table[:, 2] // interval, -1)
+    # By NumPy: PyTorch's threads would spin for milliseconds afterwards, on cores that the kernel wants.
+    memory_of(checkpoints)[starts[:-1].cumsum() == 0] = 0

@@ -31,7 +31,8 @@ class NormKernels:
             _backward_fake,
         )
         backward = transformable(self.backward_op, Fold(_FOLDED, ("v", "v", "weight", "z")), _backward_formula)
-        gradient = Gradient(_save, _gradients(backward), _formula, 2)
+        # Often nothing depends on the sum but the norm.
+        gradient = Gradient(_save, _gradients(backward), _formula, 2, materialize_grads=False)
         self.forward_op = define_op(
             f"{name}(Tensor x, Tensor? residual, Tensor weight, Tensor? z, float eps, int group_size,"
             " bool norm_before_gate, ScalarType residual_out_dtype) -> (Tensor, Tensor, Tensor)",
@@ -91,6 +92,7 @@ def _gradients(backward: Callable) -> Callable:
     def gradients(ctx, dy, dresidual_out):
         v, weight, z, rstd = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks them a single time
         dresidual_out = dresidual_out if ctx.has_residual else None
+        dy = v.new_zeros(v.shape, dtype=ctx.dtypes[0]) if dy is None else dy
         dx, dresidual, dweight, dz = backward(
             v, weight, z, rstd, dy, dresidual_out, ctx.group_size, ctx.norm_before_gate, *ctx.dtypes, ctx.eps
         )

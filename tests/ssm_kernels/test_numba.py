@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 import torch
 
+from ssm_kernels import add_rms_norm, causal_conv1d, rms_norm, selective_scan, ssd
 from ssm_kernels._numba import threads
 
 np = pytest.importorskip("numpy")
@@ -93,3 +95,53 @@ def test_a_forked_process_has_a_pool_of_its_own(four_threads):
         threads.run_tiles(lambda first, end: done.extend(range(first, end)), 16, 100 * threads.MIN_WORK)
         os._exit(sorted(done) != list(range(16)))
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_ops_start_no_openmp_threads():
+    """They would spin for milliseconds after PyTorch's part of an op, on the cores that the kernels' threads want."""
+    B, L, D, N, H = 2, 1024, 64, 32, 2
+    u, dt, z = (torch.rand(B, L, D) for _ in range(3))
+    A, bias, taps = -torch.rand(D, N), torch.rand(D), torch.rand(D, 4)
+    x, heads_dt, decay = u.view(B, L, H, D // H), dt[..., :H], -torch.rand(H)
+    b, c = (torch.rand(B, L, 1, N) for _ in range(2))
+    ops = {
+        "selective_scan": lambda *args: selective_scan(*args, dt_softplus=True, backend="numba").y,
+        "ssd": lambda *args: ssd(*args, backend="numba").y,
+        "causal_conv1d": lambda *args: causal_conv1d(*args, activation="silu", backend="numba").y,
+        "rms_norm": lambda x, weight, z: rms_norm(x, weight, z=z, backend="numba"),
+        "add_rms_norm": lambda *args: add_rms_norm(*args, backend="numba").y,
+    }
+    arguments = {
+        "selective_scan": (u, dt, A, b, c, bias, z, bias),
+        "ssd": (x, heads_dt, decay, b, c),
+        "causal_conv1d": (u, taps, bias),
+        "rms_norm": (u, bias, z),
+        "add_rms_norm": (u, bias, z),
+    }
+    calls = {}
+    for name, op in ops.items():
+        args = [x.clone().requires_grad_() for x in arguments[name]]
+        calls[name] = functools.partial(run_with_gradients, op, args, torch.ones(args[0].shape))
+        calls[name]()  # compiles
+    started = {}
+
+    def run(name):
+        torch.set_num_threads(2)
+        before = set(os.listdir("/proc/self/task"))
+        calls[name]()
+        of_python = {str(thread.native_id) for thread in threading.enumerate()}  # the kernels' own threads
+        started[name] = set(os.listdir("/proc/self/task")) - before - of_python
+
+    before = torch.get_num_threads()
+    for name in ops:
+        # OpenMP gives each thread that calls it a team of its own.
+        caller = threading.Thread(target=run, args=(name,))
+        caller.start()
+        caller.join()
+    torch.set_num_threads(before)
+    assert started == dict.fromkeys(ops, set())
+
+
+def run_with_gradients(op, args, dy):
+    return torch.autograd.grad(op(*args), args, dy)

@@ -35,8 +35,8 @@ from ..._numba.launch import (
     memory_of,
     sequence_table,
     split_sequences,
-    sum_parts,
 )
+from ..._numba.sums import sum_parts
 from ..._numba.threads import run_tiles
 from .tiles import STEPS, convolve_rows, move_rows
 

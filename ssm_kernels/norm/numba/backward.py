@@ -21,7 +21,8 @@ from ..._numba.lanes import (
     total,
     write_rows,
 )
-from ..._numba.launch import as_array, memory_of, split_sequences, sum_parts
+from ..._numba.launch import as_array, memory_of, split_sequences
+from ..._numba.sums import sum_parts
 from ..._numba.threads import run_tiles
 from .tiles import ROWS, as_rows, count_tiles, padded_size, stored_dtype
 

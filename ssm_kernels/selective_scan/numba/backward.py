@@ -38,8 +38,8 @@ from ..._numba.launch import (
     memory_of,
     sequence_table,
     split_sequences,
-    sum_parts,
 )
+from ..._numba.sums import sum_parts
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments, ScanGradients
 from . import CHECKPOINT_INTERVAL

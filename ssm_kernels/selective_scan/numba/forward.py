@@ -31,6 +31,7 @@ from ..._numba.launch import (
     as_array,
     as_directions,
     as_row,
+    clear_unused,
     count_tiles,
     empty_steps,
     memory_of,
@@ -59,7 +60,7 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     y = empty_steps(u, sequences, compute)  # (B, L, G, E)
     final_states = u.new_empty(len(sequences.final_sequences), groups * dim, n, dtype=compute)
     n_saved = max_blocks(u, n_sequences, CHECKPOINT_INTERVAL) if save_states else 0
-    checkpoint_states = u.new_zeros(n_saved, n, groups * dim, dtype=compute)  # zero, since a few are not used
+    checkpoint_states = u.new_empty(n_saved, n, groups * dim, dtype=compute)
 
     # States and A with channels last, (rows, N, D) and (1, N, D): a vector holds neighbouring channels.
     inputs = [as_array(x, compute, 4) for x in (u, arguments.dt, with_four_dims(B), with_four_dims(C), arguments.z)]
@@ -67,6 +68,8 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     inputs += [as_array(x, compute, 3) for x in (A.T[None], as_row(arguments.D), as_row(arguments.dt_bias), initial)]
     outputs = [memory_of(m) for m in (y, final_states.transpose(1, 2), checkpoint_states.flatten(0, 1)[None])]
     table = sequence_table(sequences, length, CHECKPOINT_INTERVAL)
+    if save_states:
+        clear_unused(checkpoint_states, table, CHECKPOINT_INTERVAL)
     directions = as_directions(arguments.directions, groups)
     args = (
         *inputs, table, directions, arguments.height, *outputs, B.dim() == 2, C.dim() == 2, arguments.dt_softplus

@@ -22,8 +22,9 @@ from ..._numba.lanes import (
     splat,
     store,
 )
-from ..._numba.launch import as_array, as_directions, memory_of, sequence_table, split_sequences, sum_parts
+from ..._numba.launch import as_array, as_directions, memory_of, sequence_table, split_sequences
 from ..._numba.products import ROWS, add_product
+from ..._numba.sums import sum_parts
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments, ScanGradients
 from . import CHECKPOINT_INTERVAL

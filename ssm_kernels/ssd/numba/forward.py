@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._core.varlen import max_blocks, parse_sequences
 from ..._numba.compile import Kernel
 from ..._numba.lanes import aligned_empty, element, fma, lane_count, load, read_row, set_positions, store, write_row
-from ..._numba.launch import as_array, as_directions, memory_of, sequence_table
+from ..._numba.launch import as_array, as_directions, clear_unused, memory_of, sequence_table
 from ..._numba.products import ROWS, add_product
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments
@@ -52,13 +52,16 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     y = new(x.shape, dtype=compute)  # (B, L, H, P)
     final_states = x.new_empty(len(sequences.final_sequences), heads, headdim, d_state, dtype=compute)
     n_saved = max_blocks(x, n_sequences, CHECKPOINT_INTERVAL) if save_states else 0
-    checkpoint_states = x.new_zeros(n_saved, heads, d_state, headdim, dtype=compute)  # zero: a few are not used
+    checkpoint_states = x.new_empty(n_saved, heads, d_state, headdim, dtype=compute)
+    table = sequence_table(sequences, length, CHECKPOINT_INTERVAL)
+    if save_states:
+        clear_unused(checkpoint_states, table, CHECKPOINT_INTERVAL)
     n_heads = heads_per_tile(heads, groups)
     args = (
-        *input_arrays(arguments, compute), as_array(arguments.initial_states, compute, 4),
-        sequence_table(sequences, length, CHECKPOINT_INTERVAL), as_directions(arguments.directions, 1),
-        arguments.height, *(memory_of(t) for t in (y, final_states, checkpoint_states)), n_heads,
-        arguments.dt_softplus, arguments.dt_min, arguments.dt_max,
+        *input_arrays(arguments, compute), as_array(arguments.initial_states, compute, 4), table,
+        as_directions(arguments.directions, 1), arguments.height,
+        *(memory_of(t) for t in (y, final_states, checkpoint_states)), n_heads, arguments.dt_softplus,
+        arguments.dt_min, arguments.dt_max,
     )  # fmt: skip
     n_tiles = n_sequences * groups * -(-(heads // groups) // n_heads)
     run_tiles(lambda first, end: scan_tiles(*args, first, end), n_tiles, x.numel() * d_state // 4)
