@@ -29,6 +29,8 @@ class ServeConfig:
     """Most images of a request."""
     max_body_mb: Annotated[float, Interval("(0, inf)")] = 32.0
     """Largest body of a request, in MiB."""
+    client_seconds: Annotated[float, Interval("(0, inf)")] = 30.0
+    """Longest time for a client to send its request, and to read a part of its answer."""
 
     def __post_init__(self) -> None:
         check_fields(self)

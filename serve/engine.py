@@ -204,6 +204,17 @@ class Engine:
             request.cancelled = True
             self._changed.notify()
 
+    def warm_up(self) -> None:
+        """Run a prompt and two steps, so that the first client does not wait for what is compiled at first use."""
+        eos = require_tokenizer(self.lm).eos_id
+        prompt, sampling = Prompt(Sample([eos] * 8, [])), GenerationConfig(2)
+        # One sequence alone may run by another kernel than several.
+        for n in {1, min(4, self.config.slots)}:
+            self.submit(*(Request(prompt, sampling, ignore_eos=True) for _ in range(n)))
+            while self.n_active or len(self.waiting):
+                self.step()
+        self.cache, self.stats = StateCache(self.cache.max_bytes), EngineStats()
+
     def start(self) -> None:
         """Step in a thread for as long as there are requests."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

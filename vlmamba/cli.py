@@ -12,6 +12,7 @@ from .commands.export import Export
 from .commands.generate import Generate
 from .commands.inspect import Inspect
 from .commands.reproduce import Reproduce
+from .commands.serve import Serve
 from .commands.train import Train
 
 COMMANDS = {
@@ -22,6 +23,7 @@ COMMANDS = {
     "evaluate": Evaluate,
     "generate": Generate,
     "chat": Chat,
+    "serve": Serve,
     "inspect": Inspect,
     "convert": Convert,
     "export": Export,

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
+import json
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+
+import httpx
+import openai
+from PIL import Image
 
 from tests.makers import VISION, language_config, random_prompts, shape_tokenizer, sharpened_vlm
 from vlmamba.connectors import ConnectorConfig
@@ -13,9 +21,11 @@ from vlmamba.model import VLM, GenerationConfig, Turn, VLMConfig
 from vlmamba.model.batch import Sample
 from vlmamba.model.generation.generate import generate_packed
 from vlmamba.model.generation.prefill import packed_tokens
+from vlmamba.serve.app import Service
 from vlmamba.serve.config import ServeConfig
 from vlmamba.serve.engine import Engine, Request
 from vlmamba.serve.prompts import Prompt, chat_prompt
+from vlmamba.serve.server import Server
 
 TOKENIZER = shape_tokenizer()
 CONFIG = ServeConfig(slots=4, prefill_tokens=64)
@@ -87,3 +97,48 @@ def wait_for(condition: Callable, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "nothing came"
         time.sleep(0.01)
+
+
+class RunningServer:
+    """A server in a thread of this process, at a free port of the loopback address; a context manager."""
+
+    def __init__(self, model, keys: tuple[str, ...] = (), **limits):
+        self.service = Service(model, "small", ServeConfig(**{"slots": 4, **limits}), keys)
+        self.engine = self.service.engine
+        self.server = Server(self.service, "127.0.0.1", 0, drain_seconds=5)
+        self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self):
+        self.thread.start()
+        wait_for(lambda: self.server.started, 60)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    def __exit__(self, *error):
+        self.server.handle_exit(15, None)
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+    def openai(self, key: str = "none"):
+        """A client of the library of that name, which tries nothing twice."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, body, path: str = "/v1/chat/completions", **options):
+        """Send a body, JSON or bytes, and return the response."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+        return httpx.post(self.url + path, content=content, headers=headers, timeout=60, **options)
+
+
+def data_url(image: Image.Image) -> str:
+    """The image as a data URL."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def question(text: str, *urls: str) -> list[dict]:
+    """Messages of a question with images."""
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]

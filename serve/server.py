@@ -1,0 +1,76 @@
+"""The server's process: sockets, signals, and an end without losses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from types import FrameType
+
+import uvicorn
+
+from .app import Service, create_app
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5
+"""Time for clients to read the ends of their answers once the engine has stopped."""
+
+
+class Server(uvicorn.Server):
+    """A server that drains at its first signal, and stops at the second.
+
+    While it drains, `/health` and new requests get status 503, and running answers go on to their ends.
+
+    Args:
+        service: what is served.
+        host: address to listen at.
+        port: port to listen at; 0 takes a free one.
+        drain_seconds: longest time that running answers may take after the signal; what is not finished gets an error.
+    """
+
+    def __init__(self, service: Service, host: str, port: int, drain_seconds: float):
+        self.service, self.drain_seconds = service, drain_seconds
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                host=host,
+                port=port,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+                h11_max_incomplete_event_size=64 * 1024,
+                proxy_headers=False,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; at a second signal, stop."""
+        if self.service.draining:
+            self.should_exit = True
+        self.service.draining = True
+
+    async def startup(self, sockets: list | None = None) -> None:
+        """Listen, and announce the address."""
+        await super().startup(sockets)
+        if self.started:
+            self._drain = asyncio.create_task(self._stop_when_drained())
+            for server in self.servers:
+                for socket in server.sockets:
+                    host, port = socket.getsockname()[:2]
+                    at = f"[{host}]" if ":" in host else host
+                    print(f"serving {self.service.name} at http://{at}:{port}", flush=True)
+
+    async def _stop_when_drained(self) -> None:
+        service = self.service
+        while not service.draining:
+            await asyncio.sleep(0.05)
+        end = time.monotonic() + self.drain_seconds
+        while service.is_busy and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if service.is_busy:
+            logger.warning("stopped after %g seconds with unfinished answers", self.drain_seconds)
+            await asyncio.to_thread(service.engine.stop)
+        self.should_exit = True
