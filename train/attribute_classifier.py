@@ -82,7 +82,10 @@ class ClassifierOutput(NamedTuple):
 
 
 class AttributeClassifier(nn.Module):
-    """An encoder with a linear classifier of several attributes on its mean feature."""
+    """An encoder with a linear classifier of several attributes on the feature of each patch.
+
+    Each patch has to tell the attributes of the entire image: a language model reads the patches one after the other.
+    """
 
     def __init__(self, config: ViTConfig, n_classes: Sequence[int]):
         super().__init__()
@@ -91,19 +94,21 @@ class AttributeClassifier(nn.Module):
         self.n_classes = list(n_classes)
 
     def forward(self, batch: LabelledImages) -> ClassifierOutput:
-        logits = self.classify(batch.pixels)
+        losses = []
+        for i, logits in enumerate(self.classify(batch.pixels)):
+            labels = batch.labels[:, i, None].expand(-1, logits.shape[1])  # (B, patches)
+            losses.append(F.cross_entropy(logits.mT, labels))
         # Equal weight for each attribute, whatever its number of classes.
-        losses = [F.cross_entropy(a, batch.labels[:, i]) for i, a in enumerate(logits)]
         return ClassifierOutput(torch.stack(losses).mean(), batch.n_targets)
 
     def classify(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Logits of each attribute, (B, classes) each."""
+        """Logits of each attribute at each patch, (B, patches, classes) each."""
         features = self.encoder(pixels).flatten(1, 2)  # (B, patches, width)
-        return self.head(features.mean(1)).split(self.n_classes, dim=-1)
+        return self.head(features).split(self.n_classes, dim=-1)
 
     @torch.no_grad()
     def accuracy(self, images: AttributeImages) -> float:
-        """Fraction of images with every attribute correct."""
+        """Fraction of images with every attribute correct, by the mean of the patches' logits."""
         self.eval()
-        correct = [a.argmax(-1) == images.labels[:, i] for i, a in enumerate(self.classify(images.pixels))]
+        correct = [a.mean(1).argmax(-1) == images.labels[:, i] for i, a in enumerate(self.classify(images.pixels))]
         return torch.stack(correct).all(0).float().mean().item()

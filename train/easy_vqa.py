@@ -35,8 +35,8 @@ def export(folder: str | Path, n_turns: int = 6) -> list[Path]:
     """Write the dataset in LLaVA's format, which `read_llava` and `vlmamba train` read.
 
     `captions.json` has a description of each training image whose questions determine one, for the align stage;
-    `train.json` the training questions joined to conversations of `n_turns`; `test.json` the test questions, one a
-    record. Images are copied to `images/`.
+    `train.json` the training questions and descriptions joined to conversations of `n_turns`; `test.json` the test
+    questions, one a record. Images are copied to `images/`.
 
     Args:
         folder: folder to write to.
@@ -101,7 +101,12 @@ def captions(records: Sequence[Record]) -> list[Record]:
 
 
 def conversations(records: Sequence[Record], n_turns: int, seed: int = 0) -> list[Record]:
-    """Join questions about the same image, in an order drawn from the seed, to conversations of `n_turns` questions."""
+    """Join questions about the same image, in an order drawn from the seed, to conversations of `n_turns` questions.
+
+    The first conversation about an image begins with its description, if its questions determine one: three questions
+    in four are yes/no, which teach nothing of an attribute that the model does not tell yet.
+    """
+    described = {_path(r): r for r in captions(records)}
     # Grouped by image, in the order of the images' first questions.
     about: dict[Path, list[Record]] = defaultdict(list)
     for record in records:
@@ -110,6 +115,7 @@ def conversations(records: Sequence[Record], n_turns: int, seed: int = 0) -> lis
     joined: list[Record] = []
     for image, group in about.items():
         rng.shuffle(group)
+        group = [described[image], *group] if image in described else group
         for i in range(0, len(group), n_turns):
             joined.append(Record(tuple(t for r in group[i : i + n_turns] for t in r.turns), (image,)))
     return joined

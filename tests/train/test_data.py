@@ -323,7 +323,7 @@ def test_easy_vqa_is_exported_in_llavas_format(tmp_path):
     assert len(test) == len(here)
     assert test[77].turns[1] == here[77].turns[1] and test[77].turns[0].text == "<image>\n" + here[77].turns[0].text
     assert test[77].images[0].read_bytes() == here[77].images[0].read_bytes()
-    assert sum(len(r.turns) for r in train) == 2 * len(easy_vqa.load("train"))
+    assert sum(len(r.turns) for r in train) == 2 * (len(easy_vqa.load("train")) + len(captions))
     assert len(captions) == len(easy_vqa.captions(easy_vqa.load("train")))
 
 
@@ -487,8 +487,14 @@ def test_conversations_ask_every_question_once_about_one_image_each():
     train = easy_vqa.load("train")[:500]
     joined = easy_vqa.conversations(train, 4)
     assert max(len(r.turns) for r in joined) == 8
-    asked = sorted((r.images, q.text, a.text) for r in joined for q, a in zip(r.turns[::2], r.turns[1::2], strict=True))
-    assert asked == sorted((r.images, *(t.text for t in r.turns)) for r in train)
+    pairs = [(r.images, q.text, a.text) for r in joined for q, a in zip(r.turns[::2], r.turns[1::2], strict=True)]
+    # Each image whose questions determine its attributes is described once, before any question about it.
+    described = easy_vqa.captions(train)
+    assert sorted(pairs) == sorted((r.images, *(t.text for t in r.turns)) for r in [*train, *described])
+    first = {}
+    for image, question, _ in pairs:
+        first.setdefault(image, question)
+    assert described and all(first[r.images] == "describe the image" for r in described)
 
 
 def ask(value="a", **extra):
