@@ -42,14 +42,14 @@ def test_a_loss_that_spans_more_than_a_decade_is_on_a_log_scale(losses, scale, t
     assert drawn[0].axes[0].get_yscale() == scale
 
 
-def test_an_answer_is_green_where_it_is_right_and_a_record_needs_no_image(tmp_path, drawn):
+def test_an_answer_is_marked_right_or_wrong_and_a_record_needs_no_image(tmp_path, drawn):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     records = [qa_record("Color?", "red", tmp_path / "a.png"), qa_record("Shape?", "circle")]
     plots.sample_page(records, {"m": ["red", "square"]}, tmp_path / "s.png", columns=3)
     first, second, empty = drawn[0].axes
     assert first.get_title() == "Color?\ntruth: red" and second.get_title() == "Shape?\ntruth: circle"
     assert [(t.get_text(), t.get_color()) for t in (*first.texts, *second.texts)] == [
-        ("m: red", "tab:green"), ("m: square", "tab:red")
+        ("✓ m: red", plots.RIGHT[0]), ("✗ m: square", plots.WRONG[0])
     ]  # fmt: skip
     assert len(first.images) == 1 and not second.images and not empty.texts and not empty.images
 
