@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssm_kernels import Mamba3States, add_rms_norm, has_readable_values
+from ssm_kernels import Mamba3States, StateSlots, add_rms_norm, has_readable_values
 from ssm_kernels.modules import Mamba, Mamba2, Mamba3, MixerState, RMSNorm, fuse_step, is_plain, obstacle_to_fusing
 
 from .config import LMConfig
@@ -69,6 +69,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         cu_seqlens: Tensor | None = None,
         logits_at: Tensor | None = None,
         return_state: bool = False,
+        slots: StateSlots | None = None,
     ) -> LMOutput:
         """Predict the next token at every position.
 
@@ -80,21 +81,25 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             cu_seqlens: (S + 1,) bounds of packed sequences, with B = 1; `state` then has S entries.
             logits_at: (n,) positions along L for which logits are wanted; all by default.
             return_state: return the final state too, with gradients, and leave `state` as it is.
+            slots: take this call as a decoding step of a few tokens a sequence on slots of `state`, which is then a
+                pool: `new_state(n_slots)`. Call it within `torch.no_grad()`.
 
         Returns:
             Logits (B, L or n, V), the hidden states that they are computed from, and the final state or None.
 
         Raises:
             TypeError: a part of `state` is not what `new_state` returns, or its dtype is narrower than the layer's.
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, a token outside the vocabulary, or a `state`
-                of other layers or another number of sequences.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, a token outside the vocabulary, a `state`
+                of other layers or another number of sequences, or slots that do not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if slots is not None and return_state:
+            raise ValueError("return_state must be False with slots, which update the pool in place; got True")
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed(input_ids)  # (B, L, D)
-        hidden, final = self.backbone(inputs_embeds, state, cu_seqlens, return_state)  # (B, L, D)
+        hidden, final = self.backbone(inputs_embeds, state, cu_seqlens, return_state, slots)  # (B, L, D)
         if logits_at is not None:
             hidden = hidden.index_select(1, logits_at.to(hidden.device))  # (B, n, D)
         hidden = hidden.to(self.device)
@@ -251,7 +256,12 @@ class _Backbone(nn.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(
-        self, hidden: Tensor, state: LMState | None, cu_seqlens: Tensor | None, return_state: bool
+        self,
+        hidden: Tensor,
+        state: LMState | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+        slots: StateSlots | None = None,
     ) -> tuple[Tensor, LMState | None]:
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"state must have an entry for each of {len(self.layers)} layers, got {len(state)}")
@@ -261,7 +271,7 @@ class _Backbone(nn.Module):
             hidden, residual, cu_seqlens = hidden.to(device), _to(device, residual), _to(device, cu_seqlens)
             # Both (B, L, D). The next layer's norm adds them in one kernel.
             start = None if state is None else state[i]
-            hidden, residual, end = layer(hidden, residual, start, cu_seqlens, return_state)
+            hidden, residual, end = layer(hidden, residual, start, cu_seqlens, return_state, slots)
             final.append(end)
         device = self.norm_f.weight.device
         hidden, residual = hidden.to(device), _to(device, residual)
@@ -302,8 +312,13 @@ class _Layer(nn.Module):
         state: MixerState | Mamba3States | None,
         cu_seqlens: Tensor | None,
         return_state: bool,
+        slots: StateSlots | None = None,
     ) -> tuple[Tensor, Tensor, MixerState | Mamba3States | None]:
         normed, residual = _add_norm(self.norm, hidden, residual, self.residual_in_fp32)  # (B, L, D) each
+        if slots is not None:
+            if not isinstance(self.mixer, Mamba | Mamba2):
+                raise ValueError(f"slots need layers of Mamba or Mamba-2, got {type(self.mixer).__name__}")
+            return self.mixer(normed, state, cu_seqlens, slots=slots), residual, None
         if not return_state:
             return self.mixer(normed, state, cu_seqlens), residual, None
         y, final = self.mixer(normed, state, cu_seqlens, return_state=True)

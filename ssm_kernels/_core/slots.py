@@ -96,20 +96,23 @@ class StateSlots:
         if has_readable_values(out):
             self._highest = max((int(t.max()) for t in (self.sources, self.out) if t.numel()), default=-1)
 
-    def plan(self, n_slots: int, batch: int, tokens: int) -> StepPlan:
+    def plan(self, state: Tensor, batch: int, tokens: int) -> StepPlan:
         """Return the slots of a step of (batch, tokens, ...) on a pool.
 
         Args:
-            n_slots: slots of the pool.
+            state: the pool, with the slots first.
             batch, tokens: B and T of the step; with `cu_seqlens` 1 and M.
 
         Returns:
             the plan, which is made once for all layers.
 
         Raises:
-            ValueError: another number of sequences or tokens, or slots that are not in the pool or that several
-                sequences use.
+            ValueError: another device, number of sequences or tokens, or slots that are not in the pool or that
+                several sequences use.
         """
+        if state.device != self.sources.device:
+            raise ValueError(f"slots must be on {state.device} like the state, got {self.sources.device}")
+        n_slots = len(state)
         if self._highest >= n_slots:
             raise ValueError(f"slots must lie below {n_slots}, the number of slots of the state; got {self._highest}")
         if (batch, tokens) not in self._plans:
@@ -209,7 +212,7 @@ def plan_step(slots: StateSlots | None, state: Tensor, batch: int, tokens: int) 
         if tokens == 1:
             return None
         slots = StateSlots(torch.arange(batch, device=state.device))
-    return slots.plan(len(state), batch, tokens)
+    return slots.plan(state, batch, tokens)
 
 
 PLAN_SCHEMA = "Tensor? sources, Tensor? destinations, Tensor? bounds"

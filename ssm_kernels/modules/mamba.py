@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.recompute import recompute_in_backward
+from .._core.slots import StateSlots
 from ..causal_conv1d import causal_conv1d_step
 from ..selective_scan import selective_scan, selective_scan_step
 from .conv import conv_weight, convolve, depthwise_conv
@@ -83,13 +84,20 @@ class Mamba(StatefulMixer):
         return StateLayout.of(self.conv1d, (self.d_inner, self.d_state))
 
     def _run(
-        self, projected: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, in_place: bool
+        self,
+        projected: Tensor,
+        state: MixerState | None,
+        cu_seqlens: Tensor | None,
+        in_place: bool,
+        slots: StateSlots | None = None,
     ) -> tuple[Tensor, MixerState | None]:
         """Mix (B, L, 2 E) to (B, L, D), and return the final state unless it is written into `state`."""
         layout = self._state_layout()
         if state is not None:
-            layout.check(state, n_sequences(projected, cu_seqlens))
+            layout.check(state, n_sequences(projected, cu_seqlens) if slots is None else len(state.conv))
         x, z = projected.chunk(2, dim=-1)  # (B, L, E) each
+        if state is not None and slots is not None:
+            return self.out_proj(self._step(x, z, state, slots)), None
         if state is not None and is_decoding_step(projected, cu_seqlens):
             state = state if in_place else copied(state)
             y = self._step(x[:, 0], z[:, 0], state).unsqueeze(1)  # (B, 1, E)
@@ -113,14 +121,14 @@ class Mamba(StatefulMixer):
         final = finish(state, final_conv, final_ssm, layout, projected.shape[1], cu_seqlens, in_place)
         return self.out_proj(y), final  # (B, L, D)
 
-    def _step(self, x: Tensor, z: Tensor, state: MixerState) -> Tensor:
-        """Advance by one token: x and z (B, E) -> y (B, E)."""
-        x = causal_conv1d_step(state.conv, x, *conv_weight("conv1d", self.conv1d), "silu")  # (B, E)
+    def _step(self, x: Tensor, z: Tensor, state: MixerState, slots: StateSlots | None = None) -> Tensor:
+        """Advance by one token: x and z (B, E) -> y (B, E); with slots by T tokens, (B, T, E)."""
+        x = causal_conv1d_step(state.conv, x, *conv_weight("conv1d", self.conv1d), "silu", slots=slots)  # (B, E)
         low_rank_dt, B, C = self.ssm_inputs(x)  # (B, R), (B, N), (B, N)
         dt, dt_bias = self.expand_dt(low_rank_dt)  # (B, E), (E,)
-        B, C = B.unsqueeze(1), C.unsqueeze(1)  # (B, 1, N): one group
+        B, C = B.unsqueeze(-2), C.unsqueeze(-2)  # (B, 1, N): one group
         A = decay_rate(self.A_log)  # (E, N)
-        return selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, dt_bias, dt_softplus=True)
+        return selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, dt_bias, dt_softplus=True, slots=slots)
 
     def ssm_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project the convolution's output to the input-dependent parameters (arXiv 2312.00752, algorithm 2).

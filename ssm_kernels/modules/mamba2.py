@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._core.dispatch import bind_backend
 from .._core.recompute import recompute_in_backward
+from .._core.slots import StateSlots
 from .._core.transforms import is_transformed
 from ..causal_conv1d import causal_conv1d_step
 from ..ssd import ssd, ssd_step
@@ -112,13 +113,21 @@ class Mamba2(StatefulMixer):
         return StateLayout.of(self.conv1d, (self.nheads, self.headdim, self.d_state))
 
     def _run(
-        self, projected: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, in_place: bool
+        self,
+        projected: Tensor,
+        state: MixerState | None,
+        cu_seqlens: Tensor | None,
+        in_place: bool,
+        slots: StateSlots | None = None,
     ) -> tuple[Tensor, MixerState | None]:
         """Mix (B, L, ...) to (B, L, D), and return the final state unless it is written into `state`."""
         layout = self._state_layout()
         if state is not None:
-            layout.check(state, n_sequences(projected, cu_seqlens))
+            layout.check(state, n_sequences(projected, cu_seqlens) if slots is None else len(state.conv))
         mlp, z, xBC, dt = self.split_projected(projected)  # (B, L, ...), (B, L, H P), (B, L, channels), (B, L, H)
+        if state is not None and slots is not None:
+            y = self._step(z, xBC, dt, state, slots)  # (B, T, H, P)
+            return self.out_proj(self.gate(y, z, mlp)), None
         if state is not None and is_decoding_step(projected, cu_seqlens):
             state = state if in_place else copied(state)
             y = self._step(z[:, 0], xBC[:, 0], dt[:, 0], state).unsqueeze(1)  # (B, 1, H, P)
@@ -135,13 +144,18 @@ class Mamba2(StatefulMixer):
         final = finish(state, final_conv, final_ssm, layout, projected.shape[1], cu_seqlens, in_place)
         return self._gate_and_project(y, z, mlp), final  # (B, L, D)
 
-    def _step(self, z: Tensor, xBC: Tensor, dt: Tensor, state: MixerState) -> Tensor:
-        """Advance by one token: z (B, H P), xBC (B, channels), dt (B, H) -> y (B, H, P)."""
-        xBC = causal_conv1d_step(state.conv, xBC, *conv_weight("conv1d", self.conv1d), "silu")  # (B, channels)
+    def _step(
+        self, z: Tensor, xBC: Tensor, dt: Tensor, state: MixerState, slots: StateSlots | None = None
+    ) -> Tensor:  # fmt: skip
+        """Advance by one token: z (B, H P), xBC (B, channels), dt (B, H) -> y (B, H, P); with slots by T tokens."""
+        weight, bias = conv_weight("conv1d", self.conv1d)
+        xBC = causal_conv1d_step(state.conv, xBC, weight, bias, "silu", slots=slots)  # (B, channels)
         x, B, C = self.ssm_inputs(xBC)  # (B, H, P), (B, G, N), (B, G, N)
         A = decay_rate(self.A_log)  # (H,)
         gate = self.scan_gate(z)
-        return ssd_step(state.ssm, x, dt, A, B, C, self.skip_weight, gate, self.dt_bias, True, self.dt_limit)
+        return ssd_step(
+            state.ssm, x, dt, A, B, C, self.skip_weight, gate, self.dt_bias, True, self.dt_limit, slots=slots
+        )  # fmt: skip
 
     @property
     def skip_weight(self) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from .state import MixerOutput, MixerState, StateLayout
+from .._core.slots import StateSlots
+from .state import MixerOutput, MixerState, StateLayout, check_slots
 
 
 class StatefulMixer(nn.Module):
@@ -20,7 +21,12 @@ class StatefulMixer(nn.Module):
 
     @abstractmethod
     def _run(
-        self, projected: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, in_place: bool
+        self,
+        projected: Tensor,
+        state: MixerState | None,
+        cu_seqlens: Tensor | None,
+        in_place: bool,
+        slots: StateSlots | None = None,
     ) -> tuple[Tensor, MixerState | None]:
         """Mix the output of `in_proj` to (B, L, D), and return the final state unless it is written into `state`."""
 
@@ -36,7 +42,14 @@ class StatefulMixer(nn.Module):
         return self._state_layout().zeros(batch)
 
     @overload
-    def forward(self, hidden: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor: ...
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        slots: StateSlots | None = None,
+    ) -> Tensor: ...
 
     @overload
     def forward(
@@ -55,6 +68,7 @@ class StatefulMixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         return_state: bool = False,
+        slots: StateSlots | None = None,
     ) -> Tensor | MixerOutput:
         """Mix over time.
 
@@ -64,14 +78,18 @@ class StatefulMixer(nn.Module):
                 is updated in place, without gradients.
             cu_seqlens: (S + 1,) bounds of sequences packed in one row.
             return_state: return the final state too, with gradients, and leave `state` as it is.
+            slots: take this forward as a decoding step of a few tokens on slots of `state`, which is then a pool. No
+                gradients: call it within `torch.no_grad()`.
 
         Returns:
             (B, L, D); with `return_state`, a `MixerOutput`.
 
         Raises:
-            TypeError, ValueError: `state` does not fit; the message names the part.
+            TypeError, ValueError: `state` or `slots` does not fit; the message names the part.
         """
-        y, final = self._run(self.in_proj(hidden), state, cu_seqlens, in_place=not return_state)
+        if slots is not None:
+            check_slots(state, cu_seqlens, return_state)
+        y, final = self._run(self.in_proj(hidden), state, cu_seqlens, not return_state, slots)
         return y if final is None else MixerOutput(y, final)
 
     def mix(self, projected: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -97,6 +97,17 @@ def check_no_gradients(state: MixerState | Mamba3States) -> None:
         raise ValueError("state requires gradients, so it cannot be updated in place: pass return_state=True")
 
 
+def check_slots(state: object, cu_seqlens: Tensor | None, return_state: bool) -> None:
+    """Raise a ValueError unless a forward with slots is a decoding step on a pool of states."""
+    if state is None or return_state or cu_seqlens is not None:
+        wrong = "no state" if state is None else "return_state" if return_state else "cu_seqlens apart from them"
+        raise ValueError(f"slots need a pool as the state, which is updated in place, and hold cu_seqlens; got {wrong}")
+    if torch.is_grad_enabled():
+        raise ValueError("slots are for decoding, without gradients: call the step within torch.no_grad()")
+    if current_sharding() is not None:
+        raise ValueError("slots cannot be used within context_parallel")
+
+
 def initial_states(state: MixerState | None, in_place: bool) -> InitialStates:
     """Return the states that a forward starts from: copies where a backward may need them after the update.
 

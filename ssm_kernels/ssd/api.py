@@ -140,7 +140,7 @@ def ssd_step(
     check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
     shape = (x.shape[0] if slots is None else "slots", *x.shape[2:], B.shape[3])
     check_tensor("state", state, shape, like=x, dtypes=(torch.float32, torch.float64))
-    plan = None if slots is None else slots.plan(len(state), x.shape[0], x.shape[1])
+    plan = None if slots is None else slots.plan(state, x.shape[0], x.shape[1])
     _check(x, dt if plan is None else plan.blank(dt), A, B, C, D, z, dt_bias, None)
     dt_limit = check_dt_limit(dt_limit)
     chosen = resolve_backend(backend, x.device, "ssd")
