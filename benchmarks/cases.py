@@ -6,6 +6,7 @@ y, final_states = case.call(case.inputs("cuda"), backend="triton")
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor
 
 import ssm_kernels
-from ssm_kernels import Backend
+from ssm_kernels import Backend, Mamba3Output, Mamba3States
 
 from .shapes import INPUTS, OPS, SIZES, WIDTHS, Shape
 
 DIRECTIONS = len(ssm_kernels.CROSS)
 """Scan directions of the ops on a grid, by default."""
+MAMBA3_IN_FLOAT32 = (
+    "dt", "A", "B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o", "initial_states", "states",
+)  # fmt: skip
+"""Inputs of Mamba-3 that the mixer has in float32 under autocast."""
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,6 +33,17 @@ class StepOutput(NamedTuple):
 
     y: Tensor
     state: Tensor
+
+
+class Mamba3Results(NamedTuple):
+    """Result of a case of `mamba3` or of its step: y, and the state's parts with angles that do not jump at 2 pi."""
+
+    y: Tensor
+    cos: Tensor
+    sin: Tensor
+    ssm: Tensor
+    B: Tensor
+    x: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,11 +90,33 @@ class Case:
     def folder(self) -> str:
         """Folder of `ssm_kernels` that holds the op's kernels."""
         folders = {"rms_norm": "norm", "add_rms_norm": "norm", "cross_scan": "cross_scan", "cross_merge": "cross_scan"}
-        return folders.get(self.op, self.op.removesuffix("_step").removeprefix("cross_"))
+        op = self.op.removesuffix("_step").removeprefix("cross_")
+        return folders.get(self.op, "ssd" if op == "mamba3" else op)
+
+    @property
+    def is_mamba3(self) -> bool:
+        return self.op.startswith("mamba3")
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Inputs that a step updates in place."""
+        return tuple(name for name in INPUTS[self.op] if name.startswith("state"))
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """Names of the results of `call`."""
+        if self.is_mamba3:
+            return Mamba3Results._fields
+        if self.is_step:
+            return StepOutput._fields
+        kind = typing.get_type_hints(getattr(ssm_kernels, self.op))["return"]
+        return getattr(kind, "_fields", ("y",))
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments that are not tensors."""
+        if self.is_mamba3:
+            return {} if self.is_step else {"chunk_size": self.chunk_size}
         if self.folder == "selective_scan":
             return {"dt_softplus": self.dt_softplus}
         if self.folder == "ssd":
@@ -107,12 +145,15 @@ class Case:
             "B": s.batch, "R": self.sequences or s.batch, "L": s.length, "h": s.height, "w": s.length // s.height,
             "hw": s.length, "K": DIRECTIONS, "D": s.channels, "H": s.heads, "P": s.headdim, "N": s.d_state,
             "G": s.groups, "W": s.width, "W-1": s.width - 1,
+            "M": s.rank, "J": s.d_state // 4,
         }  # fmt: skip
         found = {}
         for name, shape in INPUTS[self.op].items():
-            if not getattr(self, name, True):
+            if not self._has(name):
                 continue
             dims = shape.split()
+            if "G" in dims or name in ("B_bias", "C_bias"):
+                dims = [dim for dim in dims if dim != "M" or s.rank > 1]  # MIMO alone has an axis of ranks there
             if name in ("B", "C") and self.folder == "selective_scan":
                 if self.constant:
                     dims = ["D", "N"]
@@ -123,6 +164,12 @@ class Case:
                 dims.append("P")
             found[name] = tuple(extents[dim] for dim in dims)
         return found
+
+    def _has(self, name: str) -> bool:
+        """The case has this input of its op."""
+        if name.startswith("mimo_"):
+            return self.shape.rank > 1 and (self.z or name != "mimo_z")
+        return getattr(self, name.partition(".")[0], True)
 
     def _packing(self, device: torch.device) -> dict[str, Tensor]:
         """Tensors that delimit packed sequences."""
@@ -138,17 +185,32 @@ class Case:
         return {}
 
     def run(self, inputs: Mapping[str, Tensor], backend: Backend = "auto") -> Tensor | tuple[Tensor, ...]:
-        """Call the op, by default on the backend of `use_backend`; a step updates its state in place."""
-        return getattr(ssm_kernels, self.op)(**inputs, **self.options, backend=backend)
+        """Call the op, by default on the backend of `use_backend`; a step updates its state in place.
+
+        Returns:
+            the op's results, those of Mamba-3 as `y` and the parts of the states.
+        """
+        out = getattr(ssm_kernels, self.op)(**arguments(inputs), **self.options, backend=backend)
+        return (out.y, *out.final_states) if isinstance(out, Mamba3Output) else out
 
     def function(self, *, backend: Backend, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The op as `ssm_kernels.testing.assert_agrees` calls it: a step updates and returns a copy of its state."""
-        if not self.is_step:
-            return self.run(inputs, backend)
-        state = inputs["state"].clone()
-        y = self.run(inputs | {"state": state}, backend)
-        assert isinstance(y, Tensor)  # as every step's result
-        return StepOutput(y, state)
+        states = {name: inputs[name].clone() for name in self.state_names}
+        return self.named(self.run(inputs | states, backend), states)
+
+    def named(self, out: Any, states: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Results of `run`, or of a function like it, with names.
+
+        Args:
+            out: the results.
+            states: those that a step updated.
+        """
+        if self.is_step:
+            out = (out, *states.values())
+        if self.is_mamba3:
+            y, angles, *others = out
+            return Mamba3Results(y, angles.cos(), angles.sin(), *others)
+        return StepOutput(*out) if self.is_step else out
 
     def call(self, inputs: Mapping[str, Tensor], backend: Backend = "auto") -> tuple[Tensor, ...]:
         """Call the op on a copy of a step's state; the results are always a tuple."""
@@ -156,12 +218,22 @@ class Case:
         return out if isinstance(out, tuple) else (out,)
 
 
+def arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of an op from a case's inputs: the parts `states.ssm` and so on of a state are one argument."""
+    found: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
+    for name in dict.fromkeys(name.partition(".")[0] for name in inputs if "." in name):
+        found[name] = Mamba3States(*(inputs[f"{name}.{part}"] for part in Mamba3States._fields))
+    return found
+
+
 def _draw(case: Case, name: str, size: tuple[int, ...], device: torch.device, generator) -> Tensor:
     """Random values in the range, dtype and memory layout that they have in the models."""
     value = torch.randn(size, device=device, generator=generator)
     if name == "dt":
         value = value - 4  # softplus of it is about 0.02
-        value = value if case.dt_softplus else torch.nn.functional.softplus(value)
+        value = value if case.dt_softplus and not case.is_mamba3 else torch.nn.functional.softplus(value)
+    elif name == "A" and case.is_mamba3:
+        value = -torch.nn.functional.softplus(value)  # (B, L, H)
     elif name == "A" and case.folder == "selective_scan":
         # S4D-real initialization: A_n = -(n + 1)
         value = -torch.arange(1.0, size[-1] + 1, device=device).repeat(*size[:-1], 1)  # (D, N)
@@ -169,8 +241,9 @@ def _draw(case: Case, name: str, size: tuple[int, ...], device: torch.device, ge
         # Mamba-2 initializes -A uniformly in [1, 16].
         value = -1 - 15 * torch.rand(size, device=device, generator=generator)  # (H,)
     dtype = DTYPES[case.dtype]
-    scan_parameters = ("A", "D", "dt_bias", "initial_states", "state")
-    if name == "residual" or case.folder in ("selective_scan", "ssd") and name in scan_parameters:
+    in_float32 = MAMBA3_IN_FLOAT32 if case.is_mamba3 else ("A", "D", "dt_bias", "initial_states", "state")
+    kind = name.partition(".")[0]
+    if name == "residual" or case.folder in ("selective_scan", "ssd") and kind in in_float32:
         dtype = torch.promote_types(dtype, torch.float32)
     value = value.to(dtype)
     if case.channels_first and value.dim() == 3 and size[1] == case.shape.length:
@@ -189,6 +262,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"initial_states": True}, {"sequences": 5}, {"seq_idx": True},
         {"sequences": 5, "initial_states": True, "z": True, "dt_bias": True},
     ),
+    "mamba3": (
+        {"z": True}, {"D": False}, {"initial_states": True}, {"sequences": 5}, {"seq_idx": True},
+        {"sequences": 5, "initial_states": True, "z": True},
+    ),
     "causal_conv1d": (
         {"silu": False}, {"initial_states": True}, {"channels_first": True}, {"sequences": 5}, {"seq_idx": True},
         {"sequences": 5, "initial_states": True},
@@ -202,6 +279,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "cross_ssd": ({"D": False}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True}),
     "selective_scan_step": ({"z": True}, {"dt_bias": True}, {"constant": True}),
     "ssd_step": ({"z": True}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True}),
+    "mamba3_step": ({"z": True},),
     "causal_conv1d_step": ({"silu": False},),
 }  # fmt: skip
 """Options that each op has, one at a time and then together. Packing needs a batch of one row."""
@@ -217,7 +295,11 @@ def variants(case: Case) -> list[Case]:
 
 
 def layer(family: str, size: str, dtype: str = "bf16", batch: int = 8, length: int = 2048) -> list[Case]:
-    """The ops of one layer of a published model, in training and in decoding, as `ssm_kernels.modules` calls them."""
+    """The ops of one layer of a published model, in training and in decoding, as `ssm_kernels.modules` calls them.
+
+    Mamba-3 has no published models: its layers are those of `mamba_ssm`'s defaults at the widths of the others, with
+    one input a head and with four, whose chunks hold as many steps of SSD.
+    """
     width = WIDTHS[size]
     inner = 2 * width
     shape = Shape(batch, length, inner)
@@ -229,6 +311,10 @@ def layer(family: str, size: str, dtype: str = "bf16", batch: int = 8, length: i
             Case("selective_scan", shape, **options), conv, add_norm,
             Case("selective_scan_step", shape, **options), replace(conv, op="causal_conv1d_step"),
         ]  # fmt: skip
+    if family == "mamba3":
+        shape = replace(shape, d_state=128, heads=inner // 64)
+        ranks = [Case("mamba3", replace(shape, rank=rank), dtype, z=True) for rank in (1, 4)]
+        return [*ranks, add_norm, *(replace(case, op="mamba3_step") for case in ranks)]
     scan = Case("ssd", replace(shape, d_state=128, heads=inner // 64), dtype, dt_bias=True)
     conv = Case("causal_conv1d", replace(shape, channels=inner + 2 * 128), dtype)
     return [
@@ -250,7 +336,7 @@ def connector(dtype: str = "bf16", batch: int = 8, side: int = 27) -> list[Case]
 
 def published(dtype: str = "bf16", sizes: tuple[str, ...] = tuple(WIDTHS)) -> list[Case]:
     """The ops of the published models and of the connectors, without repetition."""
-    layers = [case for family in ("mamba", "mamba2") for size in sizes for case in layer(family, size, dtype)]
+    layers = [case for family in ("mamba", "mamba2", "mamba3") for size in sizes for case in layer(family, size, dtype)]
     return list(dict.fromkeys(layers + connector(dtype)))
 
 
@@ -277,11 +363,11 @@ def _with_sizes(case: Case, **sizes: int) -> Case:
 
 def realistic(dtype: str) -> list[Case]:
     """Published sizes for which a GPU runs the torch backend in float64 in seconds; dense, packed and on a grid."""
-    layers = layer("mamba", "130m", dtype, batch=2) + layer("mamba2", "130m", dtype, batch=2)
+    layers = [c for family in ("mamba", "mamba2", "mamba3") for c in layer(family, "130m", dtype, batch=2)]
     packed = [
         replace(case, shape=replace(case.shape, batch=1, length=5000), sequences=7, initial_states=True)
         for case in layers
-        if case.op in ("selective_scan", "ssd", "causal_conv1d")
+        if case.op in ("selective_scan", "ssd", "mamba3", "causal_conv1d")
     ]
     return list(dict.fromkeys(layers + packed + connector(dtype, batch=1)))
 
@@ -309,11 +395,14 @@ def small(dtype: str) -> list[Case]:
         Case("cross_scan", grid), Case("cross_merge", grid), Case("cross_causal_conv1d", grid),
         Case("cross_selective_scan", grid), Case("cross_ssd", replace(scan, length=91, height=7), chunk_size=32),
         Case("selective_scan_step", shape), Case("ssd_step", scan), Case("causal_conv1d_step", shape),
+        Case("mamba3", replace(scan, length=67), chunk_size=32), Case("mamba3_step", scan),
     ):  # fmt: skip
         cases += variants(replace(case, dtype=dtype))
     cases.append(Case("selective_scan", replace(shape, groups=4, d_state=5), dtype, z=True))
     cases.append(Case("selective_scan", replace(shape, length=70, d_state=256), dtype))
     cases.append(Case("causal_conv1d", replace(shape, width=2), dtype))
+    mimo = replace(scan, length=67, rank=3)
+    cases += [Case("mamba3", mimo, dtype, z=True), Case("mamba3_step", mimo, dtype, z=True)]
     return cases
 
 
@@ -329,7 +418,9 @@ def emulated(dtype: str, tiles: Literal["small", "published"] = "small") -> list
     shapes = {op: scan if "selective_scan" in op else shape for op in OPS}
     if tiles == "published":
         shapes |= {"add_rms_norm": replace(shape, channels=2560), "rms_norm": replace(shape, channels=5120)}
-    return [variant for op in OPS for variant in variants(Case(op, shapes[op], dtype))]
+    cases = [variant for op in OPS for variant in variants(Case(op, shapes[op], dtype))]
+    mimo = replace(shape, length=shape.length // 2, rank=2)
+    return cases + [Case(op, mimo, dtype, z=True) for op in ("mamba3", "mamba3_step")]
 
 
 def correctness() -> list[Case]:

@@ -33,9 +33,20 @@ KINDS = ("zeros", "denormal", "small", "large", "huge", "mixed", "infinite")
 LAYOUTS = ("transposed", "strided", "expanded")
 MUST_BE_FINITE = {
     "selective_scan": ("A",), "cross_selective_scan": ("A",),
-    "ssd": ("x", "dt", "A", "B", "C", "dt_bias"), "cross_ssd": ("x", "dt", "A", "B", "C", "dt_bias"),
+    "ssd": ("x", "dt", "A", "B", "C", "dt_bias"),
+    "mamba3": ("x", "dt", "A", "B", "C", "B_bias", "C_bias", "mimo_x", "mimo_o", "initial_states.angles",
+               "initial_states.ssm"),
+    "mamba3_step": ("dt", "states.angles", "states.ssm"),
+    "cross_ssd": ("x", "dt", "A", "B", "C", "dt_bias"),
 }  # fmt: skip
-"""Arguments that may not be infinite, by the ops' docstrings."""
+"""Arguments that may not be infinite, by the ops' docstrings, or whose infinities a definition spreads: Mamba-3's
+reference turns the state, which the fast path does not."""
+ORDINARY = {"mamba3": ("large", "huge", "mixed")}
+"""Magnitudes that an op is not drawn with.
+
+The gradient of an angle is the sum of those by the rotations of B and of C, which cancel but for what the state passes
+on: it has the roundings of both.
+"""
 
 
 def run_fuzz(command: Fuzz) -> None:
@@ -143,6 +154,9 @@ def draw(seed: int, ops: tuple[str, ...] = OPS) -> Trial:
         d_state=r.randint(1, max_width), heads=groups * r.randint(1, 3), headdim=r.randint(1, max_width),
         groups=groups, width=r.randint(1, 5),
     )  # fmt: skip
+    if "rank" in SIZES[op] and r.random() < 0.5:
+        # The ranks multiply the steps of SSD; MIMO turns pairs of halves.
+        shape = replace(shape, rank=r.randint(2, 4), d_state=2 * shape.d_state)
     if "height" in SIZES[op]:
         height = r.randint(1, 8)
         shape = replace(shape, height=height, length=height * r.randint(1, max(1, max_length // height)))
@@ -161,8 +175,9 @@ def draw(seed: int, ops: tuple[str, ...] = OPS) -> Trial:
     dtype = r.choice(("fp32", "fp32", "fp32", "bf16", "fp16", "fp64"))
     case = Case(op, shape, dtype, chunk_size=r.choice((1, 2, 7, 16, 32, 64)), **options)
     names = list(case.sizes())
+    kinds_of_op = [kind for kind in KINDS if kind not in ORDINARY.get(op, ())]
     kinds = tuple(
-        (n, r.choice([kind for kind in KINDS if kind != "infinite" or n not in MUST_BE_FINITE.get(op, ())]))
+        (n, r.choice([kind for kind in kinds_of_op if kind != "infinite" or n not in MUST_BE_FINITE.get(op, ())]))
         for n in names
         if r.random() < 0.2
     )

@@ -249,7 +249,7 @@ def times(here: Run) -> Jobs:
 
 
 def _layers() -> list[Case]:
-    return layer("mamba", "2.7b") + layer("mamba2", "2.7b")
+    return [case for family in ("mamba", "mamba2", "mamba3") for case in layer(family, "2.7b")]
 
 
 def _correctness_cases(here: Run) -> list[Case]:

@@ -68,6 +68,7 @@ class Command:
 _HELP = {
     "width": "Taps of the convolution.",
     "height": "Rows of the grid, whose area is the length.",
+    "rank": "Inputs and outputs a head of Mamba-3; more than one is MIMO.",
     "chunk_size": "Chunk size of this project's SSD; peers use their own.",
 }
 SizeOptions = make_dataclass(

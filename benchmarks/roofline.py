@@ -154,7 +154,7 @@ def cost(case: Case, mode: Mode) -> Cost:
     floats = _bytes(*(t for t in case.inputs("meta").values() if t.is_floating_point()))
     count = {
         "selective_scan": _selective_scan, "selective_scan_step": _selective_scan,
-        "ssd": _ssd, "ssd_step": _ssd_step,
+        "ssd": _ssd, "ssd_step": _ssd_step, "mamba3": _mamba3, "mamba3_step": _mamba3_step,
         "causal_conv1d": _conv, "causal_conv1d_step": _conv,
         "rms_norm": _norm, "add_rms_norm": _norm,
         "cross_scan": _permute, "cross_merge": _permute,
@@ -181,13 +181,17 @@ def _outputs(case: Case) -> int:
     rows = case.sequences or case.shape.batch
     s = case.shape
     if case.is_step:
-        state = case.inputs("meta")["state"]
-        return _bytes(state) + math.prod(sizes["u" if "u" in sizes else "x"]) * width
+        inputs = case.inputs("meta")
+        states = _bytes(*(inputs[name] for name in case.state_names))
+        return states + math.prod(sizes["u" if "u" in sizes else "x"]) * width
     y = _gradients_in(case)
     if case.op == "selective_scan":
         return y + rows * s.channels * s.d_state * wide
     if case.op == "ssd":
         return y + rows * s.heads * s.headdim * s.d_state * wide
+    if case.op == "mamba3":
+        inputs = replace(case, initial_states=True).inputs("meta")
+        return y + _bytes(*(t for name, t in inputs.items() if name.startswith("initial_states.")))
     if case.op == "causal_conv1d":
         return y + rows * (s.width - 1) * s.channels * width
     return y
@@ -280,6 +284,52 @@ def _ssd_step(case: Case, mode: Mode) -> tuple[int, int, int]:
     scalar = 1 + 2 * case.D + 3 * case.z
     other = heads * (s.headdim * (5 * s.d_state + scalar) + step + 1)
     return 0, other, heads * (1 + unit + 2 * s.headdim * case.z)
+
+
+def _mamba3(case: Case, mode: Mode) -> tuple[int, int, int]:
+    """SSD of R steps a step, whose B and C belong to heads, and what Mamba-3 computes beside it.
+
+    The own outputs of a step: R x R products of C and B, and as many rows of x.
+    """
+    s = case.shape
+    line = replace(s, length=s.length * s.rank, groups=s.heads)
+    scan = replace(case, op="ssd", shape=line, D=False, z=False, dt_softplus=False)
+    matrix, other, exponentials = _ssd(scan, mode)
+    own = s.rank * s.rank * (2 * s.d_state + 2 * s.headdim + 1) * (1 if mode == "fwd" else 3)
+    beside, unit = _beside_mamba3(case, mode)
+    heads = s.batch * s.length * s.heads
+    return matrix, other + heads * own + beside, exponentials + unit
+
+
+def _beside_mamba3(case: Case, mode: Mode) -> tuple[int, int]:
+    """Operations and exponentials of the rotation, the trapezoid, the projections of ranks, D and the gate.
+
+    Forward, a head: dt times an angle and the sum of angles, a cosine and a sine of it; B and C of each rank with their
+    bias and rotated, 6 a pair; the trapezoid, a sigmoid and 4. A step: the angle's tanh, and its product with pi.
+    Backward: all of these again; B and C rotated back (6) and the gradient of the angle (4).
+    """
+    s = case.shape
+    steps = s.batch * (1 if case.is_step else s.length)
+    heads, pairs, is_mimo, is_forward = steps * s.heads, s.d_state // 4, s.rank > 1, mode == "fwd"
+    a_matrix = s.d_state + 6 * pairs if is_forward else 2 * s.d_state + 16 * pairs
+    # The inputs and outputs of the ranks, a product and a multiply-add; the gradient of both factors, and x again.
+    projections = (3 if is_forward else 9) * is_mimo
+    gate = ((3 if is_forward else 10) + (1 if is_forward else 3) * is_mimo) * case.z
+    a_channel = projections + (2 if is_forward else 4) * case.D + gate
+    a_head = 2 * s.rank * a_matrix + s.rank * s.headdim * a_channel
+    a_head += 2 * pairs + 4 if is_forward else 6 * pairs + 12
+    exponentials = heads * (2 * pairs + 2 + 2 * s.rank * s.headdim * case.z) + steps * pairs
+    return heads * a_head + steps * pairs * (1 if is_forward else 4), exponentials
+
+
+def _mamba3_step(case: Case, mode: Mode) -> tuple[int, int, int]:
+    """A state: the decay, and a multiply-add for the last input, for this one and for y, of each rank."""
+    s = case.shape
+    heads = s.batch * s.heads
+    beside, exponentials = _beside_mamba3(case, mode)
+    # exp(dt A); both inputs times their weights.
+    a_head = s.headdim * (s.d_state * (1 + 6 * s.rank) + 2 * s.rank) + 1
+    return 0, heads * a_head + beside, exponentials + heads
 
 
 def _conv(case: Case, mode: Mode) -> tuple[int, int, int]:

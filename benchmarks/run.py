@@ -91,7 +91,7 @@ def _setting(op: str, name: str, shape_name: str, sizes: Mapping[str, int], valu
     Raises:
         ValueError: the op has no such size, or sizes do not divide.
     """
-    known = SIZES[op] + (("chunk_size",) if op == "ssd" else ())
+    known = SIZES[op] + (("chunk_size",) if op in ("ssd", "mamba3") else ())
     if unknown := next((size for size in sizes if size not in known), None):
         raise ValueError(f"{op} has no {unknown}; its sizes are {', '.join(known)}")
     own = {size: n for size, n in sizes.items() if size != "chunk_size"}
@@ -100,7 +100,7 @@ def _setting(op: str, name: str, shape_name: str, sizes: Mapping[str, int], valu
         raise ValueError(
             f"height must divide length, the area of the grid; got height {s.height} and length {s.length}"
         )
-    if op in ("ssd", "cross_ssd") and s.heads % s.groups:
+    if op in ("ssd", "cross_ssd", "mamba3", "mamba3_step") and s.heads % s.groups:
         raise ValueError(f"groups must divide heads; got {s.groups} groups and {s.heads} heads")
     if op == "mamba2_block" and s.channels % s.headdim:
         raise ValueError(f"headdim must divide channels; got headdim {s.headdim} and channels {s.channels}")

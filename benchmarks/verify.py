@@ -19,7 +19,6 @@ import contextlib
 import importlib.util
 import inspect
 import sys
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 
 import ssm_kernels
 
-from .cases import SIZES, Case, StepOutput, check_ops, small
+from .cases import SIZES, Case, arguments, check_ops, small
 from .correctness import disagreement, expected, results
 from .environment import current_device
 from .options import Verify
@@ -151,11 +150,11 @@ class Candidate:
         """
         tensors = case.inputs(self.device)
         options = self.options(case, tensors)
-        names, carries = result_names(case), False
+        names, carries = case.result_names, False
 
         def call(**t: Tensor) -> tuple:
             nonlocal carries
-            out = self.call(t, options, case.is_step)
+            out = self.call(case, t, options)
             carries = any(isinstance(r, Tensor) and r.requires_grad for r in out)
             self.num_results = min(len(out), len(names))
             return _named(out, names[: self.num_results])
@@ -197,16 +196,18 @@ class Candidate:
         if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             if "chunk_size" not in takes:
                 options.pop("chunk_size", None)
-            if unknown := [name for name in (*tensors, *options) if name not in takes]:
+            if unknown := [name for name in (*arguments(tensors), *options) if name not in takes]:
                 raise NotImplementedError(f"the function takes no {', '.join(unknown)}")
         return options
 
-    def call(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], is_step: bool) -> tuple:
+    def call(self, case: Case, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> tuple:
         """Results of the function; a step updates a copy of its state, which is its last result."""
-        state = {"state": tensors["state"].clone()} if is_step else {}
-        out = self.function(**{**tensors, **options, **state})
-        if is_step:
-            return out, *state.values()
+        states = {name: tensors[name].clone() for name in case.state_names}
+        out = self.function(**arguments({**tensors, **states}), **options)
+        if case.op == "mamba3" and isinstance(out, tuple) and len(out) == 2:
+            out = (out[0], *out[1])
+        if case.is_step or case.is_mamba3 and isinstance(out, tuple):
+            out = case.named(out, states)
         return out if isinstance(out, tuple) else (out,)
 
 
@@ -236,16 +237,8 @@ def verify(
             break
         verdict.passed += 1
     verdict.has_backward = candidate.has_backward
-    verdict.not_compared = result_names(cases[0])[candidate.num_results :] if candidate.num_results else ()
+    verdict.not_compared = cases[0].result_names[candidate.num_results :] if candidate.num_results else ()
     return verdict
-
-
-def result_names(case: Case) -> tuple[str, ...]:
-    """Names of the op's results."""
-    if case.is_step:
-        return StepOutput._fields
-    kind = typing.get_type_hints(getattr(ssm_kernels, case.op))["return"]
-    return getattr(kind, "_fields", ("y",))
 
 
 def _named(out: tuple, names: tuple[str, ...]) -> tuple:

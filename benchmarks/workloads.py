@@ -29,7 +29,8 @@ def named_shape(op: str, name: str) -> Shape:
     The ops on a grid take 27 x 27 patches, 32 x 32 in `default` and 256 x 256 in `long`.
     """
     on_grid = op.startswith("cross_")
-    shape = Shape(d_state=128) if op in ("ssd", "ssd_step", "cross_ssd", "mamba2_block") else Shape()
+    by_heads = ("ssd", "ssd_step", "cross_ssd", "mamba3", "mamba3_step", "mamba2_block")
+    shape = Shape(d_state=128) if op in by_heads else Shape()
     if name == "default":
         return replace(shape, height=32) if on_grid else shape
     if name == "tiny":
@@ -91,7 +92,7 @@ def build_float64(op: str, shape: Shape, dtype: torch.dtype, backend: Backend, d
 def named_case(op: str, shape: Shape, dtype: torch.dtype, **options: Any) -> Case:
     """The case of an op that `build` runs: with a gate where the published models have one."""
     names = {kind: name for name, kind in DTYPES.items()}
-    gated = op in ("selective_scan", "selective_scan_step", "rms_norm")
+    gated = op in ("selective_scan", "selective_scan_step", "mamba3", "mamba3_step", "rms_norm")
     return replace(Case(op, shape, names[dtype], z=gated), **options)
 
 

@@ -264,10 +264,11 @@ def _with_input_before(a: Mamba3Arguments, weight_before: Tensor, bounds: _Bound
     """The initial states (rows, H, P, N) with the input before them, as the trapezoid of the first step has it."""
     assert a.initial_states is not None
     _, ssm, B, x = (t.to(weight_before.dtype) for t in a.initial_states)
-    weight = weight_before.flatten(0, 1).index_select(0, bounds.first) * bounds.has_steps.unsqueeze(1)  # (rows, H)
+    weight = weight_before.flatten(0, 1).index_select(0, bounds.first)  # (rows, H)
     x_ranks = _up_project(x, a.mimo_x)  # (rows, R, H, P)
-    outer = torch.matmul(x_ranks.permute(0, 2, 3, 1), B.transpose(1, 2))  # (rows, H, P, N)
-    return torch.addcmul(ssm, weight[..., None, None], outer)
+    outer = (x_ranks.unsqueeze(4) * B.unsqueeze(3)).sum(1)  # (rows, H, P, N)
+    # A sequence without steps keeps its state, even beside an infinite B, of which a weight of 0 would make NaN.
+    return torch.where(bounds.has_steps[:, None, None, None], torch.addcmul(ssm, weight[..., None, None], outer), ssm)
 
 
 def _own_outputs(x_ranks: Tensor, B: Tensor, C: Tensor, later_weight: Tensor, weight: Tensor) -> Tensor:
@@ -282,13 +283,14 @@ def _own_outputs(x_ranks: Tensor, B: Tensor, C: Tensor, later_weight: Tensor, we
     Returns:
         like `x_ranks`.
     """
+    # Not a matrix product, whose backward would be in the dtype of an autocast around it.
     rank = x_ranks.shape[2]
-    if rank == 1:
-        return ((C * B).sum(-1) * weight.unsqueeze(2)).unsqueeze(-1) * x_ranks
-    scores = torch.matmul(C.transpose(2, 3), B.permute(0, 1, 3, 4, 2))  # (B, L, H, R, R)
-    is_later = torch.ones(rank, rank, dtype=torch.bool, device=B.device).triu(1)
-    scores = scores * torch.where(is_later, later_weight[..., None, None], weight[..., None, None])
-    return torch.matmul(scores, x_ranks.transpose(2, 3)).transpose(2, 3)
+    own = torch.zeros_like(x_ranks)
+    for r in range(rank):
+        weights = torch.stack([later_weight] * r + [weight] * (rank - r), 2)  # (B, L, R, H)
+        scores = (C * B[:, :, r : r + 1]).sum(-1) * weights
+        own = own + scores.unsqueeze(-1) * x_ranks[:, :, r : r + 1]
+    return own
 
 
 def _skip_gate_and_project(y: Tensor, x_ranks: Tensor, a: Mamba3Arguments) -> Tensor:

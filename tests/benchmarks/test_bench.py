@@ -37,8 +37,8 @@ def test_every_implementation_computes_the_same_and_has_the_same_gradients(op):
     known = ground_truth(op, SMALL, torch.float32, gradients=mode != "fwd")
     assert known.by == "reference"
     for impl in IMPLEMENTATIONS:
-        if impl == "transformers" and op.startswith("cross_"):
-            with pytest.raises(ValueError, match="transformers is not compared on cross_"):
+        if impl == "transformers" and op.startswith(("cross_", "mamba3")):
+            with pytest.raises(ValueError, match=f"transformers is not compared on {op}"):
                 build(op, impl, SMALL)
             continue
         result, _ = first_call(build(op, impl, SMALL), mode)

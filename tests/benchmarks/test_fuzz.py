@@ -43,7 +43,7 @@ def test_every_op_magnitude_layout_and_packing_is_drawn():
 
 def test_arguments_that_must_be_finite_are():
     seen = set()
-    for seed in range(2000):
+    for seed in range(2500):
         trial = draw(seed)
         infinite = {name for name, kind in trial.kinds if kind == "infinite"}
         seen |= {(trial.case.op, name) for name in infinite}

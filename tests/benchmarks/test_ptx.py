@@ -421,6 +421,8 @@ QUICK = [
     Case("cross_causal_conv1d", SMALL, "bf16"), Case("ssd", SMALL, "bf16"),
     Case("ssd", SMALL, "bf16", initial_states=True, sequences=3, dt_bias=True),
     Case("selective_scan", SMALL, "bf16", z=True, dt_bias=True),
+    Case("mamba3", replace(SMALL, length=20, rank=2), "bf16", z=True, initial_states=True),
+    Case("mamba3_step", SMALL, "bf16", z=True),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssm_kernels.ssd import pytorch
@@ -106,6 +107,25 @@ def test_a_step_by_hand():
         cost(Case("ssd_step"), "bwd")
 
 
+def test_mamba3_by_hand():
+    """One head, one step a chunk: SSD of the ranks, and the rotation, trapezoid and gate around it."""
+    shape = Shape(1, 4, heads=1, headdim=32, d_state=16, rank=2)
+    case = Case("mamba3", shape, "bf16", z=True, chunk_size=2)
+    scan = Case("ssd", replace(shape, length=8), D=False, dt_softplus=False, chunk_size=2)
+    found, of_scan = cost(case, "fwd"), cost(scan, "fwd")
+    assert found.matrix == of_scan.matrix
+    own = 2 * 2 * (2 * 16 + 1 + 2 * 32)  # C B^T of a step's ranks, weighed, times x
+    rotated = 2 * 2 * (16 + 4 * 6)  # B and C of two ranks: the bias, and 4 pairs turned
+    angles, trapezoid = 4 * 2, 4
+    channels = 2 * 32 * (1 + 2 + 2 + 1 + 3)  # x and y of a rank, D, the gate's projection and the gate
+    assert found.other == of_scan.other + 4 * (own + rotated + angles + trapezoid + channels + 4)
+    assert found.exponentials == of_scan.exponentials + 4 * (2 * 4 + 2 + 2 * 64 + 4)
+    step = cost(replace(case, op="mamba3_step"), "fwd")
+    state = 32 * 16 * (1 + 2 * (2 + 2 + 2))
+    assert step.other == state + 2 * 2 * 32 + 1 + rotated + angles + trapezoid + channels + 4
+    assert step.written == 4 * (4 + 32 * 16 + 2 * 16 + 32) + 2 * 32
+
+
 def test_matrix_operations_are_those_that_the_chunked_algorithm_executes():
     case = Case("ssd", SMALL, chunk_size=8, D=False)
     t = case.inputs()
@@ -131,7 +151,8 @@ def test_exponentials_are_those_that_the_definition_executes():
 @pytest.mark.parametrize("case", [c for c in small("fp32") if not c.sequences], ids=str)
 def test_bytes_are_those_of_the_arguments_and_results(case):
     inputs = case.inputs()
-    outputs = case.call(inputs, "torch")
+    states = {name: inputs[name].clone() for name in case.state_names}
+    outputs = [*tree_leaves(case.run(inputs | states, "torch")), *states.values()]
     found = cost(case, "fwd")
     assert found.read == sum(t.numel() * t.element_size() for t in inputs.values())
     assert found.written == sum(t.numel() * t.element_size() for t in outputs)

@@ -91,6 +91,13 @@ def test_packed_sequences_agree_with_the_reference(backend, rank, packing, batch
     assert_agrees(flat_mamba3, inputs | packing, {"chunk_size": 16}, backend=backend)
 
 
+def test_an_empty_sequence_keeps_its_state_whatever_its_last_input_was(backend):
+    inputs = make_inputs(1, 30, rows=5) | PACKED
+    inputs["state_B"][0] = torch.inf  # the first of the packed sequences has no steps
+    ssm = flat_mamba3(**inputs, backend=backend).ssm
+    assert ssm.isfinite().all() and torch.equal(ssm[0], inputs["state_ssm"][0])
+
+
 @pytest.mark.parametrize("rank", RANKS)
 def test_agrees_without_what_is_optional(backend, rank):
     inputs = make_inputs(rank=rank)
