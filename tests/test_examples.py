@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import runpy
 import subprocess
 import sys
@@ -53,6 +55,14 @@ def test_two_ranks_agree_with_one():
     ]
 
 
+def test_a_served_model_answers(monkeypatch, capsys):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    monkeypatch.setattr(sys, "argv", ["serve_and_ask.py"])
+    runpy.run_path(str(EXAMPLES / "serve_and_ask.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("What color is it? ")
+
+
 def test_code_of_others_runs_unchanged():
     done = subprocess.run(  # its own process: `mamba_ssm` is imported there
         [sys.executable, str(EXAMPLES / "drop_in.py")], capture_output=True, text=True, check=False
@@ -73,3 +83,30 @@ def test_a_kernel_of_others_is_emulated_and_verified():
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_short(path):
     assert len(path.read_text().splitlines()) < 60
+
+
+def test_the_notebook_runs_and_has_its_pictures():
+    notebook = json.loads((EXAMPLES / "demo.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    smaller = {
+        "SHORTEN = 1\n": "SHORTEN = 500\n",
+        "QUESTIONS = 2000": "QUESTIONS = 80",
+        'load("train")': 'load("train")[:2000]',
+        'load("test")': 'load("test")[:200]',
+    }
+    for setting, small in smaller.items():
+        assert setting in code
+        code = code.replace(setting, small)
+    # Its own process: the number of threads and matplotlib's figures are of a process.
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "with images" in done.stdout
+    pictures = [output for cell in cells for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
