@@ -28,6 +28,7 @@ from ..model.generation.generate import Completion
 from ..model.generation.interface import LMState
 from ..model.generation.prefill import EmbedFn, PrefillChunk, check_tokens, packed_tokens, run_prefill_chunk
 from ..model.generation.sampling import Sampler
+from ..model.image_tokens import ProcessedImage
 from ..model.lm import MambaLM
 from ..model.tokenizer import require_tokenizer
 from ..model.vlm import VLM
@@ -127,6 +128,12 @@ class _Sequence:
         """End of the quantum that starts at a position: never beyond the end of an image."""
         end = min((position // QUANTUM + 1) * QUANTUM, len(self.ids))
         return min([end, *(s.end for s in self.request.prompt.images if s.end > position)])
+
+    def images_left(self) -> tuple[ProcessedImage, ...]:
+        """Images that are not in the state already."""
+        prompt = self.request.prompt
+        spans = zip(prompt.sample.images, prompt.images, strict=True)
+        return tuple(image for image, span in spans if span.start >= self.position)
 
     def ends_image(self, position: int) -> bool:
         """Whether an image ends at a position: another question about it may go on from there."""
@@ -343,11 +350,7 @@ class Engine:
             return
         rests = [s.ids[s.position :] for s in sequences]
         if isinstance(self.model, VLM):
-            # A prefix from the cache has its images in its state.
-            samples = [
-                Sample(rest, rest, s.request.prompt.sample.images if s.position == 0 else ())
-                for s, rest in zip(sequences, rests, strict=True)
-            ]
+            samples = [Sample(rest, rest, s.images_left()) for s, rest in zip(sequences, rests, strict=True)]
             embed, bounds = self.model.packed(samples)
         else:
             embed, bounds = packed_tokens(self.lm, rests)

@@ -12,7 +12,7 @@ import numpy as np
 from ..model.batch import Sample
 from ..model.image import ImageLike
 from ..model.lm import MambaLM
-from ..model.prompt import PromptTemplate, Turn
+from ..model.prompt import IMAGE_TOKEN, PromptTemplate, Turn
 from ..model.tokenizer import require_tokenizer
 from ..model.vlm import VLM
 
@@ -80,7 +80,7 @@ def chat_prompt(
     Args:
         model: with a tokenizer.
         template: the model's own, or that of a language model's conversations.
-        turns: user and assistant alternating, from the user's to the user's.
+        turns: user and assistant alternating, from the user's to the user's, with marks at the places of images.
         images: pictures with the digests of their content.
         salt: secret of the user.
 
@@ -88,19 +88,21 @@ def chat_prompt(
         The prompt.
 
     Raises:
-        ValueError: turns that do not alternate, images for a language model, more images than the model takes, or
-            an image that cannot be read.
+        ValueError: turns that do not alternate, images for a language model, or not a mark for each image.
     """
     if not isinstance(model, VLM):
         if images:
             raise ValueError("the model is a language model and takes no image")
         ids, labels = template.encode(require_tokenizer(model), turns)
         return Prompt(Sample(ids, labels), salt=salt)
-    if len(images) > 1:
-        raise ValueError(f"the model takes one image in a conversation, got {len(images)}")
-    sample = model.prepare(turns, images[0][0] if images else None)
-    spans = tuple(ImageSpan(0, model.image_tokens, digest) for _, digest in images)
-    return Prompt(sample, spans, salt)
+    sample = model.prepare(turns, [image for image, _ in images])
+    spans, at = [], 0
+    for processed, (_, digest) in zip(sample.images, images, strict=True):
+        # Two images without text between them are one run of image tokens.
+        start = sample.input_ids.index(IMAGE_TOKEN, at)
+        at = start + processed.n_tokens
+        spans.append(ImageSpan(start, at, digest))
+    return Prompt(sample, tuple(spans), salt)
 
 
 def text_prompt(model: VLM | MambaLM, text: str | Sequence[int], salt: bytes = b"") -> Prompt:

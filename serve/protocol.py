@@ -16,12 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..model.generation.config import GenerationConfig
-from ..model.prompt import Turn
+from ..model.prompt import IMAGE_MARK, Turn
 from .config import ServeConfig
 from .engine import MAX_LOGPROBS
 
-MARK = "<image>"
-"""Place of an image in the text of a turn."""
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 MAX_STOPS = 16
 MAX_PROMPTS = 64
@@ -317,7 +315,7 @@ def _content(content: Any, at: str, role: str, images: list[bytes]) -> str:
             texts.append(_unmarked(part["text"], f"{here}.text"))
         elif kind == "image_url" and role == "user":
             images.append(_image(part.get("image_url"), f"{here}.image_url"))
-            texts.append(MARK)
+            texts.append(IMAGE_MARK)
         else:
             parts = "text or image_url" if role == "user" else "text"
             raise ApiError(400, f"{here} must be a part of type {parts}, got {kind!r}", here)
@@ -326,8 +324,8 @@ def _content(content: Any, at: str, role: str, images: list[bytes]) -> str:
 
 def _unmarked(text: str, at: str) -> str:
     """Refuse a text that has the mark of an image: it would move the images that were sent."""
-    if MARK in text:
-        raise ApiError(400, f"{at} must not have the text {MARK}, which stands for an image", at)
+    if IMAGE_MARK in text:
+        raise ApiError(400, f"{at} must not have the text {IMAGE_MARK}, which stands for an image", at)
     return text
 
 

@@ -13,6 +13,7 @@ from .commands.generate import Generate
 from .commands.inspect import Inspect
 from .commands.reproduce import Reproduce
 from .commands.serve import Serve
+from .commands.serve_bench import ServeBench
 from .commands.train import Train
 
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
     "generate": Generate,
     "chat": Chat,
     "serve": Serve,
+    "serve-bench": ServeBench,
     "inspect": Inspect,
     "convert": Convert,
     "export": Export,

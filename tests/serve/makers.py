@@ -86,7 +86,8 @@ def alone(lm, ids, sampling):
 
 
 def vlm_request(vlm, question, image, sampling=GREEDY, salt=b"", **options):
-    images = [] if image is None else [(image, image.tobytes()[:32])]
+    images = [] if image is None else image if isinstance(image, list) else [image]
+    images = [(i, i.tobytes()) for i in images]
     turns = question if isinstance(question, list) else [Turn("user", question)]
     return Request(chat_prompt(vlm, vlm.template, turns, images, salt), sampling, **options)
 

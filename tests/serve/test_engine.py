@@ -22,7 +22,7 @@ from tests.serve.makers import (
     vlm_request,
     wait_for,
 )
-from vlmamba.model import GenerationConfig
+from vlmamba.model import GenerationConfig, Turn
 from vlmamba.serve.engine import Busy, Stopping
 from vlmamba.serve.waiting import WaitingQueue
 
@@ -97,6 +97,19 @@ def test_answers_about_images_are_those_of_generate(vlm):
     requests = [vlm_request(vlm, q, i) for q, i in zip(questions, images, strict=True)]
     assert Client(vlm).run(*requests) == vlm.generate(questions, images, GREEDY)
     assert len(set(vlm.generate(questions[:2], images[:2], GREEDY))) == 2
+
+
+def test_several_images_are_each_at_their_place(vlm):
+    """The second question goes on after the first image, and the third after both."""
+    turns = [Turn("user", "<image>what?"), Turn("assistant", "a red circle"), Turn("user", "and <image> this?")]
+    conversations = [([turns[0]], [RED]), (turns, [RED, BLUE]), ([*turns[:2], turns[2]], [RED, BLUE])]
+    client = Client(vlm)
+    for conversation, images in conversations:
+        request = vlm_request(vlm, conversation, images)
+        assert client.run(request) == vlm.generate([conversation], [images], GREEDY)
+    assert client.engine.cache.hits == 2
+    swapped = vlm_request(vlm, turns, [BLUE, RED])
+    assert client.run(swapped) == vlm.generate([turns], [[BLUE, RED]], GREEDY) and not swapped.cached_tokens
 
 
 def test_a_request_that_comes_later_joins_the_running_batch(lm):
