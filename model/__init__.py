@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .presets import PRESETS
     from .prompt import IGNORE, IMAGE_TOKEN, Turn
     from .tokenizer import Tokenizer
+    from .video import Video
     from .vit import ViT
     from .vlm import VLM, VLMOutput
 
@@ -56,6 +57,7 @@ __all__ = [
     "VLMOutput",
     "ViT",
     "ViTConfig",
+    "Video",
     "VisionConfig",
     "collate",
     "load_model",
@@ -86,6 +88,7 @@ _MODULE_OF = {
     "VLMOutput": "vlm",
     "ViT": "vit",
     "ViTConfig": "config",
+    "Video": "video",
     "VisionConfig": "config",
     "collate": "batch",
     "load_model": "load",

@@ -13,6 +13,7 @@ from torch import Tensor
 from ssm_kernels import states
 
 from .batch import Sample
+from .feature_cache import FeatureCache
 from .generation.config import GenerationConfig
 from .generation.cuda_graph import graph_key
 from .generation.decoding import Decoder, state_bytes
@@ -88,6 +89,8 @@ class Conversation:
         self.template = template or (model.template if isinstance(model, VLM) else None)
         self.history = history and self.template is not None and self.template.has_turns
         self.turn_stats = TurnStats(0, 0.0, 0, 0.0)
+        self.features = FeatureCache()
+        """Features of images that were shown, also before a reset."""
         self._decoder: Decoder | None = None
         self._n_asked = 0
         """Number of answers started. Each takes the next seed, so that a repeated question is sampled anew."""
@@ -220,5 +223,5 @@ class Conversation:
         # Earlier images are in the state: a known prefix ends with a turn, and never within an image.
         new = Sample(ids, [IGNORE] * len(ids), tuple(self.images)).after(n_seen)
         if isinstance(self.model, VLM) and new.images:
-            return self.model.packed([new])
+            return self.model.packed([new], self.features)
         return packed_tokens(self.lm, [new.input_ids])

@@ -174,6 +174,8 @@ class VLMConfig:
     """Name of the prompt template in `model.prompt`."""
     tiles: TilesConfig | None = None
     """Tiles of each image; None is one view of it."""
+    max_frames: Size = 8
+    """Most frames that are sampled of a video."""
 
     def __post_init__(self) -> None:
         check_fields(self)

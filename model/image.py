@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
@@ -17,8 +20,8 @@ from .limits import MAX_ENCODER_SIDE, MAX_FILE_BYTES, MAX_IMAGE_SIDE
 from .resample import Placement, resize_window
 
 Resize = Literal["naive", "crop", "crop-floor", "letterbox"]
-ImageLike = Image.Image | np.ndarray | str | Path
-"""A Pillow image, a uint8 array (H, W, 3), or the path of a file."""
+ImageLike = Image.Image | np.ndarray | str | Path | bytes
+"""A Pillow image, a uint8 array (H, W, 3), or a file as its path or its bytes."""
 
 FORMATS = ("AVIF", "BMP", "DDS", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 """Raster formats that are read, by Pillow's names. Others may start programs: EPS runs Ghostscript."""
@@ -113,7 +116,7 @@ def as_rgb(image: ImageLike) -> Image.Image:
     """Convert an image to RGB.
 
     Args:
-        image: a Pillow image, a uint8 array (H, W, 3), or the path of a file.
+        image: a Pillow image, a uint8 array (H, W, 3), or a file as its path or its bytes.
 
     Returns:
         RGB image.
@@ -124,6 +127,8 @@ def as_rgb(image: ImageLike) -> Image.Image:
     """
     if isinstance(image, str | Path):
         return open_image(image)
+    if isinstance(image, bytes):
+        return decode_image(io.BytesIO(image), "the image")
     if isinstance(image, np.ndarray):
         # Floats could be in [0, 1] or in [0, 255]: not guessed.
         if image.dtype != np.uint8:
@@ -133,7 +138,8 @@ def as_rgb(image: ImageLike) -> Image.Image:
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise TypeError(
-            f"an image must be a Pillow image, a uint8 array of shape (H, W, 3) or a path, got {type(image).__name__}"
+            "an image must be a Pillow image, a uint8 array of shape (H, W, 3), a path or bytes, "
+            f"got {type(image).__name__}"
         )
     return _convert(image, str(getattr(image, "filename", "") or "the image"))
 
@@ -153,7 +159,12 @@ def open_image(path: str | Path) -> Image.Image:
             larger than `MAX_FILE_BYTES`, longer than `MAX_IMAGE_SIDE`, or has more pixels than Pillow takes for safe.
             The path is named.
     """
-    path = Path(path)
+    with _open(Path(path)) as file:
+        return decode_image(file, str(path))
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open an image file whose size is within the limit."""
     try:
         if not path.is_file():
             raise FileNotFoundError
@@ -162,11 +173,11 @@ def open_image(path: str | Path) -> Image.Image:
         raise FileNotFoundError(f"no image at {path}") from None
     except (OSError, ValueError) as e:  # a name that is too long, or has a null character
         raise ValueError(f"{str(path)!r} cannot be opened: {e}") from e
-    with file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{path} is too large: {size:,} bytes, where {MAX_FILE_BYTES:,} are the most")
-        return decode_image(file, str(path))
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_FILE_BYTES:
+        file.close()
+        raise ValueError(f"{path} is too large: {size:,} bytes, where {MAX_FILE_BYTES:,} are the most")
+    return file
 
 
 def decode_image(file: BinaryIO, name: str) -> Image.Image:
@@ -182,15 +193,52 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
     Raises:
         ValueError: see `open_image`.
     """
+    with _read_header(file, name) as image:
+        return _convert(image, name)
+
+
+@contextlib.contextmanager
+def open_animation(source: str | Path | BinaryIO, name: str) -> Iterator[tuple[int, Callable[[int], Image.Image]]]:
+    """Open an animated image file; one that is not animated has one frame.
+
+    Args:
+        source: its path, or the file itself, opened for reading bytes.
+        name: names the file in errors.
+
+    Yields:
+        The number of frames, and a function that reads one of them as RGB.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_image`; the message names the frame.
+    """
+    file = _open(Path(source)) if isinstance(source, str | Path) else source
+    with file, _read_header(file, name) as image:
+
+        def frame(index: int) -> Image.Image:
+            try:
+                image.seek(index)
+            except MemoryError:
+                raise
+            except Exception as e:
+                raise _undecodable(f"frame {index} of {name}", e) from e
+            return _convert(image, f"frame {index} of {name}")
+
+        # Counting the frames of some formats reads the entire file.
+        try:
+            n_frames = getattr(image, "n_frames", 1)
+        except Exception as e:
+            raise _undecodable(name, e) from e
+        yield n_frames, frame
+
+
+def _read_header(file: BinaryIO, name: str) -> Image.Image:
+    """Open an image without decoding its pixels."""
     try:
-        # Reads the header only; pixels are decoded by the conversion below.
-        image = Image.open(file, formats=_readable_formats())
+        return Image.open(file, formats=_readable_formats())
     except MemoryError:
         raise
     except Exception as e:
         raise _undecodable(name, e) from e
-    with image:
-        return _convert(image, name)
 
 
 def is_image(name: str) -> bool:

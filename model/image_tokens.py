@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +12,13 @@ from torch import Tensor
 from .config import VLMConfig
 from .image import ImageLike, as_rgb
 from .tiles import TileGrid, choose_grid, count_tokens, cut_tiles, patch_bounds
+from .video import Video
 
 
 @dataclass(frozen=True)
 class ProcessedImage:
-    """An image preprocessed for each vision encoder: one view, or with tiles a view of the whole and each tile."""
+    """An image preprocessed for each vision encoder: one view, or with tiles a view of the whole and each tile; or the
+    frames of a video."""
 
     pixels: tuple[Tensor, ...]
     """For each encoder, (views, 3, height, width)."""
@@ -25,8 +29,18 @@ class ProcessedImage:
 
     @property
     def n_views(self) -> int:
-        """Number of images that each encoder sees."""
+        """Number of images that each encoder sees: 1, those of the tiles, or the frames of a video."""
         return len(self.pixels[0])
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Hash of the content as the model sees it: pixels after preprocessing, and the grid."""
+        hashed = hashlib.blake2b(repr(self.grid).encode(), digest_size=32)
+        # Shape and dtype too, so that no two contents have the same bytes.
+        for pixels in self.pixels:
+            hashed.update(f"{pixels.dtype} {tuple(pixels.shape)}".encode())
+            hashed.update(pixels.contiguous().flatten().view(torch.uint8).numpy().data)
+        return hashed.digest()
 
     def to(self, dtype: torch.dtype) -> ProcessedImage:
         """Convert the pixels to a dtype."""
@@ -45,20 +59,25 @@ class ImagePreprocessor:
         self.processors = [v.processor for v in config.vision]
         # Tiles have the encoder's size, and the view of the whole beside them is never cropped.
         self.tile_processors = [replace(p, resize="naive", resize_to=None) for p in self.processors]
-        self.patches = config.grid[0]
+        self.patches, self.max_frames = config.grid[0], config.max_frames
 
-    def __call__(self, image: ImageLike) -> ProcessedImage:
-        """Preprocess an image.
+    def __call__(self, image: ImageLike | Video) -> ProcessedImage:
+        """Preprocess an image, or the sampled frames of a video.
 
         Args:
-            image: in any form that `image.as_rgb` takes.
+            image: in any form that `image.as_rgb` takes; or a video.
 
         Returns:
-            The image for each encoder.
+            The image for each encoder. A video's views are its frames, without tiles.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: see `image.as_rgb`.
+            FileNotFoundError, TypeError, ValueError: see `image.as_rgb` and `Video.frames`.
         """
+        if isinstance(image, Video):
+            frames = image.frames(self.max_frames)
+            # (frames, 3, height, width) for each encoder
+            pixels = tuple(torch.stack([processor(f) for f in frames]) for processor in self.processors)
+            return ProcessedImage(pixels, self._count(len(frames)))
         rgb = as_rgb(image)
         if self.tiles is None:
             pixels = tuple(processor(rgb)[None] for processor in self.processors)  # (1, 3, height, width) each
@@ -77,6 +96,7 @@ class ImagePreprocessor:
         """Most tokens that an image takes."""
         if self.tiles is None:
             return self._count(1)
+        # Border that is left out makes an image shorter.
         n = self.patches
         return max(self._count(1 + r * c, TileGrid(r, c, 0, r * n, 0, c * n)) for r, c in self.tiles.grids)
 

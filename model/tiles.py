@@ -44,6 +44,7 @@ def choose_grid(size: tuple[int, int], grids: Sequence[tuple[int, int]], side: i
     def quality(grid: tuple[int, int]) -> tuple[int, int]:
         rows, columns = grid[0] * side, grid[1] * side
         scale = min(columns / width, rows / height)
+        # Pixels after resizing; enlarging an image adds none.
         effective = min(int(width * scale) * int(height * scale), width * height)
         return effective, effective - rows * columns
 
@@ -87,6 +88,7 @@ def patch_bounds(size: tuple[int, int], grid: tuple[int, int], patches: int, unp
     """
     width, height = size
     rows, columns = grid[0] * patches, grid[1] * patches
+    # An image wider than its grid has border above and below, else left and right.
     top = left = 0
     if unpad and width / height > columns / rows:
         top = (rows - int(round(height * (columns / width), 7))) // 2
@@ -112,10 +114,10 @@ def merge_views(features: Tensor, grid: TileGrid | None, newline: Tensor | None)
     whole, tiles = features[0], features[1:]
     rows = tiles.unflatten(0, (grid.rows, grid.columns)).transpose(1, 2)  # (rows, h, columns, w, D)
     rows = rows.flatten(2, 3).flatten(0, 1)  # (rows * h, columns * w, D)
-    rows = rows[grid.top : grid.bottom, grid.left : grid.right]
+    rows = rows[grid.top : grid.bottom, grid.left : grid.right]  # (kept rows, kept columns, D)
     if newline is not None:
         rows = torch.cat([rows, newline.to(rows).expand(len(rows), 1, -1)], 1)  # (kept rows, kept columns + 1, D)
-    return torch.cat([whole.flatten(0, 1), rows.flatten(0, 1)])
+    return torch.cat([whole.flatten(0, 1), rows.flatten(0, 1)])  # (tokens, D)
 
 
 def count_tokens(n_views: int, grid: TileGrid | None, patches: int, has_newline: bool) -> int:

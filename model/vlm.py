@@ -19,6 +19,7 @@ from ssm_kernels.context_parallel import current_sharding
 from ..connectors import build_connector
 from .batch import Batch, Sample, collate, image_positions
 from .config import TilesConfig, VLMConfig
+from .feature_cache import FeatureCache
 from .formats import detect_format
 from .formats.vlm import merged, open_released
 from .generation.config import GenerationConfig
@@ -34,11 +35,13 @@ from .prompt import IGNORE, Turn, get_template
 from .score import BATCH_SIZE, Score, batches, score_packed
 from .tiles import TileGrid, merge_views
 from .tokenizer import Tokenizer, require_tokenizer
+from .video import Video
 from .vit import ViT
 from .weights import DeviceMap, Weights, check_placement, load_into
 
-Images = ImageLike | ProcessedImage | Sequence[ImageLike | ProcessedImage] | None
-"""The image of a conversation, or a list of its images in the order of their marks, or none."""
+OneImage = ImageLike | Video | ProcessedImage
+Images = OneImage | Sequence[OneImage] | None
+"""The image or video of a conversation, or a list of them in the order of their marks, or none."""
 
 
 class VLMOutput(NamedTuple):
@@ -164,25 +167,31 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
 
     def _embedder(self, batch: Batch) -> EmbedFn:
         """Return a function that embeds ranges of the batch. Images are encoded here, once."""
-        positions = image_positions(batch.input_ids)  # (T,)
+        return self._place(batch.input_ids, self._encode(batch.images, batch.layouts), bool(batch.images))
+
+    def _encode(self, images: tuple[Tensor, ...], layouts: Sequence[tuple[int, TileGrid | None]]) -> Tensor | None:
+        """Compute the features of images, (tokens, D), from their views for each encoder; None without images."""
+        if not images:
+            if not self.always_encodes:
+                return None
+            # Features of the blank image are used by no position.
+            device, sizes = next(self.vision.parameters()).device, [v.encoder.image_size for v in self.config.vision]
+            images = tuple(torch.zeros(1, 3, size, size, device=device) for size in sizes)
+        layouts = layouts or ((1, None),) * len(images[0])
+        return self._merge(self.connector(self.vision(images)), layouts)
+
+    def _place(self, input_ids: Tensor, features: Tensor | None, has_images: bool) -> EmbedFn:
+        """Return a function that embeds ranges of tokens, with the features at the positions of images."""
+        positions = image_positions(input_ids)  # (T,)
         n_positions = int(positions.sum())
-        features = None
-        images = batch.images
-        # Features of the blank image are used by no position.
-        if not images and self.always_encodes:
-            sizes = [v.encoder.image_size for v in self.config.vision]
-            images = tuple(torch.zeros(1, 3, size, size, device=positions.device) for size in sizes)
-        if images:
-            layouts = batch.layouts or ((1, None),) * len(images[0])
-            features = self._merge(self.connector(self.vision(images)), layouts)  # (tokens of images, D)
-            if batch.images and len(features) != n_positions:
-                raise ValueError(f"the images have {len(features)} features, but input_ids has {n_positions} places")
-        if n_positions and not batch.images:
+        if n_positions and not has_images:
             raise ValueError(f"input_ids has {n_positions} places for image features, but there is no image")
+        if features is not None and has_images and len(features) != n_positions:
+            raise ValueError(f"the images have {len(features)} features, but input_ids has {n_positions} places")
 
         def embed(start: int, end: int) -> Tensor:
             is_image = positions[start:end]  # (end - start,)
-            embeds = self.language_model.embed(batch.input_ids[start:end].masked_fill(is_image, 0))
+            embeds = self.language_model.embed(input_ids[start:end].masked_fill(is_image, 0))
             if features is not None:
                 # Features of the images before this range are skipped.
                 n_before = int(positions[:start].sum()) if start else 0
@@ -332,21 +341,55 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         return samples
 
     @torch.no_grad()
-    def packed(self, samples: Sequence[Sample]) -> tuple[EmbedFn, Tensor]:
+    def packed(self, samples: Sequence[Sample], cache: FeatureCache | None = None) -> tuple[EmbedFn, Tensor]:
         """Pack samples and encode their images.
 
         Args:
             samples: prompts.
+            cache: features of images that were seen before; those of new ones are added.
 
         Returns:
             A function that embeds ranges of the packed tokens, and the bounds (S + 1,) of the samples.
         """
-        batch = collate(samples)
+        text = collate([replace(sample, images=()) for sample in samples])
+        device = self.language_model.backbone.embedding.weight.device
+        features = self.encode([image for sample in samples for image in sample.images], cache)
+        # (tokens of images, D)
+        joined = torch.cat([f.to(device) for f in features]) if features else None
+        return self._place(text.input_ids.to(device), joined, bool(features)), text.cu_seqlens
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[ProcessedImage], cache: FeatureCache | None = None) -> list[Tensor]:
+        """Compute the features of images: the embeddings of their tokens. Images of equal content are encoded once.
+
+        Args:
+            images: results of `preprocess`.
+            cache: features of images that were seen before; those of new ones are added.
+
+        Returns:
+            For each image, (n_tokens, D).
+        """
+        found: dict[bytes, Tensor] = {}
+        new: dict[bytes, ProcessedImage] = {}
+        for image in images:
+            if image.digest in found or image.digest in new:
+                continue
+            features = None if cache is None else cache.get(image.digest)
+            if features is None:
+                new[image.digest] = image
+            else:
+                found[image.digest] = features
         # Encoders may have another device and dtype than the language model.
         encoder = next(self.vision.parameters())
-        images = tuple(i.to(encoder.device, encoder.dtype) for i in batch.images)
-        batch = replace(batch.to(self.language_model.backbone.embedding.weight.device), images=images)
-        return self._embedder(batch), batch.cu_seqlens
+        pixels = (torch.cat(views) for views in zip(*(i.pixels for i in new.values()), strict=True))
+        views = tuple(p.to(encoder.device, encoder.dtype) for p in pixels)  # (views, 3, height, width) each
+        encoded = self._encode(views, [(i.n_views, i.grid) for i in new.values()])
+        if new and encoded is not None:
+            for digest, features in zip(new, encoded.split([i.n_tokens for i in new.values()]), strict=True):
+                found[digest] = features
+                if cache is not None:
+                    cache.put(digest, features)
+        return [found[image.digest] for image in images]
 
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
@@ -434,11 +477,11 @@ def new_connector(config: VLMConfig) -> nn.Module:
     return connector
 
 
-def as_list(images: Images) -> list[ImageLike | ProcessedImage]:
+def as_list(images: Images) -> list[OneImage]:
     """Return the images of a conversation as a list."""
     if images is None:
         return []
     # Not by `Sequence`: a path as text is one, too.
-    if isinstance(images, ImageLike | ProcessedImage):
+    if isinstance(images, OneImage):
         return [images]
     return list(images)

@@ -366,8 +366,9 @@ def test_arrays_are_images():
         (pixels[..., 0], ValueError, r"must have shape \(H, W, 3\), got \(7, 9\)"),
         (pixels.transpose(2, 0, 1), ValueError, r"must have shape \(H, W, 3\), got \(3, 7, 9\)"),
         (pixels[:0], ValueError, "must have shape"),
-        (torch.zeros(3, 4, 4), TypeError, "must be a Pillow image, a uint8 array of shape .* or a path, got Tensor"),
-        (b"bytes", TypeError, "got bytes"),
+        (torch.zeros(3, 4, 4), TypeError, "must be a Pillow image, .*, a path or bytes, got Tensor"),
+        (b"bytes", ValueError, "the image is not an image that can be read"),
+        (bytearray(4), TypeError, "got bytearray"),
     ):
         with pytest.raises(error, match=message):
             ImageProcessor(8)(wrong)

@@ -93,6 +93,12 @@ def test_a_question_about_several_images(folder, vlm, capsys):
     (want,) = vlm.generate([question], [images], FEW)
     out = run(capsys, "generate", folder / "vlm", question, "--image", *images, "--max-new-tokens", 6)
     assert out == want + "\n"
+    (folder / "frames").mkdir()
+    for image in images:
+        shutil.copy(image, folder / "frames")
+    out = run(capsys, "generate", folder / "vlm", "what?", "--video", folder / "frames", "--max-new-tokens", 6)
+    # Frames are in the order of their names.
+    assert out == vlm.generate(["<image><image>what?"], [images[::-1]], FEW)[0] + "\n"
     prompts = folder / "several.jsonl"
     prompts.write_text(json.dumps({"prompt": question, "image": ["red.png", "blue.png"]}))
     answer = json.loads(run(capsys, "generate", folder / "vlm", "--prompts", prompts, "--max-new-tokens", 6))
@@ -400,7 +406,7 @@ def test_chat_continues_after_a_mistake(folder, monkeypatch, capsys):
     out = chat(monkeypatch, capsys, lines, folder / "vlm").splitlines()
     assert out[0] == "/image needs the path of an image"
     assert out[1] == "no image at nowhere.png"
-    assert out[2] == "no command /dance; there are /image, /reset, /help and /quit"
+    assert out[2] == "no command /dance; there are /image, /video, /reset, /help and /quit"
     assert out[3].startswith("/image PATH")
     assert out[-1] == "/quit or Ctrl-D quits"
 

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 HELP = """\
 /image PATH  show an image with the next question
+/video PATH  show a video: a folder of frames, or an animated file
 /reset       start over without images
 /help        this list
 /quit        quit (or Ctrl-D)
 Ctrl-C stops an answer; Tab completes a path."""
 QUIT = ("/quit", "quit", "exit")
-COMMANDS = ("/image ", "/reset", "/help", "/quit")
+COMMANDS = ("/image ", "/video ", "/reset", "/help", "/quit")
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Chat:
 
     def _run_line(self, conversation: Conversation, line: str) -> None:
         from ..model.image import open_image
+        from ..model.video import Video
         from .prompt_file import check_text
 
         check_text(line)
@@ -108,8 +110,14 @@ class Chat:
             image = open_image(path)
             conversation.add(image)
             note(f"with the next question: {describe_images(conversation, [(path, image)])[0]}")
+        elif word == "/video":
+            if not rest.strip():
+                raise ValueError("/video needs the path of a folder of frames or of an animated file")
+            path = pasted_path(rest.strip())
+            conversation.add(Video(path))
+            note(f"with the next question: video: {path.name} ({conversation.images[-1].n_views} frames)")
         elif word.startswith("/"):
-            raise ValueError(f"no command {word}; there are /image, /reset, /help and /quit")
+            raise ValueError(f"no command {word}; there are /image, /video, /reset, /help and /quit")
         elif line:
             self._answer(conversation, line)
 
@@ -172,15 +180,16 @@ def enable_completion() -> None:
 
 
 def completions(line: str) -> list[str]:
-    """Complete a line that begins with `/`: the commands, or after `/image ` the paths."""
-    if not line.startswith("/image "):
+    """Complete a line that begins with `/`: the commands, or after `/image ` and `/video ` the paths."""
+    command = line[: len("/image ")]
+    if command not in ("/image ", "/video "):
         return [command for command in COMMANDS if command.startswith(line) and line]
-    start = line.removeprefix("/image ")
+    start = line.removeprefix(command)
     folder, base = os.path.split(start)
     with contextlib.suppress(OSError, ValueError):  # no such folder, or none that may be read
         root = expand_home(folder or ".")
         names = sorted(name for name in os.listdir(root) if name.startswith(base))
-        return [f"/image {os.path.join(folder, name)}{os.sep if (root / name).is_dir() else ''}" for name in names]
+        return [f"{command}{os.path.join(folder, name)}{os.sep if (root / name).is_dir() else ''}" for name in names]
     return []
 
 

@@ -16,7 +16,10 @@ from ..model.generation.config import GenerationConfig
 from .options import DtypeName, Positional, Sampling
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..model.lm import MambaLM
+    from ..model.video import Video
     from ..model.vlm import VLM
 
 
@@ -31,6 +34,8 @@ class Generate:
     image: tuple[Path, ...] = ()
     """Images that the question is about, each at its mark <image>; one alone needs no mark. With --prompts: the images
     of each prompt that names none."""
+    video: tuple[Path, ...] = ()
+    """Videos that the question is about, folders of frames or animated files; their marks follow those of images."""
     prompts: Path | None = None
     """File of prompts, one a line; or JSONL, records with "prompt" and perhaps "image", a path relative to the file or
     a list of them.
@@ -49,6 +54,7 @@ class Generate:
         """Answer the prompt, or those of the file. SIGTERM ends with status 143; answers already written stay."""
         from ..model.image import open_image
         from ..model.prompt import Turn, mark_images
+        from ..model.video import Video
         from .loading import load_with_tokenizer
         from .prompt_file import answer_prompts, check_text
 
@@ -56,6 +62,8 @@ class Generate:
             raise ValueError("give either a prompt or --prompts FILE")
         if self.output is not None and self.prompts is None:
             raise ValueError("--output is for the answers to --prompts")
+        if self.video and self.prompts is not None:
+            raise ValueError("--video is for one prompt, and not for --prompts")
         # A job scheduler sends SIGTERM; open files are closed before the end.
         with _exit_on_sigterm():
             if self.prompts is not None:
@@ -64,12 +72,14 @@ class Generate:
             assert self.prompt is not None
             check_text(self.prompt)
             # Broken images, and those without a place, are reported before the model is loaded.
-            if self.image:
-                mark_images([Turn("user", self.prompt)], len(self.image))
-            for image in self.image:
-                open_image(image)
+            if self.image or self.video:
+                mark_images([Turn("user", self.prompt)], len(self.image) + len(self.video))
+            images: list[Image.Image | Video] = [open_image(image) for image in self.image]
+            for path in self.video:
+                images.append(Video(path))
+                Video(path).frames(1)
             model = load_with_tokenizer(self.model, self.dtype, self.device)
-            for text in _stream(model, self.prompt, self.image, self.sampling):
+            for text in _stream(model, self.prompt, images, self.sampling):
                 print(printable(text), end="", flush=True)
             print()
 
@@ -88,11 +98,13 @@ def _exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _stream(model: MambaLM | VLM, prompt: str, images: tuple[Path, ...], config: GenerationConfig) -> Iterator[str]:
+def _stream(
+    model: MambaLM | VLM, prompt: str, images: list[Image.Image | Video], config: GenerationConfig
+) -> Iterator[str]:
     from ..model.vlm import VLM
 
     if isinstance(model, VLM):
         return model.stream(prompt, images, config)
     if images:
-        raise ValueError(f"the model is a language model and takes no image, got {images[0]}")
+        raise ValueError(f"the model is a language model and takes no image, got {len(images)} of them")
     return model.stream(prompt, config)
