@@ -20,6 +20,7 @@ from .formats.language import NEOX_VOCABULARY, open_language_model
 from .generation.config import GenerationConfig
 from .generation.generate import generate_texts, stream_text
 from .generation.interface import LMOutput, LMState
+from .generation.speculative import DraftStats
 from .hub import TOKENIZER, HubModel, fetch
 from .tokenizer import Tokenizer
 from .weights import Weights
@@ -193,36 +194,54 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         elif detect_format(folder) != "own":
             logger.warning("no tokenizer: %s has no %s", folder, TOKENIZER)
 
-    def generate(self, prompts: Sequence[str], config: GenerationConfig | None = None) -> list[str]:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        config: GenerationConfig | None = None,
+        *,
+        draft_model: MambaLM | None = None,
+        draft_stats: DraftStats | None = None,
+    ) -> list[str]:
         """Continue several texts in one batch. Each continuation is the one that its text would get alone.
 
         Args:
             prompts: texts.
             config: generation settings; greedy by default.
+            draft_model: smaller model with the same tokenizer, which proposes `config.draft_tokens` tokens a step; the
+                distribution of the result stays the same (arXiv 2211.17192).
+            draft_stats: takes the counts of proposed and accepted tokens.
 
         Returns:
             The continuations.
 
         Raises:
-            ValueError: the model has no tokenizer.
+            ValueError: the model has no tokenizer, or `draft_model` does not fit.
         """
         # A string is a sequence of strings, and would be read as one prompt per character.
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be a list of texts, got the text {prompts!r}")
-        *_, completions = generate_texts(self, prompts, config)
+        *_, completions = generate_texts(self, prompts, config, draft_model, draft_stats)
         return [c.text for c in completions]
 
-    def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str,
+        config: GenerationConfig | None = None,
+        *,
+        draft_model: MambaLM | None = None,
+        draft_stats: DraftStats | None = None,
+    ) -> Iterator[str]:
         """Continue one text, yielding new text as it is generated.
 
         Args:
             prompt: the text.
             config: generation settings; greedy by default.
+            draft_model, draft_stats: as in `generate`.
 
         Yields:
             Parts of the continuation.
         """
-        return stream_text(generate_texts(self, [prompt], config))
+        return stream_text(generate_texts(self, [prompt], config, draft_model, draft_stats))
 
 
 def neox_tokenizer(**hub: Any) -> Tokenizer | None:

@@ -26,6 +26,8 @@ class GenerationConfig:
     """Stop strings: they end the text and are not part of it."""
     seed: Seed = 0
     """Sampling seed. Every sequence draws the same noise, so results do not depend on batch composition."""
+    draft_tokens: Annotated[int, Interval("[1, 16]")] = 4
+    """Tokens that a draft model proposes a step, where there is one."""
     prefill_chunk: Count = 4096
     """Prompt tokens per forward pass. Bounds the memory that a long prompt takes."""
 

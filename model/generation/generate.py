@@ -14,6 +14,7 @@ from .decoding import Decoder, acquire_decoder, release_decoder
 from .interface import LanguageModel
 from .prefill import EmbedFn, check_tokens, packed_tokens, prefill
 from .sampling import Sampler
+from .speculative import Draft, DraftStats, check_draft, generate_speculatively
 
 
 @torch.no_grad()
@@ -148,12 +149,14 @@ def generate_packed(
     tokenizer: Tokenizer,
     config: GenerationConfig,
     decoder: Decoder | None = None,
+    draft: Draft | None = None,
 ) -> Generator[list[Completion], None, None]:
     """Generate text for packed prompts.
 
     Args:
         lm, embeds, cu_seqlens, prompt_ids, config, decoder: see `generate_tokens`.
         tokenizer: decodes the generated tokens.
+        draft: proposes tokens to the model, which has checked it (`check_draft`); not with a `decoder`.
 
     Returns:
         An iterator that yields the same completions after every step, and once more when they are complete.
@@ -167,13 +170,20 @@ def generate_packed(
     finished = [False] * len(completions)
     # The embedding may have padding rows, and a tokenizer more or fewer tokens than the model.
     vocab_size = min(tokenizer.vocab_size, lm.config.vocab_size)
-    steps = generate_tokens(lm, embeds, cu_seqlens, prompt_ids, config, vocab_size, finished=finished, decoder=decoder)
+    if draft is None:
+        steps = _single_tokens(
+            generate_tokens(lm, embeds, cu_seqlens, prompt_ids, config, vocab_size, finished=finished, decoder=decoder)
+        )
+    else:
+        vocab_size = min(vocab_size, draft.lm.config.vocab_size)
+        steps = generate_speculatively(lm, embeds, cu_seqlens, draft, config, vocab_size, finished)
     with contextlib.closing(steps):
-        for tokens, _ in steps:
-            for i, (completion, token) in enumerate(zip(completions, tokens, strict=True)):
-                if not completion.finished:
-                    completion.push(token)
-                    finished[i] = completion.finished
+        for new in steps:
+            for i, (completion, tokens) in enumerate(zip(completions, new, strict=True)):
+                for token in tokens:
+                    if not completion.finished:
+                        completion.push(token)
+                finished[i] = completion.finished
             yield completions
             if all(finished):
                 return
@@ -182,8 +192,21 @@ def generate_packed(
     yield completions
 
 
+def _single_tokens(
+    steps: Generator[tuple[list[int], Tensor], None, None],
+) -> Generator[list[list[int]], None, None]:
+    """Yield the tokens of `generate_tokens` as lists of one."""
+    with contextlib.closing(steps):
+        for tokens, _ in steps:
+            yield [[token] for token in tokens]
+
+
 def generate_texts(
-    lm: LanguageModel, prompts: Sequence[str], config: GenerationConfig | None = None
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    config: GenerationConfig | None = None,
+    draft_model: LanguageModel | None = None,
+    draft_stats: DraftStats | None = None,
 ) -> Generator[list[Completion], None, None]:
     """Generate text for prompts in text. An empty prompt is encoded as the end-of-text token, which starts a document.
 
@@ -191,16 +214,23 @@ def generate_texts(
         lm: language model with a tokenizer.
         prompts: texts to continue.
         config: generation settings; the defaults if None.
+        draft_model: language model that proposes tokens.
+        draft_stats: counts of its proposals, which are added to.
 
     Returns:
         See `generate_packed`.
 
     Raises:
-        ValueError: the model has no tokenizer.
+        ValueError: the model has no tokenizer; or see `check_draft`.
     """
-    tokenizer = require_tokenizer(lm)
+    tokenizer, config, draft = require_tokenizer(lm), config or GenerationConfig(), None
     prompt_ids = [tokenizer.encode(p) or [tokenizer.eos_id] for p in prompts]
-    return generate_packed(lm, *packed_tokens(lm, prompt_ids), prompt_ids, tokenizer, config or GenerationConfig())
+    if draft_model is not None:
+        check_draft(lm, draft_model, config)
+        draft = Draft(
+            draft_model, *packed_tokens(draft_model, prompt_ids), DraftStats() if draft_stats is None else draft_stats
+        )
+    return generate_packed(lm, *packed_tokens(lm, prompt_ids), prompt_ids, tokenizer, config, draft=draft)
 
 
 def stream_text(steps: Iterator[list[Completion]]) -> Iterator[str]:

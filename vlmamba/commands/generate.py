@@ -16,8 +16,12 @@ from ..model.generation.config import GenerationConfig
 from .options import DtypeName, Positional, Sampling
 
 if TYPE_CHECKING:
+<<<<<<< HEAD
     from PIL import Image
 
+=======
+    from ..model.generation.speculative import DraftStats
+>>>>>>> f229da8 (Generate with a draft model, losslessly)
     from ..model.lm import MambaLM
     from ..model.video import Video
     from ..model.vlm import VLM
@@ -44,6 +48,9 @@ class Generate:
     """JSONL file that the answers to --prompts are appended to. The same command resumes it."""
     batch_size: Size = 8
     """Prompts of a file that are answered together."""
+    draft: str | None = None
+    """Smaller language model with the same tokenizer, which proposes tokens to a language model: the text has the same
+    distribution, in fewer steps. How many tokens were accepted is printed to stderr."""
     sampling: Sampling = GenerationConfig()
     dtype: DtypeName | None = None
     """Dtype of the weights; the checkpoint's own by default."""
@@ -52,6 +59,7 @@ class Generate:
 
     def run(self) -> None:
         """Answer the prompt, or those of the file. SIGTERM ends with status 143; answers already written stay."""
+        from ..model.generation.speculative import DraftStats
         from ..model.image import open_image
         from ..model.prompt import Turn, mark_images
         from ..model.video import Video
@@ -62,8 +70,13 @@ class Generate:
             raise ValueError("give either a prompt or --prompts FILE")
         if self.output is not None and self.prompts is None:
             raise ValueError("--output is for the answers to --prompts")
+<<<<<<< HEAD
         if self.video and self.prompts is not None:
             raise ValueError("--video is for one prompt, and not for --prompts")
+=======
+        if self.draft is not None and self.prompts is not None:
+            raise ValueError("--draft is for a single prompt, not for --prompts")
+>>>>>>> f229da8 (Generate with a draft model, losslessly)
         # A job scheduler sends SIGTERM; open files are closed before the end.
         with _exit_on_sigterm():
             if self.prompts is not None:
@@ -79,9 +92,17 @@ class Generate:
                 images.append(Video(path))
                 Video(path).frames(1)
             model = load_with_tokenizer(self.model, self.dtype, self.device)
+<<<<<<< HEAD
             for text in _stream(model, self.prompt, images, self.sampling):
+=======
+            draft = None if self.draft is None else load_with_tokenizer(self.draft, self.dtype, self.device)
+            stats = DraftStats()
+            for text in _stream(model, self.prompt, self.image, self.sampling, draft, stats):
+>>>>>>> f229da8 (Generate with a draft model, losslessly)
                 print(printable(text), end="", flush=True)
             print()
+            if draft is not None:
+                print(f"draft: {stats}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -99,12 +120,28 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 
 def _stream(
+<<<<<<< HEAD
     model: MambaLM | VLM, prompt: str, images: list[Image.Image | Video], config: GenerationConfig
+=======
+    model: MambaLM | VLM,
+    prompt: str,
+    images: tuple[Path, ...],
+    config: GenerationConfig,
+    draft: MambaLM | VLM | None,
+    stats: DraftStats,
+>>>>>>> f229da8 (Generate with a draft model, losslessly)
 ) -> Iterator[str]:
     from ..model.vlm import VLM
 
+    if isinstance(draft, VLM) or (draft is not None and isinstance(model, VLM)):
+        raise ValueError("--draft is for language models: a vision-language model neither takes nor is one")
     if isinstance(model, VLM):
         return model.stream(prompt, images, config)
     if images:
+<<<<<<< HEAD
         raise ValueError(f"the model is a language model and takes no image, got {len(images)} of them")
     return model.stream(prompt, config)
+=======
+        raise ValueError(f"the model is a language model and takes no image, got {images[0]}")
+    return model.stream(prompt, config, draft_model=draft, draft_stats=stats)
+>>>>>>> f229da8 (Generate with a draft model, losslessly)
