@@ -11,7 +11,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
+from ssm_kernels.modules import QuantizedMatrix
+
 from .config import LMConfig, ViTConfig, VLMConfig
+from .quantize import count_weights
 
 logger = logging.getLogger("vlmamba.model")
 
@@ -68,6 +71,8 @@ def model_card(model: nn.Module, config: LMConfig | ViTConfig | VLMConfig, facts
     kind, task, usage = _KINDS[type(config)]
     title = f"{kind}, {parameters:,} parameters"
     parts = [f"# {title}", _architecture(config, model)]
+    if bits := sorted({m.bits for m in model.modules() if isinstance(m, QuantizedMatrix)}):
+        parts.append(f"Matrices hold integers of {' and '.join(map(str, bits))} bits, with scales (weight-only).")
     parts.append(f"## Use\n\nWith the package `{LIBRARY}`:\n\n```python\n{usage}\n```")
     # The same results stand in the metadata below, where leaderboards look.
     if facts.evaluations:
@@ -151,7 +156,8 @@ def _encoder(config: ViTConfig) -> str:
 
 
 def _count(part: nn.Module) -> int:
-    return sum(p.numel() for p in part.parameters())
+    n_weights = count_weights(part)
+    return sum(n_weights.get(id(p), p.numel()) for p in part.parameters())
 
 
 def _papers(config: LMConfig | ViTConfig | VLMConfig) -> list[str]:

@@ -20,6 +20,7 @@ from .formats.vlm import write_released
 from .hub import CONFIG, TOKENIZER, fetch_model, replacing_folder
 from .lm import MambaLM, neox_tokenizer
 from .load import model_class
+from .quantize import Quantization, check_quantization, replace_matrices, stored_bits
 from .vlm import VLM
 from .weights import LazyTensor, Weights, check_placement, dtype_of, save_weights
 
@@ -43,7 +44,12 @@ CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 def convert(
-    src: str | Path, dst: str | Path, to: Layout = "own", dtype: torch.dtype | None = None, **hub: Any
+    src: str | Path,
+    dst: str | Path,
+    to: Layout = "own",
+    dtype: torch.dtype | None = None,
+    quantize: Quantization | None = None,
+    **hub: Any,
 ) -> LMConfig | VLMConfig:
     """Convert a model to another layout.
 
@@ -54,6 +60,7 @@ def convert(
         to: `"own"` (`config.json`, `model.safetensors`), `"state-spaces"` (`pytorch_model.bin`, for `mamba_ssm`),
             `"transformers"`, or `"released"`, as Cobra and ML-Mamba are (see `formats.vlm`; encoders are left out).
         dtype: of the weights; None keeps each. Parameters that a scan is most sensitive to stay at least float32.
+        quantize: hold matrices in 8 or 4 bits, for `to="own"` alone; see `model.quantize`.
         hub: `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` as for `hub.fetch`.
 
     Returns:
@@ -63,11 +70,16 @@ def convert(
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `hub.fetch`.
         FileExistsError: `dst` has files in it.
-        ValueError: the source is not what `to` is for, is damaged, or has a setting that `to` cannot hold.
+        ValueError: the source is not what `to` is for, is damaged, or has a setting that `to` cannot hold; or it is
+            quantized already, or `to` cannot hold quantized weights.
+        ModuleNotFoundError: `quantize` needs the package `torchao`.
     """
     if to not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}; got {to!r}")
     check_placement(dtype, "cpu")
+    check_quantization(quantize)
+    if quantize is not None and to != "own":
+        raise ValueError(f"quantize is for to = 'own', whose files hold integers and scales; got to = {to!r}")
     dst = expand_home(dst)
     # An interrupted conversion may have left an incomplete folder.
     if dst.is_dir():
@@ -76,11 +88,11 @@ def convert(
         raise FileExistsError(f"{dst} exists and is not empty: give the name of a new folder")
     folder = fetch_model(src, **hub)
     if (kind := model_class(folder)) is VLM:
-        return _convert_vlm(folder, src, dst, to, dtype, hub)
+        return _convert_vlm(folder, src, dst, to, dtype, quantize, hub)
     if to == "released":
         raise ValueError(f"to = 'released' is for {LAYOUTS[to]}, and {src} is a {kind.__name__}")
     config, weights = language.open_language_model(folder)
-    weights = _in_dtype(_untied(weights, config, folder), dtype)
+    weights = _changed(_untied(weights, config, folder), MambaLM, config, to, dtype, quantize, folder)
     special = language.special_tokens(folder)
     # Lambdas: only the wanted layout is built, since the others may not be able to hold the settings.
     data = {
@@ -102,12 +114,18 @@ def convert(
                 shutil.copyfile(folder / name, staged / name)
         if special and not (staged / "generation_config.json").exists():
             (staged / "generation_config.json").write_text(language.dump(special), encoding="utf-8")
-        _write_card(staged, folder, src, to, MambaLM, config)
+        _write_card(staged, folder, src, to, MambaLM, config, stored_bits(weights))
     return config
 
 
 def _convert_vlm(
-    folder: Path, src: str | Path, dst: Path, to: Layout, dtype: torch.dtype | None, hub: dict[str, Any]
+    folder: Path,
+    src: str | Path,
+    dst: Path,
+    to: Layout,
+    dtype: torch.dtype | None,
+    quantize: Quantization | None,
+    hub: dict[str, Any],
 ) -> VLMConfig:
     if to not in ("own", "released"):
         raise ValueError(f"to = {to!r} is for {LAYOUTS[to]}, and {folder} is a vision-language model")
@@ -116,7 +134,7 @@ def _convert_vlm(
         head, embedding = (f"language_model.{name}" for name in (language.LM_HEAD, language.EMBEDDING))
         if head in weights and embedding in weights:  # equal, since the config was made from them or saved with them
             weights = weights.renamed({head: None})
-    weights = _in_dtype(weights, dtype)
+    weights = _changed(weights, VLM, config, to, dtype, quantize, folder)
     with replacing_folder(dst) as staged:
         if to == "released":
             write_released(config, weights, staged, dst.resolve().name)
@@ -127,7 +145,7 @@ def _convert_vlm(
             shutil.copyfile(folder / TOKENIZER, staged / TOKENIZER)
         elif detect_format(folder) != "own" and (tokenizer := neox_tokenizer(**hub)) is not None:
             tokenizer.save(staged / TOKENIZER)
-        _write_card(staged, folder, src, to, VLM, config)
+        _write_card(staged, folder, src, to, VLM, config, stored_bits(weights))
     return config
 
 
@@ -138,9 +156,12 @@ def _write_card(
     to: Layout,
     kind: type[MambaLM] | type[VLM],
     config: LMConfig | VLMConfig,
+    bits: dict[str, int],
 ) -> None:
     """Copy the source's card, which knows more, or write one; either says what the layout is."""
     layout = f"## Layout\n\nConverted to {_IN_WORDS[to]} by `vlmamba convert`."
+    if bits:
+        layout += f" Matrices hold integers of {' and '.join(map(str, sorted(set(bits.values()))))} bits, with scales."
     # A snapshot of the Hub may or may not have its card, so that only a folder's is copied.
     if expand_home(src).is_dir() and (folder / CARD).exists():
         text = (folder / CARD).read_text(encoding="utf-8").rstrip()
@@ -149,6 +170,7 @@ def _write_card(
     # Parameters are counted, so no memory is needed.
     with torch.device("meta"):
         model = kind(config)  # pyright: ignore[reportArgumentType]  the config of that kind
+    replace_matrices(model, bits)
     model_card(model, config, replace(facts_of(src), sections=[layout])).save(staged / CARD)
 
 
@@ -159,6 +181,26 @@ def _untied(weights: Weights, config: LMConfig, folder: Path) -> Weights:
     if not torch.equal(weights[language.LM_HEAD], weights[language.EMBEDDING]):
         raise ValueError(f"{folder}: the head is to be the embedding by the config, but differs from it in the weights")
     return weights.renamed(lambda name: None if name == language.LM_HEAD else name)
+
+
+def _changed(
+    weights: Weights,
+    kind: type[MambaLM] | type[VLM],
+    config: LMConfig | VLMConfig,
+    to: Layout,
+    dtype: torch.dtype | None,
+    quantize: Quantization | None,
+    folder: Path,
+) -> Weights:
+    """Cast and quantize lazily."""
+    if to != "own" and stored_bits(weights):
+        raise ValueError(f"{folder} is quantized, which to = {to!r} cannot hold: convert the model it was made from")
+    if quantize is not None:
+        # For the names of the matrices.
+        with torch.device("meta"):
+            model = kind(config)  # pyright: ignore[reportArgumentType]  the config of that kind
+        weights = model.make_quantized(weights, quantize, str(folder))
+    return _in_dtype(weights, dtype)
 
 
 def _in_dtype(weights: Weights, dtype: torch.dtype | None) -> Weights:

@@ -30,6 +30,14 @@ from torch import Tensor, nn
 from .card import CARD, CardFacts, model_card
 from .config_io import load_config, save_config
 from .files import PARTIAL, expand_home, sync, write_atomic
+from .quantize import (
+    Quantization,
+    check_quantization,
+    choose_bits,
+    quantized_weights,
+    replace_matrices,
+    stored_bits,
+)
 from .weights import INDEX, WEIGHTS, DeviceMap, Weights, check_placement, load_into, open_weights, save_weights
 
 CONFIG = "config.json"
@@ -218,6 +226,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         local_files_only: bool = False,
         dtype: torch.dtype | None = None,
         device_map: DeviceMap = "cpu",
+        quantize: Quantization | None = None,
     ) -> M:
         """Load a model from a folder or the Hub, ready for inference.
 
@@ -228,6 +237,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             device_map: placement of the weights: a device, `"auto"` (a GPU if there is one), or a mapping from
                 prefixes of parameter names to devices, such as `{"": "cpu", "backbone.layers.0": "cuda:0"}`; the
                 longest matching prefix decides.
+            quantize: hold the matrices of the language model and the encoders in 8 or 4 bits (`"int8"`, `"int4"`), as
+                they are read; see `model.quantize`. None keeps the file's, which may be quantized.
 
         Returns:
             The model, in evaluation mode. Weights are loaded one after the other directly to their device: at most one
@@ -235,7 +246,9 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: see `fetch`; or the folder has no config or weights.
-            ValueError: a file is damaged or incomplete, the format is not known, or weights and config do not agree.
+            ValueError: a file is damaged or incomplete, the format is not known, or weights and config do not agree; or
+                the model that `quantize` is for is quantized already.
+            ModuleNotFoundError: `quantize` needs the package `torchao`.
         """
         hub: dict[str, Any] = {
             "revision": revision,
@@ -246,11 +259,13 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         }
         # Before the download, which may take minutes.
         check_placement(dtype, device_map)
+        check_quantization(quantize)
         folder = fetch_model(name_or_path, **hub)
         config, weights = cls.open_checkpoint(folder, **hub)
         # No memory until the weights arrive, each directly in its final dtype and place.
         with torch.device("meta"):
             model = cls(config)
+        weights = model.make_quantized(weights, quantize, str(folder))
         load_into(model, weights, str(folder), dtype, device_map)
         model.load_extras(folder, **hub)
         return model.eval()
@@ -269,6 +284,32 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         if not (folder / CONFIG).exists():
             raise FileNotFoundError(f"{folder} has no {CONFIG}, so what model it holds is unknown")
         return load_config(cls.config_class, folder / CONFIG), open_weights(folder)
+
+    def quantizable(self) -> dict[str, int]:
+        """Return the names of the modules that quantization changes, each with the least bits that it may have."""
+        return {}
+
+    def make_quantized(self, weights: Weights, quantize: Quantization | None, source: str) -> Weights:
+        """Replace the modules that are quantized in weights, or are to be, by quantized ones.
+
+        Args:
+            weights: under the names of this class.
+            quantize: see `from_pretrained`.
+            source: origin of the weights, for messages.
+
+        Returns:
+            The weights for the changed model.
+
+        Raises:
+            ValueError: the weights are quantized already.
+        """
+        # What a file holds as integers is loaded as integers.
+        if quantize is None:
+            replace_matrices(self, stored_bits(weights))
+            return weights
+        bits = choose_bits(self, self.quantizable(), quantize, weights, source)
+        replace_matrices(self, bits)
+        return quantized_weights(weights, bits)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Save as the mixin does, but atomically, with a model card (`README.md`). An existing card stays, unless

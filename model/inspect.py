@@ -18,6 +18,7 @@ from .hub import fetch_model
 from .lm import MambaLM
 from .load import model_class
 from .presets import PRESETS, is_preset
+from .quantize import count_weights, replace_matrices, stored_bits
 from .vlm import VLM
 from .weights import Weights, check_fit, dtype_of
 
@@ -165,20 +166,23 @@ def inspect(name_or_path: str | Path, dtype: torch.dtype | None = None, **hub: A
         config, weights = kind.open_checkpoint(folder, **hub)
         with torch.device("meta"):
             model = kind(config)  # pyright: ignore[reportArgumentType]  config and class belong together
+        replace_matrices(model, stored_bits(weights))
     # The same check as loading, so that a report means that the model loads.
     own, tied = check_fit(model, weights, str(name_or_path))
     stored = weights.dtypes
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     weight_bytes = 0
+    n_weights = count_weights(model)
     # Once per tensor: tied parameters have several names.
     for names in tied.values():
         loaded = dtype_of(names[0], next(stored[n] for n in names if n in stored), dtype)
-        n = own[names[0]].numel()
+        tensor = own[names[0]]
+        n = n_weights.get(id(tensor), tensor.numel())
         part, label = _part(names[0]), str(loaded).removeprefix("torch.")
         parameters[part] = parameters.get(part, 0) + n
         dtypes[label] = dtypes.get(label, 0) + n
-        weight_bytes += n * loaded.itemsize
+        weight_bytes += tensor.numel() * loaded.itemsize
     lm, prefix = (model.language_model, "language_model.") if isinstance(model, VLM) else (model, "")
     state_bytes = decode = prefill = None
     if isinstance(lm, MambaLM):

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ssm_kernels import Mamba3States, StateSlots, add_rms_norm, has_readable_values
-from ssm_kernels.modules import Mamba, Mamba2, Mamba3, MixerState, RMSNorm, fuse_step, is_plain, obstacle_to_fusing
+from ssm_kernels.modules import (
+    Mamba,
+    Mamba2,
+    Mamba3,
+    MixerState,
+    QuantizedEmbedding,
+    RMSNorm,
+    fuse_step,
+    is_plain,
+    obstacle_to_fusing,
+)
 
 from .config import LMConfig
 from .formats import detect_format
@@ -110,9 +120,13 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
     @property
     def device(self) -> torch.device:
         """Device of the logits."""
-        weight = self.lm_head.weight
-        # A dynamically quantized layer has a method there, and runs on a CPU only.
-        return weight.device if isinstance(weight, Tensor) else torch.device("cpu")
+        # A dynamically quantized layer has no parameters, and runs on a CPU only.
+        return next((p.device for p in self.lm_head.parameters()), torch.device("cpu"))
+
+    @property
+    def input_device(self) -> torch.device:
+        """Device of the embeddings."""
+        return next(self.backbone.embedding.parameters()).device
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed tokens.
@@ -133,7 +147,19 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             low, high = input_ids.aminmax()
             if low < 0 or high >= rows:
                 raise ValueError(f"input_ids must lie in [0, {rows}), got values from {low} to {high}")
-        return self.backbone.embedding(input_ids.to(self.backbone.embedding.weight.device))
+        embeddings = self.backbone.embedding(input_ids.to(self.input_device))
+        if isinstance(self.backbone.embedding, QuantizedEmbedding):  # float32
+            return embeddings.to(self.backbone.norm_f.weight.dtype)
+        return embeddings
+
+    def quantizable(self) -> dict[str, int]:
+        # The embedding and the head make or read every token; x_proj makes the inputs of the scan.
+        least: dict[str, int] = {"backbone.embedding": 8, "lm_head": 8}
+        for i, layer in enumerate(self.backbone.layers):
+            for name, bits in (("in_proj", 4), ("x_proj", 8), ("out_proj", 4)):
+                if hasattr(layer.mixer, name):
+                    least[f"backbone.layers.{i}.mixer.{name}"] = bits
+        return least
 
     def new_state(self, batch: int) -> LMState:
         """Return the zero state of `batch` sequences.
@@ -152,7 +178,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             return "a layer is adapted or hooked"
         layers = [(layer.norm, layer.mixer) for layer in backbone.layers]
         obstacle = obstacle_to_fusing(layers, backbone.norm_f, self.lm_head)
-        if obstacle is None and not backbone.residual_in_fp32 and self.lm_head.weight.dtype != torch.float32:
+        if obstacle is None and not backbone.residual_in_fp32 and backbone.norm_f.weight.dtype != torch.float32:
             return "its residual stream is not float32"
         return obstacle
 

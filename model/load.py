@@ -10,6 +10,7 @@ import torch
 from .formats import detect_format, read_json
 from .hub import CONFIG, fetch_model
 from .lm import MambaLM
+from .quantize import Quantization
 from .vit import ViT
 from .vlm import VLM
 from .weights import DeviceMap
@@ -43,12 +44,17 @@ def model_class(folder: Path) -> type[MambaLM | VLM | ViT]:
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: torch.dtype | None = None, device_map: DeviceMap = "cpu", **hub: Any
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap = "cpu",
+    quantize: Quantization | None = None,
+    **hub: Any,
 ) -> MambaLM | VLM:
     """Load a language model or a vision-language model by its own `from_pretrained`.
 
     Args:
-        name_or_path, dtype, device_map, hub: see `HubModel.from_pretrained`.
+        name_or_path, dtype, device_map, quantize, hub: see `HubModel.from_pretrained`.
 
     Returns:
         The model, in evaluation mode.
@@ -60,4 +66,4 @@ def load_model(
     kind = model_class(fetch_model(name_or_path, **hub))
     if issubclass(kind, ViT):
         raise ValueError(f"{name_or_path} is a vision encoder, which generates no text")
-    return kind.from_pretrained(name_or_path, dtype=dtype, device_map=device_map, **hub)
+    return kind.from_pretrained(name_or_path, dtype=dtype, device_map=device_map, quantize=quantize, **hub)

@@ -18,6 +18,7 @@ from .formats.vision import VISION_ENCODERS, open_encoder
 from .hub import PROCESSOR, HubModel, fetch_model
 from .image import ImageProcessor
 from .position_table import resample_positions
+from .quantize import Quantization, check_quantization
 from .weights import DeviceMap, load_into
 
 
@@ -96,6 +97,9 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
         side = self.config.grid_size
         return class_position, resample_positions(grid, (side, side), (h, w)).to(dtype)  # (1, h * w, D)
 
+    def quantizable(self) -> dict[str, int]:
+        return {n: 4 for n, m in self.named_modules() if n.startswith("blocks.") and isinstance(m, nn.Linear)}
+
     @classmethod
     def from_pretrained(
         cls,
@@ -109,6 +113,7 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
         local_files_only: bool = False,
         dtype: torch.dtype | None = None,
         device_map: DeviceMap = "cpu",
+        quantize: Quantization | None = None,
     ) -> ViT:
         """Load a published encoder and its `processor`, ready for inference.
 
@@ -121,8 +126,8 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
                 DINOv2 encoder by `transformers` or `timm`, or one that `save_pretrained` wrote.
             config: architecture and preprocessing; by default those of `VISION_ENCODERS`, or of the files. For
                 another `image_size` than the file's, the position table is resampled.
-            revision, cache_dir, token, force_download, local_files_only, dtype, device_map: as for every model; see
-                `HubModel.from_pretrained`.
+            revision, cache_dir, token, force_download, local_files_only, dtype, device_map, quantize: as for every
+                model; see `HubModel.from_pretrained`.
 
         Returns:
             The encoder, in evaluation mode.
@@ -134,6 +139,7 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
         known = VISION_ENCODERS.get(str(name_or_path))
         if known is not None and not Path(name_or_path).is_dir():
             name_or_path, config = known.repo, config or known.config
+        check_quantization(quantize)
         folder = fetch_model(
             name_or_path,
             revision=revision,
@@ -145,6 +151,7 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
         config, weights = open_encoder(folder, config)
         with torch.device("meta"):
             vit = cls(config.encoder)
+        weights = vit.make_quantized(weights, quantize, str(folder))
         load_into(vit, weights, str(folder), dtype, device_map)
         vit.processor = config.processor
         return vit.eval()

@@ -32,6 +32,7 @@ from .image_tokens import ImagePreprocessor, ProcessedImage
 from .lm import MambaLM, neox_tokenizer
 from .presets import get_preset
 from .prompt import IGNORE, Turn, get_template
+from .quantize import Quantization, check_quantization
 from .score import BATCH_SIZE, Score, batches, score_packed
 from .tiles import TileGrid, merge_views
 from .tokenizer import Tokenizer, require_tokenizer
@@ -352,7 +353,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             A function that embeds ranges of the packed tokens, and the bounds (S + 1,) of the samples.
         """
         text = collate([replace(sample, images=()) for sample in samples])
-        device = self.language_model.backbone.embedding.weight.device
+        device = self.language_model.input_device
         features = self.encode([image for sample in samples for image in sample.images], cache)
         # (tokens of images, D)
         joined = torch.cat([f.to(device) for f in features]) if features else None
@@ -391,6 +392,13 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
                     cache.put(digest, features)
         return [found[image.digest] for image in images]
 
+    def quantizable(self) -> dict[str, int]:
+        parts = {"language_model": self.language_model.quantizable()}
+        for i, encoder in enumerate(self.vision.encoders):
+            assert isinstance(encoder, ViT)
+            parts[f"vision.encoders.{i}"] = encoder.quantizable()
+        return {f"{part}.{name}": bits for part, least in parts.items() for name, bits in least.items()}
+
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[VLMConfig, Weights]:
         """Open a checkpoint in any format that this class reads.
@@ -418,6 +426,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         local_files_only: bool = False,
         dtype: torch.dtype | None = None,
         device_map: DeviceMap = "cpu",
+        quantize: Quantization | None = None,
     ) -> VLM:
         """Assemble a pretrained language model, pretrained encoders and a new connector.
 
@@ -427,7 +436,8 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             name: one of `presets.PRESETS`.
             seed: of the connector's initialization.
             tiles: tiles of each image; None is one view of it, as in the papers.
-            cache_dir, token, force_download, local_files_only, dtype, device_map: see `HubModel.from_pretrained`.
+            cache_dir, token, force_download, local_files_only, dtype, device_map, quantize: see
+                `HubModel.from_pretrained`.
 
         Returns:
             The model, in evaluation mode.
@@ -444,6 +454,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             "local_files_only": local_files_only,
         }
         check_placement(dtype, device_map)
+        check_quantization(quantize)
         config, pretrained = preset.open(**hub)
         config = replace(config, tiles=tiles)
         with torch.device("meta"):
@@ -453,7 +464,8 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             torch.manual_seed(seed)
             connector = new_connector(config)
         new = Weights.from_tensors(connector.state_dict())
-        load_into(vlm, merged({"": pretrained, "connector.": new}), f"preset {name}", dtype, device_map)
+        weights = vlm.make_quantized(merged({"": pretrained, "connector.": new}), quantize, f"preset {name}")
+        load_into(vlm, weights, f"preset {name}", dtype, device_map)
         return vlm.eval()
 
     def save_extras(self, folder: Path) -> None:

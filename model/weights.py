@@ -428,8 +428,11 @@ def _dtypes(weights: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
 
 
 def dtype_of(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a parameter after loading: the wanted one, but at least float32 where a scan needs it."""
-    if not stored.is_floating_point:
+    """Return the dtype of a parameter after loading: the wanted one, but at least float32 where a scan needs it.
+
+    Integers and their scales stay as they are.
+    """
+    if not stored.is_floating_point or name.endswith(".scale"):
         return stored
     dtype = wanted or stored
     # promote_types keeps float64.

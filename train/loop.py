@@ -21,6 +21,7 @@ from ssm_kernels import NonFiniteError
 from ssm_kernels.context_parallel import SequenceSharding, context_parallel
 
 from ..model.files import writing_atomic
+from ..model.quantize import is_quantized
 from ..model.vlm import VLM
 from .checkpoint import Checkpoints
 from .config import Changeable, StageConfig
@@ -83,7 +84,8 @@ def train_stage(
         may_change: settings of the stage that may differ from those of the checkpoint.
 
     Raises:
-        ValueError: the last checkpoint is of another run, or the batch cannot be divided equally among the ranks.
+        ValueError: the last checkpoint is of another run, or the batch cannot be divided equally among the ranks; or
+            the model is quantized, and trained without adapters or by several ranks.
         BlockingIOError: another run is in the folder.
         FloatingPointError: loss, gradient or weights are not finite, or the loss is above `max_loss`. The batch is
             saved in the folder; earlier checkpoints stay.
@@ -97,6 +99,8 @@ def train_stage(
         raise ValueError(f"stage {stage.name!r} has no samples to train on")
     if stage.context_parallel > 1 and not isinstance(model, VLM):
         raise ValueError(f"context_parallel is for a VLM, and stage {stage.name!r} trains a {type(model).__name__}")
+    if world_size() > 1 and is_quantized(model):
+        raise ValueError(f"a quantized model is trained by one process, and stage {stage.name!r} has {world_size()}")
     # Ranks that share batches count as one reader of the data.
     context = context_group(stage.context_parallel)
     n_steps = stage.steps(len(samples))

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels.modules import Mamba, Mamba2, Mamba3
+from ssm_kernels.modules import Mamba, Mamba2, Mamba3, QuantizedLinear
 
+from ..model.quantize import floating_layer
 from .config import LoraConfig, Target
 
 PREFIX = "language_model."
@@ -22,12 +23,18 @@ PREFIX = "language_model."
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank adapter (eq. 3): `base(x) + alpha / rank * B A x`. B starts at zero."""
+    """A frozen linear layer with a low-rank adapter (eq. 3): `base(x) + alpha / rank * B A x`. B starts at zero.
 
-    def __init__(self, base: nn.Linear, config: LoraConfig):
+    The layer may be quantized (QLoRA, arXiv 2305.14314).
+    """
+
+    def __init__(self, base: nn.Linear | QuantizedLinear, config: LoraConfig):
         super().__init__()
         self.base, self.dropout, self.scale = base, config.dropout, config.alpha / config.rank
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        if isinstance(base, nn.Linear):
+            like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        else:
+            like = {"device": base.qdata.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **like))  # (rank, in)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **like))  # (out, rank)
         # The initialization of nn.Linear, as in the paper's code.
@@ -39,8 +46,10 @@ class LoraLinear(nn.Module):
         return self.base(x) + self.scale * F.linear(low, self.lora_B)  # (..., out)
 
     def merged_weight(self) -> Tensor:
-        """The weight with its adapter, (out, in)."""
-        return self.base.weight + self.scale * (self.lora_B @ self.lora_A)
+        """The weight with its adapter, (out, in), in floating point."""
+        base = self.base
+        weight = base.weight if isinstance(base, nn.Linear) else base.dequantize(self.lora_A.dtype)
+        return weight + self.scale * (self.lora_B @ self.lora_A)
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
@@ -66,12 +75,20 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the weights and remove them, so that the model has the structure it had before `add_lora`."""
+    """Add the adapters to the weights and remove them, so that the model has the structure it had before `add_lora`.
+
+    A quantized layer with an adapter becomes one of floating point, since its integers cannot hold the sum.
+    """
     for mixer in model.modules():
         for name, layer in list(mixer.named_children()):
-            if isinstance(layer, LoraLinear):
-                layer.base.weight.copy_(layer.merged_weight())
-                setattr(mixer, name, layer.base)
+            if not isinstance(layer, LoraLinear):
+                continue
+            base = layer.base
+            if isinstance(base, nn.Linear):
+                base.weight.copy_(layer.merged_weight())
+            else:
+                base = floating_layer(base, nn.Parameter(layer.merged_weight()))
+            setattr(mixer, name, base)
 
 
 def is_trainable_with_lora(name: str) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ssm_kernels.modules import QuantizedMatrix
+
 from .config import StageConfig
 from .distributed import local, sum_over_ranks
 from .lora import LoraLinear, is_trainable_with_lora
@@ -25,13 +27,20 @@ def freeze_all_but(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn
         The trainable parameters by name.
 
     Raises:
-        ValueError: no parameter has the prefix.
+        ValueError: no parameter has the prefix, or one that has is quantized.
     """
     names = [n for n, _ in model.named_parameters()]
     for prefix in trainable:
         if not any(n.startswith(prefix) for n in names):
             raise ValueError(f"trainable names {prefix!r}, but no parameter of {type(model).__name__} has that prefix")
     has_lora = any(isinstance(m, LoraLinear) for m in model.modules())
+    for name, m in model.named_modules():
+        is_trained = f"{name}.".startswith(trainable) and (not has_lora or is_trainable_with_lora(f"{name}."))
+        if isinstance(m, QuantizedMatrix) and is_trained:
+            raise ValueError(
+                f"trainable names {name}, which is quantized, and integers have no gradients: train adapters on it "
+                "(--lora.rank 16), or load the model without quantization"
+            )
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(trainable) and (not has_lora or is_trainable_with_lora(name)))
     return {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -15,6 +15,7 @@ from torch import nn
 from ..model.batch import Sample, collate
 from ..model.config import LMConfig, VisionConfig, VLMConfig
 from ..model.inspect import flops_per_token, mebibytes
+from ..model.quantize import Quantization, choose_bits, replace_matrices
 from ..model.vlm import VLM
 from .config import StageConfig
 from .lora import add_lora
@@ -142,7 +143,14 @@ class Plan:
         return "\n".join([f"stage {stage.name}", *(f"  {label:<{width}}  {value}" for label, value in rows)])
 
 
-def make_plan(config: VLMConfig, stage: StageConfig, n_samples: int, size: SampleSize, devices: int = 1) -> Plan:
+def make_plan(
+    config: VLMConfig,
+    stage: StageConfig,
+    n_samples: int,
+    size: SampleSize,
+    devices: int = 1,
+    quantize: Quantization | None = None,
+) -> Plan:
     """Plan a stage of a model, without its weights.
 
     Args:
@@ -151,6 +159,7 @@ def make_plan(config: VLMConfig, stage: StageConfig, n_samples: int, size: Sampl
         n_samples: size of the training set.
         size: mean size of a sample, from `measure`.
         devices: number of devices that the batch, weights, gradients and moments are sharded over.
+        quantize: bits of the frozen matrices, as for `HubModel.from_pretrained`.
 
     Raises:
         ValueError: as `freeze_all_but`, or the batch cannot be divided among the devices.
@@ -163,6 +172,8 @@ def make_plan(config: VLMConfig, stage: StageConfig, n_samples: int, size: Sampl
     # On the meta device: names and shapes are enough for all of the counts.
     with torch.device("meta"):
         model = VLM(config)
+    if quantize is not None:
+        replace_matrices(model, choose_bits(model, model.quantizable(), quantize, {}, "the model"))
     if stage.lora is not None:
         add_lora(model, stage.lora)
     trainable = freeze_all_but(model, stage.trainable)

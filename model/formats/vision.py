@@ -397,7 +397,7 @@ def _timm_processor(values: Mapping[str, Any], image_size: int, path: Path) -> I
 
 _TIMM_NAMES = re.compile(
     r"patch_embed\.proj\.(?:weight|bias)|cls_token|reg_token|pos_embed|(?:norm_pre|norm)\.(?:weight|bias)"
-    r"|blocks\.\d+\.(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])\.(?:weight|bias)|blocks\.\d+\.ls[12]\.gamma"
+    r"|blocks\.\d+\.(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])\.(?:weight|bias|qdata|scale)|blocks\.\d+\.ls[12]\.gamma"
 )
 # Names of transformers on disk and, where they differ, of its version 5 in memory: (pattern, ours).
 _TRANSFORMERS_NAMES = [

@@ -159,7 +159,7 @@ def load(typingctx, array, offset):
 
 @intrinsic
 def load_as(typingctx, like, array, offset):
-    """Consecutive elements in the dtype of `like`; uint16 holds bfloat16."""
+    """Consecutive elements in the dtype of `like`; uint16 holds bfloat16, int8 integers."""
     lanes = Lanes(like.dtype)
 
     def codegen(context, builder, sig, args):
@@ -169,6 +169,32 @@ def load_as(typingctx, like, array, offset):
         return _widen(builder, array.dtype, lanes.dtype, raw, lanes.count)
 
     return lanes(like, array, types.intp), codegen
+
+
+def _load_halves(is_upper: bool) -> Callable:
+    """Make the function that loads the lower or the upper halves of consecutive bytes."""
+
+    @intrinsic
+    def load_halves(typingctx, like, array, offset):
+        lanes = Lanes(like.dtype)
+
+        def codegen(context, builder, sig, args):
+            kind = ir.VectorType(ir.IntType(8), lanes.count)
+            raw = builder.load(address_of(context, builder, sig.args[1], kind, *args[1:]), align=1)
+            bits = builder.zext(raw, _integers(lanes))
+            bits = (
+                builder.lshr(bits, constant(lanes, 4, integer=True))
+                if is_upper
+                else builder.and_(bits, constant(lanes, 15, integer=True))
+            )
+            return builder.sitofp(bits, _vector(lanes))
+
+        return lanes(like, array, types.intp), codegen
+
+    return load_halves
+
+
+load_lower_halves, load_upper_halves = _load_halves(False), _load_halves(True)
 
 
 @intrinsic
@@ -210,7 +236,7 @@ def set_element_as(typingctx, array, offset, value):
 def _storage(dtype: types.Type) -> ir.Type:
     """The LLVM type of an array's elements."""
     kinds = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-    return kinds.get(dtype) or ir.IntType(16)
+    return kinds.get(dtype) or ir.IntType(dtype.bitwidth)
 
 
 def _shaped(kind: ir.Type, count: int) -> ir.Type:
@@ -224,6 +250,8 @@ def _all(kind: ir.Type, count: int, value: int) -> ir.Constant:
 def _widen(builder: Any, stored: types.Type, wanted: types.Float, raw: Any, count: int) -> Any:
     """Elements as an array holds them in the dtype of the arithmetic."""
     single = _shaped(ir.FloatType(), count)
+    if stored == types.int8:
+        raw, stored = builder.sitofp(builder.sext(raw, _shaped(ir.IntType(32), count)), single), types.float32
     if stored == types.uint16:  # bfloat16: the upper half of a float32
         bits = builder.shl(builder.zext(raw, _shaped(ir.IntType(32), count)), _all(ir.IntType(32), count, 16))
         raw = builder.bitcast(bits, single)

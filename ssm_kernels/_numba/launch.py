@@ -36,7 +36,10 @@ class _Memory:
         }
 
 
-TYPES = {torch.float32: "=f4", torch.float64: "=f8", torch.bfloat16: "=u2", torch.int64: "=i8"}
+TYPES = {
+    torch.float32: "=f4", torch.float64: "=f8", torch.bfloat16: "=u2", torch.int64: "=i8", torch.int8: "=i1",
+    torch.uint8: "=u1",
+}  # fmt: skip
 """NumPy's types of the memory that kernels take. It has no bfloat16: `load_as` reads its bits."""
 
 

@@ -12,6 +12,7 @@ from .mamba3 import Mamba3, Mamba3MixerOutput
 from .mixer import StatefulMixer
 from .norm import RMSNorm
 from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
+from .quantized import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
 from .state import MixerOutput, MixerState
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "Mamba3MixerOutput",
     "MixerOutput",
     "MixerState",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "QuantizedMatrix",
     "RMSNorm",
     "StatefulMixer",
     "conv_weight",

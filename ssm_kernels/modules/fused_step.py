@@ -13,18 +13,21 @@ from .mamba2 import Mamba2
 from .norm import RMSNorm
 from .numba.tensors import Layer
 from .parameters import is_plain
+from .quantized import QuantizedLinear
 from .state import MixerState
 
-KINDS = (Mamba, Mamba2, RMSNorm, nn.Linear, nn.Conv1d)
+KINDS = (Mamba, Mamba2, RMSNorm, nn.Linear, QuantizedLinear, nn.Conv1d)
+PRECISE = ("A_log", "D", "dt_bias", "dt_proj.bias")
+"""Parameters of a mixer that may have a dtype of their own, which they share."""
 
 
 def fuse_step(
-    layers: Sequence[Layer], norm: RMSNorm, head: nn.Linear, states: Sequence[MixerState]
+    layers: Sequence[Layer], norm: RMSNorm, head: nn.Linear | QuantizedLinear, states: Sequence[MixerState]
 ) -> Callable[[Tensor], Tensor | None]:
     """Make the function that advances all layers by one token and predicts the next one.
 
-    Activations are float32 throughout, also where weights are bfloat16, which are read as they are. Weights and states
-    are used where they are: changes in place count.
+    Activations are float32 throughout, also where weights are bfloat16 or quantized, which are read as they are.
+    Weights and states are used where they are: changes in place count.
 
     Args:
         layers: the norm and the mixer of each layer, without an `obstacle_to_fusing`.
@@ -41,10 +44,11 @@ def fuse_step(
     """
     if (obstacle := obstacle_to_fusing(layers, norm, head)) is not None:
         raise ValueError(f"layers must be ones that can be fused, but {obstacle}")
+    dtype = norm.weight.dtype
     for state in states:
         got = [(t.dtype, t.is_contiguous()) for t in state]
-        if got != [(head.weight.dtype, True), (torch.float32, True)]:
-            want = f"{head.weight.dtype} and torch.float32"
+        if got != [(dtype, True), (torch.float32, True)]:
+            want = f"{dtype} and torch.float32"
             raise ValueError(f"states must be contiguous, in {want}; got (dtype, is contiguous) {got}")
     from .numba.stack import FusedStep  # needs numba
 
@@ -71,16 +75,23 @@ def obstacle_to_fusing(layers: Sequence[tuple[nn.Module, nn.Module]], norm: nn.M
             return f"{type(module).__name__} is adapted, quantized, hooked, or of an unknown kind"
     mixers = [mixer for _, mixer in layers if type(mixer) in (Mamba, Mamba2) and isinstance(mixer, (Mamba, Mamba2))]
     if len(mixers) < len(layers) or len({(type(m), sizes(m)) for m in mixers}) != 1:
-        return "its mixers are not all Mamba or all Mamba2, of the same sizes and options"
+        return "its mixers are not all Mamba or all Mamba2, of the same sizes, options and bits of quantized weights"
     norms = [n for n in (norm, *(n for n, _ in layers)) if isinstance(n, RMSNorm)]
     if len(norms) <= len(layers) or len({n.eps for n in norms}) > 1 or any(n.group_size is not None for n in norms):
         return "its norms are not all RMSNorm of all channels, with one epsilon"
     if any(isinstance(m, Mamba2) and m.d_mlp for m in mixers):
         return "its mixers have an MLP"
-    weights = [p for module in modules for p in module.parameters()]
-    dtypes = sorted({str(p.dtype) for p in weights})
-    if dtypes not in (["torch.float32"], ["torch.bfloat16"]):
-        return f"its weights are {', '.join(dtypes)}, not all float32 or all bfloat16"
+    # Of each group of weights the kernel takes one dtype.
+    quantized = [p for m in modules for q in m.modules() if isinstance(q, QuantizedLinear) for p in (q.qdata, q.scale)]
+    named = [(n, p) for m in modules for n, p in m.named_parameters() if all(p is not q for q in quantized)]
+    for precise in (False, True):
+        dtypes = sorted({str(p.dtype) for n, p in named if (n in PRECISE) == precise})
+        if dtypes not in (["torch.float32"], ["torch.bfloat16"]):
+            which = f"its {', '.join(PRECISE)} are" if precise else "its weights are"
+            return f"{which} {', '.join(dtypes)}, not all float32 or all bfloat16"
+    if any(p.is_floating_point() and p.dtype != torch.bfloat16 for p in quantized):
+        return "the scales of its quantized weights are not bfloat16"
+    weights = [*(p for _, p in named), *quantized]
     if any(type(p) is not nn.Parameter or p.device.type != "cpu" or not p.is_contiguous() for p in weights):
         return "its weights are not all plain contiguous parameters on the CPU"
     return None
@@ -88,7 +99,8 @@ def obstacle_to_fusing(layers: Sequence[tuple[nn.Module, nn.Module]], norm: nn.M
 
 def sizes(mixer: Mamba | Mamba2) -> tuple:
     """Return everything that the step of a mixer depends on besides its tensors."""
-    common = (mixer.d_model, mixer.d_inner, mixer.d_state, mixer.d_conv)
+    bits = tuple(getattr(layer, "bits", None) for layer in mixer.children())
+    common = (mixer.d_model, mixer.d_inner, mixer.d_state, mixer.d_conv, bits)
     if isinstance(mixer, Mamba):
         return *common, mixer.dt_rank, mixer.dt_bc_norm_eps
     has_norm = (mixer.norm.eps, mixer.norm.group_size, mixer.norm.norm_before_gate) if mixer.rmsnorm else None

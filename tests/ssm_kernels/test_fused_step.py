@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from ssm_kernels import use_backend
 from ssm_kernels._numba import threads
-from ssm_kernels.modules import Mamba, Mamba2, RMSNorm, fuse_step, obstacle_to_fusing
+from ssm_kernels.modules import Mamba, Mamba2, QuantizedLinear, RMSNorm, fuse_step, obstacle_to_fusing
 
 pytest.importorskip("numba")
 
@@ -74,6 +76,46 @@ def test_steps_are_those_of_the_modules(kind, options, dtype, monkeypatch):
     for got, want in zip(states, expected_states, strict=True):
         torch.testing.assert_close(got.conv, want.conv, **TOLERANCE[dtype])
         torch.testing.assert_close(got.ssm, want.ssm, **TOLERANCE[dtype])
+
+
+def quantize(layer, bits):
+    """A quantized layer with random integers, and weights of the size of the layer's."""
+    new = QuantizedLinear(layer.in_features, layer.out_features, bits, layer.bias is not None)
+    new.qdata.data = torch.randint(-127 if bits == 8 else 0, 128 if bits == 8 else 256, new.qdata.shape).to(new.qdata)
+    new.scale.data = (torch.rand(new.scale.shape) * (0.004 if bits == 8 else 0.06)).to(new.scale)
+    if layer.bias is not None:
+        new.bias = layer.bias
+    return new
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "bits"), [(Mamba, {"d_model": 32, "d_state": 5, "bias": True}, 8), (Mamba2, MAMBA2[0], 4)]
+)
+def test_quantized_weights_are_read_as_they_are(kind, options, bits):
+    """In bfloat16 with A_log, D and the bias of dt in float32, as a checkpoint is loaded."""
+    layers, norm, head = make(kind, options, torch.bfloat16)
+    for _, mixer in layers:
+        for name in ("in_proj", "x_proj", "out_proj"):
+            if hasattr(mixer, name):
+                setattr(mixer, name, quantize(getattr(mixer, name), bits))
+        for p in (mixer.A_log, mixer.D, mixer.dt_proj.bias if kind is Mamba else mixer.dt_bias):
+            p.data = p.data.float()
+    head = quantize(head, bits)
+    states = [m.new_state(1) for _, m in layers]
+    step = fuse_step(layers, norm, head, states)
+    # The modules in float32: they round nothing in between either.
+    exact = [(copy.deepcopy(n).float(), copy.deepcopy(m).float()) for n, m in layers]
+    exact_states = [m.new_state(1) for _, m in exact]
+    for _ in range(3):
+        embeddings = torch.randn(1, 32).bfloat16()
+        with torch.no_grad(), use_backend("reference"):
+            residual = embeddings.unsqueeze(1).float()
+            for (layer_norm, mixer), state in zip(exact, exact_states, strict=True):
+                residual = residual + mixer(layer_norm(residual), state)
+            expected = head(copy.deepcopy(norm).float()(residual))[:, 0]
+        torch.testing.assert_close(step(embeddings), expected, rtol=3e-2, atol=3e-2)
+    layers[0][1].in_proj = quantize(nn.Linear(32, layers[0][1].in_proj.out_features), 12 - bits)
+    assert "bits of quantized weights" in obstacle_to_fusing(layers, norm, head)
 
 
 @pytest.mark.parametrize("kind", [Mamba, Mamba2])

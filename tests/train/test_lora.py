@@ -13,6 +13,7 @@ from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM
 from vlmamba.model.batch import collate
 from vlmamba.model.config import LMConfig, VLMConfig
+from vlmamba.model.quantize import dequantize_model
 from vlmamba.train.config import StageConfig
 from vlmamba.train.loop import train_stage
 from vlmamba.train.lora import LoraConfig, LoraLinear, add_lora, merge_lora
@@ -145,6 +146,41 @@ def test_a_stage_trains_resumes_and_saves_merged_weights(model, tmp_path):
     changed = {n for n, p in start.state_dict().items() if not torch.equal(p, whole.state_dict()[n])}
     inside = {n.split(".")[-2] for n in changed if n.startswith("language_model")}
     assert inside == set(ALL[model.config.language.layer])
+
+
+def test_adapters_of_a_quantized_model_train_resume_and_are_merged(model, tmp_path):
+    pytest.importorskip("torchao")
+    stage = replace(STAGE, lora=lora(model, targets=("in_proj", "out_proj")))
+    model.save_pretrained(tmp_path / "start")
+    start = VLM.from_pretrained(tmp_path / "start", quantize="int4")
+    names = set(start.state_dict())
+    with pytest.raises(ValueError, match=r"trainable names language_model\S*, which is quantized"):
+        train_stage(copy.deepcopy(start), STAGE, Conversations(RECORDS, start), collate, tmp_path / "refused")
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, trained):
+        learning = {n for n, p in trained.named_parameters() if p.requires_grad}
+        assert all("lora_" in n or n.startswith("connector") for n in learning)
+        if step == 4:
+            raise Stop
+
+    whole, cut, again = (copy.deepcopy(start) for _ in range(3))
+    train_stage(whole, stage, Conversations(RECORDS, whole), collate, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train_stage(cut, stage, Conversations(RECORDS, cut), collate, tmp_path / "cut", on_step=stop)
+    train_stage(again, stage, Conversations(RECORDS, again), collate, tmp_path / "cut")
+    losses = [m["loss"] for m in read_metrics(tmp_path / "whole")]
+    assert losses[-1] < losses[0] - 0.3
+    assert [m["loss"] for m in read_metrics(tmp_path / "cut")] == losses
+    # A checkpoint holds what is trained; the adapted layers are in floating point at the end, the others as before.
+    assert (tmp_path / "whole" / "step-00000012").is_dir()
+    adapted = {n for n in names if n.endswith(("in_proj.qdata", "out_proj.qdata")) and n.startswith("language_model")}
+    assert names - set(again.state_dict()) == adapted | {n.replace("qdata", "scale") for n in adapted}
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in again.state_dict().items())
+    dequantize_model(again)
+    assert list(again.state_dict()) == list(model.state_dict())
 
 
 def test_impossible_values_are_named(model):

@@ -22,10 +22,12 @@ class Convert:
     """Layout to write."""
     dtype: DtypeName | None = None
     """Dtype of the weights; the checkpoint's own by default."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Hold the matrices of language model and encoders in 8 or 4 bits, with scales (--to own)."""
 
     def run(self) -> None:
         from ..model.convert import convert
         from .loading import torch_dtype
 
-        convert(self.src, self.dst, to=self.to, dtype=torch_dtype(self.dtype))
+        convert(self.src, self.dst, to=self.to, dtype=torch_dtype(self.dtype), quantize=self.quantize)
         print(f"wrote {self.dst}")

@@ -100,6 +100,8 @@ class Train:
     may_change: tuple[Changeable, ...] = ()
     """Settings that may differ from those of the checkpoint that is resumed. Any other difference is an error."""
     lora: LoraOptions = LoraOptions()
+    quantize: Literal["int8", "int4"] | None = None
+    """Hold the frozen matrices in 8 or 4 bits (QLoRA, with --lora.rank). The trained model is in floating point."""
     settings: Annotated[object, tyro.conf.arg(name="", constructor=StageOverrides)] = StageOverrides()
 
     def run(self) -> None:

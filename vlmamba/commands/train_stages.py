@@ -16,6 +16,7 @@ from ..model.device import device_named
 from ..model.files import remove_partials
 from ..model.hub import check_replaceable
 from ..model.presets import is_preset
+from ..model.quantize import check_quantization, dequantize_model, is_quantized
 from ..model.tokenizer import Tokenizer
 from ..model.vlm import VLM
 from ..train.base_model import check_checkpoint, model_config, model_without_weights, template_of
@@ -87,6 +88,9 @@ def _check(command: Train) -> None:
     if command.recipe is not None:
         recipe_named(command.recipe)
     check_changeable(command.may_change)
+    check_quantization(command.quantize)
+    if command.quantize is not None and world_size() > 1:
+        raise ValueError(f"--quantize is for training by one process, got {world_size()}")
     if (command.output / "model").resolve() == Path(command.model).resolve():
         raise ValueError(
             f"--output {command.output} would replace the model that training starts from: name another folder"
@@ -104,6 +108,8 @@ def _stages(command: Train, recipe: Recipe) -> list[StageConfig]:
     lora = command.lora.config()
     if lora is not None and "finetune" not in names:
         raise ValueError("--lora is for the finetune stage: align does not train the language model")
+    if command.quantize is not None and lora is None and "finetune" in names:
+        raise ValueError(f"--quantize {command.quantize} needs --lora.rank: quantized weights have no gradients")
     stages = [replace(getattr(recipe, name), **given) for name in names]
     return [replace(s, lora=lora) if s.name == "finetune" else s for s in stages]
 
@@ -134,7 +140,7 @@ def _dry_run(command: Train, name: str, recipe: Recipe, data: Sequence[tuple[Sta
     for stage, records in data:
         with template_of(recipe, stage, model):
             size = measure(Conversations(records, model))
-        plans.append(make_plan(model.config, stage, len(records), size, world_size()))
+        plans.append(make_plan(model.config, stage, len(records), size, world_size(), command.quantize))
         print_once(str(plans[-1]))
     for note in notes:
         print_once(f"note: {note}")
@@ -157,7 +163,7 @@ def _train(
                 remove_partials(folder)
     load = VLM.from_preset if is_preset(name) else VLM.from_pretrained
     # Rank 0 sends the other ranks their shards.
-    model = load(name) if rank() == 0 else model_without_weights(name)
+    model = load(name, quantize=command.quantize) if rank() == 0 else model_without_weights(name)
     done = []
     for stage, records in data:
         files = tuple(on_first_rank(lambda records=records: [fingerprint(path) for path in records.paths]))
@@ -166,6 +172,11 @@ def _train(
         done.append(TrainedStage(stage, len(records), files, command.output / stage.name))
     if rank() == 0:
         facts = card_facts(name, recipe_name, done)
+        if is_quantized(model):
+            print_once(
+                "adapters are merged into dequantized weights; `vlmamba convert --quantize` quantizes them again"
+            )
+            dequantize_model(model)
         model.cpu().eval().save_pretrained(command.output / "model", model_card_kwargs={"facts": facts})
     print_once(f"saved {command.output / 'model'}")
 

@@ -24,7 +24,7 @@ from ..._numba.lanes import (
     write_row,
 )
 from ..._numba.stages import array_at, await_blocks, finish_block, take_block
-from ..._numba.vectors import count_blocks, dot, project
+from ..._numba.vectors import count_blocks, dot, matrix_at, project
 from ...selective_scan.numba.tiles import prepare_steps
 from .parts import normalize, predict, project_in, project_out
 from .tensors import (
@@ -36,12 +36,15 @@ from .tensors import (
     DT_PROJ,
     IN_BIAS,
     IN_PROJ,
+    IN_SCALE,
     NORM,
     OUT_BIAS,
     OUT_PROJ,
+    OUT_SCALE,
     SCAN_STATE,
     SKIP,
     X_PROJ,
+    X_SCALE,
 )
 
 STAGES = 4
@@ -52,13 +55,15 @@ X_PROJ_ROWS = 2
 
 @Kernel
 def step_layers(
-    compute, stored, layers, counters, norm_at, head_at, residual_at, projected_at, y_at, logits_at, low_rank_at, batch,
-    width, inner, vocabulary, n_taps, n_states, rank, eps, mixer_eps,
+    compute, stored, precise, scales, in_kind, x_kind, out_kind, head_kind, layers, counters, norm_at, head_at,
+    head_scale_at, residual_at, projected_at, y_at, logits_at, low_rank_at, batch, width, inner, vocabulary, n_taps,
+    n_states, rank, eps, mixer_eps,
 ):  # fmt: skip
     """Advance all layers by one token, and predict the next one: the share of one thread.
 
-    compute, stored (0,) have the dtypes of the arithmetic and of the weights; layers (n, N_COLUMNS) holds addresses, as
-    the arguments `_at` are. residual (B, D) holds the embeddings at first; projected (B, 2 E) x and z; low_rank
+    compute, stored, precise, scales and the kinds (0,) have the dtypes of the arithmetic, of weights, of A_log, D and
+    the bias of dt, of scales, and of the elements of matrices; layers (n, N_COLUMNS) holds addresses, as the arguments
+    `_at` are. residual (B, D) holds the embeddings at first; projected (B, 2 E) x and z; low_rank
     (B, R + 2 N) dt, B and C; y (B, E); logits (B, V). `mixer_eps` is that of the norms of dt, B and C, or negative
     without these.
     """
@@ -70,26 +75,27 @@ def step_layers(
         p, stage = layers[layer], layer * STAGES
         project_in(
             counters, stage, batch, residual, array_at(stored, p[NORM], width), eps,
-            array_at(stored, p[IN_PROJ], rows * width), array_at(stored, p[IN_BIAS], rows),
+            matrix_at(in_kind, scales, p[IN_PROJ], p[IN_SCALE], rows, width), array_at(stored, p[IN_BIAS], rows),
             array_at(stored, p[CONV_WEIGHT], inner * n_taps), array_at(stored, p[CONV_BIAS], inner),
             array_at(stored, p[CONV_STATE], batch * (n_taps - 1) * inner), 0, n_taps, projected,
         )  # fmt: skip
         project_x(
-            counters, stage + 1, batch, projected, array_at(stored, p[X_PROJ], n_low_rank * inner), low_rank, inner
+            counters, stage + 1, batch, projected,
+            matrix_at(x_kind, scales, p[X_PROJ], p[X_SCALE], n_low_rank, inner), low_rank, inner,
         )  # fmt: skip
         scan(
             counters, stage + 2, batch, projected, low_rank, array_at(stored, p[DT_PROJ], inner * rank),
-            array_at(stored, p[DT_BIAS], inner), array_at(stored, p[A_LOG], inner * n_states),
-            array_at(stored, p[SKIP], inner), array_at(compute, p[SCAN_STATE], batch * inner * n_states),
+            array_at(precise, p[DT_BIAS], inner), array_at(precise, p[A_LOG], inner * n_states),
+            array_at(precise, p[SKIP], inner), array_at(compute, p[SCAN_STATE], batch * inner * n_states),
             n_states, mixer_eps, y,
         )  # fmt: skip
         project_out(
-            counters, stage + 3, batch, y, array_at(stored, p[OUT_PROJ], width * inner),
+            counters, stage + 3, batch, y, matrix_at(out_kind, scales, p[OUT_PROJ], p[OUT_SCALE], width, inner),
             array_at(stored, p[OUT_BIAS], width), residual,
         )  # fmt: skip
     predict(
         counters, layers.shape[0] * STAGES, batch, residual, array_at(stored, norm_at, width), eps,
-        array_at(stored, head_at, vocabulary * width), logits,
+        matrix_at(head_kind, scales, head_at, head_scale_at, vocabulary, width), logits,
     )  # fmt: skip
 
 
@@ -98,7 +104,7 @@ def project_x(counters, stage, batch, projected, weight, low_rank, inner):
     """low_rank (B, R + 2 N) = x_proj(x), with x the first channels of `projected`."""
     rows, n_low_rank, block_rows = projected.size // batch, low_rank.size // batch, np.int64(X_PROJ_ROWS)
     zero = np.int64(0)
-    nothing = weight[:0]
+    nothing = projected[:0]
     n_blocks = count_blocks(n_low_rank, block_rows)
     block = take_block(counters, stage)
     while block < n_blocks:

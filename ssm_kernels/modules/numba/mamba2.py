@@ -22,6 +22,7 @@ from ..._numba.lanes import (
     write_row,
 )
 from ..._numba.stages import array_at, await_blocks, finish_block, take_block
+from ..._numba.vectors import matrix_at
 from .parts import normalize, predict, project_in, project_out
 from .tensors import (
     A_LOG,
@@ -31,10 +32,12 @@ from .tensors import (
     DT_BIAS,
     IN_BIAS,
     IN_PROJ,
+    IN_SCALE,
     MIXER_NORM,
     NORM,
     OUT_BIAS,
     OUT_PROJ,
+    OUT_SCALE,
     SCAN_STATE,
     SKIP,
 )
@@ -45,14 +48,16 @@ STAGES = 4
 
 @Kernel
 def step_layers(
-    compute, stored, layers, counters, norm_at, head_at, residual_at, projected_at, y_at, logits_at, batch, width,
+    compute, stored, precise, scales, in_kind, out_kind, head_kind, layers, counters, norm_at, head_at, head_scale_at,
+    residual_at, projected_at, y_at, logits_at, batch, width,
     inner, vocabulary, n_taps, n_states, headdim, groups, eps, mixer_eps, norm_before_gate, has_skip_of_channels,
     dt_min, dt_max,
 ):  # fmt: skip
     """Advance all layers by one token, and predict the next one: the share of one thread.
 
-    compute, stored (0,) have the dtypes of the arithmetic and of the weights; layers (n, N_COLUMNS) holds addresses, as
-    the arguments `_at` are. residual (B, D) holds the embeddings at first; projected (B, H P + channels + H) z,
+    compute, stored, precise, scales and the kinds (0,) have the dtypes of the arithmetic, of weights, of A_log, D and
+    the bias of dt, of scales, and of the elements of matrices; layers (n, N_COLUMNS) holds addresses, as the arguments
+    `_at` are. residual (B, D) holds the embeddings at first; projected (B, H P + channels + H) z,
     (x, B, C) and dt; y (B, H P); logits (B, V). `mixer_eps` is that of the gated norm, or negative without one.
     """
     heads, channels = inner // headdim, inner + 2 * groups * n_states
@@ -63,13 +68,13 @@ def step_layers(
         p, stage = layers[layer], layer * STAGES
         project_in(
             counters, stage, batch, residual, array_at(stored, p[NORM], width), eps,
-            array_at(stored, p[IN_PROJ], rows * width), array_at(stored, p[IN_BIAS], rows),
+            matrix_at(in_kind, scales, p[IN_PROJ], p[IN_SCALE], rows, width), array_at(stored, p[IN_BIAS], rows),
             array_at(stored, p[CONV_WEIGHT], channels * n_taps), array_at(stored, p[CONV_BIAS], channels),
             array_at(stored, p[CONV_STATE], batch * (n_taps - 1) * channels), inner, n_taps, projected,
         )  # fmt: skip
         scan(
-            counters, stage + 1, batch, projected, array_at(stored, p[A_LOG], heads),
-            array_at(stored, p[DT_BIAS], heads), array_at(stored, p[SKIP], inner if has_skip_of_channels else heads),
+            counters, stage + 1, batch, projected, array_at(precise, p[A_LOG], heads),
+            array_at(precise, p[DT_BIAS], heads), array_at(precise, p[SKIP], inner if has_skip_of_channels else heads),
             array_at(compute, p[SCAN_STATE], batch * inner * n_states), n_states, headdim, groups, dt_min, dt_max, y,
         )  # fmt: skip
         gate(
@@ -77,12 +82,12 @@ def step_layers(
             norm_before_gate, y,
         )  # fmt: skip
         project_out(
-            counters, stage + 3, batch, y, array_at(stored, p[OUT_PROJ], width * inner),
+            counters, stage + 3, batch, y, matrix_at(out_kind, scales, p[OUT_PROJ], p[OUT_SCALE], width, inner),
             array_at(stored, p[OUT_BIAS], width), residual,
         )  # fmt: skip
     predict(
         counters, layers.shape[0] * STAGES, batch, residual, array_at(stored, norm_at, width), eps,
-        array_at(stored, head_at, vocabulary * width), logits,
+        matrix_at(head_kind, scales, head_at, head_scale_at, vocabulary, width), logits,
     )  # fmt: skip
 
 

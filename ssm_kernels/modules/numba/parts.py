@@ -43,8 +43,8 @@ def project_in(
 ):  # fmt: skip
     """projected = in_proj(norm(residual)); its channels from `conv_first` on are convolved over time, with silu.
 
-    residual (B, D); weight (rows, D); conv_weight (channels, K); conv_state (B, K - 1, channels), updated in place;
-    projected (B, rows).
+    residual (B, D); weight, a matrix (rows, D); conv_weight (channels, K); conv_state (B, K - 1, channels), updated in
+    place; projected (B, rows).
     """
     width, rows = residual.size // batch, projected.size // batch
     channels, block_rows, zero = conv_weight.size // n_taps, np.int64(ROWS), np.int64(0)
@@ -106,7 +106,7 @@ def convolve(batch, projected, at, count, weight, bias, state, channel, n_taps, 
 
 @njit
 def project_out(counters, stage, batch, y, weight, bias, residual):
-    """residual += out_proj(y), with y (B, E) and residual (B, D)."""
+    """residual += out_proj(y), with y (B, E), residual (B, D) and the matrix `weight` (D, E)."""
     columns, width, block_rows, one = y.size // batch, residual.size // batch, np.int64(ROWS), np.int64(1)
     n_blocks = count_blocks(width, block_rows)
     block = take_block(counters, stage)
@@ -120,9 +120,9 @@ def project_out(counters, stage, batch, y, weight, bias, residual):
 
 @njit
 def predict(counters, stage, batch, residual, norm, eps, weight, logits):
-    """logits = lm_head(norm(residual)), with residual (B, D), weight (V, D) and logits (B, V)."""
+    """logits = lm_head(norm(residual)), with residual (B, D), the matrix `weight` (V, D) and logits (B, V)."""
     width, rows, block_rows, zero = residual.size // batch, logits.size // batch, np.int64(ROWS), np.int64(0)
-    nothing = weight[:0]
+    nothing = norm[:0]
     normed = aligned_empty(residual, batch * width)
     n_blocks = count_blocks(rows, block_rows)
     is_ready = False

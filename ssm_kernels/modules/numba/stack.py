@@ -13,17 +13,27 @@ from ..._numba.stages import new_counters
 from ..._numba.threads import run_tiles
 from ..mamba import Mamba
 from ..norm import RMSNorm
+from ..quantized import QuantizedLinear
 from ..state import MixerState
 from . import mamba, mamba2
-from .tensors import N_COLUMNS, Layer, tensors
+from .tensors import N_COLUMNS, PROJECTIONS, Layer, matrix, tensors
 
 
 class FusedStep:
     """The function that `fused_step.fuse_step` makes."""
 
-    def __init__(self, layers: Sequence[Layer], norm: RMSNorm, head: nn.Linear, states: Sequence[MixerState]):
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        norm: RMSNorm,
+        head: nn.Linear | QuantizedLinear,
+        states: Sequence[MixerState],
+    ):
         table = np.zeros((len(layers), N_COLUMNS), np.int64)
-        self._tensors: list[Tensor] = [norm.weight, head.weight]
+        (first_norm, mixer), batch, vocabulary = layers[0], len(states[0].conv), head.out_features
+        (elements, _), (scale, _) = matrix(head, 0, 1, vocabulary, mixer.d_model).values()
+        assert elements is not None
+        self._tensors: list[Tensor] = [norm.weight, elements] + ([] if scale is None else [scale])
         for row, layer, state in zip(table, layers, states, strict=True):
             for column, (tensor, n_elements) in tensors(*layer, state).items():
                 if tensor is not None:
@@ -37,7 +47,6 @@ class FusedStep:
         self._memory = [t.detach() for t in self._tensors]  # alive, whatever becomes of the modules
         self._work = sum(t.numel() for t in self._tensors)
 
-        (first_norm, mixer), batch, vocabulary = layers[0], len(states[0].conv), head.out_features
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
             self._residual = torch.empty(batch, mixer.d_model, dtype=torch.float32)  # (B, D)
         self._logits = self._residual.new_empty(batch, vocabulary)  # (B, V)
@@ -56,9 +65,13 @@ class FusedStep:
             )  # fmt: skip
         self._buffers = buffers
         self._counters = new_counters(4 * len(layers) + 1)
-        compute, stored = np.empty(0, np.float32), np.empty(0, TYPES[head.weight.dtype])
-        addresses = (*self._addresses[:2], *(t.data_ptr() for t in buffers))
-        args = (compute, stored, table, self._counters, *addresses, *shape, *options)
+        projections = [getattr(mixer, name) for name in PROJECTIONS[type(mixer)]]
+        kinds = [matrix(m, 0, 1, m.out_features, m.in_features)[0][0] for m in projections]
+        dtypes = [torch.float32, norm.weight.dtype, mixer.A_log.dtype, torch.bfloat16]
+        dtypes += [t.dtype for t in (*kinds, elements) if t is not None]
+        kinds = (np.empty(0, TYPES[dtype]) for dtype in dtypes)
+        addresses = (*self._addresses[:2], 0 if scale is None else scale.data_ptr(), *(t.data_ptr() for t in buffers))
+        args = (*kinds, table, self._counters, *addresses, *shape, *options)
         self._run = lambda first, end: kernel(*args)
 
     def __call__(self, embeddings: Tensor) -> Tensor | None:

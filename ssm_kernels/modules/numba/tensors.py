@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..mamba import Mamba
 from ..mamba2 import Mamba2
 from ..norm import RMSNorm
+from ..quantized import GROUP, QuantizedLinear
 from ..state import MixerState
 
 Layer: TypeAlias = tuple[RMSNorm, Mamba | Mamba2]
@@ -16,9 +17,12 @@ Layer: TypeAlias = tuple[RMSNorm, Mamba | Mamba2]
 # Columns of the table that gives a kernel the addresses of a layer's tensors.
 (
     NORM, IN_PROJ, IN_BIAS, CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, MIXER_NORM, OUT_PROJ,
-    OUT_BIAS, CONV_STATE, SCAN_STATE,
-) = range(15)  # fmt: skip
-N_COLUMNS = 15
+    OUT_BIAS, CONV_STATE, SCAN_STATE, IN_SCALE, X_SCALE, OUT_SCALE,
+) = range(18)  # fmt: skip
+N_COLUMNS = 18
+
+PROJECTIONS: dict[type, tuple[str, ...]] = {Mamba: ("in_proj", "x_proj", "out_proj"), Mamba2: ("in_proj", "out_proj")}
+"""Layers of a mixer whose matrices may be quantized."""
 
 
 def tensors(norm: RMSNorm, mixer: Mamba | Mamba2, state: MixerState) -> dict[int, tuple[Tensor | None, int]]:
@@ -28,7 +32,7 @@ def tensors(norm: RMSNorm, mixer: Mamba | Mamba2, state: MixerState) -> dict[int
     if isinstance(mixer, Mamba):
         rows, channels = 2 * inner, inner
         own = {
-            X_PROJ: (mixer.x_proj.weight, (mixer.dt_rank + 2 * n) * inner),
+            **matrix(mixer.x_proj, X_PROJ, X_SCALE, mixer.dt_rank + 2 * n, inner),
             DT_PROJ: (mixer.dt_proj.weight, inner * mixer.dt_rank),
             DT_BIAS: (mixer.dt_proj.bias, inner),
             A_LOG: (mixer.A_log, inner * n),
@@ -45,12 +49,22 @@ def tensors(norm: RMSNorm, mixer: Mamba | Mamba2, state: MixerState) -> dict[int
         }
     return own | {
         NORM: (norm.weight, width),
-        IN_PROJ: (mixer.in_proj.weight, rows * width),
+        **matrix(mixer.in_proj, IN_PROJ, IN_SCALE, rows, width),
         IN_BIAS: (mixer.in_proj.bias, rows),
         CONV_WEIGHT: (mixer.conv1d.weight, channels * mixer.d_conv),
         CONV_BIAS: (mixer.conv1d.bias, channels),
-        OUT_PROJ: (mixer.out_proj.weight, width * inner),
+        **matrix(mixer.out_proj, OUT_PROJ, OUT_SCALE, width, inner),
         OUT_BIAS: (mixer.out_proj.bias, width),
         CONV_STATE: (state.conv, batch * (mixer.d_conv - 1) * channels),
         SCAN_STATE: (state.ssm, batch * inner * n),
     }
+
+
+def matrix(
+    layer: nn.Linear | QuantizedLinear, column: int, scale_column: int, rows: int, columns: int
+) -> dict[int, tuple[Tensor | None, int]]:
+    """Return the elements of a layer's matrix, and their scales where it has some, each with its number of elements."""
+    if isinstance(layer, nn.Linear):
+        return {column: (layer.weight, rows * columns), scale_column: (None, 0)}
+    n_elements, groups = (rows * columns, 1) if layer.bits == 8 else (rows * columns // 2, columns // GROUP)
+    return {column: (layer.qdata, n_elements), scale_column: (layer.scale, rows * groups)}
