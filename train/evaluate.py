@@ -10,7 +10,7 @@ from ..model.generation.config import GenerationConfig
 from ..model.prompt import IMAGE_MARK
 from ..model.vlm import VLM
 from .records import Record
-from .sources import read_image
+from .sources import read_visual
 
 
 def answer_all(
@@ -39,7 +39,7 @@ def answer_all(
             # The first turn alone: later questions would need the answers before them.
             asked = [records[i].first_question() for i in chosen]
             if with_images:
-                processed = {s: model.preprocess(read_image(s)) for s in {s: None for _, seen in asked for s in seen}}
+                processed = {s: model.preprocess(read_visual(s)) for s in {s: None for _, seen in asked for s in seen}}
                 questions, images = [[turn] for turn, _ in asked], [[processed[s] for s in seen] for _, seen in asked]
             else:
                 questions = [turn.text.replace(IMAGE_MARK, "") for turn, _ in asked]

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..model.video import Video
 from .records import Record
 from .reproduction.intervals import Interval
-from .sources import read_image
+from .sources import read_visual
 
 WIDTH = 7.4
 """Inches. At 100 pixels each this is the width of a page of the documentation; files have twice as many."""
@@ -63,7 +64,8 @@ def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]],
     for i, (axis, record) in enumerate(zip(axes.flat, records, strict=False)):
         question, truth = (t.text for t in record.turns[:2])
         if record.images:
-            axis.imshow(read_image(record.images[0]))
+            first = read_visual(record.images[0])
+            axis.imshow(first.frames(1)[0] if isinstance(first, Video) else first)
         axis.set_title(f"{textwrap.fill(question, 120 // columns)}\ntruth: {truth}", fontsize=8, color=INK)
         for k, (name, texts) in enumerate(answers.items()):
             color, mark = RIGHT if texts[i] == truth else WRONG

@@ -20,7 +20,7 @@ from ..model.text_files import parse_json
 from .errors import BrokenDataError, ChangedDataError
 from .json_records import json_lines_entries, json_list_entries
 from .shards import shard_entries, shard_paths
-from .sources import FolderImages, Images, Member, TarImages, open_source, stamp
+from .sources import Clip, FolderImages, Images, Member, TarImages, open_source, stamp
 
 logger = logging.getLogger("vlmamba.train")
 
@@ -33,10 +33,10 @@ class Record:
     """One conversation, with any number of images."""
 
     turns: tuple[Turn, ...]
-    images: tuple[Path | Member, ...] = ()
-    """In the order of their marks `<image>` in the turns. An only image needs no mark."""
+    images: tuple[Path | Member | Clip, ...] = ()
+    """Images or videos, in the order of their marks `<image>` in the turns. An only image needs no mark."""
 
-    def first_question(self) -> tuple[Turn, tuple[Path | Member, ...]]:
+    def first_question(self) -> tuple[Turn, tuple[Path | Member | Clip, ...]]:
         """Return the first turn and its images."""
         # An only image without a mark belongs to the first turn.
         marked = count_marks(self.turns)
@@ -92,13 +92,14 @@ class Records(Sequence[Record]):
                 raise ChangedDataError(f"{path} has changed since it was read")
             file.seek(start)
             item = parse_json(file.read(size))
-        turns, names = _parse(item)
+        turns, names, is_video = _parse(item)
         if is_shard:
             assert isinstance(images, TarImages)
             return Record(turns, tuple(map(images.member, self._members[first : first + n_images].tolist())))
         if len(names) != n_images:
             raise ChangedDataError(f"{path} has changed since it was read")
-        return Record(turns, tuple(images[name] for name in names))
+        files = (images[name] for name in names)
+        return Record(turns, tuple(Clip(file) if is_video else file for file in files))
 
     def location(self, index: int) -> str:
         """Name the file of a record, and its place in it."""
@@ -128,11 +129,13 @@ def read_llava(
     """Read conversations in LLaVA's format, and check every one of them.
 
     A record has `conversations`, a list of `{"from": "human" | "gpt", "value": text}`, and may have `image`, the name
-    of an image or a list of names; `images` means the same. The questions have a mark `<image>` at the place of each
-    image, which an only image does not need. Records are the items of a JSON list, the lines of a `.jsonl` file, or in
-    shards as WebDataset writes them: a `.tar`, a folder of them, or a pattern such as `shard-{000..012}.tar`, where
-    `KEY.json` is a record and `KEY.jpg` (or another image format) its image, or `KEY.0.jpg`, `KEY.1.jpg`, ... its
-    images. Whether an image exists is looked up in a listing of its source, without a request for each.
+    of an image or a list of names; `images` means the same. In its place `video` names folders of frames or animated
+    files. The questions have a mark `<image>` at the place of each image or video, which an only one does not need.
+
+    Records are the items of a JSON list, the lines of a `.jsonl` file, or in shards as WebDataset writes them: a
+    `.tar`, a folder of them, or a pattern such as `shard-{000..012}.tar`, where `KEY.json` is a record and `KEY.jpg`
+    (or another image format) its image, or `KEY.0.jpg`, `KEY.1.jpg`, ... its images. Whether an image exists is looked
+    up in a listing of its source, without a request for each.
 
     Args:
         paths: one file, folder or pattern, or several, whose records are concatenated.
@@ -211,7 +214,8 @@ def write_llava(records: Sequence[Record], path: str | Path, images: str | Path)
         item: dict[str, Any] = {"id": str(i), "conversations": turns}
         if record.images:
             names_in = [_name_in(image, Path(images)) for image in record.images]
-            item["image"] = names_in[0] if len(names_in) == 1 else names_in
+            key = "video" if isinstance(record.images[0], Clip) else "image"
+            item[key] = names_in[0] if len(names_in) == 1 else names_in
             # LLaVA marks the place of an only image in the first question.
             if not count_marks(record.turns):
                 turns[0]["value"] = "<image>\n" + turns[0]["value"]
@@ -219,7 +223,9 @@ def write_llava(records: Sequence[Record], path: str | Path, images: str | Path)
     write_atomic(path, json.dumps(items))
 
 
-def _name_in(image: Path | Member, images: Path) -> str:
+def _name_in(image: Path | Member | Clip, images: Path) -> str:
+    if isinstance(image, Clip):
+        return _name_in(image.file, images)
     if isinstance(image, Member) and image.archive.path == images:
         return image.name
     if isinstance(image, Path) and image.is_relative_to(images):
@@ -243,8 +249,10 @@ def _index(file: _AnnotationFile, file_number: int, members: list[int]) -> tuple
         try:
             if isinstance(entry.value, Exception):
                 raise entry.value
-            turns, names = _parse(entry.value)
+            turns, names, is_video = _parse(entry.value)
             if file.is_shard:
+                if is_video:
+                    raise ValueError("it names a video, but shards have images only")
                 n_images = len(entry.images)
                 # In a shard a name says nothing but that there is an image.
                 if names and len(names) != n_images:
@@ -273,8 +281,8 @@ def _location(file: _AnnotationFile, number: int) -> str:
     return f"{file.path}, {'line' if file.path.suffix == '.jsonl' else 'record'} {number}"
 
 
-def _parse(item: object) -> tuple[tuple[Turn, ...], list[str]]:
-    """Parse a record into its turns and the names of its images.
+def _parse(item: object) -> tuple[tuple[Turn, ...], list[str], bool]:
+    """Parse a record into its turns, the names of its images or videos, and whether they are videos.
 
     Raises:
         ValueError: it is malformed.
@@ -291,10 +299,12 @@ def _parse(item: object) -> tuple[tuple[Turn, ...], list[str]]:
     check_turns(turns)
     if turns[-1].role != "assistant":
         raise ValueError("the last turn must be an answer")
-    image, images = (_names(key, item.get(key)) for key in ("image", "images"))
+    image, images, video = (_names(key, item.get(key)) for key in ("image", "images", "video"))
     if image and images and image != images:
         raise ValueError(f"`image` and `images` differ: {_listed(image)} and {_listed(images)}")
-    return tuple(turns), image or images
+    if video and (image or images):
+        raise ValueError("it has images and a video, whose order is unknown; a record has one kind alone")
+    return tuple(turns), video or image or images, bool(video)
 
 
 def _names(key: str, value: object) -> list[str]:

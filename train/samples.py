@@ -12,7 +12,7 @@ from ..model.prompt import IGNORE, IMAGE_MARK, IMAGE_TOKEN, Turn, count_marks, c
 from ..model.vlm import VLM
 from .errors import ChangedDataError
 from .records import Record, Records
-from .sources import Member, read_image
+from .sources import Clip, Member, read_visual
 
 
 class Conversations:
@@ -45,7 +45,7 @@ class Conversations:
         self.preprocess = model.preprocess
         self.keep_samples = keep_samples
         self._samples: dict[int, Sample] = {}
-        self._processed: dict[Path | Member, ProcessedImage] = {}
+        self._processed: dict[Path | Member | Clip, ProcessedImage] = {}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -101,10 +101,10 @@ class Conversations:
                 break
         return truncated
 
-    def _image(self, source: Path | Member) -> ProcessedImage:
+    def _image(self, source: Path | Member | Clip) -> ProcessedImage:
         if source in self._processed:
             return self._processed[source]
-        processed = self.preprocess(read_image(source))
+        processed = self.preprocess(read_visual(source))
         if self.keep_samples:
             self._processed[source] = processed
         return processed

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ..model.image import decode_image, open_image
 from ..model.limits import MAX_FILE_BYTES
+from ..model.video import Video
 from .errors import ChangedDataError
 from .tar_index import TarError, tar_entries
 
@@ -85,6 +86,27 @@ def read_image(image: Path | Member) -> Image.Image:
     if isinstance(image, Path):
         return open_image(image)
     return decode_image(io.BytesIO(image.read()), str(image))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video of a source: a folder of frames, or an animated file."""
+
+    file: Path | Member
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+
+def read_visual(source: Path | Member | Clip) -> Image.Image | Video:
+    """Read an image of a source as RGB, or open a video, whose frames are read when they are sampled.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_image`.
+    """
+    if isinstance(source, Clip):
+        return Video(source.file if isinstance(source.file, Path) else source.file.read())
+    return read_image(source)
 
 
 def open_source(path: str | Path) -> Images:

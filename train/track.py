@@ -20,7 +20,7 @@ from ..model.files import continue_json_lines, json_lines
 from ..model.generation.config import GenerationConfig
 from .distributed import rank
 from .records import Record
-from .sources import read_image
+from .sources import read_visual
 
 
 class Tracker:
@@ -177,7 +177,7 @@ class SampleAnswers:
         was_training, shards = model.training, [m for m in model.modules() if isinstance(m, FSDPModule)]
         device = next((p.device.type for p in model.parameters()), "cpu")
         questions = [record.first_question() for record in self.records]
-        images = [[read_image(image) for image in seen] for _, seen in questions]
+        images = [[read_visual(image) for image in seen] for _, seen in questions]
         for module in shards:
             module.unshard()  # generation also reads weights without calling their module
         # Gathered weights change their addresses, so no CUDA graph can be used; under autocast generation uses none.

@@ -558,6 +558,32 @@ def test_several_images_are_read_written_and_prepared_in_order(images):
     assert (first[0].text, [p.stem for p in first[1]]) == ("<image>\n<image>\nwhich is red?", ["red", "blue"])
 
 
+def test_videos_are_folders_of_frames_or_animated_files(images):
+    (images / "clip").mkdir()
+    red, blue = (open_image(images / f"{c}.png") for c in ("red", "blue"))
+    red.save(images / "clip" / "0.png")
+    blue.save(images / "clip" / "1.png")
+    red.save(images / "clip.gif", save_all=True, append_images=[blue])
+    items = [ask("<image>\nand <image>", video=["clip", "clip.gif"]), ask(video="clip.gif"), ask(image="clip.gif")]
+    (images / "d.jsonl").write_text("\n".join(map(json.dumps, items)))
+    found = read_llava(images / "d.jsonl")
+    model = new_model()
+    samples = list(Conversations(found, model))
+    assert [[i.n_views for i in s.images] for s in samples] == [[2, 2], [2], [1]]
+    assert torch.equal(samples[0].images[0].pixels[0], samples[0].images[1].pixels[0])
+    assert len(answer_all(model, found, max_new_tokens=1)) == 3
+    write_llava(found, images / "again.json", images)
+    assert [r.images for r in read_llava(images / "again.json")] == [r.images for r in found]
+    for item, message in (
+        (ask(video="gone.gif"), "no image gone.gif in"),
+        (ask("<image><image>", video="clip", image="red.png"), "images and a video, whose order is unknown"),
+        (ask("<image>", video=["clip", "clip.gif"]), r"got 1 marks \(1 in turn 0\) for 2 images"),
+    ):
+        (images / "broken.jsonl").write_text(json.dumps(item))
+        with pytest.raises(BrokenDataError, match=message):
+            read_llava(images / "broken.jsonl")
+
+
 def test_several_images_of_a_shard_are_those_with_numbers(images):
     red, blue = ((images / f"{c}.png").read_bytes() for c in ("red", "blue"))
     text = json.dumps(several_images()).encode()
