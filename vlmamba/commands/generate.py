@@ -16,12 +16,9 @@ from ..model.generation.config import GenerationConfig
 from .options import DtypeName, Positional, Sampling
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
     from PIL import Image
 
-=======
     from ..model.generation.speculative import DraftStats
->>>>>>> f229da8 (Generate with a draft model, losslessly)
     from ..model.lm import MambaLM
     from ..model.video import Video
     from ..model.vlm import VLM
@@ -70,13 +67,10 @@ class Generate:
             raise ValueError("give either a prompt or --prompts FILE")
         if self.output is not None and self.prompts is None:
             raise ValueError("--output is for the answers to --prompts")
-<<<<<<< HEAD
         if self.video and self.prompts is not None:
             raise ValueError("--video is for one prompt, and not for --prompts")
-=======
         if self.draft is not None and self.prompts is not None:
             raise ValueError("--draft is for a single prompt, not for --prompts")
->>>>>>> f229da8 (Generate with a draft model, losslessly)
         # A job scheduler sends SIGTERM; open files are closed before the end.
         with _exit_on_sigterm():
             if self.prompts is not None:
@@ -92,13 +86,9 @@ class Generate:
                 images.append(Video(path))
                 Video(path).frames(1)
             model = load_with_tokenizer(self.model, self.dtype, self.device)
-<<<<<<< HEAD
-            for text in _stream(model, self.prompt, images, self.sampling):
-=======
             draft = None if self.draft is None else load_with_tokenizer(self.draft, self.dtype, self.device)
             stats = DraftStats()
-            for text in _stream(model, self.prompt, self.image, self.sampling, draft, stats):
->>>>>>> f229da8 (Generate with a draft model, losslessly)
+            for text in _stream(model, self.prompt, images, self.sampling, draft, stats):
                 print(printable(text), end="", flush=True)
             print()
             if draft is not None:
@@ -120,16 +110,12 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 
 def _stream(
-<<<<<<< HEAD
-    model: MambaLM | VLM, prompt: str, images: list[Image.Image | Video], config: GenerationConfig
-=======
     model: MambaLM | VLM,
     prompt: str,
-    images: tuple[Path, ...],
+    images: list[Image.Image | Video],
     config: GenerationConfig,
     draft: MambaLM | VLM | None,
     stats: DraftStats,
->>>>>>> f229da8 (Generate with a draft model, losslessly)
 ) -> Iterator[str]:
     from ..model.vlm import VLM
 
@@ -138,10 +124,5 @@ def _stream(
     if isinstance(model, VLM):
         return model.stream(prompt, images, config)
     if images:
-<<<<<<< HEAD
         raise ValueError(f"the model is a language model and takes no image, got {len(images)} of them")
-    return model.stream(prompt, config)
-=======
-        raise ValueError(f"the model is a language model and takes no image, got {images[0]}")
     return model.stream(prompt, config, draft_model=draft, draft_stats=stats)
->>>>>>> f229da8 (Generate with a draft model, losslessly)
