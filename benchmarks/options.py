@@ -73,7 +73,10 @@ _HELP = {
 }
 SizeOptions = make_dataclass(
     "SizeOptions",
-    [(n, Annotated[Count | None, tyro.conf.arg(help=_HELP.get(n, ""))], None) for n in get_args(SizeName)],
+    [
+        (n, Annotated[Count | None, tyro.conf.arg(help=_HELP.get(n, ""), help_behavior_hint="")], None)
+        for n in get_args(SizeName)
+    ],
     kw_only=True,
 )
 """Sizes of an op's problem; those that are not given are the named shape's."""

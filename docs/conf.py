@@ -8,11 +8,11 @@ import os
 import re
 from unittest import mock
 
-import tyro
 from sphinx.util.nodes import make_refnode
 
 from vlmamba.benchmarks.cli import COMMANDS as SSM_BENCH
 from vlmamba.cli import COMMANDS as VLMAMBA
+from vlmamba.command_line import parse
 
 project = "vl-mamba"
 author = "the vl-mamba authors"
@@ -84,7 +84,7 @@ def _section(program, name, kind):
     out = io.StringIO()
     width = mock.patch.dict(os.environ, COLUMNS="80")
     with width, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(kind, prog=f"{program} {name}", args=["--help"])
+        parse(f"{program} {name}", kind, ["--help"])
     # Its description is text of the page already; a group is a heading above a rule.
     text = re.sub(r"\n\n.*?(?=\n\n \S[^\n]*\n -+\n)", "", out.getvalue(), count=1, flags=re.DOTALL)
     return f"## {name}\n\n{inspect.getdoc(kind)}\n\n```text\n{text.strip()}\n```"

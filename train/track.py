@@ -128,7 +128,8 @@ class Tracker:
 
 
 class SampleAnswers:
-    """Answers of a model to fixed questions during training: lines of `answers.jsonl`, and text in TensorBoard.
+    """Answers of a model to fixed questions during training: lines on stderr and in `answers.jsonl`, and text in
+    TensorBoard.
 
     An `on_step` of `train_stage`. It is called on every rank, and rank 0 writes.
 
@@ -160,6 +161,9 @@ class SampleAnswers:
         answers = self._answer(model)
         if rank():
             return
+        for record, answer in zip(self.records, answers, strict=True):
+            question, truth = (t.text for t in record.turns[:2])
+            tqdm.write(f"step {step + 1}: {question!r} → {answer!r}, truth {truth!r}", file=sys.stderr)
         board = _board(self.folder)
         # After a resume a step is taken again, and its answers replace the earlier ones.
         with _resume_lines(self.folder / "answers.jsonl", step) as file:

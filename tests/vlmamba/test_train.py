@@ -20,14 +20,14 @@ from tests.makers import save_images
 from tests.train.makers import qa_record, tiny_vlm
 from vlmamba import cli
 from vlmamba.commands import train_stages
-from vlmamba.commands.train import StageOverrides, Train
+from vlmamba.commands.train import RECIPE_DEFAULTS, SHOWN, StageOverrides, Train
 from vlmamba.model import VLM, MambaLM, Tokenizer
 from vlmamba.model.card import CardFacts
 from vlmamba.model.config import LMConfig
 from vlmamba.train import loop
 from vlmamba.train.config import StageConfig
 from vlmamba.train.lock import only_run_in
-from vlmamba.train.recipes import recipe_named, tiny_config
+from vlmamba.train.recipes import RECIPES, recipe_named, tiny_config
 from vlmamba.train.records import write_llava
 from vlmamba.train.track import read_metrics
 
@@ -310,3 +310,17 @@ def test_two_ranks_do_what_one_does_by_the_same_command(model, data, tmp_path):
     one, two = (VLM.from_pretrained(tmp_path / ranks / "model").state_dict() for ranks in ("one", "two"))
     for name, p in one.items():
         torch.testing.assert_close(two[name], p, rtol=1e-3, atol=1e-3)
+
+
+def test_the_help_has_the_recipes_numbers():
+    words = {None: "all", True: "on", False: "off"}
+    for name, values in RECIPE_DEFAULTS.items():
+        for recipe, shown in zip(SHOWN, values, strict=True):
+            value = getattr(RECIPES[recipe].finetune, name)
+            if isinstance(value, tuple):
+                value = " ".join(value)
+            elif isinstance(value, bool) or value is None:
+                value = words[value]
+            elif isinstance(value, float):
+                value = f"{value:g}"
+            assert shown == str(value), (recipe, name)

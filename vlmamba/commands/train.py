@@ -4,28 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
 from ..model.fields import Count, Interval
 from ..train.config import Changeable, LoraConfig, StageConfig, Target
-from .options import Positional
+from .options import Positional, Unset
 
-RecipeDefault = tyro.conf.arg(help_behavior_hint="(default: the recipe's)")
+SHOWN = ("vl-mamba", "ml-mamba", "small")
+RECIPE_DEFAULTS = {
+    "trainable": ("connector language_model",) * 3,
+    "lr": ("2e-05", "2e-05", "0.001"),
+    "epochs": ("1", "2", "1"),
+    "batch_size": ("128", "64", "64"),
+    "micro_batch_size": ("8", "8", "all"),
+    "weight_decay": ("0", "0.1", "0"),
+    "precision": ("bf16", "bf16", "fp32"),
+    "gradient_checkpointing": ("on", "on", "off"),
+    "seed": ("0", "7", "0"),
+}
+"""Settings of the finetune stage in the recipes `SHOWN`. The help imports no recipe; a test holds them to these."""
 
 
 @dataclass(frozen=True)
 class LoraOptions:
     """Low-rank adapters (LoRA) in place of full finetuning of the language model."""
 
-    rank: int | None = None
+    rank: Annotated[int | None, Unset] = None
     """Rank of the adapters; without it the language model is trained in full."""
-    alpha: float | None = None
+    alpha: Annotated[float | None, Unset] = None
     """Adapters are scaled by alpha / rank; 2 * rank by default."""
-    dropout: float | None = None
+    dropout: Annotated[float | None, Unset] = None
     """Dropout of the adapters' input; 0 by default."""
-    targets: tuple[Target, ...] | None = None
+    targets: Annotated[tuple[Target, ...] | None, Unset] = None
     """Projections with an adapter; in_proj and out_proj by default. Mamba-1 has x_proj and dt_proj too."""
 
     def config(self) -> LoraConfig | None:
@@ -35,6 +47,15 @@ class LoraOptions:
         if self.rank is None:
             raise ValueError(f"--lora.{next(iter(given))} needs --lora.rank")
         return LoraConfig(**{"alpha": 2.0 * self.rank, **given})
+
+
+def recipe_default(config: type, name: str) -> Any:
+    """Help on a setting that the recipe has: the value in each recipe, or the one in all."""
+    shared = getattr(config, name, None)
+    text = " ".join(map(str, shared)) if isinstance(shared, tuple) else f"{shared}"
+    values = RECIPE_DEFAULTS.get(name, (text,))
+    each = ", ".join(f"{recipe} {value}" for recipe, value in zip(SHOWN, values, strict=False))
+    return tyro.conf.arg(help_behavior_hint=f"(default: {each if len(set(values)) > 1 else values[0]})")
 
 
 def overrides_of(config: type, *fixed: str) -> type:
@@ -49,7 +70,11 @@ def overrides_of(config: type, *fixed: str) -> type:
     """
     hints = get_type_hints(config, include_extras=True)
     options = [
-        (name, tyro.conf.Suppress[None] if name in fixed else Annotated[hint | None, RecipeDefault], None)
+        (
+            name,
+            tyro.conf.Suppress[None] if name in fixed else Annotated[hint | None, recipe_default(config, name)],
+            None,
+        )
         for name, hint in hints.items()
     ]
     # A subclass, in which tyro finds the docstrings of the fields. Values are checked in the config that they end in.
@@ -88,7 +113,8 @@ class Train:
     dry_run: bool = False
     """Check the data and the model, print steps, tokens and memory, and train nothing."""
     sample_every: Count | None = None
-    """Steps between answers to --samples fixed questions of the data, written to OUTPUT/STAGE/answers.jsonl."""
+    """Steps between answers to --samples fixed questions of the data, shown and written to
+    OUTPUT/STAGE/answers.jsonl."""
     samples: Count = 4
     """Number of questions for --sample-every."""
     peak_tflops: Annotated[float, Interval("(0, inf)")] | None = None
