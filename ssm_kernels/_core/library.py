@@ -16,9 +16,12 @@ from torch.autograd import forward_ad
 
 NAMESPACE = __name__.rpartition("._core.")[0].replace(".", "_")
 """Namespace of the ops: another copy of this package, imported under another name, has its own."""
+_NOTHING = contextlib.nullcontext()
 _library = torch.library.Library(NAMESPACE, "DEF")
 BODIES: dict[torch._ops.OpOverload, Callable] = {}
 """Body of each op, for tools that run it where the dispatcher would take the fake."""
+_runs: dict[Callable, Callable] = {}
+"""What the dispatcher runs for each op."""
 
 
 Formula = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
@@ -59,7 +62,7 @@ def define_op(schema: str, body: Callable, fake: Callable, gradient: Gradient | 
 
     def run(*args):
         device = next(a.device for a in args if isinstance(a, Tensor))
-        with torch.no_grad(), autocast_off(device):
+        with _grad_off(), autocast_off(device):
             results = body(*args)
         return tuple(map(_as_base, results)) if isinstance(results, tuple) else _as_base(results)
 
@@ -69,8 +72,31 @@ def define_op(schema: str, body: Callable, fake: Callable, gradient: Gradient | 
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if gradient is not None:
         _register_autograd(op, name, gradient)
-    BODIES[op] = body
+    BODIES[op], _runs[op] = body, run
     return op
+
+
+def call_op(op: Callable, *args: Any) -> Any:
+    """Call an op: past the dispatcher, which takes longer than a small kernel, where it would only run the body."""
+    return (_runs[op] if _needs_no_dispatch(args) else op)(*args)
+
+
+def _needs_no_dispatch(args: tuple[Any, ...]) -> bool:
+    if torch.compiler.is_compiling() or has_func_transforms() or in_forward_mode():
+        return False
+    # Modes, traces and profiles show the op.
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    is_profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+    if is_profiled or torch._C._get_tracing_state() is not None:
+        return False
+    has_grad = torch.is_grad_enabled()
+    for a in args:
+        if isinstance(a, Tensor):
+            is_plain = type(a) in (Tensor, torch.nn.Parameter) and a.device.type == "cpu"
+            if not is_plain or (has_grad and a.requires_grad):
+                return False
+    return True
 
 
 def _register_autograd(op: torch._ops.OpOverload, name: str, gradient: Gradient) -> None:
@@ -118,9 +144,16 @@ def unknown_size(like: Tensor) -> int | torch.SymInt:
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     """Return a context without autocast, on devices that have any (meta has none)."""
     # torch.compile of torch 2.9 does not trace is_autocast_available.
-    if device.type != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    if torch.compiler.is_compiling():
+        has_autocast = device.type != "meta"
+    else:
+        # To enter a context takes as long as a small kernel.
+        has_autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else _NOTHING
+
+
+def _grad_off() -> contextlib.AbstractContextManager:
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 def lazy_function(module: str, name: str) -> Callable:

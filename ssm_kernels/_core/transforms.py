@@ -21,6 +21,7 @@ from .library import (
     Gradient,
     autocast_off,
     autograd_formula,
+    call_op,
     has_func_transforms,
     in_forward_mode,
     run_formula,
@@ -112,7 +113,7 @@ def transformable(op: Callable, fold: Fold, gradient: Gradient | Formula) -> Cal
         # A backward runs with gradients on where its own graph is wanted.
         if has_func_transforms() or (is_backward and torch.is_grad_enabled()):
             return function.apply(*map(_unwrap_ended, args))
-        return op(*args)
+        return call_op(op, *args)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -34,12 +35,16 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
-    )
+    have = value.shape
+    fits = len(have) == len(shape)
+    if fits:
+        for i, want in enumerate(shape):  # no generator: a step's checks take as long as its kernel
+            if not isinstance(want, str) and have[i] != want:
+                fits = False
+                break
     if not fits:
         expected = ", ".join(str(s) for s in shape)
-        raise ValueError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape ({expected}), got {tuple(have)}")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have a dtype among {allowed}; got {str(value.dtype).removeprefix('torch.')}")
@@ -113,14 +118,14 @@ SERIAL = 1 << 15
 """Elements that PyTorch sums in the calling thread."""
 
 
-def _sum(x: Tensor) -> Tensor:
+def _sum(x: Tensor) -> float:
     # OpenMP's threads would spin for milliseconds after a larger sum, on cores that a kernel of the CPU wants.
     if x.numel() < SERIAL or torch.get_num_threads() == 1 or x.device.type != "cpu":
-        return x.sum()
+        return x.sum().item()
     rows = max(1, (SERIAL - 1) // x[0].numel() if x.dim() > 1 else SERIAL - 1)
     if rows > 1:
-        return torch.stack([part.sum() for part in x.split(rows)]).sum()
-    return torch.stack([_sum(row) for row in x]).sum()
+        return sum(part.sum().item() for part in x.split(rows))
+    return sum(_sum(row) for row in x)
 
 
 def check_no_nan(name: str, value: Tensor) -> None:
@@ -129,7 +134,7 @@ def check_no_nan(name: str, value: Tensor) -> None:
     if not has_readable_values(value) or not value.numel():
         return
     # One pass, and no mask of the tensor's size unless the sum is NaN.
-    if torch.isnan(_sum(value.detach())):
+    if math.isnan(_sum(value.detach())):
         indices = torch.isnan(value).nonzero()
         # The sum of infinities of both signs is NaN too.
         if len(indices):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._core.library import Gradient, define_op, lazy_function
+from .._core.library import Gradient, call_op, define_op, lazy_function
 from .._core.memory_layout import empty_like
 from .._core.slots import PLAN_SCHEMA, StepPlan, plan_tensors
 from .._core.transforms import Fold, backward_formula, refuse_forward_mode, transformable
@@ -93,7 +93,7 @@ class ConvKernels:
     ) -> Tensor:
         """Advance by one step: state (B, K - 1, D), updated in place; x (M, D) -> y (M, D)."""
         refuse_forward_mode("causal_conv1d_step")
-        return self.step_op(state, x, weight, _contiguous(bias), silu, *plan_tensors(plan))
+        return call_op(self.step_op, state, x, weight, _contiguous(bias), silu, *plan_tensors(plan))
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.library import Gradient, define_op, lazy_function, unknown_size
+from .._core.library import Gradient, call_op, define_op, lazy_function, unknown_size
 from .._core.memory_layout import empty_like
 from .._core.slots import PLAN_SCHEMA, StepPlan, plan_tensors
 from .._core.transforms import Fold, backward_formula, may_need_gradients, refuse_forward_mode, transformable
@@ -135,7 +135,7 @@ class ScanKernels:
     ) -> Tensor:
         """Advance `state` (B, D, N) in place; u, dt, z (M, D); B, C (M, G, N) or (D, N) -> y (M, D)."""
         refuse_forward_mode("selective_scan_step")
-        return self.step_op(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, *plan_tensors(plan))
+        return call_op(self.step_op, state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, *plan_tensors(plan))
 
     def _saved(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._core.library import define_op, lazy_function
+from .._core.library import call_op, define_op, lazy_function
 from .._core.slots import PLAN_SCHEMA, StepPlan, plan_tensors
 from .._core.transforms import refuse_forward_mode
 from . import differentiable
@@ -47,7 +47,7 @@ class StepKernel:
     ) -> Tensor:
         """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
         refuse_forward_mode("ssd_step")
-        return self.op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit, *plan_tensors(plan))
+        return call_op(self.op, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit, *plan_tensors(plan))
 
 
 def _step_fake(state, x, *rest):

@@ -222,7 +222,7 @@ def test_kernels_pass_opcheck(backend):
         torch.library.opcheck(ops.backward_op, (*arguments, dy, dfinal))
         torch.library.opcheck(ops.backward_op, (*arguments, dy, None))
     x, weight, bias = arguments[0][:, 0, 0], arguments[1], arguments[2]
-    torch.library.opcheck(ops.step_op, (torch.randn(2, 3, 6), x, weight, bias, True))
+    torch.library.opcheck(ops.step_op, (torch.randn(2, 3, 6), x, weight, bias, True, None, None, None))
 
 
 @needs_interpreter
@@ -240,7 +240,7 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory, lay
     arguments = (x, weight, bias, silu, initial, cu_seqlens, seq_idx, *rest)
     y, final = forward.forward(*arguments)
     backward.backward(*arguments, y.clone(), final.clone())
-    step.step(torch.randn(2, 3, 6), x[0, :2, 0], weight, bias, silu)
+    step.step(torch.randn(2, 3, 6), x[0, :2, 0], weight, bias, silu, None, None, None)
 
 
 WRONG = [

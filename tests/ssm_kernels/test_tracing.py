@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_kernels import (
     add_rms_norm,
@@ -252,3 +253,22 @@ def test_mixers_compile_with_dynamic_sizes(mixer):
             torch.autograd.grad(y.square().sum(), [x, *parameters]) for y, x in zip((got, want), inputs, strict=True)
         )
         torch.testing.assert_close(*grads)
+
+
+def test_modes_and_profiles_see_an_op_that_otherwise_skips_the_dispatcher():
+    seen = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, weight = torch.randn(1, 8, 4), torch.ones(4, 3)
+    with Listen():
+        y = causal_conv1d(x, weight, backend="torch").y
+    with torch.profiler.profile() as profile:
+        again = causal_conv1d(x, weight, backend="torch").y
+    assert "ssm_kernels.causal_conv1d_torch.default" in seen
+    assert any(event.key == "ssm_kernels::causal_conv1d_torch" for event in profile.key_averages())
+    torch.testing.assert_close(causal_conv1d(x, weight, backend="torch").y, y)
+    torch.testing.assert_close(again, y)

@@ -29,7 +29,6 @@ from ..._numba.launch import (
     BLOCK,
     as_array,
     as_directions,
-    as_row,
     count_tiles,
     empty_steps,
     memory_of,
@@ -54,7 +53,7 @@ def backward(
     dweight, dbias = (x.new_empty(n_runs, n, groups * dim, dtype=compute) for n in (n_taps, 1))  # (runs, K or 1, G * E)
     dinitial = torch.empty((0, 0, 0) if initial_states is None else initial_states.shape, dtype=compute)
     inputs = [as_array(m, compute, 4) for m in (x, dy)]
-    inputs += [as_array(m, compute, 3) for m in (weight.T[None], as_row(bias), initial_states, dfinal_states)]
+    inputs += [as_array(m, compute, 3) for m in (weight.T, bias, initial_states, dfinal_states)]
     outputs = (memory_of(m) for m in (dx, dweight, dbias, dinitial))
     args = (
         *inputs, sequence_table(sequences, length, STEPS), as_directions(directions, groups), height, *outputs, silu,

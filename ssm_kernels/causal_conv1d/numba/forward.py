@@ -26,7 +26,6 @@ from ..._numba.launch import (
     BLOCK,
     as_array,
     as_directions,
-    as_row,
     count_tiles,
     empty_steps,
     memory_of,
@@ -44,7 +43,7 @@ def forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, directio
     y = empty_steps(x, sequences, compute)  # (B, L, G, E)
     final_states = x.new_empty(len(sequences.final_sequences), n_taps - 1, groups * dim, dtype=compute)
     # Channels are the last dimension of all arrays: a vector holds neighbouring ones.
-    inputs = (as_array(m, compute, 3) for m in (weight.T[None], as_row(bias), initial_states))
+    inputs = (as_array(m, compute, 3) for m in (weight.T, bias, initial_states))
     args = (
         as_array(x, compute, 4), *inputs, sequence_table(sequences, length, STEPS),
         as_directions(directions, groups), height, memory_of(y), memory_of(final_states), silu,

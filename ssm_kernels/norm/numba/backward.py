@@ -40,8 +40,8 @@ def backward(
     n_runs = split_sequences(n_tiles)
     dweight = v.new_empty(n_runs, dim, dtype=compute)  # a part for each run of tiles, so that threads share no memory
     args = (
-        as_array(weight[None, None], compute, 3), *(as_rows(m, v, compute) for m in (v, z, dy, dresidual_out)),
-        memory_of(rstd), *(memory_of(m.view(1, -1, dim)) for m in (dx, dresidual, dz, dweight)),
+        as_array(weight, compute, 3), *(as_rows(m, v, compute) for m in (v, z, dy, dresidual_out)),
+        memory_of(rstd), *(as_array(m.view(-1, dim), m.dtype, 3) for m in (dx, dresidual, dz, dweight)),
         group_size, norm_before_gate, n_tiles,
     )  # fmt: skip
     run_tiles(lambda first, end: differentiate_runs(*args, first, end), n_runs, 3 * v.numel())

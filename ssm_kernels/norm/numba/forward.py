@@ -37,8 +37,8 @@ def forward(x, residual, weight, z, eps, group_size, norm_before_gate, residual_
     residual_out = x.new_empty(0 if residual is None else x.shape, dtype=out_dtype)
     rstd = x.new_empty(x.numel() // dim, dim // group_size, dtype=compute)
     args = (
-        as_array(weight[None, None], compute, 3), *(as_rows(m, x, compute) for m in (x, residual, z)),
-        *(memory_of(m.view(1, -1, dim)) for m in (y, residual_out)), memory_of(rstd),
+        as_array(weight, compute, 3), *(as_rows(m, x, compute) for m in (x, residual, z)),
+        *(as_array(m.view(-1, dim), m.dtype, 3) for m in (y, residual_out)), memory_of(rstd),
         float(eps), group_size, norm_before_gate,
     )  # fmt: skip
     run_tiles(lambda first, end: normalize_tiles(*args, first, end), count_tiles(len(rstd)), x.numel())

@@ -19,7 +19,7 @@ UNROLL = 4
 def as_rows(x: Tensor | None, like: Tensor, compute: torch.dtype) -> np.ndarray:
     """Return the memory of x (..., D) as (1, rows, D) in its `stored_dtype`; that of nothing in the dtype of `like`."""
     dtype = stored_dtype((like if x is None else x).dtype, compute)
-    return as_array(None if x is None else x.reshape(1, -1, x.shape[-1]), dtype, 3)
+    return as_array(None if x is None else x.reshape(-1, x.shape[-1]), dtype, 3)
 
 
 def stored_dtype(dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:

@@ -32,7 +32,6 @@ from ..._numba.launch import (
     BLOCK,
     as_array,
     as_directions,
-    as_row,
     count_tiles,
     empty_steps,
     memory_of,
@@ -43,7 +42,7 @@ from ..._numba.sums import sum_parts
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments, ScanGradients
 from . import CHECKPOINT_INTERVAL
-from .tiles import prepare_steps, read_coefficients, with_four_dims, write_coefficients
+from .tiles import prepare_steps, read_coefficients, write_coefficients
 
 LN_2 = math.log(2)
 
@@ -75,8 +74,8 @@ def backward(*args) -> ScanGradients:
         for m in (B, C)
     )
     # The order of `scan_tiles_backward`'s arguments; states have channels last, (rows, N, G * E).
-    inputs = [as_array(x, compute, 4) for x in (u, dt, with_four_dims(B), with_four_dims(C), z, dy)]
-    rows = (A.T[None], as_row(D), as_row(dt_bias), checkpoint_states.flatten(0, 1)[None], dfinal_states.transpose(1, 2))
+    inputs = [as_array(x, compute, 4) for x in (u, dt, B, C, z, dy)]
+    rows = (A.T, D, dt_bias, checkpoint_states.flatten(0, 1), dfinal_states.transpose(1, 2))
     inputs += [as_array(x, compute, 3) for x in rows]
     dB_rows, dC_rows = (m if m.dim() == 4 else m.flatten(0, 1) for m in (dB, dC))
     outputs = (du, ddt, dB_rows, dC_rows, dz, dA, dD, ddt_bias, dinitial.transpose(1, 2))

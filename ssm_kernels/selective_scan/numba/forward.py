@@ -30,7 +30,6 @@ from ..._numba.launch import (
     BLOCK,
     as_array,
     as_directions,
-    as_row,
     clear_unused,
     count_tiles,
     empty_steps,
@@ -40,7 +39,7 @@ from ..._numba.launch import (
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments
 from . import CHECKPOINT_INTERVAL
-from .tiles import prepare_steps, read_coefficients, with_four_dims
+from .tiles import prepare_steps, read_coefficients
 
 
 def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,10 +62,10 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     checkpoint_states = u.new_empty(n_saved, n, groups * dim, dtype=compute)
 
     # States and A with channels last, (rows, N, D) and (1, N, D): a vector holds neighbouring channels.
-    inputs = [as_array(x, compute, 4) for x in (u, arguments.dt, with_four_dims(B), with_four_dims(C), arguments.z)]
+    inputs = [as_array(x, compute, 4) for x in (u, arguments.dt, B, C, arguments.z)]
     initial = None if arguments.initial_states is None else arguments.initial_states.transpose(1, 2)
-    inputs += [as_array(x, compute, 3) for x in (A.T[None], as_row(arguments.D), as_row(arguments.dt_bias), initial)]
-    outputs = [memory_of(m) for m in (y, final_states.transpose(1, 2), checkpoint_states.flatten(0, 1)[None])]
+    inputs += [as_array(x, compute, 3) for x in (A.T, arguments.D, arguments.dt_bias, initial)]
+    outputs = [memory_of(m) for m in (y, final_states.transpose(1, 2), checkpoint_states.view(1, -1, groups * dim))]
     table = sequence_table(sequences, length, CHECKPOINT_INTERVAL)
     if save_states:
         clear_unused(checkpoint_states, table, CHECKPOINT_INTERVAL)

@@ -24,7 +24,7 @@ from ..._numba.lanes import (
     write_lanes,
     write_rows,
 )
-from ..._numba.launch import BLOCK, as_array, as_row, count_tiles, memory_of, plan_arrays
+from ..._numba.launch import BLOCK, as_array, count_tiles, plan_arrays
 from ..._numba.threads import run_tiles
 from .tiles import prepare_steps
 
@@ -35,16 +35,16 @@ def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, sources, destination
     u, dt and z are (M, D); B and C (M, G, N) or (D, N).
     """
     (tokens, dim), compute = u.shape, state.dtype
-    y = u.new_zeros(1, tokens, dim, dtype=compute)  # (1, M, D), zero where no sequence has the token
+    y = u.new_zeros(tokens, dim, dtype=compute)  # zero where no sequence has the token
     plan = plan_arrays(sources, destinations, bounds, tokens, 1)
-    inputs = [as_array(x, compute, 3) for x in (state, u[None], dt[None], A[None])]
+    inputs = [as_array(x, compute, 3) for x in (state, u, dt, A)]
     # (M, G, N), or a group for each channel that all tokens share
     inputs += [as_array(m.expand(tokens, *m.shape) if m.dim() == 2 else m, compute, 3) for m in (B, C)]
-    inputs += [as_array(x, compute, 3) for x in (as_row(D), None if z is None else z[None], as_row(dt_bias))]
-    args = (*inputs, memory_of(y), *plan, dt_softplus)
+    inputs += [as_array(x, compute, 3) for x in (D, z, dt_bias)]
+    args = (*inputs, as_array(y, compute, 3), *plan, dt_softplus)
     n_tiles = len(plan[0]) * count_tiles(dim, 1)
     run_tiles(lambda first, end: step_tiles(*args, first, end), n_tiles, u.numel() * A.shape[1])
-    return y[0].to(u.dtype)
+    return y.to(u.dtype)
 
 
 @Kernel

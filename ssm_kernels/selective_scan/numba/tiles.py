@@ -7,19 +7,10 @@ to contiguous tiles of (steps, BLOCK) that stay in the first-level cache. States
 from __future__ import annotations
 
 from numba import njit
-from torch import Tensor
 
 from ..._numba.functions import softplus
 from ..._numba.lanes import BLOCK, element, lane_count, load, set_element, store
 from . import CHECKPOINT_INTERVAL
-
-
-def with_four_dims(m: Tensor) -> Tensor:
-    """B or C as (B, L, G, N), or as (1, 1, G * E, N) where constant in time."""
-    return m[None, None] if m.dim() == 2 else m
-
-
-# --- compiled -------------------------------------------------------------------------------------------------------
 
 
 @njit
