@@ -238,7 +238,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
                 prefixes of parameter names to devices, such as `{"": "cpu", "backbone.layers.0": "cuda:0"}`; the
                 longest matching prefix decides.
             quantize: hold the matrices of the language model and the encoders in 8 or 4 bits (`"int8"`, `"int4"`), as
-                they are read; see `model.quantize`. None keeps the file's, which may be quantized.
+                they are read, by torchao. None keeps the file's, which may be quantized.
 
         Returns:
             The model, in evaluation mode. Weights are loaded one after the other directly to their device: at most one
