@@ -1,4 +1,4 @@
-"""`mamba_ssm.models.mixer_seq_simple` and `config_mamba`: the language model on Mamba, Mamba-2, attention layers."""
+"""`mamba_ssm.models.mixer_seq_simple` and `config_mamba`: the language model on Mamba and attention layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ssm_kernels.compat.mamba_ssm import MHA, Block, GatedMLP, InferenceParams, Mamba, Mamba2
+from ssm_kernels.compat.mamba_ssm import MHA, Block, GatedMLP, InferenceParams, Mamba, Mamba2, Mamba3
 from ssm_kernels.compat.mamba_ssm.layer_norm import RMSNorm
 from ssm_kernels.compat.mamba_ssm.modules import add_norm
 
@@ -38,7 +38,7 @@ class MambaConfig:
     n_layer: int = 64
     vocab_size: int = 50277
     ssm_cfg: dict[str, Any] = field(default_factory=dict)
-    """`layer`, `"Mamba1"` (by default) or `"Mamba2"`, and arguments of that mixer."""
+    """`layer`, `"Mamba1"` (by default), `"Mamba2"` or `"Mamba3"`, and arguments of that mixer."""
     attn_layer_idx: list[int] = field(default_factory=list)
     """Layers that are attention."""
     attn_cfg: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class CausalLMOutput(NamedTuple):
 
 
 class MambaLMHeadModel(nn.Module, GenerationMixin):
-    """Language model of Mamba, Mamba-2 and attention layers.
+    """Language model of Mamba, Mamba-2, Mamba-3 and attention layers.
 
     Args:
         config: settings.
@@ -139,7 +139,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> dict[int, tuple[Tensor, Tensor | None]]:
+    ) -> dict[int, tuple[Tensor | None, ...]]:
         """Return the empty caches of each layer, for `InferenceParams.key_value_memory_dict`."""
         return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
@@ -271,7 +271,7 @@ class MixerModel(nn.Module):
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> dict[int, tuple[Tensor, Tensor | None]]:
+    ) -> dict[int, tuple[Tensor | None, ...]]:
         """Return the empty caches of each layer."""
         return {
             i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
@@ -306,9 +306,10 @@ def create_block(
         # `layer` is removed below; the config keeps it.
         options = copy.deepcopy(ssm_cfg or {})
         kind = options.pop("layer", "Mamba1")
-        if kind not in ("Mamba1", "Mamba2"):
-            raise ValueError(f"ssm_cfg: layer must be 'Mamba1' or 'Mamba2', got {kind!r}")
-        mixer = partial(Mamba2 if kind == "Mamba2" else Mamba, layer_idx=layer_idx, **options, **like)
+        mixers = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3}
+        if kind not in list(mixers):
+            raise ValueError(f"ssm_cfg: layer must be 'Mamba1', 'Mamba2' or 'Mamba3', got {kind!r}")
+        mixer = partial(mixers[kind], layer_idx=layer_idx, **options, **like)
     norm = partial(RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **like)
     # Block adds no MLP for nn.Identity.
     mlp = nn.Identity

@@ -46,16 +46,15 @@ _SCAN, _SSD, _CONV = ".mamba_ssm.selective_scan", ".mamba_ssm.ssd", ".mamba_ssm.
 _NORM, _GATED, _STEP = ".mamba_ssm.layer_norm", ".mamba_ssm.layernorm_gated", ".mamba_ssm.state_update"
 _MODULES, _EXTENSIONS, _MODEL = ".mamba_ssm.modules", ".extensions", "vlmamba.model.mamba_ssm"
 
-_MAMBA_3 = "Mamba-3 is not offered"
+_MAMBA_3 = "of Mamba-3 the module is provided: mamba_ssm.Mamba3"
 
 MAMBA_SSM = Original(
     version="2.3.0",
     modules={
         "mamba_ssm": {
             **_here(_SCAN, "selective_scan_fn", "mamba_inner_fn"),
-            **_here(_MODULES, "Mamba", "Mamba2"),
+            **_here(_MODULES, "Mamba", "Mamba2", "Mamba3"),
             **_here(_MODEL, "MambaLMHeadModel"),
-            "Mamba3": Refused(_MAMBA_3),
         },
         "mamba_ssm.ops.selective_scan_interface": {
             **_here(_SCAN, "selective_scan_fn", "selective_scan_ref", "mamba_inner_fn", "mamba_inner_ref"),
@@ -97,6 +96,7 @@ MAMBA_SSM = Original(
         },
         "mamba_ssm.modules.mamba2": _here(_MODULES, "Mamba2"),
         "mamba_ssm.modules.mamba2_simple": _here(_MODULES, "Mamba2Simple"),
+        "mamba_ssm.modules.mamba3": _here(_MODULES, "Mamba3"),
         "mamba_ssm.modules.mha": _here(_MODULES, "MHA"),
         "mamba_ssm.modules.mlp": _here(_MODULES, "GatedMLP"),
         "mamba_ssm.modules.block": _here(_MODULES, "Block"),
@@ -105,7 +105,7 @@ MAMBA_SSM = Original(
         "mamba_ssm.models.mixer_seq_simple": {
             **_here(_MODEL, "MambaLMHeadModel", "MixerModel", "MambaConfig", "create_block", "_init_weights"),
             **_here(_MODEL, "GenerationMixin", "load_config_hf", "load_state_dict_hf"),
-            **_here(_MODULES, "Mamba", "Mamba2", "MHA", "GatedMLP", "Block"),
+            **_here(_MODULES, "Mamba", "Mamba2", "Mamba3", "MHA", "GatedMLP", "Block"),
             **_here(_NORM, "RMSNorm", "layer_norm_fn", "rms_norm_fn"),
         },
         # Copies of Mamba-2 import these; to use one is refused.
@@ -124,7 +124,6 @@ MAMBA_SSM = Original(
         "selective_scan_cuda": _here(_EXTENSIONS, fwd="selective_scan_fwd", bwd="selective_scan_bwd"),
     },
     refused={
-        "mamba_ssm.modules.mamba3": _MAMBA_3,
         "mamba_ssm.modules.mamba3_simple": _MAMBA_3,
         "mamba_ssm.ops.tilelang": _MAMBA_3,
         "mamba_ssm.ops.cute": _MAMBA_3,

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssm_kernels import use_backend
+from ssm_kernels.compat.mamba_ssm import InferenceParams, Mamba3
 from tests.makers import random_prompts, sharpened_lm
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
 from vlmamba.model.convert import convert
@@ -17,6 +18,7 @@ from vlmamba.model.generation.decoding import state_bytes
 from vlmamba.model.generation.generate import generate_tokens
 from vlmamba.model.generation.prefill import packed_tokens, prefill
 from vlmamba.model.inspect import flops_per_token, inspect
+from vlmamba.model.mamba_ssm import MambaLMHeadModel
 
 TOKENIZER = Tokenizer.train(["once upon a time there was a state", "and it did not grow"] * 5, 300)
 SIZES = {"d_state": 8, "headdim": 16, "chunk_size": 8}
@@ -66,6 +68,44 @@ def test_saved_in_either_layout_it_is_the_same_model(lm, tmp_path):
         assert kept - {"mimo_x", "mimo_z", "mimo_o"} == {"dt_bias", "B_bias", "C_bias", "D"}
         assert torch.equal(MambaLM.from_pretrained(tmp_path / folder)(ids).logits, lm(ids).logits)
     assert inspect(tmp_path / "published").state_bytes == state_bytes(lm.new_state(1))
+
+
+@torch.no_grad()
+def test_a_published_checkpoint_runs_in_the_class_of_mamba_ssm(lm, tmp_path):
+    lm.save_pretrained(tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "published", to="state-spaces")
+    model = MambaLMHeadModel.from_pretrained(tmp_path / "published").eval()
+    assert {type(layer.mixer) for layer in model.backbone.layers} == {Mamba3}
+    ids = torch.tensor([PROMPTS[3], PROMPTS[3][::-1]])
+    want = lm(ids).logits
+    torch.testing.assert_close(model(ids).logits, want)
+    out = model.generate(ids[:, :5], 17, teacher_outputs=ids, output_scores=True, return_dict_in_generate=True)
+    torch.testing.assert_close(torch.stack(out.scores, 1), want[:, 4:-1], rtol=1e-4, atol=1e-4)
+    for cache_dtype, tolerance in ((None, 1e-4), (torch.bfloat16, 0.3)):
+        params = InferenceParams(17, 2, key_value_memory_dict=model.allocate_inference_cache(2, 17, cache_dtype))
+        model(ids[:, :16], inference_params=params)
+        params.seqlen_offset = 16
+        last = model(ids[:, 16:], inference_params=params).logits[:, 0]
+        torch.testing.assert_close(last, want[:, -1], rtol=tolerance, atol=tolerance)
+
+    # Packed prompts, and a step after them.
+    bounds = torch.tensor([0, 5, 12])
+    packed = torch.cat([ids[0, :5], ids[1, :7]]).unsqueeze(0)
+    params = InferenceParams(17, 2)
+    first = model(packed, inference_params=params, cu_seqlens=bounds).logits[0, bounds[1:] - 1]
+    torch.testing.assert_close(first, torch.stack([want[0, 4], want[1, 6]]), rtol=1e-4, atol=1e-4)
+    params.seqlen_offset = 5
+    second = model(torch.stack([ids[0, 5:6], ids[1, 7:8]]), inference_params=params).logits[:, 0]
+    torch.testing.assert_close(second, torch.stack([want[0, 5], want[1, 7]]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="seq_idx needs cu_seqlens"):
+        model(packed, seq_idx=torch.zeros(1, 12, dtype=torch.int32))
+
+    model.save_pretrained(tmp_path / "back")
+    assert torch.equal(MambaLM.from_pretrained(tmp_path / "back")(ids).logits, want)
+    low = MambaLMHeadModel(model.config, dtype=torch.bfloat16)
+    wide = {n.rsplit(".", 1)[-1] for n, p in low.named_parameters() if p.dtype == torch.float32}
+    assert wide - {"mimo_x", "mimo_z", "mimo_o"} == {"dt_bias", "B_bias", "C_bias", "D"}
+    assert low(ids).logits.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -484,7 +484,7 @@ def test_filters_are_the_originals():
         (ValueError, "repetition_penalty", lambda m: m.generate(IDS, 20, repetition_penalty=0)),
         (ValueError, "teacher_outputs", lambda m: m.generate(IDS, 20, teacher_outputs=IDS[:1])),
         (TypeError, "num_beams", lambda m: m.generate(IDS, 20, num_beams=2)),
-        (ValueError, "layer", lambda m: MambaLMHeadModel(MambaConfig(32, 0, 1, 9, {"layer": "Mamba3"}))),
+        (ValueError, "layer", lambda m: MambaLMHeadModel(MambaConfig(32, 0, 1, 9, {"layer": "Mamba4"}))),
         (TypeError, "d_stat", lambda m: MambaLMHeadModel(MambaConfig(32, 0, 1, 9, {"d_stat": 8}))),
         (ValueError, "attn_layer_idx", lambda m: MambaLMHeadModel(MambaConfig(32, 0, 1, 9, attn_layer_idx=[1]))),
         (TypeError, "initial_range", lambda m: MambaLMHeadModel(m.config, {"initial_range": 0.1})),
@@ -578,7 +578,7 @@ def test_a_checkpoint_is_the_originals_and_comes_back(name, tmp_path):
     assert loaded.keys() == state.keys() and {t.dtype for t in loaded.values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("layer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "mamba3"])
 def test_models_of_this_library_move_both_ways(layer, tmp_path):
     lm = MambaLM(LMConfig(32, 2, 50, layer, d_state=8, headdim=16)).eval()
     lm.save_pretrained(tmp_path / "own")

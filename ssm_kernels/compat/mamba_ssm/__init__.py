@@ -24,7 +24,7 @@ from .causal_conv1d import (
 )
 from .layer_norm import layer_norm_fn, layer_norm_linear_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
 from .layernorm_gated import layernorm_fn, rmsnorm_fn
-from .modules import MHA, Block, GatedMLP, InferenceParams, Mamba, Mamba2, Mamba2Simple
+from .modules import MHA, Block, GatedMLP, InferenceParams, Mamba, Mamba2, Mamba2Simple, Mamba3
 from .selective_scan import (
     bimamba_inner_fn,
     bimamba_inner_ref,
@@ -54,6 +54,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba2Simple",
+    "Mamba3",
     "bimamba_inner_fn",
     "bimamba_inner_ref",
     "causal_conv1d_fn",

@@ -554,7 +554,7 @@ def test_installing_provides_every_original(installed):
     assert {"ops", "modules", "Mamba", "selective_scan_fn"} <= set(dir(mamba_ssm))
     assert mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined  # without an import of the module
     # What transformers asks for first, where it looks for a name in the root.
-    assert getattr(mamba_ssm, "mamba_chunk_scan_combined", None) is None and not hasattr(mamba_ssm, "Mamba3")
+    assert getattr(mamba_ssm, "mamba_chunk_scan_combined", None) is None and not hasattr(mamba_ssm, "Mamba4")
     assert importlib.util.find_spec("torch") is not None and importlib.metadata.version("torch")
 
 
@@ -564,8 +564,12 @@ def test_installing_provides_every_original(installed):
         ("from mamba_ssm.ops.triton.ssd_combined import foo", ImportError, "foo is not provided .* has: .*mamba_chunk"),
         ("import mamba_ssm.distributed.pipeline", ModuleNotFoundError, "distributed.pipeline is not .*tensor_parallel"),
         ("from mamba_ssm.modules import moe", ModuleNotFoundError, "mixtures of experts are not offered"),
-        ("from mamba_ssm.modules import mamba3", ImportError, "Mamba-3 is not offered.* has: .*mamba_simple"),
-        ("from mamba_ssm.modules.mamba3 import Mamba3", ModuleNotFoundError, "Mamba-3 is not offered"),
+        ("from mamba_ssm.modules import mamba3_simple", ImportError, "of Mamba-3 the module is.* has: .*mamba_simple"),
+        (
+            "from mamba_ssm.ops.triton.mamba3 import mamba3_siso",
+            ModuleNotFoundError,
+            "of Mamba-3 the module is provided",
+        ),
         ("from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd", ModuleNotFoundError, "use ssd_combined"),
         ("import mamba_ssm.nothing", ModuleNotFoundError, "mamba_ssm.nothing is not provided .* has: .*modules, ops"),
         ("import mamba_ssm\nmamba_ssm.nothing", AttributeError, "mamba_ssm.nothing is not provided"),

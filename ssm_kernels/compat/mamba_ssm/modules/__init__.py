@@ -11,8 +11,9 @@ from .block import Block, add_norm
 from .inference import InferenceParams
 from .mamba2 import Mamba2
 from .mamba2_simple import Mamba2Simple
+from .mamba3 import Mamba3
 from .mamba_simple import Mamba
 from .mha import MHA
 from .mlp import GatedMLP
 
-__all__ = ["MHA", "Block", "GatedMLP", "InferenceParams", "Mamba", "Mamba2", "Mamba2Simple", "add_norm"]
+__all__ = ["MHA", "Block", "GatedMLP", "InferenceParams", "Mamba", "Mamba2", "Mamba2Simple", "Mamba3", "add_norm"]

@@ -16,9 +16,11 @@ def on_device(device: torch.device | str | None) -> contextlib.AbstractContextMa
     return contextlib.nullcontext() if device is None else torch.device(device)
 
 
-def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Cast parameters to `dtype`, A_log and D to float32 at least; None casts nothing."""
+def cast_parameters(
+    module: nn.Module, dtype: torch.dtype | None, at_least_float32: tuple[str, ...] = _AT_LEAST_FLOAT32
+) -> None:
+    """Cast parameters to `dtype`, those of `at_least_float32` no lower; None casts nothing."""
     if dtype is not None:
         for name, parameter in module.named_parameters():
             wide = torch.promote_types(dtype, torch.float32)
-            parameter.data = parameter.data.to(wide if name in _AT_LEAST_FLOAT32 else dtype)
+            parameter.data = parameter.data.to(wide if name in at_least_float32 else dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,20 +64,7 @@ class CachedMixer:
         Raises:
             ValueError: the layer has no `layer_idx`, or the caches are of another batch size.
         """
-        if self.layer_idx is None:
-            raise ValueError(f"{type(self).__name__} needs a layer_idx for inference_params, got None")
-        caches = inference_params.key_value_memory_dict
-        if self.layer_idx not in caches:
-            caches[self.layer_idx] = self.allocate_inference_cache(batch_size, inference_params.max_seqlen)
-        elif initialize_states:
-            for cache in caches[self.layer_idx]:
-                cache.zero_()
-        conv_state, ssm_state = caches[self.layer_idx]
-        if len(conv_state) != batch_size:
-            raise ValueError(
-                f"inference_params holds caches of layer {self.layer_idx} for {len(conv_state)} sequences, got "
-                f"{batch_size}"
-            )
+        conv_state, ssm_state = states_from_cache(self, self.layer_idx, inference_params, batch_size, initialize_states)
         return conv_state, ssm_state
 
     def _prefill(
@@ -106,6 +93,42 @@ class CachedMixer:
         conv_state.copy_(last)
         ssm_state.copy_(state.ssm)
         return out
+
+
+class _HasCaches(Protocol):
+    """A mixer whose caches can be allocated."""
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Tensor, ...]: ...
+
+
+def states_from_cache(
+    mixer: _HasCaches,
+    layer_idx: int | None,
+    inference_params: InferenceParams,
+    batch_size: int,
+    initialize_states: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return the caches of a layer, allocated on first use; `initialize_states` zeroes them.
+
+    Raises:
+        ValueError: the layer has no `layer_idx`, or the caches are of another batch size.
+    """
+    if layer_idx is None:
+        raise ValueError(f"{type(mixer).__name__} needs a layer_idx for inference_params, got None")
+    caches = inference_params.key_value_memory_dict
+    if layer_idx not in caches:
+        caches[layer_idx] = mixer.allocate_inference_cache(batch_size, inference_params.max_seqlen)
+    elif initialize_states:
+        for cache in caches[layer_idx]:
+            cache.zero_()
+    found = caches[layer_idx]
+    if len(found[0]) != batch_size:
+        raise ValueError(
+            f"inference_params holds caches of layer {layer_idx} for {len(found[0])} sequences, got {batch_size}"
+        )
+    return found
 
 
 def check_one_token(hidden_states: Tensor) -> None:
