@@ -120,13 +120,14 @@ def step(
         arguments = (state, x, weight, bias, y, dim, state.stride(), x.stride(), weight.stride())
         constants = {
             "WIDTH": width, "BLOCK": BLOCK, "HAS_BIAS": bias is not None, "SILU": silu,
-            "COMPUTE": compute_type(x.dtype), "num_warps": 4, **FUSED_MULTIPLY_ADD,
+            "COMPUTE": compute_type(x.dtype), "num_warps": 4,
         }  # fmt: skip
         with on_device(x):
             if has_plan:
                 _slots_kernel[grid](
-                    *arguments, sources, destinations, bounds, ROWS=triton.next_power_of_2(width), **constants
-                )
+                    *arguments, sources, destinations, bounds, ROWS=triton.next_power_of_2(width), **constants,
+                    **FUSED_MULTIPLY_ADD,
+                )  # fmt: skip
             else:
-                _step_kernel[grid](*arguments, **constants)
+                _step_kernel[grid](*arguments, **constants, **FUSED_MULTIPLY_ADD)
     return y

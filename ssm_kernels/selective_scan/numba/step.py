@@ -63,8 +63,7 @@ def step_tiles(
     y_tile, z_tile, bias = aligned_empty(u, row_size), aligned_empty(u, row_size), aligned_empty(u, row_size)
     scratch = aligned_empty(u, one * lane_count(u))
     fill(bias, 0.0)
-    n_padded = -(-n // lane_count(u)) * lane_count(u)
-    h_tile = aligned_empty(u, row_size * n_padded)  # (BLOCK, padded N): the state between tokens
+    kept = aligned_empty(u, row_size * n).reshape(one, row_size, n)  # a state that no slot takes
 
     for tile in range(first, end):
         row, _, channel, width = locate_tile(tile, dim, one)
@@ -72,8 +71,10 @@ def step_tiles(
             continue
         if dt_bias.size:
             read_rows(dt_bias, zero, zero, one, channel, width, bias)
+        before = state[sources[row] : sources[row] + 1, channel : channel + width]  # (1, width, N)
         for token in range(bounds[row], bounds[row + 1]):
-            is_first, is_last, slot = token == bounds[row], token + 1 == bounds[row + 1], destinations[token]
+            slot = destinations[token]
+            after = state[slot : slot + 1, channel : channel + width] if slot >= 0 else kept  # (1, width, N)
             read_rows(u, zero, token, one, channel, width, u_tile)
             read_rows(dt, zero, token, one, channel, width, dt_tile)
             prepare_steps(one, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
@@ -83,15 +84,11 @@ def step_tiles(
                 result = splat(u, 0.0)
                 for j in range(0, n, lane_count(u)):
                     a, b = read_lanes(A, zero, channel + i, j, scratch), read_lanes(B, token, B_group, j, scratch)
-                    c, at = read_lanes(C, token, C_group, j, scratch), i * n_padded + j
-                    h = read_lanes(state, sources[row], channel + i, j, scratch) if is_first else load(h_tile, at)
+                    h, c = read_lanes(before, zero, i, j, scratch), read_lanes(C, token, C_group, j, scratch)
                     # h = exp(dt A) h + dt B u, y = C h (equation 2)
                     h = fma(exp2(a * step_size), h, b * dt_u)
                     result = fma(c, h, result)
-                    if slot >= 0:
-                        write_lanes(h, state, slot, channel + i, j, scratch)
-                    if not is_last:
-                        store(h_tile, at, h)
+                    write_lanes(h, after, zero, i, j, scratch)
                 set_element(y_tile, i, total(result))
             if D.size:
                 # `dt_tile` is free: it holds D from here on.
@@ -104,3 +101,4 @@ def step_tiles(
                     gate = load(z_tile, i)
                     store(y_tile, i, load(y_tile, i) * (gate * sigmoid(gate)))
             write_rows(y_tile, y, zero, token, one, channel, width)
+            before = after

@@ -61,19 +61,18 @@ def step_tiles(
     y_row, other = aligned_empty(x, row_size), aligned_empty(x, row_size)
     B_row, C_row = aligned_empty(x, padded(x, n)), aligned_empty(x, padded(x, n))
     scratch = aligned_empty(x, one * lane_count(x))
-    n_padded = padded(x, n)
-    h_tile = aligned_empty(x, headdim * n_padded)  # (P, padded N): the state between tokens
+    kept = aligned_empty(x, headdim * n).reshape(one, headdim, n)  # a state that no slot takes
     # Rows of complete vectors, one after the other
-    is_dense = state.strides[3] == x.itemsize and state.strides[2] == n * x.itemsize and n == n_padded
+    is_dense = state.strides[3] == x.itemsize and state.strides[2] == n * x.itemsize and n % lane_count(x) == 0
     for tile in range(first, end):
         s, head = tile // heads, tile % heads
         if sources[s] < 0:
             continue
         group = head // (heads // B.shape[1])
-        source = state[sources[s] : sources[s] + 1, head]  # (1, P, N)
+        before = state[sources[s] : sources[s] + 1, head]  # (1, P, N)
         for t in range(bounds[s], bounds[s + 1]):
-            is_first, is_last, slot = t == bounds[s], t + 1 == bounds[s + 1], destinations[t]
-            target = state[max(slot, 0) : max(slot, 0) + 1, head]  # (1, P, N)
+            slot = destinations[t]
+            after = state[slot : slot + 1, head] if slot >= 0 else kept  # (1, P, N)
             set_element(scratch, 0, dt[t, head] + (dt_bias[head] if dt_bias.size else 0.0))
             if dt_softplus:
                 store(scratch, 0, softplus(load(scratch, 0)))
@@ -90,22 +89,14 @@ def step_tiles(
                 result = splat(x, 0.0)
                 # S_t = exp(dt A) S_{t-1} + dt x B^T, y_t = S_t C_t (equation 2)
                 for j in range(0, n, lane_count(x)):
-                    at = p * n_padded + j
-                    if not is_first:
-                        h = load(h_tile, at)
-                    elif is_dense:
-                        h = load(source, at)
-                    else:
-                        h = read_lanes(source, 0, p, j, scratch)
+                    at = p * n + j
+                    h = load(before, at) if is_dense else read_lanes(before, 0, p, j, scratch)
                     h = fma(h, decay, load(B_row, j) * dt_x)
                     result = fma(load(C_row, j), h, result)
-                    if slot >= 0:
-                        if is_dense:
-                            store(target, at, h)
-                        else:
-                            write_lanes(h, target, 0, p, j, scratch)
-                    if not is_last:
-                        store(h_tile, at, h)
+                    if is_dense:
+                        store(after, at, h)
+                    else:
+                        write_lanes(h, after, 0, p, j, scratch)
                 set_element(y_row, p, total(result))
             if D.size:
                 for p in range(headdim):
@@ -118,3 +109,4 @@ def step_tiles(
                     gate = load(other, i)
                     store(y_row, i, load(y_row, i) * (gate * sigmoid(gate)))
             write_row(y_row, 0, y, (t * heads + head) * headdim, 1, headdim)
+            before = after
