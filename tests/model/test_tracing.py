@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
 from ssm_kernels import states
 from vlmamba.connectors import ConnectorConfig, build_connector
-from vlmamba.model import LMConfig, MambaLM
+from vlmamba.model import VLM, LMConfig, MambaLM, VLMConfig
+from vlmamba.model.config import VisionConfig
+from vlmamba.model.image import ImageProcessor
+from vlmamba.model.vit import ViTConfig
 
 LAYERS = {
     "mamba": LMConfig(d_model=16, n_layer=2, vocab_size=9, d_state=4),
@@ -79,3 +83,39 @@ def test_connectors(kind):
         x = torch.randn(batch, 3, 4, 12)
         torch.testing.assert_close(exported(x), connector(x))
     assert connector.to("meta")(torch.zeros(2, 3, 4, 12, device="meta")).shape == (2, 12, 16)
+
+
+class ImageBetween(nn.Module):
+    """A VLM as a function of tensors: the logits of an image between two texts, (B, before + patches + after, V)."""
+
+    def __init__(self, vlm: VLM):
+        super().__init__()
+        self.vlm = vlm
+
+    def forward(self, images, before, after):
+        features = self.vlm.connector(self.vlm.vision([images]))
+        embed = self.vlm.language_model.embed
+        embeds = torch.cat([embed(before), features, embed(after)], 1)
+        return self.vlm.language_model(inputs_embeds=embeds).logits
+
+
+@pytest.mark.nightly
+def test_a_vision_language_model_compiles_and_exports():
+    torch.manual_seed(0)
+    vision = VisionConfig(ViTConfig(8, 4, 12, 1, 2, 16, feature_layer=-1), ImageProcessor(8))
+    config = VLMConfig(LAYERS["mamba"], (vision,), ConnectorConfig("mlp"))
+    model = ImageBetween(VLM(config).eval())
+
+    def inputs(batch, before, after):
+        texts = (torch.arange(batch * length).view(batch, length) % 9 for length in (before, after))
+        return (torch.randn(batch, 3, 8, 8), *texts)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    batch = Dim("batch", min=1, max=64)
+    lengths = ({0: batch, 1: Dim(name, min=2, max=4096)} for name in ("before", "after"))
+    exported = torch.export.export(model, inputs(2, 3, 9), dynamic_shapes=({0: batch}, *lengths)).module()
+    for size in ((2, 3, 9), (3, 2, 40)):
+        example = inputs(*size)
+        want = model(*example)
+        torch.testing.assert_close(compiled(*example), want)
+        torch.testing.assert_close(exported(*example), want)
