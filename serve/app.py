@@ -189,6 +189,9 @@ class Answers:
         first = True
         while self.open:
             index, event = await self.queue.get()
+            # A handler that fell behind gets several events as one.
+            while event.finish is None and len(self.requests) == 1 and not self.queue.empty():
+                event = event.followed_by(self.queue.get_nowait()[1])
             seconds = time.perf_counter() - self.started
             if first and not event.error:
                 self.service.metrics.first_token.observe(seconds)

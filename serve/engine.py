@@ -75,6 +75,10 @@ class Event(NamedTuple):
     """Reason of the end: end of text or a stop string, the most tokens, or an error."""
     error: str = ""
 
+    def followed_by(self, later: Event) -> Event:
+        """Join two events of a request into one."""
+        return Event(self.text + later.text, self.logprobs + later.logprobs, later.finish, later.error)
+
 
 @dataclass(eq=False)
 class Request:

@@ -38,10 +38,6 @@ class ServeBench:
 
     def run(self) -> None:
         """Print both reports, and exit with status 1 if a request failed."""
-        try:
-            import httpx  # noqa: F401
-        except ModuleNotFoundError as e:
-            raise ModuleNotFoundError(f"{e}; pip install 'vl-mamba[serve]' has what it needs") from e
         from ..serve.bench import compare
 
         is_url = self.target.startswith(("http://", "https://"))
