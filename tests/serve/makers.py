@@ -111,7 +111,7 @@ class RunningServer:
 
     def __enter__(self):
         self.thread.start()
-        wait_for(lambda: self.server.started, 60)
+        wait_for(lambda: self.server.started, 240)  # compiled kernels, at first use
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         return self
