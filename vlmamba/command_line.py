@@ -51,12 +51,12 @@ def run_commands(
     # The library logs, for example a slower backend; a command shows it.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        if arguments[0] in commands:
-            command = parse(f"{prog} {arguments[0]}", commands[arguments[0]], arguments[1:])
-        else:
-            # The help of the program: one sentence on each command, whose own help has the rest.
+        if arguments[0] not in commands:
+            # The help of the program: one sentence on each command, whose own help has the rest. It ends the process.
             listed = {name: type(name, (), {"__doc__": first_sentence(kind)}) for name, kind in commands.items()}
-            command = tyro.extras.subcommand_cli_from_dict(listed, prog=prog, description=description, args=arguments)
+            tyro.extras.subcommand_cli_from_dict(listed, prog=prog, description=description, args=arguments)
+            return
+        command = parse(f"{prog} {arguments[0]}", commands[arguments[0]], arguments[1:])
         check_fields(command, lambda name: f"--{name.replace('_', '-')}")
         command.run()
     except Interrupted:  # raised again: torchrun and the shell must see the signal's exit status

@@ -21,7 +21,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 BODIES: dict[torch._ops.OpOverload, Callable] = {}
 """Body of each op, for tools that run it where the dispatcher would take the fake."""
 _runs: dict[Callable, Callable] = {}
-"""What the dispatcher runs for each op."""
+"""Function that the dispatcher runs for each op."""
 
 
 Formula = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]

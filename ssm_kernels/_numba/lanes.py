@@ -233,7 +233,7 @@ def set_element_as(typingctx, array, offset, value):
     return types.none(array, types.intp, value), codegen
 
 
-def _storage(dtype: types.Type) -> ir.Type:
+def _storage(dtype: Any) -> ir.Type:
     """The LLVM type of an array's elements."""
     kinds = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
     return kinds.get(dtype) or ir.IntType(dtype.bitwidth)

@@ -6,6 +6,8 @@ their scales, as `modules.quantized.QuantizedMatrix` lays them out.
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import njit, types
 from numba.extending import overload
 
@@ -89,7 +91,7 @@ def _row(x, at, matrix, row, columns):
     raise NotImplementedError
 
 
-def _four_rows(x, at, matrix, row, stride, columns):
+def _four_rows(x, at, matrix, row, stride, columns) -> Any:
     """Products with four rows that are `stride` apart. Each is the one that `_row` computes, but for order."""
     raise NotImplementedError
 

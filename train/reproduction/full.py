@@ -60,7 +60,7 @@ def describe(table: PaperTable, rows: Mapping[str, PaperRow], devices: int) -> s
             trained = max(trained, sum(n for n, _ in plan.parameters.values()))
         times = [flops / (UTILIZATION * peak * 1e12 * devices) / 3600 for peak in PEAK_TFLOPS.values()]
         cells.append([label, row.preset, f"{trained / 1e9:.2f} B", f"{memory / 2**30:.0f}", f"{flops:.1e}",
-                      *(f"{t:.0f}" for t in times)])  # fmt: skip
+                      *(f"{t:.1f}" for t in times)])  # fmt: skip
     lines += _aligned(heads, cells)
     lines.append(
         f"Assumed: {UTILIZATION:.0%} of the peak, {TEXT_TOKENS['align']} and {TEXT_TOKENS['finetune']} tokens of text a"
