@@ -634,13 +634,13 @@ def test_chat_in_a_terminal(folder):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError()], ids=type)
 def test_memory_that_runs_out_is_one_line(error, folder, monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise error
 
     monkeypatch.setattr(MambaLM, "stream", fail)
     with pytest.raises(SystemExit, match=r"^vlmamba: (OutOfMemoryError: CUDA out of memory\.|memory ran out)$"):
         cli.main(["generate", str(folder / "lm"), "a"])
-    monkeypatch.setattr(MambaLM, "stream", lambda *a: [][1])
+    monkeypatch.setattr(MambaLM, "stream", lambda *args, **options: [][1])
     with pytest.raises(IndexError):  # a fault of the program keeps its traceback
         cli.main(["generate", str(folder / "lm"), "a"])
 
