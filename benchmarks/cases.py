@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ssm_kernels
-from ssm_kernels import Backend, Mamba3Output, Mamba3States
+from ssm_kernels import Backend, Mamba3Output, Mamba3States, StateSlots
 
 from .shapes import INPUTS, OPS, SIZES, WIDTHS, Shape
 
@@ -74,6 +74,8 @@ class Case:
     channels_first: bool = False
     """Inputs are transposed views of (B, channels, L)."""
     chunk_size: int = 64
+    slots: bool = False
+    """A step on slots of a pool of states."""
 
     def __str__(self) -> str:
         """The sizes that the op reads, and the options that differ from their defaults: unique to the case."""
@@ -190,7 +192,9 @@ class Case:
         Returns:
             the op's results, those of Mamba-3 as `y` and the parts of the states.
         """
-        out = getattr(ssm_kernels, self.op)(**arguments(inputs), **self.options, backend=backend)
+        # Row b of the batch has slot b, which is what a step without slots does.
+        slots = {"slots": StateSlots(torch.arange(self.shape.batch, device=inputs["x"].device))} if self.slots else {}
+        out = getattr(ssm_kernels, self.op)(**arguments(inputs), **self.options, **slots, backend=backend)
         return (out.y, *out.final_states) if isinstance(out, Mamba3Output) else out
 
     def function(self, *, backend: Backend, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -280,7 +284,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "selective_scan_step": ({"z": True}, {"dt_bias": True}, {"constant": True}),
     "ssd_step": ({"z": True}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True}),
     "mamba3_step": ({"z": True},),
-    "causal_conv1d_step": ({"silu": False},),
+    "causal_conv1d_step": ({"silu": False}, {"slots": True}),
 }  # fmt: skip
 """Options that each op has, one at a time and then together. Packing needs a batch of one row."""
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_kernels import selective_scan, selective_scan_step, use_backend
+from ssm_kernels import StateSlots, selective_scan, selective_scan_step, use_backend
+from ssm_kernels._core.slots import plan_step, plan_tensors
 from ssm_kernels.cross_scan import CROSS
 from ssm_kernels.cross_scan.reference import positions
 from ssm_kernels.testing import assert_agrees, is_interpreted
@@ -268,7 +269,9 @@ def test_registered_kernels_pass_opcheck(backend, packed):
     args = (*args, True, [], 1, checkpoint_states, torch.ones_like(y), torch.ones_like(final))
     torch.library.opcheck(ops.backward_op, args, test_utils=("test_schema", "test_faketensor"))
     step = (initial, *(x[:, 0, 0] for x in (u, dt)), t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], z[:, 0, 0], None, True)
-    torch.library.opcheck(ops.step_op, step)
+    for slots in (None, StateSlots(torch.arange(len(initial)))):
+        plan = plan_tensors(plan_step(slots, initial, len(initial), 1))
+        torch.library.opcheck(ops.step_op, (*step, *plan))
 
 
 @pytest.mark.parametrize("n", [1, 5, 12, 20, 40, 130, 256])

@@ -346,7 +346,7 @@ def test_triton_ops_pass_opcheck():
     required = arguments._replace(D=None, dt_bias=None, initial_states=None, dt_softplus=False, dt_max=1.0)
     torch.library.opcheck(triton._backward_op, (dy, dfinal_states, *required))
     inputs = [t[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    step = (t["initial_states"], *inputs, True, 0.0, float("inf"))
+    step = (t["initial_states"], *inputs, True, 0.0, float("inf"), None, None, None)
     torch.library.opcheck(triton.step_kernel.op, step)
 
 
@@ -361,7 +361,15 @@ def test_numba_ops_pass_opcheck():
     gradients = (torch.ones_like(y), torch.ones_like(final_states), checkpoint_states)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(numba._backward_op, (*gradients, *arguments), test_utils=checks)
-    step = (*(t[k] for k in ("initial_states", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")), True, 0.0, 2.0)
+    step = (
+        *(t[k] for k in ("initial_states", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")),
+        True,
+        0.0,
+        2.0,
+        None,
+        None,
+        None,
+    )
     torch.library.opcheck(numba.step_kernel.op, step)
 
 

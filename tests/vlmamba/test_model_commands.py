@@ -294,7 +294,7 @@ ANSWERS_WITH_EVERYTHING = """
 import sys
 from vlmamba.model import MambaLM
 from vlmamba import cli
-MambaLM.stream = lambda *a: iter(["\x1b[31mred ", "你 😀"])
+MambaLM.stream = lambda *a, **options: iter(["\x1b[31mred ", "你 😀"])
 MambaLM.generate = lambda self, prompts, config: ["\x1b 你 😀"] * len(prompts)
 cli.main(sys.argv[1:])
 """
