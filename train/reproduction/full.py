@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ...model.files import write_atomic
 from ...model.presets import get_preset
 from ...model.text_files import read_json
 from ..plan import SampleSize, make_plan
@@ -162,7 +163,7 @@ def comparison(table: PaperTable, rows: Mapping[str, PaperRow], found: Mapping[s
 
 def save(found: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Write the figures by row and benchmark."""
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    write_atomic(path, json.dumps(found, indent=2) + "\n")
 
 
 def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
