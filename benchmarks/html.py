@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from .plots import DPI
+from ..train.plot_style import DPI
 from .tables import Row, as_html
 
 FACTS = ("device", "driver", "threads", "cores", "python", "commit", "date")

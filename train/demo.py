@@ -98,7 +98,7 @@ def run_demo(
         for stage in ("language", "align", "finetune")
     }
     plots.learning_curves(curves, folder / "learning-curves.png")
-    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(sample_seed))[:16].tolist()
+    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(sample_seed))[:8].tolist()
     plots.sample_page([test[i] for i in chosen], {f: [a[i] for i in chosen] for f, a in answers.items()},
                       folder / "samples.png")  # fmt: skip
     print(results_table(results))

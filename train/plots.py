@@ -1,25 +1,31 @@
-"""Plots of a run. matplotlib is imported when one is drawn."""
+"""Plots of a run."""
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from ..model.files import write_atomic
 from ..model.video import Video
+from .plot_style import (
+    COLORS,
+    INK,
+    SIZE,
+    WIDTH,
+    label_lines,
+    line_styles,
+    plain,
+    png,
+    set_plain_ticks,
+    style_axis,
+    subplots,
+)
 from .records import Record
 from .reproduction.intervals import Interval
 from .sources import read_visual
 
-WIDTH = 7.4
-"""Inches. At 100 pixels each this is the width of a page of the documentation; files have twice as many."""
-INK = "#7a828c"
-"""Text and axes: to be read on a light and on a dark page, since the ground is transparent."""
-COLORS = ("#2f7fc1", "#d98a1f", "#3fa37c", "#b06bb3")
-"""Lines, told apart by the color-blind too."""
-RIGHT, WRONG = ("#2f7fc1", "✓"), ("#d1602a", "✗")
+RIGHT, WRONG = (COLORS[0], "✓"), (COLORS[1], "✗")
 
 
 def learning_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
@@ -29,21 +35,25 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], path: P
         curves: stage -> model -> losses.
         path: image file to write.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, len(curves), figsize=(WIDTH, 2.5), squeeze=False, layout="constrained")
+    figure, axes = subplots(1, len(curves), 2.6)
+    names = list(dict.fromkeys(name for lines in curves.values() for name in lines))
+    styles, last = line_styles(names), []
+    axes[0][0].set_ylabel("loss, nats a token")
     for axis, (stage, lines) in zip(axes[0], curves.items(), strict=True):
-        for color, (name, losses) in zip(itertools.cycle(COLORS), lines.items(), strict=False):
-            axis.plot(_smooth(losses), label=name, linewidth=1.2, color=color)
+        last = []
+        for name, losses in lines.items():
+            smooth = _smooth(losses)
+            axis.plot(smooth, label=name, linewidth=1.2, **styles[name])
+            last.append((smooth[-1], name, styles[name]["color"]))
         # A log scale where losses span more than a decade.
         low, high = axis.get_ylim()
-        axis.set(title=stage, xlabel="step", yscale="log" if low <= 0 or high > 10 * low else "linear")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
-        _style(axis)
-    axes[0][0].set_ylabel("loss, nats a token")
-    # One for all panels, each name in the color of its line.
-    axes[0][-1].legend(frameon=False, labelcolor="linecolor", handlelength=0, fontsize=8)
-    _save(figure, path)
+        axis.set(xlabel="step", yscale="log" if low <= 0 or high > 10 * low else "linear")
+        style_axis(axis, stage)
+        set_plain_ticks(axis)
+        axis.xaxis.set_major_formatter(plain)
+    # The colors are the same in all panels.
+    label_lines(axes[0][-1], last)
+    write_atomic(path, png(figure))
 
 
 def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]], path: Path, columns: int = 4) -> None:
@@ -55,10 +65,10 @@ def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]],
         path: image file to write.
         columns: images in a row.
     """
-    plt = _pyplot()
     rows = -(-len(records) // columns)
-    size = (WIDTH, (WIDTH / columns + 0.25) * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    # Points of a line of text: two of the question, one of the truth, one for each model.
+    text = (3 + len(answers)) * 1.35 * SIZE / 72
+    figure, axes = subplots(rows, columns, (0.75 * WIDTH / columns + text) * rows)
     for axis in axes.flat:
         axis.axis("off")
     for i, (axis, record) in enumerate(zip(axes.flat, records, strict=False)):
@@ -66,12 +76,12 @@ def sample_page(records: Sequence[Record], answers: Mapping[str, Sequence[str]],
         if record.images:
             first = read_visual(record.images[0])
             axis.imshow(first.frames(1)[0] if isinstance(first, Video) else first)
-        axis.set_title(f"{textwrap.fill(question, 120 // columns)}\ntruth: {truth}", fontsize=8, color=INK)
+        axis.set_title(f"{textwrap.fill(question, 96 // columns)}\ntruth: {truth}", fontsize=SIZE, color=INK)
         for k, (name, texts) in enumerate(answers.items()):
             color, mark = RIGHT if texts[i] == truth else WRONG
-            axis.text(0.5, -0.06 - 0.13 * k, f"{mark} {name}: {texts[i]}", transform=axis.transAxes, ha="center",
-                      va="top", fontsize=8, color=color)  # fmt: skip
-    _save(figure, path)
+            axis.annotate(f"{mark} {name}: {texts[i]}", (0.5, 0), (0, -4 - 1.35 * SIZE * k), ha="center", va="top",
+                          xycoords="axes fraction", textcoords="offset points", fontsize=SIZE, color=color)  # fmt: skip
+    write_atomic(path, png(figure))
 
 
 def accuracy_intervals(
@@ -84,8 +94,8 @@ def accuracy_intervals(
         intervals: row -> mean and interval.
         path: image file to write.
     """
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.5 * len(accuracies)), layout="constrained")
+    figure, axes = subplots(1, 1, 0.9 + 0.5 * len(accuracies))
+    axis = axes[0][0]
     for y, (name, values) in enumerate(accuracies.items()):
         i = intervals[name]
         axis.plot([100 * i.low, 100 * i.high], [y, y], color=COLORS[0], linewidth=6, alpha=0.35, solid_capstyle="butt")
@@ -96,36 +106,11 @@ def accuracy_intervals(
     axis.invert_yaxis()
     axis.margins(y=0.2)
     axis.set_xlabel("accuracy, %: seeds as dots, their mean with its interval")
-    _style(axis)
-    _save(figure, path)
-
-
-def _style(axis: Any) -> None:
-    """Draw frame, ticks and titles in `INK`, with no frame above and on the right."""
-    axis.grid(alpha=0.25, color=INK)
-    axis.tick_params(colors=INK, labelsize=8)
-    for side, spine in axis.spines.items():
-        spine.set(color=INK, visible=side in ("bottom", "left"))
-    for text, size in ((axis.title, 9), (axis.xaxis.label, 8), (axis.yaxis.label, 8)):
-        text.set(color=INK, fontsize=size)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=200, transparent=True)
-    _pyplot().close(figure)
+    axis.ticklabel_format(axis="x", useOffset=False)
+    style_axis(axis)
+    write_atomic(path, png(figure))
 
 
 def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
     """Trailing mean."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-
-
-def _pyplot():
-    try:
-        import matplotlib
-    except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'vl-mamba[demo]'") from e
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
-    return pyplot

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ...train.plot_style import DASHES, INK, label_lines, line_styles, png, subplots
 from .. import html, plots
 from ..files import write_report
 from ..tables import Row, as_html, as_text, milliseconds, spread
@@ -22,10 +23,6 @@ HEADS = {
     "decode": ("LM", "ms a step", "quartiles", "tokens/s", "each", "of bandwidth", "state MiB", "peak MiB"),
 }
 """Headings of a table, after context and model."""
-COLORS = {
-    "vl-mamba": "#1f5fa8", "transformer-siglip": "#d9822b", "ml-mamba": "#2e7d32", "ml-mamba-on-mamba1": "#8bc34a",
-    "transformer-dinov2-siglip": "#c9a227", "tinyllava": "#7b4fa3", "mobilevlm-v2": "#a0522d",
-}  # fmt: skip
 Result = Mapping[str, Any]
 Record = Mapping[str, Any]
 """A row of a result."""
@@ -119,32 +116,34 @@ def crossings(result: Result) -> Iterator[str]:
 
 
 def plot(result: Result) -> bytes:
-    """Time with quartiles, tokens a second and memory against context, on logarithmic axes; a row for each batch."""
-    plt = plots.pyplot_headless()
+    """Time with quartiles, and peak memory, against context on logarithmic axes; a row for each batch."""
     is_prefill = result["phase"] == "prefill"
-    panels = {
-        "time to first token, s" if is_prefill else "s a step": lambda row: row["time"]["median"],
-        "tokens/s": lambda row: row["prompt_tokens_s" if is_prefill else "tokens_s"],
-        "state or KV cache, MiB a sequence": lambda row: row["state_bytes"] / 2**20,
-        "peak above the weights, MiB": lambda row: row["peak_memory"] / 2**20,
-    }
     batches = _batches(result)
-    figure, axes = plt.subplots(len(batches), 4, figsize=(18, 3.9 * len(batches) + 0.6), squeeze=False)
-    for (batch, of_batch), row_of_axes in zip(batches.items(), axes, strict=True):
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    # Solid lines with a color each are the models of this project; the Transformers have their dashes.
+    ours = [model for model in models if SPECS[result["size"]][model].is_ours]
+    styles = {**line_styles(ours), **dict.fromkeys(set(models) - set(ours), {"color": INK, "linestyle": DASHES[1]})}
+    figure, axes = subplots(len(batches), 2, 2.6 * len(batches) + 0.3)
+    for (batch, of_batch), (time_axis, memory_axis) in zip(batches.items(), axes, strict=True):
         timed = [row for row in of_batch if "time" in row]
-        for i, (axis, (title, value)) in enumerate(zip(row_of_axes, panels.items(), strict=True)):
-            for model in dict.fromkeys(row["model"] for row in timed):
-                rows = [row for row in timed if row["model"] == model]
-                x = [row["context"] for row in rows]
-                color = plots.WRONG if _is_wrong(result, rows[0]) else COLORS[model]
-                style = "o-" if SPECS[result["size"]][model].is_ours else "s--"
-                axis.plot(x, [value(row) for row in rows], style, color=color, markersize=4, label=model)
-                if i == 0:
-                    plots.band(axis, x, [row["time"] for row in rows], color)
-            plots.set_log_axes(axis, sorted({row["context"] for row in timed}), "context, tokens")
-            axis.set_title(f"batch {batch}: {title}", fontsize=9, loc="left")
-    axes[0][0].legend(fontsize=7, frameon=False)
-    return plots.png(figure, f"{result['phase']}, {result['size']} size, {result['dtype']}, {result['device']}")
+        labels = []
+        for model in dict.fromkeys(row["model"] for row in timed):
+            rows, style = [row for row in timed if row["model"] == model], styles[model]
+            if _is_wrong(result, rows[0]):
+                style = {**style, "color": plots.WRONG}
+            x = [row["context"] for row in rows]
+            peaks = [row["peak_memory"] / 2**20 for row in rows]
+            for axis, heights in (time_axis, [1e3 * row["time"]["median"] for row in rows]), (memory_axis, peaks):
+                axis.plot(x, heights, marker="o", markersize=3, linewidth=1.2, **style)
+            labels.append((peaks[-1], model, style["color"]))
+            plots.band(time_axis, x, [row["time"] for row in rows], style["color"])
+        contexts = sorted({row["context"] for row in timed})
+        time = "first token, ms" if is_prefill else "a step, ms"
+        plots.set_log_axes(time_axis, contexts, "context, tokens", f"batch {batch}: {time}")
+        plots.set_log_axes(memory_axis, contexts, "context, tokens", "peak above the weights, MiB")
+        label_lines(memory_axis, labels)
+    title = f"{result['phase']}, {result['size']} size, {result['dtype']}, {result['device']}"
+    return png(plots.titled(figure, title))
 
 
 NOTES = (

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from vlmamba.benchmarks import cli, memory
+from vlmamba.benchmarks import cli, memory, plots
 from vlmamba.benchmarks.inference import command as session
 from vlmamba.benchmarks.inference import measure, report
 from vlmamba.benchmarks.inference.models import PREFILL_CHUNK, MambaModel, TransformerModel, build
@@ -150,6 +150,30 @@ def test_it_measures_writes_and_resumes(phase, tmp_path, capsys, monkeypatch):
     assert turns == ["vl-mamba"] * 3
     again = {row["model"]: row for row in json.loads(out.read_text())["rows"]}
     assert (again["ml-mamba"], again["mobilevlm-v2"]) == (ours, theirs) and "time" in again["vl-mamba"]
+
+
+def test_a_plot_names_its_lines_beside_them(monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures, png = [], report.png
+    monkeypatch.setattr(report, "png", lambda figure: figures.append(figure) or png(figure))
+    time = {"median": 0.02, "low": 0.01, "high": 0.03}
+    rows = [
+        {"model": m, "batch": b, "context": c, "time": time, "peak_memory": b * (i + 1) * c * 2**20}
+        for i, m in enumerate((*OURS, *TRANSFORMERS))
+        for b in (1, 4)
+        for c in (256, 1024)
+    ]
+    result = {"phase": "decode", "size": "small", "dtype": "fp32", "device": "cpu"}
+    report.plot({**result, "rows": rows, "checks": {"tinyllava": {"is_right": False}}})
+    axes = figures[0].axes
+    assert [axis.get_title(loc="left")[:7] for axis in axes] == ["batch 1", "peak ab", "batch 4", "peak ab"]
+    for axis in axes[1::2]:
+        assert {text.get_text() for text in axis.texts} == {*OURS, *TRANSFORMERS} and axis.get_legend() is None
+        heights = sorted(text.get_position()[1] for text in axis.texts)
+        assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) > 0.05  # none over another
+        wrong = [text.get_color() for text in axis.texts if text.get_text() == "tinyllava"]
+        assert wrong == [plots.WRONG]
+    assert list(axes[0].lines[0].get_ydata()) == [20, 20]
 
 
 def test_another_measurement_is_not_overwritten(tmp_path, quick):

@@ -219,7 +219,7 @@ def test_the_page_shows_shares_of_the_roofline_and_which_error_is_wrong():
 def drawn(monkeypatch):
     """Axes of the figures that are drawn from now on."""
     found, png = [], plots.png
-    monkeypatch.setattr(plots, "png", lambda figure, title: found.extend(figure.axes) or png(figure, title))
+    monkeypatch.setattr(plots, "png", lambda figure: found.extend(figure.axes) or png(figure))
     return found
 
 
@@ -231,10 +231,12 @@ def test_bars_show_what_is_missing_and_what_is_wrong_and_the_roofline(monkeypatc
     plots.bars(written([rows, [timed("ours", 2.0), timed("fla", 400.0), rows[2]]]))
     first, second = axes
     assert [bar.get_width() for bar in first.patches] == [2000, 1000]
-    assert [text.get_text() for text in first.texts] == ["2,000 ms", "1,000 ms  wrong", "not installed"]
-    assert [line.get_xdata()[0] for line in first.lines if line.get_label() == "roofline"] == [500]
+    assert [text.get_text() for text in first.texts] == ["2,000 ms", "1,000 ms  wrong", "not installed", "roofline"]
+    assert [line.get_xdata()[0] for line in first.lines if line.get_linestyle() == ":"] == [500]
     assert (first.get_xscale(), second.get_xscale()) == ("linear", "log")
-    assert first.get_xlim()[1] > 2200
+    assert first.get_xlim()[0] == 0 and first.get_xlim()[1] > 2200
+    assert not second.patches  # a bar on a logarithmic axis would not start at zero
+    assert [points.lines[0].get_xdata()[0] for points in second.containers] == [2000, 400_000]
 
 
 def test_a_sweep_s_lines_have_spread_proportion_roofline_and_what_is_missing(monkeypatch):
@@ -244,12 +246,16 @@ def test_a_sweep_s_lines_have_spread_proportion_roofline_and_what_is_missing(mon
     cases = [[timed("ours", 2.0 * 3**i, floor=0.1 * 2**i, is_right=i < 2), absent] for i in range(3)]
     plots.lines(written(cases, over="length"))
     (axis,) = axes
-    lines = {line.get_label(): line for line in axis.lines}
-    assert list(lines["ours"].get_ydata()) == [2, 6, 18]
-    assert list(lines["roofline"].get_ydata()) == [0.1, 0.2, 0.4]
-    assert list(lines["ours: wrong"].get_xdata()) == [4]
-    assert "fla: not installed" in lines
-    assert any(list(line.get_ydata()) == [2, 4, 8] for line in axis.lines)
+    drawn_lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+    sizes = [1, 2, 4]
+    assert (sizes, [2000, 6000, 18_000]) in drawn_lines
+    assert (sizes, [100, 200, 400]) in drawn_lines  # roofline
+    assert (sizes, [2000, 4000, 8000]) in drawn_lines  # in proportion to the first
+    assert ([4], [18_000]) in drawn_lines  # wrong
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == ["fla: not installed", "ours: × is wrong", "roofline"]
+    assert axis.get_legend() is None
     (band,) = axis.collections
-    assert band.get_datalim(axis.transData).height == pytest.approx(1.1 * 18 - 0.9 * 2)
+    assert band.get_datalim(axis.transData).height == pytest.approx(1.1 * 18_000 - 0.9 * 2000)
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["4", "2", "1"]
