@@ -278,8 +278,9 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         images: Sequence[Images],
         answers: Sequence[Sequence[str]],
         batch_size: int = BATCH_SIZE,
+        with_end: bool = True,
     ) -> list[list[Score]]:
-        """Compute the likelihood of given answers, their end-of-text token included.
+        """Compute the likelihood of given answers.
 
         A prompt is run once for all its answers. `greedy` tells whether `generate` would give exactly this answer;
         `pick` chooses the answer that the model would give most often.
@@ -289,6 +290,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             images: for each conversation its image, a list of images at the marks `<image>` of its turns, or None.
             answers: for each conversation, one or more.
             batch_size: answers per batch.
+            with_end: include the end-of-text token; False scores a beginning, after which more may follow.
 
         Returns:
             For each conversation, the scores of its answers.
@@ -306,7 +308,9 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         samples = self._prompts(conversations, images)
         check_tokens(self.language_model, [s.input_ids for s in samples])
         tokenizer = require_tokenizer(self)
-        tokens = [[self.template.encode_answer(tokenizer, a) for a in texts] for texts in answers]
+        # The last token of an encoded answer is its end.
+        end = None if with_end else -1
+        tokens = [[self.template.encode_answer(tokenizer, a)[:end] for a in texts] for texts in answers]
         scores: list[list[Score]] = []
         for batch in batches([len(texts) for texts in tokens], batch_size):
             embed, bounds = self.packed(samples[batch])

@@ -24,13 +24,16 @@ from vlmamba.train.reproduction.tables import BENCHMARKS, TABLES, table_named
 def test_rows_are_presets_that_differ_as_their_miniatures_do(name):
     table = TABLES[name]
     assert table.recipe in RECIPES and set(table.benchmarks) <= set(BENCHMARKS)
-    presets = [row.preset for row in table.rows.values()]
+    presets = [row.preset for row in table.rows.values() if row.preset is not None]
     assert set(presets) <= set(PRESETS) and len(set(presets)) == len(presets)
     miniatures = [row.miniature for row in table.rows.values()]
     assert len({str(m) for m in miniatures}) == len(miniatures)
     for row in table.rows.values():
-        config, tiny = PRESETS[row.preset].config, row.miniature
         assert set(row.figures) <= set(table.benchmarks)
+        if row.preset is None:
+            continue
+        config, tiny = PRESETS[row.preset].config, row.miniature
+        assert config.language.layer == tiny.layer
         assert (config.connector.kind, config.connector.scan) == (tiny.connector.kind, tiny.connector.scan)
         assert config.connector.vss == tiny.connector.vss and tiny.family == name[:8]
         assert len(config.vision) == len(tiny.encoders) or name != "ml-mamba-encoder"
@@ -54,8 +57,14 @@ def test_the_plan_names_data_memory_and_hours(capsys):
     assert float(rows["Mamba2-2.7B"][-2]) / float(rows["Mamba2-2.7B"][-1]) == pytest.approx(989.5 / 312, rel=0.1)
 
 
+def test_rows_in_miniature_only_say_so(here):
+    for more in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="row 'Mamba-2' has no model at full size: add --miniature"):
+            cli.main(["reproduce", "ml-mamba-layer", *more])
+
+
 class Commands:
-    """Stands for the two programs: keeps the command lines, and writes what they would."""
+    """Stands for the three programs: keeps the command lines, and writes what they would."""
 
     def __init__(self, failing: str = ""):
         self.lines: list[list[str]] = []
@@ -69,6 +78,9 @@ class Commands:
         if "train" in command:
             (Path(value["--output"]) / "model").mkdir(parents=True)
             (Path(value["--output"]) / "model" / "config.json").write_text("{}")
+        elif "evaluate" in command:
+            Path(value["--output"]).parent.mkdir(parents=True, exist_ok=True)
+            Path(value["--output"]).write_text(json.dumps({"figures": {"accuracy": 0.25}, "answers": []}))
         else:
             metrics = {b.task: {f"{b.metric},none": 0.5} for b in BENCHMARKS.values()}
             results = {task: metrics[task] for task in value["--tasks"].split(",")}
@@ -104,6 +116,28 @@ def test_each_row_is_trained_and_evaluated_once(here, monkeypatch, capsys):
     assert json.loads(Path("out/results.json").read_text())["Cross (CSM)"]["GQA"] == 50.0
     cli.main(call)
     assert len(commands.lines) == 4
+
+
+def test_a_benchmark_that_the_harness_has_not_is_evaluated_by_our_own_command(here, monkeypatch, capsys):
+    commands = Commands()
+    monkeypatch.setattr(full.subprocess, "run", commands.run)
+    call = ["reproduce", "ml-mamba", "--output", "out", "--root", "data"]
+    cli.main(call)
+    assert "left out, since there is no data/vsr/test.jsonl: VSR" in capsys.readouterr().out.replace(
+        "images", "test.jsonl"
+    )
+    Path("data/vsr/images").mkdir(parents=True)
+    Path("data/vsr/test.jsonl").write_text("")
+    cli.main(call)
+    assert "25.0 (51.5, -26.5)" in capsys.readouterr().out
+    # One more command, which the real command line takes.
+    assert len(commands.lines) == 3
+    ran = []
+    monkeypatch.setattr(cli.COMMANDS["evaluate"], "run", lambda self: ran.append((self.benchmark, str(self.data))))
+    cli.main(commands.lines[-1][3:])
+    assert ran == [("vsr", "data/vsr/test.jsonl")]
+    cli.main(call)
+    assert len(commands.lines) == 3
 
 
 def test_a_failure_names_row_and_command_and_the_rest_stays(here, monkeypatch):

@@ -37,8 +37,9 @@ def describe(table: PaperTable, rows: Mapping[str, PaperRow], devices: int) -> s
         devices: devices that a run is sharded over.
 
     Raises:
-        ValueError: a batch cannot be divided among the devices.
+        ValueError: a batch cannot be divided among the devices, or a row is in miniature only.
     """
+    presets = _presets(rows)
     recipe = recipe_named(table.recipe)
     lines = [table.title, *([table.note] if table.note else [])]
     data = [f"{f.annotations} ({f.n_records:,} records)" for f in (*recipe.align_data, *recipe.finetune_data)]
@@ -46,8 +47,8 @@ def describe(table: PaperTable, rows: Mapping[str, PaperRow], devices: int) -> s
     hours = [f"hours on {devices} {name}" for name in PEAK_TFLOPS]
     heads = ["row", "preset", "trained", "GiB a device", "FLOPs", *hours]
     cells = []
-    for label, row in rows.items():
-        config = get_preset(row.preset).config
+    for label, preset in presets.items():
+        config = get_preset(preset).config
         # Both stages run one after the other: FLOPs add up, memory is that of the larger.
         flops, memory, trained = 0.0, 0, 0
         for stage, files in ((recipe.align, recipe.align_data), (recipe.finetune, recipe.finetune_data)):
@@ -60,7 +61,7 @@ def describe(table: PaperTable, rows: Mapping[str, PaperRow], devices: int) -> s
             memory = max(memory, plan.memory.total)
             trained = max(trained, sum(n for n, _ in plan.parameters.values()))
         times = [flops / (UTILIZATION * peak * 1e12 * devices) / 3600 for peak in PEAK_TFLOPS.values()]
-        cells.append([label, row.preset, f"{trained / 1e9:.2f} B", f"{memory / 2**30:.0f}", f"{flops:.1e}",
+        cells.append([label, preset, f"{trained / 1e9:.2f} B", f"{memory / 2**30:.0f}", f"{flops:.1e}",
                       *(f"{t:.1f}" for t in times)])  # fmt: skip
     lines += _aligned(heads, cells)
     lines.append(
@@ -92,22 +93,34 @@ def run_rows(
         For each row its figures by benchmark, on the paper's scale.
 
     Raises:
+        ValueError: a row is in miniature only.
         ChildProcessError: a command failed, or wrote no figure; the message has it. What was finished stays.
     """
-    names = [b for b in table.benchmarks if BENCHMARKS[b].task]
+    presets = _presets(rows)
+    names = list(table.benchmarks)
+    absent = {b: root / path for b in names for path in BENCHMARKS[b].data or () if not (root / path).exists()}
+    for name, path in absent.items():
+        print(f"left out, since there is no {path}: {name}", flush=True)
+    names = [b for b in names if b not in absent]
     judged = [b for b in names if BENCHMARKS[b].judged]
     if judged and not os.environ.get("OPENAI_API_KEY"):
         print(f"left out, since GPT judges them and OPENAI_API_KEY is not set: {', '.join(judged)}", flush=True)
         names = [b for b in names if b not in judged]
     found = {}
-    for label, row in rows.items():
-        row_folder = folder / row.preset
+    for label, preset in presets.items():
+        row_folder = folder / preset
         # `vlmamba train` puts the model there as its last act, whole.
         if not (row_folder / "model" / "config.json").exists():
-            _run(label, [*(launcher or [sys.executable]), "-m", "vlmamba", "train", row.preset, "--stage", "both",
+            _run(label, [*(launcher or [sys.executable]), "-m", "vlmamba", "train", preset, "--stage", "both",
                          "--recipe", table.recipe, "--root", str(root), "--output", str(row_folder)])  # fmt: skip
         # A benchmark that the harness lost, or that had no key then, is asked for alone.
         missing = [b for b in names if b not in _figures(row_folder, names)]
+        for name in [b for b in missing if BENCHMARKS[b].data]:
+            annotations, images = (root / path for path in BENCHMARKS[name].data or ())
+            _run(label, [sys.executable, "-m", "vlmamba", "evaluate", str(row_folder / "model"), "--dtype", "bf16",
+                         "--benchmark", name.lower(), "--data", str(annotations), "--images", str(images),
+                         "--batch-size", str(batch_size), "--output", str(_own_figures(row_folder, name))])  # fmt: skip
+            missing.remove(name)
         if missing:
             _run(label, [sys.executable, "-m", "lmms_eval", "--model", "vlmamba",
                          "--model_args", f"pretrained={row_folder / 'model'},dtype=bfloat16",
@@ -115,9 +128,7 @@ def run_rows(
                          "--batch_size", str(batch_size), "--output_path", str(row_folder / "evaluation")])  # fmt: skip
         found[label] = _figures(row_folder, names)
         if lost := [b for b in names if b not in found[label]]:
-            raise ChildProcessError(
-                f"{label}: the harness wrote no figure of {', '.join(lost)} to {row_folder}/evaluation"
-            )
+            raise ChildProcessError(f"{label}: no figure of {', '.join(lost)} was written to {row_folder}/evaluation")
     return found
 
 
@@ -130,9 +141,28 @@ def _run(label: str, command: list[str]) -> None:
         )
 
 
+def _presets(rows: Mapping[str, PaperRow]) -> dict[str, str]:
+    """Presets of the rows by label."""
+    found = {}
+    for label, row in rows.items():
+        if row.preset is None:
+            raise ValueError(f"row {label!r} has no model at full size: add --miniature")
+        found[label] = row.preset
+    return found
+
+
+def _own_figures(row_folder: Path, name: str) -> Path:
+    """File of `vlmamba evaluate` for a benchmark that the harness has not."""
+    return row_folder / "evaluation" / f"{name.lower()}.json"
+
+
 def _figures(row_folder: Path, names: Sequence[str]) -> dict[str, float]:
-    """Figures in the harness's files, those of the newest first."""
+    """Figures of the benchmarks: in the harness's files, those of the newest first, and in our own."""
     found: dict[str, float] = {}
+    for name in names:
+        if BENCHMARKS[name].data and _own_figures(row_folder, name).exists():
+            share = read_json(_own_figures(row_folder, name))["figures"][BENCHMARKS[name].metric]
+            found[name] = BENCHMARKS[name].scale * share
     # Their names begin with the date.
     for path in sorted((row_folder / "evaluation").rglob("*_results.json"), reverse=True):
         results = read_json(path)["results"]

@@ -163,7 +163,7 @@ def _new_model(row: Miniature, tokenizer: Tokenizer, seed: int) -> VLM:
     """Build a row's model with random weights."""
     torch.manual_seed(seed)
     config = tiny_config(row.family, tokenizer.vocab_size, row.connector)
-    language = replace(config.language, d_model=row.width)
+    language = replace(config.language, d_model=row.width, layer=row.layer)
     return VLM(replace(config, language=language, vision=config.vision * len(row.encoders)), tokenizer)
 
 
@@ -172,7 +172,7 @@ def _encoder_folder(folder: Path, attributes: tuple[str, ...]) -> Path:
 
 
 def _language_folder(folder: Path, row: Miniature) -> Path:
-    return folder / f"language-{row.family}-{row.width}-{row.text:g}"
+    return folder / f"language-{row.family}-{row.layer}-{row.width}-{row.text:g}"
 
 
 def _run_folder(folder: Path, row: Miniature, seed: int) -> Path:

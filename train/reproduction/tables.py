@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ...connectors import ConnectorConfig
+from ...model.config import Layer
 from ..recipes import Family, nearest, tiny_config
 
 
@@ -24,6 +25,8 @@ class Benchmark:
     """Factor from the harness's figure to the paper's."""
     judged: bool = False
     """GPT judges the answers, which needs `OPENAI_API_KEY`."""
+    data: tuple[str, str] | None = None
+    """Annotations and images under the folder of all data, for `vlmamba evaluate` where the harness has no task."""
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -36,7 +39,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "MMB": Benchmark("mmbench_en_dev", "gpt_eval_score", 1.0, judged=True),
     "MM-Vet": Benchmark("mmvet", "gpt_eval_score", 1.0, judged=True),
     "VizWiz": Benchmark("vizwiz_vqa_val"),
-    "VSR": Benchmark(None),
+    "VSR": Benchmark(None, "accuracy", data=("vsr/test.jsonl", "vsr/images")),
 }
 """Benchmarks of both papers by the names in their tables."""
 
@@ -49,6 +52,8 @@ class Miniature:
     connector: ConnectorConfig
     width: int
     """Width of the language model."""
+    layer: Layer
+    """Kind of its layers."""
     text: float = 1.0
     """Share of the text that the language model is trained on before it sees images."""
     encoders: tuple[tuple[str, ...], ...] = (("color", "shape"),)
@@ -59,8 +64,8 @@ class Miniature:
 class PaperRow:
     """A row of a table."""
 
-    preset: str
-    """The model in `vlmamba.model.PRESETS`."""
+    preset: str | None
+    """The model in `vlmamba.model.PRESETS`; None for a row that there is in miniature only."""
     miniature: Miniature
     figures: dict[str, float] = field(default_factory=dict)
     """Benchmark -> the paper's figure."""
@@ -97,7 +102,7 @@ def _tiny(family: Family, **changes) -> Miniature:
     config = tiny_config(family, 1)
     connector = {k: changes.pop(k) for k in ("kind", "scan", "vss") if k in changes}
     return Miniature(family, replace(config.connector, **connector), changes.pop("width", config.language.d_model),
-                     **changes)  # fmt: skip
+                     changes.pop("layer", config.language.layer), **changes)  # fmt: skip
 
 
 _VL_COLUMNS = ("VQAv2", "GQA", "SQA-I", "TextVQA", "POPE", "MME", "MMB", "MM-Vet")
@@ -218,6 +223,15 @@ TABLES: dict[str, PaperTable] = {
                 _ml_figures(75.14, 60.13, 52.31, 88.5, 44.89, 51.14),
             ),
         },
+    ),
+    # Of the same width and states; Mamba-3 has no published weights to start from at full size.
+    "ml-mamba-layer": PaperTable(
+        "ML-Mamba's language model, of Mamba-2 or Mamba-3", "ml-mamba", _ML_COLUMNS,
+        {
+            "Mamba-2": PaperRow(None, _tiny("ml-mamba")),
+            "Mamba-3": PaperRow(None, _tiny("ml-mamba", layer="mamba3")),
+        },
+        "Not a table of the paper.",
     ),
 }  # fmt: skip
 """Tables by name."""

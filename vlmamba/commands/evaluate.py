@@ -2,45 +2,82 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..model.fields import Interval, Size
-from .options import Positional
+from .options import DtypeName, Positional
+
+if TYPE_CHECKING:
+    from ..train.evaluation_sets import EvaluationSet
 
 
 @dataclass
 class Evaluate:
-    """Ask a saved model the first question of every record of a LLaVA file, or of easy-VQA's test set."""
+    """Ask a saved model the questions of a test set, and print its figures.
+
+    Without DATA they are easy-VQA's test questions. Examples:
+    vlmamba evaluate MODEL --data test.json
+    vlmamba evaluate MODEL --benchmark vizwiz --data VizWiz/val.json --images VizWiz/val
+    vlmamba evaluate MODEL --benchmark vsr --data vsr/test.jsonl --images vsr/images
+    vlmamba evaluate MODEL --benchmark refcoco --data "refcoco+/refs(unc).p" --images train2014
+    """
 
     model: Positional[str]
     """Folder, or name on the Hugging Face Hub."""
     data: Path | None = None
-    """Conversations in LLaVA's format; easy-VQA's test questions by default."""
+    """Annotations: conversations in LLaVA's format, whose first questions are asked; or the benchmark's own file."""
     images: Path | None = None
     """Folder or archive that image paths in the data are relative to; the file's own folder by default."""
+    benchmark: Literal["vizwiz", "vsr", "refcoco"] | None = None
+    """Benchmark that the data is of, in its published format; its prompts and metric are those of the papers' tables.
+    refcoco is RefCOCO, RefCOCO+ or RefCOCOg."""
+    split: str | None = None
+    """Split of refcoco: val by default, testA, testB or test."""
+    output: Path | None = None
+    """JSON file for the figures and all answers."""
     batch_size: Size = 256
     max_new_tokens: Annotated[int, Interval("[0, inf)")] = 32
+    dtype: DtypeName | None = None
+    """Dtype of the weights; the checkpoint's own by default."""
     device: str = "auto"
     """auto is a GPU where there is one."""
 
     def run(self) -> None:
         from ..model.device import device_named
+        from ..model.files import write_atomic
         from ..model.vlm import VLM
+        from .loading import torch_dtype
+
+        if self.benchmark is not None and self.data is None:
+            raise ValueError(f"--benchmark {self.benchmark} needs --data, its annotations")
+        if self.benchmark is None and self.split is not None:
+            raise ValueError("--split is for --benchmark refcoco")
+        questions = self._questions()
+        # Before the questions are asked, which may take hours.
+        if self.output is not None:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+        model = VLM.from_pretrained(self.model, dtype=torch_dtype(self.dtype), device_map=device_named(self.device))
+        answers = questions.ask(model, self.batch_size, self.max_new_tokens)
+        figures = questions.scores(answers)
+        for name, share in figures.items():
+            print(f"{name:<14} {share:.2%}")
+        print(f"of {len(answers):,} questions")
+        if self.output is not None:
+            write_atomic(self.output, json.dumps({"figures": figures, "answers": answers}, indent=1) + "\n")
+
+    def _questions(self) -> EvaluationSet:
         from ..train import easy_vqa
-        from ..train.evaluate import answer_all
+        from ..train.evaluation_sets import Conversations, EasyVQA, read_benchmark
         from ..train.records import read_llava
 
-        records = easy_vqa.load("test") if self.data is None else read_llava(self.data, self.images)
+        if self.data is None:
+            return EasyVQA(easy_vqa.load("test"))
+        if self.benchmark is not None:
+            return read_benchmark(self.benchmark, self.data, self.images, self.split)
+        records = read_llava(self.data, self.images)
         if not len(records):
             raise ValueError(f"no records in {self.data}")
-        model = VLM.from_pretrained(self.model, device_map=device_named(self.device))
-        answers = answer_all(model, records, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
-        if self.data is None:
-            for name, share in easy_vqa.scores(records, answers).items():
-                print(f"{name:<8} {share:.2%}")
-        else:
-            # turns[1] is the answer to the first question.
-            correct = sum(a.strip() == r.turns[1].text.strip() for a, r in zip(answers, records, strict=True))
-            print(f"exact match {correct / len(records):.2%} of {len(records)}")
+        return Conversations(records)
