@@ -80,6 +80,7 @@ def _batches(model: VLM, records: Sequence[Record], batch_size: int, with_images
             indices = order[start : start + batch_size]
             # The first turn alone: later questions would need the answers before them.
             asked = [records[i].first_question() for i in indices]
+            # An image that several questions are about is processed once.
             if with_images:
                 processed = {s: model.preprocess(read_visual(s)) for s in {s: None for _, seen in asked for s in seen}}
                 questions, images = [[turn] for turn, _ in asked], [[processed[s] for s in seen] for _, seen in asked]

@@ -169,6 +169,7 @@ def read_vizwiz(path: str | Path, images: str | Path | None = None) -> VizWiz:
             f"{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
             "Answer the question using a single word or phrase."
         )
+        # Each person's answer in full: the metric normalizes it.
         records.append(_record(where, prompt, source, _text(where, item, "image")))
         truths.append(tuple(a["answer"] for a in answers))
         answerable.append(can)
@@ -291,6 +292,7 @@ def _items(path: str | Path, entries: Iterable[Entry]) -> Iterable[tuple[str, di
     # A set is evaluated entirely or not at all: a figure of a part of it could not be compared.
     for entry in entries:
         where = f"{path}, {'line' if Path(path).suffix == '.jsonl' else 'record'} {entry.number}"
+        # The reader gives a fault of one record in place of its value.
         if isinstance(entry.value, Exception):
             raise BrokenDataError(f"{where}: {entry.value}")
         if not isinstance(entry.value, dict):
@@ -362,6 +364,7 @@ def _normalized_box(where: str, box: Any, size: tuple[Any, Any]) -> Box:
     if len(numbers) != 6 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
         raise BrokenDataError(f"{where}: `bbox` must be four numbers, and its image's size two; got {box!r}, {size}")
     x, y, w, h, width, height = numbers
+    # An empty box could be met by no answer.
     # COCO's boxes may leave the image by a fraction of a pixel.
     if w <= 0 or h <= 0 or x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
         raise BrokenDataError(f"{where}: its box {box} is empty or outside of its image of {width} x {height}")

@@ -97,6 +97,7 @@ def run_rows(
         ChildProcessError: a command failed, or wrote no figure; the message has it. What was finished stays.
     """
     presets = _presets(rows)
+    # Data of our own benchmarks, which the harness would download.
     names = list(table.benchmarks)
     absent = {b: root / path for b in names for path in BENCHMARKS[b].data or () if not (root / path).exists()}
     for name, path in absent.items():
@@ -115,6 +116,7 @@ def run_rows(
                          "--recipe", table.recipe, "--root", str(root), "--output", str(row_folder)])  # fmt: skip
         # A benchmark that the harness lost, or that had no key then, is asked for alone.
         missing = [b for b in names if b not in _figures(row_folder, names)]
+        # Those that the harness has not; the rest is one command of the harness.
         for name in [b for b in missing if BENCHMARKS[b].data]:
             annotations, images = (root / path for path in BENCHMARKS[name].data or ())
             _run(label, [sys.executable, "-m", "vlmamba", "evaluate", str(row_folder / "model"), "--dtype", "bf16",
