@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
 
@@ -65,21 +65,32 @@ class Command:
         getattr(importlib.import_module(f".{module}", __package__), function)(self)
 
 
-_HELP = {
-    "width": "Taps of the convolution.",
-    "height": "Rows of the grid, whose area is the length.",
-    "rank": "Inputs and outputs a head of Mamba-3; more than one is MIMO.",
-    "chunk_size": "Chunk size of this project's SSD; peers use their own.",
-}
-SizeOptions = make_dataclass(
-    "SizeOptions",
-    [
-        (n, Annotated[Count | None, tyro.conf.arg(help=_HELP.get(n, ""), help_behavior_hint="")], None)
-        for n in get_args(SizeName)
-    ],
-    kw_only=True,
-)
-"""Sizes of an op's problem; those that are not given are the named shape's."""
+@dataclass(kw_only=True)
+class SizeOptions:
+    """Sizes of an op's problem; those that are not given are the named shape's."""
+
+    batch: Count | None = None
+    """Sequences."""
+    length: Count | None = None
+    """Steps of each sequence."""
+    height: Count | None = None
+    """Rows of the grid, whose area is the length."""
+    channels: Count | None = None
+    """Channels, or the inner width of a block."""
+    heads: Count | None = None
+    """Heads of SSD."""
+    headdim: Count | None = None
+    """Channels of a head."""
+    d_state: Count | None = None
+    """Size of the state of a channel."""
+    groups: Count | None = None
+    """Groups of B and C, or of a norm."""
+    width: Count | None = None
+    """Taps of the convolution."""
+    rank: Count | None = None
+    """Inputs and outputs of a head of Mamba-3; more than one is MIMO."""
+    chunk_size: Count | None = None
+    """Chunk size of this project's SSD; peers use their own."""
 
 
 @dataclass
@@ -95,10 +106,13 @@ class Measurement(SizeOptions, Command):
     metric: tuple[Metric, ...] = ("time", "error")
     """memory is the peak of a call, on a CPU of a fresh process, which takes some seconds a row."""
     dtype: Dtype = "fp32"
+    """Dtype of the inputs."""
     device: str = "cpu"
     """cuda, or one of several such as cuda:1."""
     threads: tuple[Count, ...] = ()
     """Numbers of threads on a CPU, a case each; peers run with the first alone. Default: PyTorch's own number."""
+    calls: Count = 15
+    """Timed calls per implementation and size, at most."""
     budget: Span = 2.0
     """Seconds of the timed calls of a row: fewer calls where they take longer. A row of which a call is predicted to
     exceed it is left out, which its line says."""
@@ -110,19 +124,22 @@ class Measurement(SizeOptions, Command):
 class Run(Measurement):
     """Measure implementations of ops side by side: time, share of the machine's limit, error, and peak memory.
 
-    Ops are those of ssm_kernels; a block is a complete mixer. On a CPU the limit is measured first: the largest of
-    bytes, multiply-adds and exponentials over the rates of the cores that run. The error of y is relative to the
-    step-by-step reference in float64 or, where that would take long, the torch backend in float64; that of gradients
-    to the latter. Exit status 1 if an implementation is wrong.
+    On a CPU the limit is measured first: the largest of bytes, multiply-adds and exponentials over the rates of the
+    cores that run. The error of y is relative to the step-by-step reference in float64 or, where that would take long,
+    the torch backend in float64; that of gradients to the latter. Exit status 1 if an implementation is wrong.
+
+    Examples:
+    $ ssm-bench run selective_scan
+    $ ssm-bench run ssd rms_norm --impl ours torch --threads 1 2 --out now.json
+    $ ssm-bench run ssd --shape 2.7b --device cuda --dtype bf16 --metric time memory error
     """
 
     function: ClassVar[str] = "run:run_run"
     op: Positional[tuple[Op, ...]] = field(kw_only=True)
+    """Ops of ssm_kernels, and complete mixers (blocks)."""
     shape: tuple[ShapeName, ...] = ("default",)
     """One or more, a case each: a published model's layer at batch 8 and length 2,048; tiny: 8 steps of 64 channels;
     vision: 2.7b on an image's 729 patches; long: 130m over 65,536 steps."""
-    calls: Count = 15
-    """Timed calls per implementation, at most."""
 
 
 @dataclass
@@ -130,25 +147,27 @@ class Sweep(Measurement):
     """Measure an op against its length (the time of a scan grows in proportion), or another size, and plot it.
 
     Errors and exit status are those of `run`, at every size.
+
+    Examples:
+    $ ssm-bench sweep ssd --out ssd.json
+    $ ssm-bench sweep selective_scan --over channels --values 256 512 1024
     """
 
     function: ClassVar[str] = "run:run_sweep"
     op: Positional[Op] = field(kw_only=True)
+    """The op, or a complete mixer (block)."""
     impl: tuple[Impl, ...] = ("ours",)
-    """See `run`."""
     shape: ShapeName = "default"
     """The sizes that are not swept, as in `run`, but with batch 1 by default."""
     batch: Count | None = field(default=1, kw_only=True)
+    """Sequences."""
     over: SizeName = "length"
     """The size that is swept."""
     values: tuple[Count, ...] = ()
     """Its values. Default for the length: 1,024 to 65,536 by doubling."""
     calls: Count = 5
-    """Timed calls per implementation and size, at most."""
     budget: Span = 30.0
-    """See `run`."""
     out: Path = Path("sweep.json")
-    """See `run`."""
 
 
 @dataclass
@@ -157,19 +176,29 @@ class Integration(Command):
 
     Both sides have the same weights and take turns; differences of logits and gradients from transformers' own are
     beside the times. Exit status 1 if they do not agree.
+
+    Examples:
+    $ ssm-bench integration mamba2
+    $ ssm-bench integration mamba bamba --layers 4 --out integration.json
     """
 
     function: ClassVar[str] = "integration:run_integration"
     model_type: Positional[tuple[ModelType, ...]] = ("mamba", "mamba2")
+    """Model types of transformers."""
     mode: tuple[Mode, ...] = ("fwd", "fwd+bwd")
     """bwd is the backward alone."""
     length: Count = 1024
+    """Tokens of a sequence."""
     batch: Count = 1
+    """Sequences."""
     width: Count = 768
     """Width of the residual stream; the inner width of the state-space layers is twice that."""
     layers: Count = 1
+    """Layers of the model."""
     dtype: Dtype = "fp32"
+    """Dtype of the weights."""
     device: str = "cpu"
+    """cpu or cuda, or one of several such as cuda:1."""
     calls: Count = 5
     """Timed calls per side, at most."""
     budget: Span = 30.0
@@ -181,24 +210,37 @@ class Integration(Command):
 
 @dataclass
 class Roofline(Command):
-    """Print bytes, operations and exponentials of each op at the published sizes, the least time, and its bound."""
+    """Print bytes, operations and exponentials of each op at the published sizes, the least time, and its bound.
+
+    Examples:
+    $ ssm-bench roofline ssd --device H100 MI300X
+    """
 
     function: ClassVar[str] = "roofline:run_roofline"
     op: Positional[tuple[str, ...]] = OPS
+    """Ops; all by default."""
     size: tuple[PublishedSize, ...] = ("2.7b",)
     """Models of Mamba and Mamba-2; the connectors' ops are those of 2.7b."""
     dtype: ModelDtype = "bf16"
+    """Dtype of the inputs."""
     device: tuple[Literal["A100", "H100", "H200", "B200", "B300", "MI300X", "L40S", "RTX 4090"], ...] = ("H100",)
+    """GPUs, by their published rates."""
     out: Path | None = None
     """JSON file to write."""
 
 
 @dataclass
 class CompileReport(Command):
-    """Compile the kernels of the ops with no GPU; exit status 1 if one spills or needs too much shared memory."""
+    """Compile the kernels of the ops with no GPU; exit status 1 if one spills or needs too much shared memory.
+
+    Examples:
+    $ ssm-bench compile-report --quick
+    $ ssm-bench compile-report ssd --target sm_90 gfx942
+    """
 
     function: ClassVar[str] = "compile_report:run_compile_report"
     op: Positional[tuple[str, ...]] = OPS
+    """Ops; all by default."""
     target: tuple[Target, ...] = ()
     """Default: every shipped configuration for sm_80, sm_90, sm_100 and gfx942, and the 2.7b models for the others."""
     quick: bool = False
@@ -216,19 +258,25 @@ class MachineCode(Command):
     Launches are recorded and compiled, and each basic block counts as often as it runs with the launch's arguments.
     Instructions are a token and head of SSD, 32 channels of a token (an element) of the other ops. The bounds are of
     throughput: latencies come on top. The Triton kernels of peers that are installed are counted beside, at the
-    configuration with the lowest bound. Kernels that Triton's cache has are not compiled again. Examples:
-    `ssm-bench machine-code ssd --json before.json`, after a change
-    `ssm-bench machine-code ssd --compare before.json`, and
-    `ssm-bench machine-code selective_scan --shape 130m --batch 1 --target sm_80 --mode fwd`.
+    configuration with the lowest bound. Kernels that Triton's cache has are not compiled again.
+
+    Examples:
+    $ ssm-bench machine-code ssd --json before.json
+    $ ssm-bench machine-code ssd --compare before.json
+    $ ssm-bench machine-code selective_scan --shape 130m --batch 1 --target sm_80 --mode fwd
     """
 
     function: ClassVar[str] = "machine_code.command:run_machine_code"
     op: Positional[tuple[str, ...]] = ("ssd", "selective_scan")
+    """Ops."""
     shape: tuple[Literal["130m", "370m", "790m", "1.3b", "2.7b"], ...] = ("2.7b",)
     """Layers of Mamba and Mamba-2, at batch 8 and length 2,048."""
     batch: Count | None = None
+    """Sequences; 8 by default."""
     length: Count | None = None
+    """Steps of each sequence; 2,048 by default."""
     dtype: Dtype = "bf16"
+    """Dtype of the inputs."""
     target: tuple[SassTarget, ...] = ("sm_90",)
     """gfx942 is refused: its text has no loops that this command can follow."""
     mode: tuple[Literal["fwd", "train-fwd", "bwd", "step"], ...] = ()
@@ -236,6 +284,7 @@ class MachineCode(Command):
     device: tuple[Literal["H100", "H200", "A100", "B200", "B300", "RTX 4090", "RTX 5090"], ...] = ()
     """Devices of the bounds. Default: the first with the target's machine code."""
     peer: tuple[Literal["mamba_ssm", "fla"], ...] = ("mamba_ssm", "fla")
+    """Projects whose Triton kernels are counted beside, where they are installed."""
     jobs: Count = _num_cpus()
     """Processes that compile."""
     json: Path | None = None
@@ -251,11 +300,16 @@ class Compare(Command):
     """Compare a later file of `run` or `sweep` with an earlier one; exit status 1 for a significant regression.
 
     The test is Mann and Whitney's, on the times of single calls, with Holm's correction for the number of rows.
+
+    Examples:
+    $ ssm-bench compare before.json after.json
     """
 
     function: ClassVar[str] = "compare:run_compare"
     before: Positional[Path]
+    """The earlier JSON file."""
     after: Positional[Path]
+    """The later one."""
     threshold: Annotated[float, Interval("[0, inf)")] = 0.05
     """Relative slowdown of the median up to which there is no regression."""
     alpha: Annotated[float, Interval("(0, 1)")] = 0.01
@@ -269,12 +323,16 @@ class Compare(Command):
 class Against(Command):
     """Time the ops of this checkout and of another one, such as an earlier commit, in processes that take turns.
 
-    On a CPU with one thread, in fp32; a step or a tiny call is repeated within a sample. Example:
-    `git worktree add ../before d90f8f8`, then `ssm-bench against ../before --backend torch`.
+    On a CPU with one thread, in fp32; a step or a tiny call is repeated within a sample.
+
+    Examples:
+    $ git worktree add ../before d90f8f8
+    $ ssm-bench against ../before --backend torch
     """
 
     function: ClassVar[str] = "against:run_against"
     checkout: Positional[Path]
+    """Folder of the other checkout."""
     backend: Literal["auto", "numba", "torch", "reference"] = "auto"
     """The other checkout's; this one's is auto."""
     op: tuple[Literal[OPS], ...] = (  # type: ignore[valid-type]
@@ -287,7 +345,9 @@ class Against(Command):
         "ssd_step",
         "causal_conv1d_step",
     )
+    """Ops."""
     shape: tuple[ShapeName, ...] = ("default", "tiny")
+    """Sizes, as in `run`."""
     rounds: Count = 5
     """Processes of each checkout."""
     out: Path | None = None
@@ -299,10 +359,15 @@ class Page(Command):
     """Write the tables of a documentation page from the files that its commands write.
 
     A table stands between `<!-- table: FILE -->` and `<!-- end of table -->`. Paths are relative to the current folder.
+
+    Examples:
+    $ ssm-bench page docs/benchmarks.md
+    $ ssm-bench page docs/benchmarks.md --measure
     """
 
     function: ClassVar[str] = "page:run_page"
     page: Positional[Path]
+    """The page, in Markdown."""
     measure: bool = False
     """Run the page's `ssm-bench run` and `sweep` commands first, one after another."""
 
@@ -314,14 +379,21 @@ class Verify(Command):
     It has the op's signature without `backend`, and takes arguments by name. An argument that it does not name is
     reported as not tested, as is a case at which it raises NotImplementedError. It returns what the op returns, or y
     alone. Gradients are compared where its results carry them.
+
+    Examples:
+    $ ssm-bench verify --kernel mine.py:scan selective_scan
+    $ ssm-bench verify --kernel mine.py:scan selective_scan --ptx sm_90
     """
 
     function: ClassVar[str] = "verify:run_verify"
     op: Positional[str]
+    """The op that it computes."""
     kernel: str
     """path.py:function."""
     dtype: tuple[Dtype, ...] = ("fp32", "bf16")
+    """Dtypes of the inputs."""
     device: str = "cpu"
+    """cpu or cuda, or one of several such as cuda:1."""
     ptx: EmulatedTarget | None = None
     """Compile its Triton kernels for this GPU and emulate them on CPU tensors, with no GPU."""
 
@@ -332,12 +404,19 @@ class Emulate(Command):
 
     Every access is checked: races between warps and between programs, missing waits and fences, accesses outside the
     tensors. Compiling takes 1 to 70 s a kernel the first time; Triton caches the result.
+
+    Examples:
+    $ ssm-bench emulate causal_conv1d
+    $ ssm-bench emulate ssd --target sm_80 sm_90 --tiles published
     """
 
     function: ClassVar[str] = "emulate:run_emulate"
     op: Positional[tuple[str, ...]] = OPS
+    """Ops; all by default."""
     target: tuple[EmulatedTarget, ...] = ("sm_90",)
+    """GPUs that the kernels are compiled for."""
     dtype: tuple[Dtype, ...] = ("bf16",)
+    """Dtypes of the inputs."""
     tiles: Literal["small", "published"] = "small"
     """published: head and state sizes of the published models."""
     plain: bool = False
@@ -351,23 +430,34 @@ class Fuzz(Command):
     """Compare random calls of every backend, with extreme values, with the reference; exit status 1 on a mismatch.
 
     Backends: torch, and triton on a GPU or, with TRITON_INTERPRET=1, in its interpreter.
+
+    Examples:
+    $ ssm-bench fuzz --minutes 10
+    $ ssm-bench fuzz --seed 17 --trials 1
     """
 
     function: ClassVar[str] = "fuzz:run_fuzz"
     minutes: Span = 1.0
+    """Time after which no further trial starts."""
     seed: Seed | None = None
     """Seed of the first trial; the next ones count up from it. Default: another one each time."""
     trials: Count | None = None
     """Most trials to run; 1 repeats the trial of a seed."""
     op: tuple[str, ...] = OPS
+    """Ops; all by default."""
     device: str = "cpu"
+    """cpu or cuda, or one of several such as cuda:1."""
     out: Path | None = None
     """JSON file to write."""
 
 
 @dataclass
 class GPUSuite(Command):
-    """Test and time every op on a GPU, beside its peers, and compare tiles. Exit status 1 if a case is wrong."""
+    """Test and time every op on a GPU, beside its peers, and compare tiles. Exit status 1 if a case is wrong.
+
+    Examples:
+    $ ssm-bench gpu-suite --out suite.json
+    """
 
     function: ClassVar[str] = "gpu_suite:run_gpu_suite"
     out: Path
@@ -388,10 +478,14 @@ class Prefill(Command):
     MobileVLM v2, by their shapes, with random weights. The time is from the images to the choice of a token; the
     encoder's share is a column. Before that each model's decoding steps must return the logits of its own prompts:
     exit status 1 if they do not. A row that does not fit in memory, or would exceed the budget, says so.
+
+    Examples:
+    $ ssm-bench prefill --context 512 2048 --out prefill.json
     """
 
     function: ClassVar[str] = "inference.command:run_inference"
     models: tuple[Model, ...] = MODELS
+    """Models; all by default."""
     batch: tuple[Count, ...] = (1,)
     """Sequences at once."""
     context: tuple[Count, ...] = (1024, 4096, 16384, 65536, 131072)
@@ -401,6 +495,7 @@ class Prefill(Command):
     dtype: ModelDtype | None = None
     """Default: bf16 for the published size, fp32 for the small one."""
     device: str = "cpu"
+    """cpu or cuda, or one of several such as cuda:1."""
     budget: Span = 60.0
     """Seconds per row; one that is predicted to take longer is left out, and a long one measured once."""
     out: Path | None = None
@@ -413,6 +508,10 @@ class Decode(Prefill):
     """Tokens a second and memory of vision-language models that generate, against context and batch.
 
     Models and checks are those of `prefill`.
+
+    Examples:
+    $ ssm-bench decode --batch 1 8 --out decode.json
+    $ ssm-bench decode --device cuda --out claim.json
     """
 
     batch: tuple[Count, ...] = ()

@@ -12,7 +12,7 @@ from sphinx.util.nodes import make_refnode
 
 from vlmamba.benchmarks.cli import COMMANDS as SSM_BENCH
 from vlmamba.cli import COMMANDS as VLMAMBA
-from vlmamba.command_line import parse
+from vlmamba.help import parse
 
 project = "vl-mamba"
 author = "the vl-mamba authors"
@@ -87,7 +87,8 @@ def _section(program, name, kind):
         parse(f"{program} {name}", kind, ["--help"])
     # Its description is text of the page already; a group is a heading above a rule.
     text = re.sub(r"\n\n.*?(?=\n\n \S[^\n]*\n -+\n)", "", out.getvalue(), count=1, flags=re.DOTALL)
-    return f"## {name}\n\n{inspect.getdoc(kind)}\n\n```text\n{text.strip()}\n```"
+    described, _, lines = inspect.getdoc(kind).partition("Examples:\n")
+    return f"## {name}\n\n{described}\n\n```console\n{lines}\n```\n\n```text\n{text.strip()}\n```"
 
 
 _attribute = {}

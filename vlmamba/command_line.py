@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import inspect
 import io
 import logging
 import os
@@ -12,11 +10,10 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
-from .model.fields import check_fields
+from .help import check_options, first_sentence, parse
 from .train.errors import Interrupted
 
 
@@ -57,7 +54,7 @@ def run_commands(
             tyro.extras.subcommand_cli_from_dict(listed, prog=prog, description=description, args=arguments)
             return
         command = parse(f"{prog} {arguments[0]}", commands[arguments[0]], arguments[1:])
-        check_fields(command, lambda name: f"--{name.replace('_', '-')}")
+        check_options(command)
         command.run()
     except Interrupted:  # raised again: torchrun and the shell must see the signal's exit status
         print(f"\n{prog}: stopped and saved; the same command resumes here", file=sys.stderr)
@@ -77,48 +74,6 @@ def run_commands(
         if torch is None or not isinstance(e, torch.OutOfMemoryError):
             raise
         sys.exit(f"{prog}: {printable(describe(e))}")
-
-
-def parse(prog: str, kind: type, arguments: Sequence[str]) -> Any:
-    """Make a command from its arguments; `--help` prints its help and exits.
-
-    Args:
-        prog: names of the program and the command.
-        kind: dataclass of the command.
-        arguments: those after the command's name.
-    """
-    return tyro.cli(_with_plain_help(kind), prog=prog, args=arguments, config=(tyro.conf.DisallowNone,))
-
-
-def default_hint(label: str) -> str:
-    """Text of a default in the help: nothing where there is none."""
-    return "" if label in ("", "None") else f"(default: {label})"
-
-
-def first_sentence(kind: type) -> str:
-    """First sentence of a command's docstring."""
-    text = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-    return re.split(r"(?<=\.) (?=[A-Z])", text, maxsplit=1)[0]
-
-
-def _with_plain_help(kind: type) -> type:
-    """Derive a command whose help names texts by their option, and leaves out defaults that say nothing."""
-    hints, fields = get_type_hints(kind, include_extras=True), []
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        annotated = getattr(hint, "__metadata__", ())
-        bare = hint.__origin__ if annotated else hint
-        if dataclasses.is_dataclass(bare) or any(type(a).__name__ == "_ArgConfig" for a in annotated):
-            continue
-        is_text = bare is str or str in get_args(bare) and type(None) in get_args(bare)
-        metavar = field.name.upper().replace("_", "-") if is_text else None
-        shown = tyro.conf.arg(metavar=metavar, help_behavior_hint=default_hint)
-        value = {k: getattr(field, k) for k in ("default", "default_factory")}
-        fields.append((field.name, Annotated[hint, shown], dataclasses.field(**value, kw_only=field.kw_only)))
-    # A subclass, in which tyro finds the docstrings of the fields.
-    return dataclasses.make_dataclass(
-        kind.__name__, fields, bases=(kind,), namespace={"__doc__": kind.__doc__, "__module__": kind.__module__}
-    )
 
 
 def describe(error: BaseException) -> str:

@@ -26,7 +26,7 @@ CONFIGS = [
     LMConfig(32, 1, 300, "mamba2", headdim=16),
     ViTConfig(32, 8, 32, 2, 2, 64),
     ConnectorConfig(),
-    StageConfig("s", ("connector",), 1e-3),
+    StageConfig("s", ("connector",), lr=1e-3),
     LoraConfig(),
 ]
 WRONG = [math.nan, "x", [], {}, b"", 1j, True, (1, 2, 3), object(), None, -1, -(10**400), -0.5, -math.inf]
@@ -66,8 +66,8 @@ def test_every_number_refuses_what_is_none(config):
         (LMConfig(), {"dt_limit": (0.5, 0.1)}, "dt_limit must be a lower and an upper bound"),
         (LMConfig(), {"dt_limit": (0.0, math.nan)}, r"dt_limit\[1\] must "),
         (ConnectorConfig(), {"n_layer": 10**6}, "n_layer must be at most 64"),
-        (StageConfig("s", ("",), 1.0), {"epochs": math.inf}, "epochs of stage 's' must lie in .* got inf"),
-        (StageConfig("s", ("",), 1.0), {"lr": math.inf}, "lr of stage 's' must lie in .* got inf"),
+        (StageConfig("s", ("",), lr=1.0), {"epochs": math.inf}, "epochs of stage 's' must lie in .* got inf"),
+        (StageConfig("s", ("",), lr=1.0), {"lr": math.inf}, "lr of stage 's' must lie in .* got inf"),
     ],
 )
 def test_bad_arguments_are_named(config, change, message):
@@ -78,7 +78,7 @@ def test_bad_arguments_are_named(config, change, message):
 def test_numbers_of_numpy_and_infinite_limits_are_taken():
     assert GenerationConfig(top_k=np.int64(3), temperature=np.float32(0.5)).top_k == 3
     assert LMConfig(dt_limit=(0.0, math.inf)).dt_limit[1] == math.inf
-    assert StageConfig("s", ("",), 1.0, grad_clip=math.inf).grad_clip == math.inf
+    assert StageConfig("s", ("",), lr=1.0, grad_clip=math.inf).grad_clip == math.inf
 
 
 def test_a_damaged_config_of_a_model_is_a_value_error_before_memory_is_allocated(tmp_path):

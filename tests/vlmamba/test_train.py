@@ -21,7 +21,7 @@ from tests.makers import save_images
 from tests.train.makers import qa_record, tiny_vlm
 from vlmamba import cli
 from vlmamba.commands import train_stages
-from vlmamba.commands.train import RECIPE_DEFAULTS, SHOWN, StageOverrides, Train
+from vlmamba.commands.train import RECIPE_DEFAULTS, SHOWN, DataOptions, OptimizationOptions, Train
 from vlmamba.model import VLM, MambaLM, Tokenizer
 from vlmamba.model.card import CardFacts
 from vlmamba.model.config import LMConfig
@@ -157,8 +157,10 @@ def test_every_setting_of_a_stage_can_be_changed(capsys):
         option = rf"--{field.name.replace('_', '-')}[ ,]"
         assert bool(re.search(option, shown)) == (field.name not in ("name", "lora"))
     assert "Peak learning rate. (default: vl-mamba 2e-05, ml-mamba 2e-05, small 0.001)" in shown
-    settings = StageOverrides(lr=0.5, betas=(0.8, 0.9), trainable=("connector.",), workers=2)
-    command = Train("x", "run", recipe="ml-mamba", stage="both", settings=settings)
+    command = Train(
+        "x", "run", recipe="ml-mamba", stage="both", trainable=("connector.",), loading=DataOptions(workers=2),
+        optimization=OptimizationOptions(lr=0.5, betas=(0.8, 0.9)),
+    )  # fmt: skip
     for stage in train_stages._stages(command, recipe_named("ml-mamba")):
         assert (stage.lr, stage.betas, stage.trainable, stage.workers) == (0.5, (0.8, 0.9), ("connector.",), 2)
         assert stage.precision == "bf16"  # the recipe's
@@ -171,7 +173,7 @@ def test_the_recipes_own_data_are_found_or_their_source_is_named(tmp_path, monke
     folder.mkdir(parents=True)
     (folder / "blip_laion_cc_sbu_558k.json").write_text("[]")
     (folder / "images.zip").write_bytes(b"")
-    command = Train("vl-mamba", "run", root=tmp_path / "elsewhere")
+    command = Train("vl-mamba", "run", loading=DataOptions(root=tmp_path / "elsewhere"))
     files = train_stages._files(command, recipe_named("vl-mamba"), "align")
     assert files == ((folder / "blip_laion_cc_sbu_558k.json", folder / "images.zip"),)
 
@@ -192,7 +194,7 @@ def test_the_recipes_own_data_are_found_or_their_source_is_named(tmp_path, monke
         (("model", "data/train.json", "--lora.alpha", "3"), "--lora.alpha needs --lora.rank"),
         (("model", "data/train.json", "--lora.rank", "0"), "rank of LoRA must lie in [1, 1048576], got 0"),
         (("model", "data/train.json", "--lora.rank", "2", "--stage", "align"), "--lora is for the finetune stage"),
-        (("model", "data/train.json", "--lr", "-1"), "lr of stage 'finetune' must lie in"),
+        (("model", "data/train.json", "--lr", "-1"), "--lr must lie in (0, 1000000], got -1.0"),
         (("model", "data/train.json", "--samples", "0"), "--samples must be at least 1, got 0"),
         (("language", "data/train.json"), "language is not a vision-language model"),
     ],
@@ -284,8 +286,8 @@ def test_empty_data_and_endless_stages_are_errors_before_any_work(model, data, t
             model, "data/empty.json", *option
         )
         arguments = (model, data / "train.json", "--images", data / "images", *option)
-        assert "epochs of stage 'finetune' must lie in" in fails(*arguments, "--epochs", "inf")
-        assert "lr of stage 'finetune' must lie in" in fails(*arguments, "--lr", "inf")
+        assert "--epochs must lie in" in fails(*arguments, "--epochs", "inf")
+        assert "--lr must lie in" in fails(*arguments, "--lr", "inf")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model").write_text("a file")

@@ -35,7 +35,12 @@ COMMANDS = ("/image ", "/video ", "/reset", "/help", "/quit")
 
 @dataclass
 class Chat:
-    """Chat with a model. /image PATH shows it an image, /reset starts over, /help lists the commands, /quit quits."""
+    """Chat with a model. /image PATH shows it an image, /reset starts over, /help lists the commands, /quit quits.
+
+    Examples:
+    $ vlmamba chat runs/demo-quick/vl-mamba/model --image picture.png
+    $ vlmamba chat han1997/cobra --image picture.png --dtype bf16 --temperature 0.7
+    """
 
     model: Positional[str]
     """Folder, or name on the Hugging Face Hub."""

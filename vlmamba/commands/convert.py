@@ -12,7 +12,12 @@ from .options import DtypeName, Positional
 @dataclass
 class Convert:
     """Write a model in another layout: this library's; for language models, that of state-spaces (mamba_ssm) or
-    transformers; for vision-language models, that of Cobra's and ML-Mamba's releases."""
+    transformers; for vision-language models, that of Cobra's and ML-Mamba's releases.
+
+    Examples:
+    $ vlmamba convert state-spaces/mamba-130m mamba-130m --to transformers
+    $ vlmamba convert runs/mine/model runs/mine/int8 --to own --quantize int8
+    """
 
     src: Positional[str]
     """Folder, or name on the Hugging Face Hub, in any known layout."""

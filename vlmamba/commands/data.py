@@ -11,7 +11,11 @@ from .options import Positional
 
 @dataclass
 class Data:
-    """Write a dataset in LLaVA's format, to train and evaluate on."""
+    """Write a dataset in LLaVA's format, to train and evaluate on.
+
+    Examples:
+    $ vlmamba data easy-vqa data
+    """
 
     name: Positional[Literal["easy-vqa"]]
     """easy-vqa: 5,000 images of one shape and 48,248 questions, from the package of that name."""

@@ -11,7 +11,12 @@ from .options import DemoPreset
 
 @dataclass
 class Demo:
-    """Train a tiny VL-Mamba and ML-Mamba on easy-VQA, evaluate, plot. An interrupted run resumes."""
+    """Train a tiny VL-Mamba and ML-Mamba on easy-VQA, evaluate, plot. An interrupted run resumes.
+
+    Examples:
+    $ vlmamba demo
+    $ vlmamba demo --preset full --seed 1
+    """
 
     preset: DemoPreset = "quick"
     """quick: a few minutes on two cores; full: about four times as long."""
@@ -20,6 +25,7 @@ class Demo:
     output: Path | None = None
     """Folder of the run; runs/demo-PRESET by default, with -seed-SEED for others than 0."""
     device: str = "cpu"
+    """cpu, cuda, or auto: a GPU where there is one."""
 
     def run(self) -> None:
         import torch

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 class Evaluate:
     """Ask a saved model the questions of a test set, and print its figures.
 
-    Without DATA they are easy-VQA's test questions. Examples:
-    vlmamba evaluate MODEL --data test.json
-    vlmamba evaluate MODEL --benchmark vizwiz --data VizWiz/val.json --images VizWiz/val
-    vlmamba evaluate MODEL --benchmark vsr --data vsr/test.jsonl --images vsr/images
-    vlmamba evaluate MODEL --benchmark refcoco --data "refcoco+/refs(unc).p" --images train2014
+    Without --data they are easy-VQA's test questions.
+
+    Examples:
+    $ vlmamba evaluate runs/demo-quick/vl-mamba/model
+    $ vlmamba evaluate runs/mine/model --data data/test.json --output answers.json
+    $ vlmamba evaluate runs/mine/model --benchmark vizwiz --data VizWiz/val.json --images VizWiz/val
+    $ vlmamba evaluate runs/mine/model --benchmark vsr --data vsr/test.jsonl --images vsr/images
+    $ vlmamba evaluate runs/mine/model --benchmark refcoco --data "refcoco+/refs(unc).p" --images train2014
     """
 
     model: Positional[str]
@@ -39,7 +42,9 @@ class Evaluate:
     output: Path | None = None
     """JSON file for the figures and all answers."""
     batch_size: Size = 256
+    """Questions that are answered together."""
     max_new_tokens: Annotated[int, Interval("[0, inf)")] = 32
+    """Longest answer, in tokens."""
     dtype: DtypeName | None = None
     """Dtype of the weights; the checkpoint's own by default."""
     device: str = "auto"

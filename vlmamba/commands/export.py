@@ -11,7 +11,11 @@ from .options import Positional
 @dataclass
 class Export:
     """Write a language model as ONNX graphs in float32: one for prompts, one for decoding steps, with states in and
-    out."""
+    out.
+
+    Examples:
+    $ vlmamba export state-spaces/mamba-130m --onnx mamba-130m-onnx
+    """
 
     model: Positional[str]
     """Folder, or name on the Hugging Face Hub, in any known layout."""

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Generate:
-    """Answer a question, with or without an image, or a file of them in batches. Language models continue a text."""
+    """Answer a question, with or without an image, or a file of them in batches. Language models continue a text.
+
+    Examples:
+    $ vlmamba generate state-spaces/mamba-130m "The capital of France is" --max-new-tokens 20
+    $ vlmamba generate runs/mine/model "what color is it?" --image picture.png
+    $ vlmamba generate runs/mine/model --prompts questions.jsonl --output answers.jsonl
+    """
 
     model: Positional[str]
     """Folder, or name on the Hugging Face Hub."""

@@ -10,7 +10,12 @@ from .options import DtypeName, Positional
 
 @dataclass
 class Inspect:
-    """Describe a checkpoint: parameters, memory of weights and state, operations a token. Weights are not read."""
+    """Describe a checkpoint: parameters, memory of weights and state, operations per token. Weights are not read.
+
+    Examples:
+    $ vlmamba inspect vl-mamba-2.8b --dtype bf16
+    $ vlmamba inspect runs/mine/model --json
+    """
 
     model: Positional[str]
     """Folder, preset such as vl-mamba-2.8b (nothing is downloaded), or name on the Hugging Face Hub."""

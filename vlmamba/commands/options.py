@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import tyro
 
@@ -11,7 +11,6 @@ from ..model.generation.config import GenerationConfig
 Positional = tyro.conf.Positional
 DemoPreset = Literal["quick", "full"]
 DtypeName = Literal["fp32", "bf16", "fp16"]
-Unset = tyro.conf.arg(help_behavior_hint="")
-"""An option without a default to show."""
-Sampling: TypeAlias = Annotated[GenerationConfig, tyro.conf.arg(name="")]
-"""Options of generation, without a prefix."""
+Group = tyro.conf.OmitArgPrefixes
+"""A group of options, a dataclass, whose options have no prefix."""
+Sampling: TypeAlias = Group[GenerationConfig]

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 class Reproduce:
     """Train and evaluate the rows of a paper's table; print the figures beside the paper's.
 
-    Without TABLE it lists the tables and their rows. The same command resumes an interrupted run, row by row. Examples:
-    vlmamba reproduce ml-mamba-connector --dry-run
-    vlmamba reproduce vl-mamba-scan --launcher "torchrun --nproc-per-node 8"
-    vlmamba reproduce vl-mamba-connector --miniature
+    Without TABLE it lists the tables and their rows. The same command resumes an interrupted run, row by row.
+
+    Examples:
+    $ vlmamba reproduce
+    $ vlmamba reproduce ml-mamba-connector --dry-run
+    $ vlmamba reproduce vl-mamba-scan --launcher "torchrun --nproc-per-node 8"
+    $ vlmamba reproduce vl-mamba-connector --miniature
     """
 
     table: Positional[str | None] = None
@@ -45,6 +48,7 @@ class Reproduce:
     seeds: Annotated[int, Interval("[2, 1000]")] = 10
     """Seeds of each row. Ten of a table with three or four rows take about an hour on two cores."""
     preset: DemoPreset = "quick"
+    """The demo's stages that the rows are trained by."""
     shorten: Annotated[float, Interval("(0, inf)")] = 1.0
     """Divisor of the preset's number of epochs."""
     questions: Count = 9673
@@ -52,6 +56,7 @@ class Reproduce:
     processes: Count | None = None
     """Runs at the same time, one thread each; the number of PyTorch's threads by default."""
     device: str = "cpu"
+    """cpu, cuda, or auto: a GPU where there is one."""
 
     def run(self) -> None:
         from ..train.reproduction.tables import TABLES, table_named

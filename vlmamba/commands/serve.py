@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from ..model.fields import Interval
 from ..model.prompt import TEMPLATES, get_template
 from ..serve.config import ServeConfig
-from .options import DtypeName, Positional
+from .options import DtypeName, Group, Positional
 
 
 @dataclass
 class Serve:
-    """Serve a model to many clients at once: OpenAI's HTTP interface, and a page to ask about an image."""
+    """Serve a model to many clients at once: OpenAI's HTTP interface, and a page to ask about an image.
+
+    Examples:
+    $ vlmamba serve runs/demo-quick/vl-mamba/model
+    $ vlmamba serve runs/mine/model --host 0.0.0.0 --api-keys keys.txt --slots 16
+    """
 
     model: Positional[str]
     """Folder, or name on the Hugging Face Hub."""
@@ -33,7 +36,7 @@ class Serve:
     """Prompt template of a language model's conversations; a VLM has its own."""
     drain_seconds: Annotated[float, Interval("[0, inf)")] = 30.0
     """Longest time for running answers to end after SIGTERM or Ctrl-C."""
-    limits: Annotated[ServeConfig, tyro.conf.arg(name="")] = ServeConfig()
+    limits: Group[ServeConfig] = ServeConfig()
     dtype: DtypeName | None = None
     """Dtype of the weights; the checkpoint's own by default."""
     device: str = "auto"

@@ -19,7 +19,12 @@ from .options import Positional
 
 @dataclass
 class ServeBench:
-    """Load-test a server by one client, then many: requests/s, tokens/s, time to first token, p50, p99, errors."""
+    """Load-test a server by one client, then many: requests/s, tokens/s, time to first token, p50, p99, errors.
+
+    Examples:
+    $ vlmamba serve-bench runs/demo-quick/vl-mamba/model
+    $ vlmamba serve-bench http://127.0.0.1:8000 --clients 16 --no-image
+    """
 
     target: Positional[str]
     """A running server, as http://HOST:PORT; or a model, which is then served for the test on this machine."""

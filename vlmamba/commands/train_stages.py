@@ -95,16 +95,17 @@ def _check(command: Train) -> None:
         raise ValueError(
             f"--output {command.output} would replace the model that training starts from: name another folder"
         )
-    if command.images and len(command.images) not in (1, len(command.data)):
+    n_images = len(command.loading.images)
+    if n_images and n_images not in (1, len(command.data)):
         raise ValueError(
-            f"--images must be one for all data or one for each of {len(command.data)} files, got {len(command.images)}"
+            f"--images must be one for all data or one for each of {len(command.data)} files, got {n_images}"
         )
 
 
 def _stages(command: Train, recipe: Recipe) -> list[StageConfig]:
     """Stages that the command selects, with its overrides."""
     names: Sequence[StageName] = ("align", "finetune") if command.stage == "both" else (command.stage,)
-    given = {name: value for name, value in vars(command.settings).items() if value is not None}
+    given = command.overrides()
     lora = command.lora.config()
     if lora is not None and "finetune" not in names:
         raise ValueError("--lora is for the finetune stage: align does not train the language model")
@@ -117,16 +118,17 @@ def _stages(command: Train, recipe: Recipe) -> list[StageConfig]:
 def _files(command: Train, recipe: Recipe, stage: str) -> tuple[File, ...]:
     """Annotation files of a stage, each with its images."""
     if command.data:
-        images = command.images or (None,)
+        images = command.loading.images or (None,)
         return tuple(zip(command.data, images * (len(command.data) if len(images) == 1 else 1), strict=True))
     own: tuple[DataFile, ...] = getattr(recipe, f"{stage}_data")
+    root = command.loading.root
     if not own:
         raise ValueError("name DATA, files of conversations: the recipe has none of its own")
     for file in own:
-        for path in (command.root / file.annotations, command.root / file.images):
+        for path in (root / file.annotations, root / file.images):
             if not path.exists():
                 raise FileNotFoundError(f"no {path}, which stage {stage} trains on. Get it from {file.source}")
-    return tuple((command.root / file.annotations, command.root / file.images) for file in own)
+    return tuple((root / file.annotations, root / file.images) for file in own)
 
 
 def _dry_run(command: Train, name: str, recipe: Recipe, data: Sequence[tuple[StageConfig, Records]]) -> None:
@@ -190,17 +192,17 @@ def _train_stage(
     device: torch.device,
 ) -> None:
     folder, samples = command.output / stage.name, Conversations(records, model)
-    make_tracker = functools.partial(Tracker, wandb=command.wandb)
-    if command.peak_tflops is not None:
+    make_tracker = functools.partial(Tracker, wandb=command.logging.wandb)
+    if command.logging.peak_tflops is not None:
         # FLOPs a token, from a few samples; utilization needs no more.
         plan = make_plan(model.config, stage, len(samples), measure(samples, 64), world_size())
-        peak = command.peak_tflops * 1e12 * world_size()
+        peak = command.logging.peak_tflops * 1e12 * world_size()
         make_tracker = functools.partial(make_tracker, flops_per_token=plan.flops_per_token, peak_flops=peak)
     on_step = None
-    if command.sample_every is not None:
+    if command.logging.sample_every is not None:
         # Evenly spaced over the data.
-        chosen = records[:: math.ceil(len(records) / command.samples)]
-        on_step = SampleAnswers(folder, chosen, command.sample_every, stage.precision)
+        chosen = records[:: math.ceil(len(records) / command.logging.samples)]
+        on_step = SampleAnswers(folder, chosen, command.logging.sample_every, stage.precision)
     train_stage(model, stage, samples, collate, folder, device, on_step, make_tracker, files, command.may_change)
 
 
