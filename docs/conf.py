@@ -25,7 +25,7 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "description.md"]  # the latter is for a package index
 default_role = "py:obj"  # docstrings write `name`: a link where a page has the object, code elsewhere
 myst_heading_anchors = 3
 myst_enable_extensions = ["html_image"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -64,8 +65,24 @@ def wheel(tmp_path_factory) -> Path:
     return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_source_archive_builds_the_same_wheel(wheel, tmp_path):
-    archive = build("sdist", ROOT, tmp_path / "sdist")
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    return build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+
+
+def test_a_package_index_can_show_the_description(wheel, archive):
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(archive)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (n for n in files.namelist() if n.endswith(".dist-info/METADATA"))
+        described = files.read(name).decode().partition("\n\n")[2]
+    assert described.startswith("# vl-mamba")
+    # An index has no files beside it: no relative link, and no picture.
+    assert not re.findall(r"\]\((?!https://)", described) and "<img" not in described and "![" not in described
+
+
+def test_the_source_archive_builds_the_same_wheel(wheel, archive, tmp_path):
     shutil.unpack_archive(archive, tmp_path)
     again = build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path / "wheel")
     with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:

@@ -21,19 +21,51 @@ from .config import StageConfig
 from .recipes import RECIPES, Recipe, nearest
 
 
+def named_model(name: str) -> str:
+    """Look up the name of a model as commands take it.
+
+    Args:
+        name: a folder, a name on the Hub, a preset, or a recipe, which stands for the model of its paper. A folder
+            comes before the others of its name.
+
+    Returns:
+        The name, or the preset of a recipe.
+
+    Raises:
+        ValueError: there is none of that name; the message has the nearest.
+    """
+    if not Path(name).is_dir():
+        if name in RECIPES and RECIPES[name].model is not None:
+            return str(RECIPES[name].model)
+        # A name with a slash may be on the Hub; any other would have to be a folder.
+        if name not in PRESETS and "/" not in name:
+            raise ValueError(f"no folder, preset or recipe {name!r}{nearest(name, [*PRESETS, *RECIPES])}")
+    return name
+
+
+def saved_model(name: str) -> str:
+    """Look up the name of a model that has weights.
+
+    Raises:
+        ValueError: there is none of that name, or it is a preset, whose connector is not trained.
+    """
+    found = named_model(name)
+    if is_preset(found):
+        raise ValueError(
+            f"{name} is a preset: pretrained parts and a connector without weights. `vlmamba train {name} ...` trains "
+            f"it, `vlmamba inspect {name}` describes it"
+        )
+    return found
+
+
 def model_config(name: str) -> VLMConfig:
     """Read the config of a preset or a saved model; no weights are read.
 
     Raises:
-        ValueError: there is no such name (the message has the nearest), or it is not a vision-language model.
+        ValueError: it is not a vision-language model.
         FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch_model`.
     """
-    if is_preset(name):
-        return PRESETS[name].config
-    # A name with a slash may be on the Hub; any other must be a folder.
-    if "/" not in name and not Path(name).is_dir():
-        raise ValueError(f"no folder, preset or recipe {name!r}{nearest(name, [*PRESETS, *RECIPES])}")
-    return _open(name)[0]
+    return PRESETS[name].config if is_preset(name) else _open(name)[0]
 
 
 def model_without_weights(name: str, **hub: Any) -> VLM:

@@ -375,6 +375,25 @@ def test_an_error_is_one_line_on_stderr(arguments, message, folder):
     assert text.startswith("vlmamba: ") and message in text and "\n" not in text
 
 
+@pytest.mark.parametrize("command", ["generate {} a", "chat {}", "evaluate {}", "convert {} out --to own",
+                                     "export {} --onnx out", "serve {}"])  # fmt: skip
+def test_a_model_s_name_means_the_same_to_every_command(command, tmp_path, monkeypatch):
+    """A preset or a recipe has no weights yet, which is said without a network; a slip gets the nearest name."""
+    monkeypatch.chdir(tmp_path)
+    for name, message in [
+        ("ml-mamba-3b", "is a preset: pretrained parts and a connector without weights. `vlmamba train ml-mamba-3b"),
+        ("vl-mamba", "`vlmamba inspect vl-mamba` describes it"),
+        ("ml-mamba-3", "no folder, preset or recipe 'ml-mamba-3'; did you mean 'ml-mamba-3b'?"),
+    ]:
+        with pytest.raises(SystemExit) as end:
+            cli.main(command.format(name).split())
+        assert message in str(end.value)
+
+
+def test_a_recipe_is_inspected_as_the_model_of_its_paper(capsys):
+    assert run(capsys, "inspect", "vl-mamba").startswith("vl-mamba-2.8b: VLM, format preset")
+
+
 def chat(monkeypatch, capsys, lines, *arguments) -> str:
     """Run a conversation with these lines as its input, and return its output."""
     typed = iter(lines)

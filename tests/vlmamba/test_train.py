@@ -103,6 +103,14 @@ def test_both_stages_train_what_they_should_and_leave_a_card(model, data):
     assert len(read_metrics(data.parent / "run" / "align")) == 6
 
 
+def test_the_end_says_how_to_talk_to_the_model(model, data, capsys):
+    train(model, data / "train.json", "--images", data / "images", "--epochs", "0.1", "--sample-every", "1")
+    said = capsys.readouterr()
+    command = said.out.partition("saved run/model. Chat with it:\n")[2].split()
+    assert command == ["vlmamba", "chat", "run/model", "--image", str(data / "images" / "red.png")]
+    assert re.search(r"step 1: '.*what color is it' → '.*', truth 'it is red'", said.err)
+
+
 def test_lora_is_merged_into_the_model_that_is_saved(model, data):
     train(model, data / "train.json", "--images", data / "images", "--epochs", "2", "--batch-size", "8",
           "--lora.rank", "2", "--lora.targets", "in_proj", "dt_proj")  # fmt: skip

@@ -32,7 +32,8 @@ class Convert:
 
     def run(self) -> None:
         from ..model.convert import convert
+        from ..train.base_model import saved_model
         from .loading import torch_dtype
 
-        convert(self.src, self.dst, to=self.to, dtype=torch_dtype(self.dtype), quantize=self.quantize)
+        convert(saved_model(self.src), self.dst, to=self.to, dtype=torch_dtype(self.dtype), quantize=self.quantize)
         print(f"wrote {self.dst}")

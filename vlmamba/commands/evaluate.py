@@ -54,6 +54,7 @@ class Evaluate:
         from ..model.device import device_named
         from ..model.files import write_atomic
         from ..model.vlm import VLM
+        from ..train.base_model import saved_model
         from .loading import torch_dtype
 
         if self.benchmark is not None and self.data is None:
@@ -64,7 +65,8 @@ class Evaluate:
         # Before the questions are asked, which may take hours.
         if self.output is not None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-        model = VLM.from_pretrained(self.model, dtype=torch_dtype(self.dtype), device_map=device_named(self.device))
+        place = device_named(self.device)
+        model = VLM.from_pretrained(saved_model(self.model), dtype=torch_dtype(self.dtype), device_map=place)
         answers = questions.ask(model, self.batch_size, self.max_new_tokens)
         figures = questions.scores(answers)
         for name, share in figures.items():

@@ -28,9 +28,10 @@ class Export:
         from ..model.lm import MambaLM
         from ..model.load import load_model
         from ..model.onnx_export import check_installed, export_onnx
+        from ..train.base_model import saved_model
 
         check_installed()
-        model = load_model(self.model, dtype=torch.float32)
+        model = load_model(saved_model(self.model), dtype=torch.float32)
         if not isinstance(model, MambaLM):
             raise ValueError(f"{self.model} is a vision-language model; only language models are exported to ONNX")
         for file in export_onnx(model, self.onnx):

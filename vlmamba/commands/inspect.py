@@ -18,7 +18,7 @@ class Inspect:
     """
 
     model: Positional[str]
-    """Folder, preset such as vl-mamba-2.8b (nothing is downloaded), or name on the Hugging Face Hub."""
+    """Folder, preset such as vl-mamba-2.8b or recipe (nothing is downloaded), or name on the Hugging Face Hub."""
     dtype: DtypeName | None = None
     """Dtype to compute sizes for; the checkpoint's own by default."""
     json: bool = False
@@ -26,7 +26,8 @@ class Inspect:
 
     def run(self) -> None:
         from ..model.inspect import inspect
+        from ..train.base_model import named_model
         from .loading import torch_dtype
 
-        report = inspect(self.model, torch_dtype(self.dtype))
+        report = inspect(named_model(self.model), torch_dtype(self.dtype))
         print(json.dumps(report.to_json(), indent=2) if self.json else report)

@@ -8,6 +8,7 @@ from ..model.device import device_named
 from ..model.lm import MambaLM
 from ..model.load import load_model
 from ..model.vlm import VLM
+from ..train.base_model import saved_model
 from .options import DtypeName
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,10 +23,11 @@ def load_with_tokenizer(name: str, dtype: DtypeName | None, device: str) -> Mamb
     """Load a model that takes and returns text.
 
     Raises:
-        ValueError: it has no tokenizer, or there is no such device.
+        ValueError: there is no such model or device, or the model has no tokenizer.
         OSError: as `from_pretrained`.
     """
-    model = load_model(name, dtype=torch_dtype(dtype), device_map=device_named(device))
+    place = device_named(device)
+    model = load_model(saved_model(name), dtype=torch_dtype(dtype), device_map=place)
     if model.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it cannot be prompted with text")
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..model.presets import is_preset
 from ..model.quantize import check_quantization, dequantize_model, is_quantized
 from ..model.tokenizer import Tokenizer
 from ..model.vlm import VLM
-from ..train.base_model import check_checkpoint, model_config, model_without_weights, template_of
+from ..train.base_model import check_checkpoint, model_config, model_without_weights, named_model, template_of
 from ..train.card import TrainedStage, card_facts
 from ..train.config import StageConfig
 from ..train.distributed import on_first_rank, processes, rank, world_size
@@ -53,10 +54,7 @@ def run_training(command: Train) -> None:
 
 
 def _run(command: Train, device: torch.device) -> None:
-    # A recipe's name is its paper's model, unless a folder has that name.
-    model = command.model
-    if model in RECIPES and not Path(model).is_dir():
-        model = RECIPES[model].model or model
+    model = named_model(command.model)
     config = model_config(model)
     name = command.recipe or recipe_for(config)
     recipe = recipe_named(name)
@@ -180,7 +178,14 @@ def _train(
             )
             dequantize_model(model)
         model.cpu().eval().save_pretrained(command.output / "model", model_card_kwargs={"facts": facts})
-    print_once(f"saved {command.output / 'model'}")
+    print_once(_next_steps(command.output / "model", data[-1][1]))
+
+
+def _next_steps(model: Path, records: Records) -> str:
+    """Say where the model is, and how to talk to it about an image of the data."""
+    image = next((image for image in records[0].images if isinstance(image, Path)), None)
+    words = ["vlmamba", "chat", str(model), *([] if image is None else ["--image", str(image)])]
+    return f"saved {model}. Chat with it:\n  {shlex.join(words)}"
 
 
 def _train_stage(
