@@ -27,6 +27,7 @@ def fuse_step(
     """Make the function that advances all layers by one token and predicts the next one.
 
     Activations are float32 throughout, also where weights are bfloat16 or quantized, which are read as they are.
+    For a product with a quantized matrix a vector is rounded to integers of 16 bits, its largest element to 32,767.
     Weights and states are used where they are: changes in place count.
 
     Args:

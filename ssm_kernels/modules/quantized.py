@@ -1,7 +1,7 @@
 """Linear layers and embeddings whose weights are integers of 8 or 4 bits with scales: weight-only quantization.
 
-Arithmetic stays in floating point: a layer makes the weights that it multiplies by from integers and scales, in the
-dtype of its input. `fuse_step` reads the integers themselves.
+A layer makes the weights that it multiplies by from integers and scales, in the dtype of its input. `fuse_step`
+multiplies the integers themselves, by activations of 16 bits.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def quantize(layer, bits):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "bits"), [(Mamba, {"d_model": 32, "d_state": 5, "bias": True}, 8), (Mamba2, MAMBA2[0], 4)]
+    ("kind", "options", "bits"), [(Mamba, {"d_model": 21, "d_state": 5, "bias": True}, 8), (Mamba2, MAMBA2[0], 4)]
 )
 def test_quantized_weights_are_read_as_they_are(kind, options, bits):
     """In bfloat16 with A_log, D and the bias of dt in float32, as a checkpoint is loaded."""
@@ -107,14 +107,14 @@ def test_quantized_weights_are_read_as_they_are(kind, options, bits):
     exact = [(copy.deepcopy(n).float(), copy.deepcopy(m).float()) for n, m in layers]
     exact_states = [m.new_state(1) for _, m in exact]
     for _ in range(3):
-        embeddings = torch.randn(1, 32).bfloat16()
+        embeddings = torch.randn(1, options["d_model"]).bfloat16()
         with torch.no_grad(), use_backend("reference"):
             residual = embeddings.unsqueeze(1).float()
             for (layer_norm, mixer), state in zip(exact, exact_states, strict=True):
                 residual = residual + mixer(layer_norm(residual), state)
             expected = head(copy.deepcopy(norm).float()(residual))[:, 0]
         torch.testing.assert_close(step(embeddings), expected, rtol=3e-2, atol=3e-2)
-    layers[0][1].in_proj = quantize(nn.Linear(32, layers[0][1].in_proj.out_features), 12 - bits)
+    layers[0][1].in_proj = quantize(nn.Linear(64, layers[0][1].in_proj.out_features), 12 - bits)
     assert "bits of quantized weights" in obstacle_to_fusing(layers, norm, head)
 
 

@@ -10,12 +10,16 @@ from ..._numba.functions import LOG2_E, exp2, sigmoid
 from ..._numba.lanes import (
     BLOCK,
     aligned_empty,
+    borrow,
+    borrow_from,
     element,
     element_as,
-    fill,
     fma,
+    keep,
     lane_count,
     load,
+    load_as,
+    prefetch,
     read_row,
     set_element,
     splat,
@@ -24,7 +28,7 @@ from ..._numba.lanes import (
     write_row,
 )
 from ..._numba.stages import array_at, await_blocks, finish_block, take_block
-from ..._numba.vectors import count_blocks, dot, matrix_at, project
+from ..._numba.vectors import block_rows_of, count_blocks, dot, four_dots, matrix_at, project, vectors_for
 from ...selective_scan.numba.tiles import prepare_steps
 from .parts import normalize, predict, project_in, project_out
 from .tensors import (
@@ -49,8 +53,6 @@ from .tensors import (
 
 STAGES = 4
 """Stages of a layer: in_proj with the convolution, x_proj, the scan with dt_proj and the gate, out_proj."""
-X_PROJ_ROWS = 2
-"""Rows of each stream in a block of x_proj, which has few."""
 
 
 @Kernel
@@ -102,19 +104,19 @@ def step_layers(
 @njit
 def project_x(counters, stage, batch, projected, weight, low_rank, inner):
     """low_rank (B, R + 2 N) = x_proj(x), with x the first channels of `projected`."""
-    rows, n_low_rank, block_rows = projected.size // batch, low_rank.size // batch, np.int64(X_PROJ_ROWS)
-    zero = np.int64(0)
-    nothing = projected[:0]
+    rows, n_low_rank, zero = projected.size // batch, low_rank.size // batch, np.int64(0)
+    nothing, block_rows = projected[:0], block_rows_of(weight, n_low_rank)
     n_blocks = count_blocks(n_low_rank, block_rows)
     block = take_block(counters, stage)
-    while block < n_blocks:
-        for b in range(batch):
-            project(
-                weight, nothing, block, block_rows, n_low_rank, projected, b * rows, inner, low_rank, b * n_low_rank,
-                zero,
-            )  # fmt: skip
-        finish_block(counters, stage)
-        block = take_block(counters, stage)
+    if block < n_blocks:
+        vectors = vectors_for(weight, projected, batch, rows, inner)
+        while block < n_blocks:
+            for b in range(batch):
+                project(
+                    weight, nothing, block, block_rows, n_low_rank, vectors, b, inner, low_rank, b * n_low_rank, zero
+                )  # fmt: skip
+            finish_block(counters, stage)
+            block = take_block(counters, stage)
     await_blocks(counters, stage, n_blocks)
 
 
@@ -122,19 +124,21 @@ def project_x(counters, stage, batch, projected, weight, low_rank, inner):
 def scan(counters, stage, batch, projected, low_rank, dt_proj, dt_bias, A_log, D, state, n, mixer_eps, y):
     """Advance the states (B, E, N) of a layer; y (B, E) = (C h + D x) silu(z). A block is BLOCK channels."""
     rows, inner, n_low_rank = projected.size // batch, y.size // batch, low_rank.size // batch
-    rank, lanes, nothing, zero, one = n_low_rank - 2 * n, lane_count(y), dt_proj[:0], np.int64(0), np.int64(1)
-    padded = (n + lanes - 1) // lanes * lanes
+    rank, lanes, zero, one = n_low_rank - 2 * n, lane_count(y), np.int64(0), np.int64(1)
+    n_whole, padded = n - n % lanes, (n + lanes - 1) // lanes * lanes
+    nothing = dt_proj[:0]
+    tiles = aligned_empty(y, 5 * BLOCK + 2 * lanes + 2 * padded)
     x, dt, dt_x, bias, gates = (
-        aligned_empty(y, one * BLOCK), aligned_empty(y, one * BLOCK), aligned_empty(y, one * BLOCK),
-        aligned_empty(y, one * BLOCK), aligned_empty(y, one * BLOCK),
+        borrow_from(tiles, 0), borrow_from(tiles, BLOCK), borrow_from(tiles, 2 * BLOCK), borrow_from(tiles, 3 * BLOCK),
+        borrow_from(tiles, 4 * BLOCK),
     )  # fmt: skip
-    a_row, h_row, B, C = (
-        aligned_empty(y, padded),
-        aligned_empty(y, padded),
-        aligned_empty(y, padded),
-        aligned_empty(y, padded),
-    )
+    a_row, h_row = borrow_from(tiles, 5 * BLOCK), borrow_from(tiles, 5 * BLOCK + lanes)
+    B = borrow_from(tiles, 5 * BLOCK + 2 * lanes)
+    C = borrow_from(tiles, 5 * BLOCK + 2 * lanes + padded)
     parts = aligned_empty(y, n_low_rank)
+    dt_rank, dt_proj, projected, A_log, state = (
+        borrow(parts), borrow(dt_proj), borrow(projected), borrow(A_log), borrow(state)
+    )  # fmt: skip
     n_blocks = (inner + BLOCK - 1) // BLOCK
     block = take_block(counters, stage)
     while block < n_blocks:
@@ -151,22 +155,34 @@ def scan(counters, stage, batch, projected, low_rank, dt_proj, dt_bias, A_log, D
             read_row(parts, rank + n, one, n, C, zero)
             read_row(projected, b * rows + channel, one, width, x, zero)
             read_row(dt_bias, channel, one, width, bias, zero)
-            fill(dt, 0.0)
-            for i in range(width):
-                set_element(dt, i, dot(parts, zero, dt_proj, (channel + i) * rank, rank))
+            whole = width - width % 4
+            for i in range(0, whole, 4):
+                first = (channel + i) * rank
+                p, q, r, s = four_dots(dt_rank, zero, dt_proj, first, rank, rank)
+                set_element(dt, i, p)
+                set_element(dt, i + 1, q)
+                set_element(dt, i + 2, r)
+                set_element(dt, i + 3, s)
+            for i in range(whole, width):
+                set_element(dt, i, dot(dt_rank, zero, dt_proj, (channel + i) * rank, rank))
             prepare_steps(one, width, bias, True, x, dt, dt_x)
             for i in range(width):
                 at = (channel + i) * n
-                result, step = splat(y, 0.0), element(dt, i) * LOG2_E
-                read_row(A_log, at, one, n, a_row, zero)
-                read_row(state, b * inner * n + at, one, n, h_row, zero)
-                for j in range(0, n, lanes):
-                    # h = exp(dt A) h + dt B x, y = C h, with A = -exp(A_log) (arXiv 2312.00752, equation 2)
-                    decay = exp2(exp2(load(a_row, j) * LOG2_E) * -step)
-                    h = fma(decay, load(h_row, j), load(B, j) * element(dt_x, i))
+                h_at = b * inner * n + at
+                result, step, input_ = splat(y, 0.0), element(dt, i) * -LOG2_E, element(dt_x, i)
+                for j in range(0, n_whole, lanes):
+                    prefetch(A_log, at + j)
+                    prefetch(state, h_at + j)
+                    h = advance(load_as(y, A_log, at + j), step, load(state, h_at + j), load(B, j) * input_)
                     result = fma(load(C, j), h, result)
-                    store(h_row, j, h)
-                write_row(h_row, zero, state, b * inner * n + at, one, n)
+                    store(state, h_at + j, h)
+                if n_whole < n:
+                    read_row(A_log, at + n_whole, one, n - n_whole, a_row, zero)
+                    read_row(state, h_at + n_whole, one, n - n_whole, h_row, zero)
+                    h = advance(load(a_row, 0), step, load(h_row, 0), load(B, n_whole) * input_)
+                    result = fma(load(C, n_whole), h, result)
+                    store(h_row, 0, h)
+                    write_row(h_row, zero, state, h_at + n_whole, one, n - n_whole)
                 # `dt` is free: it holds y from here on.
                 set_element(dt, i, total(result) + element_as(y, D, channel + i) * element(x, i))
             read_row(projected, b * rows + inner + channel, one, width, gates, zero)
@@ -176,4 +192,12 @@ def scan(counters, stage, batch, projected, low_rank, dt_proj, dt_bias, A_log, D
             write_row(dt, zero, y, b * inner + channel, one, width)
         finish_block(counters, stage)
         block = take_block(counters, stage)
+    keep(tiles)
+    keep(parts)
     await_blocks(counters, stage, n_blocks)
+
+
+@njit(forceinline=True)
+def advance(A_log, step, h, input_):
+    """h = exp(dt A) h + dt B x, with A = -exp(A_log) and dt as -log2(e) dt (arXiv 2312.00752, equation 2)."""
+    return fma(exp2(exp2(A_log * LOG2_E) * step), h, input_)

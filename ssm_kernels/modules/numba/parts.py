@@ -9,22 +9,29 @@ from ..._numba.functions import rsqrt, sigmoid
 from ..._numba.lanes import (
     BLOCK,
     aligned_empty,
+    borrow,
+    borrow_from,
     element,
     element_as,
-    fill,
     lane_count,
     load,
     read_row,
     set_element,
+    splat,
     store,
     write_row,
 )
 from ..._numba.stages import await_blocks, finish_block, take_block
-from ..._numba.vectors import STREAMS, count_blocks, dot, project, rows_of_stream
+from ..._numba.vectors import (
+    STREAMS,
+    block_rows_of,
+    count_blocks,
+    dot,
+    project,
+    rows_of_stream,
+    vectors_for,
+)
 from ...causal_conv1d.numba.tiles import convolve_rows
-
-ROWS = 16
-"""Rows of each stream in a block: some 10 microseconds, and few enough that threads finish together."""
 
 
 @njit
@@ -46,46 +53,53 @@ def project_in(
     residual (B, D); weight, a matrix (rows, D); conv_weight (channels, K); conv_state (B, K - 1, channels), updated in
     place; projected (B, rows).
     """
-    width, rows = residual.size // batch, projected.size // batch
-    channels, block_rows, zero = conv_weight.size // n_taps, np.int64(ROWS), np.int64(0)
-    normed = aligned_empty(residual, batch * width)
-    window, taps = aligned_empty(residual, n_taps * BLOCK), aligned_empty(residual, n_taps * BLOCK)
-    n_blocks, stride = count_blocks(rows, block_rows), rows_of_stream(rows)
-    is_ready = False
+    width, rows, channels = residual.size // batch, projected.size // batch, conv_weight.size // n_taps
+    zero, block_rows, stride = np.int64(0), block_rows_of(weight, rows), rows_of_stream(rows)
+    n_blocks = count_blocks(rows, block_rows)
     block = take_block(counters, stage)
-    while block < n_blocks:
-        if not is_ready:  # in each thread: it takes less than to wait for another one
-            is_ready = True
-            for b in range(batch):
-                normalize(residual, b * width, width, norm, eps, normed, b * width)
+    if block < n_blocks:
+        # In each thread: it takes less than to wait for another one.
+        normed = aligned_empty(residual, batch * width)
         for b in range(batch):
-            project(weight, bias, block, block_rows, rows, normed, b * width, width, projected, b * rows, zero)
-        for first in range(block * ROWS, STREAMS * stride, stride):
-            # Rows of one stream: those that are channels of the convolution
-            end = min(first + ROWS, first - block * ROWS + stride, rows)
-            start, stop = max(first, conv_first), min(end, conv_first + channels)
-            if start < stop:
-                convolve(
-                    batch, projected, start, stop - start, conv_weight, conv_bias, conv_state, start - conv_first,
-                    n_taps, window, taps,
-                )  # fmt: skip
-        finish_block(counters, stage)
-        block = take_block(counters, stage)
+            normalize(residual, b * width, width, norm, eps, normed, b * width)
+        vectors = vectors_for(weight, normed, batch, width, width)
+        tiles = aligned_empty(residual, (2 * n_taps + 2) * BLOCK)
+        while block < n_blocks:
+            for b in range(batch):
+                project(weight, bias, block, block_rows, rows, vectors, b, width, projected, b * rows, zero)
+            for first in range(block * block_rows, STREAMS * stride, stride):
+                # Rows of one stream: those that are channels of the convolution
+                end = min(first + block_rows, first - block * block_rows + stride, rows)
+                start, stop = max(first, conv_first), min(end, conv_first + channels)
+                if start < stop:
+                    convolve(
+                        batch, projected, start, stop - start, conv_weight, conv_bias, conv_state, start - conv_first,
+                        n_taps, tiles,
+                    )  # fmt: skip
+            finish_block(counters, stage)
+            block = take_block(counters, stage)
     await_blocks(counters, stage, n_blocks)
 
 
 @njit
-def convolve(batch, projected, at, count, weight, bias, state, channel, n_taps, window, taps):
-    """Advance the convolution of `count` channels by a step, in place: projected[:, at : at + count]."""
+def convolve(batch, projected, at, count, weight, bias, state, channel, n_taps, tiles):
+    """Advance the convolution of `count` channels by a step, in place: projected[:, at : at + count].
+
+    `tiles` has room for 2 K + 2 rows of BLOCK.
+    """
     rows, channels, zero, one = projected.size // batch, weight.size // n_taps, np.int64(0), np.int64(1)
-    before = n_taps - 1
-    y, bias_tile = aligned_empty(projected, one * BLOCK), aligned_empty(projected, one * BLOCK)
-    fill(bias_tile, 0.0)
+    before, row, has_bias = n_taps - 1, n_taps * BLOCK, bias.size > 0
+    window, taps = borrow_from(tiles, 0), borrow_from(tiles, row)
+    y, bias_tile = borrow_from(tiles, 2 * row), borrow_from(tiles, 2 * row + BLOCK)
+    projected, weight, bias, state = borrow(projected), borrow(weight), borrow(bias), borrow(state)
     for i in range(count):
         for k in range(n_taps):
             set_element(taps, k * BLOCK + i, element_as(taps, weight, (channel + i) * n_taps + k))
-    if bias.size:
+    if has_bias:
         read_row(bias, channel, one, count, bias_tile, zero)
+    else:
+        for i in range(0, count, lane_count(y)):
+            store(bias_tile, i, splat(y, 0.0))
     for b in range(batch):
         # Rows of the window are (x_{t - K + 1}, ..., x_t); all but the first are the next state.
         first = b * before * channels + channel
@@ -107,33 +121,35 @@ def convolve(batch, projected, at, count, weight, bias, state, channel, n_taps, 
 @njit
 def project_out(counters, stage, batch, y, weight, bias, residual):
     """residual += out_proj(y), with y (B, E), residual (B, D) and the matrix `weight` (D, E)."""
-    columns, width, block_rows, one = y.size // batch, residual.size // batch, np.int64(ROWS), np.int64(1)
+    columns, width, one = y.size // batch, residual.size // batch, np.int64(1)
+    block_rows = block_rows_of(weight, width)
     n_blocks = count_blocks(width, block_rows)
     block = take_block(counters, stage)
-    while block < n_blocks:
-        for b in range(batch):
-            project(weight, bias, block, block_rows, width, y, b * columns, columns, residual, b * width, one)
-        finish_block(counters, stage)
-        block = take_block(counters, stage)
+    if block < n_blocks:
+        vectors = vectors_for(weight, y, batch, columns, columns)
+        while block < n_blocks:
+            for b in range(batch):
+                project(weight, bias, block, block_rows, width, vectors, b, columns, residual, b * width, one)
+            finish_block(counters, stage)
+            block = take_block(counters, stage)
     await_blocks(counters, stage, n_blocks)
 
 
 @njit
 def predict(counters, stage, batch, residual, norm, eps, weight, logits):
     """logits = lm_head(norm(residual)), with residual (B, D), the matrix `weight` (V, D) and logits (B, V)."""
-    width, rows, block_rows, zero = residual.size // batch, logits.size // batch, np.int64(ROWS), np.int64(0)
-    nothing = norm[:0]
-    normed = aligned_empty(residual, batch * width)
+    width, rows, zero = residual.size // batch, logits.size // batch, np.int64(0)
+    nothing, block_rows = norm[:0], block_rows_of(weight, rows)
     n_blocks = count_blocks(rows, block_rows)
-    is_ready = False
     block = take_block(counters, stage)
-    while block < n_blocks:
-        if not is_ready:
-            is_ready = True
-            for b in range(batch):
-                normalize(residual, b * width, width, norm, eps, normed, b * width)
+    if block < n_blocks:
+        normed = aligned_empty(residual, batch * width)
         for b in range(batch):
-            project(weight, nothing, block, block_rows, rows, normed, b * width, width, logits, b * rows, zero)
-        finish_block(counters, stage)
-        block = take_block(counters, stage)
+            normalize(residual, b * width, width, norm, eps, normed, b * width)
+        vectors = vectors_for(weight, normed, batch, width, width)
+        while block < n_blocks:
+            for b in range(batch):
+                project(weight, nothing, block, block_rows, rows, vectors, b, width, logits, b * rows, zero)
+            finish_block(counters, stage)
+            block = take_block(counters, stage)
     await_blocks(counters, stage, n_blocks)
