@@ -69,6 +69,8 @@ def model_card(model: nn.Module, config: LMConfig | ViTConfig | VLMConfig, facts
     """
     parameters = _count(model)
     kind, task, usage = _KINDS[type(config)]
+    if isinstance(config, ViTConfig) and getattr(model, "processor", None) is None:
+        usage = _USE_VIT_ON_PIXELS.format(size=config.image_size)
     title = f"{kind}, {parameters:,} parameters"
     parts = [f"# {title}", _architecture(config, model)]
     if bits := sorted({m.bits for m in model.modules() if isinstance(m, QuantizedMatrix)}):
@@ -206,6 +208,11 @@ _USE_VIT = """from vlmamba.model import ViT
 
 model = ViT.from_pretrained(".")  # this folder, or the model's name on the Hub
 print(model(model.processor("picture.png")[None]).shape)"""
+_USE_VIT_ON_PIXELS = """import torch
+from vlmamba.model import ViT
+
+model = ViT.from_pretrained(".")  # this folder, or the model's name on the Hub
+print(model(torch.zeros(1, 3, {size}, {size})).shape)  # normalized pixels"""
 
 _KINDS = {
     VLMConfig: ("Mamba vision-language model", "image-text-to-text", _USE_VLM),

@@ -164,7 +164,8 @@ def _write_card(
         layout += f" Matrices hold integers of {' and '.join(map(str, sorted(set(bits.values()))))} bits, with scales."
     # A snapshot of the Hub may or may not have its card, so that only a folder's is copied.
     if expand_home(src).is_dir() and (folder / CARD).exists():
-        text = (folder / CARD).read_text(encoding="utf-8").rstrip()
+        # Without the section of an earlier conversion, which is the last one.
+        text = (folder / CARD).read_text(encoding="utf-8").partition("\n## Layout\n")[0].rstrip()
         (staged / CARD).write_text(f"{text}\n\n{layout}\n", encoding="utf-8")
         return
     # Parameters are counted, so no memory is needed.

@@ -48,7 +48,7 @@ def card_facts(base: str, recipe: str, stages: Sequence[TrainedStage]) -> CardFa
     inherited = facts_of_base(base)
     start = f"`{base}`" if is_preset(base) or not Path(base).is_dir() else "a saved model"
     sections = [f"## Training\n\nTrained from {start} by the recipe `{recipe}`."]
-    sections += [_stage(trained) for trained in stages]
+    sections += [stage_section(trained) for trained in stages]
     sections.append(made_with())
     return replace(inherited, sections=sections)
 
@@ -93,7 +93,8 @@ def _commit() -> str | None:
     return commit.strip() + (" with changes" if changes.strip() else "")
 
 
-def _stage(trained: TrainedStage) -> str:
+def stage_section(trained: TrainedStage) -> str:
+    """Section with the data, settings and final metrics of a stage."""
     settings = to_json_dict(trained.stage)
     name = settings.pop("name")
     data = ["| data | bytes | sha256 |", "|---|---|---|"]

@@ -7,6 +7,7 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +26,10 @@ from ..model.vlm import VLM
 from ..model.weights import load_into
 from . import easy_vqa, plots
 from .attribute_classifier import AttributeClassifier, AttributeImages, collate_augmented
-from .card import made_with
+from .card import TrainedStage, made_with, stage_section
 from .config import StageConfig
 from .evaluate import answer_all
+from .identity import fingerprint
 from .loader import Samples
 from .loop import train_stage
 from .recipes import FAMILIES, TINY_VISION, TURNS, DemoRecipe, Family, tiny_config
@@ -158,9 +160,15 @@ def _make_model(
     train_stage(model, recipe.finetune, questions, collate, folder / "finetune", device)
     answers = cached_answers(folder / "answers.json", model.eval(), test)
     accuracy = easy_vqa.scores(test, answers)["overall"]
+    files = (replace(fingerprint(easy_vqa.questions_file("train")), name="easy-VQA, train/questions.json"),)
+    stages = [
+        TrainedStage(stage, len(samples), files, folder / stage.name)
+        for stage, samples in ((recipe.language, text), (recipe.align, captions), (recipe.finetune, questions))
+    ]
+    training = "## Training\n\nTrained from scratch on easy-VQA (PyPI, MIT) by `vlmamba demo`."
     facts = CardFacts(
         evaluations=(Evaluation("easy-VQA", "test", "accuracy", accuracy, len(test)),),
-        sections=("## Training\n\nTrained from scratch on easy-VQA (PyPI, MIT) by `vlmamba demo`.", made_with()),
+        sections=(training, *map(stage_section, stages), made_with()),
     )
     model.save_pretrained(folder / "model", model_card_kwargs={"facts": facts})
 
@@ -199,6 +207,7 @@ def train_encoder(
     model.to("cpu")
     told, share = " and ".join(attributes), model.accuracy(held_out)
     print(f"vision encoder: {told} right on {share:.1%} of {len(held_out)} test images")
+    model.encoder.processor = TINY_VISION.processor  # saved with it
     return model.encoder
 
 

@@ -26,9 +26,18 @@ def load(split: Literal["train", "test"]) -> list[Record]:
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    questions = read_json(_folder() / split / "questions.json")
+    questions = read_json(questions_file(split))
     images = _folder() / split / "images"
     return [Record((Turn("user", q), Turn("assistant", a)), (images / f"{i}.png",)) for q, a, i in questions]
+
+
+def questions_file(split: Literal["train", "test"]) -> Path:
+    """Path of the questions and answers of a split, as the package has them.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    return _folder() / split / "questions.json"
 
 
 def export(folder: str | Path, n_turns: int = 6) -> list[Path]:

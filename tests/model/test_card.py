@@ -30,6 +30,7 @@ MODELS = {
     "image-text-to-text": vlm,
     "text-generation": lambda: MambaLM(LANGUAGE),
     "image-feature-extraction": vit,
+    "image-feature-extraction on pixels": lambda: ViT(ENCODER),
 }
 
 
@@ -37,7 +38,7 @@ MODELS = {
 def test_a_saved_model_has_a_card_whose_code_runs(task, tmp_path, monkeypatch, capsys):
     MODELS[task]().save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.library_name == "vl-mamba" and card.data.pipeline_tag == task
+    assert card.data.library_name == "vl-mamba" and card.data.pipeline_tag == task.split()[0]
     assert "More Information Needed" not in card.content and str(tmp_path) not in card.content
     (code,) = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -85,6 +86,14 @@ def test_a_converted_model_keeps_its_card_or_gets_one(to, tmp_path):
     convert(tmp_path / "src", tmp_path / "made", to=to)
     made = ModelCard.load(tmp_path / "made" / "README.md")
     assert made.data.pipeline_tag == "text-generation" and "## Layout" in made.content
+
+
+def test_a_card_names_the_last_conversion_alone(tmp_path):
+    MambaLM(LANGUAGE).save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", to="state-spaces")
+    convert(tmp_path / "b", tmp_path / "c", to="transformers")
+    text = (tmp_path / "c" / "README.md").read_text()
+    assert text.count("## Layout") == 1 and "of `transformers`" in text and "`mamba_ssm`" not in text
 
 
 def test_a_converted_vision_language_model_has_a_card(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import nn
 from vlmamba.model import VLM
 from vlmamba.train import demo, easy_vqa
 from vlmamba.train.recipes import FAMILIES, QUICK, DemoRecipe
+from vlmamba.train.track import read_metrics
 
 TINY = DemoRecipe(
     *(
@@ -52,7 +54,13 @@ def test_the_demo_writes_every_documented_file(whole):
     for family in FAMILIES:
         model = VLM.from_pretrained(folder / family / "model")
         assert isinstance(model.generate(["what color is the shape?"], [None])[0], str)
-        (evaluation,) = ModelCard.load(folder / family / "model" / "README.md").data.eval_results
+        card = ModelCard.load(folder / family / "model" / "README.md")
+        questions = easy_vqa.questions_file("train").read_bytes()
+        assert f"{len(questions):,} | `{hashlib.sha256(questions).hexdigest()}` |" in card.content
+        assert "### Stage finetune" in card.content
+        assert f"| steps | {len(read_metrics(folder / family / 'finetune'))} |" in card.content
+        assert str(folder) not in card.content and "More Information" not in card.content
+        (evaluation,) = card.data.eval_results
         assert evaluation.metric_value == results[family]["overall"]
 
 
