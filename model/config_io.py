@@ -17,6 +17,11 @@ from .text_files import read_json
 
 T = TypeVar("T")
 
+MODEL_TYPES = ("vlmamba", "vlmamba_lm")
+"""`model_type` of this library's vision-language and language models in `config.json`, for `transformers`."""
+TRANSFORMERS_KEYS = ("model_type", "architectures", "auto_map", "dtype", "transformers_version")
+"""Keys of such a `config.json` that are not of the model's config."""
+
 
 def to_json_dict(config: Any) -> Any:
     """Convert nested dataclasses to plain values. Infinities become strings, since standard JSON has none."""
@@ -60,12 +65,14 @@ def save_config(config: Any, path: str | Path) -> None:
 
 
 def load_config(cls: type[T], path: str | Path) -> T:
-    """Read a config that `save_config` wrote.
+    """Read a config that `save_config` wrote, or a `config.json` of `MODEL_TYPES`.
 
     Raises:
         ValueError: the file is not UTF-8 or not JSON, or does not describe a `cls`; the message names the file.
     """
     data = read_json(path)
+    if isinstance(data, dict) and data.get("model_type") in MODEL_TYPES:
+        data = {key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}
     try:
         return from_json_dict(cls, data)
     except ValueError as e:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .card import CARD, facts_of, model_card
 from .config import LMConfig, VLMConfig
-from .config_io import save_config, to_json_dict
 from .files import expand_home, remove_partials
 from .formats import detect_format, language
 from .formats.vlm import write_released
@@ -21,6 +20,9 @@ from .hub import CONFIG, TOKENIZER, fetch_model, replacing_folder
 from .lm import MambaLM, neox_tokenizer
 from .load import model_class
 from .quantize import Quantization, check_quantization, replace_matrices, stored_bits
+from .tokenizer import CONFIG as TOKENIZER_CONFIG
+from .tokenizer import Tokenizer
+from .transformers_files import GENERATION, save_model_config, save_special_tokens
 from .vlm import VLM
 from .weights import LazyTensor, Weights, check_placement, dtype_of, save_weights
 
@@ -39,7 +41,7 @@ _IN_WORDS: dict[Layout, str] = {
     "released": "the layout of the releases of Cobra and ML-Mamba",
 }
 
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+CARRIED = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", GENERATION)
 """Files that are equal in every layout, and copied."""
 
 
@@ -94,26 +96,25 @@ def convert(
     config, weights = language.open_language_model(folder)
     weights = _changed(_untied(weights, config, folder), MambaLM, config, to, dtype, quantize, folder)
     special = language.special_tokens(folder)
-    # Lambdas: only the wanted layout is built, since the others may not be able to hold the settings.
-    data = {
-        "own": lambda: to_json_dict(config),
-        "state-spaces": lambda: language.to_state_spaces(config),
-        "transformers": lambda: (
-            language.to_transformers(config, special)
-            | {"dtype": str(weights.dtypes[language.EMBEDDING]).removeprefix("torch.")}
-        ),
-    }[to]()
     with replacing_folder(dst) as staged:
-        (staged / CONFIG).write_text(language.dump(data), encoding="utf-8")
-        if to == "state-spaces":
+        if to == "own":
+            save_model_config(config, staged, weights.dtypes)
+            save_weights(weights, staged)
+        elif to == "state-spaces":
+            (staged / CONFIG).write_text(language.dump(language.to_state_spaces(config)), encoding="utf-8")
             torch.save(_with_head(weights, config), staged / "pytorch_model.bin")
         else:
-            save_weights(weights.renamed(language.transformers_name) if to == "transformers" else weights, staged)
+            dtype_name = str(weights.dtypes[language.EMBEDDING]).removeprefix("torch.")
+            data = language.to_transformers(config, special) | {"dtype": dtype_name}
+            (staged / CONFIG).write_text(language.dump(data), encoding="utf-8")
+            save_weights(weights.renamed(language.transformers_name), staged)
         for name in CARRIED:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, staged / name)
-        if special and not (staged / "generation_config.json").exists():
-            (staged / "generation_config.json").write_text(language.dump(special), encoding="utf-8")
+        if special and not (staged / GENERATION).exists():
+            (staged / GENERATION).write_text(language.dump(special), encoding="utf-8")
+        if to == "own":
+            _complete_tokenizer(staged)
         _write_card(staged, folder, src, to, MambaLM, config, stored_bits(weights))
     return config
 
@@ -139,14 +140,31 @@ def _convert_vlm(
         if to == "released":
             write_released(config, weights, staged, dst.resolve().name)
         else:
-            save_config(config, staged / CONFIG)
+            save_model_config(config, staged, weights.dtypes)
             save_weights(weights, staged)
         if (folder / TOKENIZER).exists():
-            shutil.copyfile(folder / TOKENIZER, staged / TOKENIZER)
+            for name in CARRIED:
+                if (folder / name).exists():
+                    shutil.copyfile(folder / name, staged / name)
         elif detect_format(folder) != "own" and (tokenizer := neox_tokenizer(**hub)) is not None:
             tokenizer.save(staged / TOKENIZER)
+        if to == "own":
+            _complete_tokenizer(staged)
         _write_card(staged, folder, src, to, VLM, config, stored_bits(weights))
     return config
+
+
+def _complete_tokenizer(staged: Path) -> None:
+    """Write the settings of a tokenizer that its source lacks."""
+    if not (staged / TOKENIZER).exists():
+        return
+    missing = [name for name in (TOKENIZER_CONFIG, GENERATION) if not (staged / name).exists()]
+    if missing:
+        tokenizer = Tokenizer.from_file(staged / TOKENIZER)
+        if TOKENIZER_CONFIG in missing:
+            tokenizer.save_settings(staged / TOKENIZER_CONFIG)
+        if GENERATION in missing:
+            save_special_tokens(tokenizer, staged)
 
 
 def _write_card(

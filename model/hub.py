@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 
 from .card import CARD, CardFacts, model_card
-from .config_io import load_config, save_config
+from .config_io import load_config
 from .files import PARTIAL, expand_home, sync, write_atomic
 from .quantize import (
     Quantization,
@@ -38,6 +38,7 @@ from .quantize import (
     replace_matrices,
     stored_bits,
 )
+from .transformers_files import CODE, GENERATION, save_model_config
 from .weights import INDEX, WEIGHTS, DeviceMap, Weights, check_placement, load_into, open_weights, save_weights
 
 CONFIG = "config.json"
@@ -71,6 +72,16 @@ REPLACEMENT = "replacement.json"
 """File in `READY` with the names of all new files."""
 LAST = (WEIGHTS + INDEX, CONFIG)
 """Files that are moved last, since they refer to the others."""
+_MODEL_FILES = (
+    CONFIG,
+    CODE,
+    GENERATION,
+    TOKENIZER,
+    "tokenizer_config.json",
+    "processor_config.json",
+    WEIGHTS,
+    WEIGHTS + INDEX,
+)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 M = TypeVar("M", bound="HubModel")
@@ -363,8 +374,9 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         """
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_config(self.config, save_directory / CONFIG)
-        save_weights(unshared(self), save_directory)
+        weights = unshared(self)
+        save_model_config(self.config, save_directory, {name: t.dtype for name, t in weights.items()})
+        save_weights(weights, save_directory)
         self.save_extras(save_directory)
 
 
@@ -486,7 +498,5 @@ def finish_replacing(target: Path) -> None:
 
 
 def is_model_file(name: str) -> bool:
-    """Return whether a file of that name belongs to a model that this library saves."""
-    return name in (CONFIG, TOKENIZER, "tokenizer_config.json", WEIGHTS, WEIGHTS + INDEX) or bool(
-        _SHARD.fullmatch(name)
-    )
+    """Return whether a file of that name belongs to a model that this library, or `transformers`, saves."""
+    return name in _MODEL_FILES or bool(_SHARD.fullmatch(name))

@@ -33,6 +33,7 @@ from .generation.interface import LMOutput, LMState
 from .generation.speculative import DraftStats
 from .hub import TOKENIZER, HubModel, fetch
 from .tokenizer import Tokenizer
+from .transformers_files import save_tokenizer
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -209,7 +210,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
 
     def save_extras(self, folder: Path) -> None:
         if self.tokenizer is not None:
-            self.tokenizer.save(folder / TOKENIZER)
+            save_tokenizer(self.tokenizer, folder)
 
     def load_extras(self, folder: Path, **hub: Any) -> None:
         if (folder / TOKENIZER).exists():

@@ -75,9 +75,32 @@ class PromptTemplate:
             labels += tokens if is_answer else [IGNORE] * len(tokens)
         return ids, labels
 
+    def text(self, turns: Sequence[Turn], n_images: int = 0) -> str:
+        """Return a conversation as text, with a mark at the place of each image.
+
+        Args:
+            turns: as of `encode`.
+            n_images: number of images.
+
+        Returns:
+            The text. `encode` may have other tokens at its seams, since it encodes each turn by itself.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+        check_turns(turns)
+        text = ""
+        for i, turn in enumerate(mark_images(turns, n_images)):
+            if turn.role == "assistant":
+                text += self.answer(_plain(turn.text))
+                continue
+            n_before, message = split_first_images(turn.text.strip()) if i == 0 else (0, turn.text.strip())
+            text += IMAGE_MARK * n_before + self.user(message, i == 0)
+        return text
+
     def encode_answer(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Encode an answer as it follows its prompt, its end-of-text token included. Marks of images are removed."""
-        return tokenizer.encode(self.answer(text.replace(IMAGE_MARK, "").strip()))
+        return tokenizer.encode(self.answer(_plain(text)))
 
     def _encode_user(self, tokenizer: Tokenizer, text: str, is_first: bool, sizes: Iterator[int]) -> list[int]:
         """Encode a user's turn; `sizes` has the number of tokens of the next images."""
@@ -93,6 +116,10 @@ class PromptTemplate:
         for part in others:
             tokens += [IMAGE_TOKEN] * next(sizes) + tokenizer.encode(part)
         return tokens
+
+
+def _plain(answer: str) -> str:
+    return answer.replace(IMAGE_MARK, "").strip()
 
 
 def split_first_images(message: str) -> tuple[int, str]:

@@ -84,15 +84,29 @@ class Tokenizer:
         return cls(inner)
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json`, and a `tokenizer_config.json` if the end-of-text token is not the usual one.
+        """Write a `tokenizer.json`, and the `tokenizer_config.json` with which `transformers` reads it.
 
         Args:
             path: of the `tokenizer.json`.
         """
         self.inner.save(str(path))
-        # The default name needs no config.
-        if self.eos != END_OF_TEXT:
-            Path(path).with_name(CONFIG).write_text(json.dumps({"eos_token": self.eos}) + "\n", encoding="utf-8")
+        self.save_settings(Path(path).with_name(CONFIG))
+
+    def save_settings(self, path: Path) -> None:
+        """Write a `tokenizer_config.json`.
+
+        Args:
+            path: of the file.
+        """
+        # Prompts are padded on the left, so that generated tokens follow them.
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos,
+            "pad_token": self.eos,
+            "padding_side": "left",
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @functools.cached_property
     def vocab_size(self) -> int:

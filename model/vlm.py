@@ -36,6 +36,7 @@ from .quantize import Quantization, check_quantization
 from .score import BATCH_SIZE, Score, batches, score_packed
 from .tiles import TileGrid, merge_views
 from .tokenizer import Tokenizer, require_tokenizer
+from .transformers_files import save_tokenizer
 from .video import Video
 from .vit import ViT
 from .weights import DeviceMap, Weights, check_placement, load_into
@@ -474,7 +475,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
 
     def save_extras(self, folder: Path) -> None:
         if self.tokenizer is not None:
-            self.tokenizer.save(folder / TOKENIZER)
+            save_tokenizer(self.tokenizer, folder)
 
     def load_extras(self, folder: Path, **hub: Any) -> None:
         if (folder / TOKENIZER).exists():

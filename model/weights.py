@@ -38,9 +38,10 @@ DeviceMap = str | torch.device | Mapping[str, "str | int | torch.device"]
 MAX_SHARD_SIZE = 5_000_000_000
 """Bytes of a file. Larger weights are saved in several."""
 
-_ALWAYS_FLOAT32 = re.compile(
+ALWAYS_FLOAT32 = re.compile(
     r"(?:.*\.)?(?:(?:A_logs?|Ds?|dt_bias|dt_projs_bias)(?:_\w+)?|dt_proj\.bias|[BC]_bias|mimo_[xzo])"
 )
+"""Names of the parameters that are never narrower than float32."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -436,7 +437,7 @@ def dtype_of(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torc
         return stored
     dtype = wanted or stored
     # promote_types keeps float64.
-    return torch.promote_types(dtype, torch.float32) if _ALWAYS_FLOAT32.fullmatch(name) else dtype
+    return torch.promote_types(dtype, torch.float32) if ALWAYS_FLOAT32.fullmatch(name) else dtype
 
 
 def check_placement(dtype: torch.dtype | None, device_map: DeviceMap) -> None:

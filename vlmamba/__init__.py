@@ -38,7 +38,7 @@ __all__ = [
     "load_model",
 ]
 
-_SUBPACKAGES = ("benchmarks", "commands", "connectors", "model", "serve", "train")
+_SUBPACKAGES = ("benchmarks", "commands", "connectors", "model", "serve", "train", "transformers")
 
 # A wheel holds the subpackages in this folder, a checkout beside it. With the parent on the path, a checkout imports
 # its own subpackages from any working directory, whichever checkout is installed in editable mode.

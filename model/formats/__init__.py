@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import text_files
+from ..config_io import MODEL_TYPES
 
 FORMATS = {
     "own": "config.json as this library writes it",
     "state-spaces": "config.json with d_model, n_layer and ssm_cfg",
-    "transformers": "config.json with model_type",
+    "transformers": "config.json with another model_type than this library's",
     "mistral": "params.json with dim, n_layers and n_groups",
     "timm": "config.json with architecture and pretrained_cfg",
     "ml-mamba": "latest-checkpoint.pt, and a config.json with llm_backbone_id mamba2-* or none",
@@ -82,7 +83,7 @@ def detect_format(folder: str | Path) -> str:
     keys = data.keys()
     # From the most specific to the least: own configs share keys with the others.
     if "model_type" in keys:
-        return "transformers"
+        return "own" if data["model_type"] in MODEL_TYPES else "transformers"
     if "architecture" in keys and ("pretrained_cfg" in keys or "num_features" in keys):
         return "timm"
     if {"d_model", "n_layer", "ssm_cfg"} <= keys:

@@ -324,7 +324,8 @@ def test_the_tokenizer_is_saved_too(tmp_path, caplog):
     tokenizer = Tokenizer.train(["a red circle"], 280)
     MambaLM(LMConfig(16, 1, 280), tokenizer).save_pretrained(tmp_path / "lm")
     assert {p.name for p in (tmp_path / "lm").iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_vlmamba.py",
+        "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     convert(tmp_path / "lm", tmp_path / "theirs", to="transformers")
     again = MambaLM.from_pretrained(tmp_path / "theirs")
