@@ -111,7 +111,7 @@ def _cells(case: Case, row: Mapping[str, Any]) -> dict[str, str]:
 def markdown(report: Report) -> str:
     """A table for a documentation page, under the machine's name: a row for each case and implementation.
 
-    Times are `decisive` ones, and the share of the limit stands behind them.
+    Times are `decisive` ones, and the share of the limit is behind them.
     """
     modes = list(dict.fromkeys(row["mode"] for _, row in _rows(report)))
     has_scaling = any("scaling" in row for _, row in _rows(report))

@@ -358,7 +358,7 @@ class Against(Command):
 class Page(Command):
     """Write the tables of a documentation page from the files that its commands write.
 
-    A table stands between `<!-- table: FILE -->` and `<!-- end of table -->`. Paths are relative to the current folder.
+    A table is between `<!-- table: FILE -->` and `<!-- end of table -->`. Paths are relative to the current folder.
 
     Examples:
     $ ssm-bench page docs/benchmarks.md

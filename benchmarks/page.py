@@ -1,6 +1,6 @@
 """`ssm-bench page`: the tables of a documentation page, from the files that its own commands write.
 
-A table stands between `<!-- table: FILE -->` and `<!-- end of table -->`, where FILE is a result of `ssm-bench run` or
+A table is between `<!-- table: FILE -->` and `<!-- end of table -->`, where FILE is a result of `ssm-bench run` or
 `sweep`. The commands are the lines of the page's `sh` blocks that start with `ssm-bench run` or `ssm-bench sweep`.
 """
 

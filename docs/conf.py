@@ -44,6 +44,8 @@ import torch
 torch.manual_seed(0)
 """
 
+smartquotes_action = "qe"  # quotes and ellipses; `--option` keeps its dashes
+
 html_show_copyright = False
 html_theme = "furo"
 html_title = f"vl-mamba {release}"

@@ -1,4 +1,4 @@
-"""Training on texts of unequal length without padding: they lie one after the other in one row.
+"""Training on texts of unequal length without padding: they are concatenated in one row.
 
 python examples/packed_training.py
 """

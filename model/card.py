@@ -76,7 +76,7 @@ def model_card(model: nn.Module, config: LMConfig | ViTConfig | VLMConfig, facts
     if bits := sorted({m.bits for m in model.modules() if isinstance(m, QuantizedMatrix)}):
         parts.append(f"Matrices hold integers of {' and '.join(map(str, bits))} bits, with scales (weight-only).")
     parts.append(f"## Use\n\nWith the package `{LIBRARY}`:\n\n```python\n{usage}\n```")
-    # The same results stand in the metadata below, where leaderboards look.
+    # The same results are in the metadata below, where leaderboards look.
     if facts.evaluations:
         head = "## Evaluation\n\n| dataset | split | samples | metric | value |\n|---|---|--:|---|--:|"
         parts.append("\n".join([head, *(_row(e) for e in facts.evaluations)]))

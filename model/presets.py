@@ -99,6 +99,7 @@ PRESETS = {
     "ml-mamba-1.3b": _ml_mamba("1.3b"),
     "ml-mamba-780m": _ml_mamba("780m"),
 }
+"""Presets by name, as `VLM.from_preset` and `vlmamba train` take them."""
 
 
 def is_preset(name: str | Path) -> bool:

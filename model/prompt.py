@@ -1,6 +1,6 @@
 """Prompt templates: conversations about images to tokens, for training, inference and evaluation.
 
-An image's tokens stand at its mark `<image>` in a user's turn. In the first turn, images before all text precede the
+An image's tokens are at its mark `<image>` in a user's turn. In the first turn, images before all text precede the
 template's text too, and so does an only image wherever its mark is: the layout that the released models were trained
 on. Each turn is tokenized by itself, so that a prompt has the same tokens whether or not the answer follows.
 """

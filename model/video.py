@@ -15,7 +15,7 @@ from .image import ImageLike, as_rgb, is_image, open_animation
 
 @dataclass(frozen=True)
 class Video:
-    """A video that stands at one mark `<image>` of a conversation.
+    """A video at one mark `<image>` of a conversation.
 
     Args:
         source: a folder, whose images are frames in the order of the numbers in their names; an animated file (GIF,

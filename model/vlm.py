@@ -220,7 +220,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         """Convert a conversation to tokens, for training or as a prompt.
 
         Args:
-            turns: user and assistant alternating, the user first. An image stands at its mark `<image>`.
+            turns: user and assistant alternating, the user first. An image is at its mark `<image>`.
             image: the image that the conversation is about, or a list of as many as there are marks; preprocessed
                 already where it is used again. An only image needs no mark.
 

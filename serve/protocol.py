@@ -87,7 +87,7 @@ class Call:
     include_usage: bool
     """Whether a stream ends with the numbers of tokens."""
     turns: list[Turn] = field(default_factory=list)
-    """Conversation, of the chat interface. Marks stand at the places of images."""
+    """Conversation, of the chat interface. Marks are at the places of images."""
     images: list[bytes] = field(default_factory=list)
     """Image files, in the order of their marks."""
     prompts: list[str | list[int]] = field(default_factory=list)

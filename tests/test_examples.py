@@ -30,7 +30,7 @@ def test_training_on_packs_lowers_the_loss():
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_truncated_bptt_carries_keys_across_parts():
+def test_truncated_bptt_carries_keys_across_windows():
     losses = load("truncated_bptt")["train"](150)
     assert sum(losses[-20:]) < 0.4 * sum(losses[:20])
 

@@ -23,7 +23,7 @@ else:
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
-FLOORS = ("ssm_kernels", "connectors", "model", "serve", "train", "vlmamba", "benchmarks")
+PACKAGES = ("ssm_kernels", "connectors", "model", "serve", "train", "vlmamba", "benchmarks")
 
 
 def folder_of(package: str) -> Path:
@@ -34,7 +34,7 @@ def folder_of(package: str) -> Path:
 
 
 def test_every_package_is_listed():
-    on_disk = {init.parent for floor in FLOORS for init in (ROOT / floor).rglob("__init__.py")}
+    on_disk = {init.parent for package in PACKAGES for init in (ROOT / package).rglob("__init__.py")}
     assert {folder_of(p) for p in SETUPTOOLS["packages"]} == on_disk
 
 
@@ -156,7 +156,7 @@ def test_a_type_checker_sees_the_types_of_the_wheel(wheel, tmp_path):
     """Right use passes and each wrong line is reported, with nothing of the checkout in sight; so do the commands."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "wheel")
-    assert {path.parent.name for path in (tmp_path / "wheel").rglob("py.typed")} == set(FLOORS)
+    assert {path.parent.name for path in (tmp_path / "wheel").rglob("py.typed")} == set(PACKAGES)
     (tmp_path / "consumer.py").write_text(CONSUMER)
     commands = ["wheel/vlmamba/*.py", "wheel/vlmamba/commands"]  # in a checkout their imports do not resolve
     settings = {"include": ["consumer.py", *commands], "extraPaths": ["wheel"], "pythonVersion": "3.12"}

@@ -25,7 +25,7 @@ from .records import Record
 from .reproduction.intervals import Interval
 from .sources import read_visual
 
-RIGHT, WRONG = (COLORS[0], "✓"), (COLORS[1], "✗")
+RIGHT, WRONG = (INK, "✓"), (COLORS[1], "✗")
 
 
 def learning_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:

@@ -39,7 +39,7 @@ def manifest() -> ModelManifest:
 class HarnessVLM(lmms):
     """`VLM` for the harness, of its kind "simple": the document's images, and a text.
 
-    Images stand at the marks `<image>` of the text; without marks they come before it.
+    Images are at the marks `<image>` of the text; without marks they come before it.
 
     Args:
         pretrained: name or folder for `VLM.from_pretrained`; or a model.

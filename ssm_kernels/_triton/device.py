@@ -20,7 +20,9 @@ class Target(NamedTuple):
     """The properties of a device on which launches depend."""
 
     architecture: tuple[str, int | str]
+    """Triton's backend and its architecture: `("cuda", 90)`, `("hip", "gfx942")`."""
     num_sms: int
+    """Multiprocessors, or compute units."""
 
 
 _fake_target: Target | None = None

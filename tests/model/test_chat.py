@@ -143,9 +143,9 @@ def test_an_interrupted_answer_stays_in_the_conversation_as_far_as_it_got(vlm):
     config = GenerationConfig(10)
     conversation = Conversation(vlm, BLUE, config)
     given = ""
-    with contextlib.closing(conversation.ask("what color?")) as pieces:
-        for piece in pieces:
-            given += piece
+    with contextlib.closing(conversation.ask("what color?")) as stream:
+        for text in stream:
+            given += text
             if len(given) > 2:
                 break
     turns = [Turn("user", "what color?"), Turn("assistant", given)]

@@ -1,4 +1,4 @@
-"""Generation: prompts in pieces, decoding on memory that stays in place, ended sequences, text in and text out."""
+"""Generation: prompts in chunks, decoding on memory that stays in place, ended sequences, text in and text out."""
 
 from __future__ import annotations
 

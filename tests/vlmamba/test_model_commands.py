@@ -488,7 +488,7 @@ def test_memory_that_runs_out_ends_the_turn_and_not_the_conversation(folder, vlm
 
 
 def test_chat_reads_what_is_not_utf_8(folder):
-    """The other lines of the same piece of input are not lost."""
+    """The other lines of the same input are not lost."""
     command = [sys.executable, "-m", "vlmamba", "chat", str(folder / "lm"), "--max-new-tokens", "3"]
     done = subprocess.run(command, input=b"/nothing\n\xff\xfe\n/help\n", capture_output=True, check=True,
                           env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})  # fmt: skip
