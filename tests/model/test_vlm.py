@@ -181,7 +181,8 @@ def test_truncation_keeps_the_likeliest():
 def test_saved_and_loaded_it_is_the_same(vlm, tmp_path):
     vlm.save_pretrained(tmp_path / "model")
     assert {p.name for p in (tmp_path / "model").iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_vlmamba.py",
+        "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     again = VLM.from_pretrained(tmp_path / "model")
     assert again.config == vlm.config
