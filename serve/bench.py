@@ -9,6 +9,7 @@ import io
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -136,8 +137,10 @@ class Connection:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         status = head.split(" ", 2)[1]
         if status != "200":
+            length = re.search(r"\r\ncontent-length: *(\d+)", head)
+            # Closing the connection ends what can be read from it.
+            text = (await reader.readexactly(int(length[1]) if length else 0)).decode(errors="replace")
             self.close()
-            text = (await reader.read(4096)).decode(errors="replace")
             return Outcome(math.nan, math.nan, 0, f"status {status}: {text}")
         first, tokens, reason = math.nan, 0, ""
         # The body is chunked: a size in hexadecimal digits, then as many bytes, up to the size 0.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import socket
 
 import pytest
 
 from tests.serve.makers import RunningServer, small_vlm
 from vlmamba.commands.serve_bench import ServeBench
-from vlmamba.serve.bench import Outcome, draw_question, load, percentile, summarize
+from vlmamba.serve.bench import Connection, Outcome, draw_question, load, percentile, summarize
 
 
 def test_percentiles_are_values_that_occurred():
@@ -41,5 +42,27 @@ def test_many_clients_lose_nothing(tmp_path, capsys):
         assert "speedup" in capsys.readouterr().out
         refused = asyncio.run(load(server.url, None, 2, 4, 5000, False, 0))
         assert refused.errors == 4 and "max_tokens" in refused.first_error
-    with pytest.raises(ValueError, match="requests failed"):
-        ServeBench(server.url, clients=2, requests=4).run()
+    # A port that is bound and not listened at: nobody else can have it.
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(ValueError, match="requests failed"):
+            ServeBench(f"http://127.0.0.1:{closed.getsockname()[1]}", clients=2, requests=4).run()
+
+
+def test_the_reason_of_a_refusal_is_read_to_its_end():
+    """The body comes some time after the head, in parts, as from a server that has other work."""
+
+    async def refuse(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        for part in (b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 8\r\n\r\n", b"too ", b"many"):
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        writer.close()
+
+    async def ask():
+        async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            return await Connection(f"http://127.0.0.1:{port}", None).ask(b"{}")
+
+    assert asyncio.run(ask()).error == "status 429: too many"
