@@ -179,24 +179,42 @@ def require_tokenizer(model: HasTokenizer) -> Tokenizer:
 
 
 class TextStream:
-    """Incremental decoding: text of tokens as they arrive, without bytes of an incomplete character."""
+    """Incremental decoding: text of tokens as they arrive, without bytes of an incomplete character.
+
+    Only the last tokens are decoded again, so that a token costs the same however long the text is.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
         self.text = ""
         """Text so far."""
+        # Text of a token may depend on the one before: a decoder may drop the first space.
+        self._known: list[int] = []
+        """Last tokens whose text is complete."""
+        self._new: list[int] = []
+        """Tokens after them, of which a later token may change the text."""
+        self._known_text = ""
+        """Text of `_known` alone."""
+        self._n_complete = 0
+        """Length of the text of all tokens before `_new`."""
 
     def push(self, token: int) -> str:
         """Append a token and return the new text that no later token can change."""
-        self.ids.append(token)
-        return self._advance(self.tokenizer.decode(self.ids).rstrip("\N{REPLACEMENT CHARACTER}"))
+        self._new.append(token)
+        text = self.tokenizer.decode(self._known + self._new)
+        stable = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        new = self._advance(stable)
+        if text == stable and len(text) > len(self._known_text):
+            self._known, self._new = self._new, []
+            self._known_text, self._n_complete = self.tokenizer.decode(self._known), len(self.text)
+        return new
 
     def finish(self) -> str:
         """Return the text of the withheld bytes."""
-        return self._advance(self.tokenizer.decode(self.ids))
+        return self._advance(self.tokenizer.decode(self._known + self._new))
 
     def _advance(self, text: str) -> str:
-        new = text[len(self.text) :]
-        self.text = max(text, self.text, key=len)
-        return new
+        n, whole = len(self.text), self.text[: self._n_complete] + text[len(self._known_text) :]
+        # Text that was given is not taken back.
+        self.text = max(whole, self.text, key=len)
+        return self.text[n:]

@@ -59,7 +59,7 @@ def generate_tokens(
     owned = None
     if decoder is None:
         decoder = owned = acquire_decoder(lm, n)
-    decoder.forget_fused_step()
+    decoder.forget_fused_steps()
     try:
         sampler = Sampler(config, prompt_ids, vocab_size, device)
         logits = prefill(lm, embeds, cu_seqlens, decoder.state, config.prefill_chunk)  # (S, V)
@@ -122,6 +122,9 @@ class Completion:
             return
         self.stream.push(token)
         text = self.stream.text
+        if not self.stop:
+            self.text = text
+            return
         # The first stop string in the text, not the first of the list.
         cut = min((i for s in self.stop if (i := text.find(s)) >= 0), default=-1)
         if cut >= 0:

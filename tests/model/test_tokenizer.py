@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from tests.makers import shape_tokenizer
 from vlmamba.model import MambaLM, Tokenizer
@@ -46,6 +50,46 @@ def test_a_stream_never_gives_half_a_character():
     half = TOKENIZER.encode("🐍")[:-1]
     assert [cut.push(t) for t in half] == [""] * len(half)
     assert cut.finish() != ""
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_a_stream_gives_what_decoding_all_tokens_gives(kind):
+    """Tokens of random bytes, and pieces whose first space is dropped, as Llama's are."""
+    rng = random.Random(0)
+    for _ in range(50):
+        if kind == "bytes":
+            tokenizer, ids = TOKENIZER, [rng.randrange(TOKENIZER.vocab_size) for _ in range(40)]
+        else:
+            tokenizer = piece_tokenizer()
+            ids = tokenizer.encode("".join(rng.choice(["a 世", "  bc", "🐍b", " a"]) for _ in range(12)))
+        stream = TextStream(tokenizer)
+        parts = []
+        for i, token in enumerate(ids):
+            parts.append(stream.push(token))
+            so_far = tokenizer.decode(ids[: i + 1]).rstrip("\N{REPLACEMENT CHARACTER}")
+            assert "".join(parts) == stream.text and len(stream.text) >= len(so_far)
+            assert tokenizer.decode(ids).startswith(stream.text)
+        assert "".join(parts) + stream.finish() == tokenizer.decode(ids)
+
+
+def piece_tokenizer() -> Tokenizer:
+    """Build a tokenizer of pieces with a mark for spaces, which spells other characters in bytes."""
+    names = [*(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "c", "▁a", "bc", "▁▁"]
+    inner = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), *((name, -1.0) for name in names)], 0, True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(parts)
+    inner.add_special_tokens(["<|endoftext|>"])
+    return Tokenizer(inner)
+
+
+def test_a_token_of_a_stream_costs_the_same_however_long_the_text_is(monkeypatch):
+    lengths, decode = [], TOKENIZER.decode
+    monkeypatch.setattr(TOKENIZER, "decode", lambda ids: (lengths.append(len(ids)), decode(ids))[1])
+    stream = TextStream(TOKENIZER)
+    for token in TOKENIZER.encode("a red circle 世界 ") * 50:
+        stream.push(token)
+    assert len(lengths) > 500 and max(lengths) < 10
 
 
 def test_a_model_without_a_tokenizer_is_named():
