@@ -16,8 +16,11 @@ from .interface import LanguageModel, LMState
 
 logger = logging.getLogger(__name__)
 
-MAX_FUSED_BATCH = 3
-"""Sequences up to which a fused step reads each weight once for all of them, and is faster than matrix products."""
+MAX_FUSED_BATCH = 8
+"""Sequences up to which a fused step is faster than one op by op: matrix products of so few rows are slow."""
+MAX_FUSED_WORK = 1 << 25
+"""Product of sequences and weights up to which a fused step is faster whatever the batch: of a small model, the ops
+themselves take most of the time."""
 
 
 class Decoder:
@@ -56,18 +59,20 @@ class Decoder:
             and not torch.is_autocast_enabled("cuda")
         )
         self.graph_key = graph_key(lm, self.device)
+        self.n_weights = sum(t.numel() for t in (*lm.parameters(), *lm.buffers()))
+        self.forget_fused_steps()
         self.set_batch(batch)
 
     def set_batch(self, batch: int) -> None:
         """Use the first `batch` rows of the buffers, with their current contents."""
         self.batch, self.steps = batch, 0
         self.state: LMState = states.select(self.buffers, slice(batch))
-        self.forget_fused_step()
 
-    def forget_fused_step(self) -> None:
+    def forget_fused_steps(self) -> None:
         """Look again, at the next step, at whether the model allows fused steps: it may have changed."""
-        self.fused: Callable[[Tensor], Tensor | None] | None = None
-        self.may_fuse = self.device.type == "cpu" and self.batch <= MAX_FUSED_BATCH
+        self.fused: dict[int, Callable[[Tensor], Tensor | None]] = {}
+        """Fused steps by batch size."""
+        self.may_fuse = self.device.type == "cpu"
 
     def reset(self) -> None:
         """Zero the state: all sequences are empty."""
@@ -106,6 +111,7 @@ class Decoder:
         tokens = self.tokens[: self.batch]  # (S, 1)
         if (
             self.may_fuse
+            and (self.batch <= MAX_FUSED_BATCH or self.batch * self.n_weights <= MAX_FUSED_WORK)
             and resolve_backend("auto", self.device, "ssd") == "numba"
             and not torch.is_autocast_enabled("cpu")
         ):
@@ -118,18 +124,20 @@ class Decoder:
         """Run one step by one kernel: tokens (S, 1) -> logits (S, V). None where backend or model do not allow it."""
         if resolve_backend("auto", self.device, "ssd") != "numba":
             return None
-        if self.fused is not None:
-            logits = self.fused(self.lm.embed(tokens)[:, 0])
+        embeds = self.lm.embed(tokens)[:, 0]  # (S, D)
+        if self.batch in self.fused:
+            logits = self.fused[self.batch](embeds)
             if logits is not None:
                 return logits
-        # At the first step, and after a weight has moved: the model may have become another one.
+            self.fused.clear()
+        # At the first step of a batch size, and after a weight has moved: the model may have become another one.
         obstacle = self.lm.obstacle_to_fusing()
         if obstacle is not None:
             self.may_fuse = False
             log_once(f"decoding runs op by op: {obstacle}")
             return None
-        self.fused = step = self.lm.fuse_step(self.state)
-        return step(self.lm.embed(tokens)[:, 0])
+        step = self.fused[self.batch] = self.lm.fuse_step(self.state)
+        return step(embeds)
 
 
 _logged: set[str] = set()

@@ -310,14 +310,18 @@ def test_steps_are_fused_where_that_bypasses_nothing(lm, caplog, monkeypatch):
     def step(is_fused, batch=2):
         decoder = Decoder(lm, batch)
         logits = decoder(tokens[:batch])
-        assert (decoder.fused is not None) == is_fused
+        assert bool(decoder.fused) == is_fused
         return logits
 
     fused = step(True)
     with use_backend("torch"):
         torch.testing.assert_close(fused, step(False), rtol=1e-4, atol=1e-4)
     tokens = tokens.repeat(9)
-    step(False, decoding.MAX_FUSED_BATCH + 1)
+    n_weights = sum(p.numel() for p in lm.parameters())
+    for factor, is_fused in ((16, True), (15, False)):
+        monkeypatch.setattr(decoding, "MAX_FUSED_WORK", factor * n_weights)
+        assert step(is_fused, 16).shape[0] == 16 > decoding.MAX_FUSED_BATCH
+    step(True, decoding.MAX_FUSED_BATCH)
     calls, projection = [], lm.backbone.layers[1].mixer.out_proj
     hook = projection.register_forward_hook(lambda *_: calls.append(1))
     with caplog.at_level(logging.INFO):
