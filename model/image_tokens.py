@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class ProcessedImage:
     """Number of tokens of the language model that the image takes."""
     grid: TileGrid | None = None
     """Grid of the tiles, if any."""
+    salt: bytes = field(default=b"", repr=False)
+    """Secret that the digest depends on, at most 64 bytes: images of two users have different digests."""
 
     @property
     def n_views(self) -> int:
@@ -34,8 +36,8 @@ class ProcessedImage:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """Hash of the content as the model sees it: pixels after preprocessing, and the grid."""
-        hashed = hashlib.blake2b(repr(self.grid).encode(), digest_size=32)
+        """Hash of the content as the model sees it: pixels after preprocessing, and the grid; keyed by the salt."""
+        hashed = hashlib.blake2b(repr(self.grid).encode(), digest_size=32, key=self.salt)
         # Shape and dtype too, so that no two contents have the same bytes.
         for pixels in self.pixels:
             hashed.update(f"{pixels.dtype} {tuple(pixels.shape)}".encode())

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import hmac
 import io
 import json
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import anyio
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,12 +33,26 @@ from .config import ServeConfig
 from .metrics import Metrics
 from .page import PAGE, PAGE_HEADERS
 from .prompts import Prompt, chat_prompt, text_prompt
-from .protocol import ApiError, Call, parse_chat, parse_completion, parse_json
-from .responses import Answer, ChatForm, CompletionForm
+from .protocol import ApiError, Call, Conversation, Texts, parse_chat, parse_completion, parse_json
+from .responses import ChatForm, CompletionForm, Form
 
 logger = logging.getLogger(__name__)
 
-Form = ChatForm | CompletionForm
+STREAM_SECONDS = 0.02
+"""Time for which the text of a stream is gathered after a part of it was sent. First text and end never wait."""
+
+
+class Interface(NamedTuple):
+    """One of OpenAI's interfaces to the engine."""
+
+    parse: Callable[[dict[str, Any], ServeConfig], Call]
+    form: type[Form]
+    field: str
+    """Name of the field that has the question."""
+
+
+CHAT = Interface(parse_chat, ChatForm, "messages")
+COMPLETIONS = Interface(parse_completion, CompletionForm, "prompt")
 
 
 class Service:
@@ -72,7 +89,7 @@ class Service:
         self.started = int(time.time())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answers: dict[engines.Request, Answers] = {}
-        self._preparing = anyio.CapacityLimiter(2)
+        self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -84,6 +101,7 @@ class Service:
             yield
         finally:
             await asyncio.to_thread(self.engine.stop)
+            self._preparing.shutdown(wait=False)
 
     @property
     def is_busy(self) -> bool:
@@ -91,17 +109,17 @@ class Service:
         return bool(self.n_calls or self._answers)
 
     def _deliver(self, events: list[tuple[engines.Request, engines.Event]]) -> None:
-        """Hand events from the engine's thread to the handlers, at one call a step."""
-        # The loop is closed where the process ends before the engine.
-        with contextlib.suppress(RuntimeError):
-            if self._loop is not None and events:
-                self._loop.call_soon_threadsafe(self._dispatch, events)
-
-    def _dispatch(self, events: list[tuple[engines.Request, engines.Event]]) -> None:
+        """Hand events from the engine's thread to the handlers, at most at one call of the loop a step."""
+        now = time.perf_counter()
+        due = []
         for request, event in events:
             answers = self._answers.get(request)
-            if answers is not None:
-                answers.queue.put_nowait((answers.requests.index(request), event))
+            if answers is not None and answers.put(request, event, now):
+                due.append(answers)
+        # The loop is closed where the process ends before the engine.
+        with contextlib.suppress(RuntimeError):
+            if self._loop is not None and due:
+                self._loop.call_soon_threadsafe(_wake, due)
 
     def user(self, authorization: str | None) -> bytes:
         """Check an API key, in a time that does not depend on it. Return the secret that salts the user's states.
@@ -120,13 +138,17 @@ class Service:
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return digest
 
-    def submit(self, requests: list[engines.Request]) -> Answers:
+    def submit(self, requests: list[engines.Request], stream: bool) -> Answers:
         """Start requests.
+
+        Args:
+            requests: of one call.
+            stream: see `Answers`.
 
         Raises:
             ApiError: too many wait, or the server is stopping.
         """
-        answers = Answers(self, requests)
+        answers = Answers(self, requests, stream)
         self._answers.update(dict.fromkeys(requests, answers))
         try:
             self.engine.submit(*requests)
@@ -144,68 +166,112 @@ class Service:
         for request in requests:
             self._answers.pop(request, None)
 
-    async def prompts(self, call: Call, salt: bytes) -> list[Prompt]:
-        """Tokenize a call and read its images, in a thread.
+    async def prepare(self, interface: Interface, body: bytes, salt: bytes) -> tuple[Call, list[Prompt]]:
+        """Read a body, tokenize its texts and decode its images, in a thread.
 
         Raises:
-            ApiError: an image cannot be read, or a prompt is too long or does not fit the model.
+            ApiError: it is not a call of the interface, an image cannot be read, or a prompt is too long or does not
+                fit the model.
         """
-        make = self._chat_prompts if call.turns else self._text_prompts
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._preparing, self._prepare, interface, body, salt)
+
+    def _prepare(self, interface: Interface, body: bytes, salt: bytes) -> tuple[Call, list[Prompt]]:
+        fields = parse_json(body)
+        _check_model(self, fields.get("model"))
+        call = interface.parse(fields, self.config)
         try:
-            prompts = await anyio.to_thread.run_sync(functools.partial(make, call, salt), limiter=self._preparing)
+            prompts = self._prompts(call.question, salt)
         except (ValueError, TypeError) as e:
-            raise ApiError(400, str(e), "messages" if call.turns else "prompt") from e
+            raise ApiError(400, str(e), interface.field) from e
         longest = max(len(p.ids) for p in prompts)
         if longest > self.config.max_prompt_tokens:
             message = f"the prompt has {longest} tokens, where {self.config.max_prompt_tokens} are the most"
-            raise ApiError(400, message, "messages" if call.turns else "prompt", "context_length_exceeded")
-        return prompts
+            raise ApiError(400, message, interface.field, "context_length_exceeded")
+        return call, prompts
 
-    def _chat_prompts(self, call: Call, salt: bytes) -> list[Prompt]:
+    def _prompts(self, question: Conversation | Texts, salt: bytes) -> list[Prompt]:
+        if not isinstance(question, Conversation):
+            return [text_prompt(self.model, text, salt) for text in question]
         if self.template is None:
             raise ValueError("the model has no template of conversations: use /v1/completions")
-        if len(call.turns) > 1 and not self.template.has_turns:
+        if len(question.turns) > 1 and not self.template.has_turns:
             raise ValueError("the model's template has a single question and no further turns")
-        images = [
-            (decode_image(io.BytesIO(data), f"image {i}"), hashlib.sha256(data).digest())
-            for i, data in enumerate(call.images)
-        ]
-        return [chat_prompt(self.model, self.template, call.turns, images, salt)]
-
-    def _text_prompts(self, call: Call, salt: bytes) -> list[Prompt]:
-        return [text_prompt(self.model, text, salt) for text in call.prompts]
+        images = [decode_image(io.BytesIO(data), f"image {i}") for i, data in enumerate(question.images)]
+        return [chat_prompt(self.model, self.template, question.turns, images, salt)]
 
 
 class Answers:
-    """Events of the requests of one call; an asynchronous iterator of (index, event) until all are finished."""
+    """Events of the requests of one call, from the engine's thread to the call's handler.
 
-    def __init__(self, service: Service, requests: list[engines.Request]):
+    An asynchronous iterator of lists of (index, event), until all requests are finished or the client is gone.
+
+    Args:
+        service: runs the requests.
+        requests: of the call.
+        stream: pass events on while the requests run; else all of a request at its end.
+    """
+
+    def __init__(self, service: Service, requests: list[engines.Request], stream: bool):
         self.service, self.requests = service, requests
-        self.queue: asyncio.Queue[tuple[int, engines.Event]] = asyncio.Queue()
+        self.indices = {request: i for i, request in enumerate(requests)}
+        self.arrived: deque[tuple[int, engines.Event]] = deque()
+        self.due = [-math.inf if stream else math.inf] * len(requests)
+        """Time from which the next event of each request is passed on. The engine's thread alone uses it."""
+        self.wake = asyncio.Event()
         self.open = set(range(len(requests)))
+        self.is_gone = False
+        """Whether the client left."""
         self.started = time.perf_counter()
+        self.has_text = False
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, engines.Event]]:
-        first = True
+    def put(self, request: engines.Request, event: engines.Event, now: float) -> bool:
+        """Add an event, in the engine's thread. Return whether the handler is to be woken."""
+        index = self.indices[request]
+        self.arrived.append((index, event))
+        if not self.has_text and not event.error:
+            self.has_text = True
+            self.service.metrics.first_token.observe(now - self.started)
+        if event.finish is not None:
+            self.service.metrics.duration.observe(now - self.started)
+            return True
+        # Text may be withheld until a stop string is decided, or a character complete.
+        if now < self.due[index] or not (event.text or event.logprobs):
+            return False
+        self.due[index] = now + STREAM_SECONDS
+        return True
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, engines.Event]]]:
         while self.open:
-            index, event = await self.queue.get()
-            # A handler that fell behind gets several events as one.
-            while event.finish is None and len(self.requests) == 1 and not self.queue.empty():
-                event = event.followed_by(self.queue.get_nowait()[1])
-            seconds = time.perf_counter() - self.started
-            if first and not event.error:
-                self.service.metrics.first_token.observe(seconds)
-                first = False
-            if event.finish is not None:
-                self.open.discard(index)
-                self.service.metrics.duration.observe(seconds)
-            yield index, event
+            await self.wake.wait()
+            self.wake.clear()
+            if self.is_gone:
+                return
+            arrived: dict[int, list[engines.Event]] = {}
+            while self.arrived:
+                index, event = self.arrived.popleft()
+                arrived.setdefault(index, []).append(event)
+            joined = [(index, engines.join_events(events)) for index, events in arrived.items()]
+            self.open.difference_update(index for index, event in joined if event.finish is not None)
+            yield joined
+
+    async def watch(self, receive: Receive) -> None:
+        """Wait until the client leaves, and end the iteration then."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.is_gone = True
+        self.wake.set()
 
     def close(self) -> None:
         """Cancel what is not finished."""
         for index in self.open:
             self.service.engine.cancel(self.requests[index])
         self.service.forget(self.requests)
+
+
+def _wake(due: list[Answers]) -> None:
+    for answers in due:
+        answers.wake.set()
 
 
 class EventStream(Response):
@@ -226,54 +292,53 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
-        try:
-            await unless_gone(receive, self._send_all(send))
-        except TimeoutError:
-            logger.warning("a client did not read its answer in time and was left")
-            raise
-        finally:
-            self.answers.close()
+        async with _watched(self.answers, receive):
+            try:
+                # The server waits in `send` while the client's buffers are full.
+                with anyio.fail_after(None) as patience:
+                    await self._send_all(send, patience)
+            except TimeoutError:
+                logger.warning("a client did not read its answer in time and was left")
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, patience: anyio.CancelScope) -> None:
+        loop, seconds = asyncio.get_running_loop(), self.answers.service.config.client_seconds
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for data in self._chunks():
-            # The server waits here while the client's buffers are full.
-            with anyio.fail_after(self.answers.service.config.client_seconds):
-                await send({"type": "http.response.body", "body": b"data: %s\n\n" % data, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        async for chunks, more in self._chunks():
+            # What came together is sent together.
+            body = b"".join([b"data: %s\n\n" % chunk for chunk in chunks])
+            patience.deadline = loop.time() + seconds
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+            patience.deadline = math.inf
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        for index in range(len(self.answers.requests)):
-            if (chunk := self.form.first(index)) is not None:
-                yield json.dumps(chunk).encode()
-        async for index, event in self.answers:
-            if event.error:
-                yield json.dumps(ApiError(500, event.error).body()).encode()
-                break
-            # Text may be withheld until a stop string is decided, or a character complete.
-            if event.text or event.logprobs or event.finish:
-                yield json.dumps(self.form.chunk(index, event)).encode()
-        else:
-            if self.include_usage:
-                yield json.dumps(self.form.usage_chunk(self.answers.requests)).encode()
-        yield b"[DONE]"
+    async def _chunks(self) -> AsyncIterator[tuple[list[bytes], bool]]:
+        """Yield chunks of the body, and whether others follow."""
+        chunks = self.form.opening(len(self.answers.requests))
+        async for events in self.answers:
+            for index, event in events:
+                if event.error:
+                    error = json.dumps(ApiError(500, event.error).body()).encode()
+                    yield [*chunks, error, b"[DONE]"], False
+                    return
+                if event.text or event.logprobs or event.finish:
+                    chunks.append(self.form.chunk(index, event))
+            if not self.answers.open:
+                if self.include_usage:
+                    chunks.append(self.form.usage_chunk(self.answers.requests))
+                yield [*chunks, b"[DONE]"], False
+            elif chunks:
+                yield chunks, True
+            chunks = []
 
 
-async def unless_gone(receive: Receive, work: Any) -> Any:
-    """Run a coroutine to its end, or cancel it when the client disconnects. Return its result, or None."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+@contextlib.asynccontextmanager
+async def _watched(answers: Answers, receive: Receive) -> AsyncIterator[None]:
+    """Watch whether the client leaves for the duration of a block, and cancel at its end what is not finished."""
+    watching = asyncio.create_task(answers.watch(receive))
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
+        yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        watching.cancel()
+        answers.close()
 
 
 def busy() -> ApiError:
@@ -360,11 +425,11 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await _answer(service, request, parse_chat, ChatForm)
+        return await _answer(service, request, CHAT)
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        return await _answer(service, request, parse_completion, CompletionForm)
+        return await _answer(service, request, COMPLETIONS)
 
     return app
 
@@ -386,9 +451,7 @@ class _CountResponses:
         await self.app(scope, receive, counted)
 
 
-async def _answer(
-    service: Service, request: Request, parse: Callable[[dict[str, Any], ServeConfig], Call], form_class: type[Form]
-) -> Response:
+async def _answer(service: Service, request: Request, interface: Interface) -> Response:
     """Check a call, run it, and answer it at once or as a stream."""
     salt = service.user(request.headers.get("authorization"))
     if service.draining:
@@ -398,38 +461,30 @@ async def _answer(
         raise busy()
     service.n_calls += 1
     try:
-        body = parse_json(await _read_body(service, request))
-        _check_model(service, body.get("model"))
-        call = parse(body, service.config)
-        del body  # an image is many bytes
-        prompts = await service.prompts(call, salt)
+        call, prompts = await service.prepare(interface, await _read_body(service, request), salt)
         requests = [engines.Request(p, call.sampling, call.logprobs, call.ignore_eos) for p in prompts]
-        form = form_class(service.name, service.tokenizer, call.logprobs is not None)
-        answers = service.submit(requests)
+        form = interface.form(service.name, service.tokenizer, call.logprobs is not None)
+        answers = service.submit(requests, call.stream)
+    except ClientDisconnect:
+        return GONE
     finally:
         service.n_calls -= 1
     if call.stream:
         return EventStream(answers, form, call.include_usage)
-    try:
-        whole = await unless_gone(request.receive, _collect(answers))
-    finally:
-        answers.close()
-    # Nobody reads what a client that left would get.
-    return Response(status_code=499) if whole is None else _json(form.whole(whole, requests))
+    whole: list[list[engines.Event]] = [[] for _ in requests]
+    async with _watched(answers, request.receive):
+        async for events in answers:
+            for index, event in events:
+                if event.error:
+                    raise ApiError(500, event.error)
+                whole[index].append(event)
+    if answers.is_gone:
+        return GONE
+    return _json(form.whole([engines.join_events(events) for events in whole], requests))
 
 
-async def _collect(answers: Answers) -> list[Answer]:
-    """Wait for the answers of a call.
-
-    Raises:
-        ApiError: one of them ended with an error.
-    """
-    whole = [Answer() for _ in answers.requests]
-    async for index, event in answers:
-        if event.error:
-            raise ApiError(500, event.error)
-        whole[index].add(event)
-    return whole
+GONE = Response(status_code=499)
+"""Answer that nobody reads: the client left."""
 
 
 async def _read_body(service: Service, request: Request) -> bytes:

@@ -21,6 +21,8 @@ class ServeConfig:
     sooner."""
     cache_mb: Annotated[float, Interval("[0, inf)")] = 256.0
     """Memory for states of prompts that were seen, in MiB; 0 keeps none."""
+    feature_cache_mb: Annotated[float, Interval("[0, inf)")] = 64.0
+    """Memory for features of images that were seen, in MiB; 0 keeps none."""
     max_prompt_tokens: Count = 32_768
     """Most tokens of a prompt, those of its images included."""
     max_new_tokens: Count = 2048

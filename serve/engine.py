@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ssm_kernels import states
 
-from ..model.batch import Sample
+from ..model.feature_cache import FeatureCache
 from ..model.generation.config import GenerationConfig
 from ..model.generation.cuda_graph import has_graphs
 from ..model.generation.decoding import Decoder
@@ -28,12 +29,12 @@ from ..model.generation.generate import Completion
 from ..model.generation.interface import LMState
 from ..model.generation.prefill import EmbedFn, PrefillChunk, check_tokens, packed_tokens, run_prefill_chunk
 from ..model.generation.sampling import Sampler
-from ..model.image_tokens import ProcessedImage
 from ..model.lm import MambaLM
+from ..model.prompt import IMAGE_MARK, Turn
 from ..model.tokenizer import require_tokenizer
 from ..model.vlm import VLM
 from .config import ServeConfig
-from .prompts import Prompt
+from .prompts import Prompt, chat_prompt, text_prompt
 from .state_cache import StateCache
 from .waiting import WaitingQueue
 
@@ -75,9 +76,12 @@ class Event(NamedTuple):
     """Reason of the end: end of text or a stop string, the most tokens, or an error."""
     error: str = ""
 
-    def followed_by(self, later: Event) -> Event:
-        """Join two events of a request into one."""
-        return Event(self.text + later.text, self.logprobs + later.logprobs, later.finish, later.error)
+
+def join_events(events: Sequence[Event]) -> Event:
+    """Join successive events of a request into one."""
+    text = "".join([e.text for e in events])
+    logprobs = tuple([p for e in events for p in e.logprobs])
+    return Event(text, logprobs, events[-1].finish, events[-1].error)
 
 
 @dataclass(eq=False)
@@ -133,12 +137,6 @@ class _Sequence:
         end = min((position // QUANTUM + 1) * QUANTUM, len(self.ids))
         return min([end, *(s.end for s in self.request.prompt.images if s.end > position)])
 
-    def images_left(self) -> tuple[ProcessedImage, ...]:
-        """Images that are not in the state already."""
-        prompt = self.request.prompt
-        spans = zip(prompt.sample.images, prompt.images, strict=True)
-        return tuple(image for image, span in spans if span.start >= self.position)
-
     def ends_image(self, position: int) -> bool:
         """Whether an image ends at a position: another question about it may go on from there."""
         return any(span.end == position for span in self.request.prompt.images)
@@ -174,6 +172,7 @@ class Engine:
         self.lm.tokenizer = tokenizer
         self.vocab_size = min(tokenizer.vocab_size, self.lm.config.vocab_size)
         self.cache = StateCache(int(config.cache_mb * 2**20))
+        self.features = FeatureCache(int(config.feature_cache_mb * 2**20))
         self.stats = EngineStats()
         self.decoder = Decoder(self.lm, config.slots)
         self.prefilling: list[_Sequence] = []
@@ -217,14 +216,18 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run a prompt and two steps, so that the first client does not wait for what is compiled at first use."""
-        eos = require_tokenizer(self.lm).eos_id
-        prompt, sampling = Prompt(Sample([eos] * 8, [])), GenerationConfig(2)
+        eos, sampling = require_tokenizer(self.lm).eos_id, GenerationConfig(2)
+        prompt = text_prompt(self.lm, [eos] * 8)
+        if isinstance(self.model, VLM):
+            image = Image.new("RGB", (32, 32))
+            prompt = chat_prompt(self.model, self.model.template, [Turn("user", IMAGE_MARK)], [image])
         # One sequence alone may run by another kernel than several.
         for n in {1, min(4, self.config.slots)}:
             self.submit(*(Request(prompt, sampling, ignore_eos=True) for _ in range(n)))
             while self.n_active or len(self.waiting):
                 self.step()
-        self.cache, self.stats = StateCache(self.cache.max_bytes), EngineStats()
+        self.cache, self.features = StateCache(self.cache.max_bytes), FeatureCache(self.features.max_bytes)
+        self.stats = EngineStats()
 
     def start(self) -> None:
         """Step in a thread for as long as there are requests."""
@@ -349,15 +352,14 @@ class Engine:
         return ends
 
     def _embed(self, sequences: list[_Sequence]) -> None:
-        """Give sequences the embeddings of the rest of their prompts. Images in it are encoded here, together."""
+        """Give sequences the embeddings of the rest of their prompts. Images in them are encoded together."""
         if not sequences:
             return
-        rests = [s.ids[s.position :] for s in sequences]
+        rests = [s.request.prompt.sample.after(s.position) for s in sequences]
         if isinstance(self.model, VLM):
-            samples = [Sample(rest, rest, s.images_left()) for s, rest in zip(sequences, rests, strict=True)]
-            embed, bounds = self.model.packed(samples)
+            embed, bounds = self.model.packed(rests, self.features)
         else:
-            embed, bounds = packed_tokens(self.lm, rests)
+            embed, bounds = packed_tokens(self.lm, [rest.input_ids for rest in rests])
         for sequence, start in zip(sequences, bounds.tolist(), strict=False):
             sequence.embed = _shifted(embed, start - sequence.position)
 
@@ -410,12 +412,11 @@ class Engine:
 
     def _choose(self, sequences: list[_Sequence], logits: Tensor) -> list[tuple[int, tuple[TokenLogprob, ...]]]:
         """Choose a token of each sequence by its logits (S, V), by its own sampler."""
-        greedy = logits[:, : self.vocab_size].argmax(-1)  # (S,)
-        chosen = [
-            greedy[i : i + 1] if _is_plain(s.request.sampling) else s.sampler(logits[i : i + 1])
-            for i, s in enumerate(sequences)
-        ]
-        tokens = torch.cat(chosen).tolist()
+        chosen = logits[:, : self.vocab_size].argmax(-1)  # (S,)
+        drawn = [i for i, s in enumerate(sequences) if not _is_plain(s.request.sampling)]
+        if drawn:
+            chosen[drawn] = torch.cat([sequences[i].sampler(logits[i : i + 1]) for i in drawn])
+        tokens = chosen.tolist()
         return [
             (token, self._logprobs(s.request.logprobs, token, row))
             for s, token, row in zip(sequences, tokens, logits, strict=True)

@@ -55,6 +55,7 @@ class _EngineCollector:
             "vlmamba_slots": ("Most requests that run at once.", engine.config.slots),
             "vlmamba_cache_bytes": ("Memory of the state cache in use.", cache.n_bytes),
             "vlmamba_cache_states": ("States in the cache.", len(cache)),
+            "vlmamba_feature_cache_bytes": ("Memory of the image features in use.", engine.features.n_bytes),
         }
         counters = {
             "vlmamba_prompt_tokens": ("Prompt tokens that were run.", stats.prompt_tokens),
@@ -68,6 +69,8 @@ class _EngineCollector:
             "vlmamba_cache_hits": ("Requests that went on from a state of the cache.", cache.hits),
             "vlmamba_cache_misses": ("Requests that did not.", cache.misses),
             "vlmamba_cache_evictions": ("States that left the cache.", cache.evictions),
+            "vlmamba_feature_cache_hits": ("Images whose features were in the cache.", engine.features.hits),
+            "vlmamba_feature_cache_misses": ("Images that were encoded.", engine.features.misses),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from ..model.batch import Sample
 from ..model.image import ImageLike
 from ..model.lm import MambaLM
-from ..model.prompt import IMAGE_TOKEN, PromptTemplate, Turn
+from ..model.prompt import IGNORE, PromptTemplate, Turn
 from ..model.tokenizer import require_tokenizer
 from ..model.vlm import VLM
 
@@ -72,7 +72,7 @@ def chat_prompt(
     model: VLM | MambaLM,
     template: PromptTemplate,
     turns: Sequence[Turn],
-    images: Sequence[tuple[ImageLike, bytes]],
+    images: Sequence[ImageLike],
     salt: bytes = b"",
 ) -> Prompt:
     """Convert a conversation to a prompt.
@@ -81,7 +81,7 @@ def chat_prompt(
         model: with a tokenizer.
         template: the model's own, or that of a language model's conversations.
         turns: user and assistant alternating, from the user's to the user's, with marks at the places of images.
-        images: pictures with the digests of their content.
+        images: pictures, in the order of their marks.
         salt: secret of the user.
 
     Returns:
@@ -95,13 +95,9 @@ def chat_prompt(
             raise ValueError("the model is a language model and takes no image")
         ids, labels = template.encode(require_tokenizer(model), turns)
         return Prompt(Sample(ids, labels), salt=salt)
-    sample = model.prepare(turns, [image for image, _ in images])
-    spans, at = [], 0
-    for processed, (_, digest) in zip(sample.images, images, strict=True):
-        # Two images without text between them are one run of image tokens.
-        start = sample.input_ids.index(IMAGE_TOKEN, at)
-        at = start + processed.n_tokens
-        spans.append(ImageSpan(start, at, digest))
+    sample = model.prepare(turns, [replace(model.preprocess(image), salt=salt) for image in images])
+    digests = [image.digest for image in sample.images]
+    spans = [ImageSpan(*span, digest) for span, digest in zip(sample.image_spans(), digests, strict=True)]
     return Prompt(sample, tuple(spans), salt)
 
 
@@ -124,4 +120,4 @@ def text_prompt(model: VLM | MambaLM, text: str | Sequence[int], salt: bytes = b
     # Rows of the embedding beyond the tokenizer's have no text.
     if not isinstance(text, str) and (min(ids) < 0 or max(ids) >= tokenizer.vocab_size):
         raise ValueError(f"tokens must lie in [0, {tokenizer.vocab_size}), got values from {min(ids)} to {max(ids)}")
-    return Prompt(Sample(ids, []), salt=salt)
+    return Prompt(Sample(ids, [IGNORE] * len(ids)), salt=salt)

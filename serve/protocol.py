@@ -11,9 +11,9 @@ import binascii
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ..model.generation.config import GenerationConfig
 from ..model.prompt import IMAGE_MARK, Turn
@@ -76,9 +76,24 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """What the chat interface is asked."""
+
+    turns: list[Turn]
+    """With marks at the places of images."""
+    images: list[bytes]
+    """Image files, in the order of their marks."""
+
+
+Texts = list[str | list[int]]
+"""What the completions interface is asked: texts or tokens to continue."""
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of either interface."""
 
+    question: Conversation | Texts
     sampling: GenerationConfig
     logprobs: int | None
     """Number of alternatives of each token; None for no log-probabilities."""
@@ -86,12 +101,6 @@ class Call:
     stream: bool
     include_usage: bool
     """Whether a stream ends with the numbers of tokens."""
-    turns: list[Turn] = field(default_factory=list)
-    """Conversation, of the chat interface. Marks are at the places of images."""
-    images: list[bytes] = field(default_factory=list)
-    """Image files, in the order of their marks."""
-    prompts: list[str | list[int]] = field(default_factory=list)
-    """Texts or tokens to continue, of the completions interface."""
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -123,15 +132,17 @@ def parse_chat(body: dict[str, Any], config: ServeConfig) -> Call:
     Raises:
         ApiError: a field is unknown, not offered, or out of its range.
     """
-    fields = _Fields(body)
-    turns, images = _messages(fields.take("messages", list, None), config)
-    wants = fields.take("logprobs", bool, False)
-    n = fields.take("top_logprobs", int, 0)
-    if n and not wants:
-        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-    limit = fields.take("max_completion_tokens", int, None)
-    call = _finish(fields, config, _logprobs(n, "top_logprobs") if wants else None, limit, config.max_new_tokens)
-    return Call(**call, turns=turns, images=images)
+
+    def take(fields: _Fields) -> _OwnFields:
+        question = _conversation(fields.take("messages", list, None), config)
+        wants = fields.take("logprobs", bool, False)
+        n = fields.take("top_logprobs", int, 0)
+        if n and not wants:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        new_tokens = fields.take("max_completion_tokens", int, config.max_new_tokens)
+        return _OwnFields(question, _logprobs(n, "top_logprobs") if wants else None, new_tokens)
+
+    return _parse(body, config, take)
 
 
 def parse_completion(body: dict[str, Any], config: ServeConfig) -> Call:
@@ -144,12 +155,13 @@ def parse_completion(body: dict[str, Any], config: ServeConfig) -> Call:
     Raises:
         ApiError: a field is unknown, not offered, or out of its range.
     """
-    fields = _Fields(body)
-    prompts = _prompts(fields.take("prompt", object, None))
-    n = fields.take("logprobs", int, None)
-    logprobs = None if n is None else _logprobs(n, "logprobs")
-    call = _finish(fields, config, logprobs, None, min(16, config.max_new_tokens))
-    return Call(**call, prompts=prompts)
+
+    def take(fields: _Fields) -> _OwnFields:
+        texts = _texts(fields.take("prompt", object, None))
+        n = fields.take("logprobs", int, None)
+        return _OwnFields(texts, None if n is None else _logprobs(n, "logprobs"), min(16, config.max_new_tokens))
+
+    return _parse(body, config, take)
 
 
 class _Fields:
@@ -196,10 +208,19 @@ def _kind(value: Any) -> str:
     return "null" if value is None else next(name for kind, name in _NAMES.items() if isinstance(value, kind))
 
 
-def _finish(
-    fields: _Fields, config: ServeConfig, logprobs: int | None, limit: int | None, default: int
-) -> dict[str, Any]:
-    """Take the fields that both interfaces have, and refuse what is left."""
+class _OwnFields(NamedTuple):
+    """Fields that each interface has in a form of its own."""
+
+    question: Conversation | Texts
+    logprobs: int | None
+    new_tokens: int
+    """Most tokens of an answer where `max_tokens` is not given."""
+
+
+def _parse(body: dict[str, Any], config: ServeConfig, take_own: Callable[[_Fields], _OwnFields]) -> Call:
+    """Take an interface's own fields, then those that both have, and refuse what is left."""
+    fields = _Fields(body)
+    own = take_own(fields)
     fields.take("model", str, None)
     stream = fields.take("stream", bool, False)
     options = fields.take("stream_options", dict, {})
@@ -207,8 +228,7 @@ def _finish(
         raise ApiError(400, f"stream_options has no field {min(unknown)!r}", "stream_options")
     if options and not stream:
         raise ApiError(400, "stream_options needs stream: true", "stream_options")
-    new_tokens = fields.take("max_tokens", int, limit)
-    new_tokens = default if new_tokens is None else new_tokens
+    new_tokens = fields.take("max_tokens", int, own.new_tokens)
     if not 1 <= new_tokens <= config.max_new_tokens:
         raise ApiError(400, f"max_tokens must lie in [1, {config.max_new_tokens}], got {new_tokens}", "max_tokens")
     stop = fields.take("stop", object, [])
@@ -231,13 +251,8 @@ def _finish(
         sampling = GenerationConfig(new_tokens, **settings)
     except ValueError as e:
         raise ApiError(400, str(e), str(e).split(" ")[0]) from e
-    return {
-        "sampling": sampling,
-        "logprobs": logprobs,
-        "ignore_eos": ignore_eos,
-        "stream": stream,
-        "include_usage": options.get("include_usage") is True,
-    }
+    include_usage = options.get("include_usage") is True
+    return Call(own.question, sampling, own.logprobs, ignore_eos, stream, include_usage)
 
 
 def _refuse_rest(left: Mapping[str, Any]) -> None:
@@ -256,7 +271,7 @@ def _logprobs(n: int, name: str) -> int:
     return n
 
 
-def _prompts(prompt: Any) -> list[str | list[int]]:
+def _texts(prompt: Any) -> Texts:
     """Read the prompts of a call: a text, an array of texts, tokens, or an array of tokens."""
 
     def is_tokens(value: Any) -> bool:
@@ -271,7 +286,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return prompt
 
 
-def _messages(messages: Sequence[Any] | None, config: ServeConfig) -> tuple[list[Turn], list[bytes]]:
+def _conversation(messages: Sequence[Any] | None, config: ServeConfig) -> Conversation:
     """Read a conversation, with marks at the places of its images."""
     if not messages:
         raise ApiError(400, "messages must have at least one message", "messages")
@@ -298,7 +313,7 @@ def _messages(messages: Sequence[Any] | None, config: ServeConfig) -> tuple[list
             "messages",
             "too_many_images",
         )
-    return turns, images
+    return Conversation(turns, images)
 
 
 def _content(content: Any, at: str, role: str, images: list[bytes]) -> str:

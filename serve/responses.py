@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
+import abc
+import json
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ..model.tokenizer import Tokenizer
-from .engine import Event, FinishReason, Request, TokenLogprob
+from .engine import Event, Request, TokenLogprob
 
 
-class Answer:
-    """Text, log-probabilities and end of one request, while its events arrive."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self.logprobs: list[TokenLogprob] = []
-        self.finish: FinishReason | None = None
-
-    def add(self, event: Event) -> None:
-        """Append an event."""
-        self.text += event.text
-        self.logprobs += event.logprobs
-        self.finish = event.finish
-
-
-class ChatForm:
-    """Form of `/v1/chat/completions`.
+class Form(abc.ABC):
+    """Form of the answers of one call.
 
     Args:
         model: name of the model.
@@ -35,44 +22,75 @@ class ChatForm:
         with_logprobs: whether log-probabilities were asked for.
     """
 
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    """Name of the kind of a whole response."""
+    chunk_object: ClassVar[str]
+    """Name of the kind of a chunk."""
+
     def __init__(self, model: str, tokenizer: Tokenizer, with_logprobs: bool):
         self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
-        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.head = {
+            "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        # All chunks of a stream start alike.
+        self.chunk_head = json.dumps({**self.head, "object": self.chunk_object})[:-1]
 
-    def whole(self, answers: Sequence[Answer], requests: Sequence[Request]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Event], requests: Sequence[Request]) -> dict[str, Any]:
         """Return the response with complete answers."""
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": self._logprobs(answer.logprobs),
-                "finish_reason": answer.finish,
-            }
-            for i, answer in enumerate(answers)
-        ]
-        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(requests)}
+        choices = [self._choice(i, answer, self._whole_content(answer)) for i, answer in enumerate(answers)]
+        return {**self.head, "object": self.whole_object, "choices": choices, "usage": usage(requests)}
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        """Return the chunk that opens an answer."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, (), None)
+    def opening(self, n: int) -> list[bytes]:
+        """Return the chunks that open n answers."""
+        return []
 
-    def chunk(self, index: int, event: Event) -> dict[str, Any]:
+    def chunk(self, index: int, event: Event) -> bytes:
         """Return the chunk of an event."""
-        return self._chunk(index, {"content": event.text} if event.text else {}, event.logprobs, event.finish)
+        return self._chunk([self._choice(index, event, self._new_content(event))])
 
-    def usage_chunk(self, requests: Sequence[Request]) -> dict[str, Any]:
+    def usage_chunk(self, requests: Sequence[Request]) -> bytes:
         """Return the chunk with the numbers of tokens, which ends a stream."""
-        return {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage(requests)}
+        return self._chunk([], usage=usage(requests))
 
-    def _chunk(
-        self, index: int, delta: dict[str, str], logprobs: Sequence[TokenLogprob], finish: FinishReason | None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
-        return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
+    def _chunk(self, choices: list[dict[str, Any]], **fields: Any) -> bytes:
+        return f"{self.chunk_head}, {json.dumps({'choices': choices, **fields})[1:]}".encode()
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self.with_logprobs:
-            return None
+    def _choice(self, index: int, event: Event, content: dict[str, Any]) -> dict[str, Any]:
+        logprobs = self._logprobs(index, event.logprobs) if self.with_logprobs else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": event.finish}
+
+    @abc.abstractmethod
+    def _whole_content(self, event: Event) -> dict[str, Any]:
+        """Return the fields of a complete answer's text."""
+
+    @abc.abstractmethod
+    def _new_content(self, event: Event) -> dict[str, Any]:
+        """Return the fields of a chunk's text."""
+
+    @abc.abstractmethod
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Return the log-probabilities of an answer's next tokens."""
+
+
+class ChatForm(Form):
+    """Form of `/v1/chat/completions`."""
+
+    id_prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, n: int) -> list[bytes]:
+        content = {"delta": {"role": "assistant", "content": ""}}
+        return [self._chunk([self._choice(i, Event(), content)]) for i in range(n)]
+
+    def _whole_content(self, event: Event) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": event.text, "refusal": None}}
+
+    def _new_content(self, event: Event) -> dict[str, Any]:
+        return {"delta": {"content": event.text} if event.text else {}}
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         content = [
             {**self._token(p.token, p.logprob), "top_logprobs": [self._token(t, v) for t, v in p.top]} for p in logprobs
         ]
@@ -85,51 +103,22 @@ class ChatForm:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if known else None}
 
 
-class CompletionForm:
-    """Form of `/v1/completions`.
+class CompletionForm(Form):
+    """Form of `/v1/completions`."""
 
-    Args:
-        model: name of the model.
-        tokenizer: for the texts of tokens.
-        with_logprobs: whether log-probabilities were asked for.
-    """
+    id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: str, tokenizer: Tokenizer, with_logprobs: bool):
-        self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
-        self.head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
+        super().__init__(model, tokenizer, with_logprobs)
         self.offsets: dict[int, int] = {}
         """Length of the text of each answer that was sent."""
 
-    def whole(self, answers: Sequence[Answer], requests: Sequence[Request]) -> dict[str, Any]:
-        """Return the response with complete answers."""
-        choices = [self._choice(i, a.text, a.logprobs, a.finish) for i, a in enumerate(answers)]
-        return {**self.head, "choices": choices, "usage": usage(requests)}
+    def _whole_content(self, event: Event) -> dict[str, Any]:
+        return {"text": event.text}
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        """Return None: no chunk opens an answer."""
-        return None
+    _new_content = _whole_content
 
-    def chunk(self, index: int, event: Event) -> dict[str, Any]:
-        """Return the chunk of an event."""
-        return {**self.head, "choices": [self._choice(index, event.text, event.logprobs, event.finish)]}
-
-    def usage_chunk(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """Return the chunk with the numbers of tokens, which ends a stream."""
-        return {**self.head, "choices": [], "usage": usage(requests)}
-
-    def _choice(
-        self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: FinishReason | None
-    ) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs), "finish_reason": finish}
-
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self.with_logprobs:
-            return None
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         texts = [token_text(self.tokenizer, p.token) for p in logprobs]
         offsets = []
         for text in texts:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
+from asyncio.trsock import TransportSocket
 from types import FrameType
 
 import uvicorn
@@ -58,10 +60,21 @@ class Server(uvicorn.Server):
         if self.started:
             self._drain = asyncio.create_task(self._stop_when_drained())
             for server in self.servers:
-                for socket in server.sockets:
-                    host, port = socket.getsockname()[:2]
+                for sock in server.sockets:
+                    self._bound_waits(sock)
+                    host, port = sock.getsockname()[:2]
                     at = f"[{host}]" if ":" in host else host
                     print(f"serving {self.service.name} at http://{at}:{port}", flush=True)
+
+    def _bound_waits(self, sock: socket.socket | TransportSocket) -> None:
+        """Let the system drop connections whose client takes nothing for twice as long as a client may be slow.
+
+        Its answer has ended by then. But what was sent already would wait for it, and keep the connection, for minutes
+        where the client vanished without a word, and for ever where it does not read.
+        """
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections have the option of the socket that accepts them
+            milliseconds = max(int(2000 * self.service.config.client_seconds), 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     async def _stop_when_drained(self) -> None:
         service = self.service

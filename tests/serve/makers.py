@@ -76,7 +76,7 @@ class Client:
 
 
 def text_request(ids, sampling=GREEDY, **options):
-    return Request(Prompt(Sample(ids, []), salt=options.pop("salt", b"")), sampling, **options)
+    return Request(Prompt(Sample(ids, ids), salt=options.pop("salt", b"")), sampling, **options)
 
 
 def alone(lm, ids, sampling):
@@ -87,7 +87,6 @@ def alone(lm, ids, sampling):
 
 def vlm_request(vlm, question, image, sampling=GREEDY, salt=b"", **options):
     images = [] if image is None else image if isinstance(image, list) else [image]
-    images = [(i, i.tobytes()) for i in images]
     turns = question if isinstance(question, list) else [Turn("user", question)]
     return Request(chat_prompt(vlm, vlm.template, turns, images, salt), sampling, **options)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import json
@@ -22,11 +21,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.makers import BLUE, RED, language_config, sharpened_lm
-from tests.serve.makers import TOKENIZER, RunningServer, data_url, question, small_vlm, text_request, wait_for
+from tests.serve.makers import TOKENIZER, RunningServer, data_url, question, small_vlm, wait_for
 from vlmamba.model import GenerationConfig
-from vlmamba.serve.app import EventStream, Service
-from vlmamba.serve.config import ServeConfig
-from vlmamba.serve.responses import ChatForm
 
 GREEDY = GenerationConfig(12)
 LONG = {"max_tokens": 2000, "temperature": 0, "ignore_eos": True}
@@ -40,7 +36,14 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def server(vlm):
-    with RunningServer(vlm, max_prompt_tokens=200, max_body_mb=1.0, max_images=2, client_seconds=1.0) as running:
+    with RunningServer(vlm, max_prompt_tokens=200, max_body_mb=1.0, max_images=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def impatient(vlm):
+    """A server with little time for slow clients."""
+    with RunningServer(vlm, client_seconds=0.5) as running:
         yield running
 
 
@@ -192,46 +195,57 @@ def head(length: int) -> bytes:
     return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
 
 
-def test_a_body_that_does_not_come_gets_a_timeout(server):
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-        )
-        connection.sendall(head.encode())
-        connection.settimeout(10)
+def test_a_body_that_does_not_come_gets_a_timeout(impatient):
+    with socket.create_connection(("127.0.0.1", impatient.port)) as connection:
+        connection.sendall(head(99) + b"{")
+        connection.settimeout(30)
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request(server, stream):
     before = server.engine.stats.cancelled
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        body = json.dumps({**OK, **LONG, "stream": stream}).encode()
-        connection.sendall(head(len(body)) + body)
+    with connect(server, OK, **LONG, stream=stream):
         wait_for(lambda: server.engine.running)
     wait_for(lambda: server.engine.stats.cancelled == before + 1)
     assert not server.service.is_busy
 
 
-def test_a_client_that_does_not_read_is_left(vlm):
-    async def blocked(message):
-        if message["type"] == "http.response.body":
-            await asyncio.sleep(60)
+def connect(server, body: dict, **options) -> socket.socket:
+    """Send a request over a socket of its own, whose answer is not read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    content = json.dumps({**body, **options}).encode()
+    connection.sendall(head(len(content)) + content)
+    return connection
 
-    async def silent():
-        await asyncio.sleep(60)
 
-    async def run():
-        service = Service(vlm, "small", ServeConfig(client_seconds=0.1))
-        requests = [text_request([5, 6])]
-        answers = service.submit(requests)
-        stream = EventStream(answers, ChatForm("small", TOKENIZER, False), False)
-        with pytest.raises(TimeoutError):
-            await stream({}, silent, blocked)
-        return service, requests[0]
+@pytest.mark.parametrize("system_helps", [True, False])
+def test_a_client_that_does_not_read_is_left(vlm, system_helps, caplog, monkeypatch):
+    """Its slot is free when it takes no more; where the system can tell, its connection is closed too."""
+    if not system_helps:
+        monkeypatch.delattr(socket, "TCP_USER_TIMEOUT", raising=False)
+    elif not hasattr(socket, "TCP_USER_TIMEOUT"):
+        pytest.skip("the system has no TCP_USER_TIMEOUT")
+    with RunningServer(vlm, client_seconds=0.5) as server:
+        # Else the system takes the entire answer from the server.
+        server.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with connect(server, OK, **LONG, stream=True, logprobs=True, top_logprobs=20):
+            wait_for(lambda: server.engine.running)
+            wait_for(lambda: server.engine.stats.cancelled and not server.service.is_busy)
+            if system_helps:
+                wait_for(lambda: not server.server.server_state.connections)
+            else:
+                assert "did not read its answer in time" in caplog.text
 
-    service, request = asyncio.run(run())
-    assert request.cancelled and not service.is_busy and not len(service.engine.waiting)
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(server, caplog):
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head(99) + b"{")
+        wait_for(lambda: server.service.body_bytes)
+    wait_for(lambda: not server.service.is_busy and not server.service.body_bytes)
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
 def test_more_than_may_wait_are_refused(vlm):

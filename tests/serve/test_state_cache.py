@@ -90,6 +90,26 @@ def test_an_image_that_was_seen_is_not_encoded_again(vlm, monkeypatch):
     assert client.run(other) == vlm.generate(["what?"], [BLUE], GREEDY) and not other.cached_tokens
 
 
+def test_an_image_at_another_place_has_its_features_and_another_state(vlm):
+    client = Client(vlm)
+    client.run(vlm_request(vlm, "what?", RED))
+    turns = [Turn("user", "<image> and <image>?")]
+    request = vlm_request(vlm, turns, [BLUE, RED])
+    assert client.run(request) == vlm.generate([turns], [[BLUE, RED]], GREEDY)
+    assert (request.cached_tokens, client.engine.features.hits, client.engine.features.misses) == (0, 1, 2)
+
+
+def test_images_of_two_users_are_encoded_apart(vlm):
+    """Also where they come together, so that not even the time of an answer tells who sent the same."""
+    client, encoded = Client(vlm), []
+    hook = vlm.vision.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0][0])))
+    requests = [vlm_request(vlm, "what?", RED, salt=salt) for salt in (b"one", b"two", b"one")]
+    answers = client.run(*requests)
+    hook.remove()
+    assert sum(encoded) == 2 and len(set(answers)) == 1
+    assert len({r.prompt.images[0].digest for r in requests}) == 2
+
+
 def test_nothing_of_one_user_reaches_another(vlm):
     client = Client(vlm)
     requests = [vlm_request(vlm, "what?", RED, salt=salt) for salt in (b"one", b"two", b"one")]
