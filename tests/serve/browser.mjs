@@ -1,5 +1,5 @@
 // Drives the page at `/` in Chromium, and fails with a message at the first thing that is not as it should be.
-// Arguments: the address of a server, a folder with red.png, the folder of playwright-core, and one for pictures.
+// Arguments: the address of a server, a folder with red.png and blue.png, the folder of playwright-core, and one for pictures.
 import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -7,8 +7,9 @@ import assert from "node:assert/strict";
 
 const [url, images, modules, pictures] = process.argv.slice(2);
 const { chromium } = createRequire(join(modules, "x.js"))("playwright-core");
+const LIMIT = 4;  // images of a request, which the server was started with
 const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args: ["--no-sandbox"] });
-const red = join(images, "red.png");
+const [red, blue] = ["red.png", "blue.png"].map((name) => join(images, name));
 
 async function open(options = {}) {
   const context = await browser.newContext({ viewport: { width: 900, height: 640 }, ...options });
@@ -33,14 +34,14 @@ let page = await open();
 await page.waitForFunction(() => document.title === "small");
 assert.equal(await page.evaluate(() => document.activeElement.id), "text", "the question has the focus");
 const choosing = page.waitForEvent("filechooser");
-await page.getByRole("button", { name: "Choose an image" }).click();
+await page.getByRole("button", { name: "Choose images" }).click();
 await (await choosing).setFiles(red);
 await page.getByAltText("Chosen image 1").waitFor();
 await page.keyboard.type("what color?");
 await page.keyboard.press("Enter");
 await done(page, 1);
 const first = await answers(page).first().textContent();
-assert.equal(await page.getByAltText("Image that you sent").count(), 1);
+assert.equal(await page.getByAltText("Image 1 that you sent").count(), 1);
 assert.match(await page.getByRole("status").textContent(), /Answer:/, "a screen reader is told");
 
 // The conversation goes on, with its past.
@@ -55,23 +56,43 @@ await done(page, 2);
 // A new conversation; an image by paste, taken away, then by drop.
 await page.getByRole("button", { name: "New conversation" }).click();
 assert.equal(await page.locator("#talk li").count(), 0);
-const bytes = [...readFileSync(red)];
-const give = (kind) => page.evaluate(([kind, bytes]) => {
+const give = (kind, ...files) => page.evaluate(([kind, files]) => {
   const data = new DataTransfer();
-  data.items.add(new File([new Uint8Array(bytes)], "red.png", { type: "image/png" }));
+  for (const [name, bytes] of files) data.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
   document.body.dispatchEvent(kind === "paste"
     ? new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true })
     : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
-}, [kind, bytes]);
-await give("paste");
+}, [kind, files.map((file) => [file, [...readFileSync(file)]])]);
+await give("paste", red);
 await page.getByRole("button", { name: "Remove image 1" }).click();
 assert.equal(await page.locator("#chosen figure").count(), 0);
-await give("drop");
+await give("drop", red);
 await page.getByAltText("Chosen image 1").waitFor();
 await page.getByLabel("Your question").fill("what color?");
 await page.keyboard.press("Enter");
 await done(page, 1);
 assert.equal(await answers(page).first().textContent(), first, "the same image and question, the same answer");
+
+// Several images of one question, by drop and by paste: in their order, one of them removed, with a limit.
+await page.getByRole("button", { name: "New conversation" }).click();
+await give("drop", red, blue);
+await page.getByAltText("Chosen image 2").waitFor();
+await give("paste", blue);
+await page.getByAltText("Chosen image 3").waitFor();
+await page.getByRole("button", { name: "Remove image 3" }).click();
+await give("drop", ...Array(LIMIT).fill(red));
+await page.getByText(`A conversation has at most ${LIMIT} images.`).waitFor();
+assert.equal(await page.locator("#chosen figure").count(), LIMIT);
+for (let i = LIMIT; i > 2; i--) await page.getByRole("button", { name: "Remove image " + i }).click();
+await page.getByLabel("Your question").fill("the same color?");
+const [asked] = await Promise.all([page.waitForRequest("**/v1/chat/completions"), page.keyboard.press("Enter")]);
+const parts = asked.postDataJSON().messages[0].content;
+const url_of = (file) => "data:image/png;base64," + readFileSync(file).toString("base64");
+assert.deepEqual(parts.map((p) => p.image_url?.url ?? p.text), [url_of(red), url_of(blue), "the same color?"]);
+await done(page, 1);
+assert.equal(await page.locator("#talk li.user img").count(), 2);
+assert.equal(await page.locator("#notice").textContent(), "", "what was wrong is forgotten with the question");
+if (pictures) await page.screenshot({ path: join(pictures, "several.png") });
 
 // A long answer is stopped by Escape, and what was written stays.
 await page.route("**/v1/chat/completions", (route) => {

@@ -29,8 +29,8 @@ def playwright(tmp_path_factory) -> Path:
 
 @pytest.mark.nightly
 def test_the_page_asks_streams_stops_and_is_usable_by_keyboard_and_on_a_phone(playwright, tmp_path):
-    save_images(tmp_path, ["red"])
-    with RunningServer(small_vlm()) as server:
+    save_images(tmp_path, ["red", "blue"])
+    with RunningServer(small_vlm(), max_images=4) as server:
         command = ["node", str(Path(__file__).with_name("browser.mjs")), server.url, str(tmp_path), str(playwright)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
