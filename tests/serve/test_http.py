@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -9,24 +10,30 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.makers import BLUE, RED, language_config, sharpened_lm
-from tests.serve.makers import TOKENIZER, RunningServer, data_url, question, small_vlm, wait_for
-from vlmamba.model import GenerationConfig
+from tests.serve.makers import TOKENIZER, RunningServer, alone, data_url, question, small_vlm, wait_for
+from vlmamba.model import GenerationConfig, Turn
+from vlmamba.serve.responses import token_text
 
 GREEDY = GenerationConfig(12)
 LONG = {"max_tokens": 2000, "temperature": 0, "ignore_eos": True}
 """An answer that goes on for some seconds."""
+LONG_OPTIONS = {"max_tokens": 2000, "temperature": 0, "extra_body": {"ignore_eos": True}}
+"""The same for the `openai` client."""
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +122,34 @@ def test_log_probabilities_and_stop_strings(server, vlm):
         assert len(token.top_logprobs) == 3 and token.logprob == max(t.logprob for t in token.top_logprobs)
 
 
+def test_log_probabilities_are_those_of_the_tokens_that_generate_gives(server, vlm):
+    """Of a sampled answer: under the model itself, whatever temperature and filters chose the tokens."""
+    lm = vlm.language_model
+    lm.tokenizer = TOKENIZER
+    ids = TOKENIZER.encode("a red circle")
+    sampling = GenerationConfig(8, temperature=1.5, top_k=40, seed=9)
+    want, new = alone(lm, ids, sampling)
+    options = {"max_tokens": 8, "temperature": 1.5, "seed": 9, "extra_body": {"top_k": 40}}
+    whole = server.openai().completions.create(model="small", prompt=ids, logprobs=1, **options).choices[0]
+    assert whole.text == want and whole.logprobs.tokens == [token_text(TOKENIZER, i) for i in new if i]
+    logits = lm(torch.tensor([ids + new[:-1]])).logits[0, len(ids) - 1 :, : TOKENIZER.vocab_size]
+    logprobs = logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None])[:, 0]
+    n = len(whole.logprobs.token_logprobs)
+    assert whole.logprobs.token_logprobs == pytest.approx(logprobs[:n].tolist(), abs=1e-3)
+    parts = server.openai().completions.create(model="small", prompt=ids, logprobs=1, stream=True, **options)
+    choices = [chunk.choices[0] for chunk in parts]
+    assert "".join(c.text for c in choices) == want
+    assert [v for c in choices for v in c.logprobs.token_logprobs] == whole.logprobs.token_logprobs
+
+
+def huge_image() -> str:
+    """The data URL of an image of few bytes, with more pixels than fit any memory."""
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0), b"IDAT"):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
 OK = {"messages": [{"role": "user", "content": "what?"}]}
 BAD = {
     "no JSON": (b"{", 400, "not valid JSON"),
@@ -142,6 +177,7 @@ BAD = {
     "file": ({"messages": question("a", "file:///etc/passwd")}, 400, "got the scheme 'file'"),
     "base64": ({"messages": question("a", "data:image/png;base64,@@@")}, 400, "not valid base64"),
     "no image": ({"messages": question("a", "data:image/png;base64,aGVsbG8=")}, 400, "image 0"),
+    "huge image": ({"messages": question("a", huge_image())}, 400, "image 0 is too large"),
     "many images": ({"messages": question("a", *[data_url(RED)] * 3)}, 400, "at most 2 images, got 3"),
     "audio": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "got 'input_audio'"),
     "stop": ({**OK, "stop": [""]}, 400, "stop must not hold an empty text"),
@@ -248,13 +284,61 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(server, caplog):
     assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
+def test_errors_are_those_that_the_openai_client_knows(vlm):
+    """Their classes, and the fields of each; also of one in the middle of a stream."""
+    with RunningServer(vlm, keys=("key",), max_body_mb=0.1) as server:
+        with pytest.raises(openai.AuthenticationError) as error:
+            chat(server.openai("wrong"), OK["messages"])
+        assert (error.value.status_code, error.value.code) == (401, "invalid_api_key")
+        client = server.openai("key")
+        with pytest.raises(openai.BadRequestError) as error:
+            chat(client, OK["messages"], top_p=2)
+        assert (error.value.param, error.value.type) == ("top_p", "invalid_request_error")
+        with pytest.raises(openai.NotFoundError) as error:
+            client.chat.completions.create(model="other", messages=OK["messages"])
+        assert error.value.code == "model_not_found"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("other")
+        with pytest.raises(openai.APIStatusError) as error:
+            chat(client, question("a" * 150_000))
+        assert (error.value.status_code, error.value.code) == (413, "request_too_large")
+        stream = chat(client, OK["messages"], stream=True, **LONG_OPTIONS)
+        next(stream)
+        server.engine._decode = lambda: 1 / 0
+        with pytest.raises(openai.APIError, match="the model failed"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError, match="the model failed"):
+            chat(client, OK["messages"])
+        del server.engine._decode
+        assert chat(client, OK["messages"]).choices[0].finish_reason
+
+
+def test_the_openai_clients_helper_reads_a_stream(server, vlm):
+    (text,) = vlm.generate([[Turn("user", "<image>\n<image>\nwhat?")]], [[RED, BLUE]], GREEDY)
+    stop = next(c for c in text[1:] if c.isascii())
+
+    async def read():
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        messages = question("what?", data_url(RED), data_url(BLUE))
+        options = {"logprobs": True, "stop": stop, "temperature": 0, "stream_options": {"include_usage": True}}
+        async with client.chat.completions.stream(model="small", messages=messages, **options) as stream:
+            kinds = {event.type async for event in stream}
+            return kinds, await stream.get_final_completion()
+
+    kinds, whole = asyncio.run(read())
+    assert {"chunk", "content.delta", "content.done", "logprobs.content.done"} <= kinds
+    (choice,) = whole.choices
+    assert (choice.message.content, choice.finish_reason) == (text[: text.index(stop)], "stop")
+    assert len(choice.logprobs.content) == whole.usage.completion_tokens
+
+
 def test_more_than_may_wait_are_refused(vlm):
     with RunningServer(vlm, slots=1, max_waiting=0) as server:
-        options = {"max_tokens": 2000, "temperature": 0, "extra_body": {"ignore_eos": True}}
-        stream = chat(server.openai(), OK["messages"], stream=True, **options)
+        stream = chat(server.openai(), OK["messages"], stream=True, **LONG_OPTIONS)
         next(iter(stream))
-        response = server.post(OK)
-        assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
+        with pytest.raises(openai.RateLimitError) as error:
+            chat(server.openai(), OK["messages"])
+        assert (error.value.response.headers["Retry-After"], error.value.code) == ("1", "server_busy")
         stream.close()
         wait_for(lambda: not server.service.is_busy)
         assert server.post({**OK, "max_tokens": 2}).status_code == 200
@@ -301,7 +385,15 @@ def test_health_metrics_and_page(server):
     assert "://" not in page.text  # nothing from outside
 
 
-def test_a_signal_lets_running_answers_end_and_refuses_new_ones(vlm, tmp_path):
+CLIENT = """
+import sys, urllib.request
+request = urllib.request.Request(sys.argv[1], sys.argv[2].encode(), {"Content-Type": "application/json"})
+print(urllib.request.urlopen(request).readline(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_loses_killed_clients_and_at_a_signal_lets_running_answers_end(vlm, tmp_path):
     vlm.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "vlmamba", "serve", str(tmp_path / "model"), "--port", "0", "--name", "small"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -310,12 +402,20 @@ def test_a_signal_lets_running_answers_end_and_refuses_new_ones(vlm, tmp_path):
     ) as process:
         try:
             url = process.stdout.readline().split(" at ")[1].strip()
+            body = json.dumps({**OK, **LONG, "stream": True})
+            with subprocess.Popen(
+                [sys.executable, "-c", CLIENT, url + "/v1/chat/completions", body],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            ) as killed:  # fmt: skip
+                assert killed.stdout.readline().startswith(b"b'data: {")
+                killed.send_signal(signal.SIGKILL)
+            wait_for(lambda: "vlmamba_running 0.0" in httpx.get(url + "/metrics").text)
+            assert "vlmamba_cancelled_total 1.0" in httpx.get(url + "/metrics").text
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
             answers = []
 
             def read():
-                body = {"ignore_eos": True}
-                stream = chat(client, OK["messages"], stream=True, temperature=0, max_tokens=1000, extra_body=body)
+                stream = chat(client, OK["messages"], stream=True, **LONG_OPTIONS)
                 answers.append([c.choices[0].finish_reason for c in stream])
 
             threads = [threading.Thread(target=read) for _ in range(3)]
