@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vlmamba.benchmarks import op_report
 from vlmamba.model import PRESETS, VISION_ENCODERS
 from vlmamba.model.formats.language import PUBLISHED
 
@@ -36,6 +37,26 @@ def test_links_to_files_and_headings_lead_somewhere():
                 titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
                 anchors = {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles}
                 assert heading in anchors, f"{name}: {link}"
+
+
+def test_the_readme_s_times_are_those_of_the_benchmarks():
+    report = op_report.read(ROOT / "benchmarks" / "results" / "cpu-ops.json")
+    measured = {
+        (case["op"], row["impl"]): 1e3 * row["time"]["processor"]
+        for case in report["cases"]
+        for row in case["rows"]
+        if row["mode"] == "fwd+bwd"
+    }
+    times = r"\| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$"
+    rows = re.findall(r"^\| (?:`(\w+)`|a Mamba-2 block).*?" + times, README, re.MULTILINE)
+    assert len(rows) == 4
+    for op, *shown in rows:
+        assert shown == [f"{measured[op or 'mamba2_block', i]:,.0f}" for i in ("ours", "torch", "transformers")], op
+    shown = re.search(r"\*\*(\d+) ms, not (\d+) s\*\*", README)
+    scan = [measured["selective_scan", impl] for impl in ("ours", "transformers")]
+    assert shown and shown.groups() == (f"{scan[0]:.0f}", f"{scan[1] / 1e3:.0f}")
+    processor = re.search(r"One thread of an? (.*?),", README)
+    assert processor and set(processor[1].split()) <= set(report["device"].replace("(R)", "").split())
 
 
 def test_the_readme_stays_a_first_page():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..model.prompt import get_template
 from ..model.vlm import VLM
 from ..model.weights import Weights, check_fit
 from .config import StageConfig
-from .recipes import RECIPES, Recipe, nearest
+from .recipes import RECIPES, Recipe
 
 
 def named_model(name: str) -> str:
@@ -39,7 +40,9 @@ def named_model(name: str) -> str:
             return str(RECIPES[name].model)
         # A name with a slash may be on the Hub; any other would have to be a folder.
         if name not in PRESETS and "/" not in name:
-            raise ValueError(f"no folder, preset or recipe {name!r}{nearest(name, [*PRESETS, *RECIPES])}")
+            near = difflib.get_close_matches(name, [*PRESETS, *RECIPES], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "a name on the Hugging Face Hub has the form owner/model"
+            raise ValueError(f"no folder, preset or recipe {name!r}; {hint}")
     return name
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..model.files import continue_json_lines, json_lines
 from ..model.generation.config import GenerationConfig
+from ..model.prompt import IMAGE_MARK
 from .distributed import rank
 from .records import Record
 from .sources import read_visual
@@ -163,7 +164,8 @@ class SampleAnswers:
             return
         for record, answer in zip(self.records, answers, strict=True):
             question, truth = (t.text for t in record.turns[:2])
-            tqdm.write(f"step {step + 1}: {question!r} → {answer!r}, truth {truth!r}", file=sys.stderr)
+            asked = question.replace(IMAGE_MARK, "").strip()
+            tqdm.write(f"step {step + 1}: {asked!r} → {answer!r}, truth {truth!r}", file=sys.stderr)
         board = _board(self.folder)
         # After a resume a step is taken again, and its answers replace the earlier ones.
         with _resume_lines(self.folder / "answers.jsonl", step) as file:

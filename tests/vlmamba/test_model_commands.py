@@ -384,6 +384,7 @@ def test_a_model_s_name_means_the_same_to_every_command(command, tmp_path, monke
         ("ml-mamba-3b", "is a preset: pretrained parts and a connector without weights. `vlmamba train ml-mamba-3b"),
         ("vl-mamba", "`vlmamba inspect vl-mamba` describes it"),
         ("ml-mamba-3", "no folder, preset or recipe 'ml-mamba-3'; did you mean 'ml-mamba-3b'?"),
+        ("gpt2", "no folder, preset or recipe 'gpt2'; a name on the Hugging Face Hub has the form owner/model"),
     ]:
         with pytest.raises(SystemExit) as end:
             cli.main(command.format(name).split())
