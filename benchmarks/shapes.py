@@ -97,7 +97,7 @@ LETTERS = {
 
 
 def _sizes(inputs: dict[str, str]) -> tuple[str, ...]:
-    # "W-1" stands beside "W" in every op that has it.
+    # "W-1" is beside "W" in every op that has it.
     letters = set(" ".join(inputs.values()).split())
     return tuple(size for size, of_size in LETTERS.items() if letters & set(of_size.split()))
 

@@ -133,6 +133,24 @@ def test_the_check_sees_an_unclear_name():
     assert unclear_tests("def test_it_is_said():\n    pass\n") == ["test_it_is_said"]
 
 
+REPLACED = re.compile(r"\b([Pp]ieces?|the host waits for|[Ss]tands? (at|between|beside)|lies? one after)\b")
+"""Words for which the glossary has others: segment, chunk; host-device synchronization; is, holds; concatenated."""
+TEXTS = [path for path in FILES if "tests" not in path.parts] + [
+    path
+    for part in ("docs/**/*.md", "examples/*.*", "README.md")
+    for path in sorted(ROOT.glob(part))
+    if "_build" not in path.parts
+]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_words_are_those_of_the_glossary(path):
+    # In the base64 of a picture any letters may follow each other.
+    text = re.sub(r'"image/png": "[^"]*"', "", path.read_text())
+    found = [line for line in text.splitlines() if REPLACED.search(line)]
+    assert not found
+
+
 @pytest.mark.parametrize("name, function", [pair for module in EXPORTING for pair in functions(module)])
 def test_public_functions_state_arguments_and_results(name, function):
     assert not missing_sections(function), f"{name} lacks {', '.join(missing_sections(function))}"

@@ -227,7 +227,7 @@ def plan_tensors(plan: StepPlan | None) -> tuple[Tensor | None, Tensor | None, T
 def step_by_slots(
     step: Callable[..., Tensor], state: Tensor, plan: StepPlan, y: Tensor, inputs: Sequence[Tensor | None]
 ) -> Tensor:
-    """Run a step of PyTorch operations on slots, token by token. On a GPU the host waits for the device.
+    """Run a step of PyTorch operations on slots, token by token. On a GPU it synchronizes.
 
     Args:
         step: `step(state, *inputs) -> y` for one token of n sequences; updates the state (n, ...) in place.
