@@ -88,8 +88,7 @@ def _section(program, name, kind):
     with width, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         parse(f"{program} {name}", kind, ["--help"])
     # Its description is text of the page already; a group is a heading above a rule.
-    text = re.sub(r" +$", "", out.getvalue(), flags=re.MULTILINE)
-    text = re.sub(r"\n\n.*?(?=\n\n \S[^\n]*\n -+\n)", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r"\n\n.*?(?=\n\n \S[^\n]*\n -+\n)", "", out.getvalue(), count=1, flags=re.DOTALL)
     described, _, lines = inspect.getdoc(kind).partition("Examples:\n")
     return f"## {name}\n\n{described}\n\n```console\n{lines}\n```\n\n```text\n{text.strip()}\n```"
 

@@ -26,6 +26,7 @@ from .generation.config import GenerationConfig
 from .generation.generate import Completion, generate_packed, stream_text
 from .generation.interface import LMState
 from .generation.prefill import EmbedFn, check_tokens
+from .generation.speculative import Draft, DraftStats, check_draft
 from .hub import TOKENIZER, HubModel
 from .image import ImageLike
 from .image_tokens import ImagePreprocessor, ProcessedImage
@@ -241,6 +242,9 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         conversations: Sequence[Sequence[Turn] | str],
         images: Sequence[Images],
         config: GenerationConfig | None = None,
+        *,
+        draft_model: VLM | None = None,
+        draft_stats: DraftStats | None = None,
     ) -> list[str]:
         """Answer several conversations in one batch. Each answer is the one it would get alone.
 
@@ -248,18 +252,29 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             conversations: questions, or turns that end with the user's.
             images: for each conversation its image, a list of images at the marks `<image>` of its turns, or None.
             config: generation settings; greedy by default.
+            draft_model: smaller model with the same tokenizer, which sees the same images by its own encoders and
+                proposes `config.draft_tokens` tokens a step; the distribution of the answers stays the same
+                (arXiv 2211.17192).
+            draft_stats: takes the counts of proposed and accepted tokens.
 
         Returns:
             The answers.
 
         Raises:
-            ValueError, FileNotFoundError: see `prepare`; or the numbers of images and conversations differ.
+            ValueError, FileNotFoundError: see `prepare`; or the numbers of images and conversations differ, or
+                `draft_model` does not fit.
         """
-        *_, completions = self._complete(conversations, images, config or GenerationConfig())
+        *_, completions = self._complete(conversations, images, config or GenerationConfig(), draft_model, draft_stats)
         return [c.text for c in completions]
 
     def stream(
-        self, conversation: Sequence[Turn] | str, image: Images = None, config: GenerationConfig | None = None
+        self,
+        conversation: Sequence[Turn] | str,
+        image: Images = None,
+        config: GenerationConfig | None = None,
+        *,
+        draft_model: VLM | None = None,
+        draft_stats: DraftStats | None = None,
     ) -> Iterator[str]:
         """Answer one conversation, yielding new text as it is generated.
 
@@ -267,11 +282,13 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             conversation: a question, or turns that end with the user's.
             image: its image, a list of images at the marks `<image>` of its turns, or None.
             config: generation settings; greedy by default.
+            draft_model, draft_stats: as in `generate`.
 
         Yields:
             Parts of the answer.
         """
-        return stream_text(self._complete([conversation], [image], config or GenerationConfig()))
+        steps = self._complete([conversation], [image], config or GenerationConfig(), draft_model, draft_stats)
+        return stream_text(steps)
 
     def score(
         self,
@@ -323,13 +340,25 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         conversations: Sequence[Sequence[Turn] | str],
         images: Sequence[Images],
         config: GenerationConfig,
+        draft_model: VLM | None,
+        draft_stats: DraftStats | None,
     ) -> Iterator[list[Completion]]:
-        samples = self._prompts(conversations, images)
+        samples, tokenizer, draft = self._prompts(conversations, images), require_tokenizer(self), None
+        if draft_model is not None:
+            lm, tokenizers = draft_model.language_model, (tokenizer, require_tokenizer(draft_model))
+            check_draft(self.language_model, lm, tokenizers, config)
+            if any(isinstance(i, ProcessedImage) for given in images for i in as_list(given)):
+                raise ValueError("images must not be preprocessed where there is a draft_model, which does so itself")
         if not samples:
             return iter([[]])
+        if draft_model is not None:
+            # Its own template and number of image tokens; only the texts must be the same.
+            prompts = draft_model._prompts(conversations, images)
+            stats = DraftStats() if draft_stats is None else draft_stats
+            draft = Draft(draft_model.language_model, *draft_model.packed(prompts), stats)
         embed, bounds = self.packed(samples)
         prompt_ids = [s.input_ids for s in samples]
-        return generate_packed(self.language_model, embed, bounds, prompt_ids, require_tokenizer(self), config)
+        return generate_packed(self.language_model, embed, bounds, prompt_ids, tokenizer, config, draft=draft)
 
     def _prompts(self, conversations: Sequence[Sequence[Turn] | str], images: Sequence[Images]) -> list[Sample]:
         if len(conversations) != len(images):

@@ -77,7 +77,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Request of the chat interface."""
+    """What the chat interface is asked."""
 
     turns: list[Turn]
     """With marks at the places of images."""
@@ -86,7 +86,7 @@ class Conversation:
 
 
 Texts = list[str | list[int]]
-"""Prompts of the completions interface: texts or tokens to continue."""
+"""What the completions interface is asked: texts or tokens to continue."""
 
 
 @dataclass(frozen=True)

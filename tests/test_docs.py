@@ -70,16 +70,6 @@ def faults(page: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["vlmamba", "ssm-bench"])
-def test_the_description_of_a_command_is_not_repeated_in_its_help(pages, name):
-    helps = re.findall(r"usage: .*?</pre>", (pages / f"{name}.html").read_text(), re.DOTALL)
-    assert len(helps) > 5
-    for text in helps:
-        # Nothing is between the usage and the first group of options.
-        assert re.match(r"usage: .*?\n\n \S[^\n]*\n -+\n", text.replace("<span></span>", ""), re.DOTALL), text[:300]
-        assert "\n$ " not in text and "Examples:" not in text
-
-
 def test_no_page_renders_a_docstring_wrongly(pages):
     found = {}
     for page in pages.rglob("*.html"):

@@ -169,6 +169,8 @@ def generate_packed(
     """
     # Before the prefill, which embeds tokens in chunks.
     check_tokens(lm, prompt_ids)
+    if draft is not None:
+        check_tokens(draft.lm, prompt_ids, "the draft model's")
     completions = [Completion(tokenizer, config.stop) for _ in prompt_ids]
     finished = [False] * len(completions)
     # The embedding may have padding rows, and a tokenizer more or fewer tokens than the model.
@@ -229,7 +231,7 @@ def generate_texts(
     tokenizer, config, draft = require_tokenizer(lm), config or GenerationConfig(), None
     prompt_ids = [tokenizer.encode(p) or [tokenizer.eos_id] for p in prompts]
     if draft_model is not None:
-        check_draft(lm, draft_model, config)
+        check_draft(lm, draft_model, (tokenizer, require_tokenizer(draft_model)), config)
         draft = Draft(
             draft_model, *packed_tokens(draft_model, prompt_ids), DraftStats() if draft_stats is None else draft_stats
         )

@@ -122,12 +122,13 @@ def packed_tokens(lm: LanguageModel, tokens: Sequence[Sequence[int]]) -> tuple[E
     return embed, bounds
 
 
-def check_tokens(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> None:
+def check_tokens(lm: LanguageModel, sequences: Sequence[Sequence[int]], whose: str = "the model's") -> None:
     """Reject token ids outside the model's vocabulary, which a tokenizer of another model produces.
 
     Args:
         lm: language model.
         sequences: token ids; negative ones stand for features of an image.
+        whose: name of the model for the error.
 
     Raises:
         ValueError: a token is outside the vocabulary, even where the embedding has a padding row for it.
@@ -135,6 +136,6 @@ def check_tokens(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> None:
     for i, tokens in enumerate(sequences):
         if max(tokens, default=0) >= lm.config.vocab_size:
             raise ValueError(
-                f"sequence {i} has token {max(tokens)}, but the model's vocabulary has {lm.config.vocab_size} tokens: "
+                f"sequence {i} has token {max(tokens)}, but {whose} vocabulary has {lm.config.vocab_size} tokens: "
                 "the tokenizer is that of another model"
             )

@@ -17,7 +17,8 @@ class Sampler:
 
     Args:
         config: temperature, top-k, top-p, repetition penalty and seed.
-        prompt_ids: tokens of each of S prompts, for the repetition penalty. Negative ones stand for image features.
+        prompt_ids: tokens of each of S prompts, for the repetition penalty. Negative ones stand for image features;
+            those from `vocab_size` on count for nothing.
         vocab_size: logits beyond it belong to padding rows of the embedding and are never chosen.
         device: device of the logits.
     """
@@ -31,7 +32,8 @@ class Sampler:
         if config.repetition_penalty != 1:
             self.occurred = torch.zeros(len(prompt_ids), vocab_size, dtype=torch.bool, device=device)  # (S, V)
             for row, tokens in zip(self.occurred, prompt_ids, strict=True):
-                row[[t for t in tokens if t >= 0]] = True
+                # A prompt may have tokens that are never chosen, beside those of images.
+                row[[t for t in tokens if 0 <= t < vocab_size]] = True
 
     def select(self, rows: Tensor) -> None:
         """Continue with these sequences only."""

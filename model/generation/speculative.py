@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssm_kernels import StateSlots, states
 
-from ..tokenizer import require_tokenizer
+from ..tokenizer import Tokenizer
 from .config import GenerationConfig
 from .interface import LanguageModel, LMState
 from .prefill import EmbedFn, prefill
@@ -58,18 +58,21 @@ class Draft(NamedTuple):
     stats: DraftStats
 
 
-def check_draft(lm: LanguageModel, draft: LanguageModel, config: GenerationConfig) -> None:
+def check_draft(
+    lm: LanguageModel, draft: LanguageModel, tokenizers: tuple[Tokenizer, Tokenizer], config: GenerationConfig
+) -> None:
     """Check that a model can propose tokens to another one.
 
     Args:
         lm: the model that verifies.
         draft: the model that proposes.
+        tokenizers: those of the two.
         config: generation settings.
 
     Raises:
         ValueError: other tokenizers, devices or layers than those that speculative decoding takes, or a penalty.
     """
-    tokenizer, other = require_tokenizer(lm), require_tokenizer(draft)
+    tokenizer, other = tokenizers
     if tokenizer.eos_id != other.eos_id or tokenizer.inner.get_vocab() != other.inner.get_vocab():
         raise ValueError(
             f"draft_model must have the tokenizer of the model, whose vocabulary has {tokenizer.vocab_size} tokens; "

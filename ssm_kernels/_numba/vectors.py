@@ -280,7 +280,7 @@ def _two_groups(result, offset, weight, scale, group, x, at):
 
 @njit(forceinline=True)
 def _last_group(result, offset, weight, scale, group, x, at):
-    """Do what `_two_groups` does for a group that has no next one."""
+    """As `_two_groups`, of a group that has no next one."""
     sums = add_half_of_halves(offset, weight, group * HALF_GROUP, x, at)
     return fma(as_floats(sums), element_as(result, scale, group), result)
 

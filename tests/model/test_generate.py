@@ -19,7 +19,7 @@ from tests.makers import random_prompts, sharpened_lm
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
 from vlmamba.model.generation import cuda_graph, decoding
 from vlmamba.model.generation.decoding import Decoder, state_bytes
-from vlmamba.model.generation.generate import generate_texts, generate_tokens
+from vlmamba.model.generation.generate import generate_packed, generate_texts, generate_tokens
 from vlmamba.model.generation.prefill import packed_tokens, prefill, prefill_chunks
 from vlmamba.model.generation.sampling import Sampler
 from vlmamba.model.score import score
@@ -214,6 +214,24 @@ def test_a_tokenizer_larger_than_the_model(penalty):
             score(small, [[1], [1]], [[2], [token]])
         with pytest.raises(ValueError, match=message):
             score(small, [[1], [token]], [[2], [3]])
+
+
+def test_a_tokenizer_smaller_than_the_model(lm):
+    """A prompt of tokens may have those that have no text; they are run, and count for no penalty."""
+    short = Tokenizer.train(["once upon a time"], 260)
+    extra = [5, short.vocab_size, 299]
+    assert short.vocab_size < 299
+    for config in (GenerationConfig(6), GenerationConfig(6, repetition_penalty=1.5)):
+        *_, (answer,) = generate_packed(lm, *packed_tokens(lm, [extra]), [extra], short, config)
+        assert answer.ids and max(answer.ids) < short.vocab_size
+        for step, token in enumerate(answer.ids):
+            ids = torch.tensor([extra + answer.ids[:step]])
+            with torch.no_grad():
+                logits = lm(ids).logits[0, -1, : short.vocab_size]
+            seen = ids[ids < short.vocab_size].unique()
+            p = config.repetition_penalty
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / p, logits[seen] * p)
+            assert token == int(logits.argmax())
 
 
 def test_the_ids_of_a_tokenizer_may_have_gaps(tmp_path):

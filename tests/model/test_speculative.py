@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.makers import language_config, shape_tokenizer, sharpened_lm
-from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
+from tests.makers import BLUE, RED, VISION, language_config, shape_tokenizer, sharpened_lm, sharpened_vlm
+from vlmamba.connectors import ConnectorConfig
+from vlmamba.model import VLM, GenerationConfig, LMConfig, MambaLM, Tokenizer, VLMConfig
+from vlmamba.model.config import ImageProcessor, VisionConfig, ViTConfig
 from vlmamba.model.generation.generate import generate_texts
 from vlmamba.model.generation.speculative import DraftStats, accept, sample
 
@@ -59,6 +61,31 @@ def test_a_sampled_text_does_not_depend_on_its_batch(lm):
     together = lm.generate(PROMPTS, config, draft_model=draft)
     assert together == [lm.generate([prompt], config, draft_model=draft)[0] for prompt in PROMPTS]
     assert together != lm.generate(PROMPTS, replace(config, seed=4), draft_model=draft)
+
+
+def test_a_vision_language_model_drafts_for_another():
+    """The draft has encoders of its own, for images of another size: fewer tokens of the same images."""
+    torch.manual_seed(0)
+    vision = VisionConfig(ViTConfig(16, 8, 16, 1, 2, 32, feature_layer=-1), ImageProcessor(16))
+    tokenizer = shape_tokenizer()
+    vlm = sharpened_vlm(VLMConfig(language_config("mamba2"), (VISION,), ConnectorConfig("mlp"), "qa"), tokenizer)
+    small = VLM(VLMConfig(language_config("mamba"), (vision,), ConnectorConfig("mlp"), "qa"), tokenizer).eval()
+    assert small.image_tokens < vlm.image_tokens
+    images = [RED, None, [RED, BLUE]]
+    questions = ["what color?", "a red", "is <image> as <image>?"]
+    want = vlm.generate(questions, images, CONFIG)
+    assert want[0] != vlm.generate(questions[:1], [BLUE], CONFIG)[0]  # the image counts
+    for draft in (vlm, small):
+        stats = DraftStats()
+        assert vlm.generate(questions, images, CONFIG, draft_model=draft, draft_stats=stats) == want
+        assert (stats.accepted == stats.proposed > 0) == (draft is vlm)
+    assert "".join(vlm.stream(questions[2], images[2], CONFIG, draft_model=small)) == want[2]
+    assert vlm.generate([], [], CONFIG, draft_model=small) == []
+    with pytest.raises(ValueError, match="images must not be preprocessed where there is a draft_model"):
+        vlm.generate(questions[:1], [vlm.preprocess(RED)], CONFIG, draft_model=small)
+    other = VLM(small.config, Tokenizer.train(["something else"] * 3, 300))
+    with pytest.raises(ValueError, match="draft_model must have the tokenizer of the model"):
+        vlm.generate(questions[:1], [RED], CONFIG, draft_model=other)
 
 
 def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
@@ -133,6 +160,9 @@ def test_models_that_cannot_work_together_are_refused(lm):
         lm.generate(PROMPTS, CONFIG, draft_model=MambaLM(lm.config))
     with pytest.raises(ValueError, match="repetition_penalty must be 1 with a draft_model, got 2"):
         lm.generate(PROMPTS, replace(CONFIG, repetition_penalty=2.0), draft_model=lm)
+    small = MambaLM(LMConfig(16, 1, 270, "mamba", d_state=4), lm.tokenizer)
+    with pytest.raises(ValueError, match="sequence 0 has token .*, but the draft model's vocabulary has 270 tokens"):
+        lm.generate(PROMPTS, CONFIG, draft_model=small)
     mamba3 = MambaLM(LMConfig(32, 1, 320, "mamba3", headdim=16, d_state=8), lm.tokenizer)
     with pytest.raises(ValueError, match="draft_model must have layers of Mamba or Mamba-2"):
         lm.generate(PROMPTS, CONFIG, draft_model=mamba3)

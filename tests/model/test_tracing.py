@@ -18,10 +18,13 @@ from vlmamba.model.vit import ViTConfig
 LAYERS = {
     "mamba": LMConfig(d_model=16, n_layer=2, vocab_size=9, d_state=4),
     "mamba2": LMConfig(d_model=16, n_layer=2, vocab_size=9, layer="mamba2", d_state=4, headdim=8, chunk_size=16),
+    # Of one layer: Mamba-3 is several ops, which take longer to trace.
+    "mamba3": LMConfig(d_model=16, n_layer=1, vocab_size=9, layer="mamba3", d_state=4, headdim=8, chunk_size=16),
+    "mamba3-mimo": LMConfig(16, 1, 9, "mamba3", d_state=4, headdim=8, chunk_size=16, mimo_rank=2),
 }
 
 
-@pytest.fixture(params=list(LAYERS))
+@pytest.fixture(params=["mamba", "mamba2", "mamba3", pytest.param("mamba3-mimo", marks=pytest.mark.nightly)])
 def lm(request) -> MambaLM:
     torch.manual_seed(0)
     return MambaLM(LAYERS[request.param])
@@ -42,6 +45,7 @@ def test_compiles_to_one_graph_with_dynamic_sizes(lm):
 
 
 def test_states_compile_and_carry_gradients(lm):
+    lm.double()  # sums of gradients round otherwise in a graph
     compiled = torch.compile(lm, fullgraph=True, dynamic=True, backend="aot_eager")
     ids = torch.arange(24).view(2, 12) % 9
     before = states.detach(lm(ids[:, :7], return_state=True).state)
@@ -100,10 +104,20 @@ class ImageBetween(nn.Module):
 
 
 @pytest.mark.nightly
-def test_a_vision_language_model_compiles_and_exports():
+@pytest.mark.parametrize(
+    ("layer", "connector"),
+    [
+        ("mamba", ConnectorConfig("mlp")),
+        ("mamba", ConnectorConfig("vss-l2", d_state=4)),
+        ("mamba2", ConnectorConfig("mamba2-advanced", d_state=4, headdim=8)),
+        ("mamba3", ConnectorConfig("mamba2-advanced", d_state=4, headdim=8)),
+        ("mamba3-mimo", ConnectorConfig("mlp")),
+    ],
+)
+def test_a_vision_language_model_compiles_and_exports(layer, connector):
     torch.manual_seed(0)
     vision = VisionConfig(ViTConfig(8, 4, 12, 1, 2, 16, feature_layer=-1), ImageProcessor(8))
-    config = VLMConfig(LAYERS["mamba"], (vision,), ConnectorConfig("mlp"))
+    config = VLMConfig(LAYERS[layer], (vision,), connector)
     model = ImageBetween(VLM(config).eval())
 
     def inputs(batch, before, after):

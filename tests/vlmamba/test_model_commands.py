@@ -88,14 +88,20 @@ def test_one_question(folder, vlm, lm, capsys):
     assert out == printable(half.generate(["a red"], FEW)[0]) + "\n"
 
 
-def test_a_draft_model_proposes_tokens(folder, lm, capsys):
+def test_a_draft_model_proposes_tokens(folder, lm, vlm, capsys):
     cli.main(["generate", str(folder / "lm"), "a red", "--draft", str(folder / "lm"), "--max-new-tokens", "6"])
     printed = capsys.readouterr()
     assert printed.out == printable(lm.generate(["a red"], FEW)[0]) + "\n"
     assert "draft: 4 of 4 proposed tokens accepted (100%): 5.00 tokens a step of the model" in printed.err
     with pytest.raises(SystemExit) as end:
         cli.main(["generate", str(folder / "vlm"), "a red", "--draft", str(folder / "lm")])
-    assert "--draft is for language models" in str(end.value.code)
+    assert "--draft must be a model of the same kind" in str(end.value.code)
+    red = folder / "red.png"
+    cli.main(["generate", str(folder / "vlm"), "what color?", "--image", str(red), "--draft", str(folder / "vlm"),
+              "--max-new-tokens", "6"])  # fmt: skip
+    printed = capsys.readouterr()
+    assert printed.out == printable(vlm.generate(["what color?"], [red], FEW)[0]) + "\n"
+    assert "4 of 4 proposed tokens accepted (100%)" in printed.err
 
 
 def test_a_question_about_several_images(folder, vlm, capsys):

@@ -52,7 +52,7 @@ class Generate:
     batch_size: Size = 8
     """Prompts of a file that are answered together."""
     draft: str | None = None
-    """Smaller language model with the same tokenizer, which proposes tokens to a language model: the text has the same
+    """Smaller model of the same kind and with the same tokenizer, which proposes tokens: the text has the same
     distribution, in fewer steps. How many tokens were accepted is printed to stderr."""
     sampling: Sampling = GenerationConfig()
     dtype: DtypeName | None = None
@@ -125,10 +125,10 @@ def _stream(
 ) -> Iterator[str]:
     from ..model.vlm import VLM
 
-    if isinstance(draft, VLM) or (draft is not None and isinstance(model, VLM)):
-        raise ValueError("--draft is for language models: a vision-language model neither takes nor is one")
-    if isinstance(model, VLM):
-        return model.stream(prompt, images, config)
+    if isinstance(model, VLM) and (draft is None or isinstance(draft, VLM)):
+        return model.stream(prompt, images, config, draft_model=draft, draft_stats=stats)
+    if isinstance(model, VLM) or isinstance(draft, VLM):
+        raise ValueError("--draft must be a model of the same kind: one takes images, and the other does not")
     if images:
         raise ValueError(f"the model is a language model and takes no image, got {len(images)} of them")
     return model.stream(prompt, config, draft_model=draft, draft_stats=stats)
