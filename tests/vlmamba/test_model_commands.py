@@ -681,3 +681,54 @@ def test_output_that_nobody_reads_is_no_error(folder, monkeypatch):
             cli.main(["generate", str(folder / "lm"), "a red", "--max-new-tokens", "3"])
         assert end.value.code == 1
         nobody.write("what is still to be written")
+
+
+@pytest.fixture(scope="module")
+def lean(folder) -> Path:
+    """A language model that is saved in 8 bits."""
+    pytest.importorskip("torchao")
+    cli.main(["convert", str(folder / "lm"), str(folder / "lean"), "--to", "own", "--quantize", "int8"])
+    return folder / "lean"
+
+
+def test_models_are_quantized_as_they_are_loaded(folder, lean, capsys):
+    capsys.readouterr()
+    few = ["--max-new-tokens", 6]
+    want = printable(MambaLM.from_pretrained(lean).generate(["a red"], FEW)[0]) + "\n"
+    assert run(capsys, "generate", folder / "lm", "a red", *few, "--quantize", "int8") == want
+    assert run(capsys, "generate", lean, "a red", *few) == want
+
+
+def commands(folder: Path, model: Path) -> list[list[str]]:
+    """A command line of each command that loads a model to run it."""
+    turns = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a box"}]
+    (folder / "one.json").write_text(json.dumps([{"conversations": turns}]))
+    data = ["--data", str(folder / "one.json")]
+    ends = {"generate": ["a red"], "chat": [], "evaluate": data, "serve": ["--port", "0"]}
+    return [[name, str(model), *more] for name, more in ends.items()]
+
+
+def test_a_model_that_is_quantized_already_is_refused(folder, lean):
+    pytest.importorskip("fastapi")
+    for command in commands(folder, lean):
+        with pytest.raises(SystemExit, match="lean is quantized already: load it without"):
+            cli.main([*command, "--quantize", "int4"])
+
+
+def test_quantizing_without_torchao_says_what_to_install_before_a_model_is_looked_up(folder, monkeypatch):
+    pytest.importorskip("fastapi")
+    from vlmamba.model import quantize
+
+    quantize._torchao.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    for command in commands(folder, folder / "no model"):
+        with pytest.raises(SystemExit, match=r"pip install 'vl-mamba\[quantize\]'"):
+            cli.main([*command, "--quantize", "int4"])
+    quantize._torchao.cache_clear()
+
+
+def test_an_unknown_quantization_is_a_wrong_command_line(folder, capsys):
+    for command in commands(folder, folder / "lm"):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, "--quantize", "int3"])
+        assert end.value.code == 2 and "int3" in capsys.readouterr().err

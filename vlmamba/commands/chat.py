@@ -15,7 +15,7 @@ from ..command_line import describe, printable
 from ..model.files import expand_home
 from ..model.generation.config import GenerationConfig
 from ..model.prompt import TEMPLATES, get_template
-from .options import DtypeName, Positional, Sampling
+from .options import Group, Loading, Positional, Sampling
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,10 +53,7 @@ class Chat:
     verbose: bool = False
     """Print the time of each answer and the size of the state."""
     sampling: Sampling = GenerationConfig()
-    dtype: DtypeName | None = None
-    """Dtype of the weights; the checkpoint's own by default."""
-    device: str = "auto"
-    """auto is a GPU where there is one."""
+    loading: Group[Loading] = Loading()
 
     def run(self) -> None:
         """Read and answer turns until /quit or the end of the input. An error in a turn ends that turn alone."""
@@ -64,7 +61,7 @@ class Chat:
         from ..model.image import open_image
         from .loading import load_with_tokenizer
 
-        model = load_with_tokenizer(self.model, self.dtype, self.device)
+        model = load_with_tokenizer(self.model, self.loading)
         template = None if self.template is None else get_template(self.template)
         images = [open_image(path) for path in self.image]
         conversation = Conversation(model, images, self.sampling, template, self.history)

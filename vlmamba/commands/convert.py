@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .options import DtypeName, Positional
+from .options import DtypeName, Positional, Quantization
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Convert:
     """Layout to write."""
     dtype: DtypeName | None = None
     """Dtype of the weights; the checkpoint's own by default."""
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Quantization | None = None
     """Hold the matrices of language model and encoders in 8 or 4 bits, with scales (--to own)."""
 
     def run(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..model.fields import Interval, Size
-from .options import DtypeName, Positional
+from .options import Group, Loading, Positional
 
 if TYPE_CHECKING:
     from ..train.evaluation_sets import EvaluationSet
@@ -45,17 +45,12 @@ class Evaluate:
     """Questions that are answered together."""
     max_new_tokens: Annotated[int, Interval("[0, inf)")] = 32
     """Longest answer, in tokens."""
-    dtype: DtypeName | None = None
-    """Dtype of the weights; the checkpoint's own by default."""
-    device: str = "auto"
-    """auto is a GPU where there is one."""
+    loading: Group[Loading] = Loading()
 
     def run(self) -> None:
-        from ..model.device import device_named
         from ..model.files import write_atomic
         from ..model.vlm import VLM
-        from ..train.base_model import saved_model
-        from .loading import torch_dtype
+        from .loading import load
 
         if self.benchmark is not None and self.data is None:
             raise ValueError(f"--benchmark {self.benchmark} needs --data, its annotations")
@@ -65,8 +60,9 @@ class Evaluate:
         # Before the questions are asked, which may take hours.
         if self.output is not None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-        place = device_named(self.device)
-        model = VLM.from_pretrained(saved_model(self.model), dtype=torch_dtype(self.dtype), device_map=place)
+        model = load(self.model, self.loading)
+        if not isinstance(model, VLM):
+            raise ValueError(f"{self.model} is a language model, which sees no images")
         answers = questions.ask(model, self.batch_size, self.max_new_tokens)
         figures = questions.scores(answers)
         for name, share in figures.items():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..command_line import printable
 from ..model.fields import Size
 from ..model.generation.config import GenerationConfig
-from .options import DtypeName, Positional, Sampling
+from .options import Group, Loading, Positional, Sampling
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,10 +55,7 @@ class Generate:
     """Smaller model of the same kind and with the same tokenizer, which proposes tokens: the text has the same
     distribution, in fewer steps. How many tokens were accepted is printed to stderr."""
     sampling: Sampling = GenerationConfig()
-    dtype: DtypeName | None = None
-    """Dtype of the weights; the checkpoint's own by default."""
-    device: str = "auto"
-    """auto is a GPU where there is one."""
+    loading: Group[Loading] = Loading()
 
     def run(self) -> None:
         """Answer the prompt, or those of the file. SIGTERM ends with status 143; answers already written stay."""
@@ -80,7 +77,7 @@ class Generate:
         # A job scheduler sends SIGTERM; open files are closed before the end.
         with _exit_on_sigterm():
             if self.prompts is not None:
-                answer_prompts(self, lambda: load_with_tokenizer(self.model, self.dtype, self.device))
+                answer_prompts(self, lambda: load_with_tokenizer(self.model, self.loading))
                 return
             assert self.prompt is not None
             check_text(self.prompt)
@@ -91,8 +88,8 @@ class Generate:
             for path in self.video:
                 images.append(Video(path))
                 Video(path).frames(1)
-            model = load_with_tokenizer(self.model, self.dtype, self.device)
-            draft = None if self.draft is None else load_with_tokenizer(self.draft, self.dtype, self.device)
+            model = load_with_tokenizer(self.model, self.loading)
+            draft = None if self.draft is None else load_with_tokenizer(self.draft, self.loading)
             stats = DraftStats()
             for text in _stream(model, self.prompt, images, self.sampling, draft, stats):
                 print(printable(text), end="", flush=True)

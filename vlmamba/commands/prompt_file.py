@@ -241,7 +241,8 @@ def _settings(command: Generate) -> dict[str, Any]:
         "content of the model": _digest(fetch_model(command.model)),
         "content of --prompts": fingerprint(command.prompts).sha256,
         "--image": [str(image) for image in command.image],
-        "--dtype": command.dtype,
+        "--dtype": command.loading.dtype,
+        "--quantize": command.loading.quantize,
         **{f"--{name.replace('_', '-')}": value for name, value in to_json_dict(command.sampling).items()},
     }
 

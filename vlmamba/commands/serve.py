@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from ..model.fields import Interval
 from ..model.prompt import TEMPLATES, get_template
 from ..serve.config import ServeConfig
-from .options import DtypeName, Group, Positional
+from .options import Group, Loading, Positional
 
 
 @dataclass
@@ -37,10 +37,7 @@ class Serve:
     drain_seconds: Annotated[float, Interval("[0, inf)")] = 30.0
     """Longest time for running answers to end after SIGTERM or Ctrl-C."""
     limits: Group[ServeConfig] = ServeConfig()
-    dtype: DtypeName | None = None
-    """Dtype of the weights; the checkpoint's own by default."""
-    device: str = "auto"
-    """auto is a GPU where there is one."""
+    loading: Group[Loading] = Loading()
 
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C; answers that run then are finished."""
@@ -56,7 +53,7 @@ class Serve:
         from .loading import load_with_tokenizer
 
         keys = [] if self.api_keys is None else read_keys(self.api_keys)
-        model = load_with_tokenizer(self.model, self.dtype, self.device)
+        model = load_with_tokenizer(self.model, self.loading)
         if isinstance(model, VLM) and self.template is not None:
             raise ValueError("--template is for language models; a VLM has its own")
         if not keys and self.host not in ("127.0.0.1", "::1", "localhost"):

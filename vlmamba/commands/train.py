@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from ..help import Default
 from ..model.fields import Count, Interval
 from ..train.config import Changeable, Checkpoints, Execution, Loading, LoraConfig, Optimization, StageConfig, Target
-from .options import Group, Positional
+from .options import Group, Positional, Quantization
 
 SHOWN = ("vl-mamba", "ml-mamba", "small")
 RECIPE_DEFAULTS = {
@@ -141,7 +141,7 @@ class Train:
     """auto is a GPU where there is one."""
     may_change: tuple[Changeable, ...] = ()
     """Settings that may differ from those of the checkpoint that is resumed. Any other difference is an error."""
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Quantization | None = None
     """Hold the frozen matrices in 8 or 4 bits (QLoRA, with --lora.rank). The trained model is in floating point."""
     loading: Group[DataOptions] = DataOptions()
     # Classes that are made at run time.
