@@ -516,6 +516,8 @@ class Decode(Prefill):
 
     batch: tuple[Count, ...] = ()
     """Sequences at once. Default: 1, 8 and 64, or 1 and 8 for the small size."""
+    quantize: tuple[Literal["int8", "int4"], ...] = ()
+    """Measure this project's models with quantized weights too."""
     steps: Count = 24
     """Timed steps per row, in three rounds."""
 

@@ -6,7 +6,8 @@ state is freed before the next one's turn.
 The context of `prefill` is an image of the encoder's complete grid and a text: the text is the same for all models, and
 a model whose images are fewer tokens reads a shorter prompt. The prompt is really run. The context of `decode` is the
 length of the sequences when timing starts: their states hold random values, since a step's time does not depend on
-them; its steps are real ones, each of which takes the token that the one before chose.
+them; its steps are real ones, each of which takes the token that the one before chose. A quantized model has rows
+of its own, as another model.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ..timing import summarize
 from . import measure, report
 from .measure import ROUNDS, WARM_UP, Point
 from .models import InferenceModel, build
-from .specs import SAME_SIZE, SPECS, grid_tokens
+from .specs import SAME_SIZE, SPECS, grid_tokens, spec_of
 
 Row = dict[str, Any]
 
@@ -84,6 +85,17 @@ def _with_defaults(command: Prefill) -> Prefill:
     return dataclasses.replace(command, size=size, dtype=dtype, models=models, batch=batch, context=context)
 
 
+def variants(command: Prefill) -> list[str]:
+    """The models, and after each of this project's its quantized ones: "vl-mamba", "vl-mamba int8"."""
+    assert command.size is not None
+    kinds = command.quantize if isinstance(command, Decode) else ()
+    return [
+        " ".join([model, *kind])
+        for model in command.models
+        for kind in [(), *((quantize,) for quantize in kinds if SPECS[command.size][model].is_ours)]
+    ]
+
+
 def _resume(path: Path | None, settings: Row, facts: Row) -> dict[str, Any]:
     """The result of an earlier run of the same command, without the rows that it could not measure.
 
@@ -110,6 +122,7 @@ class _Session:
 
     def __init__(self, command: Prefill, result: dict[str, Any]):
         self.command, self.result = command, result
+        self.variants = variants(command)
         self.rows: dict[tuple[int, int, str], Row] = {
             (row["batch"], row["context"], row["model"]): row for row in result["rows"]
         }
@@ -123,32 +136,33 @@ class _Session:
         command, models = self.command, self.result["models"]
         assert command.size is not None and command.dtype is not None  # as of `_with_defaults`
         dtype = DTYPES[command.dtype]
-        for name in command.models:
-            spec = SPECS[command.size][name]
+        for name in self.variants:
+            spec, quantize = spec_of(command.size, name)
             try:
                 spec.check_installed()
             except ModuleNotFoundError as e:
                 self.not_installed[name] = str(e)
                 continue
-            parameters = build(spec, dtype, "meta", 1).parameters
-            models[name] = {"parameters": parameters, "same_size_as": SAME_SIZE.get(name)}
-        weights = sum(sum(model["parameters"].values()) for model in models.values()) * dtype.itemsize
+            model = build(spec, dtype, "meta", 1, quantize=quantize)
+            models[name] = {"parameters": model.parameters, "bytes": model.weight_bytes}
+            models[name] |= {"same_size_as": SAME_SIZE.get(name)}
+        weights = sum(sum(model["bytes"].values()) for model in models.values())
         # States and activations need the rest of the memory.
         self.keep_models = weights < memory.free_memory(command.device) // 4
-        total = len(command.models) * len(command.batch) * len(command.context)
+        total = len(self.variants) * len(command.batch) * len(command.context)
         with tqdm(total=total, unit="row", file=sys.stderr) as bar, torch.inference_mode():
             for batch in command.batch:
                 for context in command.context:
                     bar.set_description(f"batch {batch}, context {context:,}")
                     self.measure_rows(batch, context)
                     write_json(command.out, self.result, quietly=True)
-                    bar.update(len(command.models))
+                    bar.update(len(self.variants))
 
     def measure_rows(self, batch: int, context: int) -> None:
         """Measure the models at a batch and a context, and put their rows in the result."""
         points: list[tuple[Point, Row]] = []
         rows = {}
-        for name in self.command.models:
+        for name in self.variants:
             known = self.rows.get((batch, context, name))
             row = rows[batch, context, name] = known or {"model": name, "batch": batch, "context": context}
             if name in self.not_installed:
@@ -180,7 +194,7 @@ class _Session:
         if point.model in self.models:
             return self.models[point.model]
         gc.collect()  # reference cycles may still hold the model before
-        model = build(point.spec, point.type, point.device, point.max_tokens)
+        model = build(point.spec, point.type, point.device, point.max_tokens, quantize=point.quantize)
         if self.keep_models:
             self.models[point.model] = model
         return model
@@ -233,6 +247,8 @@ class _Session:
                 continue
             times = summarize([s for turn in done for s in turn["seconds"]])
             row |= {"time": asdict(times), "tokens": point.tokens, "state_bytes": done[0]["state_bytes"]}
+            if point.device == "cpu":
+                row["fastest"] = min(s for turn in done for s in turn["core_seconds"])
             if point.phase == "prefill":
                 encode = summarize([turn["encode"] for turn in done])
                 lm = summarize([s - turn["encode"] for turn in done for s in turn["seconds"]])
@@ -240,9 +256,8 @@ class _Session:
             else:
                 row["tokens_s"] = point.batch / times.median
                 if point.device == "cpu":
-                    weights = self.result["models"][point.model]["parameters"]["language"] * point.type.itemsize
-                    seconds = [s for turn in done for s in turn["seconds_of_bandwidth"]]
-                    row["bandwidth_share"] = measure.bandwidth_share(weights, min(seconds))
+                    weights = self.result["models"][point.model]["bytes"]["language"]
+                    row["bandwidth_share"] = measure.bandwidth_share(weights, row["fastest"])
             self.known_times[point.model] = (times.median, point.work)
 
 

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import torch
 
+from ...model.quantize import Quantization
 from .. import memory
 from ..cases import DTYPES
 from ..environment import synchronize
 from ..options import Size
 from ..processor import measure_rates
 from .models import PREFILL_CHUNK, InferenceModel, build
-from .specs import SPECS, VLMSpec, grid_tokens
+from .specs import SPECS, VLMSpec, grid_tokens, spec_of
 
 ROUNDS = 3
 WARM_UP = 5
@@ -26,6 +27,8 @@ ALLOWED = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 16, torch.flo
 
 A deep model in a half type rounds its activations in every layer; one in float32 also sums in another order.
 """
+ALLOWED_OF_INTEGERS = 16 * 2**-15
+"""The same where weights are quantized: a step rounds the vectors that it multiplies by them to 16 bits."""
 MEMORY_SHARE = 0.9
 """Share of the free memory that a point may need."""
 
@@ -51,7 +54,11 @@ class Point:
 
     @property
     def spec(self) -> VLMSpec:
-        return SPECS[self.size][self.model]
+        return spec_of(self.size, self.model)[0]
+
+    @property
+    def quantize(self) -> Quantization | None:
+        return spec_of(self.size, self.model)[1]
 
     @property
     def tokens(self) -> int:
@@ -127,13 +134,14 @@ def _run_prompt(model: InferenceModel, point: Point) -> dict[str, Any]:
     model.allocate(point.batch, point.capacity)
     model.prefill(model.prompt(model.encode(images), text), few, point.chunk).argmax(-1)
     synchronize(point.device)
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     features = model.encode(images)  # (B, image tokens, D)
     synchronize(point.device)
     encoded = time.perf_counter()
     model.prefill(model.prompt(features, text), point.tokens, point.chunk).argmax(-1)
     synchronize(point.device)
-    return {"seconds": [time.perf_counter() - start], "encode": encoded - start}
+    seconds, processor_seconds = [time.perf_counter() - start], [time.process_time() - processor_start]
+    return {"seconds": seconds, "core_seconds": _of_cores(seconds, processor_seconds), "encode": encoded - start}
 
 
 def _run_steps(model: InferenceModel, point: Point) -> dict[str, Any]:
@@ -150,9 +158,12 @@ def _run_steps(model: InferenceModel, point: Point) -> dict[str, Any]:
         if i >= WARM_UP:
             seconds.append(time.perf_counter() - start)
             processor_seconds.append(time.process_time() - processor_start)
-    # As the bandwidth is measured: that of one core by its processor time, that of several by the clock
-    of_bandwidth = processor_seconds if torch.get_num_threads() == 1 else seconds
-    return {"seconds": seconds, "seconds_of_bandwidth": of_bandwidth}
+    return {"seconds": seconds, "core_seconds": _of_cores(seconds, processor_seconds)}
+
+
+def _of_cores(seconds: list[float], processor_seconds: list[float]) -> list[float]:
+    """Times as the bandwidth is measured: that of one core by its processor time, that of several by the clock."""
+    return processor_seconds if torch.get_num_threads() == 1 else seconds
 
 
 def bandwidth_share(n_bytes: int, seconds: float) -> float:
@@ -200,6 +211,8 @@ def check(model: InferenceModel, point: Point) -> tuple[dict[str, Any], float, f
     errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
     error = torch.stack(errors).max().item()
     allowed = ALLOWED[point.type] * torch.finfo(point.type).eps
+    if point.quantize is not None:
+        allowed = max(allowed, ALLOWED_OF_INTEGERS)
     return {"error": error, "allowed": allowed, "is_right": error <= allowed}, seconds, work
 
 
@@ -215,7 +228,7 @@ def peak_memory(point: Point) -> int:
 
 def _peak_memory_here(point: Point) -> int:
     with torch.inference_mode():
-        model = build(point.spec, point.type, point.device, point.max_tokens)
+        model = build(point.spec, point.type, point.device, point.max_tokens, quantize=point.quantize)
         # A small call first: memory that libraries allocate once is not the call's.
         few = grid_tokens(point.size) + 8
         run_once(model, dataclasses.replace(point, context=few, batch=1, steps=1))

@@ -23,7 +23,9 @@ from ...model.generation.config import GenerationConfig
 from ...model.generation.cuda_graph import capture, has_graphs, warm_up
 from ...model.generation.decoding import Decoder, state_bytes
 from ...model.generation.prefill import prefill
+from ...model.quantize import Quantization, count_weights
 from ...model.vlm import VisionTower
+from ...model.weights import Weights, load_into
 from .specs import TransformerConfig, VLMSpec
 
 PREFILL_CHUNK = GenerationConfig().prefill_chunk
@@ -33,11 +35,20 @@ Prompt = Callable[[int, int], Tensor]
 """Embeddings of each sequence from a start to an end position, (B, end - start, D)."""
 
 
-def build(spec: VLMSpec, dtype: torch.dtype, device: str, max_tokens: int, seed: int = 0) -> InferenceModel:
+def build(
+    spec: VLMSpec,
+    dtype: torch.dtype,
+    device: str,
+    max_tokens: int,
+    seed: int = 0,
+    *,
+    quantize: Quantization | None = None,
+) -> InferenceModel:
     """Build a model with random weights on its device.
 
     Args:
         max_tokens: length of the longest sequence.
+        quantize: of one of this project's models; on the meta device without values.
 
     Raises:
         ModuleNotFoundError: `transformers` is needed and not installed.
@@ -53,6 +64,9 @@ def build(spec: VLMSpec, dtype: torch.dtype, device: str, max_tokens: int, seed:
         torch.set_default_dtype(before)
     for part in model.parts.values():
         part.to(dtype).eval().requires_grad_(False)
+    if quantize is not None:
+        assert isinstance(model, MambaModel)
+        model.quantize(quantize)
     return model
 
 
@@ -78,18 +92,33 @@ class _Model:
 
     def __init__(self, spec: VLMSpec, parts: Mapping[str, nn.Module]):
         self.spec, self.parts = spec, parts
-        name = "backbone.embedding.weight" if spec.is_ours else "model.embed_tokens.weight"
-        self.embedding = parts["language"].get_parameter(name)
 
     @property
     def parameters(self) -> dict[str, int]:
         """Number of parameters of each part; tied ones count once."""
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts.items()}
+        return {
+            name: sum(count_weights(part).get(id(p), p.numel()) for p in part.parameters())
+            for name, part in self.parts.items()
+        }
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the parameters of each part."""
+        return {name: sum(p.numel() * p.element_size() for p in part.parameters()) for name, part in self.parts.items()}
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of activations."""
+        return next(self.parts["connector"].parameters())
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed tokens: (*shape, D)."""
+        raise NotImplementedError
 
     def images(self, batch: int) -> list[Tensor]:
         """Random images, (B, 3, H, W) for each encoder."""
         sizes = [v.encoder.image_size for v in self.spec.vision]
-        like = self.embedding
+        like = self.like
         return [torch.randn(batch, 3, size, size, device=like.device, dtype=like.dtype) for size in sizes]
 
     def encode(self, images: list[Tensor]) -> Tensor:
@@ -101,7 +130,7 @@ class _Model:
         n = features.shape[1]
 
         def embed(start: int, end: int) -> Tensor:
-            words = F.embedding(text[:, max(start - n, 0) : max(end - n, 0)], self.embedding)
+            words = self.embed(text[:, max(start - n, 0) : max(end - n, 0)])
             return torch.cat([features[:, start:end], words], dim=1)  # (B, end - start, D)
 
         return embed
@@ -114,7 +143,20 @@ class MambaModel(_Model):
 
     def __init__(self, spec: VLMSpec, vlm: VLM):
         super().__init__(spec, {"encoder": vlm.vision, "connector": vlm.connector, "language": vlm.language_model})
-        self.lm = vlm.language_model
+        self.vlm, self.lm = vlm, vlm.language_model
+
+    def quantize(self, quantize: Quantization) -> None:
+        """Quantize the weights in place."""
+        weights = Weights.from_tensors(self.vlm.state_dict())
+        weights = self.vlm.make_quantized(weights, quantize, "the model")
+        device = self.vlm.language_model.backbone.norm_f.weight.device
+        if device.type != "meta":
+            load_into(self.vlm, weights, "the model", None, device)
+        self.vlm.requires_grad_(False)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed tokens: (*shape, D)."""
+        return self.lm.embed(tokens)
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Allocate the state of `batch` sequences of at most `capacity` tokens each."""
@@ -167,10 +209,13 @@ class TransformerModel(_Model):
         super().__init__(spec, parts)
         self.lm: Any = parts["language"]
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.lm.get_input_embeddings()(tokens)
+
     def allocate(self, batch: int, capacity: int) -> None:
         from transformers import StaticCache
 
-        like, lm = self.embedding, self.spec.language
+        like, lm = self.like, self.spec.language
         assert isinstance(lm, TransformerConfig)
         self.cache = StaticCache(config=self.lm.config, max_cache_len=capacity)
         self.cache.early_initialization(batch, lm.heads, lm.width // lm.heads, like.dtype, like.device)

@@ -11,17 +11,20 @@ from ...train.plot_style import DASHES, INK, label_lines, line_styles, png, subp
 from .. import html, plots
 from ..files import write_report
 from ..tables import Row, as_html, as_text, milliseconds, spread
-from .specs import SAME_SIZE, SPECS
+from .specs import SAME_SIZE, SPECS, spec_of
 
 COLUMNS = {
-    "prefill": ("median", "low", "high", "calls", "encode", "tokens", "prompt_tokens_s", "state_bytes", "peak_memory"),
-    "decode": ("median", "low", "high", "calls", "tokens_s", "bandwidth_share", "state_bytes", "peak_memory"),
-}
+    "prefill": ("median", "low", "high", "calls", "fastest", "encode", "tokens", "prompt_tokens_s", "state_bytes",
+                "peak_memory"),
+    "decode": ("median", "low", "high", "calls", "fastest", "tokens_s", "bandwidth_share", "state_bytes",
+               "peak_memory"),
+}  # fmt: skip
 """Columns of the CSV, after those that name the row; seconds and bytes."""
 HEADS = {
-    "prefill": ("LM", "first token ms", "quartiles", "encoder ms", "tokens", "tokens/s", "state MiB", "peak MiB"),
-    "decode": ("LM", "ms a step", "quartiles", "tokens/s", "each", "of bandwidth", "state MiB", "peak MiB"),
-}
+    "prefill": ("LM", "first token ms", "quartiles", "fastest", "encoder ms", "tokens", "tokens/s", "state MiB",
+                "peak MiB"),
+    "decode": ("LM", "ms a step", "quartiles", "fastest", "tokens/s", "each", "of bandwidth", "state MiB", "peak MiB"),
+}  # fmt: skip
 """Headings of a table, after context and model."""
 Result = Mapping[str, Any]
 Record = Mapping[str, Any]
@@ -72,7 +75,8 @@ def _cells(result: Result, row: Record) -> list[str]:
     size = "" if parameters is None else f"{parameters / 1e6:,.1f} M"
     if "time" not in row:
         return [size]
-    times = [milliseconds(row["time"]["median"]), spread(row["time"])]
+    fastest = milliseconds(row["fastest"]) if "fastest" in row else ""  # on a CPU
+    times = [milliseconds(row["time"]["median"]), spread(row["time"]), fastest]
     memory = [f"{row[key] / 2**20:,.1f}" for key in ("state_bytes", "peak_memory")]
     if result["phase"] == "prefill":
         tokens = f"{row['tokens']:,}" + "*" * row["in_prefill_chunks"]
@@ -121,7 +125,7 @@ def plot(result: Result) -> bytes:
     batches = _batches(result)
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
     # Solid lines with a color each are the models of this project; the Transformers have their dashes.
-    ours = [model for model in models if SPECS[result["size"]][model].is_ours]
+    ours = [model for model in models if spec_of(result["size"], model)[0].is_ours]
     styles = {**line_styles(ours), **dict.fromkeys(set(models) - set(ours), {"color": INK, "linestyle": DASHES[1]})}
     figure, axes = subplots(len(batches), 2, 2.6 * len(batches) + 0.3)
     for (batch, of_batch), (time_axis, memory_axis) in zip(batches.items(), axes, strict=True):
@@ -148,9 +152,10 @@ def plot(result: Result) -> bytes:
 
 NOTES = (
     "Random weights; LM: parameters of the language model. Medians of models that take turns. State: memory of a "
-    "sequence's state, counted from the tensors; peak: above the weights. Of bandwidth: the bytes of the language "
-    "model's weights over the fastest step, as a share of the read bandwidth measured in the same run; of one core "
-    "by processor time. The same image and text for all; * a prompt run in prefill chunks."
+    "sequence's state, counted from the tensors; peak: above the weights. Fastest: on a CPU, the fastest call, in "
+    "ms, of one core by processor time. Of bandwidth: the bytes of the language model's weights over the fastest step, "
+    "as a share of the read bandwidth measured in the same run. The same image and text for all; * a prompt run in "
+    "prefill chunks."
 )
 
 

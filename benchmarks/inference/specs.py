@@ -16,7 +16,7 @@ Shapes that are not this project's, from the published files on the Hugging Face
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -27,6 +27,7 @@ from ...model.formats.language import PUBLISHED
 from ...model.formats.vision import VISION_ENCODERS
 from ...model.image import ImageProcessor
 from ...model.inspect import flops_per_token
+from ...model.quantize import Quantization
 from ..options import Size
 from ..peers import check_installed
 
@@ -193,6 +194,12 @@ SAME_SIZE = {
     "ml-mamba-on-mamba1": "ml-mamba",
 }
 """Models with the encoders of another one and a language model of the same size, to 4 %."""
+
+
+def spec_of(size: Size, variant: str) -> tuple[VLMSpec, Quantization | None]:
+    """The shape of a model, and how it is quantized, by a name such as "vl-mamba" or "vl-mamba int8"."""
+    model, _, quantize = variant.partition(" ")
+    return SPECS[size][model], cast("Quantization | None", quantize or None)
 
 
 def grid_tokens(size: Size) -> int:

@@ -176,6 +176,21 @@ def test_a_plot_names_its_lines_beside_them(monkeypatch):
     assert list(axes[0].lines[0].get_ydata()) == [20, 20]
 
 
+def test_quantized_weights_are_measured_beside_the_others(tmp_path, quick, capsys):
+    pytest.importorskip("torchao")
+    out = tmp_path / "a.json"
+    command = ["decode", "--models", "ml-mamba", "--context", "9", "--batch", "1", "--steps", "3"]
+    cli.main([*command, "--quantize", "int8", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert [row["model"] for row in result["rows"]] == ["ml-mamba", "ml-mamba int8"]
+    full, lean = result["models"].values()
+    assert full["parameters"] == lean["parameters"]
+    assert lean["bytes"]["language"] < 0.3 * full["bytes"]["language"]
+    for row, model in zip(result["rows"], (full, lean), strict=True):
+        assert row["bandwidth_share"] == pytest.approx(model["bytes"]["language"] / row["fastest"] / 1e10)
+    assert 0 < result["checks"]["ml-mamba int8"]["error"] and "ml-mamba int8" in capsys.readouterr().out
+
+
 def test_another_measurement_is_not_overwritten(tmp_path, quick):
     out = tmp_path / "a.json"
     cli.main(["decode", "--models", "ml-mamba", "--context", "9", "--batch", "1", "--steps", "3", "--out", str(out)])
