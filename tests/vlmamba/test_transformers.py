@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import json
@@ -300,10 +301,10 @@ def test_a_missing_or_old_transformers_is_an_error(monkeypatch, version, message
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-def answers(model, tokenizer, inputs, **options):
+def answers(model, decoder, inputs, **options):
     """Generate greedily, and decode the new tokens."""
     out = model.generate(**inputs, max_new_tokens=10, do_sample=False, **options)
-    return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return decoder.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_generate_gives_our_texts_with_padding_on_the_left(lm, lm_folder):
@@ -333,6 +334,37 @@ def test_generate_gives_our_answers(vlm, vlm_folder):
     alone = processor.apply_chat_template(CONVERSATIONS[2], **options)
     penalized = vlm.generate(TURNS[2:], IMAGES[2:], GenerationConfig(max_new_tokens=10, repetition_penalty=1.3))
     assert answers(model, processor, alone, repetition_penalty=1.3) == penalized
+
+
+def test_texts_are_streamed_and_end_at_stop_strings(plain_folder):
+    processor, model = AutoProcessor.from_pretrained(plain_folder), AutoModel.from_pretrained(plain_folder)
+    prompt = processor.apply_chat_template(CONVERSATIONS[0], tokenize=True, return_dict=True, return_tensors="pt")
+    (text,) = answers(model, processor, prompt)
+    streamer = transformers.TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answers(model, processor, prompt, streamer=streamer)
+    assert "".join(streamer) == text
+    # A copy has modules of its own.
+    again = copy.deepcopy(model)
+    again.language_model.lm_head = torch.nn.Identity()
+    assert again.vlm.language_model.lm_head is again.language_model.lm_head is not model.language_model.lm_head
+    letter = next(c for c in text[1:] if c.isascii())
+    (cut,) = answers(model, processor, prompt, stop_strings=[letter], tokenizer=processor.tokenizer)
+    assert letter in cut and text.startswith(cut) and len(cut) < len(text)
+
+
+def test_a_harness_gives_our_scores(lm, lm_folder):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    from vlmamba.model.harness.lm_eval import HarnessLM
+
+    theirs = huggingface.HFLM(pretrained=str(lm_folder), device="cpu", batch_size=2, max_length=64)
+    ours = HarnessLM(lm, batch_size=2)
+    pairs = [("what color is", " the shape?"), ("a red", " circle"), ("a blue triangle", " or a red circle")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found, known = theirs.loglikelihood(requests), ours.loglikelihood(requests)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in known]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in known], rel=1e-4)
 
 
 def test_padding_rows_are_never_chosen(lm_folder):

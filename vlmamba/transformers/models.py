@@ -177,7 +177,8 @@ class _Model(PreTrainedModel, GenerationMixin):
             labels, use_cache, logits_to_keep, return_dict, kwargs: of `forward`.
         """
         for name, value in kwargs.items():
-            if name != "num_items_in_batch" and value is not None and value is not False:
+            # `generate` hands on the tokenizer of its stop strings.
+            if name not in ("num_items_in_batch", "tokenizer") and value is not None and value is not False:
                 raise ValueError(f"{name} is not supported by {type(self).__name__}, got {value!r:.60}")
         lm = self._lm
         like = mask if mask is not None else next(t for t in tokens.values() if t is not None)
