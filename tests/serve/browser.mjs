@@ -73,8 +73,12 @@ await page.keyboard.press("Enter");
 await done(page, 1);
 assert.equal(await answers(page).first().textContent(), first, "the same image and question, the same answer");
 
-// Several images of one question, by drop and by paste: in their order, one of them removed, with a limit.
+// Several images of one question, chosen, dropped and pasted: in their order, some of them removed, with a limit.
 await page.getByRole("button", { name: "New conversation" }).click();
+await page.locator("#file").setInputFiles([red, blue]);
+await page.getByAltText("Chosen image 2").waitFor();
+await page.getByRole("button", { name: "Remove image 1" }).click();
+await page.getByRole("button", { name: "Remove image 1" }).click();
 await give("drop", red, blue);
 await page.getByAltText("Chosen image 2").waitFor();
 await give("paste", blue);

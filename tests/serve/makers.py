@@ -91,7 +91,7 @@ def vlm_request(vlm, question, image, sampling=GREEDY, salt=b"", **options):
     return Request(chat_prompt(vlm, vlm.template, turns, images, salt), sampling, **options)
 
 
-def wait_for(condition: Callable, seconds: float = 20.0) -> None:
+def wait_for(condition: Callable, seconds: float = 60.0) -> None:
     """Wait until a condition holds, which takes another thread."""
     end = time.monotonic() + seconds
     while not condition():
@@ -117,7 +117,7 @@ class RunningServer:
 
     def __exit__(self, *error):
         self.server.handle_exit(15, None)
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
     def openai(self, key: str = "none"):
