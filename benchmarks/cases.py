@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ssm_kernels
-from ssm_kernels import Backend, Mamba3Output, Mamba3States, StateSlots
+from ssm_kernels import Backend, Mamba3Output, Mamba3States, StateSlots, decode_state, encode_state
 
 from .shapes import INPUTS, OPS, SIZES, WIDTHS, Shape
 
@@ -26,6 +26,7 @@ MAMBA3_IN_FLOAT32 = (
 )  # fmt: skip
 """Inputs of Mamba-3 that the mixer has in float32 under autocast."""
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+STATE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 class StepOutput(NamedTuple):
@@ -33,6 +34,14 @@ class StepOutput(NamedTuple):
 
     y: Tensor
     state: Tensor
+
+
+class StoredState(NamedTuple):
+    """The state of a case in a narrow format."""
+
+    name: str
+    state: Tensor
+    scale: Tensor | None
 
 
 class Mamba3Results(NamedTuple):
@@ -76,6 +85,10 @@ class Case:
     chunk_size: int = 64
     slots: bool = False
     """A step on slots of a pool of states."""
+    state_dtype: str = ""
+    """Format in which a step keeps a float32 state of a scan: bf16, fp16 or int8. It is encoded in each call."""
+    rand_seed: bool = False
+    """That state is rounded by chance, not to the nearest."""
 
     def __str__(self) -> str:
         """The sizes that the op reads, and the options that differ from their defaults: unique to the case."""
@@ -192,10 +205,27 @@ class Case:
         Returns:
             the op's results, those of Mamba-3 as `y` and the parts of the states.
         """
-        # Row b of the batch has slot b, which is what a step without slots does.
-        slots = {"slots": StateSlots(torch.arange(self.shape.batch, device=inputs["x"].device))} if self.slots else {}
-        out = getattr(ssm_kernels, self.op)(**arguments(inputs), **self.options, **slots, backend=backend)
+        options, batch, device = self.options, self.shape.batch, next(iter(inputs.values())).device
+        if self.slots:
+            # Row b of the batch has slot b, which is what a step without slots does.
+            options["slots"] = StateSlots(torch.arange(batch, device=device))
+        stored = self._stored(inputs)
+        if stored is not None:
+            options["state_scale"] = stored.scale
+            options["rand_seed"] = torch.tensor([5], device=device) if self.rand_seed else None
+        op = getattr(ssm_kernels, self.op)
+        named = inputs if stored is None else {**inputs, stored.name: stored.state}
+        out = op(**arguments(named), **options, backend=backend)
+        if stored is not None:
+            inputs[stored.name].copy_(decode_state(stored.state, stored.scale))
         return (out.y, *out.final_states) if isinstance(out, Mamba3Output) else out
+
+    def _stored(self, inputs: Mapping[str, Tensor]) -> StoredState | None:
+        """The state in the case's format; None where it is kept as it is, as for a comparison in float64."""
+        name = "states.ssm" if self.is_mamba3 else "state"
+        if not self.state_dtype or inputs[name].dtype != torch.float32:
+            return None
+        return StoredState(name, *encode_state(inputs[name], STATE_DTYPES[self.state_dtype], None))
 
     def function(self, *, backend: Backend, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The op as `ssm_kernels.testing.assert_agrees` calls it: a step updates and returns a copy of its state."""
@@ -281,9 +311,17 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "cross_causal_conv1d": ({"silu": False},),
     "cross_selective_scan": ({"D": False}, {"dt_bias": True}, {"dt_softplus": False}),
     "cross_ssd": ({"D": False}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True}),
-    "selective_scan_step": ({"z": True}, {"dt_bias": True}, {"constant": True}),
-    "ssd_step": ({"z": True}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True}),
-    "mamba3_step": ({"z": True},),
+    "selective_scan_step": (
+        {"state_dtype": "bf16", "rand_seed": True}, {"state_dtype": "fp16", "rand_seed": True, "slots": True},
+        {"state_dtype": "int8", "rand_seed": True}, {"state_dtype": "int8", "slots": True},
+        {"z": True}, {"dt_bias": True}, {"constant": True},
+    ),
+    "ssd_step": (
+        {"state_dtype": "bf16", "rand_seed": True}, {"state_dtype": "fp16", "rand_seed": True, "slots": True},
+        {"state_dtype": "int8", "rand_seed": True}, {"state_dtype": "int8", "slots": True},
+        {"z": True}, {"wide_D": True}, {"dt_bias": True, "dt_limit": True},
+    ),
+    "mamba3_step": ({"slots": True}, {"state_dtype": "int8", "rand_seed": True, "slots": True}, {"z": True}),
     "causal_conv1d_step": ({"silu": False}, {"slots": True}),
 }  # fmt: skip
 """Options that each op has, one at a time and then together. Packing needs a batch of one row."""

@@ -471,6 +471,20 @@ class GPUSuite(Command):
 
 
 @dataclass
+class StateFormats(Command):
+    """Error of decoding steps whose state is kept in each format, against float64, to the nearest and by chance.
+
+    One layer of Mamba and one of Mamba-2, with the decay rates and step sizes of their initialization.
+    """
+
+    function: ClassVar[str] = "state_formats:run_state_formats"
+    steps: Count = 10_000
+    seed: Seed = 0
+    out: Path | None = None
+    """JSON file to write."""
+
+
+@dataclass
 class Prefill(Command):
     """Time to first token, prompt tokens a second and memory of vision-language models, against prompt length.
 
@@ -536,6 +550,7 @@ COMMANDS: dict[str, type[Command]] = {
     "verify": Verify,
     "emulate": Emulate,
     "fuzz": Fuzz,
+    "state-formats": StateFormats,
     "prefill": Prefill,
     "decode": Decode,
 }

@@ -16,7 +16,7 @@ from .batch import Sample
 from .feature_cache import FeatureCache
 from .generation.config import GenerationConfig
 from .generation.cuda_graph import graph_key
-from .generation.decoding import Decoder, state_bytes
+from .generation.decoding import Decoder, narrow_dtype, state_bytes
 from .generation.generate import Completion, generate_packed
 from .generation.interface import LMState
 from .generation.prefill import EmbedFn, packed_tokens
@@ -128,7 +128,11 @@ class Conversation:
     @property
     def state_bytes(self) -> int:
         """Size of the state in bytes. However long the conversation, nothing else but its text is stored."""
-        return state_bytes(self.lm.new_state(1) if self._decoder is None else self._decoder.state)
+        return state_bytes(
+            self.lm.new_state(1, narrow_dtype(self.config.state_dtype))
+            if self._decoder is None
+            else self._decoder.state
+        )
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """Add a user turn, yielding the answer as it is generated.
@@ -199,8 +203,9 @@ class Conversation:
     def _rewind(self, ids: list[int]) -> tuple[Decoder, int]:
         """Bring the state to the longest known prefix of a prompt. Return the decoder and the prefix's length."""
         decoder = self._decoder
-        if decoder is None or decoder.graph_key != graph_key(self.lm, self.lm.device):
-            self._decoder = decoder = Decoder(self.lm, 1)
+        key = (graph_key(self.lm, self.lm.device), self.config.state_dtype)
+        if decoder is None or (decoder.graph_key, decoder.state_dtype) != key:
+            self._decoder = decoder = Decoder(self.lm, 1, self.config.state_dtype)
             self._state_tokens = self._checkpoint = None
 
         def is_prefix(tokens: list[int]) -> bool:

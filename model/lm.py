@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssm_kernels import Mamba3States, StateSlots, add_rms_norm, has_readable_values
+from ssm_kernels import StateSlots, add_rms_norm, has_readable_values
 from ssm_kernels.modules import (
+    LayerState,
     Mamba,
     Mamba2,
     Mamba3,
@@ -162,13 +163,18 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
                     least[f"backbone.layers.{i}.mixer.{name}"] = bits
         return least
 
-    def new_state(self, batch: int) -> LMState:
+    def new_state(self, batch: int, dtype: torch.dtype | None = None) -> LMState:
         """Return the zero state of `batch` sequences.
 
         Args:
             batch: number of sequences.
+            dtype: of the scans' part: bfloat16, float16 or int8, rounded by chance at every write; float32, or float64
+                in a model of that dtype, by default.
+
+        Raises:
+            TypeError: another dtype.
         """
-        return [layer.mixer.new_state(batch) for layer in self.backbone.layers]
+        return [layer.mixer.new_state(batch, dtype) for layer in self.backbone.layers]
 
     def obstacle_to_fusing(self) -> str | None:
         """Return the reason why `fuse_step` cannot take this model, or None."""
@@ -355,15 +361,13 @@ class _Layer(nn.Module):
         self,
         hidden: Tensor,
         residual: Tensor | None,
-        state: MixerState | Mamba3States | None,
+        state: LayerState | None,
         cu_seqlens: Tensor | None,
         return_state: bool,
         slots: StateSlots | None = None,
-    ) -> tuple[Tensor, Tensor, MixerState | Mamba3States | None]:
+    ) -> tuple[Tensor, Tensor, LayerState | None]:
         normed, residual = _add_norm(self.norm, hidden, residual, self.residual_in_fp32)  # (B, L, D) each
         if slots is not None:
-            if not isinstance(self.mixer, Mamba | Mamba2):
-                raise ValueError(f"slots need layers of Mamba or Mamba-2, got {type(self.mixer).__name__}")
             return self.mixer(normed, state, cu_seqlens, slots=slots), residual, None
         if not return_state:
             return self.mixer(normed, state, cu_seqlens), residual, None

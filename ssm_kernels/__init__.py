@@ -2,6 +2,7 @@
 
 from ._core.dispatch import Backend, resolve_backend, use_backend
 from ._core.slots import StateSlots
+from ._core.state_format import decode_state, encode_state
 from ._core.validation import NonFiniteError, has_readable_values
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .context_parallel import SequenceSharding, context_parallel
@@ -43,6 +44,8 @@ __all__ = [
     "cross_scan",
     "cross_selective_scan",
     "cross_ssd",
+    "decode_state",
+    "encode_state",
     "has_readable_values",
     "mamba3",
     "mamba3_step",

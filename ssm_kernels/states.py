@@ -23,12 +23,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ._core.state_format import NARROW_DTYPES
 from .mamba3 import Mamba3States
-from .modules.state import MixerState
+from .modules.state import NARROW_STATES, LayerState, MixerState, NarrowMamba3States, NarrowMixerState
 
-State = TypeVar("State", MixerState, Mamba3States, list[MixerState | Mamba3States])
+State = TypeVar("State", MixerState, NarrowMixerState, Mamba3States, NarrowMamba3States, list[LayerState])
 """State of one mixer, or of each layer of a model."""
-Layer = TypeVar("Layer", bound="MixerState | Mamba3States")
+Layer = TypeVar("Layer", bound="LayerState")
 
 FORMAT, VERSION = "ssm_kernels.state", "1"
 """Metadata of a file of a state."""
@@ -64,7 +65,8 @@ def to(state: State, device: torch.device | str | None = None, dtype: torch.dtyp
     Args:
         state: a state.
         device: of every layer; each keeps its own by default.
-        dtype: a floating-point dtype. The scan's part is at least float32, as in a model of that dtype.
+        dtype: a floating-point dtype. The scan's part is at least float32, as in a model of that dtype, or stays in
+            its narrow format.
 
     Returns:
         the moved state.
@@ -141,7 +143,7 @@ def repeat(state: State, n: int) -> State:
     return _map(lambda t: t.repeat_interleave(n, dim=0), state)
 
 
-def named(state: MixerState | Mamba3States | Sequence[MixerState | Mamba3States]) -> dict[str, Tensor]:
+def named(state: LayerState | Sequence[LayerState]) -> dict[str, Tensor]:
     """Name the tensors of a state, in their order: `3.ssm` in layer 3 of a model, `ssm` in a mixer.
 
     Args:
@@ -150,7 +152,7 @@ def named(state: MixerState | Mamba3States | Sequence[MixerState | Mamba3States]
     Returns:
         the tensors by name.
     """
-    if isinstance(state, (MixerState, Mamba3States)):
+    if isinstance(state, (MixerState, Mamba3States, *NARROW_STATES)):
         return state._asdict()
     return {f"{i}.{field}": t for i, layer in enumerate(state) for field, t in layer._asdict().items()}
 
@@ -175,7 +177,8 @@ def save(state: State, path: str | Path) -> None:
 class _HasState(Protocol):
     """A mixer or a language model."""
 
-    def new_state(self, batch: int) -> Any: ...
+    # (batch), and the dtype for a state in a narrow format
+    def new_state(self, *args: Any) -> Any: ...
 
 
 def load(path: str | Path, model: _HasState) -> Any:
@@ -206,7 +209,9 @@ def load(path: str | Path, model: _HasState) -> Any:
     if metadata.get("version") != VERSION:
         raise ValueError(f"{path} has version {metadata.get('version')} of the format; this library reads {VERSION}")
     batches = {t.shape[0] for t in tensors.values()}
-    like = model.new_state(batches.pop() if len(batches) == 1 else 0)
+    narrow = next((t.dtype for name, t in tensors.items() if t.dtype in NARROW_DTYPES and name.endswith("ssm")), None)
+    batch = batches.pop() if len(batches) == 1 else 0
+    like = model.new_state(batch) if narrow is None else model.new_state(batch, narrow)
     want = {name: tuple(t.shape) for name, t in named(like).items()}
     have = {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(want.keys() | have.keys()):
@@ -221,8 +226,9 @@ def load(path: str | Path, model: _HasState) -> Any:
 
 def _moved(layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None) -> Layer:
     wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
-    parts = layer._asdict().items()
-    return layer._make(t.to(device=device, dtype=dtype if name == "conv" else wide) for name, t in parts)
+    kept = ("ssm", "ssm_scale", "rand_seed") if isinstance(layer, NARROW_STATES) else ()
+    dtypes = {name: None if name in kept else dtype if name == "conv" else wide for name in layer._fields}
+    return layer._make(t.to(device=device, dtype=dtypes[name]) for name, t in layer._asdict().items())
 
 
 def _map(function: Callable[[Tensor], Tensor], state: State) -> State:

@@ -169,8 +169,10 @@ REFERENCES = sorted((ROOT / "ssm_kernels").glob("*/reference.py"))
 @pytest.mark.parametrize("path", REFERENCES, ids=lambda p: p.parent.name)
 def test_references_share_no_code_with_what_they_judge(path):
     inside = [name for _, name in imports(path, ast.parse(path.read_text())) if name.startswith("ssm_kernels.")]
-    # The bounds of packed sequences and the slots of states are parsed in one place.
-    allowed = r"ssm_kernels\._core\.(varlen|slots)\.\w+|ssm_kernels\.\w+\.reference"
+    # The bounds of packed sequences and the slots of states are parsed in one place; arguments are types.
+    allowed = (
+        r"ssm_kernels\._core\.(varlen|slots|state_format_reference)\.\w+|ssm_kernels\.\w+\.(reference|arguments\.\w+)"
+    )
     assert all(re.fullmatch(allowed, n) for n in inside), inside
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ..fields import Count, Interval, Seed, check_fields
+
+StateDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class GenerationConfig:
     """Sampling seed. Every sequence draws the same noise, so results do not depend on batch composition."""
     draft_tokens: Annotated[int, Interval("[1, 16]")] = 4
     """Tokens that a draft model proposes a step, where there is one."""
+    state_dtype: StateDtype = "float32"
+    """Format in which the state is kept. Others than float32 take a half or a quarter of the memory, and are rounded
+    by chance at every step, which does not depend on `seed`."""
     prefill_chunk: Count = 4096
     """Prompt tokens per forward pass. Bounds the memory that a long prompt takes."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssm_kernels import resolve_backend, states
 
+from .config import StateDtype
 from .cuda_graph import capture, graph_key, has_graphs, warm_up, warn_once
 from .interface import LanguageModel, LMState
 
@@ -40,15 +41,17 @@ class Decoder:
     Args:
         lm: language model; held by a weak reference.
         batch: most sequences at once.
+        state_dtype: format of the state, as in `GenerationConfig`.
     """
 
     WARM_UP = 3
     """Steps before capture. They are steps of the generated text, so that a short text never pays for a capture."""
 
-    def __init__(self, lm: LanguageModel, batch: int):
+    def __init__(self, lm: LanguageModel, batch: int, state_dtype: StateDtype = "float32"):
         self.lm = weakref.proxy(lm)
+        self.state_dtype: StateDtype = state_dtype
         with torch.inference_mode(False):  # a state made in inference mode could not be updated outside of it
-            self.buffers = lm.new_state(batch)
+            self.buffers = lm.new_state(batch, narrow_dtype(state_dtype))
             self.device = lm.device
             self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)  # (batch, 1)
         self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
@@ -72,7 +75,7 @@ class Decoder:
         """Look again, at the next step, at whether the model allows fused steps: it may have changed."""
         self.fused: dict[int, Callable[[Tensor], Tensor | None]] = {}
         """Fused steps by batch size."""
-        self.may_fuse = self.device.type == "cpu"
+        self.may_fuse = self.device.type == "cpu" and narrow_dtype(self.state_dtype) is None
 
     def reset(self) -> None:
         """Zero the state: all sequences are empty."""
@@ -140,6 +143,11 @@ class Decoder:
         return step(embeds)
 
 
+def narrow_dtype(state_dtype: StateDtype) -> torch.dtype | None:
+    """Return the dtype that `LanguageModel.new_state` takes for a format; None for the model's own."""
+    return None if state_dtype == "float32" else getattr(torch, state_dtype)
+
+
 _logged: set[str] = set()
 
 
@@ -154,12 +162,13 @@ def log_once(message: str) -> None:
 _decoders: weakref.WeakKeyDictionary[LanguageModel, Decoder] = weakref.WeakKeyDictionary()
 
 
-def acquire_decoder(lm: LanguageModel, batch: int) -> Decoder:
+def acquire_decoder(lm: LanguageModel, batch: int, state_dtype: StateDtype) -> Decoder:
     """Take the model's cached decoder where it fits, or make one. Its state is reset."""
     # Two generators at once must not share buffers.
     decoder = _decoders.pop(lm, None)
-    if decoder is None or len(decoder.tokens) < batch or decoder.graph_key != graph_key(lm, lm.device):
-        decoder = Decoder(lm, batch)
+    key = (graph_key(lm, lm.device), state_dtype)
+    if decoder is None or len(decoder.tokens) < batch or (decoder.graph_key, decoder.state_dtype) != key:
+        decoder = Decoder(lm, batch, state_dtype)
     decoder.set_batch(batch)
     decoder.reset()
     return decoder

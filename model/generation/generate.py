@@ -43,7 +43,8 @@ def generate_tokens(
         vocab_size: tokens from here on are padding rows of the embedding and are never chosen.
         finished: flags that the caller updates between steps. Finished sequences are dropped whenever that halves the
             batch, and repeat their last token from then on.
-        decoder: decoder with S sequences to continue from; it is advanced. By default sequences start empty.
+        decoder: decoder with S sequences to continue from; it is advanced. By default sequences start empty, with a
+            state of `config.state_dtype`.
 
     Returns:
         An iterator over steps, each with the S tokens as a list and as a tensor (S,).
@@ -58,7 +59,7 @@ def generate_tokens(
     # Only a decoder that was acquired here is released.
     owned = None
     if decoder is None:
-        decoder = owned = acquire_decoder(lm, n)
+        decoder = owned = acquire_decoder(lm, n, config.state_dtype)
     decoder.forget_fused_steps()
     try:
         sampler = Sampler(config, prompt_ids, vocab_size, device)

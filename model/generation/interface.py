@@ -8,13 +8,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ssm_kernels import Mamba3States
-from ssm_kernels.modules import MixerState
+from ssm_kernels.modules import LayerState
 
 from ..config import LMConfig
 from ..tokenizer import Tokenizer
 
-LMState = list[MixerState | Mamba3States]
+LMState = list[LayerState]
 """Recurrent state of a batch of sequences: one tuple per layer, each tensor of it with the batch first."""
 
 
@@ -43,7 +42,7 @@ class LanguageModel(Protocol):
 
     def embed(self, input_ids: Tensor) -> Tensor: ...
 
-    def new_state(self, batch: int) -> LMState: ...
+    def new_state(self, batch: int, dtype: torch.dtype | None = None) -> LMState: ...
 
     def obstacle_to_fusing(self) -> str | None: ...
 

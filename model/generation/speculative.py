@@ -17,6 +17,7 @@ from ssm_kernels import StateSlots, states
 
 from ..tokenizer import Tokenizer
 from .config import GenerationConfig
+from .decoding import narrow_dtype
 from .interface import LanguageModel, LMState
 from .prefill import EmbedFn, prefill
 from .sampling import filter_logits
@@ -70,7 +71,7 @@ def check_draft(
         config: generation settings.
 
     Raises:
-        ValueError: other tokenizers, devices or layers than those that speculative decoding takes, or a penalty.
+        ValueError: other tokenizers or devices than those that speculative decoding takes, or a penalty.
     """
     tokenizer, other = tokenizers
     if tokenizer.eos_id != other.eos_id or tokenizer.inner.get_vocab() != other.inner.get_vocab():
@@ -80,9 +81,6 @@ def check_draft(
         )
     if draft.device != lm.device:
         raise ValueError(f"draft_model must be on {lm.device} like the model, got {draft.device}")
-    for name, model in (("the model", lm), ("draft_model", draft)):
-        if model.config.layer == "mamba3":
-            raise ValueError(f"{name} must have layers of Mamba or Mamba-2, whose states can be kept; got mamba3")
     if config.repetition_penalty != 1:
         raise ValueError(f"repetition_penalty must be 1 with a draft_model, got {config.repetition_penalty}")
 
@@ -209,7 +207,7 @@ def _prefilled(
     lm: LanguageModel, embeds: Tensor | EmbedFn, cu_seqlens: Tensor, config: GenerationConfig
 ) -> tuple[LMState, Tensor]:
     """Run the prompts; return a pool with the state of each in its K + 1 slots, and the logits (S, V)."""
-    state = lm.new_state(len(cu_seqlens) - 1)
+    state = lm.new_state(len(cu_seqlens) - 1, narrow_dtype(config.state_dtype))
     logits = prefill(lm, embeds, cu_seqlens, state, config.prefill_chunk)
     return states.repeat(state, config.draft_tokens + 1), logits
 

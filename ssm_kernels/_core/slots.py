@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .state_format import decode_state, write_states
 from .validation import has_readable_values
 
 INTEGERS = (torch.int32, torch.int64)
@@ -27,10 +28,34 @@ class StepPlan(NamedTuple):
     """(S + 1,) int64: sequence s has the tokens bounds[s] to bounds[s + 1] - 1."""
     is_run: Tensor
     """(M,) bool: false for tokens of skipped sequences, and after the last bound."""
+    sequence: Tensor
+    """(M,) int64 sequence of each token; S after the last bound."""
 
     def blank(self, x: Tensor) -> Tensor:
         """Return x (B, T, ...) of M tokens with zeros at those that are not run."""
         return x.masked_fill(~self.is_run.view(*x.shape[:2], *[1] * (x.dim() - 2)), 0)
+
+    def write(self, pool: Tensor, values: Tensor) -> None:
+        """Write what each token leaves, (M, ...), to the slots of a pool that keep it."""
+        destinations, values = self.destinations, values.to(pool.dtype)
+        if has_readable_values(destinations):
+            kept = (destinations >= 0).nonzero().squeeze(1)
+            pool[destinations[kept]] = values[kept]
+            return
+        # Without a read by the host: each slot looks for the token that it keeps. Slot n takes what none keeps.
+        n_slots, token = len(pool), torch.arange(len(destinations), device=pool.device)
+        writer = token.new_full((n_slots + 1,), -1).scatter(0, destinations.where(destinations >= 0, n_slots), token)
+        writer = writer[:n_slots].view(-1, *[1] * (pool.dim() - 1))
+        pool.copy_(torch.where(writer >= 0, values[writer.flatten().clamp(min=0)], pool))
+
+    def repeated(self, n: int) -> StepPlan:
+        """Return the plan in which each token is n tokens, the last of which keeps the state."""
+        destinations = self.destinations.new_full((len(self.destinations), n), -1)
+        destinations[:, -1] = self.destinations
+        return StepPlan(
+            self.sources, destinations.flatten(), self.bounds * n, self.is_run.repeat_interleave(n),
+            self.sequence.repeat_interleave(n),
+        )  # fmt: skip
 
 
 class StateSlots:
@@ -151,9 +176,9 @@ class StateSlots:
                 )
             destinations = out[sequence, position.clamp(max=width - 1)] if width else torch.full_like(token, -1)
         destinations = torch.where(is_run, destinations, -1).clamp(min=-1)
-        plan = StepPlan(sources[:-1], destinations, bounds, is_run)
+        plan = StepPlan(sources[:-1], destinations, bounds, is_run, sequence)
         if has_readable_values(destinations):
-            _check_conflicts(plan, sequence)
+            _check_conflicts(plan)
         return plan
 
 
@@ -182,11 +207,11 @@ def _check_range(name: str, value: Tensor, low: int, high: int) -> None:
             raise ValueError(f"{name} must lie between {low} and {high}, got values from {least} to {most}")
 
 
-def _check_conflicts(plan: StepPlan, sequence: Tensor) -> None:
+def _check_conflicts(plan: StepPlan) -> None:
     """Raise a ValueError where two tokens write one slot, or a sequence writes a slot that another one reads."""
     sources = plan.sources.tolist()
     writers: dict[int, int] = {}
-    for s, slot in zip(sequence.tolist(), plan.destinations.tolist(), strict=True):
+    for s, slot in zip(plan.sequence.tolist(), plan.destinations.tolist(), strict=True):
         if slot < 0:
             continue
         if slot in writers:
@@ -224,8 +249,56 @@ def plan_tensors(plan: StepPlan | None) -> tuple[Tensor | None, Tensor | None, T
     return (None, None, None) if plan is None else (plan.sources, plan.destinations, plan.bounds)
 
 
+def token_seeds(rand_seed: Tensor | None, plan: StepPlan | None, batch: int, tokens: int) -> Tensor | None:
+    """Return the seed of each token, (M,) int64: that of its sequence plus its position in the step.
+
+    Args:
+        rand_seed: (S,) or (1,) int64 seeds of sequences, or None.
+        plan: slots of the step, or None where every row of the batch has `tokens` tokens.
+        batch, tokens: B and T.
+    """
+    if rand_seed is None:
+        return None
+    position = torch.arange(tokens, device=rand_seed.device)
+    if plan is None:
+        return (rand_seed.unsqueeze(1) + position).expand(batch, tokens).flatten()
+    n = len(plan.sources)
+    first = torch.cat([plan.bounds[:-1], plan.bounds.new_zeros(1)])[plan.sequence]  # (M,)
+    seeds = torch.cat([rand_seed.expand(n), rand_seed.new_zeros(1)])[plan.sequence]
+    return seeds + torch.arange(batch * tokens, device=rand_seed.device) - first
+
+
+def step_all(
+    step: Callable[..., Tensor],
+    state: Tensor,
+    inputs: Sequence[Tensor | None],
+    state_scale: Tensor | None,
+    seeds: Tensor | None,
+) -> Tensor:
+    """Run a step of PyTorch operations on every row of a state.
+
+    Args:
+        step: `step(state, *inputs) -> y`; updates the state, in the dtype of the computation, in place.
+        state: (B, ...), updated.
+        inputs: (B, ...), or None.
+        state_scale: scales of the state, for int8.
+        seeds: (B,), or None.
+    """
+    h = decode_state(state, state_scale)
+    y = step(h, *inputs)
+    if h is not state:
+        write_states(state, state_scale, slice(None), h, seeds)
+    return y
+
+
 def step_by_slots(
-    step: Callable[..., Tensor], state: Tensor, plan: StepPlan, y: Tensor, inputs: Sequence[Tensor | None]
+    step: Callable[..., Tensor],
+    state: Tensor,
+    plan: StepPlan,
+    y: Tensor,
+    inputs: Sequence[Tensor | None],
+    state_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Run a step of PyTorch operations on slots, token by token. On a GPU it synchronizes.
 
@@ -235,20 +308,25 @@ def step_by_slots(
         plan: slots of the step.
         y: (M, ...) zeros.
         inputs: (M, ...) of each token, or None.
+        state_scale: scales of the pool, for int8.
+        seeds: (M,) of each token, or None.
 
     Returns:
         y with the outputs of the tokens that are run.
     """
     sequences = (plan.sources >= 0).nonzero().squeeze(1)  # (n,)
-    h = state[plan.sources[sequences]]  # (n, ...), a copy
+    sources = plan.sources[sequences]
+    h = decode_state(state[sources], None if state_scale is None else state_scale[sources])  # (n, ...), a copy
     starts, lengths = plan.bounds[sequences], plan.bounds.diff()[sequences]
     for t in range(int(lengths.max()) if len(lengths) else 0):
         active = (lengths > t).nonzero().squeeze(1)
         tokens = starts[active] + t
         h_t = h[active]
         y[tokens] = step(h_t, *(None if x is None else x[tokens] for x in inputs))
-        h[active] = h_t
         destinations = plan.destinations[tokens]
-        is_kept = destinations >= 0
-        state[destinations[is_kept]] = h_t[is_kept]
+        kept = (destinations >= 0).nonzero().squeeze(1)
+        h_t[kept] = write_states(
+            state, state_scale, destinations[kept], h_t[kept], None if seeds is None else seeds[tokens[kept]]
+        )
+        h[active] = h_t
     return y

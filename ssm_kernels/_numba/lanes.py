@@ -199,7 +199,7 @@ def load(typingctx, array, offset):
 
 @intrinsic
 def load_as(typingctx, like, array, offset):
-    """Consecutive elements in the dtype of `like`; uint16 holds bfloat16, int8 integers."""
+    """Consecutive elements in the dtype of `like`; uint16 holds bfloat16, int16 float16, int8 integers."""
     lanes = Lanes(like.dtype)
 
     def codegen(context, builder, sig, args):
@@ -282,8 +282,12 @@ def _widen(builder: Any, stored: types.Type, wanted: types.Float, raw: Any, coun
     if stored == types.uint16:  # bfloat16: the upper half of a float32
         bits = builder.shl(builder.zext(raw, _shaped(ir.IntType(32), count)), _all(ir.IntType(32), count, 16))
         raw = builder.bitcast(bits, single)
+    if stored == types.int16:  # float16
+        raw = builder.fpext(builder.bitcast(raw, _shaped(ir.HalfType(), count)), single)
     if wanted == types.float64 and stored != wanted:
         return builder.fpext(raw, _shaped(ir.DoubleType(), count))
+    if wanted == types.float32 and stored == types.float64:
+        return builder.fptrunc(raw, single)
     return raw
 
 
@@ -291,8 +295,15 @@ def _narrow(builder: Any, given: types.Float, stored: types.Type, value: Any, co
     """Numbers of the dtype of the arithmetic as an array holds them, rounded to the nearest."""
     if given == stored:
         return value
+    if stored == types.float64:
+        return builder.fpext(value, _shaped(ir.DoubleType(), count))
     if given == types.float64:
         value = builder.fptrunc(value, _shaped(ir.FloatType(), count))
+    if stored == types.float32:
+        return value
+    if stored == types.int16:
+        half = builder.fptrunc(value, _shaped(ir.HalfType(), count))
+        return builder.bitcast(half, _shaped(ir.IntType(16), count))
     integer = ir.IntType(32)
     bits = builder.bitcast(value, _shaped(integer, count))
     # To the nearest, and to an even last bit between two: half a unit less the parity is added.

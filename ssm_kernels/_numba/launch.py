@@ -41,9 +41,9 @@ class _Memory:
 
 TYPES = {
     torch.float32: "=f4", torch.float64: "=f8", torch.bfloat16: "=u2", torch.int64: "=i8", torch.int8: "=i1",
-    torch.uint8: "=u1",
+    torch.uint8: "=u1", torch.float16: "=i2",
 }  # fmt: skip
-"""NumPy's types of the memory that kernels take. It has no bfloat16: `load_as` reads its bits."""
+"""NumPy's types of the memory that kernels take. numba has neither bfloat16 nor float16: `load_as` reads their bits."""
 
 
 def memory_of(x: Tensor) -> np.ndarray:

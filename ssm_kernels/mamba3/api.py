@@ -9,7 +9,10 @@ from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.sharding import current
+from .._core.slots import StateSlots, plan_step, token_seeds
+from .._core.state_format import STATE_DTYPES, check_format
 from .._core.validation import (
+    FLOATS,
     check_divides,
     check_integer,
     check_no_nan,
@@ -129,40 +132,77 @@ def mamba3_step(
     mimo_x: Tensor | None = None,
     mimo_z: Tensor | None = None,
     mimo_o: Tensor | None = None,
+    slots: StateSlots | None = None,
+    state_scale: Tensor | None = None,
+    rand_seed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Advance the scan by one token, for decoding. No gradients.
+    """Advance the scan by one token, or by a few, for decoding. No gradients.
 
     Args:
-        states: of B sequences, float32 or float64; **updated in place**.
-        x, z: (B, H, P).
-        dt, A, trap: (B, H).
-        B, C: (B, G, N), or (B, R, G, N) for MIMO.
-        angles: (B, K).
+        states: of B sequences, float32 or float64; with `slots` a pool with the slots first. `ssm` may be bfloat16,
+            float16 or int8. **Updated in place**.
+        x, z: (B, H, P), or (B, T, H, P) for T tokens.
+        dt, A, trap: (B, H), or (B, T, H).
+        B, C: (B, G, N) or (B, R, G, N); with T behind B for T tokens.
+        angles: (B, K), or (B, T, K).
         B_bias, C_bias, D, mimo_x, mimo_z, mimo_o: as in `mamba3`.
+        slots: slots of `states` that each sequence reads and writes; row b reads and writes state b by default.
+        state_scale, rand_seed: of `states.ssm`, as in `ssd_step`.
         backend: see `ssm_kernels.use_backend`.
 
     Returns:
-        y of the shape and dtype of `x`; (B, R, H, P) for MIMO without `mimo_o`.
+        y of the shape and dtype of `x`; (B, R, H, P) or (B, T, R, H, P) for MIMO without `mimo_o`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `mamba3`.
     """
-    x, dt, A, B, C, trap, angles = (t.unsqueeze(1) for t in (x, dt, A, B, C, trap, angles))  # (B, 1, ...)
-    z = None if z is None else z.unsqueeze(1)
+    is_single = isinstance(x, Tensor) and x.dim() == 3
+    if is_single:
+        x, dt, A, B, C, trap, angles = (t.unsqueeze(1) for t in (x, dt, A, B, C, trap, angles))  # (B, 1, ...)
+        z = None if z is None else z.unsqueeze(1)
+    check_tensor("x", x, ("B", "T", "H", "P"))
+    batch, tokens = x.shape[:2]
+    states = _as_states("states", states)
+    plan = plan_step(slots, states.ssm, batch, tokens)
+    if plan is not None:
+        check_tensor("dt", dt, tuple(x.shape[:3]), like=x)
+        check_tensor("A", A, tuple(x.shape[:3]), like=x)
+        dt, A = plan.blank(dt), plan.blank(A)
     arguments = _canonical(
-        Mamba3Arguments(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, states, None, None)
+        Mamba3Arguments(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, None, None, None)
     )
-    check_tensor("states.ssm", states.ssm, tuple(states.ssm.shape), like=x, dtypes=(torch.float32, torch.float64))
+    states = _check_states("states", states, batch if slots is None else "slots", arguments, STATE_DTYPES)
+    check_format(states.ssm, state_scale, rand_seed, batch if plan is None else len(plan.sources))
+    seeds = token_seeds(rand_seed, plan, batch, tokens)  # (M,)
     chosen = resolve_backend(backend, x.device, "ssd")
     with torch.no_grad():
         if chosen == "reference":
-            y, final_states = reference.mamba3(*arguments)
-            for state, final in zip(states, final_states, strict=True):
-                state.copy_(final)
+            y = reference.mamba3_step(states, arguments, plan, state_scale, seeds)
         else:
-            y = pytorch.mamba3_step(arguments, chosen)
-    return y.squeeze(1)
+            y = pytorch.mamba3_step(states, arguments, chosen, plan, state_scale, seeds)
+    return y.squeeze(1) if is_single else y
+
+
+def _as_states(name: str, states: object) -> Mamba3States:
+    if not isinstance(states, tuple) or len(states) != len(Mamba3States._fields):
+        got = f"{len(states)} parts" if isinstance(states, tuple) else type(states).__name__
+        raise ValueError(f"{name} must be a Mamba3States, got {got}")
+    return Mamba3States(*states)
+
+
+def _check_states(
+    name: str, states: object, rows: int | str, a: Mamba3Arguments, ssm_dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> Mamba3States:
+    """Check states for arguments whose B has a rank."""
+    states = _as_states(name, states)
+    heads, headdim = a.x.shape[2:]
+    rank, _, d_state = a.B.shape[2:]
+    sizes = ((heads, a.angles.shape[2]), (heads, headdim, d_state), (rank, heads, d_state), (heads, headdim))
+    for part, state, size in zip(Mamba3States._fields, states, sizes, strict=True):
+        dtypes = ssm_dtypes if part == "ssm" else FLOATS
+        check_tensor(f"{name}.{part}", state, (rows, *size), like=a.x, dtypes=dtypes)
+    return states
 
 
 def _canonical(arguments: Mamba3Arguments) -> Mamba3Arguments:
@@ -197,14 +237,6 @@ def _canonical(arguments: Mamba3Arguments) -> Mamba3Arguments:
             if mimo_x is None:
                 raise ValueError(f"{name} needs mimo_x, which makes the scan MIMO")
             check_tensor(name, value, (heads, rank, headdim), like=x)
-    if initial_states is not None:
-        if len(initial_states) != len(Mamba3States._fields):
-            raise ValueError(f"initial_states must be a Mamba3States, got {len(initial_states)} parts")
-        initial_states = Mamba3States(*initial_states)
-        rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        sizes = ((heads, angles.shape[2]), (heads, headdim, d_state), (rank, heads, d_state), (heads, headdim))
-        for name, state, size in zip(Mamba3States._fields, initial_states, sizes, strict=True):
-            check_tensor(f"initial_states.{name}", state, (rows, *size), like=x)
     dt_steps, A_steps = (without_padding(t.detach(), cu_seqlens, seq_idx) for t in (dt, A))
     check_no_nan("dt", dt_steps)
     check_no_nan("A", A_steps)
@@ -217,4 +249,8 @@ def _canonical(arguments: Mamba3Arguments) -> Mamba3Arguments:
     if mimo_x is None:
         B, C = B.unsqueeze(2), C.unsqueeze(2)  # (B, L, 1, G, N)
         B_bias, C_bias = (None if t is None else t.unsqueeze(1) for t in (B_bias, C_bias))  # (H, 1, N)
-    return arguments._replace(B=B, C=C, B_bias=B_bias, C_bias=C_bias, initial_states=initial_states)
+    arguments = arguments._replace(B=B, C=C, B_bias=B_bias, C_bias=C_bias)
+    if initial_states is None:
+        return arguments
+    rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    return arguments._replace(initial_states=_check_states("initial_states", initial_states, rows, arguments))

@@ -6,6 +6,7 @@ state, S sequences in a pack.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,3 +61,15 @@ class Mamba3Arguments(NamedTuple):
     """(S + 1,)"""
     seq_idx: Tensor | None
     """(B, L)"""
+
+    def by_token(self) -> Mamba3Arguments:
+        """Return the arguments of B L sequences of one step each, in place of B sequences of L steps."""
+        return self._with_steps(lambda t: t.flatten(0, 1).unsqueeze(1))
+
+    def rows(self, first: int, end: int) -> Mamba3Arguments:
+        """Return the arguments of some rows of the batch."""
+        return self._with_steps(lambda t: t[first:end])
+
+    def _with_steps(self, function: Callable[[Tensor], Tensor]) -> Mamba3Arguments:
+        steps = {name: getattr(self, name) for name in ("x", "dt", "A", "B", "C", "trap", "angles", "z")}
+        return self._replace(**{name: None if t is None else function(t) for name, t in steps.items()})

@@ -22,8 +22,11 @@ from .._core.dispatch import Backend
 from .._core.invariant import silu
 from .._core.library import autocast_off
 from .._core.sharding import local
+from .._core.slots import StepPlan
+from .._core.state_format import compute_dtype
 from .._core.varlen import without_padding
-from ..ssd import ssd, ssd_step
+from ..ssd import ssd
+from ..ssd.api import run_step
 from .arguments import Mamba3Arguments, Mamba3States
 
 
@@ -89,44 +92,88 @@ def _scan(a: Mamba3Arguments, chunk_size: int, backend: Backend) -> tuple[Tensor
     return y, Mamba3States(last_angles, final_ssm, last_B, last_x)
 
 
-def mamba3_step(arguments: Mamba3Arguments, backend: Backend) -> Tensor:
-    """Advance the states of `arguments`, in place, by the one step of the other arguments, (B, 1, ...)."""
+def mamba3_step(
+    states: Mamba3States,
+    arguments: Mamba3Arguments,
+    backend: Backend,
+    plan: StepPlan | None,
+    state_scale: Tensor | None,
+    seeds: Tensor | None,
+) -> Tensor:
+    """Advance states, in place, by T tokens; arguments are those of `reference.mamba3_step`."""
     with autocast_off(arguments.x.device):
-        return _step(arguments, backend)
+        return _step(states, arguments, backend, plan, state_scale, seeds)
 
 
-def _step(a: Mamba3Arguments, backend: Backend) -> Tensor:
-    states = a.initial_states
-    assert states is not None
-    batch, _, heads, headdim = a.x.shape
+def _step(
+    states: Mamba3States,
+    a: Mamba3Arguments,
+    backend: Backend,
+    plan: StepPlan | None,
+    state_scale: Tensor | None,
+    seeds: Tensor | None,
+) -> Tensor:
+    batch, tokens, heads, headdim = a.x.shape
     rank = a.B.shape[2]
-    compute = states.ssm.dtype
+    compute = compute_dtype(states.ssm)
+    a = a.by_token()  # (M, 1, ...)
     x, dt = a.x.to(compute), a.dt.to(compute)
-    weight_before, weight_now = _trapezoid(dt, a.trap.to(compute))  # (B, 1, H) twice
-    angles = _wrap(states.angles + _rotations(a.angles.to(compute), dt)[:, 0])  # (B, H, K)
+    weight_before, weight_now = _trapezoid(dt, a.trap.to(compute))  # (M, 1, H) twice
+    rotations = _rotations(a.angles.to(compute), dt)[:, 0].double()  # (M, H, K)
+    if plan is not None:
+        rotations = _since_first(rotations, plan)
+    start = Mamba3States(*states) if plan is None else Mamba3States(*(_at_source(t, plan) for t in states))
+    angles = _wrap(start.angles + rotations).to(compute)  # (M, H, K)
     B, C = (_rotated(m, bias, angles.unsqueeze(1), a) for m, bias in ((a.B, a.B_bias), (a.C, a.C_bias)))
-    x_ranks = _up_project(x, a.mimo_x)  # (B, 1, R, H, P)
+    x_ranks = _up_project(x, a.mimo_x)  # (M, 1, R, H, P)
+    B_before, x_before = (_before(t[:, 0], first, plan) for t, first in ((B, start.B), (x, start.x)))
 
-    # The decay first, on all that was before: then the step is 2 R rank-one updates without any.
-    decay = torch.exp(dt * a.A.to(compute))  # (B, 1, H)
-    states.ssm.mul_(decay[:, 0, :, None, None])
-    x_before = _up_project(states.x.to(compute).unsqueeze(1), a.mimo_x)  # (B, 1, R, H, P)
-    tokens = ssd_step(
+    # The step as 2 R tokens of SSD: the inputs before it, the first of them with the decay, and its own.
+    log_decay = -dt * a.A.to(compute)  # (M, 1, H)
+    weights = torch.cat([weight_before * torch.exp(-log_decay), weight_now], 1).repeat_interleave(
+        rank, 1
+    )  # (M, 2 R, H)
+    y = run_step(
+        backend,
         states.ssm,
-        torch.cat([x_before, x_ranks], 1).flatten(1, 2),  # (B, 2 R, H, P)
-        torch.cat([weight_before * decay, weight_now], 1).repeat_interleave(rank, 1),
-        x.new_zeros(heads),
-        torch.cat([states.B.to(compute).unsqueeze(1), B], 1).flatten(1, 2),  # (B, 2 R, H, N)
+        torch.cat([_up_project(x_before.to(compute).unsqueeze(1), a.mimo_x), x_ranks], 1).flatten(1, 2),
+        F.pad(log_decay, (0, 0, 0, 2 * rank - 1)),
+        -x.new_ones(heads),
+        torch.cat([B_before.to(compute).unsqueeze(1), B], 1).flatten(1, 2),  # (M, 2 R, H, N)
         torch.cat([C, C], 1).flatten(1, 2),
-        backend=backend,
-    )
-    y = tokens.view(batch, 2, rank, heads, headdim)[:, 1:]  # (B, 1, R, H, P)
+        None, None, None, False, (0.0, math.inf),
+        None if plan is None else plan.repeated(2 * rank),
+        weights,
+        state_scale,
+        None if seeds is None else seeds.repeat_interleave(2 * rank),
+    )  # fmt: skip
+    y = y.view(batch * tokens, 2, rank, heads, headdim)[:, 1:]  # (M, 1, R, H, P)
     if rank > 1:
         y = y + _own_outputs(x_ranks, B, C, weight_now, torch.zeros_like(weight_now))
-    states.angles.copy_(angles)
-    states.B.copy_(B[:, 0])
-    states.x.copy_(x[:, 0])
-    return _skip_gate_and_project(y, x_ranks, a)
+    for state, new in zip((states.angles, states.B, states.x), (angles, B[:, 0], x[:, 0]), strict=True):
+        state.copy_(new) if plan is None else plan.write(state, new)
+    y = _skip_gate_and_project(y, x_ranks, a).flatten(0, 1).unflatten(0, (batch, tokens))
+    return y if plan is None else plan.blank(y)
+
+
+def _since_first(rotations: Tensor, plan: StepPlan) -> Tensor:
+    """Sum the rotations of tokens (M, H, K) from the first token of each sequence on."""
+    rotations = rotations.masked_fill(~plan.is_run[:, None, None], 0)  # padding may hold anything
+    total = rotations.cumsum(0)
+    return total - (total - rotations)[plan.bounds[plan.sequence].clamp(max=len(total) - 1)]
+
+
+def _at_source(state: Tensor, plan: StepPlan) -> Tensor:
+    """The rows of a state (slots, ...) that the sequences of tokens start from: (M, ...)."""
+    return state[F.pad(plan.sources, (0, 1))[plan.sequence].clamp(min=0)]
+
+
+def _before(values: Tensor, start: Tensor, plan: StepPlan | None) -> Tensor:
+    """Values (M, ...) of the token before each; those of the state, (M, ...), before the first of a sequence."""
+    if plan is None:
+        return start
+    is_first = plan.bounds[plan.sequence] == torch.arange(len(values), device=values.device)
+    return torch.where(is_first.view(-1, *[1] * (values.dim() - 1)), start.to(values.dtype), values.roll(1, 0))
 
 
 # --- bounds of sequences ----------------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core.slots import StepPlan
+from .._core.state_format_reference import decode, store
 from .._core.varlen import parse_sequences, without_padding
+from .arguments import Mamba3Arguments, Mamba3States
 
 
 def mamba3(
@@ -104,6 +107,53 @@ def mamba3(
     shapes = ((heads, pairs), (heads, headdim, d_state), (rank, heads, d_state), (heads, headdim))
     angle, h, B, x = [torch.stack(part) for part in zip(*rows, strict=True)] or [x.new_zeros(0, *s) for s in shapes]
     return y.to(in_dtype), (angle, h, B, x)
+
+
+def mamba3_step(
+    states: Mamba3States,
+    arguments: Mamba3Arguments,
+    plan: StepPlan | None,
+    state_scale: Tensor | None,
+    seeds: Tensor | None,
+) -> Tensor:
+    """Advance by T tokens, one after the other.
+
+    Args:
+        states: of B sequences, or a pool of them, updated in place; `ssm` in any format.
+        arguments: those of `mamba3` with L = T, without states and packing.
+        plan: slots of the tokens; None where every sequence has T of them.
+        state_scale: (B, H, P) scales of int8, updated.
+        seeds: (M,) of the tokens, for rounding by chance.
+
+    Returns:
+        y as `mamba3` returns it.
+    """
+    batch, tokens = arguments.x.shape[:2]
+    if plan is None:
+        sources, bounds = [*range(batch)], [tokens * s for s in range(batch + 1)]
+        destinations = [s if t == tokens - 1 else -1 for s in range(batch) for t in range(tokens)]
+    else:
+        sources, bounds, destinations = plan.sources.tolist(), plan.bounds.tolist(), plan.destinations.tolist()
+    before = states._replace(ssm=decode(states.ssm, state_scale))
+    before = before._make(t.clone() for t in before)
+    by_token = arguments.by_token()  # (M, 1, ...)
+    ys: dict[int, Tensor] = {}
+    for s, source in enumerate(sources):
+        now: tuple[Tensor, Tensor, Tensor, Tensor] = before._make(t[source, None] for t in before)
+        for m in range(bounds[s], bounds[s + 1]) if source >= 0 else ():
+            y, now = mamba3(*by_token.rows(m, m + 1)._replace(initial_states=Mamba3States(*now)))
+            ys[m] = y[0, 0]
+            if (slot := destinations[m]) >= 0:
+                scale = None if state_scale is None else state_scale[slot]
+                store(states.ssm[slot], scale, now[1][0], None if seeds is None else int(seeds[m]))
+                for state, new in ((states.angles, now[0]), (states.B, now[2]), (states.x, now[3])):
+                    state[slot] = new[0]
+                now = (now[0], decode(states.ssm[slot], scale).clone()[None], now[2], now[3])
+    shape = arguments.x.shape[2:]
+    if arguments.mimo_x is not None and arguments.mimo_o is None:
+        shape = (arguments.B.shape[2], *shape)  # the ranks stay apart
+    skipped = arguments.x.new_zeros(shape)
+    return torch.stack([ys.get(m, skipped) for m in range(batch * tokens)]).unflatten(0, (batch, tokens))
 
 
 def _outer(B: Tensor, x: Tensor, mimo_x: Tensor) -> Tensor:

@@ -13,15 +13,18 @@ from .mixer import StatefulMixer
 from .norm import RMSNorm
 from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
 from .quantized import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
-from .state import MixerOutput, MixerState
+from .state import LayerState, MixerOutput, MixerState, NarrowMamba3States, NarrowMixerState
 
 __all__ = [
+    "LayerState",
     "Mamba",
     "Mamba2",
     "Mamba3",
     "Mamba3MixerOutput",
     "MixerOutput",
     "MixerState",
+    "NarrowMamba3States",
+    "NarrowMixerState",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedMatrix",

@@ -16,10 +16,12 @@ from .conv import conv_weight, convolve, depthwise_conv
 from .mixer import StatefulMixer
 from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
 from .state import (
+    AnyMixerState,
     MixerState,
     StateLayout,
-    copied,
+    count_writes,
     finish,
+    format_options,
     initial_states,
     is_decoding_step,
     n_sequences,
@@ -86,7 +88,7 @@ class Mamba(StatefulMixer):
     def _run(
         self,
         projected: Tensor,
-        state: MixerState | None,
+        state: AnyMixerState | None,
         cu_seqlens: Tensor | None,
         in_place: bool,
         slots: StateSlots | None = None,
@@ -94,14 +96,14 @@ class Mamba(StatefulMixer):
         """Mix (B, L, 2 E) to (B, L, D), and return the final state unless it is written into `state`."""
         layout = self._state_layout()
         if state is not None:
-            layout.check(state, n_sequences(projected, cu_seqlens) if slots is None else len(state.conv))
+            layout.check(state, n_sequences(projected, cu_seqlens) if slots is None else len(state.conv), in_place)
         x, z = projected.chunk(2, dim=-1)  # (B, L, E) each
         if state is not None and slots is not None:
             return self.out_proj(self._step(x, z, state, slots)), None
         if state is not None and is_decoding_step(projected, cu_seqlens):
-            state = state if in_place else copied(state)
-            y = self._step(x[:, 0], z[:, 0], state).unsqueeze(1)  # (B, 1, E)
-            return self.out_proj(y), None if in_place else state
+            final = None if in_place else MixerState(state.conv.clone(), state.ssm.clone())
+            y = self._step(x[:, 0], z[:, 0], final or state).unsqueeze(1)  # (B, 1, E)
+            return self.out_proj(y), final
         A = decay_rate(self.A_log)  # (E, N)
         start = initial_states(state, in_place)
         x, final_conv, recompute_x = convolve(self.conv1d, x, start.conv, cu_seqlens)  # (B, L, E)
@@ -121,14 +123,19 @@ class Mamba(StatefulMixer):
         final = finish(state, final_conv, final_ssm, layout, projected.shape[1], cu_seqlens, in_place)
         return self.out_proj(y), final  # (B, L, D)
 
-    def _step(self, x: Tensor, z: Tensor, state: MixerState, slots: StateSlots | None = None) -> Tensor:
+    def _step(self, x: Tensor, z: Tensor, state: AnyMixerState, slots: StateSlots | None = None) -> Tensor:
         """Advance by one token: x and z (B, E) -> y (B, E); with slots by T tokens, (B, T, E)."""
         x = causal_conv1d_step(state.conv, x, *conv_weight("conv1d", self.conv1d), "silu", slots=slots)  # (B, E)
         low_rank_dt, B, C = self.ssm_inputs(x)  # (B, R), (B, N), (B, N)
         dt, dt_bias = self.expand_dt(low_rank_dt)  # (B, E), (E,)
         B, C = B.unsqueeze(-2), C.unsqueeze(-2)  # (B, 1, N): one group
         A = decay_rate(self.A_log)  # (E, N)
-        return selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, dt_bias, dt_softplus=True, slots=slots)
+        y = selective_scan_step(
+            state.ssm, x, dt, A, B, C, self.D, z, dt_bias, dt_softplus=True, slots=slots,
+            **format_options(state, slots),
+        )  # fmt: skip
+        count_writes(state, slots, len(x), 1 if slots is None else x.shape[1])
+        return y
 
     def ssm_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project the convolution's output to the input-dependent parameters (arXiv 2312.00752, algorithm 2).

@@ -18,10 +18,12 @@ from .mixer import StatefulMixer
 from .norm import RMSNorm
 from .parameters import decay_rate, initial_dt_bias, is_plain, without_weight_decay
 from .state import (
+    AnyMixerState,
     MixerState,
     StateLayout,
-    copied,
+    count_writes,
     finish,
+    format_options,
     initial_states,
     is_decoding_step,
     n_sequences,
@@ -115,7 +117,7 @@ class Mamba2(StatefulMixer):
     def _run(
         self,
         projected: Tensor,
-        state: MixerState | None,
+        state: AnyMixerState | None,
         cu_seqlens: Tensor | None,
         in_place: bool,
         slots: StateSlots | None = None,
@@ -123,15 +125,15 @@ class Mamba2(StatefulMixer):
         """Mix (B, L, ...) to (B, L, D), and return the final state unless it is written into `state`."""
         layout = self._state_layout()
         if state is not None:
-            layout.check(state, n_sequences(projected, cu_seqlens) if slots is None else len(state.conv))
+            layout.check(state, n_sequences(projected, cu_seqlens) if slots is None else len(state.conv), in_place)
         mlp, z, xBC, dt = self.split_projected(projected)  # (B, L, ...), (B, L, H P), (B, L, channels), (B, L, H)
         if state is not None and slots is not None:
             y = self._step(z, xBC, dt, state, slots)  # (B, T, H, P)
             return self.out_proj(self.gate(y, z, mlp)), None
         if state is not None and is_decoding_step(projected, cu_seqlens):
-            state = state if in_place else copied(state)
-            y = self._step(z[:, 0], xBC[:, 0], dt[:, 0], state).unsqueeze(1)  # (B, 1, H, P)
-            return self.out_proj(self.gate(y, z, mlp)), None if in_place else state
+            final = None if in_place else MixerState(state.conv.clone(), state.ssm.clone())
+            y = self._step(z[:, 0], xBC[:, 0], dt[:, 0], final or state).unsqueeze(1)  # (B, 1, H, P)
+            return self.out_proj(self.gate(y, z, mlp)), final
         A = decay_rate(self.A_log)  # (H,)
         start = initial_states(state, in_place)
         xBC, final_conv, recompute_xBC = convolve(self.conv1d, xBC, start.conv, cu_seqlens)  # (B, L, channels)
@@ -145,7 +147,7 @@ class Mamba2(StatefulMixer):
         return self._gate_and_project(y, z, mlp), final  # (B, L, D)
 
     def _step(
-        self, z: Tensor, xBC: Tensor, dt: Tensor, state: MixerState, slots: StateSlots | None = None
+        self, z: Tensor, xBC: Tensor, dt: Tensor, state: AnyMixerState, slots: StateSlots | None = None
     ) -> Tensor:  # fmt: skip
         """Advance by one token: z (B, H P), xBC (B, channels), dt (B, H) -> y (B, H, P); with slots by T tokens."""
         weight, bias = conv_weight("conv1d", self.conv1d)
@@ -153,9 +155,12 @@ class Mamba2(StatefulMixer):
         x, B, C = self.ssm_inputs(xBC)  # (B, H, P), (B, G, N), (B, G, N)
         A = decay_rate(self.A_log)  # (H,)
         gate = self.scan_gate(z)
-        return ssd_step(
-            state.ssm, x, dt, A, B, C, self.skip_weight, gate, self.dt_bias, True, self.dt_limit, slots=slots
+        y = ssd_step(
+            state.ssm, x, dt, A, B, C, self.skip_weight, gate, self.dt_bias, True, self.dt_limit, slots=slots,
+            **format_options(state, slots),
         )  # fmt: skip
+        count_writes(state, slots, len(x), 1 if slots is None else x.shape[1])
+        return y
 
     @property
     def skip_weight(self) -> Tensor:

@@ -8,10 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from .._core.invariant import softplus
+from .._core.slots import StateSlots
 from ..mamba3 import Mamba3States, mamba3, mamba3_step
 from .norm import RMSNorm
 from .parameters import initial_dt_bias, without_weight_decay
-from .state import check_digits, check_no_gradients, copied, is_decoding_step
+from .state import (
+    NarrowMamba3States,
+    check_digits,
+    check_narrow,
+    check_no_gradients,
+    check_slots,
+    copied,
+    count_writes,
+    format_options,
+    is_decoding_step,
+    narrow_parts,
+    read_ssm,
+    write_ssm,
+)
 
 
 class Mamba3MixerOutput(NamedTuple):
@@ -101,23 +115,43 @@ class Mamba3(nn.Module):
             self.norm = RMSNorm(self.d_inner, norm_eps, headdim, norm_before_gate=True)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
-    def new_state(self, batch: int) -> Mamba3States:
+    @overload
+    def new_state(self, batch: int) -> Mamba3States: ...
+
+    @overload
+    def new_state(self, batch: int, dtype: torch.dtype | None) -> Mamba3States | NarrowMamba3States: ...
+
+    def new_state(self, batch: int, dtype: torch.dtype | None = None) -> Mamba3States | NarrowMamba3States:
         """Make the state before the first token.
 
         Args:
             batch: number of sequences.
+            dtype: of `ssm`: bfloat16, float16 or int8 for `NarrowMamba3States`; float32, or float64 in a model of that
+                dtype, by default.
 
         Returns:
-            zeros on the mixer's device, at least float32.
+            zeros on the mixer's device, at least float32 otherwise.
+
+        Raises:
+            TypeError: another dtype.
         """
         H, P, N = self.nheads, self.headdim, self.d_state
         shapes = ((H, self.num_rope_angles), (H, P, N), (self.mimo_rank, H, N), (H, P))
-        dtype = torch.promote_types(self.B_bias.dtype, torch.float32)
-        return Mamba3States(*(self.B_bias.new_zeros(batch, *shape, dtype=dtype) for shape in shapes))
+        wide = torch.promote_types(self.B_bias.dtype, torch.float32)
+        states = Mamba3States(*(self.B_bias.new_zeros(batch, *shape, dtype=wide) for shape in shapes))
+        if dtype in (None, wide):
+            return states
+        ssm, ssm_scale, rand_seed = narrow_parts(states.ssm, dtype)
+        return NarrowMamba3States(states.angles, ssm, states.B, states.x, ssm_scale, rand_seed)
 
     @overload
     def forward(
-        self, hidden: Tensor, state: Mamba3States | None = None, cu_seqlens: Tensor | None = None
+        self,
+        hidden: Tensor,
+        state: Mamba3States | NarrowMamba3States | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        slots: StateSlots | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -133,10 +167,11 @@ class Mamba3(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        state: Mamba3States | None = None,
+        state: Mamba3States | NarrowMamba3States | None = None,
         cu_seqlens: Tensor | None = None,
         *,
         return_state: bool = False,
+        slots: StateSlots | None = None,
     ) -> Tensor | Mamba3MixerOutput:
         """Mix over time.
 
@@ -146,32 +181,40 @@ class Mamba3(nn.Module):
                 is updated in place, without gradients.
             cu_seqlens: (S + 1,) bounds of sequences packed in one row.
             return_state: return the final state too, with gradients, and leave `state` as it is.
+            slots: take this forward as a decoding step of a few tokens on slots of `state`, which is then a pool. No
+                gradients: call it within `torch.no_grad()`.
 
         Returns:
             (B, L, D); with `return_state`, a `Mamba3MixerOutput`.
 
         Raises:
-            TypeError, ValueError: `state` does not fit; the message names the part.
+            TypeError, ValueError: `state` or `slots` does not fit; the message names the part.
         """
+        if slots is not None:
+            check_slots(state, cu_seqlens, return_state)
         _check_state(state, self.B_bias.dtype, return_state)
         projected = self.in_proj(hidden)
         z, *inputs = self.scan_inputs(projected)
         gate = None if self.is_outproj_norm else z
-        if state is not None and is_decoding_step(projected, cu_seqlens):
-            final = copied(state) if return_state else state
-            gate = None if gate is None else gate[:, 0]
-            y = mamba3_step(final, *(t[:, 0] for t in inputs), **self._parameters_of_scan(gate)).unsqueeze(1)
+        if state is not None and (slots is not None or is_decoding_step(projected, cu_seqlens)):
+            final = Mamba3States(state.angles, state.ssm, state.B, state.x)
+            final = copied(final) if return_state else final
+            y = mamba3_step(
+                final, *inputs, **self._parameters_of_scan(gate), slots=slots, **format_options(state, slots)
+            )
+            count_writes(state, slots, *hidden.shape[:2])
         else:
-            start = state
-            if state is not None and not return_state and torch.is_grad_enabled():
-                start = copied(state)  # a backward may need it as it was
+            start = None if state is None else Mamba3States(state.angles, read_ssm(state), state.B, state.x)
+            if start is not None and not return_state and torch.is_grad_enabled():
+                start = copied(start)  # a backward may need it as it was
             y, final = mamba3(
                 *inputs, **self._parameters_of_scan(gate), initial_states=start, chunk_size=self.chunk_size,
                 cu_seqlens=cu_seqlens,
             )  # fmt: skip
             if state is not None and not return_state:
-                for part, end in zip(state, final, strict=True):
+                for part, end in ((state.angles, final.angles), (state.B, final.B), (state.x, final.x)):
                     part.copy_(end.detach())
+                write_ssm(state, final.ssm)
         y = self.out_proj(self.gate(y, z).to(projected.dtype))
         return Mamba3MixerOutput(y, final) if return_state else y
 
@@ -235,9 +278,12 @@ def _check_state(state: object, dtype: torch.dtype, return_state: bool) -> None:
     """Check what the op does not: the type, dtypes that lose digits, and gradients of a state updated in place."""
     if state is None:
         return
-    if not isinstance(state, Mamba3States):
+    if not isinstance(state, (Mamba3States, NarrowMamba3States)):
         raise TypeError(f"state must be a Mamba3States, got {type(state).__name__}")
-    for name, t in state._asdict().items():
-        check_digits(f"state.{name}", t, torch.promote_types(dtype, torch.float32))
+    if isinstance(state, NarrowMamba3States):
+        check_narrow(state, not return_state)
+    for name in Mamba3States._fields:
+        if name != "ssm" or isinstance(state, Mamba3States):
+            check_digits(f"state.{name}", getattr(state, name), torch.promote_types(dtype, torch.float32))
     if not return_state:
         check_no_gradients(state)

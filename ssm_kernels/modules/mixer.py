@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from .._core.slots import StateSlots
-from .state import MixerOutput, MixerState, StateLayout, check_slots
+from .state import AnyMixerState, MixerOutput, MixerState, StateLayout, check_slots
 
 
 class StatefulMixer(nn.Module):
@@ -23,29 +24,41 @@ class StatefulMixer(nn.Module):
     def _run(
         self,
         projected: Tensor,
-        state: MixerState | None,
+        state: AnyMixerState | None,
         cu_seqlens: Tensor | None,
         in_place: bool,
         slots: StateSlots | None = None,
     ) -> tuple[Tensor, MixerState | None]:
         """Mix the output of `in_proj` to (B, L, D), and return the final state unless it is written into `state`."""
 
-    def new_state(self, batch: int) -> MixerState:
+    @overload
+    def new_state(self, batch: int) -> MixerState: ...
+
+    @overload
+    def new_state(self, batch: int, dtype: torch.dtype | None) -> AnyMixerState: ...
+
+    def new_state(self, batch: int, dtype: torch.dtype | None = None) -> AnyMixerState:
         """Make the state before the first token.
 
         Args:
             batch: number of sequences.
+            dtype: of the scan's part: bfloat16, float16 or int8 for a `NarrowMixerState`; float32, or float64 in a
+                model of that dtype, by default.
 
         Returns:
             zeros on the mixer's device.
+
+        Raises:
+            TypeError: another dtype.
         """
-        return self._state_layout().zeros(batch)
+        layout = self._state_layout()
+        return layout.zeros(batch) if dtype in (None, layout.ssm_dtype) else layout.narrow_zeros(batch, dtype)
 
     @overload
     def forward(
         self,
         hidden: Tensor,
-        state: MixerState | None = None,
+        state: AnyMixerState | None = None,
         cu_seqlens: Tensor | None = None,
         *,
         slots: StateSlots | None = None,
@@ -64,7 +77,7 @@ class StatefulMixer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        state: MixerState | None = None,
+        state: AnyMixerState | None = None,
         cu_seqlens: Tensor | None = None,
         *,
         return_state: bool = False,

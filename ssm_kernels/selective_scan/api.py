@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.sharding import shardable
-from .._core.slots import StateSlots, plan_step
+from .._core.slots import StateSlots, plan_step, token_seeds
+from .._core.state_format import STATE_DTYPES, check_format
 from .._core.validation import check_divides, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
 from . import numba, pytorch, reference, triton
@@ -103,18 +104,27 @@ def selective_scan_step(
     dt_softplus: bool = False,
     *,
     slots: StateSlots | None = None,
+    state_scale: Tensor | None = None,
+    rand_seed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Advance the scan by one token, or by a few, for decoding. It has no gradients.
 
     Args:
-        state: (B, D, N), float32 or float64; with `slots` a pool with the slots first. **Updated in place**.
+        state: (B, D, N), float32, float64, bfloat16, float16 or int8; with `slots` a pool with the slots first.
+            **Updated in place**.
         u, dt, z: (B, D), or (B, T, D) for T tokens.
         B, C: (B, G, N), or (B, T, G, N); or (D, N) where constant in time: as in `selective_scan`, the number of
             dimensions tells, so that one group is (B, 1, N).
         A, D, dt_bias, dt_softplus: as in `selective_scan`.
         slots: slots of `state` that each sequence reads and writes; row b reads and writes state b by default.
+        state_scale: (B, D) float32, or (slots, D): what a unit of int8 stands for in each row. **Updated in place**.
+        rand_seed: (B,) int64, or (S,) of the sequences, or (1,): round a state in bfloat16, float16 or int8 by chance;
+            to the nearest by default. Pass another seed at each step: token t of a sequence has `rand_seed + t`.
         backend: see `ssm_kernels.use_backend`.
+
+    A state is rounded when it is written, and a token after that starts from what was written. The computation is in
+    float32, or float64 on a float64 state.
 
     The step has no host-device synchronization, so that it can be captured in a CUDA graph; on the torch backend this
     holds without `slots` and for one token.
@@ -130,7 +140,7 @@ def selective_scan_step(
     dim, at = u.shape[-1], tuple(u.shape[:-1])  # (B,) or (B, T)
     check_tensor("A", A, (dim, "N"), like=u)
     rows = at[0] if slots is None else "slots"
-    check_tensor("state", state, (rows, dim, A.shape[1]), like=u, dtypes=(torch.float32, torch.float64))
+    check_tensor("state", state, (rows, dim, A.shape[1]), like=u, dtypes=STATE_DTYPES)
     check_tensor("dt", dt, (*at, dim), like=u)
     for name, m in (("B", B), ("C", C)):
         is_constant = isinstance(m, Tensor) and m.dim() == 2
@@ -141,7 +151,9 @@ def selective_scan_step(
         u, dt = u.unsqueeze(1), dt.unsqueeze(1)  # (B, 1, D)
         B, C = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
         z = None if z is None else z.unsqueeze(1)  # (B, 1, D)
-    plan = plan_step(slots, state, u.shape[0], u.shape[1])
+    batch, tokens = u.shape[:2]
+    plan = plan_step(slots, state, batch, tokens)
+    check_format(state, state_scale, rand_seed, batch if plan is None else len(plan.sources))
     _check(u, dt if plan is None else plan.blank(dt), A, B, C, D, z, dt_bias, None)
     u_m, dt_m = u.flatten(0, 1), dt.flatten(0, 1)  # (M, D)
     B, C = (m if m.dim() == 2 else m.flatten(0, 1) for m in (B, C))  # (D, N) or (M, G, N)
@@ -154,7 +166,8 @@ def selective_scan_step(
         "reference": reference.selective_scan_step,
     }[chosen]
     with torch.no_grad():
-        y = step(state, u_m, dt_m, A, B, C, D, z, dt_bias, dt_softplus, plan)  # (M, D)
+        seeds = token_seeds(rand_seed, plan, batch, tokens)  # (M,)
+        y = step(state, u_m, dt_m, A, B, C, D, z, dt_bias, dt_softplus, plan, state_scale, seeds)  # (M, D)
     return y if is_single else y.unflatten(0, at)
 
 

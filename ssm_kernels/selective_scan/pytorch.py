@@ -18,7 +18,7 @@ from torch import Tensor
 from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
 from .._core.library import Gradient, autocast_off, define_op, unknown_size
-from .._core.slots import StepPlan, step_by_slots
+from .._core.slots import StepPlan, step_all, step_by_slots
 from .._core.transforms import Fold, backward_formula, transformable
 from .._core.varlen import Blocks, Sequences, batch_by_length, max_blocks, parse_sequences, without_padding
 from . import differentiable
@@ -71,24 +71,25 @@ def selective_scan_step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     plan: StepPlan | None,
+    state_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Advance `state` (B, D, N) in place; u, dt, z (M, D); B, C (M, G, N) or (D, N) -> y (M, D). No gradients."""
-    if plan is not None:
-        B, C = (m.expand(len(u), *m.shape) if m.dim() == 2 else m for m in (B, C))  # (M, G, N)
 
-        def step(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
-            return selective_scan_step(h, u, dt, A, B, C, D, z, dt_bias, dt_softplus, None)
-
-        return step_by_slots(step, state, plan, torch.zeros_like(u), (u, dt, B, C, z))
-    dtype = state.dtype
-    with autocast_off(u.device):
-        dt = step_size(dt, dt_bias, dt_softplus, dtype)
-        B, C = (_per_channel(m, u.shape[1]).to(dtype) for m in (B, C))  # (B or 1, D, N)
+    def step(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
+        dt = step_size(dt, dt_bias, dt_softplus, h.dtype)
+        B, C = (_per_channel(m, u.shape[1]).to(h.dtype) for m in (B, C))  # (B or 1, D, N)
         # Equation 2a of arXiv 2312.00752, with A-bar = exp(dt A) and B-bar = dt B.
-        state.mul_(torch.exp(dt.unsqueeze(-1) * A.to(dtype)))
-        state.addcmul_((dt * u).unsqueeze(-1), B)
-        y = (state * C).sum(-1)  # (B, D), equation 2b
+        h.mul_(torch.exp(dt.unsqueeze(-1) * A.to(h.dtype)))
+        h.addcmul_((dt * u).unsqueeze(-1), B)
+        y = (h * C).sum(-1)  # (B, D), equation 2b
         return skip_and_gate(y, u, D, z)
+
+    with autocast_off(u.device):
+        if plan is None:
+            return step_all(step, state, (u, dt, B, C, z), state_scale, seeds)
+        B, C = (m.expand(len(u), *m.shape) if m.dim() == 2 else m for m in (B, C))  # (M, G, N)
+        return step_by_slots(step, state, plan, torch.zeros_like(u), (u, dt, B, C, z), state_scale, seeds)
 
 
 def _per_channel(m: Tensor, dim: int) -> Tensor:

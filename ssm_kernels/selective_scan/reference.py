@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.slots import StepPlan
+from .._core.state_format_reference import decode, store
 from .._core.varlen import parse_sequences, without_padding
 
 
@@ -76,39 +77,43 @@ def selective_scan_step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     plan: StepPlan | None,
+    state_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Advance the scan by one step.
 
     Args:
-        state: (B, D, N) in float32 or float64, or a pool of them, updated in place; the step is computed in its dtype.
+        state: (B, D, N) in any format, or a pool of them, updated in place; a step on float64 is computed in it, others
+            in float32.
         u, dt, z: (M, D).
         B, C: (M, G, N), each with its own G, or (D, N) where constant in time.
         A, D, dt_bias, dt_softplus: as in `selective_scan`.
         plan: slots of the tokens; None for one token of every state.
+        state_scale: (B, D) scales of int8, updated.
+        seeds: (M,) of the tokens, for rounding by chance.
 
     Returns:
         y (M, D) in the dtype of u.
     """
-    batch, dim = u.shape
-    dtype = state.dtype
-    if plan is not None:
-        before, y = state.clone(), torch.zeros_like(u)
-        for s, source in enumerate(plan.sources.tolist()):
-            h = before[source, None].clone()  # (1, D, N)
-            for m in range(*plan.bounds[s : s + 2].tolist()) if source >= 0 else ():
-                B_m, C_m = (x if x.dim() == 2 else x[m, None] for x in (B, C))
-                z_m = None if z is None else z[m, None]
-                y[m] = selective_scan_step(h, u[m, None], dt[m, None], A, B_m, C_m, D, z_m, dt_bias, dt_softplus, None)[
-                    0
-                ]
-                if plan.destinations[m] >= 0:
-                    state[plan.destinations[m]] = h[0]
-        return y
-    dt = _step_size(dt, dt_bias, dt_softplus, dtype)  # (B, D)
-    B, C = (_per_channel(m.to(dtype), batch, dim) for m in (B, C))  # (B, D, N)
-    h, y = _advance(state, u.to(dtype), dt, A.to(dtype), B, C)
-    state.copy_(h)
-    return _skip_and_gate(y, u, D, z)
+    tokens = range(len(u))
+    if plan is None:  # a sequence for each token
+        sources, bounds, destinations = [*tokens], [*tokens, len(u)], [*tokens]
+    else:
+        sources, bounds, destinations = plan.sources.tolist(), plan.bounds.tolist(), plan.destinations.tolist()
+    before, y = decode(state, state_scale).clone(), torch.zeros_like(u)
+    dtype = before.dtype
+    dt = _step_size(dt, dt_bias, dt_softplus, dtype)  # (M, D)
+    B, C = (_per_channel(m.to(dtype), *u.shape) for m in (B, C))  # (M, D, N)
+    for s, source in enumerate(sources):
+        h = before[source]  # (D, N)
+        for m in range(bounds[s], bounds[s + 1]) if source >= 0 else ():
+            h, y_m = _advance(h, u[m].to(dtype), dt[m], A.to(dtype), B[m], C[m])
+            y[m] = _skip_and_gate(y_m, u[m], D, None if z is None else z[m])
+            if (slot := destinations[m]) >= 0:
+                scale = None if state_scale is None else state_scale[slot]
+                store(state[slot], scale, h, None if seeds is None else int(seeds[m]))
+                h = decode(state[slot], scale).clone()
+    return y
 
 
 def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._core.library import Gradient, call_op, define_op, lazy_function, unknown_size
 from .._core.memory_layout import empty_like
 from .._core.slots import PLAN_SCHEMA, StepPlan, plan_tensors
+from .._core.state_format import FORMAT_SCHEMA
 from .._core.transforms import Fold, backward_formula, may_need_gradients, refuse_forward_mode, transformable
 from . import differentiable
 from .arguments import SCHEMA, TENSORS, ScanArguments, ScanGradients
@@ -54,7 +55,7 @@ class ScanKernels:
         )
         self.step_op = define_op(
             f"{name}_step(Tensor(a!) state, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
-            f" Tensor? dt_bias, bool dt_softplus, {PLAN_SCHEMA}) -> Tensor",
+            f" Tensor? dt_bias, bool dt_softplus, {PLAN_SCHEMA}, {FORMAT_SCHEMA}) -> Tensor",
             lazy_function(f"{package}.step", "step"),
             _step_fake,
         )
@@ -132,10 +133,14 @@ class ScanKernels:
         dt_bias: Tensor | None,
         dt_softplus: bool,
         plan: StepPlan | None,
+        state_scale: Tensor | None,
+        seeds: Tensor | None,
     ) -> Tensor:
         """Advance `state` (B, D, N) in place; u, dt, z (M, D); B, C (M, G, N) or (D, N) -> y (M, D)."""
         refuse_forward_mode("selective_scan_step")
-        return call_op(self.step_op, state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, *plan_tensors(plan))
+        return call_op(
+            self.step_op, state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, *plan_tensors(plan), state_scale, seeds
+        )
 
     def _saved(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
 from .._core.sharding import shardable
-from .._core.slots import StateSlots
+from .._core.slots import StateSlots, token_seeds
+from .._core.state_format import STATE_DTYPES, check_format
 from .._core.validation import check_divides, check_integer, check_no_nan, check_tensor
 from .._core.varlen import check_packing, without_padding
 from . import numba, pytorch, reference, triton
@@ -112,19 +113,31 @@ def ssd_step(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     *,
+    input_weights: Tensor | None = None,
     slots: StateSlots | None = None,
+    state_scale: Tensor | None = None,
+    rand_seed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Advance the scan by one token, or by a few, for decoding. No gradients.
 
     Args:
-        state: (B, H, P, N), float32 or float64; with `slots` a pool with the slots first. **Updated in place**.
+        state: (B, H, P, N), float32, float64, bfloat16, float16 or int8; with `slots` a pool with the slots first.
+            **Updated in place**.
         x, z: (B, H, P), or (B, T, H, P) for T tokens.
         dt: (B, H), or (B, T, H).
         B, C: (B, G, N), or (B, T, G, N).
         A, D, dt_bias, dt_softplus, dt_limit: as in `ssd`.
+        input_weights: (B, H), or (B, T, H), as in `ssd`.
         slots: slots of `state` that each sequence reads and writes; row b reads and writes state b by default.
+        state_scale: (B, H, P) float32, or (slots, H, P): what a unit of int8 stands for in each row. **Updated in
+            place**.
+        rand_seed: (B,) int64, or (S,) of the sequences, or (1,): round a state in bfloat16, float16 or int8 by chance;
+            to the nearest by default. Pass another seed at each step: token t of a sequence has `rand_seed + t`.
         backend: see `ssm_kernels.use_backend`.
+
+    A state is rounded when it is written, and a token after that starts from what was written. The computation is in
+    float32, or float64 on a float64 state.
 
     Returns:
         y of the shape and dtype of `x`.
@@ -135,14 +148,23 @@ def ssd_step(
     is_single = isinstance(x, Tensor) and x.dim() == 3
     if is_single:
         x, dt, B, C = (t.unsqueeze(1) for t in (x, dt, B, C))  # (B, 1, H, P), (B, 1, H), (B, 1, G, N)
-        z = None if z is None else z.unsqueeze(1)
+        z, input_weights = (None if t is None else t.unsqueeze(1) for t in (z, input_weights))
     check_tensor("x", x, ("B", "T", "H", "P"))
     check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
     shape = (x.shape[0] if slots is None else "slots", *x.shape[2:], B.shape[3])
-    check_tensor("state", state, shape, like=x, dtypes=(torch.float32, torch.float64))
+    check_tensor("state", state, shape, like=x, dtypes=STATE_DTYPES)
     plan = None if slots is None else slots.plan(state, x.shape[0], x.shape[1])
+    check_format(state, state_scale, rand_seed, x.shape[0] if plan is None else len(plan.sources))
     _check(x, dt if plan is None else plan.blank(dt), A, B, C, D, z, dt_bias, None)
-    dt_limit = check_dt_limit(dt_limit)
+    if input_weights is not None:
+        check_tensor("input_weights", input_weights, tuple(dt.shape), like=x)
+    arguments = (state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, check_dt_limit(dt_limit), plan)
+    y = run_step(backend, *arguments, input_weights, state_scale, token_seeds(rand_seed, plan, *x.shape[:2]))
+    return y.squeeze(1) if is_single else y
+
+
+def run_step(backend: Backend, state: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+    """Advance a state by T tokens with arguments in the canonical form of `reference.ssd_step`; x (B, T, H, P)."""
     chosen = resolve_backend(backend, x.device, "ssd")
     step = {
         "triton": triton.ssd_step,
@@ -151,8 +173,7 @@ def ssd_step(
         "reference": reference.ssd_step,
     }[chosen]
     with torch.no_grad():
-        y = step(state, x, dt, A, B, C, canonical_skip(D), z, dt_bias, dt_softplus, dt_limit, plan)
-    return y.squeeze(1) if is_single else y
+        return step(state, x, *arguments)
 
 
 def _check(

@@ -24,7 +24,7 @@ from torch import Tensor
 from .._core.discretization import skip_and_gate, step_size
 from .._core.invariant import matmul
 from .._core.library import Gradient, autocast_off, define_op, unknown_size
-from .._core.slots import StepPlan, step_by_slots
+from .._core.slots import StepPlan, step_all, step_by_slots
 from .._core.transforms import Fold, backward_formula, transformable
 from .._core.varlen import Blocks, batch_by_length, max_blocks, parse_sequences, without_padding
 from . import differentiable
@@ -92,29 +92,36 @@ def ssd_step(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     plan: StepPlan | None,
+    input_weights: Tensor | None = None,
+    state_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
-    if plan is not None:
 
-        def step(h: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
-            return ssd_step(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, None)[:, 0]
-
-        inputs = [None if t is None else t.flatten(0, 1).unsqueeze(1) for t in (x, dt, B, C, z)]  # (M, 1, ...)
-        return step_by_slots(step, state, plan, torch.zeros_like(x).flatten(0, 1), inputs).view(x.shape)
-    compute_dtype = state.dtype
-    tokens, heads = x.shape[1:3]
-    with autocast_off(x.device):
-        dt = step_size(dt, dt_bias, dt_softplus, compute_dtype, dt_limit)
-        B, C = (t.to(compute_dtype).repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))  # (B, T, H, N)
-        decay = torch.exp(dt * A.to(compute_dtype))  # (B, T, H)
-        dt_x = dt.unsqueeze(-1) * x  # (B, T, H, P)
-        y = torch.empty(x.shape, dtype=compute_dtype, device=x.device)
+    def step(
+        h: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        tokens, heads = x.shape[1:3]
+        dt = step_size(dt, dt_bias, dt_softplus, h.dtype, dt_limit)
+        B, C = (t.to(h.dtype).repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))  # (B, T, H, N)
+        decay = torch.exp(dt * A.to(h.dtype))  # (B, T, H)
+        weighted_x = (dt if weights is None else weights.to(h.dtype)).unsqueeze(-1) * x  # (B, T, H, P)
+        y = torch.empty(x.shape, dtype=h.dtype, device=x.device)
         for t in range(tokens):
             # Equation 2: S_t = exp(dt A) S_{t-1} + dt x B^T, y_t = S_t C_t.
-            state.mul_(decay[:, t, :, None, None])
-            state.addcmul_(dt_x[:, t].unsqueeze(-1), B[:, t].unsqueeze(2))
-            y[:, t] = matmul(state, C[:, t].unsqueeze(-1)).squeeze(-1)
+            h.mul_(decay[:, t, :, None, None])
+            h.addcmul_(weighted_x[:, t].unsqueeze(-1), B[:, t].unsqueeze(2))
+            y[:, t] = matmul(h, C[:, t].unsqueeze(-1)).squeeze(-1)
         return skip_and_gate(y, x, D, z)
+
+    inputs = (x, dt, B, C, z, input_weights)
+    with autocast_off(x.device):
+        if plan is None:
+            last = None if seeds is None else seeds.unflatten(0, x.shape[:2])[:, -1]
+            return step_all(step, state, inputs, state_scale, last)
+        y = torch.zeros_like(x).flatten(0, 1).unsqueeze(1)  # (M, 1, H, P)
+        by_token = [None if t is None else t.flatten(0, 1).unsqueeze(1) for t in inputs]  # (M, 1, ...)
+        return step_by_slots(step, state, plan, y, by_token, state_scale, seeds).view(x.shape)
 
 
 # --- one segment ------------------------------------------------------------------------------------------------

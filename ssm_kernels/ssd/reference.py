@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.slots import StepPlan
+from .._core.state_format_reference import decode, store
 from .._core.varlen import parse_sequences, without_padding
 
 
@@ -83,43 +84,50 @@ def ssd_step(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     plan: StepPlan | None,
+    input_weights: Tensor | None = None,
+    state_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Advance the scan by T tokens, one after the other.
 
     Args:
-        state: (B, H, P, N) in float32 or float64, or a pool of them, updated in place; the tokens are computed in its
-            dtype.
+        state: (B, H, P, N) in any format, or a pool of them, updated in place; a step on float64 is computed in it,
+            others in float32.
         x, z: (B, T, H, P).
         dt: (B, T, H).
         B, C: (B, T, G, N).
         A, D, dt_bias, dt_softplus, dt_limit: as in `ssd`.
         plan: slots of the tokens; None where every state has T of them.
+        input_weights: (B, T, H) weights of the inputs; those of dt by default.
+        state_scale: (B, H, P) scales of int8, updated.
+        seeds: (M,) of the tokens, for rounding by chance.
 
     Returns:
         y (B, T, H, P) in the dtype of x.
     """
-    if plan is not None:
-        x_m, dt_m, B_m, C_m = (t.flatten(0, 1)[:, None] for t in (x, dt, B, C))  # (M, 1, ...)
-        z_m = None if z is None else z.flatten(0, 1)[:, None]
-        before, y = state.clone(), torch.zeros_like(x.flatten(0, 1))  # (M, H, P)
-        for s, source in enumerate(plan.sources.tolist()):
-            S = before[source, None].clone()  # (1, H, P, N)
-            for m in range(*plan.bounds[s : s + 2].tolist()) if source >= 0 else ():
-                inputs = (x_m[m, None], dt_m[m, None], A, B_m[m, None], C_m[m, None], D)
-                gate = None if z_m is None else z_m[m, None]
-                y[m] = ssd_step(S, *inputs, gate, dt_bias, dt_softplus, dt_limit, None)[0, 0]
-                if plan.destinations[m] >= 0:
-                    state[plan.destinations[m]] = S[0]
-        return y.view(x.shape)
-    tokens, heads = x.shape[1:3]
-    dtype = state.dtype
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)  # (B, T, H)
-    B, C = (m.to(dtype).repeat_interleave(heads // m.shape[2], dim=2) for m in (B, C))  # (B, T, H, N)
-    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    for t in range(tokens):
-        S, y[:, t] = _advance(state, x[:, t].to(dtype), dt[:, t], dt[:, t], A.to(dtype), B[:, t], C[:, t])
-        state.copy_(S)
-    return _skip_and_gate(y, x, D, z)
+    batch, tokens, heads = x.shape[:3]
+    if plan is None:
+        sources, bounds = [*range(batch)], [tokens * s for s in range(batch + 1)]
+        destinations = [s if t == tokens - 1 else -1 for s in range(batch) for t in range(tokens)]
+    else:
+        sources, bounds, destinations = plan.sources.tolist(), plan.bounds.tolist(), plan.destinations.tolist()
+    before, y = decode(state, state_scale).clone(), torch.zeros_like(x.flatten(0, 1))  # (M, H, P)
+    dtype = before.dtype
+    x, dt, B, C = (t.flatten(0, 1) for t in (x, dt, B, C))  # (M, ...)
+    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)  # (M, H)
+    weights = dt if input_weights is None else input_weights.flatten(0, 1).to(dtype)
+    z = None if z is None else z.flatten(0, 1)
+    B, C = (m.to(dtype).repeat_interleave(heads // m.shape[1], dim=1) for m in (B, C))  # (M, H, N)
+    for s, source in enumerate(sources):
+        S = before[source]  # (H, P, N)
+        for m in range(bounds[s], bounds[s + 1]) if source >= 0 else ():
+            S, y_m = _advance(S, x[m].to(dtype), dt[m], weights[m], A.to(dtype), B[m], C[m])
+            y[m] = _skip_and_gate(y_m, x[m], D, None if z is None else z[m])
+            if (slot := destinations[m]) >= 0:
+                scale = None if state_scale is None else state_scale[slot]
+                store(state[slot], scale, S, None if seeds is None else int(seeds[m]))
+                S = decode(state[slot], scale).clone()
+    return y.unflatten(0, (batch, tokens))
 
 
 def _step_size(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._core.library import call_op, define_op, lazy_function
 from .._core.slots import PLAN_SCHEMA, StepPlan, plan_tensors
+from .._core.state_format import FORMAT_SCHEMA
 from .._core.transforms import refuse_forward_mode
 from . import differentiable
 from .arguments import TENSORS, ScanArguments, ScanGradients
@@ -25,7 +26,8 @@ class StepKernel:
     def __init__(self, name: str, package: str):
         self.op: Callable = define_op(
             f"{name}(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
-            f" Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max, {PLAN_SCHEMA}) -> Tensor",
+            f" Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max, Tensor? input_weights, {PLAN_SCHEMA},"
+            f" {FORMAT_SCHEMA}) -> Tensor",
             lazy_function(f"{package}.step", "step"),
             _step_fake,
         )
@@ -44,10 +46,16 @@ class StepKernel:
         dt_softplus: bool,
         dt_limit: tuple[float, float],
         plan: StepPlan | None,
+        input_weights: Tensor | None,
+        state_scale: Tensor | None,
+        seeds: Tensor | None,
     ) -> Tensor:
         """Advance `state` (B, H, P, N) by T tokens, in place; x (B, T, H, P) -> y like x."""
         refuse_forward_mode("ssd_step")
-        return call_op(self.op, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit, *plan_tensors(plan))
+        return call_op(
+            self.op, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit, input_weights, *plan_tensors(plan),
+            state_scale, seeds,
+        )  # fmt: skip
 
 
 def _step_fake(state, x, *rest):

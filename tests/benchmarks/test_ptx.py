@@ -423,6 +423,9 @@ QUICK = [
     Case("selective_scan", SMALL, "bf16", z=True, dt_bias=True),
     Case("mamba3", replace(SMALL, length=20, rank=2), "bf16", z=True, initial_states=True),
     Case("mamba3_step", SMALL, "bf16", z=True),
+    Case("selective_scan_step", SMALL, "bf16", state_dtype="fp16", rand_seed=True, slots=True),
+    Case("ssd_step", SMALL, "bf16", state_dtype="bf16", rand_seed=True),
+    Case("mamba3_step", SMALL, "bf16", state_dtype="int8", rand_seed=True, slots=True),
 ]  # fmt: skip
 
 

@@ -7,7 +7,6 @@ import torch
 
 from ssm_kernels import StateSlots, states
 from tests.makers import language_config, random_prompts, sharpened_lm
-from vlmamba.model import LMConfig, MambaLM
 
 pytestmark = pytest.mark.usefixtures("default_backend")
 
@@ -67,6 +66,3 @@ def test_slots_are_for_inference_on_a_pool(lm):
             lm(ids, state=lm.new_state(2), slots=slots, return_state=True)
         with pytest.raises(ValueError, match="slots must lie below 1, the number of slots of the state; got 1"):
             lm(ids, state=lm.new_state(1), slots=slots)
-        mamba3 = MambaLM(LMConfig(32, 1, 101, "mamba3", headdim=16, d_state=8))
-        with pytest.raises(ValueError, match="slots need layers of Mamba or Mamba-2, got Mamba3"):
-            mamba3(ids, state=mamba3.new_state(2), slots=slots)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_kernels import StateSlots, selective_scan, selective_scan_step, use_backend
+from ssm_kernels import StateSlots, encode_state, selective_scan, selective_scan_step, use_backend
 from ssm_kernels._core.slots import plan_step, plan_tensors
 from ssm_kernels.cross_scan import CROSS
 from ssm_kernels.cross_scan.reference import positions
@@ -271,7 +271,9 @@ def test_registered_kernels_pass_opcheck(backend, packed):
     step = (initial, *(x[:, 0, 0] for x in (u, dt)), t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], z[:, 0, 0], None, True)
     for slots in (None, StateSlots(torch.arange(len(initial)))):
         plan = plan_tensors(plan_step(slots, initial, len(initial), 1))
-        torch.library.opcheck(ops.step_op, (*step, *plan))
+        torch.library.opcheck(ops.step_op, (*step, *plan, None, None))
+    stored, scale = encode_state(initial, torch.int8, None)
+    torch.library.opcheck(ops.step_op, (stored, *step[1:], None, None, None, scale, torch.arange(len(initial))))
 
 
 @pytest.mark.parametrize("n", [1, 5, 12, 20, 40, 130, 256])

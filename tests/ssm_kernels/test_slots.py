@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -9,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_kernels import StateSlots, causal_conv1d_step, selective_scan_step, ssd_step
+from ssm_kernels import (
+    Mamba3States,
+    StateSlots,
+    causal_conv1d_step,
+    mamba3_step,
+    selective_scan_step,
+    ssd_step,
+)
 from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
@@ -50,10 +58,26 @@ def make_step(name: str, n_tokens: int, dtype: torch.dtype = torch.float32) -> S
         tokens = {"u": draw(m, dim), "dt": draw(m, dim), "B": draw(m, 2, n), "z": draw(m, dim)}
         layer = {"A": -draw(dim, n).exp(), "C": draw(dim, n), "D": draw(dim), "dt_bias": draw(dim), "dt_softplus": True}
         return Step(selective_scan_step, draw(N_SLOTS, dim, n).to(wide), tokens, layer)
+    if name == "mamba3":
+        tokens = {"x": draw(m, heads, headdim), "dt": draw(m, heads).abs(), "A": -draw(m, heads).abs()}
+        tokens |= {"B": draw(m, 1, n), "C": draw(m, 1, n), "trap": draw(m, heads), "angles": draw(m, 4)}
+        tokens["z"] = draw(m, heads, headdim)
+        layer = {"B_bias": draw(heads, n), "C_bias": draw(heads, n), "D": draw(heads)}
+        return Step(mamba3_on_rows, draw(N_SLOTS, sum(map(math.prod, MAMBA3_SIZES))).abs().to(wide), tokens, layer)
     tokens = {"x": draw(m, heads, headdim), "dt": draw(m, heads), "B": draw(m, 1, n), "C": draw(m, 1, n)}
     tokens["z"] = draw(m, heads, headdim)
     layer = {"A": -draw(heads).exp(), "D": draw(heads), "dt_bias": draw(heads), "dt_softplus": True}
     return Step(ssd_step, draw(N_SLOTS, heads, headdim, n).to(wide), tokens, layer)
+
+
+MAMBA3_SIZES = ((2, 4), (2, 5, 13), (1, 2, 13), (2, 5))
+
+
+def mamba3_on_rows(state: Tensor, **arguments) -> Tensor:
+    """Run `mamba3_step` on states whose parts are one row of numbers each: views of a pool with its strides."""
+    parts = state.split([math.prod(size) for size in MAMBA3_SIZES], dim=1)
+    states = Mamba3States(*(part.unflatten(1, size) for part, size in zip(parts, MAMBA3_SIZES, strict=True)))
+    return mamba3_step(states, **arguments)
 
 
 class Alone(NamedTuple):
@@ -83,11 +107,13 @@ def in_batch(step: Step, *shape: int) -> dict[str, Tensor]:
 
 def assert_equal_steps(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     (y, pool), (want_y, want_pool) = actual, expected
-    torch.testing.assert_close(y.flatten(0, y.dim() - want_y.dim()), want_y)
+    # Mamba-3 adds up the angles of several tokens in another order.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if y.dtype == torch.float32 else {}
+    torch.testing.assert_close(y.flatten(0, y.dim() - want_y.dim()), want_y, **tolerance)
     torch.testing.assert_close(pool, want_pool)
 
 
-OPS = pytest.mark.parametrize("name", ["causal_conv1d", "selective_scan", "ssd"])
+OPS = pytest.mark.parametrize("name", ["causal_conv1d", "selective_scan", "ssd", "mamba3"])
 
 
 @OPS

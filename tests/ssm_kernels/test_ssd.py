@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_kernels import CROSS, selective_scan, ssd, ssd_step
+from ssm_kernels import CROSS, StateSlots, encode_state, selective_scan, ssd, ssd_step
 from ssm_kernels._triton.segment_table import build_segment_table
 from ssm_kernels.testing import assert_agrees, is_interpreted
 from tests.ssm_kernels.makers import draw_inputs, pure
@@ -244,9 +244,7 @@ def test_kernels_write_all_of_their_results_and_nothing_else(guarded_memory):
         True,
         0.0,
         float("inf"),
-        None,
-        None,
-        None,
+        *[None] * 6,
     )
 
 
@@ -303,6 +301,18 @@ def test_steps_agree_with_the_reference(backend, tokens, optional, dtype):
     assert_agrees(pure(ssd_step), tensors, options, backend=backend, gradients=False)
 
 
+@pytest.mark.parametrize("slots", [False, True])
+def test_steps_with_weights_of_their_own_are_the_scan(backend, slots):
+    tensors = {k: v.float() for k, v in make_inputs(2, 3).items()}
+    weights = torch.rand(tensors["dt"].shape, generator=torch.Generator().manual_seed(0))
+    options: dict = {"dt_softplus": True, "input_weights": weights}
+    want = ssd(**tensors, **options, backend="reference")
+    state = tensors.pop("initial_states").clone()
+    options |= {"slots": StateSlots(torch.arange(2))} if slots else {}
+    y = ssd_step(state, **tensors, **options, backend=backend)
+    torch.testing.assert_close((y, state), tuple(want))
+
+
 def test_a_step_advances_a_state_that_is_not_contiguous(backend):
     tensors = make_inputs(2, 1)
     expected = tensors.pop("initial_states")
@@ -346,8 +356,9 @@ def test_triton_ops_pass_opcheck():
     required = arguments._replace(D=None, dt_bias=None, initial_states=None, dt_softplus=False, dt_max=1.0)
     torch.library.opcheck(triton._backward_op, (dy, dfinal_states, *required))
     inputs = [t[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    step = (t["initial_states"], *inputs, True, 0.0, float("inf"), None, None, None)
+    step = (t["initial_states"], *inputs, True, 0.0, float("inf"), *[None] * 6)
     torch.library.opcheck(triton.step_kernel.op, step)
+    torch.library.opcheck(triton.step_kernel.op, int8_step(step))
 
 
 def test_numba_ops_pass_opcheck():
@@ -366,11 +377,17 @@ def test_numba_ops_pass_opcheck():
         True,
         0.0,
         2.0,
-        None,
-        None,
-        None,
+        *[None] * 6,
     )
     torch.library.opcheck(numba.step_kernel.op, step)
+    torch.library.opcheck(numba.step_kernel.op, int8_step(step))
+
+
+def int8_step(step: tuple) -> tuple:
+    """The arguments of a step op, with the state in int8, input weights and seeds."""
+    state, x, dt, *others = step
+    stored, scale = encode_state(state, torch.int8, None)
+    return stored, x, dt, *others[:-6], dt.abs(), *others[-5:-2], scale, torch.arange(x.shape[0] * x.shape[1])
 
 
 def test_registered_ops_pass_opcheck():

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
 from ..._numba.lanes import aligned_empty, fill, lane_count, load, locate_tile, read_rows, store, write_rows
-from ..._numba.launch import BLOCK, as_array, count_tiles, plan_arrays
+from ..._numba.launch import BLOCK, as_array, count_tiles, memory_of, plan_arrays
 from ..._numba.threads import run_tiles
 from .tiles import convolve_rows
 
@@ -20,13 +20,10 @@ def step(state, x, weight, bias, silu, sources, destinations, bounds) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
     y = x.new_zeros(tokens, dim, dtype=compute)  # zero where no sequence has the token
     plan = plan_arrays(sources, destinations, bounds, tokens, 1)
-    new_state = state.to(compute)  # the state itself where it has this dtype
     # The state takes x in its own dtype, and the sum reads it from there.
-    inputs = (as_array(m, compute, 3) for m in (new_state, x.to(state.dtype), weight.T, bias))
-    args = (*inputs, as_array(y, compute, 3), *plan, silu)
+    inputs = (as_array(m, compute, 3) for m in (x.to(state.dtype), weight.T, bias))
+    args = (memory_of(state), *inputs, as_array(y, compute, 3), *plan, silu)
     run_tiles(lambda first, end: step_tiles(*args, first, end), len(plan[0]) * count_tiles(dim), x.numel())
-    if new_state is not state:
-        state.copy_(new_state)
     return y.to(x.dtype)
 
 

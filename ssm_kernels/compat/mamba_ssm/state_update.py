@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.slots import StateSlots
 from ..._core.validation import check_tensor
 from ...selective_scan import selective_scan_step
 from ...ssd import ssd_step
-from ._shared import StateRows, _rows
+from ._shared import _rows
 
 
 @torch.no_grad()
@@ -64,26 +65,18 @@ def selective_state_update(
     B, C = (m.unsqueeze(1) if m.dim() == 2 else m for m in (B, C))  # (B, G, N)
     # A head's channels share A and dt where these were expanded from (H,): Mamba-2.
     tied = heads and all(t is None or t.stride(-1) == 0 for t in (A, dt, dt_bias)) and A.stride(1) == 0
-    chosen = None if state_batch_indices is None else StateRows.of(state_batch_indices)
-    old = state if chosen is None else state[chosen.rows]  # (B, ..., N)
-    work = old.to(torch.promote_types(state.dtype, torch.float32), copy=chosen is not None)
+    slots = None if state_batch_indices is None else StateSlots(state_batch_indices)
     if tied:
         bias = None if dt_bias is None else dt_bias[:, 0]  # (H,)
-        dt = dt[..., 0] if chosen is None else chosen.blank(dt[..., 0])  # (B, H)
-        y = ssd_step(work, x, dt, A[:, 0, 0], B, C, D, z, bias, bool(dt_softplus))
-    else:
-        work = work.contiguous().view(x.shape[0], -1, state.shape[-1])  # (B, H P, N)
-        dt, z = dt.flatten(1), None if z is None else z.flatten(1)  # (B, H P)
-        dt = dt if chosen is None else chosen.blank(dt)
-        A = A.reshape(-1, A.shape[-1])  # (H P, N)
-        D, dt_bias = (t if t is None else t.flatten() for t in (D, dt_bias))
-        y = selective_scan_step(work, x.flatten(1), dt, A, B, C, D, z, dt_bias, bool(dt_softplus)).view(x.shape)
-    new = work.view(old.shape).to(state.dtype)
-    if chosen is not None:
-        chosen.write(state, old, new)
-        return chosen.blank(y)
-    state.copy_(new)  # no copy where it is the same memory
-    return y
+        return ssd_step(state, x, dt[..., 0], A[:, 0, 0], B, C, D, z, bias, bool(dt_softplus), slots=slots)
+    dt, z = dt.flatten(1), None if z is None else z.flatten(1)  # (B, H P)
+    A = A.reshape(-1, A.shape[-1])  # (H P, N)
+    D, dt_bias = (t if t is None else t.flatten() for t in (D, dt_bias))
+    pool = state.flatten(1, -2)  # (rows, H P, N)
+    y = selective_scan_step(pool, x.flatten(1), dt, A, B, C, D, z, dt_bias, bool(dt_softplus), slots=slots)
+    if pool.data_ptr() != state.data_ptr():  # of strides that no view has
+        state.copy_(pool.view(state.shape))
+    return y.view(x.shape)
 
 
 def selective_state_update_ref(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..._core.state_format import compute_dtype
 from ..._numba.compile import Kernel
 from ..._numba.functions import LOG2_E, exp2, sigmoid
 from ..._numba.lanes import (
@@ -24,24 +26,28 @@ from ..._numba.lanes import (
     write_lanes,
     write_rows,
 )
-from ..._numba.launch import BLOCK, as_array, count_tiles, plan_arrays
+from ..._numba.launch import BLOCK, as_array, count_tiles, memory_of, plan_arrays
+from ..._numba.state_format import keep_state, open_state, random_scratch, state_rows
 from ..._numba.threads import run_tiles
 from .tiles import prepare_steps
 
 
-def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, sources, destinations, bounds) -> Tensor:
+def step(
+    state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, sources, destinations, bounds, state_scale, seeds
+) -> Tensor:  # fmt: skip
     """Return y (M, D) in the dtype of u. `state` (B, D, N), or a pool of slots, is updated in place.
 
     u, dt and z are (M, D); B and C (M, G, N) or (D, N).
     """
-    (tokens, dim), compute = u.shape, state.dtype
+    (tokens, dim), compute = u.shape, compute_dtype(state)
     y = u.new_zeros(tokens, dim, dtype=compute)  # zero where no sequence has the token
     plan = plan_arrays(sources, destinations, bounds, tokens, 1)
-    inputs = [as_array(x, compute, 3) for x in (state, u, dt, A)]
+    inputs = [memory_of(state), as_array(state_scale, torch.float32, 2)]
+    inputs += [as_array(x, compute, 3) for x in (u, dt, A)]
     # (M, G, N), or a group for each channel that all tokens share
     inputs += [as_array(m.expand(tokens, *m.shape) if m.dim() == 2 else m, compute, 3) for m in (B, C)]
     inputs += [as_array(x, compute, 3) for x in (D, z, dt_bias)]
-    args = (*inputs, as_array(y, compute, 3), *plan, dt_softplus)
+    args = (*inputs, as_array(y, compute, 3), *plan, as_array(seeds, torch.int64, 1), dt_softplus)
     n_tiles = len(plan[0]) * count_tiles(dim, 1)
     run_tiles(lambda first, end: step_tiles(*args, first, end), n_tiles, u.numel() * A.shape[1])
     return y.to(u.dtype)
@@ -49,12 +55,12 @@ def step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, sources, destination
 
 @Kernel
 def step_tiles(
-    state, u, dt, A, B, C, D, z, dt_bias, y, sources, destinations, bounds, dt_softplus, first, end
+    state, scale, u, dt, A, B, C, D, z, dt_bias, y, sources, destinations, bounds, seeds, dt_softplus, first, end
 ):  # fmt: skip
     """Advance the states of the tiles from `first` to `end` - 1: a sequence and BLOCK channels each.
 
-    state (slots, D, N); u, dt, z, y (1, M, D); A (1, D, N); B, C (M, G, N); D, dt_bias (1, 1, D); sources (S,);
-    destinations (M,); bounds (S + 1,). Lanes hold states.
+    state (slots, D, N); scale (slots, D); u, dt, z, y (1, M, D); A (1, D, N); B, C (M, G, N); D, dt_bias (1, 1, D);
+    sources (S,); destinations, seeds (M,); bounds (S + 1,). Lanes hold states.
     """
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
     dim, n = A.shape[1:]
@@ -63,7 +69,8 @@ def step_tiles(
     y_tile, z_tile, bias = aligned_empty(u, row_size), aligned_empty(u, row_size), aligned_empty(u, row_size)
     scratch = aligned_empty(u, one * lane_count(u))
     fill(bias, 0.0)
-    kept = aligned_empty(u, row_size * n).reshape(one, row_size, n)  # a state that no slot takes
+    kept = aligned_empty(u, row_size * n).reshape(one, row_size, n)  # a state that no slot takes, or in another format
+    values, bits = aligned_empty(u, n + lane_count(u)), random_scratch(n)
 
     for tile in range(first, end):
         row, _, channel, width = locate_tile(tile, dim, one)
@@ -71,10 +78,11 @@ def step_tiles(
             continue
         if dt_bias.size:
             read_rows(dt_bias, zero, zero, one, channel, width, bias)
-        before = state[sources[row] : sources[row] + 1, channel : channel + width]  # (1, width, N)
+        slot, last = sources[row], channel + width
+        before = open_state(state[slot : slot + 1, channel:last], scale[slot : slot + 1, channel:last], kept)
         for token in range(bounds[row], bounds[row + 1]):
             slot = destinations[token]
-            after = state[slot : slot + 1, channel : channel + width] if slot >= 0 else kept  # (1, width, N)
+            after = state_rows(state[slot : slot + 1, channel:last], kept) if slot >= 0 else kept  # (1, width, N)
             read_rows(u, zero, token, one, channel, width, u_tile)
             read_rows(dt, zero, token, one, channel, width, dt_tile)
             prepare_steps(one, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
@@ -101,4 +109,8 @@ def step_tiles(
                     gate = load(z_tile, i)
                     store(y_tile, i, load(y_tile, i) * (gate * sigmoid(gate)))
             write_rows(y_tile, y, zero, token, one, channel, width)
+            if slot >= 0:
+                seed = seeds[token] if seeds.size else 0
+                stored, scales = state[slot : slot + 1, channel:last], scale[slot : slot + 1, channel:last]
+                keep_state(after, stored, scales, seed, seeds.size > 0, channel, values, bits)
             before = after

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..._triton.device import FUSED_MULTIPLY_ADD, on_device, with_contiguous_last_dim
 from ..._triton.primitives import LOG2E, and_scalar, compute_type, silu, softplus
+from ..._triton.state_format import block_of_state, load_state, store_state
 from .tile import load_vector
 
 STATE_ELEMENTS = 512
@@ -32,6 +33,8 @@ def step(
     sources: Tensor | None,
     destinations: Tensor | None,
     bounds: Tensor | None,
+    state_scale: Tensor | None,
+    seeds: Tensor | None,
 ) -> Tensor:
     """Compute y (M, D) and update `state` (B, D, N), or slots of it. Body of `selective_scan_triton_step`."""
     has_plan, dim = sources is not None, u.shape[1]
@@ -39,7 +42,7 @@ def step(
     n = A.shape[1]
     B, C = with_contiguous_last_dim(B), with_contiguous_last_dim(C)
     y = (torch.zeros if has_plan else torch.empty)(u.shape, dtype=u.dtype, device=u.device)
-    block_n = triton.next_power_of_2(n)
+    block_n = block_of_state(state, n)
     block_d = max(1, STATE_ELEMENTS // block_n)
     if y.numel():
         with on_device(u):
@@ -47,9 +50,11 @@ def step(
                 state, u, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), z,
                 None if dt_bias is None else dt_bias.contiguous(), y, dim, _channels_per_row(B, dim),
                 _channels_per_row(C, dim), state.stride(), u.stride(), dt.stride(), _row_strides(B), _row_strides(C),
-                None if z is None else z.stride(), sources, destinations, bounds,
+                None if z is None else z.stride(), sources, destinations, bounds, state_scale,
+                None if state_scale is None else state_scale.stride(), seeds,
                 N=n, BLOCK_N=block_n, BLOCK_D=block_d, HAS_D=D is not None, HAS_Z=z is not None,
                 HAS_DT_BIAS=dt_bias is not None, HAS_PLAN=has_plan, DT_SOFTPLUS=dt_softplus,
+                HAS_SCALE=state_scale is not None, HAS_SEED=seeds is not None,
                 COMPUTE=compute_type(state.dtype), num_warps=4,
                 **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
@@ -81,8 +86,12 @@ def _step_kernel(
     sources_ptr,  # (S,) slot that a sequence starts from; -1 where it is skipped
     destinations_ptr,  # (M,) slot that takes the state after a token; -1 where it is not kept
     bounds_ptr,  # (S + 1,) first token of a sequence
+    scale_ptr,  # (B, D) of int8, updated
+    scale_strides,
+    seeds_ptr,  # (M,)
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_DT_BIAS: tl.constexpr, HAS_PLAN: tl.constexpr, DT_SOFTPLUS: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr, HAS_PLAN: tl.constexpr, DT_SOFTPLUS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_SEED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Advance the state of BLOCK_D channels of one sequence and write y: by one token, in place; or with HAS_PLAN by
     the tokens of its bounds, from and to slots.
@@ -97,20 +106,29 @@ def _step_kernel(
     mask = d < dim
     mask_state = mask & (n < N)
     state_offsets = d * state_strides[1] + n * state_strides[2]
+    scale_ptrs, scale_offsets = scale_ptr, 0
+    if HAS_SCALE:
+        scale_offsets = d * scale_strides[1]
     if not HAS_PLAN:
         state_ptrs = state_ptr + batch * state_strides[0] + state_offsets
+        if HAS_SCALE:
+            scale_ptrs = scale_ptr + batch * scale_strides[0] + scale_offsets
+        h = load_state(state_ptrs, scale_ptrs, mask_state, mask, HAS_SCALE, COMPUTE)  # (D, N)
         h = _advance(
-            tl.load(state_ptrs, mask_state, other=0.0), batch, d, n, mask, mask_state, u_ptr, dt_ptr, A_ptr, B_ptr,
-            C_ptr, D_ptr, z_ptr, dt_bias_ptr, y_ptr, dim, B_channels, C_channels, u_strides, dt_strides, B_strides,
-            C_strides, z_strides, N, HAS_D, HAS_Z, HAS_DT_BIAS, DT_SOFTPLUS, COMPUTE,
+            h, batch, d, n, mask, mask_state, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_ptr, y_ptr,
+            dim, B_channels, C_channels, u_strides, dt_strides, B_strides, C_strides, z_strides, N, HAS_D, HAS_Z,
+            HAS_DT_BIAS, DT_SOFTPLUS, COMPUTE,
         )  # fmt: skip
-        tl.store(state_ptrs, h, mask_state)
+        store_state(state_ptrs, scale_ptrs, h, mask_state, mask, seeds_ptr, batch, d, HAS_SCALE, HAS_SEED, BLOCK_N)
     else:
         source = tl.load(sources_ptr + batch)
         first_token, end_token = tl.load(bounds_ptr + batch), tl.load(bounds_ptr + batch + 1)
         end_token = tl.where(source < 0, first_token, end_token)  # a skipped sequence has no token
         source_ptrs = state_ptr + source * state_strides[0] + state_offsets
-        h = tl.load(source_ptrs, and_scalar(mask_state, source >= 0), other=0.0)  # (D, N)
+        if HAS_SCALE:
+            scale_ptrs = scale_ptr + source * scale_strides[0] + scale_offsets
+        mask_source, mask_source_row = and_scalar(mask_state, source >= 0), and_scalar(mask, source >= 0)
+        h = load_state(source_ptrs, scale_ptrs, mask_source, mask_source_row, HAS_SCALE, COMPUTE)  # (D, N)
         for token in range(first_token, end_token):
             h = _advance(
                 h, tl.cast(token, tl.int64), d, n, mask, mask_state, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr,
@@ -118,7 +136,14 @@ def _step_kernel(
                 z_strides, N, HAS_D, HAS_Z, HAS_DT_BIAS, DT_SOFTPLUS, COMPUTE,
             )  # fmt: skip
             slot = tl.load(destinations_ptr + token)
-            tl.store(state_ptr + slot * state_strides[0] + state_offsets, h, and_scalar(mask_state, slot >= 0))
+            if HAS_SCALE:
+                scale_ptrs = scale_ptr + slot * scale_strides[0] + scale_offsets
+            is_kept = and_scalar(mask_state, slot >= 0)
+            stored = store_state(
+                state_ptr + slot * state_strides[0] + state_offsets, scale_ptrs, h, is_kept,
+                and_scalar(mask, slot >= 0), seeds_ptr, token, d, HAS_SCALE, HAS_SEED, BLOCK_N,
+            )  # fmt: skip
+            h = tl.where(is_kept, stored, h)
 
 
 @triton.jit
