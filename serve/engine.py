@@ -418,14 +418,12 @@ class Engine:
             chosen[drawn] = torch.cat([sequences[i].sampler(logits[i : i + 1]) for i in drawn])
         tokens = chosen.tolist()
         return [
-            (token, self._logprobs(s.request.logprobs, token, row))
-            for s, token, row in zip(sequences, tokens, logits, strict=True)
+            (token, () if (n := s.request.logprobs) is None else self._logprobs(n, token, logits[i]))
+            for i, (s, token) in enumerate(zip(sequences, tokens, strict=True))
         ]
 
-    def _logprobs(self, n: int | None, token: int, logits: Tensor) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, n: int, token: int, logits: Tensor) -> tuple[TokenLogprob, ...]:
         """Log-probability of a token and of the n most probable ones, from logits (V,)."""
-        if n is None:
-            return ()
         logprobs = logits[: self.vocab_size].log_softmax(-1)
         values, tokens = logprobs.topk(min(n, len(logprobs)))
         top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
