@@ -51,12 +51,12 @@ class Steps(NamedTuple):
 
     op: Callable[..., Tensor]
     shape: tuple[int, ...]
-    """Of a state."""
+    """Shape of a state."""
     layer: dict[str, Tensor]
     tokens: dict[str, tuple[int, ...]]
     """Shapes of the inputs of a token, which are drawn from a normal distribution."""
     activated: tuple[str, ...]
-    """Those that pass through a SiLU."""
+    """Names of the inputs that pass through a SiLU."""
 
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the inputs of a token, in float64."""
@@ -91,11 +91,11 @@ class Row:
     tokens: Tokens
     format: str
     bytes: float
-    """Of an element of the state, with its share of a scale."""
+    """Size of an element of the state, with its share of a scale."""
     output: float
     """Root mean square of the error of y in the last tenth of the steps, relative to that of y."""
     state: float
-    """That of the error of the state after the last step."""
+    """Root mean square of the error of the state after the last step, relative to that of the state."""
 
 
 def measure(op: str, tokens: Tokens, steps: int, seed: int) -> Iterator[Row]:

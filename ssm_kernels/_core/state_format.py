@@ -26,7 +26,7 @@ from .validation import check_tensor
 STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 NARROW_DTYPES = (torch.bfloat16, torch.float16, torch.int8)
 FORMAT_SCHEMA = "Tensor(b!)? state_scale, Tensor? seeds"
-"""What comes beside a state, in the language of `torch.library`; seeds are (M,), one a token."""
+"""The arguments beside a state, in the language of `torch.library`; seeds are (M,), one a token."""
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)

@@ -13,7 +13,7 @@ from .._core.state_format import BITS_PER_CALL, NARROW_DTYPES
 LEAST_ROW: tl.constexpr = tl.constexpr(2.0**-100)
 """`_core.state_format.LEAST_ROW`."""
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-14)
-"""Of float16."""
+"""The least normal number of float16."""
 PER_UNIT: tl.constexpr = tl.constexpr(127 * 65536.0)
 TO_SCALE: tl.constexpr = tl.constexpr(1 / 127)
 

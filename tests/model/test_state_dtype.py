@@ -131,7 +131,7 @@ def test_narrow_states_are_reset_saved_and_moved(tmp_path):
             assert torch.equal(fresh.ssm[1], state.ssm[1])
 
 
-def test_what_a_narrow_state_cannot_do_is_refused():
+def test_a_narrow_state_refuses_gradients_and_other_sizes():
     mixer = Mamba2(16, d_state=8, headdim=8)
     x = torch.randn(2, 1, 16)
     with pytest.raises(TypeError, match="dtype must be float32, bfloat16, float16 or int8, got uint8"):
