@@ -1,12 +1,15 @@
 """`ssm-bench against`: the ops of this checkout beside those of another one, such as an earlier commit.
 
 Both run the same inputs with one thread, in processes that take turns, so that a drift of the machine affects both
-alike. Only the public call of an op is used: the other checkout needs no benchmarks that this version could read.
+alike. Both keep the memory that they freed: otherwise it is the sizes of arrays freed earlier that decide whether the
+system has to clear new memory for a result, which can take longer than the op. Only the public call of an op is used:
+the other checkout needs no benchmarks that this version could read.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,8 @@ from .timing import summarize
 from .workloads import named_case, named_shape
 
 HERE = Path(ssm_kernels.__file__).parent.parent
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+"""Settings of glibc: results of up to 32 MiB, its limit, are taken from memory that was freed before."""
 
 
 def run_against(command: Against) -> None:
@@ -76,7 +81,7 @@ def _time(checkout: Path, calls: dict[str, dict[str, Any]]) -> dict[str, Any]:
         files = Path(folder) / "calls.pt", Path(folder) / "seconds.json"
         torch.save(calls, files[0])
         words = [sys.executable, against_worker.__file__, str(checkout), *map(str, files)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | KEEP_MEMORY)
         if done.returncode:
             raise ValueError(f"{checkout} cannot be timed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
         return json.loads(files[1].read_text())

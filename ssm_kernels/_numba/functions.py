@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 
 from .lanes import (
     Lanes,
@@ -25,6 +25,8 @@ LOG2_E_LOW = 2.0355273740931033e-17
 """Remainder of log2(e) that float64 does not hold."""
 MANTISSA = {32: 23, 64: 52}
 BIAS = {32: 127, 64: 1023}
+MAX_EXPONENT = 126.0
+"""Powers of two with an exponent of at most this size are neither zero nor infinite in any dtype."""
 
 # Interpolated at Chebyshev nodes in 40 digits; relative errors 5e-9 and 1.5e-19, and 4e-9 and 1.3e-18.
 EXP2 = {  # 2^r on [-1/2, 1/2]
@@ -71,10 +73,14 @@ def _exp_value(builder: Any, lanes: Lanes, x: Any) -> Any:
 
 def _to_integer(builder: Any, lanes: Lanes, x: Any) -> tuple[Any, Any]:
     """Round to the nearest integer, as the lowest bits of a number and as a number."""
-    # At 1.5 * 2^mantissa neighbouring numbers differ by one: the sum is rounded to an integer, of either sign.
-    magic = constant(lanes, 1.5 * 2.0 ** MANTISSA[lanes.dtype.bitwidth])
+    magic = _magic(lanes)
     shifted = builder.fadd(x, magic)
     return shifted, builder.fsub(shifted, magic)
+
+
+def _magic(lanes: Lanes) -> Any:
+    """1.5 * 2^mantissa, where neighbouring numbers differ by one: a sum is rounded to an integer, of either sign."""
+    return constant(lanes, 1.5 * 2.0 ** MANTISSA[lanes.dtype.bitwidth])
 
 
 def _power_of_two(builder: Any, lanes: Lanes, shifted: Any, r: Any) -> Any:
@@ -94,6 +100,30 @@ def exp2(typingctx, x):
         return _exp2_value(builder, x, args[0])
 
     return x(x), codegen
+
+
+@intrinsic
+def exp2_product(typingctx, x, y, is_bounded):
+    """2^(x y). `is_bounded` promises that |x y| is at most `MAX_EXPONENT`, and changes no bit of what is."""
+    bound = BIAS[x.dtype.bitwidth] - 1.0
+
+    def codegen(context, builder, sig, args):
+        a, b, is_bounded = args
+        # The product is never rounded by itself: one multiply-add gives its integer, another one what is left.
+        magic = _magic(x)
+        shifted = fma_value(builder, x, a, b, magic)
+        nearest = builder.fsub(shifted, magic)
+        power = _power_of_two(builder, x, shifted, fma_value(builder, x, a, b, builder.fneg(nearest)))
+        result = cgutils.alloca_once_value(builder, power)
+        with builder.if_then(builder.not_(is_bounded), likely=False):
+            product = builder.fmul(a, b)
+            for predicate, limit, value in (("<", -bound, 0.0), (">", bound, math.inf)):
+                is_beyond = builder.fcmp_ordered(predicate, product, constant(x, limit))  # a NaN is neither
+                power = builder.select(is_beyond, constant(x, value), power)
+            builder.store(power, result)
+        return builder.load(result)
+
+    return x(x, x, types.boolean), codegen
 
 
 @intrinsic

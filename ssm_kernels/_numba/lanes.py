@@ -211,17 +211,25 @@ def load_as(typingctx, like, array, offset):
     return lanes(like, array, types.intp), codegen
 
 
-@intrinsic
-def prefetch(typingctx, array, offset):
-    """Have the cache line fetched that is `AHEAD` bytes after an element, which may be beyond the array."""
+def _prefetch(ahead: int) -> Callable:
+    """Make the function that has the cache line fetched that is so many bytes after an element."""
 
-    def codegen(context, builder, sig, args):
-        line = builder.gep(address_of(context, builder, sig.args[0], ir.IntType(8), *args), [ir.IntType(64)(AHEAD)])
-        numbers = [ir.IntType(32)(n) for n in (0, 3, 1)]  # to be read, into all caches, of data
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), line, *numbers)
-        return context.get_dummy_value()
+    @intrinsic
+    def prefetch(typingctx, array, offset):
+        def codegen(context, builder, sig, args):
+            element = address_of(context, builder, sig.args[0], ir.IntType(8), *args)
+            line = builder.gep(element, [ir.IntType(64)(ahead)])
+            numbers = [ir.IntType(32)(n) for n in (0, 3, 1)]  # to be read, into all caches, of data
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), line, *numbers)
+            return context.get_dummy_value()
 
-    return types.none(array, types.intp), codegen
+        return types.none(array, types.intp), codegen
+
+    return prefetch
+
+
+prefetch, prefetch_ahead = _prefetch(0), _prefetch(AHEAD)
+"""Have the line of an element fetched, or the one `AHEAD` bytes after it, which may be beyond the array."""
 
 
 @intrinsic
@@ -391,32 +399,64 @@ def total(typingctx, x):
 
 
 @intrinsic
-def add_totals(typingctx, array, offset, x, y):
-    """Add the sums of the lanes of x and of y to two neighbours of an array.
+def add_totals(typingctx, target, at, source, offset):
+    """Add the sums of the lanes of consecutive vectors, as many as a vector has lanes, to consecutive elements.
 
-    Both are summed at once by halves, with half of the shuffles that each alone would take.
+    Two vectors become one, in which each has half of the lanes, until one is left: the additions are those of one sum
+    by halves for every lane of the result, and no lane is idle.
     """
+    lanes = Lanes(target.dtype)
+
+    def codegen(context, builder, sig, args):
+        kind, n, align = _vector(lanes), lanes.count, lanes.dtype.bitwidth // 8
+
+        def vector(i):
+            place = builder.add(args[3], ir.Constant(args[3].type, i * n))
+            return builder.load(address_of(context, builder, sig.args[2], kind, args[2], place), align=align)
+
+        def sums(first, count):
+            """Sum parts of `count` vectors: lane i has its share of the sum of vector `first` + i % `count`."""
+            if count == 1:
+                return vector(first)
+            half = count // 2
+            x, y = sums(first, half), sums(first + half, half)
+            kept = _shuffle(builder, x, y, [i + n * bool(i & half) for i in range(n)])
+            moved = _shuffle(builder, x, y, [(i ^ half) + n * bool(i & half) for i in range(n)])
+            return builder.fadd(kept, moved)
+
+        pointer = address_of(context, builder, sig.args[0], kind, *args[:2])
+        total = sums(0, n)
+        builder.store(builder.fadd(builder.load(pointer, align=align), total), pointer, align=align)
+        return context.get_dummy_value()
+
+    return types.none(target, types.intp, source, types.intp), codegen
+
+
+@intrinsic
+def larger_sizes(typingctx, x, y):
+    """The larger of |x| and y in each lane; y where x is NaN."""
+
+    def codegen(context, builder, sig, args):
+        size = call(builder, f"llvm.fabs.v{x.count}f{x.dtype.bitwidth}", args[0].type, args[0])
+        return builder.select(builder.fcmp_ordered(">", size, args[1]), size, args[1])
+
+    return x(x, x), codegen
+
+
+@intrinsic
+def largest(typingctx, x):
+    """The largest lane, of lanes that are no NaN."""
     lanes = x
 
     def codegen(context, builder, sig, args):
-        n = lanes.count
-        half = n // 2
-        # [low half of x, low half of y] + [high half of x, high half of y]
-        low, high = (
-            _shuffle(builder, args[2], args[3], [*range(i, i + half), *range(n + i, n + i + half)]) for i in (0, half)
-        )
-        value = builder.fadd(low, high)
-        while half > 1:
-            half //= 2
-            # Lane i ^ half is in the same half as lane i, so that x and y stay apart.
-            value = builder.fadd(value, _shuffle(builder, value, value, [i ^ half for i in range(n)]))
-        sums = _shuffle(builder, value, value, [0, n // 2])
-        pointer = address_of(context, builder, sig.args[0], sums.type, *args[:2])
-        align = lanes.dtype.bitwidth // 8
-        builder.store(builder.fadd(builder.load(pointer, align=align), sums), pointer, align=align)
-        return context.get_dummy_value()
+        value, n = args[0], lanes.count
+        while n > 1:
+            n //= 2
+            low, high = (_shuffle(builder, value, value, [*part]) for part in (range(n), range(n, 2 * n)))
+            value = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(value, ir.IntType(32)(0))
 
-    return types.none(array, types.intp, lanes, lanes), codegen
+    return lanes.dtype(lanes), codegen
 
 
 @intrinsic
@@ -483,38 +523,58 @@ def set_positions(positions, first, count, direction, height, length):
 
 
 @njit
-def read_steps(source, i, positions, count, group, channel, width, tile):
-    """Copy source[i, positions[:count], group, channel : channel + width] to the rows of a tile (count, BLOCK).
+def read_steps(source, i, positions, count, group, channel, width, tile, row):
+    """Copy source[i, positions[:count], group, channel : channel + width] to the rows of a tile (count, row).
 
     Zeros fill the last vector of a row.
     """
-    size = source.itemsize
+    size, lanes = source.itemsize, lane_count(tile)
     step_stride, stride = source.strides[1] // size, source.strides[3] // size
     offset = i * (source.strides[0] // size) + group * (source.strides[2] // size) + channel * stride
     if step_stride == 1 and stride != 1:  # neighbours in memory are neighbours in time
         for r in range(count):
-            store(tile, r * BLOCK + (width - 1) // lane_count(tile) * lane_count(tile), splat(tile, 0.0))
+            store(tile, r * row + (width - 1) // lanes * lanes, splat(tile, 0.0))
         for k in range(width):
             for r in range(count):
-                set_element(tile, r * BLOCK + k, element(source, offset + k * stride + positions[r]))
-        return
-    for r in range(count):
-        read_row(source, offset + positions[r] * step_stride, stride, width, tile, r * BLOCK)
+                set_element(tile, r * row + k, element(source, offset + k * stride + positions[r]))
+    elif stride == 1 and width == lanes:
+        for r in range(count):
+            store(tile, r * row, load(source, offset + positions[r] * step_stride))
+    else:
+        for r in range(count):
+            read_row(source, offset + positions[r] * step_stride, stride, width, tile, r * row)
 
 
 @njit
-def write_steps(tile, target, i, positions, count, group, channel, width):
-    """Copy the rows of a tile (count, BLOCK) to target[i, positions[:count], group, channel : channel + width]."""
-    size = target.itemsize
+def write_steps(tile, row, target, i, positions, count, group, channel, width):
+    """Copy the rows of a tile (count, row) to target[i, positions[:count], group, channel : channel + width]."""
+    size, lanes = target.itemsize, lane_count(tile)
     step_stride, stride = target.strides[1] // size, target.strides[3] // size
     offset = i * (target.strides[0] // size) + group * (target.strides[2] // size) + channel * stride
     if step_stride == 1 and stride != 1:  # as in `read_steps`
         for k in range(width):
             for r in range(count):
-                set_element(target, offset + k * stride + positions[r], element(tile, r * BLOCK + k))
-        return
-    for r in range(count):
-        write_row(tile, r * BLOCK, target, offset + positions[r] * step_stride, stride, width)
+                set_element(target, offset + k * stride + positions[r], element(tile, r * row + k))
+    elif stride == 1 and width == lanes:
+        for r in range(count):
+            store(target, offset + positions[r] * step_stride, load(tile, r * row))
+    else:
+        for r in range(count):
+            write_row(tile, r * row, target, offset + positions[r] * step_stride, stride, width)
+
+
+@njit
+def prefetch_steps(source, i, positions, first, end, group, channel):
+    """Ask for the memory of the steps `first` to `end` - 1 that `read_steps` will read, or `write_steps` write.
+
+    Steps are far apart in memory, so that no processor foresees them: without this a kernel waits for each block.
+    """
+    size = source.itemsize
+    step_stride, stride = source.strides[1] // size, source.strides[3] // size
+    if stride == 1:
+        offset = i * (source.strides[0] // size) + group * (source.strides[2] // size) + channel
+        for r in range(first, end):
+            prefetch(source, offset + positions[r] * step_stride)
 
 
 @njit
@@ -568,26 +628,42 @@ def write_row(tile, at, target, offset, stride, width):
 @njit(forceinline=True)
 def read_lanes(source, i, row, column, scratch):
     """source[i, row, column:], as many as a vector holds; zeros where there are fewer."""
-    size = source.itemsize
-    stride = source.strides[2] // size
-    offset = i * (source.strides[0] // size) + row * (source.strides[1] // size) + column * stride
-    if stride == 1 and column + lane_count(source) <= source.shape[2]:
-        return load(source, offset)
-    store(scratch, 0, splat(source, 0.0))
-    for k in range(min(lane_count(source), source.shape[2] - column)):
-        set_element(scratch, k, element(source, offset + k * stride))
-    return load(scratch, 0)
+    offset, stride = place_of(source, i, row, column)
+    return read_vector(source, offset, stride, source.shape[2] - column, scratch)
 
 
 @njit(forceinline=True)
 def write_lanes(value, target, i, row, column, scratch):
     """Write a vector to target[i, row, column:]."""
-    size = target.itemsize
-    stride = target.strides[2] // size
-    offset = i * (target.strides[0] // size) + row * (target.strides[1] // size) + column * stride
-    if stride == 1 and column + lane_count(target) <= target.shape[2]:
-        store(target, offset, value)
+    offset, stride = place_of(target, i, row, column)
+    write_vector(value, target, offset, stride, target.shape[2] - column, scratch)
+
+
+@njit(forceinline=True)
+def place_of(array, i, row, column):
+    """The offset of array[i, row, column], and the stride of columns."""
+    size = array.itemsize
+    stride = array.strides[2] // size
+    return i * (array.strides[0] // size) + row * (array.strides[1] // size) + column * stride, stride
+
+
+@njit(forceinline=True)
+def read_vector(source, offset, stride, count, scratch):
+    """A vector in the dtype of `scratch`, which holds one; zeros beyond `count` elements."""
+    if stride == 1 and count >= lane_count(scratch):
+        return load_as(scratch, source, offset)
+    store(scratch, 0, splat(scratch, 0.0))
+    for k in range(min(lane_count(scratch), count)):
+        set_element(scratch, k, element_as(scratch, source, offset + k * stride))
+    return load(scratch, 0)
+
+
+@njit(forceinline=True)
+def write_vector(value, target, offset, stride, count, scratch):
+    """Write the first `count` elements of a vector, rounded to the dtype of the target; `scratch` holds one."""
+    if stride == 1 and count >= lane_count(scratch):
+        store_as(target, offset, value)
         return
     store(scratch, 0, value)
-    for k in range(min(lane_count(target), target.shape[2] - column)):
-        set_element(target, offset + k * stride, element(scratch, k))
+    for k in range(min(lane_count(scratch), count)):
+        set_element_as(target, offset + k * stride, element(scratch, k))

@@ -39,7 +39,7 @@ from .lanes import (
     lane_count,
     load,
     load_as,
-    prefetch,
+    prefetch_ahead,
     set_element,
     splat,
     total,
@@ -220,10 +220,10 @@ def _four_rows_of_bytes(vectors, b, matrix, row, stride, columns):
     )  # fmt: skip
     p, q, r, s = no_sums(), no_sums(), no_sums(), no_sums()
     for i in range(0, whole, PAIRED):
-        prefetch(weight, first + i)
-        prefetch(weight, second + i)
-        prefetch(weight, third + i)
-        prefetch(weight, fourth + i)
+        prefetch_ahead(weight, first + i)
+        prefetch_ahead(weight, second + i)
+        prefetch_ahead(weight, third + i)
+        prefetch_ahead(weight, fourth + i)
         p = add_products(p, weight, first + i, x, at + i)
         q = add_products(q, weight, second + i, x, at + i)
         r = add_products(r, weight, third + i, x, at + i)
@@ -273,14 +273,14 @@ def _four_rows_of_halves(vectors, b, matrix, row, stride, columns):
 @njit(forceinline=True)
 def _two_groups(result, offset, weight, scale, group, x, at):
     """`result` and the products of a group and the next one, each times its scale, lane by lane."""
-    prefetch(weight, group * HALF_GROUP)
+    prefetch_ahead(weight, group * HALF_GROUP)
     sums = add_halves(offset, weight, group * HALF_GROUP, x, at)
     return fma(as_floats(sums), two_scales(scale, group), result)
 
 
 @njit(forceinline=True)
 def _last_group(result, offset, weight, scale, group, x, at):
-    """As `_two_groups`, of a group that has no next one."""
+    """Add the products of a group that has no next one, as `_two_groups` those of two."""
     sums = add_half_of_halves(offset, weight, group * HALF_GROUP, x, at)
     return fma(as_floats(sums), element_as(result, scale, group), result)
 
@@ -296,10 +296,10 @@ def four_dots(x, at, weight, start, stride, count):
     for i in range(0, unrolled, 2 * n):
         v, w = load(x, at + i), load(x, at + i + n)
         for j in range(i, i + 2 * n, BYTES // item_size(weight)):
-            prefetch(weight, start + j)
-            prefetch(weight, second + j)
-            prefetch(weight, third + j)
-            prefetch(weight, fourth + j)
+            prefetch_ahead(weight, start + j)
+            prefetch_ahead(weight, second + j)
+            prefetch_ahead(weight, third + j)
+            prefetch_ahead(weight, fourth + j)
         a = fma(load_as(x, weight, start + i), v, a)
         b = fma(load_as(x, weight, second + i), v, b)
         c = fma(load_as(x, weight, third + i), v, c)

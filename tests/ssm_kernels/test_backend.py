@@ -98,11 +98,11 @@ def test_compiled_code_follows_the_choice(monkeypatch):
 def test_a_gpu_before_ampere_is_refused_by_name(version, choice):
     pytest.importorskip("triton")
     with fake_target(Target(("cuda", version), 40), "cpu"):
-        assert resolve_backend("auto", CPU, "add_rms_norm") == choice
+        assert resolve_backend("auto", CPU, "cross_scan") == choice
         if choice == "torch":
             refusal = r"cpu is sm_75, and the Triton kernels need sm_80 .* or later; backend='torch' runs there"
             with pytest.raises(RuntimeError, match=refusal):
-                resolve_backend("triton", CPU, "add_rms_norm")
+                resolve_backend("triton", CPU, "cross_scan")
 
 
 def test_products_in_float64_are_refused_where_triton_has_none(monkeypatch):
@@ -126,7 +126,7 @@ def test_a_missing_numba_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_already_logged", set())
     with caplog.at_level("WARNING", logger="ssm_kernels"):
         assert [resolve_backend("auto", CPU, "selective_scan") for _ in range(2)] == ["torch", "torch"]
-        assert resolve_backend("auto", CPU, "add_rms_norm") == "torch"
+        assert resolve_backend("auto", CPU, "cross_scan") == "torch"
     assert len(caplog.records) == 1
     assert "pip install 'vl-mamba[cpu]'" in caplog.text and "6 times faster" in caplog.text
     with pytest.raises(RuntimeError, match="backend='numba' was requested, but the numba package is not installed"):
@@ -136,8 +136,8 @@ def test_a_missing_numba_is_logged_once(monkeypatch, caplog):
 def test_numba_is_taken_on_a_cpu_by_the_ops_that_have_it(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_NUMBA", True)
     assert resolve_backend("auto", CPU, "selective_scan") == "numba"
-    assert resolve_backend("auto", CPU, "rms_norm") == "numba"
-    assert resolve_backend("auto", CPU, "add_rms_norm") == "torch"
+    assert resolve_backend("auto", CPU, "add_rms_norm") == "numba"
+    assert resolve_backend("auto", CPU, "cross_scan") == "torch"
     with pytest.raises(RuntimeError, match="cross_scan has no kernels in numba"):
         resolve_backend("numba", CPU, "cross_scan")
     with pytest.raises(RuntimeError, match="numba's kernels are for the CPU"):

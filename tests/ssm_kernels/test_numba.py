@@ -44,6 +44,46 @@ def test_functions_are_right_to_two_roundings(dtype):
         assert np.isnan(one[0]) and list(one[1:5]) == two
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_powers_of_products_are_the_same_bits_with_a_bound_and_without(dtype):
+    from ssm_kernels._numba.functions import exp2_product
+    from ssm_kernels._numba.lanes import load, store
+
+    @numba.njit
+    def run(x, y, is_bounded, out):
+        for i in range(0, x.size, 64 // x.itemsize):
+            store(out, i, exp2_product(load(x, i), load(y, i), is_bounded))
+
+    x, y = np.linspace(-6, 6, 1600).astype(dtype), np.linspace(1, 20, 1600).astype(dtype)
+    bounded, other = np.empty_like(x), np.empty_like(x)
+    run(x, y, True, bounded)
+    run(x, y, False, other)
+    assert (bounded == other).all()
+    assert abs(bounded / 2 ** (x.astype(np.longdouble) * y) - 1).max() < 2.5 * np.finfo(dtype).eps
+
+    x = np.array([1e30, -1e30, np.inf, -np.inf, np.nan, 2000, -2000, 0] * 2, dtype)
+    out = np.empty_like(x)
+    run(x, np.ones_like(x), False, out)
+    assert np.isnan(out[4]) and list(np.delete(out[:8], 4)) == [np.inf, 0, np.inf, 0, np.inf, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_vectors_are_summed_together(dtype):
+    from ssm_kernels._numba.lanes import add_totals, larger_sizes, largest, load
+
+    @numba.njit
+    def run(target, source):
+        add_totals(target, 0, source, 0)
+        return largest(larger_sizes(load(source, 0), load(source, 0)))
+
+    lanes = 64 // np.dtype(dtype).itemsize
+    source = np.random.default_rng(0).standard_normal((lanes, lanes)).astype(dtype)
+    target = np.arange(lanes).astype(dtype)
+    largest_size = run(target, source.reshape(-1))
+    np.testing.assert_allclose(target, np.arange(lanes) + source.sum(1), rtol=1e-5)
+    assert largest_size == abs(source[0]).max()
+
+
 @pytest.fixture
 def four_threads():
     before = torch.get_num_threads()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.cases import OPS, Case, Shape, variants
-from ssm_kernels._core.dispatch import NUMBA_OPS
+from ssm_kernels._core.dispatch import NUMBA_SPEEDUPS
 from ssm_kernels.testing import is_interpreted
 
 pytestmark = pytest.mark.triton
@@ -36,7 +36,7 @@ SIZES = (
 
 def has_numba(op):
     kernels = op.removeprefix("cross_").removesuffix("_step")
-    return ("ssd" if kernels == "mamba3" else kernels) in NUMBA_OPS
+    return ("ssd" if kernels == "mamba3" else kernels) in NUMBA_SPEEDUPS
 
 
 @pytest.fixture

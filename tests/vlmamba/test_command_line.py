@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing
 from dataclasses import dataclass
@@ -130,3 +131,12 @@ def test_a_command_is_of_its_own_class_and_its_groups_are_checked():
         check_options(parse("made", Made, ["x", "--size", "0"]))
     with pytest.raises(ValueError, match="^--other.size must be at least 1, got 0"):
         check_options(parse("made", Made, ["x", "--other.size", "0"]))
+
+
+def test_openmp_s_threads_sleep_unless_the_user_wants_otherwise(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    cli.main(["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    cli.main(["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"

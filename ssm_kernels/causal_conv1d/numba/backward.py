@@ -120,8 +120,8 @@ def convolve_tiles_backward(
             for t0 in range(0, length, STEPS):
                 count = min(STEPS, length - t0)
                 set_positions(positions, start + t0, count, directions[group], height, grid_length)
-                read_steps(x, row, positions, count, group, offset, width, x_tile[before * BLOCK :])
-                read_steps(dy, row, positions, count, group, offset, width, dsum_tile[before * BLOCK :])
+                read_steps(x, row, positions, count, group, offset, width, x_tile[before * BLOCK :], BLOCK)
+                read_steps(dy, row, positions, count, group, offset, width, dsum_tile[before * BLOCK :], BLOCK)
                 if silu:
                     # The sums before silu are computed again rather than saved.
                     convolve_rows(x_tile, w_tile, b_tile, n_taps, count, width, sum_tile)
@@ -189,4 +189,4 @@ def write_input_gradients(
         write_rows(tile, dinitial, initial, dinitial.shape[1] + step, n_before, channel, width)
     if n_before < count:
         set_positions(positions, start + step + n_before, count - n_before, direction, height, dx.shape[1])
-        write_steps(tile[n_before * BLOCK :], dx, row, positions, count - n_before, group, offset, width)
+        write_steps(tile[n_before * BLOCK :], BLOCK, dx, row, positions, count - n_before, group, offset, width)

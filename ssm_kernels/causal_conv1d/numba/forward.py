@@ -85,14 +85,14 @@ def convolve_tiles(
         for at in range(start, start + length, STEPS):
             count = min(STEPS, start + length - at)
             set_positions(positions, at, count, directions[group], height, grid_length)
-            read_steps(x, row, positions, count, group, offset, width, x_tile[before * BLOCK :])
+            read_steps(x, row, positions, count, group, offset, width, x_tile[before * BLOCK :], BLOCK)
             convolve_rows(x_tile, w_tile, b_tile, n_taps, count, width, y_tile)
             if silu:
                 for t in range(count):
                     for i in range(t * BLOCK, t * BLOCK + width, lane_count(x)):
                         value = load(y_tile, i)
                         store(y_tile, i, value * sigmoid(value))
-            write_steps(y_tile, y, row, positions, count, group, offset, width)
+            write_steps(y_tile, BLOCK, y, row, positions, count, group, offset, width)
             move_rows(x_tile, count, before, width)
         # The first rows hold the last K - 1 inputs; in a shorter sequence, the initial state comes before.
         if final >= 0:

@@ -19,7 +19,7 @@ from ..._numba.lanes import (
     lane_count,
     load,
     load_as,
-    prefetch,
+    prefetch_ahead,
     read_row,
     set_element,
     splat,
@@ -171,8 +171,8 @@ def scan(counters, stage, batch, projected, low_rank, dt_proj, dt_bias, A_log, D
                 h_at = b * inner * n + at
                 result, step, input_ = splat(y, 0.0), element(dt, i) * -LOG2_E, element(dt_x, i)
                 for j in range(0, n_whole, lanes):
-                    prefetch(A_log, at + j)
-                    prefetch(state, h_at + j)
+                    prefetch_ahead(A_log, at + j)
+                    prefetch_ahead(state, h_at + j)
                     h = advance(load_as(y, A_log, at + j), step, load(state, h_at + j), load(B, j) * input_)
                     result = fma(load(C, j), h, result)
                     store(state, h_at + j, h)

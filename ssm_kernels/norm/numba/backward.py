@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
 from ..._numba.compile import Kernel
@@ -15,11 +14,14 @@ from ..._numba.lanes import (
     fma,
     lane_count,
     load,
+    place_of,
     read_rows,
+    read_vector,
     splat,
     store,
     total,
     write_rows,
+    write_vector,
 )
 from ..._numba.launch import as_array, memory_of, split_sequences
 from ..._numba.sums import sum_parts
@@ -62,10 +64,8 @@ def differentiate_runs(
     n_runs, n_rows = dweight.shape[1], rstd.shape[0]
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
     lanes, size = lane_count(weight), padded_size(weight, group_size)
-    w_tile, v_tile, z_tile = aligned_empty(weight, size), aligned_empty(weight, size), aligned_empty(weight, size)
-    dy_tile, dw_tile = aligned_empty(weight, size), aligned_empty(weight, size)
-    for tile in (w_tile, v_tile, z_tile, dy_tile):
-        fill(tile, 0.0)  # what follows a group's channels stays zero
+    w_tile, dw_tile, sigmoids = aligned_empty(weight, size), aligned_empty(weight, size), aligned_empty(weight, size)
+    scratch = aligned_empty(weight, one * lanes)
     for run in range(first, end):
         for group in range(rstd.shape[1]):
             channel = group * group_size
@@ -73,56 +73,57 @@ def differentiate_runs(
             fill(dw_tile, 0.0)
             for row in range(run * n_tiles // n_runs * ROWS, min((run + 1) * n_tiles // n_runs * ROWS, n_rows)):
                 scale = element(rstd, row * rstd.shape[1] + group)
-                read_rows(v, zero, row, one, channel, group_size, v_tile)
-                read_rows(dy, zero, row, one, channel, group_size, dy_tile)
-                if z.size:
-                    read_rows(z, zero, row, one, channel, group_size, z_tile)
-                differentiate_row(
-                    v_tile, z_tile, dy_tile, dw_tile, w_tile, scale, group_size, z.size > 0, norm_before_gate
+                (v_at, v_stride), (dy_at, dy_stride) = place_of(v, zero, row, channel), place_of(dy, zero, row, channel)
+                z_at, z_stride = place_of(z, zero, row, channel)
+                product = splat(weight, 0.0)
+                # Twice over the row, which the first-level cache holds the second time.
+                for i in range(0, group_size, lanes):
+                    left = group_size - i
+                    x_hat = read_vector(v, v_at + i * v_stride, v_stride, left, scratch) * scale
+                    d = read_vector(dy, dy_at + i * dy_stride, dy_stride, left, scratch)
+                    if z.size:
+                        gate = read_vector(z, z_at + i * z_stride, z_stride, left, scratch)
+                        s = sigmoid(gate)
+                        store(sigmoids, i, s)
+                        if norm_before_gate:
+                            d = d * (gate * s)
+                        else:
+                            x_hat = x_hat * (gate * s)
+                    store(dw_tile, i, fma(d, x_hat, load(dw_tile, i)))
+                    product = fma(d * load(w_tile, i), x_hat, product)
+                mean = total(product) / group_size
+
+                (dx_at, dx_stride), (dz_at, dz_stride) = (
+                    place_of(dx, zero, row, channel),
+                    place_of(dz, zero, row, channel),
                 )
-                if z.size:
-                    write_rows(z_tile, dz, zero, row, one, channel, group_size)
-                if dtotal.size:
-                    read_rows(dtotal, zero, row, one, channel, group_size, v_tile)
-                    for i in range(0, size, lanes):
-                        store(dy_tile, i, load(dy_tile, i) + load(v_tile, i))
-                write_rows(dy_tile, dx, zero, row, one, channel, group_size)
-                if dresidual.size:
-                    write_rows(dy_tile, dresidual, zero, row, one, channel, group_size)
+                total_at, total_stride = place_of(dtotal, zero, row, channel)
+                residual_at, residual_stride = place_of(dresidual, zero, row, channel)
+                # d(normalized or gated v) = 1 / rms (w dy - x_hat mean(w dy x_hat)),
+                # x_hat = (normalized or gated v) / rms
+                for i in range(0, group_size, lanes):
+                    left = group_size - i
+                    value = read_vector(v, v_at + i * v_stride, v_stride, left, scratch)
+                    weighted = read_vector(dy, dy_at + i * dy_stride, dy_stride, left, scratch) * load(w_tile, i)
+                    if not z.size:
+                        result = (weighted - value * scale * mean) * scale
+                    else:
+                        s, gate = load(sigmoids, i), read_vector(z, z_at + i * z_stride, z_stride, left, scratch)
+                        if norm_before_gate:
+                            x_hat = value * scale
+                            result = (weighted * (gate * s) - x_hat * mean) * scale
+                            dgate = weighted * x_hat
+                        else:
+                            dgated = (weighted - value * (gate * s) * scale * mean) * scale
+                            result = dgated * (gate * s)
+                            dgate = dgated * value
+                        dgate = dgate * (s * fma(gate, 1.0 - s, splat(weight, 1.0)))  # silu' = s (1 + z (1 - s))
+                        write_vector(dgate, dz, dz_at + i * dz_stride, dz_stride, left, scratch)
+                    if dtotal.size:
+                        result = result + read_vector(dtotal, total_at + i * total_stride, total_stride, left, scratch)
+                    write_vector(result, dx, dx_at + i * dx_stride, dx_stride, left, scratch)
+                    if dresidual.size:
+                        write_vector(
+                            result, dresidual, residual_at + i * residual_stride, residual_stride, left, scratch
+                        )
             write_rows(dw_tile, dweight, zero, run, one, channel, group_size)
-
-
-@njit
-def differentiate_row(v_tile, z_tile, dy_tile, dw_tile, w_tile, scale, group_size, has_z, norm_before_gate):
-    """Turn dy into the gradient of v and z into that of z, and add to that of weight. `scale` is 1 / rms."""
-    lanes = lane_count(v_tile)
-    product = splat(v_tile, 0.0)
-    for i in range(0, v_tile.size, lanes):
-        x_hat, dy = load(v_tile, i) * scale, load(dy_tile, i)
-        if has_z:
-            gate = load(z_tile, i) * sigmoid(load(z_tile, i))
-            if norm_before_gate:
-                dy = dy * gate
-            else:
-                x_hat = x_hat * gate
-        store(dw_tile, i, fma(dy, x_hat, load(dw_tile, i)))
-        product = fma(dy * load(w_tile, i), x_hat, product)
-    mean = total(product) / group_size
-    # d(normalized or gated v) = 1 / rms (w dy - x_hat mean(w dy x_hat)), x_hat = (normalized or gated v) / rms
-    for i in range(0, v_tile.size, lanes):
-        v, weighted = load(v_tile, i), load(dy_tile, i) * load(w_tile, i)
-        if not has_z:
-            store(dy_tile, i, (weighted - v * scale * mean) * scale)
-            continue
-        z = load(z_tile, i)
-        s = sigmoid(z)
-        gate = z * s
-        if norm_before_gate:
-            x_hat = v * scale
-            dgate = weighted * x_hat
-            store(dy_tile, i, (weighted * gate - x_hat * mean) * scale)
-        else:
-            dgated = (weighted - v * gate * scale * mean) * scale
-            dgate = dgated * v
-            store(dy_tile, i, dgated * gate)
-        store(z_tile, i, dgate * (s * fma(z, 1.0 - s, splat(v_tile, 1.0))))  # silu' = s (1 + z (1 - s))

@@ -16,12 +16,14 @@ from ..._numba.lanes import (
     fma,
     lane_count,
     load,
+    place_of,
     read_rows,
+    read_vector,
     set_element,
     splat,
     store,
     total,
-    write_rows,
+    write_vector,
 )
 from ..._numba.launch import as_array, memory_of
 from ..._numba.threads import run_tiles
@@ -54,41 +56,45 @@ def normalize_tiles(weight, x, residual, z, y, residual_out, rstd, eps, group_si
     """
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
     lanes, size = lane_count(weight), padded_size(weight, group_size)
-    w_tile, v_tile, z_tile = aligned_empty(weight, size), aligned_empty(weight, size), aligned_empty(weight, size)
-    for tile in (w_tile, v_tile, z_tile):
+    w_tile, v_tile, gates = aligned_empty(weight, size), aligned_empty(weight, size), aligned_empty(weight, size)
+    scratch = aligned_empty(weight, one * lanes)
+    for tile in (w_tile, v_tile):
         fill(tile, 0.0)  # what follows a group's channels stays zero
     for group in range(rstd.shape[1]):
         channel = group * group_size
         read_rows(weight, zero, zero, one, channel, group_size, w_tile)
         for row in range(first * ROWS, min(end * ROWS, rstd.shape[0])):
-            read_rows(x, zero, row, one, channel, group_size, v_tile)
-            if residual.size:
-                read_rows(residual, zero, row, one, channel, group_size, z_tile)
-                for i in range(0, size, lanes):
-                    store(v_tile, i, load(v_tile, i) + load(z_tile, i))
-                write_rows(v_tile, residual_out, zero, row, one, channel, group_size)
-                if residual_out.itemsize < weight.itemsize:
-                    # The norm is that of the rounded sum, which the backward reads.
-                    read_rows(residual_out, zero, row, one, channel, group_size, v_tile)
-            if z.size:
-                read_rows(z, zero, row, one, channel, group_size, z_tile)
-                for i in range(0, size, lanes):
-                    gate = load(z_tile, i)
+            (x_at, x_stride), (y_at, y_stride) = place_of(x, zero, row, channel), place_of(y, zero, row, channel)
+            z_at, z_stride = place_of(z, zero, row, channel)
+            added_at, added_stride = place_of(residual, zero, row, channel)
+            out_at, out_stride = place_of(residual_out, zero, row, channel)
+            # Twice over the row, which the first-level cache holds the second time.
+            for i in range(0, group_size, lanes):
+                left = group_size - i
+                v = read_vector(x, x_at + i * x_stride, x_stride, left, scratch)
+                if residual.size:
+                    v = v + read_vector(residual, added_at + i * added_stride, added_stride, left, scratch)
+                    write_vector(v, residual_out, out_at + i * out_stride, out_stride, left, scratch)
+                    if residual_out.itemsize < weight.itemsize:
+                        # The norm is that of the rounded sum, which the backward reads.
+                        v = read_vector(residual_out, out_at + i * out_stride, out_stride, left, scratch)
+                if z.size:
+                    gate = read_vector(z, z_at + i * z_stride, z_stride, left, scratch)
                     gate = gate * sigmoid(gate)
                     if norm_before_gate:
-                        store(z_tile, i, gate)
+                        store(gates, i, gate)
                     else:
-                        store(v_tile, i, load(v_tile, i) * gate)
+                        v = v * gate
+                store(v_tile, i, v)
             # 1 / sqrt(mean(v^2) + eps), rounded to the dtype of the arithmetic
             set_element(rstd, row * rstd.shape[1] + group, sum_of_squares(v_tile) / group_size + eps)
             scale = rsqrt(element(rstd, row * rstd.shape[1] + group))
             set_element(rstd, row * rstd.shape[1] + group, scale)
-            for i in range(0, size, lanes):
+            for i in range(0, group_size, lanes):
                 result = load(v_tile, i) * scale * load(w_tile, i)
                 if z.size and norm_before_gate:
-                    result = result * load(z_tile, i)
-                store(v_tile, i, result)
-            write_rows(v_tile, y, zero, row, one, channel, group_size)
+                    result = result * load(gates, i)
+                write_vector(result, y, y_at + i * y_stride, y_stride, group_size - i, scratch)
 
 
 @njit

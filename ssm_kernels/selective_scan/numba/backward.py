@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numba import njit
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..._core.varlen import parse_sequences
 from ..._numba.compile import Kernel
-from ..._numba.functions import LOG2_E, exp2, sigmoid
+from ..._numba.functions import MAX_EXPONENT, exp2_product, sigmoid
 from ..._numba.lanes import (
     add_totals,
     aligned_empty,
@@ -20,6 +21,7 @@ from ..._numba.lanes import (
     lane_count,
     load,
     locate_tile,
+    prefetch_steps,
     read_rows,
     read_steps,
     set_positions,
@@ -42,7 +44,7 @@ from ..._numba.sums import sum_parts
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments, ScanGradients
 from . import CHECKPOINT_INTERVAL
-from .tiles import prepare_steps, read_coefficients, write_coefficients
+from .tiles import padded_states, prepare_steps, read_coefficients, read_exponents, write_coefficients
 
 LN_2 = math.log(2)
 
@@ -117,32 +119,36 @@ def scan_tiles_backward(
     (runs, 1, G * E, N) where constant in time. du, ddt, dz (B, L, G, E); dinitial (rows, N, G * E).
     """
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
-    n, (grid_length, groups, dim) = A.shape[1], u.shape[1:]
-    size, states, row_size = one * CHECKPOINT_INTERVAL * BLOCK, n * BLOCK, one * BLOCK
-    u_tile, dt_tile, input_tile = aligned_empty(u, size), aligned_empty(u, size), aligned_empty(u, size)
-    y_tile, z_tile, dy_tile = aligned_empty(u, size), aligned_empty(u, size), aligned_empty(u, size)
-    dinput_tile, dlog_tile = aligned_empty(u, size), aligned_empty(u, size)
-    a_tile, h_tile, B_lanes, C_lanes = (
-        aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states),
-    )  # fmt: skip
-    g_tile, dA_tile, dB_lanes, dC_lanes = (
-        aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states),
-    )  # fmt: skip
-    steps = n * CHECKPOINT_INTERVAL
-    B_steps, C_steps, dBC_steps = aligned_empty(u, steps), aligned_empty(u, steps), aligned_empty(u, 2 * steps)
-    history = aligned_empty(u, 2 * (CHECKPOINT_INTERVAL + 1) * lane_count(u))
+    n, (grid_length, groups, dim), lanes = A.shape[1], u.shape[1:], lane_count(u)
+    size, states, row_size = CHECKPOINT_INTERVAL * lanes, padded_states(n) * BLOCK, one * BLOCK
+    # One memory for all tiles of steps: loads seem to wait for stores that are a multiple of 4,096 bytes away.
+    tiles = aligned_empty(u, 17 * size).reshape(17, size)
+    dt_tile, input_tile, y_tile, dy_tile, dinput_tile, dlog_tile = (
+        tiles[0],
+        tiles[1],
+        tiles[2],
+        tiles[3],
+        tiles[4],
+        tiles[5],
+    )
+    u_tile, z_tile, raw_dy_tile, history = tiles[6], tiles[7], tiles[8], tiles[9:].reshape(8 * size)
+    state_tiles = aligned_empty(u, 8 * states).reshape(8, states)
+    a_tile, h_tile, g_tile, dA_tile = state_tiles[0], state_tiles[1], state_tiles[2], state_tiles[3]
+    B_lanes, C_lanes, dB_lanes, dC_lanes = state_tiles[4], state_tiles[5], state_tiles[6], state_tiles[7]
+    coefficients = padded_states(n) * CHECKPOINT_INTERVAL
+    B_steps, C_steps = aligned_empty(u, coefficients), aligned_empty(u, coefficients)
+    dB_steps, dC_steps = aligned_empty(u, coefficients), aligned_empty(u, coefficients)
     bias, skip = aligned_empty(u, row_size), aligned_empty(u, row_size)
     dbias, dskip = aligned_empty(u, row_size), aligned_empty(u, row_size)
-    positions = np.empty(CHECKPOINT_INTERVAL, np.int64)
-    fill(bias, 0.0)
-    fill(skip, 0.0)
+    exponents = np.empty(BLOCK // lanes, u.dtype)
+    positions = np.empty(2 * CHECKPOINT_INTERVAL, np.int64)
+    for shared in (a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, history, bias, skip):
+        fill(shared, 0.0)
 
     for tile in range(first, end):
         run, group, offset, width = locate_tile(tile, dim, groups)
         channel = group * dim + offset
-        read_rows(A, zero, zero, n, channel, width, a_tile)
-        for i in range(0, states, lane_count(u)):
-            store(a_tile, i, LOG2_E * load(a_tile, i))
+        read_exponents(A, channel, width, a_tile, exponents)
         if dt_bias.size:
             read_rows(dt_bias, zero, zero, one, channel, width, bias)
         if D.size:
@@ -166,67 +172,80 @@ def scan_tiles_backward(
                 count = min(CHECKPOINT_INTERVAL, start + length - at)
                 read_rows(checkpoint_states, zero, (saved + k) * n, n, channel, width, h_tile)
                 set_positions(positions, at, count, directions[group], height, grid_length)
-                read_steps(u, row, positions, count, group, offset, width, u_tile)
-                read_steps(dt, row, positions, count, group, offset, width, dt_tile)
-                read_steps(dy, row, positions, count, group, offset, width, dy_tile)
-                prepare_steps(count, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
+                ahead = CHECKPOINT_INTERVAL * min(k, 1)  # steps of the block that comes next
+                set_positions(
+                    positions[CHECKPOINT_INTERVAL:], at - ahead, ahead, directions[group], height, grid_length
+                )
                 read_coefficients(B, row, positions, count, group, B_is_constant, channel, width, B_steps, B_lanes)
                 read_coefficients(C, row, positions, count, group, C_is_constant, channel, width, C_steps, C_lanes)
-                # d(y before the gate) = dy silu(z)
-                if z.size:
-                    read_steps(z, row, positions, count, group, offset, width, z_tile)
-                    for t in range(count):
-                        for i in range(t * BLOCK, t * BLOCK + width, lane_count(u)):
-                            gate = load(z_tile, i)
-                            store(dy_tile, i, load(dy_tile, i) * (gate * sigmoid(gate)))
-                for t in range(count):
-                    for i in range(t * BLOCK, t * BLOCK + width, lane_count(u)):
-                        store(y_tile, i, load(skip, i - t * BLOCK) * load(u_tile, i))
-                        store(dinput_tile, i, splat(u, 0.0))
-                        store(dlog_tile, i, splat(u, 0.0))
-                fill(dBC_steps, 0.0)
+                fill(dB_steps, 0.0)
+                fill(dC_steps, 0.0)
+                for i in range(0, width, lanes):
+                    c, n_channels = offset + i, min(lanes, width - i)
+                    read_steps(u, row, positions, count, group, c, n_channels, u_tile, lanes)
+                    read_steps(dt, row, positions, count, group, c, n_channels, dt_tile, lanes)
+                    read_steps(dy, row, positions, count, group, c, n_channels, raw_dy_tile, lanes)
+                    step_size = prepare_steps(count, n_channels, bias[i:], dt_softplus, u_tile, dt_tile, input_tile)
+                    # d(y before the gate) = dy silu(z)
+                    if z.size:
+                        read_steps(z, row, positions, count, group, c, n_channels, z_tile, lanes)
+                    for t in range(0, count * lanes, lanes):
+                        d = load(raw_dy_tile, t)
+                        if z.size:
+                            gate = load(z_tile, t)
+                            d = d * (gate * sigmoid(gate))
+                        store(dy_tile, t, d)
+                        store(y_tile, t, load(skip, i) * load(u_tile, t))
+                        store(dinput_tile, t, splat(u, 0.0))
+                        store(dlog_tile, t, splat(u, 0.0))
+                    last = CHECKPOINT_INTERVAL + ahead
+                    for array in (u, dt, dy, z, du, ddt, dz):
+                        if array.size:
+                            prefetch_steps(array, row, positions, CHECKPOINT_INTERVAL, last, group, c)
 
-                differentiate_steps(
-                    count, width, z.size > 0, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile,
-                    dy_tile, history, g_tile, dA_tile, dB_lanes, dC_lanes, dBC_steps, dinput_tile, dlog_tile,
-                    y_tile, B_is_constant, C_is_constant,
-                )  # fmt: skip
-                if not B_is_constant:
-                    write_coefficients(dBC_steps, zero, dB, batch_row + row, positions, count, group)
-                if not C_is_constant:
-                    write_coefficients(dBC_steps, one, dC, batch_row + row, positions, count, group)
+                    block = (
+                        count, i, z.size > 0, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile,
+                        dy_tile, history, g_tile, dA_tile, dB_lanes, dC_lanes, dB_steps, dC_steps, dinput_tile,
+                        dlog_tile, y_tile, B_is_constant, C_is_constant,
+                    )  # fmt: skip
+                    if B_is_constant or C_is_constant:
+                        _differentiate_constant(*block)
+                    elif step_size * exponents[i // lanes] <= MAX_EXPONENT:
+                        _differentiate_bounded(*block)
+                    else:
+                        _differentiate_unbounded(*block)
 
-                # From here on `input_tile` holds du, `dlog_tile` ddt.
-                # du = dt d(dt u) + D dy, ddt = u d(dt u) + sum_n A dlog (its factor log2(e) taken back), dD += dy u
-                for t in range(count):
-                    for i in range(0, width, lane_count(u)):
-                        j = t * BLOCK + i
-                        x, dinput, d = load(u_tile, j), load(dinput_tile, j), load(dy_tile, j)
-                        store(input_tile, j, fma(dinput, load(dt_tile, j), d * load(skip, i)))
-                        store(dlog_tile, j, fma(dinput, x, LN_2 * load(dlog_tile, j)))
-                        store(dskip, i, fma(d, x, load(dskip, i)))
-                # softplus' = sigmoid, of the raw step: `dt_tile` holds the step after softplus, so it is read again.
-                if dt_softplus:
-                    read_steps(dt, row, positions, count, group, offset, width, dt_tile)
-                    for t in range(count):
-                        for i in range(0, width, lane_count(u)):
-                            j = t * BLOCK + i
-                            store(dlog_tile, j, load(dlog_tile, j) * sigmoid(load(dt_tile, j) + load(bias, i)))
-                for t in range(count):
-                    for i in range(0, width, lane_count(u)):
-                        store(dbias, i, load(dbias, i) + load(dlog_tile, t * BLOCK + i))
-                write_steps(input_tile, du, row, positions, count, group, offset, width)
-                write_steps(dlog_tile, ddt, row, positions, count, group, offset, width)
-                # dz = dy y silu'(z), of the dy that the gate has not multiplied
-                if z.size:
-                    read_steps(dy, row, positions, count, group, offset, width, dy_tile)
-                    for t in range(count):
-                        for i in range(t * BLOCK, t * BLOCK + width, lane_count(u)):
-                            gate = load(z_tile, i)
+                    # From here on `input_tile` holds du, `dlog_tile` ddt.
+                    # du = dt d(dt u) + D dy, ddt = u d(dt u) + sum_n A dlog (its factor log2(e) taken back), dD += dy u
+                    d_skip, d_bias, D_lanes = load(dskip, i), load(dbias, i), load(skip, i)
+                    if dt_softplus:
+                        read_steps(dt, row, positions, count, group, c, n_channels, input_tile, lanes)
+                    for t in range(0, count * lanes, lanes):
+                        x, dinput, d = load(u_tile, t), load(dinput_tile, t), load(dy_tile, t)
+                        d_step = fma(dinput, x, LN_2 * load(dlog_tile, t))
+                        # softplus' = sigmoid, of the raw step: `dt_tile` holds the step after softplus.
+                        if dt_softplus:
+                            d_step = d_step * sigmoid(load(input_tile, t) + load(bias, i))
+                        store(input_tile, t, fma(dinput, load(dt_tile, t), d * D_lanes))
+                        store(dlog_tile, t, d_step)
+                        d_skip = fma(d, x, d_skip)
+                        d_bias = d_bias + d_step
+                    store(dskip, i, d_skip)
+                    store(dbias, i, d_bias)
+                    write_steps(input_tile, lanes, du, row, positions, count, group, c, n_channels)
+                    write_steps(dlog_tile, lanes, ddt, row, positions, count, group, c, n_channels)
+                    # dz = dy y silu'(z), of the dy that the gate has not multiplied
+                    if z.size:
+                        for t in range(0, count * lanes, lanes):
+                            gate = load(z_tile, t)
                             s_gate = sigmoid(gate)
                             d_silu = s_gate * fma(gate, 1.0 - s_gate, splat(u, 1.0))
-                            store(dy_tile, i, load(dy_tile, i) * load(y_tile, i) * d_silu)
-                    write_steps(dy_tile, dz, row, positions, count, group, offset, width)
+                            store(z_tile, t, load(raw_dy_tile, t) * load(y_tile, t) * d_silu)
+                        write_steps(z_tile, lanes, dz, row, positions, count, group, c, n_channels)
+                if not B_is_constant:
+                    write_coefficients(dB_steps, dB, batch_row + row, positions, count, group)
+                if not C_is_constant:
+                    write_coefficients(dC_steps, dC, batch_row + row, positions, count, group)
 
             if initial >= 0 and dinitial.size:
                 write_rows(g_tile, dinitial, initial, zero, n, channel, width)
@@ -248,61 +267,95 @@ def write_lanes(tile, target, run, channel, width):
             target[run, 0, channel + i, j] = element(tile, j * BLOCK + i)
 
 
-@njit
-def differentiate_steps(
-    count, width, has_gate, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, dy_tile, history,
-    g_tile, dA_tile, dB_lanes, dC_lanes, dBC_steps, dinput_tile, dlog_tile, y_tile,
-    B_is_constant, C_is_constant,
-):  # fmt: skip
-    """Gradients of a block of steps, one state of one vector of channels at a time.
+def _differentiate_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
+    """Make the function of the gradients of a block of steps; see `forward._scan_steps`."""
 
-    h_tile (N, BLOCK) holds the states before the block. g_tile holds the gradients of those after it, and then of
-    those before it. All other results are added to: dlog_tile is that of dt by way of the decay, times log2(e).
-    """
-    lanes = lane_count(a_tile)
-    decays = (CHECKPOINT_INTERVAL + 1) * lanes  # where the decays of the history start; its states come first
-    for i in range(0, width, lanes):
-        for j in range(h_tile.size // BLOCK):
-            at_state = j * BLOCK + i
-            a, h = load(a_tile, at_state), load(h_tile, at_state)
-            b, c = load(B_lanes, at_state), load(C_lanes, at_state)
+    @njit
+    def differentiate_steps(
+        count, i, has_gate, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, dy_tile, history,
+        g_tile, dA_tile, dB_lanes, dC_lanes, dB_steps, dC_steps, dinput_tile, dlog_tile, y_tile,
+        B_is_constant, C_is_constant,
+    ):  # fmt: skip
+        """Gradients of one vector of channels, from i on, two states at a time.
+
+        h_tile (padded N, BLOCK) holds the states before the block. g_tile holds the gradients of those after it, and
+        then of those before it. All other results are added to: dlog_tile is that of dt by way of the decay, times
+        log2(e).
+        """
+        lanes = lane_count(a_tile)
+        size = CHECKPOINT_INTERVAL * lanes
+        # The history: decays of both states, and the states before each step; then their shares of dB and dC.
+        decays, decays2, before, before2 = history[:size], history[size:], history[2 * size :], history[3 * size :]
+        shares = history[4 * size :]
+        for j in range(0, h_tile.size // BLOCK, 2):
+            p, q = j * BLOCK + i, (j + 1) * BLOCK + i
+            k = j * CHECKPOINT_INTERVAL
+            k2 = k + CHECKPOINT_INTERVAL
+            a, a2, h, h2 = load(a_tile, p), load(a_tile, q), load(h_tile, p), load(h_tile, q)
             # The states h_t and decays of the block again, from the checkpoint; the backward below reads both.
-            store(history, 0, h)
             for t in range(count):
-                if not B_is_constant:
-                    b = splat(a_tile, element(B_steps, j * CHECKPOINT_INTERVAL + t))
-                decay = exp2(load(dt_tile, t * BLOCK + i) * a)
-                h = fma(decay, h, load(input_tile, t * BLOCK + i) * b)
-                store(history, decays + t * lanes, decay)
-                store(history, (t + 1) * lanes, h)
-                if has_gate:
-                    if not C_is_constant:
-                        c = splat(a_tile, element(C_steps, j * CHECKPOINT_INTERVAL + t))
-                    store(y_tile, t * BLOCK + i, fma(c, h, load(y_tile, t * BLOCK + i)))
+                at = t * lanes
+                b, b2 = splat(a_tile, element(B_steps, k + t)), splat(a_tile, element(B_steps, k2 + t))
+                c, c2 = splat(a_tile, element(C_steps, k + t)), splat(a_tile, element(C_steps, k2 + t))
+                if may_be_constant and B_is_constant:
+                    b, b2 = load(B_lanes, p), load(B_lanes, q)
+                if may_be_constant and C_is_constant:
+                    c, c2 = load(C_lanes, p), load(C_lanes, q)
+                dt, dt_u = load(dt_tile, at), load(input_tile, at)
+                decay, decay2 = exp2_product(dt, a, is_bounded), exp2_product(dt, a2, is_bounded)
+                store(decays, at, decay)
+                store(decays2, at, decay2)
+                store(before, at, h)
+                store(before2, at, h2)
+                h, h2 = fma(decay, h, dt_u * b), fma(decay2, h2, dt_u * b2)
+                store(y_tile, at, fma(c2, h2, fma(c, h, load(y_tile, at))))
 
-            g, dA = load(g_tile, at_state), load(dA_tile, at_state)
-            dB, dC = load(dB_lanes, at_state), load(dC_lanes, at_state)
+            g, g2, dA, dA2 = load(g_tile, p), load(g_tile, q), load(dA_tile, p), load(dA_tile, q)
             # Adjoint of equation 2: dL/dh_t = C_t dy_t + exp(dt_{t+1} A) dL/dh_{t+1}
             for t in range(count - 1, -1, -1):
-                if not B_is_constant:
-                    b = splat(a_tile, element(B_steps, j * CHECKPOINT_INTERVAL + t))
-                if not C_is_constant:
-                    c = splat(a_tile, element(C_steps, j * CHECKPOINT_INTERVAL + t))
-                at = t * BLOCK + i
-                dy = load(dy_tile, at)
-                g = fma(c, dy, g)  # dL/dh_t
+                at = t * lanes
+                b, b2 = splat(a_tile, element(B_steps, k + t)), splat(a_tile, element(B_steps, k2 + t))
+                c, c2 = splat(a_tile, element(C_steps, k + t)), splat(a_tile, element(C_steps, k2 + t))
+                if may_be_constant and B_is_constant:
+                    b, b2 = load(B_lanes, p), load(B_lanes, q)
+                if may_be_constant and C_is_constant:
+                    c, c2 = load(C_lanes, p), load(C_lanes, q)
+                dy, dt, dt_u = load(dy_tile, at), load(dt_tile, at), load(input_tile, at)
+                decay, decay2, last, last2 = load(decays, at), load(decays2, at), load(before, at), load(before2, at)
+                dinput, dlog = load(dinput_tile, at), load(dlog_tile, at)
+                g, g2 = fma(c, dy, g), fma(c2, dy, g2)  # dL/dh_t
                 # dB_t = sum over channels of dL/dh_t dt_t u_t, dC_t = sum over channels of dy_t h_t
-                if B_is_constant or C_is_constant:
-                    dB = fma(g, load(input_tile, at), dB)
-                    dC = fma(dy, load(history, (t + 1) * lanes), dC)
-                dBC = 2 * (j * CHECKPOINT_INTERVAL + t)
-                add_totals(dBC_steps, dBC, g * load(input_tile, at), dy * load(history, (t + 1) * lanes))
-                store(dinput_tile, at, fma(g, b, load(dinput_tile, at)))
-                g = g * load(history, decays + t * lanes)
-                dlog = g * load(history, t * lanes)  # of the exponent dt_t A
-                store(dlog_tile, at, fma(dlog, a, load(dlog_tile, at)))
-                dA = fma(dlog, load(dt_tile, at), dA)
-            store(g_tile, at_state, g)
-            store(dA_tile, at_state, dA)
-            store(dB_lanes, at_state, dB)
-            store(dC_lanes, at_state, dC)
+                if may_be_constant:
+                    store(dB_lanes, p, fma(g, dt_u, load(dB_lanes, p)))
+                    store(dB_lanes, q, fma(g2, dt_u, load(dB_lanes, q)))
+                    store(dC_lanes, p, fma(dy, h, load(dC_lanes, p)))
+                    store(dC_lanes, q, fma(dy, h2, load(dC_lanes, q)))
+                store(shares, at, g * dt_u)
+                store(shares, size + at, g2 * dt_u)
+                store(shares, 2 * size + at, dy * h)
+                store(shares, 3 * size + at, dy * h2)
+                store(dinput_tile, at, fma(g2, b2, fma(g, b, dinput)))
+                g, g2, h, h2 = g * decay, g2 * decay2, last, last2
+                s, s2 = g * h, g2 * h2  # gradients of the exponents dt_t A
+                store(dlog_tile, at, fma(s2, a2, fma(s, a, dlog)))
+                dA, dA2 = fma(s, dt, dA), fma(s2, dt, dA2)
+            store(g_tile, p, g)
+            store(g_tile, q, g2)
+            store(dA_tile, p, dA)
+            store(dA_tile, q, dA2)
+            # As many steps at a time as a vector has lanes; beyond `count` are steps of another block, which no one
+            # reads.
+            for t in range(0, count, lanes):
+                add_totals(dB_steps, k + t, shares, t * lanes)
+                add_totals(dB_steps, k2 + t, shares, size + t * lanes)
+                add_totals(dC_steps, k + t, shares, 2 * size + t * lanes)
+                add_totals(dC_steps, k2 + t, shares, 3 * size + t * lanes)
+
+    return differentiate_steps
+
+
+_differentiate_bounded, _differentiate_unbounded, _differentiate_constant = (
+    _differentiate_steps(False, True),
+    _differentiate_steps(False, False),
+    _differentiate_steps(True, False),
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numba import njit
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ..._core.varlen import max_blocks, parse_sequences
 from ..._numba.compile import Kernel
-from ..._numba.functions import LOG2_E, exp2, sigmoid
+from ..._numba.functions import MAX_EXPONENT, exp2_product, sigmoid
 from ..._numba.lanes import (
     aligned_empty,
     element,
@@ -18,6 +20,7 @@ from ..._numba.lanes import (
     lane_count,
     load,
     locate_tile,
+    prefetch_steps,
     read_rows,
     read_steps,
     set_positions,
@@ -39,7 +42,7 @@ from ..._numba.launch import (
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments
 from . import CHECKPOINT_INTERVAL
-from .tiles import prepare_steps, read_coefficients
+from .tiles import padded_states, prepare_steps, read_coefficients, read_exponents
 
 
 def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,28 +93,29 @@ def scan_tiles(
     `sequences` (S, 6) as `sequence_table` makes it; `directions` (G,) of a grid of `height` rows.
     """
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
-    n, (grid_length, groups, dim) = A.shape[1], u.shape[1:]
-    size, states, row_size = one * CHECKPOINT_INTERVAL * BLOCK, n * BLOCK, one * BLOCK
-    u_tile, dt_tile, input_tile = aligned_empty(u, size), aligned_empty(u, size), aligned_empty(u, size)
-    y_tile, z_tile = aligned_empty(u, size), aligned_empty(u, size)
+    n, (grid_length, groups, dim), lanes = A.shape[1], u.shape[1:], lane_count(u)
+    size, states, row_size = CHECKPOINT_INTERVAL * lanes, padded_states(n) * BLOCK, one * BLOCK
+    # In one memory, so that in the first-level cache no tile that is read lies a few lines after one that is written:
+    # processors take such a load for one of what was just stored, and wait.
+    tiles = aligned_empty(u, 5 * size).reshape(5, size)
+    dt_tile, input_tile, y_tile, u_tile, z_tile = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4]
     a_tile, h_tile, B_lanes, C_lanes = (
         aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states),
     )  # fmt: skip
-    B_steps, C_steps = aligned_empty(u, n * CHECKPOINT_INTERVAL), aligned_empty(u, n * CHECKPOINT_INTERVAL)
+    coefficients = padded_states(n) * CHECKPOINT_INTERVAL
+    B_steps, C_steps = aligned_empty(u, coefficients), aligned_empty(u, coefficients)
     bias, skip = aligned_empty(u, row_size), aligned_empty(u, row_size)
-    positions = np.empty(CHECKPOINT_INTERVAL, np.int64)
-    fill(bias, 0.0)
-    fill(skip, 0.0)
+    exponents = np.empty(BLOCK // lanes, u.dtype)
+    positions = np.empty(2 * CHECKPOINT_INTERVAL, np.int64)
+    for shared in (a_tile, B_lanes, C_lanes, B_steps, C_steps, bias, skip):
+        fill(shared, 0.0)
 
     for tile in range(first, end):
         s, group, offset, width = locate_tile(tile, dim, groups)
         channel = group * dim + offset
         row, start, length = sequences[s, 0], sequences[s, 1], sequences[s, 2]
         initial, final, saved = sequences[s, 3], sequences[s, 4], sequences[s, 5]
-        read_rows(A, zero, zero, n, channel, width, a_tile)
-        # exp(dt A) = 2^(dt A log2(e)): the factor once a tile
-        for i in range(0, states, lane_count(u)):
-            store(a_tile, i, LOG2_E * load(a_tile, i))
+        read_exponents(A, channel, width, a_tile, exponents)
         fill(h_tile, 0.0)
         if initial >= 0 and initial_states.size:
             read_rows(initial_states, initial, zero, n, channel, width, h_tile)
@@ -122,55 +126,86 @@ def scan_tiles(
 
         for at in range(start, start + length, CHECKPOINT_INTERVAL):
             count = min(CHECKPOINT_INTERVAL, start + length - at)
+            ahead = min(2 * CHECKPOINT_INTERVAL, start + length - at)  # steps of this block and the next
             if checkpoint_states.size:
-                block = saved + (at - start) // CHECKPOINT_INTERVAL
-                write_rows(h_tile, checkpoint_states, zero, block * n, n, channel, width)
-            set_positions(positions, at, count, directions[group], height, grid_length)
-            read_steps(u, row, positions, count, group, offset, width, u_tile)
-            read_steps(dt, row, positions, count, group, offset, width, dt_tile)
-            prepare_steps(count, width, bias, dt_softplus, u_tile, dt_tile, input_tile)
+                first_row = (saved + (at - start) // CHECKPOINT_INTERVAL) * n
+                write_rows(h_tile, checkpoint_states, zero, first_row, n, channel, width)
+            set_positions(positions, at, ahead, directions[group], height, grid_length)
             read_coefficients(B, row, positions, count, group, B_is_constant, channel, width, B_steps, B_lanes)
             read_coefficients(C, row, positions, count, group, C_is_constant, channel, width, C_steps, C_lanes)
-
-            # y_t = C_t h_t + D u_t starts with its second term.
-            for t in range(count):
-                for i in range(0, width, lane_count(u)):
-                    store(y_tile, t * BLOCK + i, load(skip, i) * load(u_tile, t * BLOCK + i))
-            scan_steps(
-                count, width, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile,
-                B_is_constant, C_is_constant,
-            )  # fmt: skip
-            if z.size:
-                read_steps(z, row, positions, count, group, offset, width, z_tile)
-                for t in range(count):
-                    for i in range(t * BLOCK, t * BLOCK + width, lane_count(u)):
-                        gate = load(z_tile, i)
-                        store(y_tile, i, load(y_tile, i) * (gate * sigmoid(gate)))
-            write_steps(y_tile, y, row, positions, count, group, offset, width)
+            for i in range(0, width, lanes):
+                k, n_channels = offset + i, min(lanes, width - i)
+                read_steps(u, row, positions, count, group, k, n_channels, u_tile, lanes)
+                read_steps(dt, row, positions, count, group, k, n_channels, dt_tile, lanes)
+                step_size = prepare_steps(count, n_channels, bias[i:], dt_softplus, u_tile, dt_tile, input_tile)
+                for array in (u, dt, y):
+                    prefetch_steps(array, row, positions, CHECKPOINT_INTERVAL, ahead, group, k)
+                if z.size:
+                    prefetch_steps(z, row, positions, CHECKPOINT_INTERVAL, ahead, group, k)
+                # y_t = C_t h_t + D u_t starts with its second term.
+                for t in range(0, count * lanes, lanes):
+                    store(y_tile, t, load(skip, i) * load(u_tile, t))
+                block = (
+                    count, i, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile,
+                    B_is_constant, C_is_constant,
+                )  # fmt: skip
+                if B_is_constant or C_is_constant:
+                    _scan_constant(*block)
+                elif step_size * exponents[i // lanes] <= MAX_EXPONENT:
+                    _scan_bounded(*block)
+                else:
+                    _scan_unbounded(*block)
+                if z.size:
+                    read_steps(z, row, positions, count, group, k, n_channels, z_tile, lanes)
+                    for t in range(0, count * lanes, lanes):
+                        gate = load(z_tile, t)
+                        store(y_tile, t, load(y_tile, t) * (gate * sigmoid(gate)))
+                write_steps(y_tile, lanes, y, row, positions, count, group, k, n_channels)
 
         if final >= 0:
             write_rows(h_tile, final_states, final, zero, n, channel, width)
 
 
-@njit
-def scan_steps(
-    count, width, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile,
-    B_is_constant, C_is_constant,
-):  # fmt: skip
-    """Advance the states (N, BLOCK) by a block of steps, and add their outputs to y (CHECKPOINT_INTERVAL, BLOCK)."""
-    for i in range(0, width, lane_count(a_tile)):
-        # One state over all steps of the block at a time: h stays in a register.
-        for j in range(h_tile.size // BLOCK):
-            a, h = load(a_tile, j * BLOCK + i), load(h_tile, j * BLOCK + i)
-            b, c = load(B_lanes, j * BLOCK + i), load(C_lanes, j * BLOCK + i)
+def _scan_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
+    """Make the function that scans a block of steps. Its loop is without branches unless B or C `may_be_constant`."""
+
+    @njit
+    def scan_steps(
+        count, i, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile, B_is_constant,
+        C_is_constant,
+    ):  # fmt: skip
+        """Advance the states (padded N, BLOCK) of the channels from i on, as many as a vector holds.
+
+        Their outputs are added to y (CHECKPOINT_INTERVAL, lanes).
+        """
+        lanes = lane_count(a_tile)
+        # Two states over all steps of the block at a time: each stays in a register, and they share the other loads.
+        for j in range(0, h_tile.size // BLOCK, 2):
+            p, q = j * BLOCK + i, (j + 1) * BLOCK + i
+            a, a2, h, h2 = load(a_tile, p), load(a_tile, q), load(h_tile, p), load(h_tile, q)
             for t in range(count):
-                if not B_is_constant:
-                    b = splat(a_tile, element(B_steps, j * CHECKPOINT_INTERVAL + t))
-                if not C_is_constant:
-                    c = splat(a_tile, element(C_steps, j * CHECKPOINT_INTERVAL + t))
-                at = t * BLOCK + i
+                at, k = t * lanes, j * CHECKPOINT_INTERVAL + t
+                b, c = splat(a_tile, element(B_steps, k)), splat(a_tile, element(C_steps, k))
+                k += CHECKPOINT_INTERVAL
+                b2, c2 = splat(a_tile, element(B_steps, k)), splat(a_tile, element(C_steps, k))
+                if may_be_constant and B_is_constant:
+                    b, b2 = load(B_lanes, p), load(B_lanes, q)
+                if may_be_constant and C_is_constant:
+                    c, c2 = load(C_lanes, p), load(C_lanes, q)
+                dt, dt_u = load(dt_tile, at), load(input_tile, at)
                 # h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t (equation 2)
-                h = fma(exp2(load(dt_tile, at) * a), h, load(input_tile, at) * b)
+                h = fma(exp2_product(dt, a, is_bounded), h, dt_u * b)
+                h2 = fma(exp2_product(dt, a2, is_bounded), h2, dt_u * b2)
                 # y_t += C_t h_t, state by state
-                store(y_tile, at, fma(c, h, load(y_tile, at)))
-            store(h_tile, j * BLOCK + i, h)
+                store(y_tile, at, fma(c2, h2, fma(c, h, load(y_tile, at))))
+            store(h_tile, p, h)
+            store(h_tile, q, h2)
+
+    return scan_steps
+
+
+_scan_bounded, _scan_unbounded, _scan_constant = (
+    _scan_steps(False, True),
+    _scan_steps(False, False),
+    _scan_steps(True, False),
+)

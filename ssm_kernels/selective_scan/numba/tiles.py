@@ -1,15 +1,29 @@
 """The tiles of the compiled scan: one sequence, and up to 64 channels of one group.
 
-A program walks the time of its tile in blocks of `CHECKPOINT_INTERVAL` steps. It copies their inputs, of any strides,
-to contiguous tiles of (steps, BLOCK) that stay in the first-level cache. States are tiles of (N, BLOCK).
+A program walks the time of its tile in blocks of `CHECKPOINT_INTERVAL` steps, and in each block takes one vector of
+channels after the other. It copies their inputs, of any strides, to contiguous tiles of (steps, lanes) that stay in the
+first-level cache. States are tiles of (padded N, BLOCK): they are advanced two at a time, the last one of an odd number
+beside zeros.
 """
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
-from ..._numba.functions import softplus
-from ..._numba.lanes import BLOCK, element, lane_count, load, set_element, store
+from ..._numba.functions import LOG2_E, softplus
+from ..._numba.lanes import (
+    BLOCK,
+    element,
+    lane_count,
+    larger_sizes,
+    largest,
+    load,
+    read_rows,
+    set_element,
+    splat,
+    store,
+)
 from . import CHECKPOINT_INTERVAL
 
 
@@ -35,22 +49,50 @@ def read_coefficients(source, i, positions, count, group, is_constant, channel, 
 
 
 @njit
+def padded_states(n):
+    """States of a tile: an even number."""
+    return n + n % 2
+
+
+@njit
 def prepare_steps(count, width, bias, dt_softplus, u, dt, dt_input):
-    """Apply bias and softplus to dt, and compute dt u; tiles (CHECKPOINT_INTERVAL, BLOCK)."""
+    """Apply bias and softplus to dt, and compute dt u; tiles (count, width in whole vectors).
+
+    Returns:
+        the largest |dt|.
+    """
+    lanes = lane_count(u)
+    row = (width + lanes - 1) // lanes * lanes
+    size = splat(u, 0.0)
     for t in range(count):
-        for i in range(0, width, lane_count(u)):
-            at = t * BLOCK + i
+        for i in range(0, row, lanes):
+            at = t * row + i
             # dt_t = softplus(dt + dt_bias) (algorithm 2)
             step = load(dt, at) + load(bias, i)
             if dt_softplus:
                 step = softplus(step)
+            size = larger_sizes(step, size)
             store(dt, at, step)
             store(dt_input, at, step * load(u, at))
+    return largest(size)
 
 
 @njit
-def write_coefficients(steps_tile, which, target, i, positions, count, group):
-    """Write one of the two matrices in (N, CHECKPOINT_INTERVAL, 2) to steps of dB or dC (B, L, G, N)."""
+def read_exponents(A, channel, width, a_tile, largest_sizes):
+    """Read A (1, N, G * E) times log2(e), for exp(dt A) = 2^(dt A log2(e)), and the largest |a| of each vector."""
+    zero, lanes = np.int64(0), lane_count(a_tile)
+    read_rows(A, zero, zero, A.shape[1], channel, width, a_tile)
+    for i in range(0, BLOCK, lanes):
+        size = splat(a_tile, 0.0)
+        for j in range(0, a_tile.size, BLOCK):
+            store(a_tile, j + i, LOG2_E * load(a_tile, j + i))
+            size = larger_sizes(load(a_tile, j + i), size)
+        largest_sizes[i // lanes] = largest(size)
+
+
+@njit
+def write_coefficients(steps_tile, target, i, positions, count, group):
+    """Write a matrix (N, CHECKPOINT_INTERVAL) to steps of dB or dC (B, L, G, N)."""
     for t in range(count):
         for j in range(target.shape[3]):
-            target[i, positions[t], group, j] = element(steps_tile, 2 * (j * CHECKPOINT_INTERVAL + t) + which)
+            target[i, positions[t], group, j] = element(steps_tile, j * CHECKPOINT_INTERVAL + t)
