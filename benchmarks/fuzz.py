@@ -35,8 +35,8 @@ MUST_BE_FINITE = {
     "selective_scan": ("A",), "cross_selective_scan": ("A",),
     "ssd": ("x", "dt", "A", "B", "C", "dt_bias"),
     "mamba3": ("x", "dt", "A", "B", "C", "B_bias", "C_bias", "mimo_x", "mimo_o", "initial_states.angles",
-               "initial_states.ssm"),
-    "mamba3_step": ("dt", "states.angles", "states.ssm"),
+               "initial_states.ssm", "initial_states.B"),
+    "mamba3_step": ("dt", "states.angles", "states.ssm", "states.B"),
     "cross_ssd": ("x", "dt", "A", "B", "C", "dt_bias"),
 }  # fmt: skip
 """Arguments that may not be infinite, by the ops' docstrings, or whose infinities a definition spreads: Mamba-3's
