@@ -30,9 +30,10 @@ from vlmamba.model import GenerationConfig, Turn
 from vlmamba.serve.responses import token_text
 
 GREEDY = GenerationConfig(12)
-LONG = {"max_tokens": 2000, "temperature": 0, "ignore_eos": True}
-"""An answer that goes on for some seconds."""
-LONG_OPTIONS = {"max_tokens": 2000, "temperature": 0, "extra_body": {"ignore_eos": True}}
+ENDLESS = 10**6
+LONG = {"max_tokens": ENDLESS, "temperature": 0, "ignore_eos": True}
+"""An answer that goes on for minutes, whatever else the machine has to do."""
+LONG_OPTIONS = {"max_tokens": ENDLESS, "temperature": 0, "extra_body": {"ignore_eos": True}}
 """The same for the `openai` client."""
 
 
@@ -51,6 +52,13 @@ def server(vlm):
 def impatient(vlm):
     """A server with little time for slow clients."""
     with RunningServer(vlm, client_seconds=0.5) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def endless(vlm):
+    """A server whose answers may be as long as a test takes."""
+    with RunningServer(vlm, max_new_tokens=ENDLESS) as running:
         yield running
 
 
@@ -239,12 +247,12 @@ def test_a_body_that_does_not_come_gets_a_timeout(impatient):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_request(server, stream):
-    before = server.engine.stats.cancelled
-    with connect(server, OK, **LONG, stream=stream):
-        wait_for(lambda: server.engine.running)
-    wait_for(lambda: server.engine.stats.cancelled == before + 1)
-    assert not server.service.is_busy
+def test_a_client_that_leaves_ends_its_request(endless, stream):
+    before = endless.engine.stats.cancelled
+    with connect(endless, OK, **LONG, stream=stream):
+        wait_for(lambda: endless.engine.running)
+    wait_for(lambda: endless.engine.stats.cancelled == before + 1)
+    assert not endless.service.is_busy
 
 
 def connect(server, body: dict, **options) -> socket.socket:
@@ -264,11 +272,10 @@ def test_a_client_that_does_not_read_is_left(vlm, system_helps, caplog, monkeypa
         monkeypatch.delattr(socket, "TCP_USER_TIMEOUT", raising=False)
     elif not hasattr(socket, "TCP_USER_TIMEOUT"):
         pytest.skip("the system has no TCP_USER_TIMEOUT")
-    with RunningServer(vlm, client_seconds=0.5) as server:
+    with RunningServer(vlm, client_seconds=0.5, max_new_tokens=ENDLESS) as server:
         # Else the system takes the entire answer from the server.
         server.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with connect(server, OK, **LONG, stream=True, logprobs=True, top_logprobs=20):
-            wait_for(lambda: server.engine.running)
             wait_for(lambda: server.engine.stats.cancelled and not server.service.is_busy)
             if system_helps:
                 wait_for(lambda: not server.server.server_state.connections)
@@ -286,7 +293,7 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(server, caplog):
 
 def test_errors_are_those_that_the_openai_client_knows(vlm):
     """Their classes, and the fields of each; also of one in the middle of a stream."""
-    with RunningServer(vlm, keys=("key",), max_body_mb=0.1) as server:
+    with RunningServer(vlm, keys=("key",), max_body_mb=0.1, max_new_tokens=ENDLESS) as server:
         with pytest.raises(openai.AuthenticationError) as error:
             chat(server.openai("wrong"), OK["messages"])
         assert (error.value.status_code, error.value.code) == (401, "invalid_api_key")
@@ -333,7 +340,7 @@ def test_the_openai_clients_helper_reads_a_stream(server, vlm):
 
 
 def test_more_than_may_wait_are_refused(vlm):
-    with RunningServer(vlm, slots=1, max_waiting=0) as server:
+    with RunningServer(vlm, slots=1, max_waiting=0, max_new_tokens=ENDLESS) as server:
         stream = chat(server.openai(), OK["messages"], stream=True, **LONG_OPTIONS)
         next(iter(stream))
         with pytest.raises(openai.RateLimitError) as error:
@@ -396,6 +403,7 @@ sys.stdin.read()
 def test_a_process_loses_killed_clients_and_at_a_signal_lets_running_answers_end(vlm, tmp_path):
     vlm.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "vlmamba", "serve", str(tmp_path / "model"), "--port", "0", "--name", "small"]
+    command += ["--max-new-tokens", str(ENDLESS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[2]
@@ -415,7 +423,7 @@ def test_a_process_loses_killed_clients_and_at_a_signal_lets_running_answers_end
             answers = []
 
             def read():
-                stream = chat(client, OK["messages"], stream=True, **LONG_OPTIONS)
+                stream = chat(client, OK["messages"], stream=True, **{**LONG_OPTIONS, "max_tokens": 3000})
                 answers.append([c.choices[0].finish_reason for c in stream])
 
             threads = [threading.Thread(target=read) for _ in range(3)]
