@@ -77,7 +77,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the chat interface is asked."""
+    """Question of a call to the chat interface."""
 
     turns: list[Turn]
     """With marks at the places of images."""
@@ -86,7 +86,7 @@ class Conversation:
 
 
 Texts = list[str | list[int]]
-"""What the completions interface is asked: texts or tokens to continue."""
+"""Question of a call to the completions interface: texts or tokens to continue."""
 
 
 @dataclass(frozen=True)

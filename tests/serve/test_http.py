@@ -131,7 +131,7 @@ def test_log_probabilities_and_stop_strings(server, vlm):
 
 
 def test_log_probabilities_are_those_of_the_tokens_that_generate_gives(server, vlm):
-    """Of a sampled answer: under the model itself, whatever temperature and filters chose the tokens."""
+    """A sampled answer has those of the model itself, whatever temperature and filters chose the tokens."""
     lm = vlm.language_model
     lm.tokenizer = TOKENIZER
     ids = TOKENIZER.encode("a red circle")

@@ -61,7 +61,7 @@ def test_products_are_those_of_the_dequantized_matrix(bits, columns, rows):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_what_is_not_finite_is_not_rounded_away(bits):
+def test_infinities_and_nans_are_not_rounded_away(bits):
     layer = random_layer(64, 9, bits)
     for value in (torch.nan, torch.inf, -torch.inf):
         x = torch.ones(1, 64)
