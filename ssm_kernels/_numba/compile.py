@@ -13,7 +13,7 @@ from pathlib import Path
 import numba
 import numpy as np
 from numba.core import types
-from numba.core.caching import FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
 
 logger = logging.getLogger("ssm_kernels")
 _lock = threading.Lock()
@@ -32,7 +32,7 @@ class Kernel:
         self._compiled: dict[tuple[np.dtype, ...], Callable] = {}
         try:
             self._dispatcher._cache = _Cache(function)  # pyright: ignore[reportAttributeAccessIssue]
-        except RuntimeError as error:  # neither the package's folder nor the user's can be written
+        except RuntimeError as error:  # neither the user's folder nor the package's can be written
             logger.warning("kernels for the CPU are compiled in every process: %s", error)
 
     def __call__(self, *args):
@@ -62,8 +62,20 @@ def _type_of(arg: object) -> types.Type:
     return types.Array(kind.dtype, kind.ndim, "A") if isinstance(kind, types.Array) else kind
 
 
+class _Files(CompileResultCacheImpl):
+    """Files of a kernel: in `NUMBA_CACHE_DIR` or the user's cache, and beside the package only where neither can be.
+
+    An uninstaller would leave them there, and Python take the folder that they are in for the package.
+    """
+
+    # Sorting keeps the order of the others.
+    _locator_classes = sorted(CompileResultCacheImpl._locator_classes, key=lambda kind: kind is InTreeCacheLocator)
+
+
 class _Cache(FunctionCache):
     """numba's cache, keyed also by the files that kernels share: numba looks at the kernel's own file alone."""
+
+    _impl_class = _Files
 
     def _index_key(self, sig, codegen):
         return *super()._index_key(sig, codegen), _digest()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +188,25 @@ def test_ops_start_no_openmp_threads():
 
 def run_with_gradients(op, args, dy):
     return torch.autograd.grad(op(*args), args, dy)
+
+
+def test_kernels_are_cached_outside_of_the_package_where_an_uninstaller_would_leave_them(tmp_path):
+    """A folder that is left in site-packages shadows an editable install."""
+    code = """
+import pathlib, ssm_kernels
+from ssm_kernels._numba.compile import Kernel
+from ssm_kernels._numba.launch import __file__ as file
+namespace = {}
+exec(compile("def add(x): x[0] += 1", file, "exec"), namespace)
+print(Kernel(namespace["add"])._dispatcher.stats.cache_path)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    (tmp_path / "file").touch()
+    for cache, is_beside in ((tmp_path / "cache", False), (tmp_path / "file" / "cache", True)):
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment | {"XDG_CACHE_HOME": str(cache)}, text=True,
+            capture_output=True, check=True,
+        )  # fmt: skip
+        folder = Path(run.stdout.strip())
+        assert folder.is_relative_to(Path(threads.__file__).parent) == is_beside
+        assert folder.is_relative_to(cache) != is_beside
