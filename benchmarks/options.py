@@ -475,11 +475,16 @@ class StateFormats(Command):
     """Error of decoding steps whose state is kept in each format, against float64, to the nearest and by chance.
 
     One layer of Mamba and one of Mamba-2, with the decay rates and step sizes of their initialization.
+
+    Examples:
+    $ ssm-bench state-formats --steps 1000
     """
 
     function: ClassVar[str] = "state_formats:run_state_formats"
     steps: Count = 10_000
+    """Tokens, one after the other."""
     seed: Seed = 0
+    """Seed of weights and tokens."""
     out: Path | None = None
     """JSON file to write."""
 

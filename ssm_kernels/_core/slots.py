@@ -314,6 +314,8 @@ def step_by_slots(
     Returns:
         y with the outputs of the tokens that are run.
     """
+    if y.is_meta:  # no slot has a number
+        return y
     sequences = (plan.sources >= 0).nonzero().squeeze(1)  # (n,)
     sources = plan.sources[sequences]
     h = decode_state(state[sources], None if state_scale is None else state_scale[sources])  # (n, ...), a copy
