@@ -21,10 +21,11 @@ from .lanes import (
     _shuffle,
     address_of,
     as_integers,
-    call,
     constant,
     intrinsic,
     lane_count,
+    larger_sizes,
+    largest,
     load,
     read_row,
     splat,
@@ -185,32 +186,6 @@ def two_scales(typingctx, scales, offset):
 
 
 @intrinsic
-def _larger_size(typingctx, a, b):
-    """The larger of a and |b|, lane by lane."""
-
-    def codegen(context, builder, sig, args):
-        size = call(builder, f"llvm.fabs.v{COUNT}f32", args[1].type, args[1])
-        return builder.select(builder.fcmp_ordered(">", size, args[0]), size, args[0])
-
-    return FLOATS(FLOATS, FLOATS), codegen
-
-
-@intrinsic
-def _largest(typingctx, x):
-    """The largest lane."""
-
-    def codegen(context, builder, sig, args):
-        value, n = args[0], COUNT
-        while n > 1:
-            n //= 2
-            a, b = (_shuffle(builder, value, value, [*part]) for part in (range(n), range(n, 2 * n)))
-            value = builder.select(builder.fcmp_ordered(">", a, b), a, b)
-        return builder.extract_element(value, ir.IntType(32)(0))
-
-    return types.float32(FLOATS), codegen
-
-
-@intrinsic
 def _store_rounded(typingctx, array, offset, x):
     """Write numbers, rounded to the nearest int16, which must hold them."""
 
@@ -239,13 +214,13 @@ def round_vector(x, at, count, limit, has_halves, tile, out, out_at):
     size, zeros = splat(x, 0.0), splat(x, 0.0)
     for i in range(0, count, lanes):
         value = load(tile, i)
-        size = _larger_size(size, value)
+        size = larger_sizes(value, size)
         zeros = zeros + value * 0.0
-    largest = _largest(size)
-    inverse = limit / largest if largest > 0 else largest
+    bound = largest(size)
+    inverse = limit / bound if bound > 0 else bound
     for i in range(0, count, lanes):
         quarter = i // lanes % 4
         to = i + (1 if quarter == 1 else -1) * lanes if has_halves and 0 < quarter < 3 else i
         _store_rounded(out, out_at + to, load(tile, i) * inverse)
     # NaN where a number is not finite
-    return largest / limit + total(zeros)
+    return bound / limit + total(zeros)
