@@ -96,7 +96,7 @@ def scan_tiles(
     n, (grid_length, groups, dim), lanes = A.shape[1], u.shape[1:], lane_count(u)
     size, states, row_size = CHECKPOINT_INTERVAL * lanes, padded_states(n) * BLOCK, one * BLOCK
     # In one memory, so that in the first-level cache no tile that is read lies a few lines after one that is written:
-    # processors take such a load for one of what was just stored, and wait.
+    # a CPU takes such a load for one of what was just stored, and waits.
     tiles = aligned_empty(u, 5 * size).reshape(5, size)
     dt_tile, input_tile, y_tile, u_tile, z_tile = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4]
     a_tile, h_tile, B_lanes, C_lanes = (
