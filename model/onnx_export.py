@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from ssm_kernels import states
 from ssm_kernels.export import decompositions
 
+from .extras import install_command
 from .lm import MambaLM
 
 GRAPHS: tuple[Literal["prompt", "step"], ...] = ("prompt", "step")
@@ -70,7 +71,7 @@ def check_installed() -> None:
     """
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"{package} is not installed: pip install 'vl-mamba[onnx]'")
+            raise ModuleNotFoundError(f"{package} is not installed: {install_command('onnx')}")
 
 
 def export_onnx(lm: MambaLM, folder: str | Path) -> list[Path]:

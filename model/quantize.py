@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ssm_kernels.modules import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
 from ssm_kernels.modules.quantized import GROUP, OFFSET
 
+from .extras import install_command
 from .weights import LazyTensor, Weights
 
 logger = logging.getLogger("vlmamba.model")
@@ -259,7 +260,7 @@ def _torchao() -> Any:
     except ImportError as e:
         raise ModuleNotFoundError(
             f"quantizing a model needs the torchao package, which cannot be imported ({e}): "
-            "pip install 'vl-mamba[quantize]'"
+            + install_command("quantize")
         ) from e
     finally:
         for x, level in zip(loggers, levels, strict=True):

@@ -40,7 +40,7 @@ _TEXT = '''"""Classes of the package vl-mamba, with which `transformers` loads t
 try:
     from vlmamba.transformers import *  # noqa: F403
 except ImportError as error:
-    raise ImportError(f"this model needs the package vl-mamba, pip install vl-mamba: {error}") from error
+    raise ImportError(f"this model needs the package vl-mamba: pip install . in a checkout of it ({error})") from error
 '''
 
 

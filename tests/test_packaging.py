@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ssm_kernels._core.dispatch import NUMBA_MISSING
+from vlmamba.model.extras import PACKAGES as PACKAGES_OF_EXTRAS
+from vlmamba.model.extras import install_command
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -31,6 +35,18 @@ def folder_of(package: str) -> Path:
     if top in SETUPTOOLS["package-dir"]:
         package = package.replace(top, SETUPTOOLS["package-dir"][top], 1)
     return ROOT / package.replace(".", "/")
+
+
+def test_messages_name_packages_that_can_be_installed():
+    """This package is not on PyPI, so that `pip install 'vl-mamba[cpu]'` would find nothing, or someone else's."""
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert {extra: extras[extra] for extra in PACKAGES_OF_EXTRAS} == {k: [*v] for k, v in PACKAGES_OF_EXTRAS.items()}
+    assert install_command("quantize") == "pip install 'torchao>=0.18'"
+    (numba,) = extras["cpu"]
+    assert f"pip install '{numba}'" in NUMBA_MISSING
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            assert not re.search(r"pip install '?vl-mamba", file.read_text()), file
 
 
 def test_every_package_is_listed():

@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..extras import install_command
 from ..generation.generate import generate_packed
 from ..generation.prefill import packed_tokens
 from ..lm import MambaLM
@@ -35,7 +36,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ModuleNotFoundError as e:
-    raise ModuleNotFoundError("this adapter needs lm-eval: pip install 'vl-mamba[lm-eval]'", name=e.name) from e
+    raise ModuleNotFoundError(f"this adapter needs lm-eval: {install_command('lm-eval')}", name=e.name) from e
 
 
 @register_model("vlmamba")

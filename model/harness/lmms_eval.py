@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from ..extras import install_command
 from ..prompt import IMAGE_MARK
 from ..score import batches
 from ..vlm import VLM
@@ -25,7 +26,7 @@ try:
     from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as e:
-    raise ModuleNotFoundError("this adapter needs lmms-eval: pip install 'vl-mamba[lmms-eval]'", name=e.name) from e
+    raise ModuleNotFoundError(f"this adapter needs lmms-eval: {install_command('lmms-eval')}", name=e.name) from e
 
 MAX_NEW_TOKENS = 1024
 """Default number of tokens to generate, that of the harness's LLaVA."""

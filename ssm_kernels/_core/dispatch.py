@@ -23,6 +23,7 @@ NUMBA_SPEEDUPS = {
 """Ops that have numba kernels, which `auto` takes, and their speedup over PyTorch on one thread of a CPU."""
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 """Looked up once, since `torch.compile` cannot trace the call. numba is imported when an op of it first runs."""
+NUMBA_MISSING = "the numba package is not installed (pip install 'numba>=0.68')"
 
 logger = logging.getLogger("ssm_kernels")
 
@@ -148,5 +149,5 @@ def _why_not_numba(device: torch.device, op: str) -> str | None:
     if op not in NUMBA_SPEEDUPS:
         return f"{op} has no kernels in numba; those that have: {', '.join(sorted(NUMBA_SPEEDUPS))}"
     if not HAS_NUMBA:
-        return "the numba package is not installed (pip install 'vl-mamba[cpu]')"
+        return NUMBA_MISSING
     return None

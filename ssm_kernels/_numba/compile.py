@@ -6,7 +6,6 @@ import functools
 import hashlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCach
 
 logger = logging.getLogger("ssm_kernels")
 _lock = threading.Lock()
-_is_logged = False
+_is_announced = threading.Event()
+PATIENCE = 1.0
+"""Seconds of a compilation after which it is announced, once in a process."""
 
 
 class Kernel:
@@ -43,17 +44,23 @@ class Kernel:
         return compiled(*args)
 
     def _compile(self, args: tuple) -> Callable:
-        global _is_logged
         # One thread compiles; those that wait for it find its result.
         with _lock:
-            start = time.perf_counter()
-            compiled = self._dispatcher.compile(tuple(map(_type_of, args)))
-            seconds = time.perf_counter() - start
-            if seconds > 1 and not _is_logged:
-                _is_logged = True
-                path = self._dispatcher.stats.cache_path
-                logger.info("compiling kernels for the CPU: %.1f s for the first, cached in %s", seconds, path)
-        return compiled
+            # While it runs, not after it: nothing else tells a user that the call has not hung.
+            timer = threading.Timer(PATIENCE, _announce, [self._dispatcher.stats.cache_path])
+            timer.daemon = True
+            timer.start()
+            try:
+                return self._dispatcher.compile(tuple(map(_type_of, args)))
+            finally:
+                timer.cancel()
+
+
+def _announce(path: str | None) -> None:
+    if not _is_announced.is_set():
+        _is_announced.set()
+        then = f"later processes find them in {path}" if path else "again in each process"
+        logger.warning("compiling kernels for the CPU takes some seconds; %s", then)
 
 
 def _type_of(arg: object) -> types.Type:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._core.dispatch import HAS_NUMBA
+from .._core.dispatch import HAS_NUMBA, NUMBA_MISSING
 from .mamba import Mamba
 from .mamba2 import Mamba2
 from .norm import RMSNorm
@@ -68,7 +68,7 @@ def obstacle_to_fusing(layers: Sequence[tuple[nn.Module, nn.Module]], norm: nn.M
         the reason, as half a sentence.
     """
     if not HAS_NUMBA:
-        return "the numba package is not installed (pip install 'vl-mamba[cpu]')"
+        return NUMBA_MISSING
     modules = [head, norm, *(module for layer in layers for module in layer)]
     for module in (part for m in modules for part in m.modules()):
         kind = next((k for k in KINDS if isinstance(module, k)), None)

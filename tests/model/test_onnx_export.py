@@ -68,5 +68,5 @@ def test_missing_packages_and_devices_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="lm must be on a CPU to be exported, got meta"):
         export_onnx(lm.to("meta"), tmp_path)
     monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"onnx is not installed: pip install 'vl-mamba\[onnx\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"onnx is not installed: pip install onnx onnxscript"):
         export_onnx(lm, tmp_path)

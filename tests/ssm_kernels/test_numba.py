@@ -190,6 +190,32 @@ def run_with_gradients(op, args, dy):
     return torch.autograd.grad(op(*args), args, dy)
 
 
+SLOW = """
+import time
+import numpy as np
+from ssm_kernels._numba import compile as compiling
+from ssm_kernels._numba.launch import __file__ as file
+compiling.PATIENCE = {patience}
+namespace = {{}}
+for name in ("one", "two"):
+    exec(compile(f"def {{name}}(x): x[0] += 1", file, "exec"), namespace)
+    kernel = compiling.Kernel(namespace[name])
+    slow = kernel._dispatcher.compile
+    kernel._dispatcher.compile = lambda types: (time.sleep(0.2), slow(types))[1]
+    kernel(np.zeros(1))
+"""
+
+
+@pytest.mark.parametrize("patience, times", [(0.05, 1), (60.0, 0)])
+def test_a_slow_compilation_is_announced_once_on_stderr_while_it_runs(tmp_path, patience, times):
+    run = subprocess.run(
+        [sys.executable, "-c", SLOW.format(patience=patience)], env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stderr.count("compiling kernels for the CPU takes some seconds") == times
+    assert run.stderr.count(f"later processes find them in {tmp_path}") == times
+
+
 def test_kernels_are_cached_outside_of_the_package_where_an_uninstaller_would_leave_them(tmp_path):
     """A folder that is left in site-packages shadows an editable install."""
     code = """

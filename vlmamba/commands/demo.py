@@ -28,6 +28,10 @@ class Demo:
     """cpu, cuda, or auto: a GPU where there is one."""
 
     def run(self) -> None:
+        name = f"demo-{self.preset}" + (f"-seed-{self.seed}" if self.seed else "")
+        folder = self.output or Path("runs") / name
+        # Before the imports and the preparation, which take seconds.
+        print(f"two models learn from scratch to answer about images; everything goes to {folder}", flush=True)
         import torch
 
         from ..model.device import device_named
@@ -35,8 +39,6 @@ class Demo:
         from ..train.lock import only_run_in
         from ..train.recipes import DEMOS
 
-        name = f"demo-{self.preset}" + (f"-seed-{self.seed}" if self.seed else "")
-        folder = self.output or Path("runs") / name
         device = str(device_named(self.device))
         # OMP_NUM_THREADS is the user's word for the cores that are ours; a GPU trains one model after the other.
         cores = torch.get_num_threads() if device == "cpu" else 1

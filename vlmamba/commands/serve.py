@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ..model.extras import install_command
 from ..model.fields import Interval
 from ..model.prompt import TEMPLATES, get_template
 from ..serve.config import ServeConfig
@@ -46,7 +47,7 @@ class Serve:
             import prometheus_client  # noqa: F401
             import uvicorn  # noqa: F401
         except ModuleNotFoundError as e:
-            raise ModuleNotFoundError(f"{e}; pip install 'vl-mamba[serve]' has what `vlmamba serve` needs") from e
+            raise ModuleNotFoundError(f"{e}; `vlmamba serve` needs it: {install_command('serve')}") from e
         from ..model.vlm import VLM
         from ..serve.app import Service
         from ..serve.server import Server

@@ -1,0 +1,28 @@
+"""Optional packages, and the command that installs what is missing."""
+
+from __future__ import annotations
+
+import shlex
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "lm-eval": ("lm-eval>=0.4.13",),
+    "lmms-eval": ("lmms-eval>=0.7.3",),
+    "onnx": ("onnx", "onnxscript"),
+    "quantize": ("torchao>=0.18",),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
+}
+"""Requirements of the extras that an error message names, as in `pyproject.toml`."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs the packages of an extra.
+
+    The packages are named, not the extra, whose name pip would look up on PyPI, where this package is not.
+
+    Args:
+        extra: a key of `PACKAGES`.
+
+    Returns:
+        the command, for example `pip install 'torchao>=0.18'`.
+    """
+    return shlex.join(["pip", "install", *PACKAGES[extra]])
