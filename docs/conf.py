@@ -8,6 +8,8 @@ import os
 import re
 from unittest import mock
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.nodes import make_refnode
 
 from vlmamba.benchmarks.cli import COMMANDS as SSM_BENCH
@@ -28,7 +30,7 @@ extensions = [
 exclude_patterns = ["_build", "description.md"]  # the latter is for a package index
 default_role = "py:obj"  # docstrings write `name`: a link where a page has the object, code elsewhere
 myst_heading_anchors = 3
-myst_enable_extensions = ["html_image"]
+myst_enable_extensions = ["dollarmath", "html_image"]
 suppress_warnings = ["myst.header"]  # parts of the README begin below its first heading
 
 maximum_signature_line_length = 80
@@ -47,6 +49,7 @@ torch.manual_seed(0)
 smartquotes_action = "qe"  # quotes and ellipses; `--option` keeps its dashes
 
 html_show_copyright = False
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"vl-mamba {release}"
 html_show_sourcelink = False
@@ -64,12 +67,26 @@ PAGES = {
 
 
 def setup(app):
+    app.add_html_math_renderer("mathml", (_inline_formula, None), (_block_formula, None))
     app.connect("include-read", _links_of_the_readme)
     app.connect("source-read", _with_help_of_commands)
     app.connect("missing-reference", _link_by_short_name)
     # Around napoleon, which runs at 500 and takes the text before a colon for the type of an attribute.
     app.connect("autodoc-process-docstring", _keep_attribute, priority=400)
     app.connect("autodoc-process-docstring", _restore_attribute, priority=600)
+
+
+# Formulas are MathML in the page itself: Sphinx's own renderers need a script from elsewhere, or TeX.
+
+
+def _inline_formula(translator, node):
+    translator.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block_formula(translator, node):
+    translator.body.append(tex2mathml(node.astext(), as_block=True))
+    raise nodes.SkipNode
 
 
 def _with_help_of_commands(app, docname, source):

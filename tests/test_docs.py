@@ -63,6 +63,9 @@ def faults(page: str) -> list[str]:
     for arguments in re.findall(r'<ul class="simple">(.*?)</ul>', page, re.DOTALL):
         lines = [re.sub(r"<[^>]+>", "", item).partition(" – ")[2] for item in arguments.split("<li>")]
         found += [line for line, n in collections.Counter(lines).items() if n > 1 and len(line) > 60]
+    # a formula that is not MathML: its source, or what a script from elsewhere would render
+    prose = re.sub(r"<(pre|code)\b.*?</\1>", "", page, flags=re.DOTALL)
+    found += re.findall(r"\$\$|\\(?:begin|Delta|frac|operatorname|sum|top)\b|class=\"math notranslate[^>]*", prose)
     # "see" a name that is neither a link nor an argument on the page
     for name in re.findall(r'see <code class="xref py py-obj[^"]*"><span class="pre">([\w.]+)', page):
         if f"<strong>{name}</strong>" not in page:
@@ -88,6 +91,9 @@ def test_no_page_renders_a_docstring_wrongly(pages):
         '<em>dt_limit=<span class="default_value"><span class="pre">_UNLIMITED</span></span></em>',
         '<dt>Type<span class="colon">:</span></dt><dd>they end the text</dd>',
         '<ul class="simple"><li>x – {0}</li><li>z – {0}</li></ul>'.format("(B, D), or (B, H, P). " * 3),
+        "<p>$$ x $$</p>",
+        r"<p>(\Delta_t)</p>",
+        '<span class="math notranslate">x</span>',
         '<p>see <code class="xref py py-obj docutils"><span class="pre">fetch</span></code></p>',
     ],
 )
