@@ -39,7 +39,7 @@ def as_text(heads: Sequence[str], rows: Iterable[Row], names: Sequence[int] = (0
 
 
 def as_html(heads: Sequence[str], rows: Iterable[Row], names: Sequence[int] = (0,)) -> str:
-    """The same table in HTML."""
+    """The same table in HTML, in a box that scrolls where the page is narrower."""
     kinds = [' class="name"' if i in names else "" for i in range(max(len(heads), 1 + max(names)))]
     head = "".join(f"<th{kind}>{escape(text)}</th>" for kind, text in zip(kinds, heads, strict=False))
     body = ""
@@ -51,7 +51,7 @@ def as_html(heads: Sequence[str], rows: Iterable[Row], names: Sequence[int] = (0
         classes = " ".join(["first"] * row.is_first + ["wrong"] * row.is_wrong)
         body += f'<tr class="{classes}">{cells}</tr>\n'
     head = f"<thead><tr>{head}</tr></thead>\n" if heads else ""
-    return f"<table>{head}<tbody>{body}</tbody></table>\n"
+    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>\n'
 
 
 def as_markdown(heads: Sequence[str], rows: Iterable[Row], names: Sequence[int] = (0,)) -> str:

@@ -31,9 +31,13 @@ class Sources(HTMLParser):
         super().__init__()
         self.found: list[str] = []
         self.tags: set[str] = set()
+        self.parents: dict[str, set[str]] = {}
+        self._before = ""
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
+        self.parents.setdefault(tag, set()).add(self._before)
+        self._before = f"{tag} {dict(attrs).get('class', '')}"
         self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
 
 
@@ -62,6 +66,11 @@ def test_a_run_writes_json_csv_png_and_a_page_that_loads_nothing(tmp_path, capsy
     assert page.found and all(source.startswith("data:") for source in page.found)
     assert "script" not in page.tags and "url(" not in text and "@import" not in text
     assert "pip install mamba-ssm" in text and "torch" in text and "commit" in text
+    # A phone takes the page as wide as it is, tables and the plot scroll alone, and a dark page has colors of its own.
+    assert 'name="viewport"' in text and page.parents["table"] == page.parents["img"] == {"div wide"}
+    assert all(
+        f"{color}:" in text.partition("prefers-color-scheme: dark")[2] for color in re.findall(r"var\((.*?)\)", text)
+    )
 
 
 def test_a_fast_wrong_implementation_is_caught(tmp_path, capsys, monkeypatch):
