@@ -60,8 +60,6 @@ pygments_dark_style = "github-dark"
 PAGES = {
     "docs/cluster": "/cluster/README.md",
     "CONTRIBUTING.md": "/contributing.md",
-    "docs/extending.md": "/extending.md",
-    "docs/glossary.md": "/glossary.md",
     "CHANGELOG.md": "/changelog.md",
 }
 
@@ -141,8 +139,9 @@ def _links_of_the_readme(app, path, docname, content):
 
     def link(match):
         text, target = match.groups()
-        if target in PAGES:
-            return f"[{text}]({PAGES[target]})"
+        page = PAGES.get(target) or re.sub(r"^docs(/.+\.md)$", r"\1", target)
+        if page != target:
+            return f"[{text}]({page})"
         return f"`{target}`" if text == target or target.endswith(text) else f"{text} (`{target}`)"
 
     content[0] = content[0].replace('<img src="', '<img src="../')
