@@ -5,8 +5,9 @@ MINUTES ?= 10
 SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
-# Pinned, so that a build is the same everywhere; on Linux the pinned torch may be a CPU build.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Pinned, so that a build is the same everywhere; on Linux the pinned torch may be a CPU build. Byte code is left to
+# the first import, which wants a small part of these packages' files.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs soak nightly versions clean
@@ -25,7 +26,7 @@ test: $(VENV)/.test lint  ## the whole test suite
 lint: $(VENV)/.test  ## ruff: rules and format; pyright: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --threads
 
 docs: $(VENV)/.docs  ## the documentation, as pages in docs/_build/html
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

@@ -11,7 +11,7 @@ import pytest
 from ssm_kernels.testing import is_interpreted
 from vlmamba.benchmarks import cli
 from vlmamba.benchmarks.cases import Case, Shape, published
-from vlmamba.benchmarks.compile_report import Request
+from vlmamba.benchmarks.compile_report import Request, compile_one, record
 from vlmamba.benchmarks.devices import MACHINES
 from vlmamba.benchmarks.machine_code.command import count
 from vlmamba.benchmarks.machine_code.control import Thread, count_blocks, slice_of_branches
@@ -322,6 +322,15 @@ def test_shipped_kernels_are_no_worse():
         f"{table_of_changes(changes, 0.01)}\n"
         "where it is worth that: ssm-bench machine-code --json benchmarks/results/machine-code.json"
     )
+
+
+@pytest.mark.slow
+@compiled
+def test_shipped_kernels_do_not_spill():
+    """The 2.7b models' layers; `make nightly` runs the report, with the same kernels along directions of a grid."""
+    requests = record([case for case in published("bf16", ("2.7b",)) if not case.op.startswith("cross_")], "sm_90")
+    assert {r.name.split(".")[0] for r in requests} == {"selective_scan", "ssd", "causal_conv1d", "norm", "_triton"}
+    assert not [row for row in map(compile_one, requests) if row.problem]
 
 
 @compiled
