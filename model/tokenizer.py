@@ -15,6 +15,14 @@ from .text_files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 CONFIG = "tokenizer_config.json"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""Character in the place of bytes that are none."""
+MAX_NEW = 16
+"""Tokens without a complete character that a stream decodes again; beyond, the first of them are settled."""
+KEPT = 4
+"""Tokens that settle nothing: a character has at most four bytes, and a token at least one."""
+MAX_REMEMBERED = 1 << 16
+"""Texts of up to three tokens that are remembered."""
 
 
 class Tokenizer:
@@ -36,6 +44,7 @@ class Tokenizer:
         if eos_id is None:
             raise ValueError(f"the tokenizer has no token {eos!r}")
         self.eos_id: int = eos_id
+        self._remembered: dict[tuple[int, ...], str] = {}
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -135,6 +144,11 @@ class Tokenizer:
         except Exception as e:  # the library raises bare Exception, and TypeError for halves of surrogate pairs
             raise ValueError(f"the text cannot be tokenized: {text[:40]!a}: {e}") from e
 
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that `decode` leaves out."""
+        return frozenset(i for i, token in self.inner.get_added_tokens_decoder().items() if token.special)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Decode tokens, leaving out special ones.
 
@@ -145,6 +159,24 @@ class Tokenizer:
             The text.
         """
         return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def decode_window(self, ids: tuple[int, ...]) -> str:
+        """Decode some tokens of a text, as `decode` does. Texts of a few tokens are remembered: they come again.
+
+        Args:
+            ids: token ids.
+
+        Returns:
+            The text.
+        """
+        if len(ids) > 3:
+            return self.decode(ids)
+        text = self._remembered.get(ids)
+        if text is None:
+            if len(self._remembered) >= MAX_REMEMBERED:
+                self._remembered.clear()
+            text = self._remembered[ids] = self.decode(ids)
+        return text
 
 
 def _end_of_text(config: Path) -> str:
@@ -189,32 +221,63 @@ class TextStream:
         self.text = ""
         """Text so far."""
         # Text of a token may depend on the one before: a decoder may drop the first space.
-        self._known: list[int] = []
+        self._known: tuple[int, ...] = ()
         """Last tokens whose text is complete."""
-        self._new: list[int] = []
+        self._new: tuple[int, ...] = ()
         """Tokens after them, of which a later token may change the text."""
         self._known_text = ""
         """Text of `_known` alone."""
         self._n_complete = 0
-        """Length of the text of all tokens before `_new`."""
+        """Length of the given text of all tokens before `_new`."""
+        self._withheld = ""
+        """Text after it of tokens before `_new`: replacement characters, which are given where a character follows."""
+        self._is_settled = False
+        """Whether `_known` are the first invalid bytes of several, and not a complete text."""
 
     def push(self, token: int) -> str:
         """Append a token and return the new text that no later token can change."""
-        self._new.append(token)
-        text = self.tokenizer.decode(self._known + self._new)
-        stable = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        new = self._advance(stable)
-        if text == stable and len(text) > len(self._known_text):
-            self._known, self._new = self._new, []
-            self._known_text, self._n_complete = self.tokenizer.decode(self._known), len(self.text)
+        if token in self.tokenizer.special_ids:  # without a text
+            return ""
+        self._new += (token,)
+        text = self.tokenizer.decode_window(self._known + self._new)
+        new = self._advance(self._after_complete(text).rstrip(REPLACEMENT))
+        if not text.endswith(REPLACEMENT) and len(text) > len(self._known_text):
+            self._known, self._new, self._withheld, self._is_settled = self._new, (), "", False
+            self._known_text, self._n_complete = self.tokenizer.decode_window(self._known), len(self.text)
+        elif len(self._new) > MAX_NEW:
+            self._settle(text)
         return new
 
     def finish(self) -> str:
         """Return the text of the withheld bytes."""
-        return self._advance(self.tokenizer.decode(self._known + self._new))
+        return self._advance(self._after_complete(self.tokenizer.decode_window(self._known + self._new)))
 
-    def _advance(self, text: str) -> str:
-        n, whole = len(self.text), self.text[: self._n_complete] + text[len(self._known_text) :]
+    def _after_complete(self, text: str) -> str:
+        """Return the text that follows the first `_n_complete` characters, from the text of `_known` and `_new`."""
+        return self._withheld + text[len(self._known_text) :]
+
+    def _advance(self, after: str) -> str:
+        n, whole = len(self.text), self.text[: self._n_complete] + after
         # Text that was given is not taken back.
         self.text = max(whole, self.text, key=len)
         return self.text[n:]
+
+    def _settle(self, text: str) -> None:
+        """Take all but the last of `_new` as complete: invalid bytes, of which no later token makes a character.
+
+        Nothing changes where the rest of the text would be another one without them. The next token tries again.
+
+        Args:
+            text: of `_known` and `_new`.
+        """
+        rest = self._new[-KEPT:]
+        before = self.tokenizer.decode(self._known + self._new[:-KEPT])
+        # Some decoders give up all bytes of a run for its first ones.
+        known = self._known if self._is_settled else self._new[:KEPT]
+        known_text = self.tokenizer.decode(known)
+        if text != before + self.tokenizer.decode(known + rest).removeprefix(known_text):
+            return
+        complete = self.text[: self._n_complete] + self._after_complete(before)
+        self._n_complete = min(len(complete), len(self.text))
+        self._withheld = complete[self._n_complete :]
+        self._known, self._known_text, self._new, self._is_settled = known, known_text, rest, True

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tests.makers import shape_tokenizer
 from vlmamba.model import MambaLM, Tokenizer
 from vlmamba.model.config import LMConfig
-from vlmamba.model.tokenizer import TextStream, require_tokenizer
+from vlmamba.model.tokenizer import REPLACEMENT, TextStream, require_tokenizer
 
 TOKENIZER = shape_tokenizer()
 
@@ -87,9 +87,41 @@ def test_a_token_of_a_stream_costs_the_same_however_long_the_text_is(monkeypatch
     lengths, decode = [], TOKENIZER.decode
     monkeypatch.setattr(TOKENIZER, "decode", lambda ids: (lengths.append(len(ids)), decode(ids))[1])
     stream = TextStream(TOKENIZER)
-    for token in TOKENIZER.encode("a red circle 世界 ") * 50:
+    rng = random.Random(0)
+    for token in [rng.randrange(TOKENIZER.vocab_size) for _ in range(1500)]:
         stream.push(token)
-    assert len(lengths) > 500 and max(lengths) < 10
+    assert len(lengths) > 500 and max(lengths) < 40
+
+
+def test_invalid_bytes_cost_a_stream_no_more_than_text(monkeypatch):
+    """Bytes of no character are given together, once a character follows; until then few of them are decoded again."""
+    rng = random.Random(0)
+    names = [name for name in TOKENIZER.inner.get_vocab() if len(name) == 1]
+    pieces = piece_tokenizer()
+    invalid = {
+        TOKENIZER: [i for i in map(TOKENIZER.inner.token_to_id, names) if TOKENIZER.decode([i]) == REPLACEMENT],
+        pieces: [pieces.inner.token_to_id(f"<0x{i:02X}>") for i in range(128, 192)],
+    }
+    for tokenizer, tokens in invalid.items():
+        for _ in range(20):
+            ids = [*tokenizer.encode("a"), *rng.choices(tokens, k=200), *tokenizer.encode("bc"), *tokens[:1]]
+            with monkeypatch.context() as patch:
+                lengths, decode = [], tokenizer.decode
+                patch.setattr(tokenizer, "decode", lambda x, d=decode, n=lengths: (n.append(len(x)), d(x))[1])
+                stream = TextStream(tokenizer)
+                parts = [stream.push(token) for token in ids]
+            assert len(lengths) > 100 and max(lengths) < 40
+            assert not any(part.endswith(REPLACEMENT) for part in parts)
+            assert "".join(parts) == stream.text == tokenizer.decode(ids[:-1]).rstrip(REPLACEMENT)
+            assert stream.text + stream.finish() == tokenizer.decode(ids)
+
+
+def test_special_tokens_leave_a_stream_as_it_is():
+    stream, half = TextStream(TOKENIZER), TOKENIZER.encode("🐍")
+    for token in half:
+        assert [stream.push(TOKENIZER.eos_id) for _ in range(100)] == [""] * 100
+        text = stream.push(token)
+    assert text == stream.text == "🐍"
 
 
 def test_a_model_without_a_tokenizer_is_named():
