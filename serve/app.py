@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import io
@@ -38,8 +39,8 @@ from .responses import ChatForm, CompletionForm, Form
 
 logger = logging.getLogger(__name__)
 
-STREAM_SECONDS = 0.02
-"""Time for which the text of a stream is gathered after a part of it was sent. First text and end never wait."""
+STREAM_SECONDS = 0.05
+"""Interval at which the text of streams is sent, of all at the same times. First text and end never wait."""
 
 
 class Interface(NamedTuple):
@@ -51,8 +52,11 @@ class Interface(NamedTuple):
     """Name of the field that has the question."""
 
 
-CHAT = Interface(parse_chat, ChatForm, "messages")
-COMPLETIONS = Interface(parse_completion, CompletionForm, "prompt")
+INTERFACES = {
+    "/v1/chat/completions": Interface(parse_chat, ChatForm, "messages"),
+    "/v1/completions": Interface(parse_completion, CompletionForm, "prompt"),
+}
+"""By path."""
 
 
 class Service:
@@ -89,6 +93,10 @@ class Service:
         self.started = int(time.time())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answers: dict[engines.Request, Answers] = {}
+        self._due: deque[Answers] = deque()
+        """Calls whose handlers are to be woken."""
+        self._is_waking = False
+        """Whether the loop was told, and has not looked yet."""
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
     @contextlib.asynccontextmanager
@@ -111,15 +119,22 @@ class Service:
     def _deliver(self, events: list[tuple[engines.Request, engines.Event]]) -> None:
         """Hand events from the engine's thread to the handlers, at most at one call of the loop a step."""
         now = time.perf_counter()
-        due = []
         for request, event in events:
             answers = self._answers.get(request)
             if answers is not None and answers.put(request, event, now):
-                due.append(answers)
+                self._due.append(answers)
+        if self._loop is None or not self._due or self._is_waking:
+            return
+        self._is_waking = True
         # The loop is closed where the process ends before the engine.
         with contextlib.suppress(RuntimeError):
-            if self._loop is not None and due:
-                self._loop.call_soon_threadsafe(_wake, due)
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        # First, so that what comes while the rest is woken is a call of its own.
+        self._is_waking = False
+        while self._due:
+            self._due.popleft().wake.set()
 
     def user(self, authorization: str | None) -> bytes:
         """Check an API key, in a time that does not depend on it. Return the secret that salts the user's states.
@@ -238,7 +253,8 @@ class Answers:
         # Text may be withheld until a stop string is decided, or a character complete.
         if now < self.due[index] or not (event.text or event.logprobs):
             return False
-        self.due[index] = now + STREAM_SECONDS
+        # All streams have the same times, so that the loop is woken once for them.
+        self.due[index] = (now // STREAM_SECONDS + 1) * STREAM_SECONDS
         return True
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, engines.Event]]]:
@@ -269,11 +285,6 @@ class Answers:
         self.service.forget(self.requests)
 
 
-def _wake(due: list[Answers]) -> None:
-    for answers in due:
-        answers.wake.set()
-
-
 class EventStream(Response):
     """Server-sent events of a call. It ends early when the client leaves, or does not read in time.
 
@@ -289,26 +300,39 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.answers, self.form, self.include_usage = answers, form, include_usage
+        self.sending_since = math.inf
+        """Time at which the part that is being sent was begun."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         async with _watched(self.answers, receive):
-            try:
-                # The server waits in `send` while the client's buffers are full.
-                with anyio.fail_after(None) as patience:
-                    await self._send_all(send, patience)
-            except TimeoutError:
+            # The server waits in `send` while the client's buffers are full.
+            with anyio.CancelScope() as patience:
+                timer = asyncio.create_task(self._limit(patience))
+                try:
+                    await self._send_all(send)
+                finally:
+                    timer.cancel()
+            if patience.cancelled_caught:
                 logger.warning("a client did not read its answer in time and was left")
 
-    async def _send_all(self, send: Send, patience: anyio.CancelScope) -> None:
-        loop, seconds = asyncio.get_running_loop(), self.answers.service.config.client_seconds
+    async def _limit(self, patience: anyio.CancelScope) -> None:
+        """Cancel where a part takes too long. One timer serves all parts: most of them take no time at all."""
+        seconds = self.answers.service.config.client_seconds
+        left = seconds
+        while left > 0:
+            await asyncio.sleep(left)
+            left = seconds - max(time.monotonic() - self.sending_since, 0)
+        patience.cancel()
+
+    async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for chunks, more in self._chunks():
             # What came together is sent together.
             body = b"".join([b"data: %s\n\n" % chunk for chunk in chunks])
-            patience.deadline = loop.time() + seconds
+            self.sending_since = time.monotonic()
             await send({"type": "http.response.body", "body": body, "more_body": more})
-            patience.deadline = math.inf
+            self.sending_since = math.inf
 
     async def _chunks(self) -> AsyncIterator[tuple[list[bytes], bool]]:
         """Yield chunks of the body, and whether others follow."""
@@ -423,14 +447,9 @@ def create_app(service: Service) -> FastAPI:
         _check_model(service, name)
         return _json(card())
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await _answer(service, request, CHAT)
-
-    @app.post("/v1/completions")
-    async def complete(request: Request) -> Response:
-        return await _answer(service, request, COMPLETIONS)
-
+    # Plain routes: `protocol` checks the bodies, and nothing is left for FastAPI to do.
+    for path, interface in INTERFACES.items():
+        app.add_route(path, functools.partial(_answer, service, interface), methods=["POST"])
     return app
 
 
@@ -444,14 +463,15 @@ class _CountResponses:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Unknown paths count as one: else a client could fill the memory with them.
-                path = getattr(scope.get("route"), "path", "other")
+                other = scope["path"] if scope["path"] in INTERFACES else "other"
+                path = getattr(scope.get("route"), "path", other)
                 self.service.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
         await self.app(scope, receive, counted)
 
 
-async def _answer(service: Service, request: Request, interface: Interface) -> Response:
+async def _answer(service: Service, interface: Interface, request: Request) -> Response:
     """Check a call, run it, and answer it at once or as a stream."""
     salt = service.user(request.headers.get("authorization"))
     if service.draining:
