@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..model.fields import Count, Interval, check_fields
+from ..model.generation.config import StateDtype
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,9 @@ class ServeConfig:
     """Most requests that run at once, each in a slot of the batch; others wait."""
     max_waiting: Annotated[int, Interval("[0, inf)")] = 256
     """Most requests that wait for a slot. More are answered with status 429."""
+    state_dtype: StateDtype = "float32"
+    """Format of the states of running requests and of the cache. bfloat16, float16 and int8 take a half or a quarter of
+    the memory of the scan's part; they are rounded by chance at every step."""
     prefill_tokens: Annotated[int, Interval("[64, inf)")] = 1024
     """Prompt tokens that are run between two decoding steps. Fewer let running answers flow; more let new ones start
     sooner."""

@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from ssm_kernels import states
+from ssm_kernels.modules.state import read_ssm, write_ssm
 
 from ..model.feature_cache import FeatureCache
 from ..model.generation.config import GenerationConfig
 from ..model.generation.cuda_graph import has_graphs
-from ..model.generation.decoding import Decoder
+from ..model.generation.decoding import Decoder, narrow_dtype
 from ..model.generation.generate import Completion
 from ..model.generation.interface import LMState
 from ..model.generation.prefill import EmbedFn, PrefillChunk, check_tokens, packed_tokens, run_prefill_chunk
@@ -127,7 +128,8 @@ class _Sequence:
         self.position = 0
         """Number of prompt tokens that were run."""
         self.state: LMState | None = None
-        """State after them, until the sequence is in the running batch; None before the first."""
+        """State after them, until the sequence is in the running batch; None before the first. In the model's own
+        format until the prompt is complete, so that it is rounded once, however the prompt was divided."""
         self.embed: EmbedFn | None = None
         self.n_sent = 0
         """Length of the text that was delivered."""
@@ -145,8 +147,9 @@ class _Sequence:
 class Engine:
     """Answer requests in one running batch.
 
-    An answer is the one that `generate` gives to its prompt alone. Sampling is the same to the bit, with a noise of the
-    request's own seed; logits agree up to the rounding of matrix products, which depends on the number of rows.
+    An answer is the one that `generate` gives to its prompt alone, with the same `state_dtype`. Sampling is the same to
+    the bit, with a noise of the request's own seed; logits agree up to the rounding of matrix products, which depends
+    on the number of rows. A state of the cache that a longer prompt goes on from adds its own rounding.
 
     Every step runs at most `prefill_tokens` prompt tokens, which requests share in quanta, and then one token of every
     running answer. `start` steps in a thread of its own; tests call `step`.
@@ -174,7 +177,7 @@ class Engine:
         self.cache = StateCache(int(config.cache_mb * 2**20))
         self.features = FeatureCache(int(config.feature_cache_mb * 2**20))
         self.stats = EngineStats()
-        self.decoder = Decoder(self.lm, config.slots)
+        self.decoder = Decoder(self.lm, config.slots, config.state_dtype)
         self.prefilling: list[_Sequence] = []
         self.running: list[_Sequence] = []
         """Sequence i has row i of the decoder."""
@@ -293,11 +296,12 @@ class Engine:
             prefix = self.cache.find(request.prompt)
             if prefix is not None:
                 request.cached_tokens = sequence.position = prefix.length
-                sequence.state = prefix.state
             if prefix is not None and prefix.length == len(sequence.ids):
                 assert prefix.logits is not None  # else it would not have been found
+                sequence.state = prefix.state
                 known.append((sequence, prefix.logits))
             else:
+                sequence.state = None if prefix is None else self._in_own_format(prefix.state)
                 self.prefilling.append(sequence)
         if known:
             self._join([s for s, _ in known], torch.stack([logits for _, logits in known]))
@@ -325,15 +329,30 @@ class Engine:
             sequence.position = ends[sequence]
             sequence.state = states.select(state, slice(i, i + 1))
             if sequence.ends_image(sequence.position):
-                self.cache.store(sequence.request.prompt, sequence.ids[: sequence.position], sequence.state)
+                seen, image_state = sequence.ids[: sequence.position], self._in_kept_format(sequence.state)
+                self.cache.store(sequence.request.prompt, seen, image_state)
         joining = [granted[i] for i in complete]
         for sequence, row in zip(joining, logits, strict=True):
             assert sequence.state is not None
+            sequence.state = self._in_kept_format(sequence.state)
             self.cache.store(sequence.request.prompt, sequence.ids, sequence.state, row)
         # Those that had their turn go to the end of the line.
         self.prefilling = [s for s in self.prefilling if s not in ends] + [s for s in granted if s not in joining]
         if joining:
             self._join(joining, logits)
+
+    def _in_kept_format(self, state: LMState) -> LMState:
+        """Convert the state of one sequence to that of slots and cache, `config.state_dtype`."""
+        dtype = narrow_dtype(self.config.state_dtype)
+        if dtype is None:
+            return state
+        return _convert(state, self.lm.new_state(1, dtype))
+
+    def _in_own_format(self, state: LMState) -> LMState:
+        """Convert the state of one sequence from the cache to the format that prompts are run in."""
+        if narrow_dtype(self.config.state_dtype) is None:
+            return state
+        return _convert(state, self.lm.new_state(1))
 
     def _share(self) -> dict[_Sequence, int]:
         """Share the tokens of a pass: a quantum each in turn, until none are left. Return the new positions."""
@@ -453,6 +472,16 @@ def _is_plain(sampling: GenerationConfig) -> bool:
 
 def _shifted(embed: EmbedFn, offset: int) -> EmbedFn:
     return lambda start, end: embed(start + offset, end + offset)
+
+
+def _convert(source: LMState, target: LMState) -> LMState:
+    """Copy a state into a new one of another format, and return that."""
+    for a, b in zip(source, target, strict=True):
+        for name, part in a._asdict().items():
+            if name not in ("ssm", "ssm_scale", "rand_seed"):
+                getattr(b, name).copy_(part)
+        write_ssm(b, read_ssm(a))
+    return target
 
 
 def _copy_row(source: LMState, source_row: int, target: LMState, target_row: int) -> None:

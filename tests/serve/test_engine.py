@@ -22,7 +22,8 @@ from tests.serve.makers import (
     vlm_request,
     wait_for,
 )
-from vlmamba.model import GenerationConfig, Turn
+from vlmamba.model import GenerationConfig, LMConfig, Turn
+from vlmamba.serve.config import ServeConfig
 from vlmamba.serve.engine import Busy, Stopping
 from vlmamba.serve.waiting import WaitingQueue
 
@@ -55,6 +56,44 @@ def test_an_answer_is_that_of_generate_whatever_runs_beside_it(lm, dtype):
         assert (text, request.new_tokens) == (want, len(ids))
         reported = [p.token for p in client.logprobs(request)]
         assert reported == [t for t in ids if t != TOKENIZER.eos_id]
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("layer", ["mamba", "mamba2", "mamba3"])
+def test_narrow_states_give_the_answers_of_generate_with_them(layer, state_dtype):
+    """Also those of prompts that were seen, and of prompts that are run in several passes."""
+    config = LMConfig(32, 2, 320, layer, d_state=8, headdim=8, tie_embeddings=False)
+    lm = sharpened_lm(config, TOKENIZER)
+    samplings = [dataclasses.replace(s, state_dtype=state_dtype) for s in (GREEDY, SAMPLED, PENALIZED)]
+    want = [alone(lm, p, samplings[i % 3])[0] for i, p in enumerate(PROMPTS)]
+    client = Client(lm, dataclasses.replace(CONFIG, state_dtype=state_dtype))
+    for seen in (False, True):
+        requests = [text_request(p, samplings[i % 3]) for i, p in enumerate(PROMPTS)]
+        assert client.run(*requests) == want
+        assert [r.cached_tokens == len(r.prompt.ids) for r in requests] == [seen] * len(PROMPTS)
+    state = client.engine.cache.find(text_request(PROMPTS[3]).prompt).state
+    assert {layer.ssm.dtype for layer in (*state, *client.engine.decoder.buffers)} == {getattr(torch, state_dtype)}
+
+
+def test_a_cache_of_narrow_states_counts_their_memory(lm):
+    sizes = {}
+    for state_dtype in ("float32", "bfloat16", "float16", "int8"):
+        engine = Client(lm, dataclasses.replace(CONFIG, state_dtype=state_dtype)).engine
+        engine.submit(text_request(PROMPTS[3], GenerationConfig(1)))
+        while engine.n_active or len(engine.waiting):
+            engine.step()
+        (entry,) = engine.cache._entries.values()
+        parts = [part for layer in entry.prefix.state for part in layer]
+        logits = entry.prefix.logits
+        sizes[state_dtype] = sum(t.untyped_storage().nbytes() for t in (*parts, logits))
+        assert engine.cache.n_bytes == sizes[state_dtype]
+    # Scales of int8 take as much as its elements save where rows are short.
+    assert sizes["int8"] <= sizes["bfloat16"] == sizes["float16"] < sizes["float32"]
+
+
+def test_a_state_dtype_that_is_not_offered_is_named():
+    with pytest.raises(ValueError, match="state_dtype must be one of .*'int8'; got 'int4'"):
+        ServeConfig(state_dtype="int4")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -90,6 +90,22 @@ def test_an_image_that_was_seen_is_not_encoded_again(vlm, monkeypatch):
     assert client.run(other) == vlm.generate(["what?"], [BLUE], GREEDY) and not other.cached_tokens
 
 
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float16", "int8"])
+def test_a_question_about_a_seen_image_adds_its_rounding(vlm, state_dtype):
+    """Log-probabilities differ by the rounding of that state, and the slot is counted on from it."""
+    logprobs = []
+    for seen in (False, True):
+        client = Client(vlm, dataclasses.replace(CONFIG, state_dtype=state_dtype))
+        if seen:
+            client.run(vlm_request(vlm, "what?", RED))
+        request = vlm_request(vlm, "a blue triangle?", RED, GenerationConfig(1, state_dtype=state_dtype), logprobs=20)
+        client.run(request)
+        assert request.cached_tokens == (16 if seen else 0)
+        logprobs.append(dict(client.logprobs(request)[0].top))
+    differences = [abs(logprobs[0][t] - logprobs[1][t]) for t in logprobs[0].keys() & logprobs[1].keys()]
+    assert len(differences) > 10 and 0 < max(differences) < {"bfloat16": 1, "float16": 0.1, "int8": 2}[state_dtype]
+
+
 def test_an_image_at_another_place_has_its_features_and_another_state(vlm):
     client = Client(vlm)
     client.run(vlm_request(vlm, "what?", RED))
