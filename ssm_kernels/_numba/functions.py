@@ -17,6 +17,7 @@ from .lanes import (
     constant,
     fma_value,
     intrinsic,
+    look_up,
     polynomial,
 )
 
@@ -28,7 +29,8 @@ BIAS = {32: 127, 64: 1023}
 MAX_EXPONENT = 126.0
 """Powers of two with an exponent of at most this size are neither zero nor infinite in any dtype."""
 
-# Interpolated at Chebyshev nodes in 40 digits; relative errors 5e-9 and 1.5e-19, and 4e-9 and 1.3e-18.
+# Interpolated at Chebyshev nodes in 40 digits; relative errors of 2^r 5e-9 and 1.5e-19, in parts 1.5e-10 and 7e-18, by
+# the short polynomial 5e-8; of atanh 4e-9 and 1.3e-18.
 EXP2 = {  # 2^r on [-1/2, 1/2]
     32: (1.0, 0.6931471880262288, 0.24022650760568127, 0.055503571142190781, 0.0096180825572778515,
          0.0013390863364671234, 0.0001545316294512069),
@@ -36,6 +38,13 @@ EXP2 = {  # 2^r on [-1/2, 1/2]
          0.00133335581464064707, 0.0001540353039337073341, 0.00001525273384155677259, 1.321548680870556279e-6,
          1.01780570877339411e-7, 7.054897304155499277e-9, 4.455817908336064493e-10, 2.572932417736230421e-11),
 }  # fmt: skip
+EXP2_IN_PARTS = {  # (2^r - 1) / r on [-1/64, 1/64] and [-1/32, 1/32]
+    32: (0.6931471805599453094, 0.2402282680963039068, 0.05550435281007441905),
+    64: (0.6931471805599468631, 0.240226506959100847, 0.05550410865209357225, 0.009618129106525681666,
+         0.001333381881538923932, 0.0001540375624545770872),
+}  # fmt: skip
+SHORT = {32: (0.6931573437104842635, 0.2402282680963039068)}
+"""In place of `EXP2_IN_PARTS` where an error of one rounding more does not count."""
 ATANH = {  # 2 atanh(s) / s as a polynomial in s^2, on [0, 1/9]
     32: (2.000000007681758881, 0.6666632164137777316, 0.4002459523070374791, 0.2796515774519726889,
          0.2815777836310908065),
@@ -45,51 +54,62 @@ ATANH = {  # 2 atanh(s) / s as a polynomial in s^2, on [0, 1/9]
 }  # fmt: skip
 
 
-def _exp2_value(builder: Any, lanes: Lanes, x: Any) -> Any:
-    bias = BIAS[lanes.dtype.bitwidth]
-    # At -bias the exponent's bits are those of zero, at bias + 1 those of infinity.
-    for predicate, limit in (("<", -bias), (">", bias + 1)):
-        bound = constant(lanes, float(limit))
-        x = builder.select(builder.fcmp_ordered(predicate, x, bound), bound, x)  # a NaN is neither
-    shifted, nearest = _to_integer(builder, lanes, x)
-    return _power_of_two(builder, lanes, shifted, builder.fsub(x, nearest))
+def _count_parts(context: Any, lanes: Lanes) -> int:
+    """The parts of a unit whose powers of two a kernel looks up: 32, of float64 16.
+
+    Two registers of AVX-512 hold them, and an instruction picks a number for each lane. Elsewhere there is one part.
+    """
+    return 2 * lanes.count if "+avx512f" in context.codegen().magic_tuple()[2] else 1
 
 
-def _exp_value(builder: Any, lanes: Lanes, x: Any) -> Any:
-    bias = BIAS[lanes.dtype.bitwidth]
-    scaled = builder.fmul(x, constant(lanes, LOG2_E))
-    shifted, nearest = _to_integer(builder, lanes, scaled)
+def _magic(lanes: Lanes, parts: int) -> Any:
+    """1.5 * 2^mantissa / parts, where neighbouring numbers differ by a part: a sum is rounded to parts, of any sign."""
+    return constant(lanes, 1.5 * 2.0 ** MANTISSA[lanes.dtype.bitwidth] / parts)
+
+
+def _power_of_two(builder: Any, lanes: Lanes, parts: int, shifted: Any, r: Any, in_parts: dict) -> Any:
+    """2^(n / parts + r), with n in the lowest bits of `shifted` and |r| at most half a part."""
+    bits = lanes.dtype.bitwidth
+    shift = MANTISSA[bits] - parts.bit_length() + 1
+    # n / parts, as it is added to the bits of an exponent, and behind it the bits of the fraction
+    steps = builder.shl(as_integers(builder, lanes, shifted), constant(lanes, shift, integer=True))
+    if parts == 1:
+        # 2^r is in [1/sqrt(2), sqrt(2)]: adding n to the bits of its exponent multiplies it by 2^n.
+        power = polynomial(builder, lanes, r, EXP2[bits])
+        return as_floats(builder, lanes, builder.add(as_integers(builder, lanes, power), steps))
+    powers = (2.0 ** (np.arange(parts) / parts)).astype(lanes.dtype.name).view(f"int{bits}")
+    # Less the bits of the fraction, which `steps` has too. The lowest bits of n pick one.
+    looked_up = look_up(builder, lanes, powers - (np.arange(parts) << shift), shifted)
+    scale = as_floats(builder, lanes, builder.add(looked_up, steps))
+    # scale + scale (2^r - 1), of which only the sum is rounded as coarsely as the result
+    less_one = polynomial(builder, lanes, r, in_parts[bits])
+    return fma_value(builder, lanes, builder.fmul(scale, r), less_one, scale)
+
+
+def _limited(builder: Any, lanes: Lanes, power: Any, x: Any, bound: float, sides: str = "<>") -> Any:
+    """Zero where x is less than -bound, infinity where it is more than bound: there `power` has the wrong bits."""
+    for predicate, limit, value in (("<", -bound, 0.0), (">", bound, math.inf)):
+        if predicate in sides:
+            is_beyond = builder.fcmp_ordered(predicate, x, constant(lanes, limit))  # a NaN is neither
+            power = builder.select(is_beyond, constant(lanes, value), power)
+    return power
+
+
+def _bound(lanes: Lanes) -> float:
+    return BIAS[lanes.dtype.bitwidth] - 1.0
+
+
+def _exp_value(context: Any, builder: Any, lanes: Lanes, x: Any, sides: str = "<>") -> Any:
+    """e^x, where x can be beyond the bound on these sides."""
+    parts = _count_parts(context, lanes)
+    magic = _magic(lanes, parts)
     # x log2(e) to twice the precision: its rounding would be an error of the result for large x.
     high = float(np.dtype(lanes.dtype.name).type(LOG2_E))
-    r = fma_value(builder, lanes, x, constant(lanes, high), builder.fneg(nearest))
+    shifted = fma_value(builder, lanes, x, constant(lanes, high), magic)
+    r = fma_value(builder, lanes, x, constant(lanes, high), builder.fsub(magic, shifted))
     r = fma_value(builder, lanes, x, constant(lanes, LOG2_E_LOW if high == LOG2_E else LOG2_E - high), r)
-    result = _power_of_two(builder, lanes, shifted, r)
-    # Beyond these limits the exponent does not fit its bits.
-    for predicate, limit, value in (("<", -bias, 0.0), (">", bias + 1, math.inf)):
-        is_beyond = builder.fcmp_ordered(predicate, scaled, constant(lanes, float(limit)))
-        result = builder.select(is_beyond, constant(lanes, value), result)
-    return result
-
-
-def _to_integer(builder: Any, lanes: Lanes, x: Any) -> tuple[Any, Any]:
-    """Round to the nearest integer, as the lowest bits of a number and as a number."""
-    magic = _magic(lanes)
-    shifted = builder.fadd(x, magic)
-    return shifted, builder.fsub(shifted, magic)
-
-
-def _magic(lanes: Lanes) -> Any:
-    """1.5 * 2^mantissa, where neighbouring numbers differ by one: a sum is rounded to an integer, of either sign."""
-    return constant(lanes, 1.5 * 2.0 ** MANTISSA[lanes.dtype.bitwidth])
-
-
-def _power_of_two(builder: Any, lanes: Lanes, shifted: Any, r: Any) -> Any:
-    """2^(n + r), with n in the lowest bits of `shifted` and r in [-1/2, 1/2]."""
-    bits = lanes.dtype.bitwidth
-    # 2^r is in [1/sqrt(2), sqrt(2)]: adding n to the bits of its exponent multiplies it by 2^n.
-    power = polynomial(builder, lanes, r, EXP2[bits])
-    exponent = builder.shl(as_integers(builder, lanes, shifted), constant(lanes, MANTISSA[bits], integer=True))
-    return as_floats(builder, lanes, builder.add(as_integers(builder, lanes, power), exponent))
+    power = _power_of_two(builder, lanes, parts, shifted, r, EXP2_IN_PARTS)
+    return _limited(builder, lanes, power, x, _bound(lanes) / LOG2_E, sides)
 
 
 @intrinsic
@@ -97,7 +117,12 @@ def exp2(typingctx, x):
     """2^x."""
 
     def codegen(context, builder, sig, args):
-        return _exp2_value(builder, x, args[0])
+        parts = _count_parts(context, x)
+        magic = _magic(x, parts)
+        shifted = builder.fadd(args[0], magic)
+        r = builder.fsub(args[0], builder.fsub(shifted, magic))
+        power = _power_of_two(builder, x, parts, shifted, r, EXP2_IN_PARTS)
+        return _limited(builder, x, power, args[0], _bound(x))
 
     return x(x), codegen
 
@@ -105,22 +130,18 @@ def exp2(typingctx, x):
 @intrinsic
 def exp2_product(typingctx, x, y, is_bounded):
     """2^(x y). `is_bounded` promises that |x y| is at most `MAX_EXPONENT`, and changes no bit of what is."""
-    bound = BIAS[x.dtype.bitwidth] - 1.0
 
     def codegen(context, builder, sig, args):
         a, b, is_bounded = args
-        # The product is never rounded by itself: one multiply-add gives its integer, another one what is left.
-        magic = _magic(x)
+        parts = _count_parts(context, x)
+        # The product is never rounded by itself: one multiply-add gives its parts, another one what is left.
+        magic = _magic(x, parts)
         shifted = fma_value(builder, x, a, b, magic)
-        nearest = builder.fsub(shifted, magic)
-        power = _power_of_two(builder, x, shifted, fma_value(builder, x, a, b, builder.fneg(nearest)))
+        r = fma_value(builder, x, a, b, builder.fsub(magic, shifted))
+        power = _power_of_two(builder, x, parts, shifted, r, EXP2_IN_PARTS | SHORT)
         result = cgutils.alloca_once_value(builder, power)
         with builder.if_then(builder.not_(is_bounded), likely=False):
-            product = builder.fmul(a, b)
-            for predicate, limit, value in (("<", -bound, 0.0), (">", bound, math.inf)):
-                is_beyond = builder.fcmp_ordered(predicate, product, constant(x, limit))  # a NaN is neither
-                power = builder.select(is_beyond, constant(x, value), power)
-            builder.store(power, result)
+            builder.store(_limited(builder, x, power, builder.fmul(a, b), _bound(x)), result)
         return builder.load(result)
 
     return x(x, x, types.boolean), codegen
@@ -132,26 +153,42 @@ def sigmoid(typingctx, x):
 
     def codegen(context, builder, sig, args):
         one = constant(x, 1.0)
-        e = _exp_value(builder, x, builder.fneg(args[0]))
+        e = _exp_value(context, builder, x, builder.fneg(args[0]))
         return builder.fdiv(one, builder.fadd(one, e))
 
     return x(x), codegen
 
 
+def _softplus_values(context: Any, builder: Any, lanes: Lanes, x: Any) -> tuple[Any, Any]:
+    """log(1 + exp(x)), as max(x, 0) + log1p(exp(-|x|)), and its derivative 1 / (1 + exp(-x))."""
+    zero, one = constant(lanes, 0.0), constant(lanes, 1.0)
+    size = call(builder, f"llvm.fabs.v{lanes.count}f{lanes.dtype.bitwidth}", x.type, x)
+    e = _exp_value(context, builder, lanes, builder.fneg(size), "<")  # in [0, 1]
+    s = builder.fdiv(e, builder.fadd(e, constant(lanes, 2.0)))  # log1p(e) = 2 atanh(e / (2 + e))
+    p = polynomial(builder, lanes, builder.fmul(s, s), ATANH[lanes.dtype.bitwidth])
+    is_negative = builder.fcmp_ordered("<", x, zero)
+    result = fma_value(builder, lanes, s, p, builder.select(is_negative, zero, x))
+    return result, builder.fdiv(builder.select(is_negative, e, one), builder.fadd(e, one))
+
+
 @intrinsic
 def softplus(typingctx, x):
-    """log(1 + exp(x)), as max(x, 0) + log1p(exp(-|x|))."""
+    """log(1 + exp(x))."""
 
     def codegen(context, builder, sig, args):
-        value, zero = args[0], constant(x, 0.0)
-        size = call(builder, f"llvm.fabs.v{x.count}f{x.dtype.bitwidth}", value.type, value)
-        e = _exp_value(builder, x, builder.fneg(size))  # in [0, 1]
-        s = builder.fdiv(e, builder.fadd(e, constant(x, 2.0)))  # log1p(e) = 2 atanh(e / (2 + e))
-        p = polynomial(builder, x, builder.fmul(s, s), ATANH[x.dtype.bitwidth])
-        positive = builder.select(builder.fcmp_ordered("<", value, zero), zero, value)
-        return fma_value(builder, x, s, p, positive)
+        return _softplus_values(context, builder, x, args[0])[0]
 
     return x(x), codegen
+
+
+@intrinsic
+def softplus_and_slope(typingctx, x):
+    """log(1 + exp(x)) and its derivative, the sigmoid of x."""
+
+    def codegen(context, builder, sig, args):
+        return context.make_tuple(builder, sig.return_type, _softplus_values(context, builder, x, args[0]))
+
+    return types.UniTuple(x, 2)(x), codegen
 
 
 @intrinsic

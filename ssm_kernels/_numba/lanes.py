@@ -7,7 +7,7 @@ on whether LLVM's loop vectorizer sees that arrays do not overlap. Offsets count
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,15 @@ def polynomial(builder: Any, lanes: Lanes, x: Any, coefficients: tuple[float, ..
     for c in reversed(coefficients[:-1]):
         result = fma_value(builder, lanes, result, x, constant(lanes, c))
     return result
+
+
+def look_up(builder: Any, lanes: Lanes, table: Sequence[int] | np.ndarray, x: Any) -> Any:
+    """The integers that the lowest bits of x number, in a table of twice as many as there are lanes. For AVX-512."""
+    kind, n = _integers(lanes), lanes.count
+    halves = (ir.Constant(kind, [int(i) for i in half]) for half in (table[:n], table[n:]))
+    letter = "d" if lanes.dtype == types.float32 else "q"
+    first, last = halves
+    return call(builder, f"llvm.x86.avx512.vpermi2var.{letter}.512", kind, first, as_integers(builder, lanes, x), last)
 
 
 def as_integers(builder: Any, lanes: Lanes, x: Any) -> Any:
@@ -211,25 +220,43 @@ def load_as(typingctx, like, array, offset):
     return lanes(like, array, types.intp), codegen
 
 
-def _prefetch(ahead: int) -> Callable:
-    """Make the function that has the cache line fetched that is so many bytes after an element."""
-
-    @intrinsic
-    def prefetch(typingctx, array, offset):
-        def codegen(context, builder, sig, args):
-            element = address_of(context, builder, sig.args[0], ir.IntType(8), *args)
-            line = builder.gep(element, [ir.IntType(64)(ahead)])
-            numbers = [ir.IntType(32)(n) for n in (0, 3, 1)]  # to be read, into all caches, of data
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), line, *numbers)
-            return context.get_dummy_value()
-
-        return types.none(array, types.intp), codegen
-
-    return prefetch
+def _prefetch(builder: Any, line: Any) -> None:
+    numbers = [ir.IntType(32)(n) for n in (0, 3, 1)]  # to be read, into all caches, of data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), line, *numbers)
 
 
-prefetch, prefetch_ahead = _prefetch(0), _prefetch(AHEAD)
-"""Have the line of an element fetched, or the one `AHEAD` bytes after it, which may be beyond the array."""
+@intrinsic
+def prefetch_ahead(typingctx, array, offset):
+    """Have the cache line fetched that is `AHEAD` bytes after an element, which may be beyond the array."""
+
+    def codegen(context, builder, sig, args):
+        element = address_of(context, builder, sig.args[0], ir.IntType(8), *args)
+        _prefetch(builder, builder.gep(element, [ir.IntType(64)(AHEAD)]))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), codegen
+
+
+@intrinsic
+def address_at(typingctx, array, offset):
+    """The address of an element."""
+
+    def codegen(context, builder, sig, args):
+        element = address_of(context, builder, sig.args[0], ir.IntType(8), *args)
+        return builder.ptrtoint(element, ir.IntType(64))
+
+    return types.int64(array, types.intp), codegen
+
+
+@intrinsic
+def prefetch_line(typingctx, address):
+    """Have the cache line of an address fetched."""
+
+    def codegen(context, builder, sig, args):
+        _prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.none(types.int64), codegen
 
 
 @intrinsic
@@ -564,17 +591,33 @@ def write_steps(tile, row, target, i, positions, count, group, channel, width):
 
 
 @njit
-def prefetch_steps(source, i, positions, first, end, group, channel):
-    """Ask for the memory of the steps `first` to `end` - 1 that `read_steps` will read, or `write_steps` write.
+def list_lines(source, i, positions, first, end, group, channel, lines, count):
+    """Add the addresses to a list from which `read_steps` will read steps `first` to `end` - 1, or `write_steps` write.
 
-    Steps are far apart in memory, so that no processor foresees them: without this a kernel waits for each block.
+    `lines` holds `count` addresses, and those of `channel` from there on.
+
+    Returns:
+        the number of addresses.
     """
     size = source.itemsize
     step_stride, stride = source.strides[1] // size, source.strides[3] // size
-    if stride == 1:
-        offset = i * (source.strides[0] // size) + group * (source.strides[2] // size) + channel
-        for r in range(first, end):
-            prefetch(source, offset + positions[r] * step_stride)
+    if source.size == 0 or stride != 1:
+        return count
+    offset = i * (source.strides[0] // size) + group * (source.strides[2] // size) + channel
+    for r in range(first, end):
+        set_element(lines, count + r - first, address_at(source, offset + positions[r] * step_stride))
+    return count + end - first
+
+
+@njit(forceinline=True)
+def prefetch_share(lines, count, shift, part, n_parts):
+    """Have one of `n_parts` shares of the listed lines fetched, each `shift` bytes after its address.
+
+    Steps are far apart in memory, so that no processor foresees them: without this a kernel waits for each block. A
+    core fetches some 16 to 24 lines at once, and waits where it is asked for more.
+    """
+    for k in range(count * part // n_parts, count * (part + 1) // n_parts):
+        prefetch_line(element(lines, k) + shift)
 
 
 @njit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -68,6 +69,14 @@ def test_powers_of_products_are_the_same_bits_with_a_bound_and_without(dtype):
     out = np.empty_like(x)
     run(x, np.ones_like(x), False, out)
     assert np.isnan(out[4]) and list(np.delete(out[:8], 4)) == [np.inf, 0, np.inf, 0, np.inf, 0, 1]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of x86-64")
+def test_functions_are_right_on_a_processor_without_avx_512(tmp_path):
+    settings = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "two_roundings or powers"]
+    done = subprocess.run(words, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("...."), done.stdout[-2000:]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -19,9 +19,10 @@ from ..._numba.lanes import (
     fill,
     fma,
     lane_count,
+    list_lines,
     load,
     locate_tile,
-    prefetch_steps,
+    prefetch_share,
     read_rows,
     read_steps,
     set_positions,
@@ -122,16 +123,12 @@ def scan_tiles_backward(
     n, (grid_length, groups, dim), lanes = A.shape[1], u.shape[1:], lane_count(u)
     size, states, row_size = CHECKPOINT_INTERVAL * lanes, padded_states(n) * BLOCK, one * BLOCK
     # One memory for all tiles of steps: loads seem to wait for stores that are a multiple of 4,096 bytes away.
-    tiles = aligned_empty(u, 17 * size).reshape(17, size)
-    dt_tile, input_tile, y_tile, dy_tile, dinput_tile, dlog_tile = (
-        tiles[0],
-        tiles[1],
-        tiles[2],
-        tiles[3],
-        tiles[4],
-        tiles[5],
-    )
-    u_tile, z_tile, raw_dy_tile, history = tiles[6], tiles[7], tiles[8], tiles[9:].reshape(8 * size)
+    tiles = aligned_empty(u, 13 * size + 4 * lanes * lanes)
+    dt_tile, input_tile, y_tile, dy_tile, dinput_tile, dlog_tile, u_tile, z_tile, slope_tile = (
+        tiles[:size], tiles[size:], tiles[2 * size :], tiles[3 * size :], tiles[4 * size :], tiles[5 * size :],
+        tiles[6 * size :], tiles[7 * size :], tiles[8 * size : 9 * size],
+    )  # fmt: skip
+    history = tiles[9 * size :]
     state_tiles = aligned_empty(u, 8 * states).reshape(8, states)
     a_tile, h_tile, g_tile, dA_tile = state_tiles[0], state_tiles[1], state_tiles[2], state_tiles[3]
     B_lanes, C_lanes, dB_lanes, dC_lanes = state_tiles[4], state_tiles[5], state_tiles[6], state_tiles[7]
@@ -141,7 +138,7 @@ def scan_tiles_backward(
     bias, skip = aligned_empty(u, row_size), aligned_empty(u, row_size)
     dbias, dskip = aligned_empty(u, row_size), aligned_empty(u, row_size)
     exponents = np.empty(BLOCK // lanes, u.dtype)
-    positions = np.empty(2 * CHECKPOINT_INTERVAL, np.int64)
+    positions, lines = np.empty(2 * CHECKPOINT_INTERVAL, np.int64), np.empty(7 * CHECKPOINT_INTERVAL, np.int64)
     for shared in (a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, history, bias, skip):
         fill(shared, 0.0)
 
@@ -180,33 +177,36 @@ def scan_tiles_backward(
                 read_coefficients(C, row, positions, count, group, C_is_constant, channel, width, C_steps, C_lanes)
                 fill(dB_steps, 0.0)
                 fill(dC_steps, 0.0)
+                n_lines = zero
+                for array in (u, dt, dy, z, du, ddt, dz):
+                    n_lines = list_lines(
+                        array, row, positions, CHECKPOINT_INTERVAL, CHECKPOINT_INTERVAL + ahead, group, offset, lines,
+                        n_lines,
+                    )  # fmt: skip
                 for i in range(0, width, lanes):
                     c, n_channels = offset + i, min(lanes, width - i)
                     read_steps(u, row, positions, count, group, c, n_channels, u_tile, lanes)
                     read_steps(dt, row, positions, count, group, c, n_channels, dt_tile, lanes)
-                    read_steps(dy, row, positions, count, group, c, n_channels, raw_dy_tile, lanes)
-                    step_size = prepare_steps(count, n_channels, bias[i:], dt_softplus, u_tile, dt_tile, input_tile)
-                    # d(y before the gate) = dy silu(z)
+                    read_steps(dy, row, positions, count, group, c, n_channels, dy_tile, lanes)
+                    step_size = prepare_steps(
+                        count, n_channels, bias[i:], dt_softplus, u_tile, dt_tile, input_tile, slope_tile
+                    )
+                    # d(y before the gate) = dy silu(z); dz = dy silu'(z) y, of which `z_tile` holds all but y.
                     if z.size:
                         read_steps(z, row, positions, count, group, c, n_channels, z_tile, lanes)
+                        for t in range(0, count * lanes, lanes):
+                            gate, d = load(z_tile, t), load(dy_tile, t)
+                            s_gate = sigmoid(gate)
+                            store(dy_tile, t, d * (gate * s_gate))
+                            store(z_tile, t, d * (s_gate * fma(gate, 1.0 - s_gate, splat(u, 1.0))))
                     for t in range(0, count * lanes, lanes):
-                        d = load(raw_dy_tile, t)
-                        if z.size:
-                            gate = load(z_tile, t)
-                            d = d * (gate * sigmoid(gate))
-                        store(dy_tile, t, d)
                         store(y_tile, t, load(skip, i) * load(u_tile, t))
                         store(dinput_tile, t, splat(u, 0.0))
                         store(dlog_tile, t, splat(u, 0.0))
-                    last = CHECKPOINT_INTERVAL + ahead
-                    for array in (u, dt, dy, z, du, ddt, dz):
-                        if array.size:
-                            prefetch_steps(array, row, positions, CHECKPOINT_INTERVAL, last, group, c)
-
                     block = (
                         count, i, z.size > 0, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile,
                         dy_tile, history, g_tile, dA_tile, dB_lanes, dC_lanes, dB_steps, dC_steps, dinput_tile,
-                        dlog_tile, y_tile, B_is_constant, C_is_constant,
+                        dlog_tile, y_tile, lines, n_lines, B_is_constant, C_is_constant,
                     )  # fmt: skip
                     if B_is_constant or C_is_constant:
                         _differentiate_constant(*block)
@@ -218,14 +218,11 @@ def scan_tiles_backward(
                     # From here on `input_tile` holds du, `dlog_tile` ddt.
                     # du = dt d(dt u) + D dy, ddt = u d(dt u) + sum_n A dlog (its factor log2(e) taken back), dD += dy u
                     d_skip, d_bias, D_lanes = load(dskip, i), load(dbias, i), load(skip, i)
-                    if dt_softplus:
-                        read_steps(dt, row, positions, count, group, c, n_channels, input_tile, lanes)
                     for t in range(0, count * lanes, lanes):
                         x, dinput, d = load(u_tile, t), load(dinput_tile, t), load(dy_tile, t)
                         d_step = fma(dinput, x, LN_2 * load(dlog_tile, t))
-                        # softplus' = sigmoid, of the raw step: `dt_tile` holds the step after softplus.
                         if dt_softplus:
-                            d_step = d_step * sigmoid(load(input_tile, t) + load(bias, i))
+                            d_step = d_step * load(slope_tile, t)
                         store(input_tile, t, fma(dinput, load(dt_tile, t), d * D_lanes))
                         store(dlog_tile, t, d_step)
                         d_skip = fma(d, x, d_skip)
@@ -234,13 +231,9 @@ def scan_tiles_backward(
                     store(dbias, i, d_bias)
                     write_steps(input_tile, lanes, du, row, positions, count, group, c, n_channels)
                     write_steps(dlog_tile, lanes, ddt, row, positions, count, group, c, n_channels)
-                    # dz = dy y silu'(z), of the dy that the gate has not multiplied
                     if z.size:
                         for t in range(0, count * lanes, lanes):
-                            gate = load(z_tile, t)
-                            s_gate = sigmoid(gate)
-                            d_silu = s_gate * fma(gate, 1.0 - s_gate, splat(u, 1.0))
-                            store(z_tile, t, load(raw_dy_tile, t) * load(y_tile, t) * d_silu)
+                            store(z_tile, t, load(z_tile, t) * load(y_tile, t))
                         write_steps(z_tile, lanes, dz, row, positions, count, group, c, n_channels)
                 if not B_is_constant:
                     write_coefficients(dB_steps, dB, batch_row + row, positions, count, group)
@@ -274,20 +267,22 @@ def _differentiate_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
     def differentiate_steps(
         count, i, has_gate, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, dy_tile, history,
         g_tile, dA_tile, dB_lanes, dC_lanes, dB_steps, dC_steps, dinput_tile, dlog_tile, y_tile,
-        B_is_constant, C_is_constant,
+        lines, n_lines, B_is_constant, C_is_constant,
     ):  # fmt: skip
         """Gradients of one vector of channels, from i on, two states at a time.
 
         h_tile (padded N, BLOCK) holds the states before the block. g_tile holds the gradients of those after it, and
         then of those before it. All other results are added to: dlog_tile is that of dt by way of the decay, times
-        log2(e).
+        log2(e). Meanwhile the memory of the block that comes next is fetched.
         """
         lanes = lane_count(a_tile)
         size = CHECKPOINT_INTERVAL * lanes
-        # The history: decays of both states, and the states before each step; then their shares of dB and dC.
+        # The history: decays of both states, the states before each step, and shares of dB and dC of a run of steps.
         decays, decays2, before, before2 = history[:size], history[size:], history[2 * size :], history[3 * size :]
-        shares = history[4 * size :]
-        for j in range(0, h_tile.size // BLOCK, 2):
+        shares, square = history[4 * size :], lanes * lanes
+        n_states = h_tile.size // BLOCK
+        for j in range(0, n_states, 2):
+            prefetch_share(lines, n_lines, i * a_tile.itemsize, j // 2, n_states // 2)
             p, q = j * BLOCK + i, (j + 1) * BLOCK + i
             k = j * CHECKPOINT_INTERVAL
             k2 = k + CHECKPOINT_INTERVAL
@@ -311,45 +306,50 @@ def _differentiate_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
                 store(y_tile, at, fma(c2, h2, fma(c, h, load(y_tile, at))))
 
             g, g2, dA, dA2 = load(g_tile, p), load(g_tile, q), load(dA_tile, p), load(dA_tile, q)
-            # Adjoint of equation 2: dL/dh_t = C_t dy_t + exp(dt_{t+1} A) dL/dh_{t+1}
-            for t in range(count - 1, -1, -1):
-                at = t * lanes
-                b, b2 = splat(a_tile, element(B_steps, k + t)), splat(a_tile, element(B_steps, k2 + t))
-                c, c2 = splat(a_tile, element(C_steps, k + t)), splat(a_tile, element(C_steps, k2 + t))
-                if may_be_constant and B_is_constant:
-                    b, b2 = load(B_lanes, p), load(B_lanes, q)
-                if may_be_constant and C_is_constant:
-                    c, c2 = load(C_lanes, p), load(C_lanes, q)
-                dy, dt, dt_u = load(dy_tile, at), load(dt_tile, at), load(input_tile, at)
-                decay, decay2, last, last2 = load(decays, at), load(decays2, at), load(before, at), load(before2, at)
-                dinput, dlog = load(dinput_tile, at), load(dlog_tile, at)
-                g, g2 = fma(c, dy, g), fma(c2, dy, g2)  # dL/dh_t
-                # dB_t = sum over channels of dL/dh_t dt_t u_t, dC_t = sum over channels of dy_t h_t
-                if may_be_constant:
-                    store(dB_lanes, p, fma(g, dt_u, load(dB_lanes, p)))
-                    store(dB_lanes, q, fma(g2, dt_u, load(dB_lanes, q)))
-                    store(dC_lanes, p, fma(dy, h, load(dC_lanes, p)))
-                    store(dC_lanes, q, fma(dy, h2, load(dC_lanes, q)))
-                store(shares, at, g * dt_u)
-                store(shares, size + at, g2 * dt_u)
-                store(shares, 2 * size + at, dy * h)
-                store(shares, 3 * size + at, dy * h2)
-                store(dinput_tile, at, fma(g2, b2, fma(g, b, dinput)))
-                g, g2, h, h2 = g * decay, g2 * decay2, last, last2
-                s, s2 = g * h, g2 * h2  # gradients of the exponents dt_t A
-                store(dlog_tile, at, fma(s2, a2, fma(s, a, dlog)))
-                dA, dA2 = fma(s, dt, dA), fma(s2, dt, dA2)
+            # Adjoint of equation 2: dL/dh_t = C_t dy_t + exp(dt_{t+1} A) dL/dh_{t+1}, in runs of as many steps as a
+            # vector has lanes.
+            for first in range((count - 1) // lanes * lanes, -1, -lanes):
+                for t in range(min(first + lanes, count) - 1, first - 1, -1):
+                    at, share = t * lanes, (t - first) * lanes
+                    b, b2 = splat(a_tile, element(B_steps, k + t)), splat(a_tile, element(B_steps, k2 + t))
+                    c, c2 = splat(a_tile, element(C_steps, k + t)), splat(a_tile, element(C_steps, k2 + t))
+                    if may_be_constant and B_is_constant:
+                        b, b2 = load(B_lanes, p), load(B_lanes, q)
+                    if may_be_constant and C_is_constant:
+                        c, c2 = load(C_lanes, p), load(C_lanes, q)
+                    dy, dt, dt_u = load(dy_tile, at), load(dt_tile, at), load(input_tile, at)
+                    decay, decay2, last, last2 = (
+                        load(decays, at),
+                        load(decays2, at),
+                        load(before, at),
+                        load(before2, at),
+                    )
+                    dinput, dlog = load(dinput_tile, at), load(dlog_tile, at)
+                    g, g2 = fma(c, dy, g), fma(c2, dy, g2)  # dL/dh_t
+                    # dB_t = sum over channels of dL/dh_t dt_t u_t, dC_t = sum over channels of dy_t h_t
+                    if may_be_constant:
+                        store(dB_lanes, p, fma(g, dt_u, load(dB_lanes, p)))
+                        store(dB_lanes, q, fma(g2, dt_u, load(dB_lanes, q)))
+                        store(dC_lanes, p, fma(dy, h, load(dC_lanes, p)))
+                        store(dC_lanes, q, fma(dy, h2, load(dC_lanes, q)))
+                    store(shares, share, g * dt_u)
+                    store(shares, square + share, g2 * dt_u)
+                    store(shares, 2 * square + share, dy * h)
+                    store(shares, 3 * square + share, dy * h2)
+                    store(dinput_tile, at, fma(g2, b2, fma(g, b, dinput)))
+                    g, g2, h, h2 = g * decay, g2 * decay2, last, last2
+                    s, s2 = g * h, g2 * h2  # gradients of the exponents dt_t A
+                    store(dlog_tile, at, fma(s2, a2, fma(s, a, dlog)))
+                    dA, dA2 = fma(s, dt, dA), fma(s2, dt, dA2)
+                # Beyond `count` are steps of another run, which no one reads.
+                add_totals(dB_steps, k + first, shares, 0)
+                add_totals(dB_steps, k2 + first, shares, square)
+                add_totals(dC_steps, k + first, shares, 2 * square)
+                add_totals(dC_steps, k2 + first, shares, 3 * square)
             store(g_tile, p, g)
             store(g_tile, q, g2)
             store(dA_tile, p, dA)
             store(dA_tile, q, dA2)
-            # As many steps at a time as a vector has lanes; beyond `count` are steps of another block, which no one
-            # reads.
-            for t in range(0, count, lanes):
-                add_totals(dB_steps, k + t, shares, t * lanes)
-                add_totals(dB_steps, k2 + t, shares, size + t * lanes)
-                add_totals(dC_steps, k + t, shares, 2 * size + t * lanes)
-                add_totals(dC_steps, k2 + t, shares, 3 * size + t * lanes)
 
     return differentiate_steps
 

@@ -18,9 +18,10 @@ from ..._numba.lanes import (
     fill,
     fma,
     lane_count,
+    list_lines,
     load,
     locate_tile,
-    prefetch_steps,
+    prefetch_share,
     read_rows,
     read_steps,
     set_positions,
@@ -106,7 +107,7 @@ def scan_tiles(
     B_steps, C_steps = aligned_empty(u, coefficients), aligned_empty(u, coefficients)
     bias, skip = aligned_empty(u, row_size), aligned_empty(u, row_size)
     exponents = np.empty(BLOCK // lanes, u.dtype)
-    positions = np.empty(2 * CHECKPOINT_INTERVAL, np.int64)
+    positions, lines = np.empty(2 * CHECKPOINT_INTERVAL, np.int64), np.empty(4 * CHECKPOINT_INTERVAL, np.int64)
     for shared in (a_tile, B_lanes, C_lanes, B_steps, C_steps, bias, skip):
         fill(shared, 0.0)
 
@@ -133,21 +134,20 @@ def scan_tiles(
             set_positions(positions, at, ahead, directions[group], height, grid_length)
             read_coefficients(B, row, positions, count, group, B_is_constant, channel, width, B_steps, B_lanes)
             read_coefficients(C, row, positions, count, group, C_is_constant, channel, width, C_steps, C_lanes)
+            n_lines = zero
+            for array in (u, dt, z, y):
+                n_lines = list_lines(array, row, positions, CHECKPOINT_INTERVAL, ahead, group, offset, lines, n_lines)
             for i in range(0, width, lanes):
                 k, n_channels = offset + i, min(lanes, width - i)
                 read_steps(u, row, positions, count, group, k, n_channels, u_tile, lanes)
                 read_steps(dt, row, positions, count, group, k, n_channels, dt_tile, lanes)
                 step_size = prepare_steps(count, n_channels, bias[i:], dt_softplus, u_tile, dt_tile, input_tile)
-                for array in (u, dt, y):
-                    prefetch_steps(array, row, positions, CHECKPOINT_INTERVAL, ahead, group, k)
-                if z.size:
-                    prefetch_steps(z, row, positions, CHECKPOINT_INTERVAL, ahead, group, k)
                 # y_t = C_t h_t + D u_t starts with its second term.
                 for t in range(0, count * lanes, lanes):
                     store(y_tile, t, load(skip, i) * load(u_tile, t))
                 block = (
                     count, i, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile,
-                    B_is_constant, C_is_constant,
+                    lines, n_lines, B_is_constant, C_is_constant,
                 )  # fmt: skip
                 if B_is_constant or C_is_constant:
                     _scan_constant(*block)
@@ -171,16 +171,18 @@ def _scan_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
 
     @njit
     def scan_steps(
-        count, i, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile, B_is_constant,
-        C_is_constant,
+        count, i, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile, lines,
+        n_lines, B_is_constant, C_is_constant,
     ):  # fmt: skip
         """Advance the states (padded N, BLOCK) of the channels from i on, as many as a vector holds.
 
-        Their outputs are added to y (CHECKPOINT_INTERVAL, lanes).
+        Their outputs are added to y (CHECKPOINT_INTERVAL, lanes). Meanwhile the memory of the next block is fetched.
         """
         lanes = lane_count(a_tile)
         # Two states over all steps of the block at a time: each stays in a register, and they share the other loads.
-        for j in range(0, h_tile.size // BLOCK, 2):
+        n_states = h_tile.size // BLOCK
+        for j in range(0, n_states, 2):
+            prefetch_share(lines, n_lines, i * a_tile.itemsize, j // 2, n_states // 2)
             p, q = j * BLOCK + i, (j + 1) * BLOCK + i
             a, a2, h, h2 = load(a_tile, p), load(a_tile, q), load(h_tile, p), load(h_tile, q)
             for t in range(count):

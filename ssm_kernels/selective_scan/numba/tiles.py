@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..._numba.functions import LOG2_E, softplus
+from ..._numba.functions import LOG2_E, softplus_and_slope
 from ..._numba.lanes import (
     BLOCK,
     element,
@@ -55,8 +55,10 @@ def padded_states(n):
 
 
 @njit
-def prepare_steps(count, width, bias, dt_softplus, u, dt, dt_input):
+def prepare_steps(count, width, bias, dt_softplus, u, dt, dt_input, slopes=None):
     """Apply bias and softplus to dt, and compute dt u; tiles (count, width in whole vectors).
+
+    `slopes` gets the derivative of softplus.
 
     Returns:
         the largest |dt|.
@@ -70,7 +72,9 @@ def prepare_steps(count, width, bias, dt_softplus, u, dt, dt_input):
             # dt_t = softplus(dt + dt_bias) (algorithm 2)
             step = load(dt, at) + load(bias, i)
             if dt_softplus:
-                step = softplus(step)
+                step, slope = softplus_and_slope(step)
+                if slopes is not None:
+                    store(slopes, at, slope)
             size = larger_sizes(step, size)
             store(dt, at, step)
             store(dt_input, at, step * load(u, at))
