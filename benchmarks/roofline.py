@@ -87,7 +87,7 @@ class Cost:
 class LeastTime:
     seconds: float
     bound: Literal["memory", "matrix", "arithmetic", "exponentials"]
-    """The unit that takes this time; the others could work in parallel."""
+    """What takes this time, on a CPU the larger part of it; other units could work in parallel."""
 
 
 def least_time(cost: Cost, device: Device, dtype: torch.dtype) -> LeastTime:
@@ -110,13 +110,19 @@ CHUNKS = tuple(2**n for n in range(9))
 def least_time_here(case: Case, mode: Mode, rates: Rates) -> LeastTime:
     """The least time of a call on cores of this machine, in float32 arithmetic whatever the dtype.
 
-    Matrix products and other arithmetic share a core's multiply-add units. SSD's is that of the best chunk size.
+    Exponentials are multiply-adds too: a core takes one after the other, so that their times add. Memory is moved
+    meanwhile. SSD's least time is that of the best chunk size.
     """
 
     def least(case: Case) -> LeastTime:
         needs = cost(case, mode)
-        device = Device(rates.bandwidth(needs.bytes), rates.operations, 0.0, rates.operations, rates.exponentials)
-        return least_time(replace(needs, matrix=0, other=needs.matrix + needs.other), device, torch.float32)
+        operations = (needs.matrix + needs.other) / rates.operations
+        exponentials = needs.exponentials / rates.exponentials
+        return max(
+            LeastTime(needs.bytes / rates.bandwidth(needs.bytes), "memory"),
+            LeastTime(operations + exponentials, "arithmetic" if operations >= exponentials else "exponentials"),
+            key=lambda time: time.seconds,
+        )
 
     sizes = CHUNKS if case.folder == "ssd" and not case.is_step else (case.chunk_size,)
     return min((least(replace(case, chunk_size=size)) for size in sizes), key=lambda time: time.seconds)

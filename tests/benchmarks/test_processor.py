@@ -37,16 +37,19 @@ def test_rates_are_measured_with_and_without_numba(has_numba, monkeypatch):
 
 def test_the_loops_compute_what_they_are_named_for():
     kernels = pytest.importorskip("vlmamba.benchmarks.processor_kernels", exc_type=ImportError)
-    x = torch.linspace(-100, 100, 64)
+    x = torch.linspace(-50, 50, 64)
+    factors = x[: kernels.POWERS] = torch.tensor([2.0, -0.5, 0.1, 1.0])
     out = torch.zeros(64)
     kernels.exponentiate(x.numpy(), out.numpy(), 1)
-    torch.testing.assert_close(out, x.double().exp2().float())
+    torch.testing.assert_close(out, (x.double()[:, None] * factors).exp2().sum(1).float())
     kernels.multiply_add(torch.full((64,), 0.5).numpy(), out.zero_().numpy(), 1)
     assert torch.equal(out, torch.full((64,), 1 - 0.5**kernels.CHAIN))
     kernels.copy(x.numpy(), out.numpy(), 1)
     assert torch.equal(out, x)
-    kernels.read(x[:5].numpy(), out.numpy(), 1)
-    torch.testing.assert_close(out[0], x[:5].sum())
+    x = torch.randn(256)
+    for read in (kernels.read, kernels.read_places):
+        read(x.numpy(), out.zero_().numpy(), 1)
+        torch.testing.assert_close(out[0], x.sum())
 
 
 # 8 steps of 4 channels with 2 states, fp32, without D, gate or softplus.
@@ -66,6 +69,13 @@ def test_each_limit_is_the_work_of_the_op_over_its_rate():
         least = least_time_here(SCAN, "fwd", rates)
         assert (least.bound, least.seconds) == (slow, pytest.approx(work / 100))
         assert roofline_share(SCAN, "fwd", 2 * least.seconds, "cpu", rates)["share"] == pytest.approx(0.5)
+
+
+def test_the_times_of_operations_and_exponentials_add():
+    needs = cost(SCAN, "fwd")
+    rates = Rates(1, {1: 1e12}, {1: 1.0}, float(needs.matrix + needs.other), needs.exponentials / 2)
+    least = least_time_here(SCAN, "fwd", rates)
+    assert (least.bound, least.seconds) == ("exponentials", pytest.approx(1 + 2))
 
 
 def test_memory_is_as_fast_as_the_largest_measured_footprint_that_a_call_touches(rates):
