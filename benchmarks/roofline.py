@@ -87,7 +87,7 @@ class Cost:
 class LeastTime:
     seconds: float
     bound: Literal["memory", "matrix", "arithmetic", "exponentials"]
-    """What takes this time, on a CPU the larger part of it; other units could work in parallel."""
+    """The unit that takes this time, on a CPU the larger part of it; others could work in parallel."""
 
 
 def least_time(cost: Cost, device: Device, dtype: torch.dtype) -> LeastTime:
