@@ -21,7 +21,7 @@ import anyio
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..model.image import decode_image
@@ -41,6 +41,11 @@ logger = logging.getLogger(__name__)
 
 STREAM_SECONDS = 0.05
 """Interval at which the text of streams is sent, of all at the same times. First text and end never wait."""
+
+
+CHARACTERS_PER_TOKEN = 16
+"""Characters of a prompt for each token that it may have. A tokenizer takes some 0.7 s of processor time for a million
+characters, and Python runs nothing else meanwhile. Texts have 4 or 5 a token."""
 
 
 class Interface(NamedTuple):
@@ -195,6 +200,7 @@ class Service:
         fields = parse_json(body)
         _check_model(self, fields.get("model"))
         call = interface.parse(fields, self.config)
+        self._check_length(call.question, interface.field)
         try:
             prompts = self._prompts(call.question, salt)
         except (ValueError, TypeError) as e:
@@ -204,6 +210,17 @@ class Service:
             message = f"the prompt has {longest} tokens, where {self.config.max_prompt_tokens} are the most"
             raise ApiError(400, message, interface.field, "context_length_exceeded")
         return call, prompts
+
+    def _check_length(self, question: Conversation | Texts, field: str) -> None:
+        """Refuse a text that is too long for its tokens to be counted, which would hold up every other request."""
+        most = CHARACTERS_PER_TOKEN * self.config.max_prompt_tokens
+        if isinstance(question, Conversation):
+            length = sum(len(turn.text) for turn in question.turns)
+        else:
+            length = max(len(text) for text in question)
+        if length > most:
+            message = f"the prompt has {length:,} characters, where {most:,} are the most"
+            raise ApiError(400, message, field, "context_length_exceeded")
 
     def _prompts(self, question: Conversation | Texts, salt: bytes) -> list[Prompt]:
         if not isinstance(question, Conversation):
@@ -553,4 +570,5 @@ def _check_model(service: Service, name: Any) -> None:
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(content, status, headers)
+    # In ASCII: a text that a client sent, and an error repeats, may have halves of surrogate pairs.
+    return Response(json.dumps(content, allow_nan=False), status, headers, media_type="application/json")

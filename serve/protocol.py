@@ -22,6 +22,11 @@ from .engine import MAX_LOGPROBS
 
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+"""Characters of a stop string. Every token is compared with all of them."""
+MAX_MESSAGE = 1000
+"""Characters of an error's message, of which its middle is left out beyond."""
+MAX_PARAM = 200
 MAX_PROMPTS = 64
 """Prompts of one call of the completions interface."""
 
@@ -64,8 +69,11 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
+        # An error may repeat what a client sent, which may be as long as a body.
+        message = _shortened(message, MAX_MESSAGE)
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, message, code
+        self.param = None if param is None else _shortened(param, MAX_PARAM)
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
@@ -73,6 +81,11 @@ class ApiError(Exception):
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _shortened(text: str, most: int) -> str:
+    """Leave out the middle of a text of more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[len(text) - most // 2 :]}"
 
 
 @dataclass(frozen=True)
@@ -235,6 +248,10 @@ def _parse(body: dict[str, Any], config: ServeConfig, take_own: Callable[[_Field
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
         raise ApiError(400, f"stop must be a string or an array of at most {MAX_STOPS} strings", "stop")
+    for i, text in enumerate(stop):
+        if len(text) > MAX_STOP_LENGTH:
+            message = f"stop[{i}] must have at most {MAX_STOP_LENGTH} characters, got {len(text):,}"
+            raise ApiError(400, message, "stop")
     # Without a seed, every call draws its own noise.
     seed = fields.take("seed", int, None)
     settings = {

@@ -141,8 +141,15 @@ class Completion:
 
     def _withheld(self) -> int:
         """Length of the longest suffix of the text that is a prefix of a stop string."""
-        text = self.stream.text
-        return max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return max(_overlap(self.stream.text, s) for s in self.stop)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest suffix of a text that is a prefix of a stop string, and not all of it."""
+    at = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0
 
 
 def generate_packed(

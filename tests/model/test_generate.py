@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import weakref
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tests.makers import random_prompts, sharpened_lm
 from vlmamba.model import GenerationConfig, LMConfig, MambaLM, Tokenizer
 from vlmamba.model.generation import cuda_graph, decoding
 from vlmamba.model.generation.decoding import Decoder, state_bytes
-from vlmamba.model.generation.generate import generate_packed, generate_texts, generate_tokens
+from vlmamba.model.generation.generate import Completion, generate_packed, generate_texts, generate_tokens
 from vlmamba.model.generation.prefill import packed_tokens, prefill, prefill_chunks
 from vlmamba.model.generation.sampling import Sampler
 from vlmamba.model.score import score
@@ -434,3 +435,19 @@ def test_where_capture_fails_steps_run_one_by_one_and_the_reason_is_logged_once(
     assert [r.message for r in caplog.records] == [
         "decoding runs without a CUDA graph, since capture failed: operation not permitted when stream is capturing"
     ]
+
+
+def test_text_that_may_start_a_stop_string_is_withheld_at_little_cost():
+    """However long the stop string is: every token is compared with it."""
+    a, b = (TOKENIZER.inner.token_to_id(c) for c in "ab")
+    completion, texts = Completion(TOKENIZER, ("aab",)), []
+    for token in (b, a, a, a, b):
+        completion.push(token)
+        texts.append(completion.text)
+    assert texts == ["b", "b", "b", "ba", "ba"] and completion.finished
+    endless, start = Completion(TOKENIZER, ("b" * 100_000,)), time.process_time()
+    for _ in range(300):
+        endless.push(b)
+    assert endless.text == "" and time.process_time() - start < 2
+    endless.finish()
+    assert endless.text == "b" * 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -189,6 +190,13 @@ BAD = {
     "many images": ({"messages": question("a", *[data_url(RED)] * 3)}, 400, "at most 2 images, got 3"),
     "audio": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "got 'input_audio'"),
     "stop": ({**OK, "stop": [""]}, 400, "stop must not hold an empty text"),
+    "long stop": ({**OK, "stop": ["a", "b" * 257]}, 400, "stop[1] must have at most 256 characters, got 257"),
+    "long text": ({"messages": [{"role": "user", "content": "a" * 3201}]}, 400, "3,201 characters, where 3,200 are"),
+    "half surrogate in a field": (
+        b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}',
+        400,
+        "unknown field",
+    ),  # fmt: skip
     "top_logprobs": ({**OK, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs must lie in [0, 20]"),
     "model": ({**OK, "model": "gpt-4"}, 404, "there is no model 'gpt-4' here"),
 }
@@ -201,6 +209,46 @@ def test_a_bad_request_gets_an_error_that_names_the_fault(server, name):
     error = response.json()["error"]
     assert (response.status_code, error.keys()) == (status, {"message", "type", "param", "code"})
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": %s, "messages": []}',
+        b'{"messages": [{"role": %s}]}',
+        b'{"messages": [{"role": "user", "content": [{"type": %s}]}]}',
+        b'{"messages": [{"role": "user", "content": "a", %s: 1}]}',
+        b'{"messages": [{"role": "user", "content": "a"}], %s: 1}',
+        b'{"messages": [{"role": "user", "content": "a"}], "stream_options": {%s: 1}}',
+    ],
+)
+def test_an_error_repeats_no_more_than_a_part_of_a_body(server, body):
+    for value in (b'"%s"' % (b"x" * 500_000), b"[" * 900 + b"]" * 900):
+        response = server.post(body % value)
+        assert response.status_code in (400, 404) and len(response.content) < 2000
+
+
+def test_an_endless_head_is_refused(server):
+    """Also where httptools is installed, which has no bound on it."""
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.settimeout(30)
+        with contextlib.suppress(OSError):
+            connection.sendall(b"GET / HTTP/1.1\r\nA: ")
+            for _ in range(200):
+                connection.sendall(b"a" * 65536)
+        with contextlib.suppress(OSError):
+            assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+    assert server.server.config.http == "h11"
+
+
+def test_a_long_text_is_refused_before_it_is_tokenized(server, monkeypatch):
+    monkeypatch.setattr(type(TOKENIZER), "encode", lambda *args: pytest.fail("a text was tokenized"))
+    for path, body in {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a" * 500_000}]},
+        "/v1/completions": {"prompt": ["a", "a" * 500_000]},
+    }.items():
+        error = server.post(body, path).json()["error"]
+        assert error["code"] == "context_length_exceeded" and "500,000 characters" in error["message"]
 
 
 def test_bad_prompts_and_paths_are_named(server):
