@@ -50,7 +50,7 @@ clean:  ## remove the virtual environment
 	rm -rf $(VENV)
 
 $(VENV)/.%: pyproject.toml constraints.txt
-	@echo "installing vl-mamba[$*] into $(VENV)"
+	@echo "installing vl-mamba[$*] into $(VENV): some minutes, most of them for torch"
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch numpy
 	@$(PIP) --editable .[$*]
