@@ -46,7 +46,7 @@ def run_commands(
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped
             stream.reconfigure(errors="backslashreplace")
     # The library logs, for example a slower backend; a command shows it.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[LinesOfTheirOwn()])
     try:
         if arguments[0] not in commands:
             # The help of the program: one sentence on each command, whose own help has the rest. It ends the process.
@@ -74,6 +74,19 @@ def run_commands(
         if torch is None or not isinstance(e, torch.OutOfMemoryError):
             raise
         sys.exit(f"{prog}: {printable(describe(e))}")
+
+
+class LinesOfTheirOwn(logging.StreamHandler):
+    """Log to stderr, where a record is a line above the progress bars, not the end of one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        # Without importing tqdm: what did not import it draws no bar.
+        bars = sys.modules.get("tqdm")
+        if bars is None:
+            super().emit(record)
+        else:
+            bars.tqdm.write(self.format(record), file=self.stream)
 
 
 def describe(error: BaseException) -> str:
