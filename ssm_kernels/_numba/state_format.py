@@ -279,7 +279,9 @@ def _to_float16(builder: Any, value: Any, noise: Any) -> Any:
 
 def _to_int8(builder: Any, value: Any, noise: Any) -> Any:
     size = call(builder, f"llvm.fabs.v{CALLS}f32", FLOATS, value)
-    units = call(builder, f"llvm.fptosi.sat.v{CALLS}i32.v{CALLS}f32", I32, size)  # 0 for NaN
+    # At most 127 * 65536, and 0 for NaN; LLVM's conversion that saturates is of one number after the other.
+    size = builder.select(builder.fcmp_ordered("ord", size, size), size, _all(FLOATS, 0.0))
+    units = builder.fptosi(size, I32)
     units = builder.lshr(builder.add(units, noise), _all(I32, 16))
     is_negative = builder.fcmp_ordered("<", value, _all(FLOATS, 0.0))
     return builder.trunc(builder.select(is_negative, builder.neg(units), units), ir.VectorType(ir.IntType(8), CALLS))

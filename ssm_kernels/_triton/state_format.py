@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._core.state_format import BITS_PER_CALL, NARROW_DTYPES
+from .primitives import and_scalar
 
 LEAST_ROW: tl.constexpr = tl.constexpr(2.0**-100)
 """`_core.state_format.LEAST_ROW`."""
@@ -66,6 +67,23 @@ def store_state(
         stored = narrow.to(h.dtype)
     tl.store(ptrs, narrow, mask)
     return stored
+
+
+@triton.jit
+def store_slot(
+    slot, state_ptr, state_stride, state_offsets, scale_ptr, scale_stride, scale_offsets, h, mask, row_mask, seeds_ptr,
+    token, row, HAS_SCALE: tl.constexpr, HAS_SEED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write a tile to a slot of a pool as `store_state` does, and return it as stored; below 0 no slot takes it."""
+    scale_ptrs = scale_ptr
+    if HAS_SCALE:
+        scale_ptrs = scale_ptr + slot * scale_stride + scale_offsets
+    is_kept = and_scalar(mask, slot >= 0)
+    stored = store_state(
+        state_ptr + slot * state_stride + state_offsets, scale_ptrs, h, is_kept, and_scalar(row_mask, slot >= 0),
+        seeds_ptr, token, row, HAS_SCALE, HAS_SEED, BLOCK_N,
+    )  # fmt: skip
+    return tl.where(is_kept, stored, h)
 
 
 @triton.jit

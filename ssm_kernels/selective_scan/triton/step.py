@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._triton.device import FUSED_MULTIPLY_ADD, on_device, with_contiguous_last_dim
 from ..._triton.primitives import LOG2E, and_scalar, compute_type, silu, softplus
-from ..._triton.state_format import block_of_state, load_state, store_state
+from ..._triton.state_format import block_of_state, load_state, store_slot, store_state
 from .tile import load_vector
 
 STATE_ELEMENTS = 512
@@ -135,15 +135,11 @@ def _step_kernel(
                 dt_bias_ptr, y_ptr, dim, B_channels, C_channels, u_strides, dt_strides, B_strides, C_strides,
                 z_strides, N, HAS_D, HAS_Z, HAS_DT_BIAS, DT_SOFTPLUS, COMPUTE,
             )  # fmt: skip
-            slot = tl.load(destinations_ptr + token)
-            if HAS_SCALE:
-                scale_ptrs = scale_ptr + slot * scale_strides[0] + scale_offsets
-            is_kept = and_scalar(mask_state, slot >= 0)
-            stored = store_state(
-                state_ptr + slot * state_strides[0] + state_offsets, scale_ptrs, h, is_kept,
-                and_scalar(mask, slot >= 0), seeds_ptr, token, d, HAS_SCALE, HAS_SEED, BLOCK_N,
+            h = store_slot(
+                tl.load(destinations_ptr + token), state_ptr, state_strides[0], state_offsets, scale_ptr,
+                scale_strides[0] if HAS_SCALE else 0, scale_offsets, h, mask_state, mask, seeds_ptr, token, d,
+                HAS_SCALE, HAS_SEED, BLOCK_N,
             )  # fmt: skip
-            h = tl.where(is_kept, stored, h)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._triton.device import FUSED_MULTIPLY_ADD, on_device, with_contiguous_last_dim
 from ..._triton.primitives import and_scalar, compute_type, silu
-from ..._triton.state_format import block_of_state, load_state, store_state
+from ..._triton.state_format import block_of_state, load_state, store_slot, store_state
 from .chunk import dt_constants, load_dt
 
 STATE_ELEMENTS = 2048
@@ -162,15 +162,11 @@ def _step_kernel(
             y *= silu(tl.load(z_ptr + z_offsets, mask_p, other=0.0).to(COMPUTE))
         tl.store(y_ptr + ((batch * tokens + t) * H + head) * P + p, y.to(y_ptr.dtype.element_ty), mask_p)
         if HAS_PLAN:
-            slot = tl.load(destinations_ptr + t)
-            if HAS_SCALE:
-                scale_ptrs = scale_ptr + slot * scale_strides[0] + scale_offsets
-            is_kept = and_scalar(mask_state, slot >= 0)
-            stored = store_state(
-                state_ptr + slot * state_strides[0] + state_offsets, scale_ptrs, state, is_kept,
-                and_scalar(mask_row, slot >= 0), seeds_ptr, t, row, HAS_SCALE, HAS_SEED, BLOCK_N,
+            state = store_slot(
+                tl.load(destinations_ptr + t), state_ptr, state_strides[0], state_offsets, scale_ptr,
+                scale_strides[0] if HAS_SCALE else 0, scale_offsets, state, mask_state, mask_row, seeds_ptr, t, row,
+                HAS_SCALE, HAS_SEED, BLOCK_N,
             )  # fmt: skip
-            state = tl.where(is_kept, stored, state)
     if not HAS_PLAN:
         last = batch * tokens + tokens - 1
         store_state(
