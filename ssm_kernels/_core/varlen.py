@@ -42,6 +42,10 @@ class Sequences(NamedTuple):
         ends = [0, *(start + n for start, n in zip(self.starts, self.lengths, strict=True))]
         return [(end, start) for end, start in zip(ends, [*self.starts, total], strict=True) if end < start]
 
+    def has_padding(self, total: int) -> bool:
+        """Whether some of `total` positions belong to no sequence."""
+        return sum(self.lengths) < total
+
     def positions(self, device: torch.device) -> Tensor:
         """Return every position of every sequence, in order, (T,) int64."""
         runs = [torch.arange(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
@@ -80,7 +84,7 @@ def parse_sequences(
         return Sequences(tuple(bounds[:-1]), _differences(bounds), all_sequences, all_sequences)
     if seq_idx is None or length == 0:
         rows = tuple(range(batch))
-        return Sequences(tuple(b * length for b in rows), (length,) * batch, rows, rows)
+        return Sequences(tuple([b * length for b in rows]), (length,) * batch, rows, rows)
 
     # A sequence starts with each row, and where the number changes along it.
     is_start = torch.ones(batch, length, dtype=torch.bool, device=seq_idx.device)

@@ -8,11 +8,18 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
-from numba.core import types
+import torch
+from llvmlite import ir
+from numba.core import cgutils, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
+from numba.core.datamodel import models
+from numba.core.extending import NativeValue, register_model, unbox
+
+from .launch import TYPES
 
 logger = logging.getLogger("ssm_kernels")
 _lock = threading.Lock()
@@ -21,23 +28,57 @@ PATIENCE = 1.0
 """Seconds of a compilation after which it is announced, once in a process."""
 
 
+class Memory(types.Array):
+    """The numba type of the memory of a tensor: an array that is made of what `launch.memory_of` returns."""
+
+    def __init__(self, dtype: types.Type, n_dims: int):
+        # Of no particular layout, so that strides do not make another compilation.
+        super().__init__(dtype, n_dims, "A", name=f"Memory({dtype}, {n_dims})")
+
+
+register_model(Memory)(models.ArrayModel)
+
+
+@unbox(Memory)
+def _unbox(kind: Memory, memory: Any, c: Any) -> NativeValue:
+    """Make an array of (dtype, address, shape, strides, ...), in a twentieth of the time that NumPy takes for it."""
+    builder, python = c.builder, c.pyapi
+    integer = c.context.get_value_type(types.intp)
+    size = ir.Constant(integer, kind.dtype.bitwidth // 8)
+
+    def numbers(field: int) -> list[Any]:
+        sequence = python.tuple_getitem(memory, field)
+        return [python.long_as_longlong(python.tuple_getitem(sequence, i)) for i in range(kind.ndim)]
+
+    array = cgutils.create_struct_proxy(kind)(c.context, builder)
+    shape, strides = numbers(2), [builder.mul(n, size) for n in numbers(3)]
+    array.shape, array.strides = (cgutils.pack_array(builder, m, ty=integer) for m in (shape, strides))
+    array.itemsize, array.nitems = size, functools.reduce(builder.mul, shape, ir.Constant(integer, 1))
+    address = python.long_as_longlong(python.tuple_getitem(memory, 1))
+    array.data = builder.inttoptr(address, array.data.type)
+    # Nothing counts references: the caller keeps the tensor.
+    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+    array.parent = cgutils.get_null_value(array.parent.type)
+    return NativeValue(array._getvalue())
+
+
 class Kernel:
     """A function of arrays and numbers that is compiled when it first runs, and runs without the GIL.
 
-    An argument has the same type in all calls, or is an array of the same number of dimensions. Arrays may have any
-    dtypes and strides; there is a compilation for each combination of dtypes.
+    An argument is the memory of a tensor, of any dtype and strides, or it has the same type in all calls. There is a
+    compilation for each combination of the tensors' dtypes.
     """
 
     def __init__(self, function: Callable):
         self._dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
-        self._compiled: dict[tuple[np.dtype, ...], Callable] = {}
+        self._compiled: dict[tuple[torch.dtype, ...], Callable] = {}
         try:
             self._dispatcher._cache = _Cache(function)  # pyright: ignore[reportAttributeAccessIssue]
         except RuntimeError as error:  # neither the user's folder nor the package's can be written
             logger.warning("kernels for the CPU are compiled in every process: %s", error)
 
     def __call__(self, *args):
-        dtypes = tuple([x.dtype for x in args if type(x) is np.ndarray])
+        dtypes = tuple([x[0] for x in args if type(x) is tuple])
         compiled = self._compiled.get(dtypes)
         if compiled is None:
             compiled = self._compiled[dtypes] = self._compile(args)
@@ -64,9 +105,10 @@ def _announce(path: str | None) -> None:
 
 
 def _type_of(arg: object) -> types.Type:
-    kind = numba.typeof(arg)
-    # Of no particular layout, so that strides do not make another compilation.
-    return types.Array(kind.dtype, kind.ndim, "A") if isinstance(kind, types.Array) else kind
+    if isinstance(arg, tuple):
+        dtype, _, shape = arg[:3]
+        return Memory(numba.from_dtype(np.dtype(TYPES[dtype])), len(shape))
+    return numba.typeof(arg)
 
 
 class _Files(CompileResultCacheImpl):

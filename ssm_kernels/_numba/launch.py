@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,60 +20,48 @@ MAX_RUNS = 16
 """Copies of a gradient that sequences share, at most."""
 
 
-class _Memory:
-    """The memory of a tensor, as NumPy's array interface describes it.
-
-    `Tensor.numpy` would do, but for a mark that it leaves on the storage, which nobody may resize then: FSDP resizes
-    the storages of parameters and of gathered shards.
-    """
-
-    __slots__ = ("__array_interface__", "tensor")
-
-    def __init__(self, x: Tensor):
-        self.tensor = x  # alive as long as the array is
-        size = x.element_size()
-        self.__array_interface__ = {
-            "data": (x.data_ptr(), False),
-            "shape": tuple(x.shape),
-            "strides": None if x.is_contiguous() else tuple([n * size for n in x.stride()]),  # in bytes
-            "typestr": TYPES[x.dtype],
-            "version": 3,
-        }
-
-
 TYPES = {
     torch.float32: "=f4", torch.float64: "=f8", torch.bfloat16: "=u2", torch.int64: "=i8", torch.int8: "=i1",
     torch.uint8: "=u1", torch.float16: "=i2",
 }  # fmt: skip
 """NumPy's types of the memory that kernels take. numba has neither bfloat16 nor float16: `load_as` reads their bits."""
+Memory: TypeAlias = tuple[torch.dtype, int, Sequence[int], Sequence[int], Tensor | None]
+"""Dtype, address, shape and strides of an array that a kernel takes, and the tensor that has the memory, so that it is
+alive as long as the kernel may read it.
+
+A NumPy array would take ten times as long to make, and `Tensor.numpy` leaves a mark on the storage, which nobody may
+resize then: FSDP resizes the storages of parameters and of gathered shards.
+"""
 
 
-def memory_of(x: Tensor) -> np.ndarray:
-    """Return an array on the tensor's memory, with its strides. Kernels take any strides."""
-    if x.numel() == 0:  # without an address
-        return np.empty(tuple(x.shape), TYPES[x.dtype])
-    return np.asarray(_Memory(x))
+def memory_of(x: Tensor) -> Memory:
+    """Return the memory of a tensor. Kernels take any strides."""
+    return x.dtype, x.data_ptr(), x.shape, x.stride(), x
 
 
-def as_array(x: Tensor | None, dtype: torch.dtype, n_dims: int) -> np.ndarray:
-    """Return the tensor's memory where it has the dtype, else a copy; without a tensor, an array of no elements.
+def as_array(x: Tensor | None, dtype: torch.dtype, n_dims: int) -> Memory:
+    """Return the memory of a tensor where it has the dtype, else that of a copy; without a tensor, no elements.
 
-    Leading dimensions of size 1 are added: to an array, since that takes a tenth of the time that a tensor's takes.
+    Leading dimensions of size 1 are added: here, since that takes a tenth of the time that a tensor's takes.
     """
     if x is None:
         return _nothing(dtype, n_dims)
-    array = memory_of(x if x.dtype == dtype else x.to(dtype))
-    return array if array.ndim == n_dims else array[(None,) * (n_dims - array.ndim)]
+    x = as_dtype(x, dtype)
+    shape, strides = x.shape, x.stride()
+    if len(shape) < n_dims:
+        added = n_dims - len(shape)
+        shape, strides = (1,) * added + shape, (0,) * added + strides
+    return dtype, x.data_ptr(), shape, strides, x
 
 
 @functools.cache
-def _nothing(dtype: torch.dtype, n_dims: int) -> np.ndarray:
-    return np.empty((0,) * n_dims, TYPES[dtype])
+def _nothing(dtype: torch.dtype, n_dims: int) -> Memory:
+    return dtype, 0, (0,) * n_dims, (0,) * n_dims, None
 
 
 def plan_arrays(
     sources: Tensor | None, destinations: Tensor | None, bounds: Tensor | None, batch: int, tokens: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Memory, Memory, Memory]:
     """Return the fields of a `StepPlan`; without one, those of a state for each of `batch` rows of `tokens` tokens."""
     if sources is None or destinations is None or bounds is None:
         return _plan_in_order(batch, tokens)
@@ -79,22 +69,39 @@ def plan_arrays(
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_in_order(batch: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _plan_in_order(batch: int, tokens: int) -> tuple[Memory, Memory, Memory]:
     sources, destinations = np.arange(batch), np.full((batch, tokens), -1)
     destinations[:, -1:] = sources[:, None]
-    return sources, destinations.reshape(-1), np.arange(batch + 1) * tokens
+    return _integers(sources), _integers(destinations.reshape(-1)), _integers(np.arange(batch + 1) * tokens)
 
 
-def as_directions(directions: Sequence[int], groups: int) -> np.ndarray:
+def _integers(array: np.ndarray) -> Memory:
+    return memory_of(torch.from_numpy(array.astype(np.int64, copy=False)))
+
+
+def as_directions(directions: Sequence[int], groups: int) -> Memory:
     """Return the code of each group's scan direction, that of a scan in time where there are none."""
-    return np.array(directions or [0] * groups, np.int64)
+    return _codes(tuple(directions) or (0,) * groups)
+
+
+@functools.lru_cache(maxsize=64)
+def _codes(directions: tuple[int, ...]) -> Memory:
+    return _integers(np.array(directions))
 
 
 def empty_steps(x: Tensor, sequences: Sequences, dtype: torch.dtype) -> Tensor:
     """Return memory for a result like x (..., L, G, E), with contiguous steps where x has them; zero in padding."""
-    has_padding = bool(sequences.padding_runs(x.shape[0] * x.shape[1]))
-    new = x.new_zeros if has_padding else x.new_empty
-    return empty_like(x, functools.partial(new, dtype=dtype))
+    return empty_like(x, functools.partial(empty_of(x, sequences), dtype=dtype))
+
+
+def empty_of(x: Tensor, sequences: Sequences) -> Callable[..., Tensor]:
+    """Return the function that makes memory for results like x (B, L, ...) of some sizes; it is zero in padding."""
+    return x.new_zeros if sequences.has_padding(x.shape[0] * x.shape[1]) else x.new_empty
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes as long as a small kernel where it does nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def count_tiles(dim: int, groups: int = 1) -> int:
@@ -102,7 +109,8 @@ def count_tiles(dim: int, groups: int = 1) -> int:
     return groups * -(-dim // BLOCK)
 
 
-def sequence_table(sequences: Sequences, length: int, interval: int) -> np.ndarray:
+@functools.lru_cache(maxsize=64)
+def sequence_table(sequences: Sequences, length: int, interval: int) -> Memory:
     """List sequences for a kernel, (S, 6) int64.
 
     Columns: row of the batch, first step, steps, rows of initial and final states or -1, and the first of the blocks of
@@ -116,9 +124,13 @@ def sequence_table(sequences: Sequences, length: int, interval: int) -> np.ndarr
     table[:, 2] = sequences.lengths
     for column, rows in ((3, sequences.initial_sequences), (4, sequences.final_sequences)):
         table[list(rows), column] = np.arange(len(rows))
+    table[:, 5] = _first_blocks(sequences, interval)
+    return _integers(table)
+
+
+def _first_blocks(sequences: Sequences, interval: int) -> np.ndarray:
     # `+ s` makes up for the rounding down: the next sequence's is at least ceil(steps / interval) blocks later.
-    table[:, 5] = starts // interval + np.arange(n)
-    return table
+    return np.array(sequences.starts, np.int64) // interval + np.arange(len(sequences.starts))
 
 
 def split_sequences(n_sequences: int) -> int:
@@ -129,10 +141,17 @@ def split_sequences(n_sequences: int) -> int:
     return min(n_sequences, MAX_RUNS)
 
 
-def clear_unused(checkpoints: Tensor, table: np.ndarray, interval: int) -> None:
-    """Set the checkpoints (n, ...) to zero that no sequence of a table of `interval` steps writes."""
-    starts = np.zeros(len(checkpoints) + 1, np.int64)  # sequences that start at a block, less those that end there
-    np.add.at(starts, table[:, 5], 1)
-    np.add.at(starts, table[:, 5] - -table[:, 2] // interval, -1)
-    # By NumPy: PyTorch's threads would spin for milliseconds afterwards, on cores that the kernel wants.
-    memory_of(checkpoints)[starts[:-1].cumsum() == 0] = 0
+def clear_unused(checkpoints: Tensor, sequences: Sequences, interval: int) -> None:
+    """Set the contiguous checkpoints (n, ...) to zero that belong to no block of `interval` steps of a sequence."""
+    size = checkpoints[0].numel() * checkpoints.element_size()
+    for first, end in _unused_blocks(sequences, interval, len(checkpoints)):
+        # Not by PyTorch: its threads would spin for milliseconds afterwards, on cores that the kernel wants.
+        ctypes.memset(checkpoints.data_ptr() + first * size, 0, (end - first) * size)
+
+
+@functools.lru_cache(maxsize=64)
+def _unused_blocks(sequences: Sequences, interval: int, n: int) -> list[tuple[int, int]]:
+    """Return the runs of unused blocks among n: the first of each, and the one after its last."""
+    firsts = _first_blocks(sequences, interval).tolist()
+    ends = [0, *(first - -steps // interval for first, steps in zip(firsts, sequences.lengths, strict=True))]
+    return [(end, first) for end, first in zip(ends, [*firsts, n], strict=True) if end < first]

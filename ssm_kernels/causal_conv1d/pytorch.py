@@ -63,7 +63,7 @@ class _Concatenation:
     def __init__(self, x: Tensor, width: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None):
         sequences = parse_sequences(x.shape[0], x.shape[1], cu_seqlens, seq_idx)
         self.length = sum(sequences.lengths) + len(sequences.lengths) * (width - 1)  # M
-        has_padding = bool(sequences.padding_runs(x.shape[0] * x.shape[1]))
+        has_padding = sequences.has_padding(x.shape[0] * x.shape[1])
         # (T,) rows of the flattened (B * L) tensor that are no padding.
         self.source_rows = sequences.positions(x.device) if has_padding else None
         self.steps, earlier, last = _positions(sequences.lengths, width, x.device)  # (T,), (S, K - 1), (S, K - 1)

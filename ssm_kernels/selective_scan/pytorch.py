@@ -176,7 +176,7 @@ def _forward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx):
     states, _, last = _state_rows(sequences, initial_states, A, groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     inputs = [_flat(x, groups) for x in (u, dt, B, C)]
-    y = A.new_zeros(u.shape) if sequences.padding_runs(batch * length) else A.new_empty(u.shape)
+    y = A.new_zeros(u.shape) if sequences.has_padding(batch * length) else A.new_empty(u.shape)
     checkpoint_states = A.new_empty(max_blocks(u, len(states), _block_steps(dim * n)), *states.shape[1:])
     num_saved = 0
 
@@ -222,7 +222,7 @@ def _backward(u, dt, A, B, C, initial_states, cu_seqlens, seq_idx, checkpoint_st
     dstates[last] = _to_inner(dfinal_states.to(A.dtype), groups)
     a = _to_inner(A[None], groups)[0]  # (G, N, E)
     inputs = [_flat(x, groups) for x in (u, dt, B, C, dy)]
-    new = torch.zeros_like if sequences.padding_runs(batch * length) else torch.empty_like
+    new = torch.zeros_like if sequences.has_padding(batch * length) else torch.empty_like
     grads = [new(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
     da = torch.zeros_like(a)
     num_saved = 0

@@ -302,7 +302,7 @@ class _Layout:
         batch, length, heads, headdim = x.shape
         groups, d_state = B.shape[2:]
         self.sequences = parse_sequences(batch, length, cu_seqlens, seq_idx)
-        self.has_padding = bool(self.sequences.padding_runs(batch * length))
+        self.has_padding = self.sequences.has_padding(batch * length)
         self.chunk_size = chunk_size
         self.heads = (groups, heads // groups)  # (G, E)
         self.headdim, self.d_state = headdim, d_state

@@ -9,7 +9,6 @@ from ssm_kernels.modules import QuantizedLinear
 
 pytest.importorskip("numba")
 
-import numpy as np
 
 from ssm_kernels._numba.compile import Kernel
 from ssm_kernels._numba.launch import memory_of
@@ -28,12 +27,10 @@ def multiply(elements, scales, x, out, batch, columns):
 
 def product(layer, x):
     """x (B, columns) by the kernel: (B, rows)."""
-    out = np.zeros((len(x), layer.rows), np.float32)
-    multiply(
-        memory_of(layer.qdata.data).ravel(), memory_of(layer.scale.data).ravel(), memory_of(x).ravel(), out.ravel(),
-        len(x), layer.columns,
-    )  # fmt: skip
-    return torch.from_numpy(out)
+    out = torch.zeros(len(x), layer.rows)
+    tensors = (layer.qdata.data, layer.scale.data, x, out)
+    multiply(*(memory_of(t.flatten()) for t in tensors), len(x), layer.columns)
+    return out
 
 
 def random_layer(columns, rows, bits):

@@ -26,6 +26,7 @@ from ..._numba.launch import (
     BLOCK,
     as_array,
     as_directions,
+    as_dtype,
     count_tiles,
     empty_steps,
     memory_of,
@@ -43,14 +44,14 @@ def forward(x, weight, bias, silu, initial_states, cu_seqlens, seq_idx, directio
     y = empty_steps(x, sequences, compute)  # (B, L, G, E)
     final_states = x.new_empty(len(sequences.final_sequences), n_taps - 1, groups * dim, dtype=compute)
     # Channels are the last dimension of all arrays: a vector holds neighbouring ones.
-    inputs = (as_array(m, compute, 3) for m in (weight.T, bias, initial_states))
+    inputs = [as_array(m, compute, 3) for m in (weight.mT, bias, initial_states)]
     args = (
         as_array(x, compute, 4), *inputs, sequence_table(sequences, length, STEPS),
         as_directions(directions, groups), height, memory_of(y), memory_of(final_states), silu,
     )  # fmt: skip
     n_tiles = len(sequences.lengths) * count_tiles(dim, groups)
     run_tiles(lambda first, end: convolve_tiles(*args, first, end), n_tiles, x.numel())
-    return y.to(x.dtype), final_states.to(x.dtype)
+    return as_dtype(y, x.dtype), as_dtype(final_states, x.dtype)
 
 
 @Kernel

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
 from ..._numba.lanes import aligned_empty, fill, lane_count, load, locate_tile, read_rows, store, write_rows
-from ..._numba.launch import BLOCK, as_array, count_tiles, memory_of, plan_arrays
+from ..._numba.launch import BLOCK, as_array, as_dtype, count_tiles, memory_of, plan_arrays
 from ..._numba.threads import run_tiles
 from .tiles import convolve_rows
 
@@ -18,13 +18,15 @@ def step(state, x, weight, bias, silu, sources, destinations, bounds) -> Tensor:
     """Return y (M, D) in the dtype of x. `state` (B, K - 1, D), or a pool of slots, is updated in place."""
     tokens, dim = x.shape
     compute = torch.promote_types(x.dtype, torch.float32)
-    y = x.new_zeros(tokens, dim, dtype=compute)  # zero where no sequence has the token
+    # Zero where no sequence has the token
+    y = (x.new_empty if sources is None else x.new_zeros)(tokens, dim, dtype=compute)
     plan = plan_arrays(sources, destinations, bounds, tokens, 1)
     # The state takes x in its own dtype, and the sum reads it from there.
-    inputs = (as_array(m, compute, 3) for m in (x.to(state.dtype), weight.T, bias))
+    inputs = [as_array(m, compute, 3) for m in (as_dtype(x, state.dtype), weight.mT, bias)]
     args = (memory_of(state), *inputs, as_array(y, compute, 3), *plan, silu)
-    run_tiles(lambda first, end: step_tiles(*args, first, end), len(plan[0]) * count_tiles(dim), x.numel())
-    return y.to(x.dtype)
+    n_sequences = tokens if sources is None else len(sources)
+    run_tiles(lambda first, end: step_tiles(*args, first, end), n_sequences * count_tiles(dim), tokens * dim)
+    return as_dtype(y, x.dtype)
 
 
 @Kernel

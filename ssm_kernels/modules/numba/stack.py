@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._numba.launch import TYPES
+from ..._numba.launch import as_array
 from ..._numba.stages import new_counters
 from ..._numba.threads import run_tiles
 from ..mamba import Mamba
@@ -69,7 +69,7 @@ class FusedStep:
         kinds = [matrix(m, 0, 1, m.out_features, m.in_features)[0][0] for m in projections]
         dtypes = [torch.float32, norm.weight.dtype, mixer.A_log.dtype, torch.bfloat16]
         dtypes += [t.dtype for t in (*kinds, elements) if t is not None]
-        kinds = (np.empty(0, TYPES[dtype]) for dtype in dtypes)
+        kinds = (as_array(None, dtype, 1) for dtype in dtypes)
         addresses = (*self._addresses[:2], 0 if scale is None else scale.data_ptr(), *(t.data_ptr() for t in buffers))
         args = (*kinds, table, self._counters, *addresses, *shape, *options)
         self._run = lambda first, end: kernel(*args)

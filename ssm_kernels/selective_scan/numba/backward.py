@@ -35,7 +35,9 @@ from ..._numba.launch import (
     BLOCK,
     as_array,
     as_directions,
+    as_dtype,
     count_tiles,
+    empty_of,
     empty_steps,
     memory_of,
     sequence_table,
@@ -60,7 +62,7 @@ def backward(*args) -> ScanGradients:
     compute = checkpoint_states.dtype
     sequences = parse_sequences(batch, length, arguments.cu_seqlens, arguments.seq_idx)
     n_runs = split_sequences(len(sequences.lengths))
-    new = u.new_zeros if sequences.padding_runs(batch * length) else u.new_empty
+    new = empty_of(u, sequences)
     nothing = u.new_empty(0, 0, 0, dtype=compute)
 
     du, ddt = (empty_steps(x, sequences, compute) for x in (u, dt))  # (B, L, G, E) each
@@ -90,21 +92,21 @@ def backward(*args) -> ScanGradients:
     run_tiles(lambda first, end: scan_tiles_backward(*args, first, end), n_tiles, 3 * u.numel() * n)
 
     def shared(parts: Tensor, like: Tensor | None) -> Tensor:
-        return u.new_empty(0) if like is None else sum_parts(parts).to(like.dtype)
+        return u.new_empty(0) if like is None else as_dtype(sum_parts(parts), like.dtype)
 
     dB, dC = (
-        (sum_parts(parts)[0] if m.dim() == 2 else sum_parts(parts)).to(m.dtype) for parts, m in ((dB, B), (dC, C))
+        as_dtype(sum_parts(parts)[0] if m.dim() == 2 else sum_parts(parts), m.dtype) for parts, m in ((dB, B), (dC, C))
     )
     return ScanGradients(
-        u=du.to(u.dtype),
-        dt=ddt.to(dt.dtype),
+        u=as_dtype(du, u.dtype),
+        dt=as_dtype(ddt, dt.dtype),
         A=shared(dA, A).T.contiguous(),
         B=dB,
         C=dC,
         D=shared(dD, D).flatten(),
-        z=u.new_empty(0) if z is None else dz.to(z.dtype),
+        z=u.new_empty(0) if z is None else as_dtype(dz, z.dtype),
         dt_bias=shared(ddt_bias, dt_bias).flatten(),
-        initial_states=u.new_empty(0) if initial_states is None else dinitial.to(initial_states.dtype),
+        initial_states=u.new_empty(0) if initial_states is None else as_dtype(dinitial, initial_states.dtype),
     )
 
 

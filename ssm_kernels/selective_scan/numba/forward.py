@@ -34,6 +34,7 @@ from ..._numba.launch import (
     BLOCK,
     as_array,
     as_directions,
+    as_dtype,
     clear_unused,
     count_tiles,
     empty_steps,
@@ -72,14 +73,14 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     outputs = [memory_of(m) for m in (y, final_states.transpose(1, 2), checkpoint_states.view(1, -1, groups * dim))]
     table = sequence_table(sequences, length, CHECKPOINT_INTERVAL)
     if save_states:
-        clear_unused(checkpoint_states, table, CHECKPOINT_INTERVAL)
+        clear_unused(checkpoint_states, sequences, CHECKPOINT_INTERVAL)
     directions = as_directions(arguments.directions, groups)
     args = (
         *inputs, table, directions, arguments.height, *outputs, B.dim() == 2, C.dim() == 2, arguments.dt_softplus
     )  # fmt: skip
     n_tiles = n_sequences * count_tiles(dim, groups)
     run_tiles(lambda first, end: scan_tiles(*args, first, end), n_tiles, u.numel() * n)
-    return y.to(u.dtype), final_states, checkpoint_states
+    return as_dtype(y, u.dtype), final_states, checkpoint_states
 
 
 @Kernel

@@ -26,7 +26,7 @@ from ..._numba.lanes import (
     write_lanes,
     write_rows,
 )
-from ..._numba.launch import BLOCK, as_array, count_tiles, memory_of, plan_arrays
+from ..._numba.launch import BLOCK, as_array, as_dtype, count_tiles, memory_of, plan_arrays
 from ..._numba.state_format import keep_state, open_state, random_scratch, state_rows
 from ..._numba.threads import run_tiles
 from .tiles import prepare_steps
@@ -40,7 +40,8 @@ def step(
     u, dt and z are (M, D); B and C (M, G, N) or (D, N).
     """
     (tokens, dim), compute = u.shape, compute_dtype(state)
-    y = u.new_zeros(tokens, dim, dtype=compute)  # zero where no sequence has the token
+    # Zero where no sequence has the token
+    y = (u.new_empty if sources is None else u.new_zeros)(tokens, dim, dtype=compute)
     plan = plan_arrays(sources, destinations, bounds, tokens, 1)
     inputs = [memory_of(state), as_array(state_scale, torch.float32, 2)]
     inputs += [as_array(x, compute, 3) for x in (u, dt, A)]
@@ -48,9 +49,9 @@ def step(
     inputs += [as_array(m.expand(tokens, *m.shape) if m.dim() == 2 else m, compute, 3) for m in (B, C)]
     inputs += [as_array(x, compute, 3) for x in (D, z, dt_bias)]
     args = (*inputs, as_array(y, compute, 3), *plan, as_array(seeds, torch.int64, 1), dt_softplus)
-    n_tiles = len(plan[0]) * count_tiles(dim, 1)
-    run_tiles(lambda first, end: step_tiles(*args, first, end), n_tiles, u.numel() * A.shape[1])
-    return y.to(u.dtype)
+    n_tiles = (tokens if sources is None else len(sources)) * count_tiles(dim, 1)
+    run_tiles(lambda first, end: step_tiles(*args, first, end), n_tiles, tokens * dim * A.shape[1])
+    return as_dtype(y, u.dtype)
 
 
 @Kernel

@@ -22,7 +22,7 @@ from ..._numba.lanes import (
     splat,
     store,
 )
-from ..._numba.launch import as_array, as_directions, memory_of, sequence_table, split_sequences
+from ..._numba.launch import as_array, as_directions, as_dtype, empty_of, memory_of, sequence_table, split_sequences
 from ..._numba.products import ROWS, add_product
 from ..._numba.sums import sum_parts
 from ..._numba.threads import run_tiles
@@ -60,10 +60,12 @@ def backward(dy, dfinal_states, checkpoint_states, *args) -> ScanGradients:
     sequences = parse_sequences(batch, length, arguments.cu_seqlens, arguments.seq_idx)
     n_runs, n_heads = split_sequences(len(sequences.lengths)), heads_per_tile(heads, groups)
     n_blocks = -(-(heads // groups) // n_heads)
-    new = x.new_zeros if sequences.padding_runs(batch * length) else x.new_empty
-    dx, ddt = (new(t.shape, dtype=compute) for t in (x, arguments.dt))  # (B, L, H, P), (B, L, H)
+    new = empty_of(x, sequences)
+    dx, ddt = (new(*t.shape, dtype=compute) for t in (x, arguments.dt))  # (B, L, H, P), (B, L, H)
     input_weights = arguments.input_weights
-    dweights = x.new_empty(0, 0, 0, dtype=compute) if input_weights is None else new(input_weights.shape, dtype=compute)
+    dweights = (
+        x.new_empty(0, 0, 0, dtype=compute) if input_weights is None else new(*input_weights.shape, dtype=compute)
+    )
     # A part for each tile of a group, so that tiles of different threads share no memory
     dB, dC = (new(n_blocks, *B.shape, dtype=compute) for _ in range(2))  # (tiles, B, L, G, N)
     # A part for each run of sequences
@@ -81,12 +83,12 @@ def backward(dy, dfinal_states, checkpoint_states, *args) -> ScanGradients:
     run_tiles(lambda first, end: scan_tiles_backward(*args, first, end), n_tiles, x.numel() * B.shape[3])
 
     def in_dtype(gradient: Tensor, like: Tensor | None) -> Tensor:
-        return x.new_empty(0) if like is None else gradient.to(like.dtype)
+        return x.new_empty(0) if like is None else as_dtype(gradient, like.dtype)
 
     dD = sum_parts(dD)  # (H, P)
     return ScanGradients(
-        x=dx.to(x.dtype),
-        dt=ddt.to(arguments.dt.dtype),
+        x=as_dtype(dx, x.dtype),
+        dt=as_dtype(ddt, arguments.dt.dtype),
         A=in_dtype(sum_parts(dA)[0], arguments.A),
         B=in_dtype(sum_parts(dB), B),
         C=in_dtype(sum_parts(dC), arguments.C),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._core.varlen import max_blocks, parse_sequences
 from ..._numba.compile import Kernel
 from ..._numba.lanes import aligned_empty, element, fma, lane_count, load, read_row, set_positions, store, write_row
-from ..._numba.launch import as_array, as_directions, clear_unused, memory_of, sequence_table
+from ..._numba.launch import as_array, as_directions, as_dtype, clear_unused, empty_of, memory_of, sequence_table
 from ..._numba.products import ROWS, add_product
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments
@@ -48,14 +48,13 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     sequences = parse_sequences(batch, length, arguments.cu_seqlens, arguments.seq_idx)
     n_sequences = len(sequences.lengths)
-    new = x.new_zeros if sequences.padding_runs(batch * length) else x.new_empty
-    y = new(x.shape, dtype=compute)  # (B, L, H, P)
+    y = empty_of(x, sequences)(*x.shape, dtype=compute)  # (B, L, H, P)
     final_states = x.new_empty(len(sequences.final_sequences), heads, headdim, d_state, dtype=compute)
     n_saved = max_blocks(x, n_sequences, CHECKPOINT_INTERVAL) if save_states else 0
     checkpoint_states = x.new_empty(n_saved, heads, d_state, headdim, dtype=compute)
     table = sequence_table(sequences, length, CHECKPOINT_INTERVAL)
     if save_states:
-        clear_unused(checkpoint_states, table, CHECKPOINT_INTERVAL)
+        clear_unused(checkpoint_states, sequences, CHECKPOINT_INTERVAL)
     n_heads = heads_per_tile(heads, groups)
     args = (
         *input_arrays(arguments, compute), as_array(arguments.initial_states, compute, 4), table,
@@ -65,7 +64,7 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
     n_tiles = n_sequences * groups * -(-(heads // groups) // n_heads)
     run_tiles(lambda first, end: scan_tiles(*args, first, end), n_tiles, x.numel() * d_state // 4)
-    return y.to(arguments.out_dtype), final_states, checkpoint_states
+    return as_dtype(y, arguments.out_dtype), final_states, checkpoint_states
 
 
 @Kernel

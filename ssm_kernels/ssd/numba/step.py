@@ -24,7 +24,7 @@ from ..._numba.lanes import (
     write_lanes,
     write_row,
 )
-from ..._numba.launch import as_array, memory_of, plan_arrays
+from ..._numba.launch import as_array, as_dtype, memory_of, plan_arrays
 from ..._numba.state_format import keep_state, open_state, random_scratch, state_rows
 from ..._numba.threads import run_tiles
 from .tiles import padded
@@ -37,7 +37,7 @@ def step(
     """Return y (B, T, H, P) in the dtype of x. `state` (B, H, P, N), or a pool of slots, is updated in place."""
     compute, (batch, tokens, heads, headdim) = compute_dtype(state), x.shape
     plan = plan_arrays(sources, destinations, bounds, batch, tokens)
-    y = x.new_zeros(x.shape, dtype=compute)  # zero where no sequence has the token
+    y = x.new_zeros(*x.shape, dtype=compute)  # zero where no sequence has the token
     x, dt, B, C = (t.flatten(0, 1) for t in (x, dt, B, C))  # (M, ...)
     z, input_weights = (None if t is None else t.flatten(0, 1) for t in (z, input_weights))
     D = None if D is None else D.expand(heads, headdim)
@@ -46,8 +46,9 @@ def step(
         *(as_array(t, compute, 2) for t in (dt, input_weights, D)), *(as_array(t, compute, 1) for t in (A, dt_bias)),
         memory_of(y.flatten(0, 1)), *plan, as_array(seeds, torch.int64, 1), dt_softplus, dt_min, dt_max,
     )  # fmt: skip
-    run_tiles(lambda first, end: step_tiles(*args, first, end), len(plan[0]) * heads, x.numel() * B.shape[2])
-    return y.to(x.dtype)
+    n_tiles = (batch if sources is None else len(sources)) * heads
+    run_tiles(lambda first, end: step_tiles(*args, first, end), n_tiles, x.numel() * B.shape[2])
+    return as_dtype(y, x.dtype)
 
 
 @Kernel
