@@ -99,6 +99,13 @@ def resolve_backend(
     # Pure PyTorch runs on every device.
     if backend in ("torch", "reference"):
         return backend
+    if (
+        backend == "auto"
+        and device.type == "cpu"
+        and (HAS_NUMBA or op not in NUMBA_SPEEDUPS)
+        and not can_launch(device)
+    ):
+        return "numba" if op in NUMBA_SPEEDUPS else "torch"  # before reasons, whose text takes as long as a small op
     if backend == "numba":
         obstacle = _why_not_numba(device, op)
         if obstacle is not None:
@@ -129,9 +136,12 @@ def _log_once(reason: str, op: str, device: torch.device) -> None:
         logger.warning("backend='auto' runs %s in pure PyTorch on %s: %s", op, device, reason)
 
 
+_BACKENDS = get_args(Backend)
+
+
 def _known(backend: str) -> Backend:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}; got {backend!r}")
     return backend  # type: ignore[return-value]
 
 

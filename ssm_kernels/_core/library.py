@@ -18,10 +18,8 @@ NAMESPACE = __name__.rpartition("._core.")[0].replace(".", "_")
 """Namespace of the ops: another copy of this package, imported under another name, has its own."""
 _NOTHING = contextlib.nullcontext()
 _library = torch.library.Library(NAMESPACE, "DEF")
-BODIES: dict[torch._ops.OpOverload, Callable] = {}
-"""Body of each op, for tools that run it where the dispatcher would take the fake."""
-_runs: dict[Callable, Callable] = {}
-"""Function that the dispatcher runs for each op."""
+BODIES: dict[Callable, Callable] = {}
+"""Body of each op."""
 
 
 Formula = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
@@ -62,9 +60,8 @@ def define_op(schema: str, body: Callable, fake: Callable, gradient: Gradient | 
 
     def run(*args):
         device = next(a.device for a in args if isinstance(a, Tensor))
-        with _grad_off(), autocast_off(device):
-            results = body(*args)
-        return tuple(map(_as_base, results)) if isinstance(results, tuple) else _as_base(results)
+        with grad_off(), autocast_off(device):
+            return run_body(op, args)
 
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -72,31 +69,47 @@ def define_op(schema: str, body: Callable, fake: Callable, gradient: Gradient | 
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if gradient is not None:
         _register_autograd(op, name, gradient)
-    BODIES[op], _runs[op] = body, run
+    BODIES[op] = body
     return op
 
 
 def call_op(op: Callable, *args: Any) -> Any:
-    """Call an op: past the dispatcher, which takes longer than a small kernel, where it would only run the body."""
-    return (_runs[op] if _needs_no_dispatch(args) else op)(*args)
+    """Call an op that has no gradients: its body alone where the dispatcher would add nothing but its time."""
+    return run_body(op, args) if is_plain_call(args) and not needs_gradients(args) else op(*args)
 
 
-def _needs_no_dispatch(args: tuple[Any, ...]) -> bool:
+def run_body(op: Callable, args: Sequence[Any]) -> Any:
+    """Run the body of an op, without autograd and autocast: of a plain call that needs no gradients."""
+    results = BODIES[op](*args)
+    return tuple([_as_base(r) for r in results]) if isinstance(results, tuple) else _as_base(results)
+
+
+def is_plain_call(args: Sequence[Any]) -> bool:
+    """Whether a call computes values on a CPU and nothing else: then no part of PyTorch but autograd must see the op.
+
+    The dispatcher takes longer than a small kernel.
+    """
     if torch.compiler.is_compiling() or has_func_transforms() or in_forward_mode():
         return False
     # Modes, traces and profiles show the op.
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     is_profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
-    if is_profiled or torch._C._get_tracing_state() is not None:
+    if is_profiled or torch._C._get_tracing_state() is not None or torch.is_autocast_enabled("cpu"):
         return False
-    has_grad = torch.is_grad_enabled()
     for a in args:
-        if isinstance(a, Tensor):
-            is_plain = type(a) in (Tensor, torch.nn.Parameter) and a.device.type == "cpu"
-            if not is_plain or (has_grad and a.requires_grad):
+        kind = type(a)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if not a.is_cpu:
                 return False
+        elif isinstance(a, Tensor):
+            return False
     return True
+
+
+def needs_gradients(args: Sequence[Any]) -> bool:
+    """Whether autograd records a call with these arguments."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _register_autograd(op: torch._ops.OpOverload, name: str, gradient: Gradient) -> None:
@@ -152,7 +165,8 @@ def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if has_autocast else _NOTHING
 
 
-def _grad_off() -> contextlib.AbstractContextManager:
+def grad_off() -> contextlib.AbstractContextManager:
+    """Return a context without gradients."""
     return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
@@ -188,17 +202,19 @@ def autograd_formula(gradient: Gradient, argument_names: list[str]) -> tuple[Cal
         # Zeros for the outputs that are for the backward alone would be as large as those.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[n:])
-        # Shapes rather than the outputs, which the context would keep alive.
-        ctx.differentiable = [(t.shape, t.dtype, t.device) for t in outputs[:n]]
+        if gradient.materialize_grads:
+            # Shapes rather than the outputs, which the context would keep alive.
+            ctx.differentiable = [(t.shape, t.dtype, t.device) for t in outputs[:n]]
         gradient.save(ctx, inputs_type(*inputs), outputs)
 
     def backward(ctx, *grads):
         grads = list(grads[:n])
-        for i, (shape, dtype, device) in enumerate(ctx.differentiable):
-            if grads[i] is None and gradient.materialize_grads:
-                # What runs on a CPU reads any strides: no memory to fill, and no threads to fill it.
-                size = () if device.type == "cpu" else shape
-                grads[i] = torch.zeros(size, dtype=dtype, device=device).expand(shape)
+        if gradient.materialize_grads:
+            for i, (shape, dtype, device) in enumerate(ctx.differentiable):
+                if grads[i] is None:
+                    # What runs on a CPU reads any strides: no memory to fill, and no threads to fill it.
+                    size = () if device.type == "cpu" else shape
+                    grads[i] = torch.zeros(size, dtype=dtype, device=device).expand(shape)
         input_grads = gradient.backward(ctx, *grads)
         return tuple(input_grads.get(name) for name in argument_names)
 

@@ -21,9 +21,11 @@ from .library import (
     Gradient,
     autocast_off,
     autograd_formula,
-    call_op,
     has_func_transforms,
     in_forward_mode,
+    is_plain_call,
+    needs_gradients,
+    run_body,
     run_formula,
 )
 
@@ -105,7 +107,25 @@ def transformable(op: Callable, fold: Fold, gradient: Gradient | Formula) -> Cal
         },
     )
 
+    class Plain(torch.autograd.Function):
+        """The same for a plain call: a Function with a context of its own looks at its signature in each call."""
+
+        @staticmethod
+        def forward(ctx, *args):
+            results = run_body(op, args)
+            setup_context(ctx, args, results)
+            return results
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward(ctx, *grads)
+
     def run(*args):
+        if is_plain_call(args):
+            if not needs_gradients(args):
+                return run_body(op, args)
+            if not is_backward:
+                return Plain.apply(*args)
         if torch.compiler.is_compiling():
             return op(*args)
         if in_forward_mode():
@@ -113,7 +133,7 @@ def transformable(op: Callable, fold: Fold, gradient: Gradient | Formula) -> Cal
         # A backward runs with gradients on where its own graph is wanted.
         if has_func_transforms() or (is_backward and torch.is_grad_enabled()):
             return function.apply(*map(_unwrap_ended, args))
-        return call_op(op, *args)
+        return op(*args)
 
     return run
 

@@ -16,6 +16,10 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_WAS_INTERPRETED = is_interpreted()
+"""At import, as Triton reads it: calls ask for it, and the environment takes as long as a small operation."""
+
+
 class Target(NamedTuple):
     """The properties of a device on which launches depend."""
 
@@ -48,7 +52,7 @@ def fake_target(target: Target, device_type: str = "meta") -> Iterator[None]:
 
 def can_launch(device: torch.device) -> bool:
     """Whether kernels run on tensors of this device."""
-    emulated = _device_type if _fake_target else "cpu" if is_interpreted() else None
+    emulated = _device_type if _fake_target else "cpu" if _WAS_INTERPRETED else None
     return device.type in ("cuda", emulated)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
+from .._core.library import grad_off
 from .._core.sharding import shardable
 from .._core.slots import StateSlots, plan_step
 from .._core.validation import check_tensor
@@ -122,7 +122,7 @@ def causal_conv1d_step(
         "torch": pytorch.causal_conv1d_step,
         "reference": reference.causal_conv1d_step,
     }[chosen]
-    with torch.no_grad():
+    with grad_off():
         y = step(state, x if is_single else x.flatten(0, 1), weight, bias, activation == "silu", plan)  # (M, D)
     return y if is_single else y.unflatten(0, (batch, tokens))
 

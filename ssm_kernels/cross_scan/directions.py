@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 ScanDirection = Literal["rows", "columns", "rows_reversed", "columns_reversed"]
 """`rows` visits the grid row by row, `columns` column by column; the other two visit it in the reverse order."""
@@ -23,6 +23,5 @@ def check_directions(directions: Sequence[ScanDirection]) -> None:
     Raises:
         ValueError: it is empty, or not a sequence of names of directions.
     """
-    known = get_args(ScanDirection)
-    if isinstance(directions, str) or not directions or any(d not in known for d in directions):
-        raise ValueError(f"directions must be a sequence of names among {', '.join(known)}; got {directions!r}")
+    if isinstance(directions, str) or not directions or any([d not in CROSS for d in directions]):
+        raise ValueError(f"directions must be a sequence of names among {', '.join(CROSS)}; got {directions!r}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
+from .._core.library import grad_off
 from .._core.sharding import shardable
 from .._core.slots import StateSlots, plan_step, token_seeds
 from .._core.state_format import STATE_DTYPES, check_format
@@ -139,25 +139,23 @@ def selective_scan_step(
     check_tensor("u", u, ("B", "D") if is_single else ("B", "T", "D"))
     dim, at = u.shape[-1], tuple(u.shape[:-1])  # (B,) or (B, T)
     check_tensor("A", A, (dim, "N"), like=u)
-    rows = at[0] if slots is None else "slots"
-    check_tensor("state", state, (rows, dim, A.shape[1]), like=u, dtypes=STATE_DTYPES)
+    rows, n = at[0] if slots is None else "slots", A.shape[1]
+    check_tensor("state", state, (rows, dim, n), like=u, dtypes=STATE_DTYPES)
     check_tensor("dt", dt, (*at, dim), like=u)
     for name, m in (("B", B), ("C", C)):
         is_constant = isinstance(m, Tensor) and m.dim() == 2
-        check_tensor(name, m, A.shape if is_constant else (*at, "G", A.shape[1]), like=u)
+        check_tensor(name, m, (dim, n) if is_constant else (*at, "G", n), like=u)
     if z is not None:
         check_tensor("z", z, (*at, dim), like=u)
-    if is_single:
-        u, dt = u.unsqueeze(1), dt.unsqueeze(1)  # (B, 1, D)
-        B, C = (m if m.dim() == 2 else m.unsqueeze(1) for m in (B, C))  # (D, N) or (B, 1, G, N)
-        z = None if z is None else z.unsqueeze(1)  # (B, 1, D)
-    batch, tokens = u.shape[:2]
+    _check_parameters(u, {name: m.shape[-2] for name, m in (("B", B), ("C", C)) if m.dim() > 2}, D, dt_bias)
+    batch, tokens = (at[0], 1) if is_single else at
     plan = plan_step(slots, state, batch, tokens)
     check_format(state, state_scale, rand_seed, batch if plan is None else len(plan.sources))
-    _check(u, dt if plan is None else plan.blank(dt), A, B, C, D, z, dt_bias, None)
-    u_m, dt_m = u.flatten(0, 1), dt.flatten(0, 1)  # (M, D)
-    B, C = (m if m.dim() == 2 else m.flatten(0, 1) for m in (B, C))  # (D, N) or (M, G, N)
-    z = None if z is None else z.flatten(0, 1)
+    check_no_nan("dt", dt if plan is None else plan.blank(dt.view(batch, tokens, dim)))
+    if not is_single:
+        u, dt = u.flatten(0, 1), dt.flatten(0, 1)  # (M, D)
+        B, C = (m if m.dim() == 2 else m.flatten(0, 1) for m in (B, C))  # (D, N) or (M, G, N)
+        z = None if z is None else z.flatten(0, 1)  # (M, D)
     chosen = resolve_backend(backend, u.device, "selective_scan")
     step = {
         "triton": triton.selective_scan_step,
@@ -165,9 +163,9 @@ def selective_scan_step(
         "torch": pytorch.selective_scan_step,
         "reference": reference.selective_scan_step,
     }[chosen]
-    with torch.no_grad():
+    with grad_off():
         seeds = token_seeds(rand_seed, plan, batch, tokens)  # (M,)
-        y = step(state, u_m, dt_m, A, B, C, D, z, dt_bias, dt_softplus, plan, state_scale, seeds)  # (M, D)
+        y = step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, plan, state_scale, seeds)  # (M, D)
     return y if is_single else y.unflatten(0, at)
 
 
@@ -181,23 +179,30 @@ def _check(u, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens=None, seq_i
     for name, m in (("B", B), ("C", C)):
         if isinstance(m, Tensor) and m.dim() == 4:
             check_tensor(name, m, (batch, length, "G", n), like=u)
-            check_divides(f"G of {name}", m.shape[2], "D", dim)
         elif isinstance(m, Tensor) and m.dim() == 3:
             check_tensor(name, m, (batch, length, n), like=u)
         else:
             check_tensor(name, m, (dim, n), like=u)
-    # A kernel's program scans channels of one group of both: the finer groups must be parts of the coarser ones.
-    if B.dim() == C.dim() == 4:
-        small, big = min(B.shape[2], C.shape[2]), max(B.shape[2], C.shape[2])
-        check_divides("the groups of one of B and C", small, "those of the other", big)
-    if D is not None:
-        check_tensor("D", D, (dim,), like=u)
     if z is not None:
         check_tensor("z", z, (batch, length, dim), like=u)
-    if dt_bias is not None:
-        check_tensor("dt_bias", dt_bias, (dim,), like=u)
+    _check_parameters(u, {name: m.shape[2] for name, m in (("B", B), ("C", C)) if m.dim() == 4}, D, dt_bias)
     if initial_states is not None:
         rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
         check_tensor("initial_states", initial_states, (rows, dim, n), like=u)
     # NaN in dt would reach every later step; padding may hold anything.
     check_no_nan("dt", without_padding(dt, cu_seqlens, seq_idx))
+
+
+def _check_parameters(u: Tensor, groups: dict[str, int], D: Tensor | None, dt_bias: Tensor | None) -> None:
+    """Check what has no dimension of time, and the number of groups of B and C, where they have several."""
+    dim = u.shape[-1]
+    for name, n_groups in groups.items():
+        check_divides(f"G of {name}", n_groups, "D", dim)
+    # A kernel's program scans channels of one group of both: the finer groups must be parts of the coarser ones.
+    if len(groups) == 2:
+        small, big = min(groups.values()), max(groups.values())
+        check_divides("the groups of one of B and C", small, "those of the other", big)
+    if D is not None:
+        check_tensor("D", D, (dim,), like=u)
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, (dim,), like=u)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .._core.dispatch import Backend, resolve_backend
+from .._core.library import grad_off
 from .._core.sharding import shardable
 from .._core.slots import StateSlots, token_seeds
 from .._core.state_format import STATE_DTYPES, check_format
@@ -172,7 +172,7 @@ def run_step(backend: Backend, state: Tensor, x: Tensor, *arguments: Any) -> Ten
         "torch": pytorch.ssd_step,
         "reference": reference.ssd_step,
     }[chosen]
-    with torch.no_grad():
+    with grad_off():
         return step(state, x, *arguments)
 
 
