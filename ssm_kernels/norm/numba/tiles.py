@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from ..._numba.lanes import lane_count
-from ..._numba.launch import as_array
+from ..._numba.lanes import lane_count, load_as, read_vector, store_as, write_vector
+from ..._numba.launch import Memory, as_array
 
 ROWS = 16
 """Rows of a tile."""
@@ -16,10 +15,16 @@ UNROLL = 4
 """Vectors that are summed apart: an addition waits for the one before it."""
 
 
-def as_rows(x: Tensor | None, like: Tensor, compute: torch.dtype) -> np.ndarray:
-    """Return the memory of x (..., D) as (1, rows, D) in its `stored_dtype`; that of nothing in the dtype of `like`."""
-    dtype = stored_dtype((like if x is None else x).dtype, compute)
-    return as_array(None if x is None else x.reshape(-1, x.shape[-1]), dtype, 3)
+def as_rows(x: Tensor | None, shape: tuple[int, int, int], compute: torch.dtype) -> Memory:
+    """Return the memory of x (..., D) as (1, rows, D), in its `stored_dtype`."""
+    if x is None:
+        return as_array(None, compute, 3)
+    dtype = stored_dtype(x.dtype, compute)
+    if not x.is_contiguous():
+        return as_array(x.reshape(shape), dtype, 3)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return dtype, x.data_ptr(), shape, (0, shape[2], 1), x
 
 
 def stored_dtype(dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
@@ -37,3 +42,31 @@ def padded_size(like, group_size):
     """Elements of a tile that holds a group: a multiple of UNROLL vectors."""
     multiple = UNROLL * lane_count(like)
     return (group_size + multiple - 1) // multiple * multiple
+
+
+@njit
+def has_dense_rows(array):
+    """Whether the channels of (1, rows, D) lie one after the other in memory, or there are none."""
+    return array.size == 0 or array.strides[2] == array.itemsize
+
+
+@njit(forceinline=True)
+def read_at(source, place, i, count, is_whole, scratch):
+    """The vector of the channels from `i` on after a place, as `place_of` returns it; zeros beyond `count`.
+
+    `is_whole` is a constant: then a vector lies there.
+    """
+    offset, stride = place
+    if is_whole:
+        return load_as(scratch, source, offset + i)
+    return read_vector(source, offset + i * stride, stride, count, scratch)
+
+
+@njit(forceinline=True)
+def write_at(value, target, place, i, count, is_whole, scratch):
+    """Write a vector to where `read_at` reads it."""
+    offset, stride = place
+    if is_whole:
+        store_as(target, offset + i, value)
+    else:
+        write_vector(value, target, offset + i * stride, stride, count, scratch)
