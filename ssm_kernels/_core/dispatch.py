@@ -16,11 +16,9 @@ from .._triton.device import can_launch, why_too_old
 Backend = Literal["auto", "triton", "numba", "torch", "reference"]
 """`auto` chooses. `triton`, `numba` (compiled for the CPU), `torch` (fast pure PyTorch) and `reference` (step by step)
 run as requested, or raise."""
-NUMBA_SPEEDUPS = {
-    "selective_scan": "6 times", "ssd": "2.5 times", "causal_conv1d": "3 times", "rms_norm": "2 times",
-    "add_rms_norm": "1.5 times",
-}  # fmt: skip
-"""Ops that have numba kernels, which `auto` takes, and their speedup over PyTorch on one thread of a CPU."""
+NUMBA_SPEEDUPS = {"selective_scan": 5.0, "ssd": 2.5, "causal_conv1d": 3.5, "rms_norm": 3.0, "add_rms_norm": 1.5}
+"""Ops that have numba kernels, which `auto` takes, and how many times as long PyTorch takes on one thread of a CPU:
+about, and forward and backward alike. A test compares them with the measured table of docs/benchmarks.md."""
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 """Looked up once, since `torch.compile` cannot trace the call. numba is imported when an op of it first runs."""
 NUMBA_MISSING = "the numba package is not installed (pip install 'numba>=0.68')"
@@ -124,7 +122,9 @@ def resolve_backend(
         if HAS_NUMBA:
             return "numba"
         if is_logged:
-            _log_once(f"{_why_not_numba(device, op)}, and would make it about {NUMBA_SPEEDUPS[op]} faster", op, device)
+            _log_once(
+                f"{_why_not_numba(device, op)}, and would make it about {NUMBA_SPEEDUPS[op]:g} times faster", op, device
+            )
     elif device.type == "cuda" and is_logged:
         _log_once(obstacle, op, device)
     return "torch"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ssm_kernels.testing import Target, fake_target
 from vlmamba.benchmarks.cases import Case, Shape
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def chosen() -> str:
@@ -128,9 +131,18 @@ def test_a_missing_numba_is_logged_once(monkeypatch, caplog):
         assert [resolve_backend("auto", CPU, "selective_scan") for _ in range(2)] == ["torch", "torch"]
         assert resolve_backend("auto", CPU, "cross_scan") == "torch"
     assert len(caplog.records) == 1
-    assert "pip install 'numba>=" in caplog.text and "6 times faster" in caplog.text
+    assert "pip install 'numba>=" in caplog.text and "5 times faster" in caplog.text
     with pytest.raises(RuntimeError, match="backend='numba' was requested, but the numba package is not installed"):
         resolve_backend("numba", CPU, "selective_scan")
+
+
+@pytest.mark.parametrize("op", dispatch.NUMBA_SPEEDUPS)
+def test_the_speedup_that_a_log_promises_is_the_measured_one(op):
+    table = json.loads((ROOT / "benchmarks/results/cpu-ops.json").read_text())
+    (case,) = (case for case in table["cases"] if case["op"] == op)
+    medians = {(row["impl"], row["mode"]): row["time"]["median"] for row in case["rows"] if "time" in row}
+    measured = [medians["torch", mode] / medians["ours", mode] for mode in ("fwd", "fwd+bwd")]
+    assert min(measured) / 1.3 < dispatch.NUMBA_SPEEDUPS[op] < 1.3 * max(measured)
 
 
 def test_numba_is_taken_on_a_cpu_by_the_ops_that_have_it(monkeypatch):

@@ -52,10 +52,10 @@ def backward(
     dx = empty_steps(x, sequences, compute)  # (B, L, G, E)
     # A part for each run of sequences, so that tiles of different threads share no memory.
     dweight, dbias = (x.new_empty(n_runs, n, groups * dim, dtype=compute) for n in (n_taps, 1))  # (runs, K or 1, G * E)
-    dinitial = None if initial_states is None else torch.empty(*initial_states.shape, dtype=compute)
+    dinitial = torch.empty(*(0, 0, 0) if initial_states is None else initial_states.shape, dtype=compute)
     inputs = [as_array(m, compute, 4) for m in (x, dy)]
     inputs += [as_array(m, compute, 3) for m in (weight.mT, bias, initial_states, dfinal_states)]
-    outputs = (memory_of(dx), memory_of(dweight), memory_of(dbias), as_array(dinitial, compute, 3))
+    outputs = [memory_of(m) for m in (dx, dweight, dbias, dinitial)]
     args = (
         *inputs, sequence_table(sequences, length, STEPS), as_directions(directions, groups), height, *outputs, silu,
         n_runs,
@@ -66,7 +66,7 @@ def backward(
         as_dtype(dx, x.dtype),
         as_dtype(sum_parts(dweight).mT.contiguous(), weight.dtype),  # (D, K)
         x.new_empty(0) if bias is None else as_dtype(sum_parts(dbias)[0], bias.dtype),
-        x.new_empty(0) if dinitial is None else as_dtype(dinitial, initial_states.dtype),
+        x.new_empty(0) if initial_states is None else as_dtype(dinitial, initial_states.dtype),
     )
 
 
