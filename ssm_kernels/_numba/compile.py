@@ -41,7 +41,7 @@ register_model(Memory)(models.ArrayModel)
 
 @unbox(Memory)
 def _unbox(kind: Any, memory: Any, c: Any) -> NativeValue:
-    """Make an array of (dtype, address, shape, strides, ...), in a twentieth of the time that NumPy takes for it."""
+    """Make an array of (dtype, address, shape, strides, ...)."""
     builder, python = c.builder, c.pyapi
     integer = c.context.get_value_type(types.intp)
     size = ir.Constant(integer, kind.dtype.bitwidth // 8)

@@ -29,7 +29,7 @@ Memory: TypeAlias = tuple[torch.dtype, int, Sequence[int], Sequence[int], Tensor
 """Dtype, address, shape and strides of an array that a kernel takes, and the tensor that has the memory, so that it is
 alive as long as the kernel may read it.
 
-A NumPy array would take ten times as long to make, and `Tensor.numpy` leaves a mark on the storage, which nobody may
+A NumPy array would take four times as long to make, and `Tensor.numpy` leaves a mark on the storage, which nobody may
 resize then: FSDP resizes the storages of parameters and of gathered shards.
 """
 

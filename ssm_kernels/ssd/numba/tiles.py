@@ -8,7 +8,6 @@ of its steps.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from numba import njit
 
@@ -25,7 +24,7 @@ from ..._numba.lanes import (
     total,
     write_row,
 )
-from ..._numba.launch import as_array
+from ..._numba.launch import Memory, as_array
 from ..arguments import ScanArguments
 
 CHUNK = 32
@@ -40,7 +39,7 @@ def heads_per_tile(heads: int, groups: int) -> int:
     return min(per_group, max(4, -(-per_group // MAX_PARTS)))
 
 
-def input_arrays(arguments: ScanArguments, compute: torch.dtype) -> list[np.ndarray]:
+def input_arrays(arguments: ScanArguments, compute: torch.dtype) -> list[Memory]:
     """Return x, B, C (4 dims each), dt (B, L, H), D (1, H, P), A and dt_bias (1, 1, H), and the weights like dt.
 
     All are in the dtype of arithmetic.
