@@ -46,26 +46,27 @@ def padded_size(like, group_size):
 
 @njit
 def has_dense_rows(array):
-    """Whether the channels of (1, rows, D) lie one after the other in memory, or there are none."""
+    """Whether neighbouring channels of (1, rows, D) are neighbours in memory; an empty array has none that are not."""
     return array.size == 0 or array.strides[2] == array.itemsize
 
 
 @njit(forceinline=True)
-def read_at(source, place, i, count, is_whole, scratch):
-    """The vector of the channels from `i` on after a place, as `place_of` returns it; zeros beyond `count`.
+def read_at(source, first, i, count, is_whole, scratch):
+    """The vector of the channels from `i` on, where `first` is what `place_of` returns of the first one; zeros
+    beyond `count`.
 
     `is_whole` is a constant: then a vector lies there.
     """
-    offset, stride = place
+    offset, stride = first
     if is_whole:
         return load_as(scratch, source, offset + i)
     return read_vector(source, offset + i * stride, stride, count, scratch)
 
 
 @njit(forceinline=True)
-def write_at(value, target, place, i, count, is_whole, scratch):
+def write_at(value, target, first, i, count, is_whole, scratch):
     """Write a vector to where `read_at` reads it."""
-    offset, stride = place
+    offset, stride = first
     if is_whole:
         store_as(target, offset + i, value)
     else:
