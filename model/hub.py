@@ -32,6 +32,7 @@ from .config_io import load_config
 from .files import PARTIAL, expand_home, sync, write_atomic
 from .quantize import (
     Quantization,
+    check_devices,
     check_quantization,
     choose_bits,
     quantized_weights,
@@ -277,6 +278,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         with torch.device("meta"):
             model = cls(config)
         weights = model.make_quantized(weights, quantize, str(folder))
+        check_devices(model, device_map)
         load_into(model, weights, str(folder), dtype, device_map)
         model.load_extras(folder, **hub)
         return model.eval()

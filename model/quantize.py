@@ -19,7 +19,7 @@ from ssm_kernels.modules import QuantizedEmbedding, QuantizedLinear, QuantizedMa
 from ssm_kernels.modules.quantized import GROUP, OFFSET
 
 from .extras import install_command
-from .weights import LazyTensor, Weights
+from .weights import DeviceMap, LazyTensor, Weights, devices_of
 
 logger = logging.getLogger("vlmamba.model")
 
@@ -80,6 +80,39 @@ def stored_bits(weights: Mapping[str, Any]) -> dict[str, int]:
     """Return the names of quantized modules, and their bits, from the names and dtypes of weights; none is read."""
     dtypes = weights.dtypes if isinstance(weights, Weights) else {n: t.dtype for n, t in weights.items()}
     return {n.removesuffix(_QDATA): _BITS[d] for n, d in dtypes.items() if n.endswith(_QDATA) and d in _BITS}
+
+
+def check_devices(model: nn.Module, device_map: DeviceMap) -> None:
+    """Check that quantized matrices can be on their devices, and warn, once a device, where they only save memory.
+
+    Args:
+        model: with its quantized layers; may be on the meta device.
+        device_map: placement of its weights.
+
+    Raises:
+        ValueError: a device cannot hold integers of so many bits, or make weights from them; or as `devices_of`.
+    """
+    bits = {name: m.bits for name, m in model.named_modules() if isinstance(m, QuantizedMatrix)}
+    places = devices_of(device_map, [name + _QDATA for name in bits])
+    for device, n in dict.fromkeys((places[name + _QDATA], n) for name, n in bits.items()):
+        # By doing it with one row, since a device may lack a dtype or an operation on it.
+        try:
+            with torch.device(device):
+                QuantizedLinear(GROUP, 1, n).product(torch.zeros(1, GROUP, dtype=torch.bfloat16))
+        except (RuntimeError, TypeError, AssertionError) as e:
+            reason = str(e).strip().split("\n")[0]
+            raise ValueError(f"device {device} cannot run weights of {n} bits: {reason}") from e
+        if device.type not in ("cpu", "meta"):
+            _warn_of_time(device)
+
+
+@functools.cache
+def _warn_of_time(device: torch.device) -> None:
+    logger.warning(
+        "quantized weights on %s save memory, not time: a layer makes floating-point weights of its integers at each "
+        "call, since no kernel multiplies the integers there",
+        device,
+    )
 
 
 def replace_matrices(model: nn.Module, bits: Mapping[str, int]) -> None:

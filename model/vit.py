@@ -18,7 +18,7 @@ from .formats.vision import VISION_ENCODERS, open_encoder
 from .hub import PROCESSOR, HubModel, fetch_model
 from .image import ImageProcessor
 from .position_table import resample_positions
-from .quantize import Quantization, check_quantization
+from .quantize import Quantization, check_devices, check_quantization
 from .weights import DeviceMap, load_into
 
 
@@ -152,6 +152,7 @@ class ViT(HubModel, library_name="vl-mamba", pipeline_tag="image-feature-extract
         with torch.device("meta"):
             vit = cls(config.encoder)
         weights = vit.make_quantized(weights, quantize, str(folder))
+        check_devices(vit, device_map)
         load_into(vit, weights, str(folder), dtype, device_map)
         vit.processor = config.processor
         return vit.eval()

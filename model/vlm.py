@@ -33,7 +33,7 @@ from .image_tokens import ImagePreprocessor, ProcessedImage
 from .lm import MambaLM, neox_tokenizer
 from .presets import get_preset
 from .prompt import IGNORE, Turn, get_template
-from .quantize import Quantization, check_quantization
+from .quantize import Quantization, check_devices, check_quantization
 from .score import BATCH_SIZE, Score, batches, score_packed
 from .tiles import TileGrid, merge_views
 from .tokenizer import Tokenizer, require_tokenizer
@@ -499,6 +499,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             connector = new_connector(config)
         new = Weights.from_tensors(connector.state_dict())
         weights = vlm.make_quantized(merged({"": pretrained, "connector.": new}), quantize, f"preset {name}")
+        check_devices(vlm, device_map)
         load_into(vlm, weights, f"preset {name}", dtype, device_map)
         return vlm.eval()
 

@@ -350,7 +350,7 @@ def load_into(
     check_placement(dtype, device_map)
     # All mismatches are reported at once, before anything is allocated.
     own, names = check_fit(model, weights, source)
-    devices = _devices(device_map, [same[0] for same in names.values()])
+    devices = devices_of(device_map, [same[0] for same in names.values()])
     _check_one_device(model, devices)
 
     # By the id of the model's own tensor, so that tied parameters are loaded once.
@@ -459,8 +459,16 @@ def _by_prefix(device_map: DeviceMap) -> dict[str, torch.device]:
     return {prefix: _device(prefix, device) for prefix, device in device_map.items()}
 
 
-def _devices(device_map: DeviceMap, names: list[str]) -> dict[str, torch.device]:
-    """Return the device of each parameter."""
+def devices_of(device_map: DeviceMap, names: list[str]) -> dict[str, torch.device]:
+    """Return the device of each parameter.
+
+    Args:
+        device_map: see `DeviceMap`.
+        names: of parameters.
+
+    Raises:
+        ValueError: `device_map` does not cover a name, or has something that is no device.
+    """
     devices = _by_prefix(device_map)
     placed = {}
     for name in names:

@@ -1,7 +1,7 @@
 """Linear layers and embeddings whose weights are integers of 8 or 4 bits with scales: weight-only quantization.
 
-A layer makes the weights that it multiplies by from integers and scales, in the dtype of its input. `fuse_step`
-multiplies the integers themselves, by activations of 16 bits.
+A layer makes the weights that it multiplies by from integers and scales, in the dtype of its input; with 8 bits, the
+scales of rows multiply the product instead. `fuse_step` multiplies the integers themselves, by activations of 16 bits.
 """
 
 from __future__ import annotations
@@ -94,8 +94,22 @@ class QuantizedLinear(QuantizedMatrix):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        y = _Product.apply(x, self) if needs_gradient else F.linear(x, self.dequantize(x.dtype))
+        y = _Product.apply(x, self) if needs_gradient else self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply by the weight.
+
+        Args:
+            x: (..., in).
+
+        Returns:
+            (..., out), in the dtype of `x`.
+        """
+        # A sum of 8-bit integers times activations may exceed float16.
+        if self.bits == 4 or x.dtype == torch.float16:
+            return F.linear(x, self.dequantize(x.dtype))
+        return F.linear(x, self.qdata.to(x.dtype)) * self.scale.to(x.dtype).flatten()
 
 
 class QuantizedEmbedding(QuantizedMatrix):
@@ -127,7 +141,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype))
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]

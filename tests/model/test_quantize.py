@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssm_kernels import use_backend
 from ssm_kernels.modules import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
@@ -17,7 +18,7 @@ from vlmamba.model.config import LMConfig, ViTConfig, VLMConfig
 from vlmamba.model.convert import convert
 from vlmamba.model.inspect import inspect
 from vlmamba.model.load import load_model
-from vlmamba.model.quantize import dequantize_model, pack_halves, quantize_matrix
+from vlmamba.model.quantize import check_devices, dequantize_model, pack_halves, quantize_matrix, replace_matrices
 from vlmamba.train.recipes import TINY_VISION
 
 pytest.importorskip("torchao")
@@ -84,6 +85,23 @@ def test_gradients_pass_a_quantized_layer_which_saves_no_weight():
     assert layer.bias.grad is not None and layer.qdata.grad is None
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(8, torch.float32), (8, torch.bfloat16), (8, torch.float16), (4, torch.float16)]
+)
+def test_a_product_is_that_of_the_weights(bits, dtype):
+    """Also where a sum of integers times activations would exceed float16."""
+    layer = QuantizedLinear(96, 5, bits, bias=True)
+    layer.qdata.data = torch.full_like(layer.qdata, 127 if bits == 8 else 255)
+    layer.scale.data = torch.linspace(1e-4, 1e-3, layer.scale.numel()).view(layer.scale.shape).bfloat16()
+    x = 10 * torch.ones(2, 3, 96)
+    want = x @ layer.dequantize(torch.float32).T
+    with torch.no_grad():
+        got = layer(x.to(dtype))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=0)
+    torch.testing.assert_close(layer(x.to(dtype).requires_grad_()), got)
 
 
 @pytest.mark.parametrize("layer", ["mamba", "mamba2", "mamba3"])
@@ -181,6 +199,42 @@ def test_impossible_quantizations_are_refused_by_name(tmp_path, monkeypatch):
         QuantizedEmbedding(3, 33, 4)
     with pytest.raises(ValueError, match="bits must be 4 or 8, got 2"):
         QuantizedLinear(32, 3, 2)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="the device is there")
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_device_that_cannot_run_the_weights_is_named(quantize, tmp_path):
+    make_lm().save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match=r"device mps cannot run weights of \d bits: Could not run"):
+        MambaLM.from_pretrained(tmp_path / "full", quantize=quantize, device_map="mps")
+    MambaLM.from_pretrained(tmp_path / "full", quantize=quantize).save_pretrained(tmp_path / "lean")
+    with pytest.raises(ValueError, match=r"device mps cannot run weights of \d bits"):
+        MambaLM.from_pretrained(tmp_path / "lean", device_map={"": "cpu", "backbone.layers.1": "mps"})
+    # Only matrices count.
+    with pytest.raises(Exception, match="^(?!device mps cannot run weights)"):
+        MambaLM.from_pretrained(tmp_path / "lean", device_map={"": "cpu", "backbone.norm_f": "mps"})
+
+
+def test_where_weights_only_save_memory_is_said_once(caplog):
+    lm = make_lm()
+    replace_matrices(lm, {"backbone.embedding": 8, "lm_head": 8, "backbone.layers.0.mixer.in_proj": 4})
+    with caplog.at_level(logging.WARNING), FakeTensorMode():
+        check_devices(lm, "cpu")
+        assert not caplog.records
+        for _ in range(2):
+            check_devices(lm, {"": "cuda:6", "backbone.embedding": "cpu"})
+    (record,) = caplog.records
+    assert record.getMessage().startswith("quantized weights on cuda:6 save memory, not time: a layer makes")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_layer_runs_on_a_gpu(bits):
+    """By shapes, dtypes and devices, of a GPU that need not be there."""
+    with torch.no_grad(), FakeTensorMode(), torch.device("cuda"):
+        layer = QuantizedLinear(64, 5, bits, bias=True)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            y = layer(torch.zeros(2, 64, dtype=dtype))
+            assert y.device.type == "cuda" and y.dtype == dtype and y.shape == (2, 5)
 
 
 def test_without_torchao_a_quantized_model_loads_and_quantizing_says_what_to_install(tmp_path, monkeypatch):
