@@ -10,10 +10,10 @@ import math
 import pickle
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ..model.prompt import Turn
 from ..model.text_files import read_json
@@ -23,10 +23,12 @@ from .errors import BrokenDataError
 from .evaluate import answer_all, choose_all
 from .evaluation_metrics import Box, intersection_over_union, parse_box, vqa_accuracy
 from .json_records import Entry, json_lines_entries, json_list_entries
+from .parquet import ParquetTable, image_size
 from .records import Record
 from .sources import Images, open_source
 
 Benchmark = Literal["vizwiz", "vsr", "refcoco"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -152,28 +154,28 @@ def read_vizwiz(path: str | Path, images: str | Path | None = None) -> VizWiz:
             missing image.
         ValueError: the file is no JSON list.
     """
-    records, truths, answerable = [], [], []
-    source = _open(path, images)
-    for where, item in _items(path, json_list_entries(Path(path))):
-        question = _text(where, item, "question")
-        answers = item.get("answers")
-        if answers is None:
-            raise BrokenDataError(f"{where}: it has no `answers`; those of VizWiz's test split are not published")
-        if not isinstance(answers, list) or len(answers) != 10:
-            raise BrokenDataError(f"{where}: `answers` must be a list of ten, got {reprlib.repr(answers)}")
-        if not all(isinstance(a, dict) and isinstance(a.get("answer"), str) for a in answers):
-            raise BrokenDataError(f"{where}: each of `answers` must have a text `answer`, got {reprlib.repr(answers)}")
-        # 0 where most people found that the image does not answer the question.
-        can = _zero_or_one(where, item, "answerable")
-        prompt = (
-            f"{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
-            "Answer the question using a single word or phrase."
-        )
-        # Each person's answer in full: the metric normalizes it.
-        records.append(_record(where, prompt, source, _text(where, item, "image")))
-        truths.append(tuple(a["answer"] for a in answers))
-        answerable.append(can)
-    return VizWiz(_some(path, records), tuple(truths), tuple(answerable))
+    records, truths = _read_questions(path, images, json_list_entries, _vizwiz_question)
+    people, answerable = zip(*truths, strict=True)
+    return VizWiz(records, people, answerable)
+
+
+def _vizwiz_question(where: str, item: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, ...], bool]]:
+    question = _text(where, item, "question")
+    answers = item.get("answers")
+    if answers is None:
+        raise BrokenDataError(f"{where}: it has no `answers`; those of VizWiz's test split are not published")
+    if not isinstance(answers, list) or len(answers) != 10:
+        raise BrokenDataError(f"{where}: `answers` must be a list of ten, got {reprlib.repr(answers)}")
+    if not all(isinstance(a, dict) and isinstance(a.get("answer"), str) for a in answers):
+        raise BrokenDataError(f"{where}: each of `answers` must have a text `answer`, got {reprlib.repr(answers)}")
+    # 0 where most people found that the image does not answer the question.
+    can = _zero_or_one(where, item, "answerable")
+    prompt = (
+        f"{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
+        "Answer the question using a single word or phrase."
+    )
+    # Each person's answer in full: the metric normalizes it.
+    return prompt, (tuple(a["answer"] for a in answers), can)
 
 
 def read_vsr(path: str | Path, images: str | Path | None = None) -> VSR:
@@ -190,26 +192,28 @@ def read_vsr(path: str | Path, images: str | Path | None = None) -> VSR:
         FileNotFoundError: there is no such file, or no source of images.
         BrokenDataError: a record is malformed, or names a missing image.
     """
-    records, truths = [], []
-    source = _open(path, images)
-    for where, item in _items(path, json_lines_entries(Path(path))):
-        prompt = (
-            f'Based on the image, is this statement "True" or "False"? {_text(where, item, "caption")}\n'
-            'Respond with "True" or "False" directly.'
-        )
-        truths.append(_zero_or_one(where, item, "label"))
-        records.append(_record(where, prompt, source, _text(where, item, "image")))
-    return VSR(_some(path, records), tuple(truths))
+    return VSR(*_read_questions(path, images, json_lines_entries, _vsr_question))
+
+
+def _vsr_question(where: str, item: Mapping[str, Any]) -> tuple[str, bool]:
+    prompt = (
+        f'Based on the image, is this statement "True" or "False"? {_text(where, item, "caption")}\n'
+        'Respond with "True" or "False" directly.'
+    )
+    return prompt, _zero_or_one(where, item, "label")
 
 
 def read_refcoco(path: str | Path, images: str | Path | None = None, split: str = "val") -> RefCOCO:
     """Read RefCOCO, RefCOCO+ or RefCOCOg as published: `refs(unc).p` or `refs(umd).p`, and `instances.json` beside it.
 
+    Or a folder of parquet files with the images in them, as `lmms-lab/RefCOCO`, `RefCOCOplus` and `RefCOCOg` on the Hub
+    have them (`pip install pyarrow`).
+
     The pickle is read without running anything that is in it. Boxes are rounded to two decimals, as the papers' are.
 
     Args:
-        path: the pickle of the expressions.
-        images: folder or archive of COCO's `train2014`; the file's own folder by default.
+        path: the pickle of the expressions, or the folder of the parquet files.
+        images: folder or archive of COCO's `train2014`; the file's own folder by default. None for parquet files.
         split: `val`, `testA` and `testB`; RefCOCOg has `val` and `test`.
 
     Returns:
@@ -218,9 +222,14 @@ def read_refcoco(path: str | Path, images: str | Path | None = None, split: str 
     Raises:
         FileNotFoundError: there is no such file, no `instances.json`, or no source of images.
         BrokenDataError: a record is malformed, or names a missing image, annotation or split.
-        ValueError: a file is no pickle of plain values, or no JSON.
+        ValueError: a file is no pickle of plain values, or no JSON; or images are given for parquet files.
+        ModuleNotFoundError: parquet files need the package `pyarrow`.
     """
     path = Path(path)
+    if path.is_dir():
+        if images is not None:
+            raise ValueError(f"images must be left out: the parquet files in {path} hold them; got {images}")
+        return _read_refcoco_parquet(path, split)
     source = _open(path, images)
     refs = _plain_pickle(path)
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
@@ -248,13 +257,31 @@ def read_refcoco(path: str | Path, images: str | Path | None = None, split: str 
         if not isinstance(sentences, list) or not sentences or not all(isinstance(s, dict) for s in sentences):
             raise BrokenDataError(f"{where}: `sentences` must be a list of dictionaries, got {reprlib.repr(sentences)}")
         for sentence in sentences:
-            prompt = (
-                "Please provide the bounding box coordinate of the region this sentence describes: "
-                f'"{_text(where, sentence, "sent")}"'
-            )
+            prompt = _box_prompt(_text(where, sentence, "sent"))
             records.append(_record(where, prompt, source, _text(where, image, "file_name")))
             truths.append(box)
     return RefCOCO(tuple(records), tuple(truths))
+
+
+def _read_refcoco_parquet(folder: Path, split: str) -> RefCOCO:
+    records, truths = [], []
+    for image, row in ParquetTable(folder, split).rows(("answer", "bbox")):
+        box = _normalized_box(str(image), row["bbox"], image_size(image))
+        # The expressions: other users of these files ask for a description of the box.
+        expressions = row["answer"]
+        if not isinstance(expressions, list) or not expressions:
+            raise BrokenDataError(f"{image}: `answer` must be a list of texts, got {reprlib.repr(expressions)}")
+        for expression in expressions:
+            prompt = _box_prompt(_text(str(image), {"answer": expression}, "answer"))
+            records.append(Record((Turn("user", prompt),), (image,)))
+            truths.append(box)
+    if not records:
+        raise BrokenDataError(f"{folder} has no rows of split {split!r}")
+    return RefCOCO(tuple(records), tuple(truths))
+
+
+def _box_prompt(expression: str) -> str:
+    return f'Please provide the bounding box coordinate of the region this sentence describes: "{expression}"'
 
 
 def read_benchmark(
@@ -285,6 +312,29 @@ def _open(path: str | Path, images: str | Path | None) -> Images:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no annotations at {path}")
     return open_source(Path(path).parent if images is None else images)
+
+
+def _read_questions(
+    path: str | Path,
+    images: str | Path | None,
+    entries: Callable[[Path], Iterable[Entry]],
+    question: Callable[[str, Mapping[str, Any]], tuple[str, T]],
+) -> tuple[tuple[Record, ...], tuple[T, ...]]:
+    """Read a file of records with an `image` each.
+
+    Args:
+        path, images: of the reader.
+        entries: reads the file's records.
+        question: the prompt and the truth of a record, from its place and value.
+    """
+    source, records, truths = _open(path, images), [], []
+    for where, item in _items(path, entries(Path(path))):
+        prompt, truth = question(where, item)
+        records.append(_record(where, prompt, source, _text(where, item, "image")))
+        truths.append(truth)
+    if not records:
+        raise BrokenDataError(f"{path} has no records")
+    return tuple(records), tuple(truths)
 
 
 def _items(path: str | Path, entries: Iterable[Entry]) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -319,12 +369,6 @@ def _record(where: str, prompt: str, source: Images, name: str) -> Record:
     if name not in source:
         raise BrokenDataError(f"{where}: {source.missing(name)}")
     return Record((Turn("user", prompt),), (source[name],))
-
-
-def _some(path: str | Path, records: Sequence[Record]) -> tuple[Record, ...]:
-    if not records:
-        raise BrokenDataError(f"{path} has no records")
-    return tuple(records)
 
 
 class _PlainUnpickler(pickle.Unpickler):

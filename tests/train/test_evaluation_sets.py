@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from vlmamba.train.evaluation_metrics import (
     vqa_accuracy,
 )
 from vlmamba.train.evaluation_sets import RefCOCO, read_benchmark, read_refcoco, read_vizwiz, read_vsr
+from vlmamba.train.parquet import ParquetTable
+from vlmamba.train.sources import read_image
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +294,92 @@ def test_a_broken_expression_is_named(change, message, images, tmp_path):
     path = write_refcoco(tmp_path, **change)
     with pytest.raises(ValueError, match=message):
         read_refcoco(path, images)
+
+
+def write_parquet(folder: Path, rows: list[dict], split: str = "val", files: int = 2, of: int | None = None) -> Path:
+    """The files of a split as the Hub has them, in row groups of two."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(exist_ok=True)
+    for i in range(files):
+        part = rows[i * len(rows) // files : (i + 1) * len(rows) // files]
+        name = f"{split}-{i:05}-of-{of or files:05}.parquet"
+        parquet.write_table(pa.Table.from_pylist(part), folder / name, row_group_size=2)
+    return folder
+
+
+def parquet_rows(images: Path) -> list[dict]:
+    """Seven things, in red and blue images of 40 x 30 pixels, with one or two expressions each."""
+    return [
+        {"question_id": str(i), "question": "Please describe the region.", "answer": [f"thing {i}"] + ["it"] * (i % 2),
+         "image": {"bytes": (images / f"{('red', 'blue')[i % 2]}.png").read_bytes(), "path": None},
+         "bbox": [4.0 + i, 3.0, 16.0, 15.0], "iscrowd": 0, "file_name": f"{i}.jpg"}
+        for i in range(7)
+    ]  # fmt: skip
+
+
+def test_refcoco_from_parquet(vlm, images, tmp_path, monkeypatch):
+    rows = parquet_rows(images)
+    folder = write_parquet(tmp_path / "data", rows)
+    write_parquet(folder, rows[:1], "testA", 1)
+    found = read_refcoco(folder)
+    texts = [r.turns[0].text.partition(": ")[2] for r in found.records]
+    assert texts == [f'"{text}"' for row in rows for text in row["answer"]]
+    # As from the published files.
+    by_pickle = read_refcoco(write_refcoco(tmp_path), images)
+    assert found.records[0].turns[0].text.partition(": ")[0] == by_pickle.records[0].turns[0].text.partition(": ")[0]
+    assert found.truths[:3] == (Box(0.1, 0.1, 0.5, 0.6), *[Box(0.12, 0.1, 0.53, 0.6)] * 2)
+    pictures = [read_image(r.images[0]) for r in found.records]
+    assert [p.getpixel((0, 0)) for p in pictures] == [
+        (255, 0, 0) if i % 2 == 0 else (0, 0, 255) for i, row in enumerate(rows) for _ in row["answer"]
+    ]
+    assert len(read_benchmark("refcoco", folder, split="testA").records) == 1
+    # Asked in any order, each row group is read once.
+    reads, read = [], ParquetTable._read
+    monkeypatch.setattr(ParquetTable, "_read", lambda self, *a: reads.append(a[:2]) or read(self, *a))
+    want = vlm.generate([r.turns[0].text for r in found.records], pictures, GenerationConfig(4))
+    assert found.ask(vlm, 3, 4) == want
+    assert len(reads) == len(set(reads)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": []}, "row 000000006 in .*data: `answer` must be a list of texts"),
+        ({"answer": [" "]}, "row 000000006 in .*data: `answer` must be a text, got ' '"),
+        ({"bbox": [4.0, 3.0, 16.0]}, "row 000000006 in .*data: `bbox` must be four numbers"),
+        ({"bbox": [4.0, 3.0, 38.0, 15.0]}, "is empty or outside of its image of 40 x 30"),
+        ({"image": {"bytes": b"no image", "path": None}}, "row 000000006 in .*data is no image"),
+        ({"image": {"bytes": None, "path": "6.jpg"}}, "row 6 of .*data: `image` must be a structure with `bytes`"),
+    ],
+)
+def test_a_broken_row_of_parquet_is_named(change, message, images, tmp_path):
+    rows = parquet_rows(images)
+    rows[-1] |= change
+    with pytest.raises(BrokenDataError, match=message):
+        read_refcoco(write_parquet(tmp_path / "data", rows))
+
+
+def test_broken_parquet_files_are_named(images, tmp_path, monkeypatch):
+    rows = parquet_rows(images)
+    folder = write_parquet(tmp_path / "data", rows)
+    with pytest.raises(
+        FileNotFoundError, match=r"no parquet file testB-\*.parquet, but val-00000-of-00002.parquet, val-0"
+    ):
+        read_refcoco(folder, split="testB")
+    with pytest.raises(ValueError, match="images must be left out: the parquet files in .*data hold them"):
+        read_refcoco(folder, images)
+    with pytest.raises(BrokenDataError, match="has no columns answer, bbox, but image"):
+        read_refcoco(write_parquet(tmp_path / "other", [{"image": row["image"]} for row in rows]))
+    with pytest.raises(BrokenDataError, match="has 2 of the 3 files of split 'val'"):
+        read_refcoco(write_parquet(tmp_path / "part", rows, of=3))
+    (folder / "val-00001-of-00002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BrokenDataError, match="val-00001-of-00002.parquet is damaged, or no parquet file"):
+        read_refcoco(folder)
+    with pytest.raises(FileNotFoundError, match="no parquet file val-.*, but no parquet file"):
+        read_refcoco(images)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ModuleNotFoundError, match="needs the pyarrow package: pip install pyarrow"):
+        read_refcoco(folder)
 
 
 # The command.

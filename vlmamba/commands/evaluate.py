@@ -26,12 +26,14 @@ class Evaluate:
     $ vlmamba evaluate runs/mine/model --benchmark vizwiz --data VizWiz/val.json --images VizWiz/val
     $ vlmamba evaluate runs/mine/model --benchmark vsr --data vsr/test.jsonl --images vsr/images
     $ vlmamba evaluate runs/mine/model --benchmark refcoco --data "refcoco+/refs(unc).p" --images train2014
+    $ vlmamba evaluate runs/mine/model --benchmark refcoco --data RefCOCO/data --split testA
     """
 
     model: Positional[str]
     """Folder, or name on the Hugging Face Hub."""
     data: Path | None = None
-    """Annotations: conversations in LLaVA's format, whose first questions are asked; or the benchmark's own file."""
+    """Annotations: conversations in LLaVA's format, whose first questions are asked; or the benchmark's own file. For
+    refcoco also a folder of the Hub's parquet files, which hold the images."""
     images: Path | None = None
     """Folder or archive that image paths in the data are relative to; the file's own folder by default."""
     benchmark: Literal["vizwiz", "vsr", "refcoco"] | None = None
