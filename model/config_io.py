@@ -19,7 +19,9 @@ T = TypeVar("T")
 
 MODEL_TYPES = ("vlmamba", "vlmamba_lm")
 """`model_type` of this library's vision-language and language models in `config.json`, for `transformers`."""
-TRANSFORMERS_KEYS = ("model_type", "architectures", "auto_map", "dtype", "transformers_version")
+TRANSFORMERS_KEYS = (
+    "model_type", "architectures", "auto_map", "dtype", "transformers_version", "quantization_config",
+)  # fmt: skip
 """Keys of such a `config.json` that are not of the model's config."""
 
 

@@ -21,6 +21,8 @@ from .tokenizer import Tokenizer
 CODE = "modeling_vlmamba.py"
 """Module beside the weights that `transformers` runs with `trust_remote_code=True`."""
 GENERATION = "generation_config.json"
+QUANT_METHOD = "vlmamba"
+"""Name by which `transformers` finds the classes that load quantized weights."""
 CLASSES: dict[str, dict[str, str]] = {
     "vlmamba": {
         "AutoConfig": "VLMambaConfig",
@@ -67,6 +69,8 @@ def save_model_config(
         "auto_map": auto_map(model_type),
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if any(name.endswith(".qdata") for name in dtypes):
+        keys["quantization_config"] = {"quant_method": QUANT_METHOD}
     text = json.dumps(keys | to_json_dict(config), indent=2, allow_nan=False) + "\n"
     write_atomic(folder / "config.json", text)
     write_code(folder)

@@ -51,6 +51,7 @@ from vlmamba.transformers import (
     VLMambaForConditionalGeneration,
     VLMambaProcessor,
 )
+from vlmamba.transformers.quantizer import VLMambaQuantizationConfig
 
 TOKENIZER = shape_tokenizer()
 QUESTIONS = ["what color is the shape?", "a red", "blue triangle or circle, what is it?"]
@@ -233,11 +234,80 @@ def test_weights_that_do_not_fit_are_an_error(lm_folder, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_quantized_weights_are_an_error(lm_folder, tmp_path):
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_language_models_give_our_texts(lm_folder, tmp_path, quantize):
     pytest.importorskip("torchao")
-    convert(lm_folder, tmp_path / "int8", quantize="int8")
-    with pytest.raises(ValueError, match="matrices are quantized, which vlmamba.model.load_model loads"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    convert(lm_folder, tmp_path / "lean", quantize=quantize)
+    lean = MambaLM.from_pretrained(tmp_path / "lean")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "lean"), AutoTokenizer.from_pretrained(lm_folder)
+    same_quantized(model, lean)
+    ids = padded(tokenizer, QUESTIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids["input_ids"][:1]).logits, lean(ids["input_ids"][:1]).logits, rtol=0, atol=0
+        )
+    out = model.generate(**ids, max_new_tokens=6, do_sample=False)
+    texts = tokenizer.batch_decode(out[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert texts == lean.generate(QUESTIONS, GenerationConfig(6))
+    # What transformers saves is ours, too.
+    model.save_pretrained(tmp_path / "again")
+    same_quantized(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again"), MambaLM.from_pretrained(tmp_path / "again")
+    )
+    same_quantized(model, MambaLM.from_pretrained(tmp_path / "again"))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "lean", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and model.dtype == torch.float32
+    same_quantized(half, MambaLM.from_pretrained(tmp_path / "lean", dtype=torch.bfloat16))
+
+
+def same_quantized(model, ours):
+    """Check that a model of transformers holds the tensors of one of ours: integers, scales and all others."""
+    own = ours.state_dict()
+    assert any(name.endswith(".qdata") for name in own)
+    got = model.state_dict()
+    assert got.keys() == own.keys()
+    for name, t in own.items():
+        assert got[name].dtype == t.dtype and torch.equal(got[name], t), name
+    lm = model._lm
+    assert (lm.lm_head.qdata is lm.backbone.embedding.qdata) == lm.config.tie_embeddings
+    trainable = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (model, ours)]
+    assert trainable[0] == trainable[1]
+
+
+def test_quantized_vision_language_models_give_our_answers(vlm_folder, tmp_path):
+    pytest.importorskip("torchao")
+    convert(vlm_folder, tmp_path / "lean", quantize="int4")
+    lean = VLM.from_pretrained(tmp_path / "lean")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "lean")
+    same_quantized(model, lean)
+    processor = AutoProcessor.from_pretrained(tmp_path / "lean")
+    inputs = processor.apply_chat_template(CONVERSATIONS[0], tokenize=True, return_dict=True, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    text = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [text] == lean.generate([QUESTIONS[0]], [RED], GenerationConfig(6))
+
+
+def test_quantized_weights_are_refused_by_the_trainer(plain_folder, tmp_path):
+    pytest.importorskip("torchao")
+    convert(plain_folder, tmp_path / "lean", quantize="int8")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "lean")
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+        train(model, AutoProcessor.from_pretrained(plain_folder), tmp_path / "out")
+
+
+def test_quantized_weights_without_their_mark_are_an_error(lm_folder, tmp_path):
+    pytest.importorskip("torchao")
+    convert(lm_folder, tmp_path / "lean", quantize="int8")
+    path = tmp_path / "lean" / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("quantization_config") == {"quant_method": "vlmamba"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json has no quantization_config: vlmamba convert .*lean NEW_FOLDER"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "lean")
+    convert(tmp_path / "lean", tmp_path / "new")
+    same_quantized(AutoModelForCausalLM.from_pretrained(tmp_path / "new"), MambaLM.from_pretrained(tmp_path / "lean"))
+    with pytest.raises(ValueError, match="quantization_config is for folders that are quantized already"):
+        AutoModelForCausalLM.from_pretrained(lm_folder, quantization_config=VLMambaQuantizationConfig())
 
 
 def test_a_wrong_setting_is_an_error(lm_folder, tmp_path):

@@ -30,6 +30,7 @@ except importlib.metadata.PackageNotFoundError as e:
 if _VERSION < MINIMUM:
     raise ImportError(f"vlmamba.transformers needs transformers {MINIMUM} or later, and {_VERSION} is installed")
 
+from . import quantizer  # noqa: E402, F401  registered by the import
 from .configs import MambaLMConfig, VLMambaConfig  # noqa: E402
 from .models import MambaLMForCausalLM, RecurrentCache, VLMambaForConditionalGeneration  # noqa: E402
 from .processor import VLMambaProcessor  # noqa: E402

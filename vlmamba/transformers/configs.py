@@ -47,7 +47,7 @@ class _Config(PretrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what is saved: without runtime settings, so that this library reads the file too."""
-        kept = {*self.own_names(), *TRANSFORMERS_KEYS, "quantization_config"}
+        kept = {*self.own_names(), *TRANSFORMERS_KEYS}
         return {key: value for key, value in super().to_diff_dict().items() if key in kept}
 
     @classmethod

@@ -75,6 +75,11 @@ class _Model(PreTrainedModel, GenerationMixin):
     def _lm(self) -> MambaLM:
         raise NotImplementedError
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the language model. Scales of quantized weights, which are first, are bfloat16 in any model."""
+        return self._lm.backbone.norm_f.weight.dtype
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load a model as `PreTrainedModel.from_pretrained` does, but strictly.
@@ -86,13 +91,18 @@ class _Model(PreTrainedModel, GenerationMixin):
             The model, in evaluation mode; with `output_loading_info`, it and a dictionary.
 
         Raises:
-            ValueError: weights are missing, unexpected, or of another shape; or they are quantized.
+            ValueError: weights are missing, unexpected, or of another shape; or they are quantized, and the config
+                does not say so.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         problems = [f"{kind.removesuffix('_keys')}: {key}" for kind in _MISFITS for key in sorted(map(str, info[kind]))]
         if any(key.endswith(".qdata") for key in info["unexpected_keys"]):
-            problems.insert(0, "matrices are quantized, which vlmamba.model.load_model loads")
+            problems.insert(
+                0,
+                "matrices are quantized, but config.json has no quantization_config: "
+                f"vlmamba convert {model.name_or_path} NEW_FOLDER --to own writes it",
+            )
         if problems:
             raise ValueError(f"{model.name_or_path} does not fit {cls.__name__}:\n  " + "\n  ".join(problems))
         return (model, info) if output_loading_info else model
