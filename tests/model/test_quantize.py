@@ -215,7 +215,7 @@ def test_a_device_that_cannot_run_the_weights_is_named(quantize, tmp_path):
         MambaLM.from_pretrained(tmp_path / "lean", device_map={"": "cpu", "backbone.norm_f": "mps"})
 
 
-def test_where_weights_only_save_memory_is_said_once(caplog):
+def test_a_warning_names_devices_where_weights_only_save_memory(caplog):
     lm = make_lm()
     replace_matrices(lm, {"backbone.embedding": 8, "lm_head": 8, "backbone.layers.0.mixer.in_proj": 4})
     with caplog.at_level(logging.WARNING), FakeTensorMode():
