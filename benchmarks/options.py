@@ -541,6 +541,44 @@ class Decode(Prefill):
     """Timed steps per row, in three rounds."""
 
 
+@dataclass
+class Draft(Command):
+    """Speculative decoding: accepted tokens, tokens a step, and time with a draft model and without.
+
+    The model answers the same questions alone and with the draft, by turns; the time is that of whole answers, the
+    least of three rounds. For language models the data has texts without images.
+
+    Examples:
+    $ ssm-bench draft runs/demo-quick/vl-mamba/model small/model --question "describe the image"
+    """
+
+    function: ClassVar[str] = "draft:run_draft"
+    model: Positional[str]
+    """Folder, or name on the Hugging Face Hub."""
+    draft: Positional[str]
+    """Smaller model of the same kind and with the same tokenizer."""
+    data: Path | None = None
+    """Conversations in LLaVA's format, whose first questions are asked; easy-VQA's test questions by default."""
+    images: Path | None = None
+    """Folder or archive that image paths in the data are relative to; the file's own folder by default."""
+    question: str | None = None
+    """Asked about every record's images, in place of its own question."""
+    limit: Count = 50
+    """Questions, each about other images."""
+    batch: tuple[Count, ...] = (1,)
+    """Questions that are answered together."""
+    draft_tokens: tuple[Count, ...] = (1, 2, 4)
+    """Tokens that the draft proposes for each step of the model."""
+    max_new_tokens: Count = 32
+    """Longest answer, in tokens."""
+    dtype: ModelDtype | None = None
+    """Dtype of the weights; the checkpoint's own by default."""
+    device: str = "cpu"
+    """cpu or cuda, or one of several such as cuda:1."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
 COMMANDS: dict[str, type[Command]] = {
     "run": Run,
     "sweep": Sweep,
@@ -558,4 +596,5 @@ COMMANDS: dict[str, type[Command]] = {
     "state-formats": StateFormats,
     "prefill": Prefill,
     "decode": Decode,
+    "draft": Draft,
 }

@@ -189,18 +189,19 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
             return "its residual stream is not float32"
         return obstacle
 
-    def fuse_step(self, state: LMState) -> Callable[[Tensor], Tensor | None]:
+    def fuse_step(self, state: LMState, tokens: int = 1) -> Callable[[Tensor], Tensor | None]:
         """Return the function of embeddings (B, D) and `state` that `ssm_kernels.modules.fuse_step` makes.
 
         Args:
             state: from `new_state`; the function updates it in place.
+            tokens: see there.
 
         Raises:
             ValueError: there is an obstacle to fusing.
         """
         layers = [(x.norm, x.mixer) for x in self.backbone.layers if isinstance(x.mixer, Mamba | Mamba2)]
         states = [x for x in state if isinstance(x, MixerState)]
-        return fuse_step(layers, self.backbone.norm_f, self.lm_head, states)
+        return fuse_step(layers, self.backbone.norm_f, self.lm_head, states, tokens)
 
     @classmethod
     def open_checkpoint(cls, folder: Path, **hub: Any) -> tuple[LMConfig, Weights]:

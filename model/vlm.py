@@ -5,7 +5,7 @@ Letters: T tokens of a packed batch, S samples, D width of the language model, h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,7 +172,12 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         """Return a function that embeds ranges of the batch. Images are encoded here, once."""
         return self._place(batch.input_ids, self._encode(batch.images, batch.layouts), bool(batch.images))
 
-    def _encode(self, images: tuple[Tensor, ...], layouts: Sequence[tuple[int, TileGrid | None]]) -> Tensor | None:
+    def _encode(
+        self,
+        images: tuple[Tensor, ...],
+        layouts: Sequence[tuple[int, TileGrid | None]],
+        vision: Callable[[Sequence[Tensor]], Tensor] | None = None,
+    ) -> Tensor | None:
         """Compute the features of images, (tokens, D), from their views for each encoder; None without images."""
         if not images:
             if not self.always_encodes:
@@ -181,7 +186,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
             device, sizes = next(self.vision.parameters()).device, [v.encoder.image_size for v in self.config.vision]
             images = tuple(torch.zeros(1, 3, size, size, device=device) for size in sizes)
         layouts = layouts or ((1, None),) * len(images[0])
-        return self._merge(self.connector(self.vision(images)), layouts)
+        return self._merge(self.connector((vision or self.vision)(images)), layouts)
 
     def _place(self, input_ids: Tensor, features: Tensor | None, has_images: bool) -> EmbedFn:
         """Return a function that embeds ranges of tokens, with the features at the positions of images."""
@@ -351,14 +356,45 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
                 raise ValueError("images must not be preprocessed where there is a draft_model, which does so itself")
         if not samples:
             return iter([[]])
+        vision = None
         if draft_model is not None:
             # Its own template and number of image tokens; only the texts must be the same.
-            prompts = draft_model._prompts(conversations, images)
+            seen: Sequence[Images] = images
+            if self._sees_as(draft_model):
+                seen, vision = [s.images for s in samples], _encode_once(self.vision)
+            prompts = draft_model._prompts(conversations, seen)
             stats = DraftStats() if draft_stats is None else draft_stats
-            draft = Draft(draft_model.language_model, *draft_model.packed(prompts), stats)
-        embed, bounds = self.packed(samples)
+            draft = Draft(draft_model.language_model, *draft_model.packed(prompts, vision=vision), stats)
+        embed, bounds = self.packed(samples, vision=vision)
         prompt_ids = [s.input_ids for s in samples]
         return generate_packed(self.language_model, embed, bounds, prompt_ids, tokenizer, config, draft=draft)
+
+    def share_encoders(self, draft_model: VLM) -> bool:
+        """Let a draft model use this model's encoders in place of its own, where they are equal bit for bit.
+
+        Their weights are then in memory once, and `generate` prepares and encodes an image once for both models.
+
+        Args:
+            draft_model: its `vision` is replaced.
+
+        Returns:
+            Whether the encoders are equal.
+        """
+        own, other = self.vision.state_dict(), draft_model.vision.state_dict()
+        is_equal = self.config.vision == draft_model.config.vision and own.keys() == other.keys()
+        # `equal` takes tensors of one device and dtype.
+        for name, t in own.items() if is_equal else ():
+            is_equal = is_equal and (t.device, t.dtype) == (other[name].device, other[name].dtype)
+            is_equal = is_equal and torch.equal(t, other[name])
+        if is_equal:
+            draft_model.vision = self.vision
+        return is_equal
+
+    def _sees_as(self, other: VLM) -> bool:
+        """Whether another model has the same encoders, and turns an image into equally many tokens."""
+        own, its = self.config, other.config
+        same = (own.vision, own.tiles, own.grid) == (its.vision, its.tiles, its.grid)
+        return self.vision is other.vision and same
 
     def _prompts(self, conversations: Sequence[Sequence[Turn] | str], images: Sequence[Images]) -> list[Sample]:
         if len(conversations) != len(images):
@@ -376,30 +412,41 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         return samples
 
     @torch.no_grad()
-    def packed(self, samples: Sequence[Sample], cache: FeatureCache | None = None) -> tuple[EmbedFn, Tensor]:
+    def packed(
+        self,
+        samples: Sequence[Sample],
+        cache: FeatureCache | None = None,
+        vision: Callable[[Sequence[Tensor]], Tensor] | None = None,
+    ) -> tuple[EmbedFn, Tensor]:
         """Pack samples and encode their images.
 
         Args:
             samples: prompts.
-            cache: features of images that were seen before; those of new ones are added.
+            cache, vision: see `encode`.
 
         Returns:
             A function that embeds ranges of the packed tokens, and the bounds (S + 1,) of the samples.
         """
         text = collate([replace(sample, images=()) for sample in samples])
         device = self.language_model.input_device
-        features = self.encode([image for sample in samples for image in sample.images], cache)
+        features = self.encode([image for sample in samples for image in sample.images], cache, vision)
         # (tokens of images, D)
         joined = torch.cat([f.to(device) for f in features]) if features else None
         return self._place(text.input_ids.to(device), joined, bool(features)), text.cu_seqlens
 
     @torch.no_grad()
-    def encode(self, images: Sequence[ProcessedImage], cache: FeatureCache | None = None) -> list[Tensor]:
+    def encode(
+        self,
+        images: Sequence[ProcessedImage],
+        cache: FeatureCache | None = None,
+        vision: Callable[[Sequence[Tensor]], Tensor] | None = None,
+    ) -> list[Tensor]:
         """Compute the features of images: the embeddings of their tokens. Images of equal content are encoded once.
 
         Args:
             images: results of `preprocess`.
             cache: features of images that were seen before; those of new ones are added.
+            vision: computes what `VisionTower` does, which it is by default.
 
         Returns:
             For each image, (n_tokens, D).
@@ -418,7 +465,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         encoder = next(self.vision.parameters())
         pixels = (torch.cat(views) for views in zip(*(i.pixels for i in new.values()), strict=True))
         views = tuple(p.to(encoder.device, encoder.dtype) for p in pixels)  # (views, 3, height, width) each
-        encoded = self._encode(views, [(i.n_views, i.grid) for i in new.values()])
+        encoded = self._encode(views, [(i.n_views, i.grid) for i in new.values()], vision)
         if new and encoded is not None:
             for digest, features in zip(new, encoded.split([i.n_tokens for i in new.values()]), strict=True):
                 found[digest] = features
@@ -522,6 +569,18 @@ def new_connector(config: VLMConfig) -> nn.Module:
         # Drawn as LLaVA's. A part of the connector, so that it is trained wherever the connector is.
         connector.image_newline = nn.Parameter(torch.randn(lm_width) * lm_width**-0.5)
     return connector
+
+
+def _encode_once(vision: VisionTower) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Return the function of a vision tower for two models that encode the same images, one after the other."""
+    features: list[Tensor] = []
+
+    def encode(images: Sequence[Tensor]) -> Tensor:
+        if not features:
+            features.append(vision(images))
+        return features[0]
+
+    return encode
 
 
 def as_list(images: Images) -> list[OneImage]:

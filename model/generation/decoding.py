@@ -112,12 +112,7 @@ class Decoder:
     def step(self) -> Tensor:
         """Run one step on the buffers: the function that is captured."""
         tokens = self.tokens[: self.batch]  # (S, 1)
-        if (
-            self.may_fuse
-            and (self.batch <= MAX_FUSED_BATCH or self.batch * self.n_weights <= MAX_FUSED_WORK)
-            and resolve_backend("auto", self.device, "ssd") == "numba"
-            and not torch.is_autocast_enabled("cpu")
-        ):
+        if self.may_fuse and pays_to_fuse(self.batch, self.n_weights, self.device):
             logits = self.fused_step(tokens)  # (S, V)
             if logits is not None:
                 return logits
@@ -141,6 +136,15 @@ class Decoder:
             return None
         step = self.fused[self.batch] = self.lm.fuse_step(self.state)
         return step(embeds)
+
+
+def pays_to_fuse(rows: int, n_weights: int, device: torch.device) -> bool:
+    """Whether a step of so many tokens is faster, and possible, as one kernel, where the model allows it."""
+    return (
+        (rows <= MAX_FUSED_BATCH or rows * n_weights <= MAX_FUSED_WORK)
+        and resolve_backend("auto", device, "ssd") == "numba"
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def narrow_dtype(state_dtype: StateDtype) -> torch.dtype | None:

@@ -5,7 +5,7 @@ Letters: S sequences, K proposed tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from ssm_kernels import StateSlots, states
 
 from ..tokenizer import Tokenizer
 from .config import GenerationConfig
-from .decoding import narrow_dtype
+from .decoding import Decoder, acquire_decoder, narrow_dtype, pays_to_fuse, release_decoder
 from .interface import LanguageModel, LMState
 from .prefill import EmbedFn, prefill
 from .sampling import filter_logits
@@ -115,44 +115,144 @@ def generate_speculatively(
     if config.max_new_tokens == 0 or not n:
         return
     noise = _Noise(config.seed, device, vocab_size)
-    pool, logits = _prefilled(lm, embeds, cu_seqlens, config)  # (S, V)
-    draft_pool, _ = _prefilled(draft.lm, draft.embeds, draft.cu_seqlens, config)
-    # Each sequence has K + 1 slots in both pools: those of the states after its last K + 1 tokens.
-    table = torch.arange(n * (n_draft + 1), device=device).view(n, n_draft + 1)
-    n_valid = torch.ones(n, dtype=torch.int64, device=device)  # (S,) of these states, those that count
+    state = lm.new_state(n, narrow_dtype(config.state_dtype))
+    logits = prefill(lm, embeds, cu_seqlens, state, config.prefill_chunk)  # (S, V)
+    verifier = _Verifier(lm, state, n_draft + 1)
+    start = torch.zeros(n, dtype=torch.int64, device=device)  # (S,) slot of each sequence with its state
     last = sample(_probabilities(logits, config, vocab_size), noise.exponential())  # (S,) token that is not run yet
     tokens = [[t] for t in last.tolist()]
-    counts = [1] * n
-    yield tokens
-    while rows := [i for i in range(n) if not finished[i] and counts[i] < config.max_new_tokens]:
-        index = torch.tensor(rows, device=device)
-        slots, start = table[index], n_valid[index]  # (rows, K + 1), (rows,)
-        ids, q = [last[index]], []
-        for k in range(n_draft + 1):
-            source = slots.gather(1, start[:, None] - 1)[:, 0] if k == 0 else slots[:, k - 1]  # (rows,)
-            step = StateSlots(source, slots[:, k])
-            logits = draft.lm(ids[k][:, None], state=draft_pool, slots=step).logits[:, 0]
-            if k < n_draft:  # the last proposal is run for its state alone
+    counts, rows = [1] * n, list(range(n))
+    decoder = acquire_decoder(draft.lm, n, config.state_dtype)
+    decoder.forget_fused_steps()
+    try:
+        prefill(draft.lm, draft.embeds, draft.cu_seqlens, decoder.state, config.prefill_chunk)
+        drafts = _DraftStates(decoder, n_draft + 1)
+        yield tokens
+        while True:
+            kept = [j for j, i in enumerate(rows) if not finished[i] and counts[i] < config.max_new_tokens]
+            if not kept:
+                return
+            if len(kept) < len(rows):
+                index = torch.tensor(kept, device=device)
+                rows, start, last = [rows[j] for j in kept], start[index], last[index]
+                verifier.select(index)
+                drafts.select(index)
+            drafts.restore(start)
+            ids, q = [last], []
+            for k in range(n_draft):
+                logits = drafts.step(ids[k], k)  # (rows, V)
                 q.append(_probabilities(logits, config, vocab_size))
                 ids.append(sample(q[k], noise.exponential()))
-        proposed = torch.stack(ids, 1)  # (rows, K + 1): the last token, and K proposals
-        step = StateSlots(slots, num_accepted_tokens=start)
-        logits = lm(proposed, state=pool, slots=step).logits  # (rows, K + 1, V)
-        p = _probabilities(logits.flatten(0, 1), config, vocab_size).unflatten(0, proposed.shape)
-        n_accepted, following = accept(
-            p, torch.stack(q, 1), proposed[:, 1:], noise.uniform(n_draft), noise.exponential()
-        )  # fmt: skip
-        n_valid[index], last[index] = n_accepted + 1, following
-        draft.stats.steps += len(rows)
-        draft.stats.proposed += n_draft * len(rows)
-        tokens = [[] for _ in range(n)]
-        # The only read by the host of a step.
-        outcome = torch.cat([n_accepted[:, None], proposed[:, 1:], following[:, None]], 1).tolist()
-        for i, (count, *proposals, own) in zip(rows, outcome, strict=True):
-            draft.stats.accepted += count
-            tokens[i] = [*proposals[:count], own][: config.max_new_tokens - counts[i]]
-            counts[i] += len(tokens[i])
-        yield tokens
+            proposed = torch.stack(ids, 1)  # (rows, K + 1): the last token, and K proposals
+            logits = verifier(proposed, start)  # (rows, K + 1, V)
+            p = _probabilities(logits.flatten(0, 1), config, vocab_size).unflatten(0, proposed.shape)
+            start, last = accept(
+                p, torch.stack(q, 1), proposed[:, 1:], noise.uniform(n_draft), noise.exponential()
+            )  # fmt: skip
+            draft.stats.steps += len(rows)
+            draft.stats.proposed += n_draft * len(rows)
+            tokens = [[] for _ in range(n)]
+            # The only read by the host of a step.
+            outcome = torch.cat([start[:, None], proposed[:, 1:], last[:, None]], 1).tolist()
+            for i, (count, *proposals, own) in zip(rows, outcome, strict=True):
+                draft.stats.accepted += count
+                tokens[i] = [*proposals[:count], own][: config.max_new_tokens - counts[i]]
+                counts[i] += len(tokens[i])
+            # The next step starts after the last proposal of a sequence that accepted all.
+            if any(count == n_draft for count, *_ in outcome):
+                drafts.step(ids[n_draft], n_draft)
+            yield tokens
+    finally:
+        release_decoder(draft.lm, decoder)
+
+
+def _slots(rows: int, n_slots: int, device: torch.device) -> Tensor:
+    """Return the slots (rows, K + 1) of each sequence in a pool: those of its states after successive tokens."""
+    return torch.arange(rows * n_slots, device=device).view(rows, n_slots)
+
+
+class _Verifier:
+    """Steps of K + 1 tokens a sequence, which keep the state after each; by one kernel where that pays.
+
+    Args:
+        lm: the model.
+        state: of all S sequences after their prompts.
+        n_slots: K + 1.
+    """
+
+    def __init__(self, lm: LanguageModel, state: LMState, n_slots: int):
+        self.lm, self.n_slots = lm, n_slots
+        self.n_weights = sum(t.numel() for t in (*lm.parameters(), *lm.buffers()))
+        self._use(states.repeat(state, n_slots))
+
+    def _use(self, pool: LMState) -> None:
+        self.pool = pool
+        self.slots = _slots(len(pool[0].ssm) // self.n_slots, self.n_slots, self.lm.device)
+        self.fused: Callable[[Tensor], Tensor | None] | None = None
+        is_plain = pool[0].ssm.dtype == torch.float32 and self.lm.device.type == "cpu"
+        if is_plain and pays_to_fuse(self.slots.numel(), self.n_weights, self.lm.device):
+            if self.lm.obstacle_to_fusing() is None:
+                self.fused = self.lm.fuse_step(pool, self.n_slots)
+
+    def select(self, rows: Tensor) -> None:
+        """Continue with these sequences."""
+        self._use(states.select(self.pool, self.slots[rows].flatten()))
+
+    def __call__(self, tokens: Tensor, start: Tensor) -> Tensor:
+        """Run tokens (rows, K + 1) from the state in the slot `start` (rows,) of each sequence: (rows, K + 1, V)."""
+        if self.fused is not None:
+            source = self.slots.gather(1, start[:, None])[:, 0]  # (rows,)
+            for layer in self.pool:
+                for t in layer:
+                    t[self.slots[:, 0]] = t[source]
+            logits = self.fused(self.lm.embed(tokens).flatten(0, 1))
+            if logits is not None:
+                return logits.unflatten(0, tokens.shape)
+            self.fused, start = None, torch.zeros_like(start)  # weights have moved
+        step = StateSlots(self.slots, num_accepted_tokens=start + 1)
+        return self.lm(tokens, state=self.pool, slots=step).logits
+
+
+class _DraftStates:
+    """The draft's steps by a `Decoder`, and its state after each of a sequence's last tokens.
+
+    Args:
+        decoder: with the states of all S sequences after their prompts.
+        n_slots: slots of a sequence, K + 1; the first has that state.
+    """
+
+    def __init__(self, decoder: Decoder, n_slots: int):
+        self.decoder, self.n, self.n_slots = decoder, decoder.batch, n_slots
+        self.pool = states.repeat(decoder.state, n_slots)
+        self.slots = _slots(self.n, n_slots, decoder.device)
+
+    def select(self, rows: Tensor) -> None:
+        """Continue with these sequences."""
+        self.pool = states.select(self.pool, self.slots[rows].flatten())
+        self.slots = _slots(len(rows), self.n_slots, self.decoder.device)
+        # S, S / 2, S / 4, ... sequences, so that a GPU captures few graphs; those that fill up are not read.
+        batch = self.n
+        while len(rows) <= batch // 2:
+            batch //= 2
+        if batch != self.decoder.batch:
+            self.decoder.set_batch(batch)
+
+    def restore(self, start: Tensor) -> None:
+        """Continue from the state in the slot `start` (rows,) of each sequence."""
+        slots = self.slots.gather(1, start[:, None])[:, 0]
+        slots = F.pad(slots, (0, self.decoder.batch - len(slots)))
+        for layer, kept in zip(self.decoder.state, self.pool, strict=True):
+            for t, values in zip(layer, kept, strict=True):
+                t.copy_(values[slots.to(t.device)])
+
+    def step(self, tokens: Tensor, slot: int) -> Tensor:
+        """Advance each sequence by its token (rows,), keep the states in that slot, and return logits (rows, V)."""
+        n, slots = len(tokens), self.slots[:, slot]
+        logits = self.decoder(F.pad(tokens, (0, self.decoder.batch - n)))
+        for layer, kept in zip(self.decoder.state, self.pool, strict=True):
+            for t, values in zip(layer, kept, strict=True):
+                values[slots.to(t.device)] = t[:n]
+        return logits[:n]
 
 
 def accept(p: Tensor, q: Tensor, proposals: Tensor, uniform: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,15 +301,6 @@ class _Noise:
     def uniform(self, n: int) -> Tensor:
         """(n,)"""
         return torch.rand(n, device=self.device, generator=self.generator)
-
-
-def _prefilled(
-    lm: LanguageModel, embeds: Tensor | EmbedFn, cu_seqlens: Tensor, config: GenerationConfig
-) -> tuple[LMState, Tensor]:
-    """Run the prompts; return a pool with the state of each in its K + 1 slots, and the logits (S, V)."""
-    state = lm.new_state(len(cu_seqlens) - 1, narrow_dtype(config.state_dtype))
-    logits = prefill(lm, embeds, cu_seqlens, state, config.prefill_chunk)
-    return states.repeat(state, config.draft_tokens + 1), logits
 
 
 def _probabilities(logits: Tensor, config: GenerationConfig, vocab_size: int) -> Tensor:

@@ -22,7 +22,11 @@ PRECISE = ("A_log", "D", "dt_bias", "dt_proj.bias")
 
 
 def fuse_step(
-    layers: Sequence[Layer], norm: RMSNorm, head: nn.Linear | QuantizedLinear, states: Sequence[MixerState]
+    layers: Sequence[Layer],
+    norm: RMSNorm,
+    head: nn.Linear | QuantizedLinear,
+    states: Sequence[MixerState],
+    tokens: int = 1,
 ) -> Callable[[Tensor], Tensor | None]:
     """Make the function that advances all layers by one token and predicts the next one.
 
@@ -35,13 +39,16 @@ def fuse_step(
         norm: the norm after the last layer.
         head: the projection to logits.
         states: state of each layer; updated in place.
+        tokens: number of successive rows of the batch that are tokens of one sequence. Its state before the step is
+            that of the first of them; afterwards each has the state after its token.
 
     Returns:
         a function of the embeddings (B, D) that returns logits (B, V) in float32, which are valid until the next call;
         or None, without effect, after a weight or a state has moved to other memory.
 
     Raises:
-        ValueError: there is an obstacle to fusing, or a state is not contiguous or not of `Mixer.new_state`'s dtypes.
+        ValueError: there is an obstacle to fusing, or a state is not contiguous, not of `Mixer.new_state`'s dtypes, or
+            has a number of rows that `tokens` does not divide.
     """
     if (obstacle := obstacle_to_fusing(layers, norm, head)) is not None:
         raise ValueError(f"layers must be ones that can be fused, but {obstacle}")
@@ -51,9 +58,11 @@ def fuse_step(
         if got != [(dtype, True), (torch.float32, True)]:
             want = f"{dtype} and torch.float32"
             raise ValueError(f"states must be contiguous, in {want}; got (dtype, is contiguous) {got}")
+        if tokens < 1 or len(state.conv) % tokens:
+            raise ValueError(f"tokens must divide the {len(state.conv)} rows of the states, got {tokens}")
     from .numba.stack import FusedStep  # needs numba
 
-    return FusedStep(layers, norm, head, states)
+    return FusedStep(layers, norm, head, states, tokens)
 
 
 def obstacle_to_fusing(layers: Sequence[tuple[nn.Module, nn.Module]], norm: nn.Module, head: nn.Module) -> str | None:

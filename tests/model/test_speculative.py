@@ -10,7 +10,7 @@ import torch
 from tests.makers import BLUE, RED, VISION, language_config, shape_tokenizer, sharpened_lm, sharpened_vlm
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, GenerationConfig, LMConfig, MambaLM, Tokenizer, VLMConfig
-from vlmamba.model.config import ImageProcessor, VisionConfig, ViTConfig
+from vlmamba.model.config import ImageProcessor, TilesConfig, VisionConfig, ViTConfig
 from vlmamba.model.generation.generate import generate_texts
 from vlmamba.model.generation.speculative import DraftStats, accept, sample
 
@@ -86,6 +86,68 @@ def test_a_vision_language_model_drafts_for_another():
     other = VLM(small.config, Tokenizer.train(["something else"] * 3, 300))
     with pytest.raises(ValueError, match="draft_model must have the tokenizer of the model"):
         vlm.generate(questions[:1], [RED], CONFIG, draft_model=other)
+
+
+def test_equal_encoders_are_shared_and_run_once():
+    tokenizer = shape_tokenizer()
+    config = VLMConfig(language_config("mamba2"), (VISION,), ConnectorConfig("mlp"), "qa")
+    vlm = sharpened_vlm(config, tokenizer)
+    draft = VLM(replace(config, language=language_config("mamba")), tokenizer).eval()
+    questions, images = ["is <image> as <image>?", "a red"], [[RED, BLUE], None]
+    want = vlm.generate(questions, images, CONFIG)
+    assert not vlm.share_encoders(draft) and draft.vision is not vlm.vision
+    draft.vision.load_state_dict(vlm.vision.state_dict())
+    before = DraftStats()
+    assert vlm.generate(questions, images, CONFIG, draft_model=draft, draft_stats=before) == want
+    assert not vlm.share_encoders(draft.double())  # equal values, but another dtype
+    assert vlm.share_encoders(draft.float()) and draft.vision is vlm.vision
+    runs, stats = [], DraftStats()
+    vlm.vision.register_forward_hook(lambda *_: runs.append(1))
+    assert vlm.generate(questions, images, CONFIG, draft_model=draft, draft_stats=stats) == want
+    assert len(runs) == 1 and stats == before
+    # Other views of an image are encoded by the same encoders.
+    config = replace(config, tiles=TilesConfig(((1, 2),)))
+    tiled = VLM(config, tokenizer).eval()
+    tiled.vision.load_state_dict(vlm.vision.state_dict())
+    assert vlm.share_encoders(tiled)
+    assert vlm.generate(["what color?"], [RED], CONFIG, draft_model=tiled) == vlm.generate(
+        ["what color?"], [RED], CONFIG
+    )
+    assert len(runs) == 4
+
+
+def test_steps_of_both_models_are_fused(lm, monkeypatch):
+    pytest.importorskip("numba")
+    calls = []
+    fuse = MambaLM.fuse_step
+
+    def counted(self, state, tokens=1):
+        step = fuse(self, state, tokens)
+        return lambda embeds: calls.append((tokens, len(embeds) // tokens)) or step(embeds)
+
+    monkeypatch.setattr(MambaLM, "fuse_step", counted)
+    want, stats = lm.generate(PROMPTS, CONFIG), DraftStats()
+    calls.clear()
+    draft = near(lm, 1.0)
+    assert lm.generate(PROMPTS, CONFIG, draft_model=draft, draft_stats=stats) == want
+    # A step of the model verifies four tokens; the draft's are one a proposal, and one after the last if it is needed.
+    rounds = [rows for tokens, rows in calls if tokens == 4]
+    assert stats.accepted < stats.proposed and sum(rounds) == stats.steps and rounds[0] == 3
+    assert 3 * len(rounds) <= sum(tokens == 1 for tokens, _ in calls) < 4 * len(rounds)
+    # Where nothing is fused, the same proposals are made.
+    plain = DraftStats()
+    monkeypatch.setattr(MambaLM, "obstacle_to_fusing", lambda self: "a test")
+    assert lm.generate(PROMPTS, CONFIG, draft_model=draft, draft_stats=plain) == want
+    assert plain == stats and sum(tokens == 4 for tokens, _ in calls) == len(rounds)
+
+
+def test_weights_that_move_in_a_generation_are_followed(lm):
+    pytest.importorskip("numba")
+    model = near(lm, 0.0)
+    steps = model.stream(PROMPTS[0], CONFIG, draft_model=near(lm, 0.05))
+    text = next(steps)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert text + "".join(steps) == lm.generate(PROMPTS[:1], CONFIG)[0]
 
 
 def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:

@@ -57,6 +57,28 @@ TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("kind", "options"), CASES)
+def test_several_tokens_are_those_of_single_steps(kind, options, dtype):
+    """Bit for bit, from the state in the first row of each sequence; and each row keeps the state after its token."""
+    layers, norm, head = model = make(kind, options, dtype)
+    tokens, sequences = 3, 2
+    embeddings = torch.randn(4, sequences, tokens, options["d_model"]).to(dtype)
+    one, several = ([m.new_state(b) for _, m in layers] for b in (sequences, sequences * tokens))
+    step, step_several = fuse_step(*model, one), fuse_step(*model, several, tokens)
+    for turn in embeddings:
+        logits = step_several(turn.flatten(0, 1)).clone().unflatten(0, (sequences, tokens))
+        for t in range(tokens):
+            assert torch.equal(logits[:, t], step(turn[:, t]))
+            for a, b in zip(one, several, strict=True):
+                assert torch.equal(a.conv, b.conv[t::tokens]) and torch.equal(a.ssm, b.ssm[t::tokens])
+        for state in several:
+            for part in state:
+                part[::tokens] = part[tokens - 1 :: tokens]
+    with pytest.raises(ValueError, match="tokens must divide the 6 rows of the states, got 4"):
+        fuse_step(*model, several, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "options"), CASES)
 def test_steps_are_those_of_the_modules(kind, options, dtype, monkeypatch):
     monkeypatch.setattr(threads, "MIN_WORK", 1)
     model = make(kind, options, dtype)

@@ -122,6 +122,8 @@ def _stream(
 ) -> Iterator[str]:
     from ..model.vlm import VLM
 
+    if isinstance(model, VLM) and isinstance(draft, VLM):
+        model.share_encoders(draft)
     if isinstance(model, VLM) and (draft is None or isinstance(draft, VLM)):
         return model.stream(prompt, images, config, draft_model=draft, draft_stats=stats)
     if isinstance(model, VLM) or isinstance(draft, VLM):

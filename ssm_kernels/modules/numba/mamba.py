@@ -58,10 +58,12 @@ STAGES = 4
 @Kernel
 def step_layers(
     compute, stored, precise, scales, in_kind, x_kind, out_kind, head_kind, layers, counters, norm_at, head_at,
-    head_scale_at, residual_at, projected_at, y_at, logits_at, low_rank_at, batch, width, inner, vocabulary, n_taps,
-    n_states, rank, eps, mixer_eps,
+    head_scale_at, residual_at, projected_at, y_at, logits_at, low_rank_at, batch, tokens, width, inner, vocabulary,
+    n_taps, n_states, rank, eps, mixer_eps,
 ):  # fmt: skip
-    """Advance all layers by one token, and predict the next one: the share of one thread.
+    """Advance all layers, and predict the next token after each row: the share of one thread.
+
+    Of B rows, `tokens` successive ones are tokens of one sequence, whose state is in its first row before the step.
 
     compute, stored, precise, scales and the kinds (0,) have the dtypes of the arithmetic, of weights, of A_log, D and
     the bias of dt, of scales, and of the elements of matrices; layers (n, N_COLUMNS) holds addresses, as the arguments
@@ -76,7 +78,7 @@ def step_layers(
     for layer in range(layers.shape[0]):
         p, stage = layers[layer], layer * STAGES
         project_in(
-            counters, stage, batch, residual, array_at(stored, p[NORM], width), eps,
+            counters, stage, batch, tokens, residual, array_at(stored, p[NORM], width), eps,
             matrix_at(in_kind, scales, p[IN_PROJ], p[IN_SCALE], rows, width), array_at(stored, p[IN_BIAS], rows),
             array_at(stored, p[CONV_WEIGHT], inner * n_taps), array_at(stored, p[CONV_BIAS], inner),
             array_at(stored, p[CONV_STATE], batch * (n_taps - 1) * inner), 0, n_taps, projected,
@@ -86,7 +88,7 @@ def step_layers(
             matrix_at(x_kind, scales, p[X_PROJ], p[X_SCALE], n_low_rank, inner), low_rank, inner,
         )  # fmt: skip
         scan(
-            counters, stage + 2, batch, projected, low_rank, array_at(stored, p[DT_PROJ], inner * rank),
+            counters, stage + 2, batch, tokens, projected, low_rank, array_at(stored, p[DT_PROJ], inner * rank),
             array_at(precise, p[DT_BIAS], inner), array_at(precise, p[A_LOG], inner * n_states),
             array_at(precise, p[SKIP], inner), array_at(compute, p[SCAN_STATE], batch * inner * n_states),
             n_states, mixer_eps, y,
@@ -121,7 +123,7 @@ def project_x(counters, stage, batch, projected, weight, low_rank, inner):
 
 
 @njit
-def scan(counters, stage, batch, projected, low_rank, dt_proj, dt_bias, A_log, D, state, n, mixer_eps, y):
+def scan(counters, stage, batch, tokens, projected, low_rank, dt_proj, dt_bias, A_log, D, state, n, mixer_eps, y):
     """Advance the states (B, E, N) of a layer; y (B, E) = (C h + D x) silu(z). A block is BLOCK channels."""
     rows, inner, n_low_rank = projected.size // batch, y.size // batch, low_rank.size // batch
     rank, lanes, zero, one = n_low_rank - 2 * n, lane_count(y), np.int64(0), np.int64(1)
@@ -169,16 +171,17 @@ def scan(counters, stage, batch, projected, low_rank, dt_proj, dt_bias, A_log, D
             for i in range(width):
                 at = (channel + i) * n
                 h_at = b * inner * n + at
+                h_from = h_at - inner * n if b % tokens else h_at
                 result, step, input_ = splat(y, 0.0), element(dt, i) * -LOG2_E, element(dt_x, i)
                 for j in range(0, n_whole, lanes):
                     prefetch_ahead(A_log, at + j)
-                    prefetch_ahead(state, h_at + j)
-                    h = advance(load_as(y, A_log, at + j), step, load(state, h_at + j), load(B, j) * input_)
+                    prefetch_ahead(state, h_from + j)
+                    h = advance(load_as(y, A_log, at + j), step, load(state, h_from + j), load(B, j) * input_)
                     result = fma(load(C, j), h, result)
                     store(state, h_at + j, h)
                 if n_whole < n:
                     read_row(A_log, at + n_whole, one, n - n_whole, a_row, zero)
-                    read_row(state, h_at + n_whole, one, n - n_whole, h_row, zero)
+                    read_row(state, h_from + n_whole, one, n - n_whole, h_row, zero)
                     h = advance(load(a_row, 0), step, load(h_row, 0), load(B, n_whole) * input_)
                     result = fma(load(C, n_whole), h, result)
                     store(h_row, 0, h)

@@ -49,11 +49,13 @@ STAGES = 4
 @Kernel
 def step_layers(
     compute, stored, precise, scales, in_kind, out_kind, head_kind, layers, counters, norm_at, head_at, head_scale_at,
-    residual_at, projected_at, y_at, logits_at, batch, width,
+    residual_at, projected_at, y_at, logits_at, batch, tokens, width,
     inner, vocabulary, n_taps, n_states, headdim, groups, eps, mixer_eps, norm_before_gate, has_skip_of_channels,
     dt_min, dt_max,
 ):  # fmt: skip
-    """Advance all layers by one token, and predict the next one: the share of one thread.
+    """Advance all layers, and predict the next token after each row: the share of one thread.
+
+    Of B rows, `tokens` successive ones are tokens of one sequence, whose state is in its first row before the step.
 
     compute, stored, precise, scales and the kinds (0,) have the dtypes of the arithmetic, of weights, of A_log, D and
     the bias of dt, of scales, and of the elements of matrices; layers (n, N_COLUMNS) holds addresses, as the arguments
@@ -67,13 +69,13 @@ def step_layers(
     for layer in range(layers.shape[0]):
         p, stage = layers[layer], layer * STAGES
         project_in(
-            counters, stage, batch, residual, array_at(stored, p[NORM], width), eps,
+            counters, stage, batch, tokens, residual, array_at(stored, p[NORM], width), eps,
             matrix_at(in_kind, scales, p[IN_PROJ], p[IN_SCALE], rows, width), array_at(stored, p[IN_BIAS], rows),
             array_at(stored, p[CONV_WEIGHT], channels * n_taps), array_at(stored, p[CONV_BIAS], channels),
             array_at(stored, p[CONV_STATE], batch * (n_taps - 1) * channels), inner, n_taps, projected,
         )  # fmt: skip
         scan(
-            counters, stage + 1, batch, projected, array_at(precise, p[A_LOG], heads),
+            counters, stage + 1, batch, tokens, projected, array_at(precise, p[A_LOG], heads),
             array_at(precise, p[DT_BIAS], heads), array_at(precise, p[SKIP], inner if has_skip_of_channels else heads),
             array_at(compute, p[SCAN_STATE], batch * inner * n_states), n_states, headdim, groups, dt_min, dt_max, y,
         )  # fmt: skip
@@ -93,7 +95,7 @@ def step_layers(
 
 @njit
 def scan(
-    counters, stage, batch, projected, A_log, dt_bias, D, state, n, headdim, groups, dt_min, dt_max, y
+    counters, stage, batch, tokens, projected, A_log, dt_bias, D, state, n, headdim, groups, dt_min, dt_max, y
 ):  # fmt: skip
     """Advance the states (B, H, P, N) of a layer; y (B, H P) = C S + D x. A block is a head."""
     rows, inner, lanes, zero, one = (
@@ -123,7 +125,7 @@ def scan(
             for i in range(head * headdim, (head + 1) * headdim):
                 x, at = element(projected, x_at + i), (b * inner + i) * n
                 dt_x, result = x * dt, splat(y, 0.0)
-                read_row(state, at, one, n, h_row, zero)
+                read_row(state, at - inner * n if b % tokens else at, one, n, h_row, zero)
                 for j in range(0, n, lanes):
                     # S_t = exp(dt A) S_{t-1} + dt x B^T, y_t = S_t C_t (arXiv 2405.21060, equation 2)
                     h = fma(load(h_row, j), decay, load(B, j) * dt_x)

@@ -45,8 +45,8 @@ def normalize(x, at, width, weight, eps, out, out_at):
 
 @njit
 def project_in(
-    counters, stage, batch, residual, norm, eps, weight, bias, conv_weight, conv_bias, conv_state, conv_first, n_taps,
-    projected,
+    counters, stage, batch, tokens, residual, norm, eps, weight, bias, conv_weight, conv_bias, conv_state, conv_first,
+    n_taps, projected,
 ):  # fmt: skip
     """projected = in_proj(norm(residual)); its channels from `conv_first` on are convolved over time, with silu.
 
@@ -73,8 +73,8 @@ def project_in(
                 start, stop = max(first, conv_first), min(end, conv_first + channels)
                 if start < stop:
                     convolve(
-                        batch, projected, start, stop - start, conv_weight, conv_bias, conv_state, start - conv_first,
-                        n_taps, tiles,
+                        batch, tokens, projected, start, stop - start, conv_weight, conv_bias, conv_state,
+                        start - conv_first, n_taps, tiles,
                     )  # fmt: skip
             finish_block(counters, stage)
             block = take_block(counters, stage)
@@ -82,8 +82,10 @@ def project_in(
 
 
 @njit
-def convolve(batch, projected, at, count, weight, bias, state, channel, n_taps, tiles):
-    """Advance the convolution of `count` channels by a step, in place: projected[:, at : at + count].
+def convolve(batch, tokens, projected, at, count, weight, bias, state, channel, n_taps, tiles):
+    """Advance the convolution of `count` channels, in place: projected[:, at : at + count].
+
+    The state before a row is that row's own, or the one after the row before where `tokens` rows are one sequence.
 
     `tiles` has room for 2 K + 2 rows of BLOCK.
     """
@@ -103,8 +105,9 @@ def convolve(batch, projected, at, count, weight, bias, state, channel, n_taps, 
     for b in range(batch):
         # Rows of the window are (x_{t - K + 1}, ..., x_t); all but the first are the next state.
         first = b * before * channels + channel
+        source = first - before * channels if b % tokens else first
         for k in range(before):
-            read_row(state, first + k * channels, one, count, window, k * BLOCK)
+            read_row(state, source + k * channels, one, count, window, k * BLOCK)
         read_row(projected, b * rows + at, one, count, window, before * BLOCK)
         for k in range(before):
             write_row(window, (k + 1) * BLOCK, state, first + k * channels, one, count)

@@ -28,6 +28,7 @@ class FusedStep:
         norm: RMSNorm,
         head: nn.Linear | QuantizedLinear,
         states: Sequence[MixerState],
+        tokens: int,
     ):
         table = np.zeros((len(layers), N_COLUMNS), np.int64)
         (first_norm, mixer), batch, vocabulary = layers[0], len(states[0].conv), head.out_features
@@ -52,7 +53,7 @@ class FusedStep:
         self._logits = self._residual.new_empty(batch, vocabulary)  # (B, V)
         projected, y = (self._residual.new_empty(batch, n) for n in (mixer.in_proj.out_features, mixer.d_inner))
         buffers = [self._residual, projected, y, self._logits]
-        shape = (batch, mixer.d_model, mixer.d_inner, vocabulary, mixer.d_conv, mixer.d_state)
+        shape = (batch, tokens, mixer.d_model, mixer.d_inner, vocabulary, mixer.d_conv, mixer.d_state)
         if isinstance(mixer, Mamba):
             kernel = mamba.step_layers
             buffers.append(self._residual.new_empty(batch, mixer.dt_rank + 2 * mixer.d_state))
