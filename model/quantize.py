@@ -102,6 +102,7 @@ def check_devices(model: nn.Module, device_map: DeviceMap) -> None:
         except (RuntimeError, TypeError, AssertionError) as e:
             reason = str(e).strip().split("\n")[0]
             raise ValueError(f"device {device} cannot run weights of {n} bits: {reason}") from e
+        # A CPU has the kernel of `fuse_step`, and on meta nothing is computed.
         if device.type not in ("cpu", "meta"):
             _warn_of_time(device)
 

@@ -386,6 +386,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
         for name, t in own.items() if is_equal else ():
             is_equal = is_equal and (t.device, t.dtype) == (other[name].device, other[name].dtype)
             is_equal = is_equal and torch.equal(t, other[name])
+        # By identity `generate` knows that the encoders are the same.
         if is_equal:
             draft_model.vision = self.vision
         return is_equal

@@ -226,6 +226,7 @@ def read_refcoco(path: str | Path, images: str | Path | None = None, split: str 
         ModuleNotFoundError: parquet files need the package `pyarrow`.
     """
     path = Path(path)
+    # A folder is the Hub's format.
     if path.is_dir():
         if images is not None:
             raise ValueError(f"images must be left out: the parquet files in {path} hold them; got {images}")
@@ -264,6 +265,7 @@ def read_refcoco(path: str | Path, images: str | Path | None = None, split: str 
 
 
 def _read_refcoco_parquet(folder: Path, split: str) -> RefCOCO:
+    # A row is a thing, with all its expressions.
     records, truths = [], []
     for image, row in ParquetTable(folder, split).rows(("answer", "bbox")):
         box = _normalized_box(str(image), row["bbox"], image_size(image))

@@ -41,6 +41,7 @@ class ParquetTable:
             raise FileNotFoundError(
                 f"{folder} has no parquet file {split}-*.parquet, but {', '.join(names) or 'no parquet file'}"
             )
+        # A figure of a part of a split could not be compared.
         part = re.search(r"-of-(\d+)\.", files[0])
         if part is not None and len(files) != int(part[1]):
             raise BrokenDataError(f"{folder} has {len(files)} of the {int(part[1])} files of split {split!r}")
@@ -53,6 +54,7 @@ class ParquetTable:
                 self.files.append(parquet.ParquetFile(folder / name))
             except (OSError, ValueError) as e:
                 raise BrokenDataError(f"{folder / name} is damaged, or no parquet file: {e}") from e
+            # Row groups are what a file can be read by.
             metadata = self.files[-1].metadata
             for group in range(metadata.num_row_groups):
                 self.groups.append((n_rows, len(self.files) - 1, group))
@@ -70,6 +72,7 @@ class ParquetTable:
             BrokenDataError: the files lack a column, or are damaged.
         """
         for first, file, number in self.groups:
+            # Another data set may lie in the folder.
             has = self.files[file].schema_arrow.names
             if missing := [name for name in (self.image, *columns) if name not in has]:
                 raise BrokenDataError(f"{self.path} has no columns {', '.join(missing)}, but {', '.join(has)}")
@@ -84,9 +87,11 @@ class ParquetTable:
         Raises:
             BrokenDataError: the row has none.
         """
+        # The last group that does not start after the row.
         at = bisect.bisect_right(self.groups, number, key=lambda group: group[0]) - 1
         first, file, group = self.groups[at]
         if self._group != at:
+            # Only the images, which are most of the file.
             self._images = self._read(file, group, [self.image]).column(0).to_pylist()
             self._group = at
         value = self._images[number - first]
@@ -109,6 +114,7 @@ def image_size(member: Member) -> tuple[int, int]:
         BrokenDataError: it is no image.
     """
     try:
+        # Opening reads the header alone.
         with Image.open(io.BytesIO(member.read())) as image:
             return image.size
     except OSError as e:

@@ -137,6 +137,7 @@ def generate_speculatively(
                 rows, start, last = [rows[j] for j in kept], start[index], last[index]
                 verifier.select(index)
                 drafts.select(index)
+            # The draft goes on from the last token that the model has accepted.
             drafts.restore(start)
             ids, q = [last], []
             for k in range(n_draft):
@@ -201,6 +202,7 @@ class _Verifier:
     def __call__(self, tokens: Tensor, start: Tensor) -> Tensor:
         """Run tokens (rows, K + 1) from the state in the slot `start` (rows,) of each sequence: (rows, K + 1, V)."""
         if self.fused is not None:
+            # The kernel starts from the first slot of a sequence.
             source = self.slots.gather(1, start[:, None])[:, 0]  # (rows,)
             for layer in self.pool:
                 for t in layer:
@@ -239,7 +241,7 @@ class _DraftStates:
 
     def restore(self, start: Tensor) -> None:
         """Continue from the state in the slot `start` (rows,) of each sequence."""
-        slots = self.slots.gather(1, start[:, None])[:, 0]
+        slots = self.slots.gather(1, start[:, None])[:, 0]  # (rows,)
         slots = F.pad(slots, (0, self.decoder.batch - len(slots)))
         for layer, kept in zip(self.decoder.state, self.pool, strict=True):
             for t, values in zip(layer, kept, strict=True):
@@ -248,7 +250,7 @@ class _DraftStates:
     def step(self, tokens: Tensor, slot: int) -> Tensor:
         """Advance each sequence by its token (rows,), keep the states in that slot, and return logits (rows, V)."""
         n, slots = len(tokens), self.slots[:, slot]
-        logits = self.decoder(F.pad(tokens, (0, self.decoder.batch - n)))
+        logits = self.decoder(F.pad(tokens, (0, self.decoder.batch - n)))  # (batch, V)
         for layer, kept in zip(self.decoder.state, self.pool, strict=True):
             for t, values in zip(layer, kept, strict=True):
                 values[slots.to(t.device)] = t[:n]
