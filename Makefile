@@ -26,7 +26,7 @@ test: $(VENV)/.test lint  ## the whole test suite
 lint: $(VENV)/.test  ## ruff: rules and format; pyright: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --threads
+	$(BIN)/pyright
 
 docs: $(VENV)/.docs  ## the documentation, as pages in docs/_build/html
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
