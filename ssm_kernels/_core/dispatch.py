@@ -16,7 +16,7 @@ from .._triton.device import can_launch, why_too_old
 Backend = Literal["auto", "triton", "numba", "torch", "reference"]
 """`auto` chooses. `triton`, `numba` (compiled for the CPU), `torch` (fast pure PyTorch) and `reference` (step by step)
 run as requested, or raise."""
-NUMBA_SPEEDUPS = {"selective_scan": 5.0, "ssd": 2.5, "causal_conv1d": 3.5, "rms_norm": 3.0, "add_rms_norm": 1.5}
+NUMBA_SPEEDUPS = {"selective_scan": 6.0, "ssd": 2.5, "causal_conv1d": 3.5, "rms_norm": 3.5, "add_rms_norm": 1.5}
 """Ops that have numba kernels, which `auto` takes, and how many times as long PyTorch takes on one thread of a CPU:
 about, and forward and backward alike. A test compares them with the measured table of docs/benchmarks.md."""
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
