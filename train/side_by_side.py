@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from .errors import Interrupted, picklable
+from .log_lines import show_warnings
 from .signals import handling
 
 LOG_INTERVAL = 30.0
@@ -103,6 +104,7 @@ def _run(job: Job, columns: int, output: Connection, outcome: Connection) -> Non
     os.environ["COLUMNS"] = str(columns)  # the width of its progress bars, which do not see the terminal
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
+    show_warnings()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     failure = None
     try:

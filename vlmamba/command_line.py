@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import logging
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ import tyro
 
 from .help import check_options, first_sentence, parse
 from .train.errors import Interrupted
+from .train.log_lines import show_warnings
 
 
 def run_commands(
@@ -45,8 +45,7 @@ def run_commands(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped
             stream.reconfigure(errors="backslashreplace")
-    # The library logs, for example a slower backend; a command shows it.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[LinesOfTheirOwn()])
+    show_warnings()
     try:
         if arguments[0] not in commands:
             # The help of the program: one sentence on each command, whose own help has the rest. It ends the process.
@@ -74,19 +73,6 @@ def run_commands(
         if torch is None or not isinstance(e, torch.OutOfMemoryError):
             raise
         sys.exit(f"{prog}: {printable(describe(e))}")
-
-
-class LinesOfTheirOwn(logging.StreamHandler):
-    """Log to stderr, where a record is a line above the progress bars, not the end of one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record."""
-        # Without importing tqdm: what did not import it draws no bar.
-        bars = sys.modules.get("tqdm")
-        if bars is None:
-            super().emit(record)
-        else:
-            bars.tqdm.write(self.format(record), file=self.stream)
 
 
 def describe(error: BaseException) -> str:

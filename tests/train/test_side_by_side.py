@@ -26,6 +26,13 @@ def says(folder, text):
     print(text, flush=True)
     (folder / text).touch()
 
+def warns():
+    import logging
+    from tqdm import tqdm
+    with tqdm(total=2) as bar:
+        bar.update()
+        logging.getLogger("ssm_kernels").warning("slow")
+
 def fails(folder):
     wait_for(folder / "stops")
     raise OSError(28, "no space left")
@@ -66,6 +73,11 @@ def test_every_job_runs_and_its_lines_have_its_name(jobs, tmp_path, capfd):
     assert (tmp_path / "first").exists() and (tmp_path / "second").exists()
     shown = capfd.readouterr().err
     assert "one   | first\n" in shown and "other | second\n" in shown
+
+
+def test_a_warning_is_a_line_with_the_job_s_name(jobs, capfd):
+    run_side_by_side([Job("one", jobs.warns)])
+    assert "one | WARNING: slow\n" in capfd.readouterr().err
 
 
 def test_the_error_of_one_ends_the_others_and_is_raised(jobs, tmp_path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import logging
 import os
 import re
 import typing
@@ -13,9 +11,8 @@ from typing import Annotated, Literal
 
 import pytest
 import tyro
-from tqdm import tqdm
 
-from vlmamba import cli, command_line
+from vlmamba import cli
 from vlmamba.benchmarks import cli as bench_cli
 from vlmamba.help import Default, check_options, examples, field_texts, first_sentence, parse
 from vlmamba.model.fields import Count
@@ -143,15 +140,3 @@ def test_openmp_s_threads_sleep_unless_the_user_wants_otherwise(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY")
     cli.main(["--version"])
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
-
-
-def test_a_warning_is_a_line_of_its_own_beside_a_progress_bar():
-    stream = io.StringIO()
-    logger = logging.Logger("test")
-    logger.addHandler(handler := command_line.LinesOfTheirOwn(stream))
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    with tqdm(total=3, file=stream) as bar:
-        bar.update()
-        logger.warning("slow")
-    lines = re.split("[\r\n]", stream.getvalue())
-    assert "WARNING: slow" in lines and any("1/3" in line or "0/3" in line for line in lines)

@@ -1,0 +1,24 @@
+"""Logging to stderr, in lines above the progress bars."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def show_warnings() -> None:
+    """Show what the library logs from warnings on, for example that a slower backend runs."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[LinesOfTheirOwn()])
+
+
+class LinesOfTheirOwn(logging.StreamHandler):
+    """Log to stderr, where a record is a line above the progress bars, not the end of one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        # Without importing tqdm: what did not import it draws no bar.
+        bars = sys.modules.get("tqdm")
+        if bars is None:
+            super().emit(record)
+        else:
+            bars.tqdm.write(self.format(record), file=self.stream)
