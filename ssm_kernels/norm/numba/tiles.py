@@ -55,7 +55,7 @@ def read_at(source, first, i, count, is_whole, scratch):
     """The vector of the channels from `i` on, where `first` is what `place_of` returns of the first one; zeros
     beyond `count`.
 
-    `is_whole` is a constant: then a vector lies there.
+    `is_whole` is a constant: then a vector fits there.
     """
     offset, stride = first
     if is_whole:

@@ -47,7 +47,14 @@ from ..._numba.sums import sum_parts
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments, ScanGradients
 from . import CHECKPOINT_INTERVAL
-from .tiles import padded_states, prepare_steps, read_coefficients, read_exponents, write_coefficients
+from .tiles import (
+    coefficients_of_pair,
+    padded_states,
+    prepare_steps,
+    read_coefficients,
+    read_exponents,
+    write_coefficients,
+)
 
 LN_2 = math.log(2)
 
@@ -292,12 +299,8 @@ def _differentiate_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
             # The states h_t and decays of the block again, from the checkpoint; the backward below reads both.
             for t in range(count):
                 at = t * lanes
-                b, b2 = splat(a_tile, element(B_steps, k + t)), splat(a_tile, element(B_steps, k2 + t))
-                c, c2 = splat(a_tile, element(C_steps, k + t)), splat(a_tile, element(C_steps, k2 + t))
-                if may_be_constant and B_is_constant:
-                    b, b2 = load(B_lanes, p), load(B_lanes, q)
-                if may_be_constant and C_is_constant:
-                    c, c2 = load(C_lanes, p), load(C_lanes, q)
+                b, b2 = coefficients_of_pair(a_tile, B_steps, B_lanes, may_be_constant and B_is_constant, k + t, p)
+                c, c2 = coefficients_of_pair(a_tile, C_steps, C_lanes, may_be_constant and C_is_constant, k + t, p)
                 dt, dt_u = load(dt_tile, at), load(input_tile, at)
                 decay, decay2 = exp2_product(dt, a, is_bounded), exp2_product(dt, a2, is_bounded)
                 store(decays, at, decay)
@@ -313,12 +316,8 @@ def _differentiate_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
             for first in range((count - 1) // lanes * lanes, -1, -lanes):
                 for t in range(min(first + lanes, count) - 1, first - 1, -1):
                     at, share = t * lanes, (t - first) * lanes
-                    b, b2 = splat(a_tile, element(B_steps, k + t)), splat(a_tile, element(B_steps, k2 + t))
-                    c, c2 = splat(a_tile, element(C_steps, k + t)), splat(a_tile, element(C_steps, k2 + t))
-                    if may_be_constant and B_is_constant:
-                        b, b2 = load(B_lanes, p), load(B_lanes, q)
-                    if may_be_constant and C_is_constant:
-                        c, c2 = load(C_lanes, p), load(C_lanes, q)
+                    b, b2 = coefficients_of_pair(a_tile, B_steps, B_lanes, may_be_constant and B_is_constant, k + t, p)
+                    c, c2 = coefficients_of_pair(a_tile, C_steps, C_lanes, may_be_constant and C_is_constant, k + t, p)
                     dy, dt, dt_u = load(dy_tile, at), load(dt_tile, at), load(input_tile, at)
                     decay, decay2, last, last2 = (
                         load(decays, at),

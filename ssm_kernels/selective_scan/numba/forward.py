@@ -14,7 +14,6 @@ from ..._numba.compile import Kernel
 from ..._numba.functions import MAX_EXPONENT, exp2_product, sigmoid
 from ..._numba.lanes import (
     aligned_empty,
-    element,
     fill,
     fma,
     lane_count,
@@ -25,7 +24,6 @@ from ..._numba.lanes import (
     read_rows,
     read_steps,
     set_positions,
-    splat,
     store,
     write_rows,
     write_steps,
@@ -44,7 +42,7 @@ from ..._numba.launch import (
 from ..._numba.threads import run_tiles
 from ..arguments import ScanArguments
 from . import CHECKPOINT_INTERVAL
-from .tiles import padded_states, prepare_steps, read_coefficients, read_exponents
+from .tiles import coefficients_of_pair, padded_states, prepare_steps, read_coefficients, read_exponents
 
 
 def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,13 +186,8 @@ def _scan_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
             a, a2, h, h2 = load(a_tile, p), load(a_tile, q), load(h_tile, p), load(h_tile, q)
             for t in range(count):
                 at, k = t * lanes, j * CHECKPOINT_INTERVAL + t
-                b, c = splat(a_tile, element(B_steps, k)), splat(a_tile, element(C_steps, k))
-                k += CHECKPOINT_INTERVAL
-                b2, c2 = splat(a_tile, element(B_steps, k)), splat(a_tile, element(C_steps, k))
-                if may_be_constant and B_is_constant:
-                    b, b2 = load(B_lanes, p), load(B_lanes, q)
-                if may_be_constant and C_is_constant:
-                    c, c2 = load(C_lanes, p), load(C_lanes, q)
+                b, b2 = coefficients_of_pair(a_tile, B_steps, B_lanes, may_be_constant and B_is_constant, k, p)
+                c, c2 = coefficients_of_pair(a_tile, C_steps, C_lanes, may_be_constant and C_is_constant, k, p)
                 dt, dt_u = load(dt_tile, at), load(input_tile, at)
                 # h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t (equation 2)
                 h = fma(exp2_product(dt, a, is_bounded), h, dt_u * b)

@@ -49,6 +49,17 @@ def read_coefficients(source, i, positions, count, group, is_constant, channel, 
 
 
 @njit
+def coefficients_of_pair(like, steps_tile, lanes_tile, is_constant, k, p):
+    """B or C of two successive states in a step: vectors where it is constant, else one number each for all lanes.
+
+    k is the place of the step in the first state's steps, p the place of its vector.
+    """
+    if is_constant:
+        return load(lanes_tile, p), load(lanes_tile, p + BLOCK)
+    return splat(like, element(steps_tile, k)), splat(like, element(steps_tile, k + CHECKPOINT_INTERVAL))
+
+
+@njit
 def padded_states(n):
     """States of a tile: an even number."""
     return n + n % 2
