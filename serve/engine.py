@@ -29,7 +29,7 @@ from ..model.generation.decoding import Decoder, narrow_dtype
 from ..model.generation.generate import Completion
 from ..model.generation.interface import LMState
 from ..model.generation.prefill import EmbedFn, PrefillChunk, check_tokens, packed_tokens, run_prefill_chunk
-from ..model.generation.sampling import Sampler
+from ..model.generation.sampling import SequenceSampling, choose_tokens
 from ..model.lm import MambaLM
 from ..model.prompt import IMAGE_MARK, Turn
 from ..model.tokenizer import require_tokenizer
@@ -124,7 +124,7 @@ class _Sequence:
         self.completion = Completion(require_tokenizer(lm), request.sampling.stop)
         if request.ignore_eos:
             self.completion.eos_id = -1  # equals no token
-        self.sampler = Sampler(request.sampling, [self.ids], vocab_size, lm.device)
+        self.sampling = SequenceSampling(request.sampling, self.ids, vocab_size, lm.device)
         self.position = 0
         """Number of prompt tokens that were run."""
         self.state: LMState | None = None
@@ -430,23 +430,14 @@ class Engine:
                 self.running[row] = last
 
     def _choose(self, sequences: list[_Sequence], logits: Tensor) -> list[tuple[int, tuple[TokenLogprob, ...]]]:
-        """Choose a token of each sequence by its logits (S, V), by its own sampler."""
-        chosen = logits[:, : self.vocab_size].argmax(-1)  # (S,)
-        drawn = [i for i, s in enumerate(sequences) if not _is_plain(s.request.sampling)]
-        if drawn:
-            chosen[drawn] = torch.cat([sequences[i].sampler(logits[i : i + 1]) for i in drawn])
-        tokens = chosen.tolist()
-        return [
-            (token, () if (n := s.request.logprobs) is None else self._logprobs(n, token, logits[i]))
-            for i, (s, token) in enumerate(zip(sequences, tokens, strict=True))
-        ]
-
-    def _logprobs(self, n: int, token: int, logits: Tensor) -> tuple[TokenLogprob, ...]:
-        """Log-probability of a token and of the n most probable ones, from logits (V,)."""
-        logprobs = logits[: self.vocab_size].log_softmax(-1)
-        values, tokens = logprobs.topk(min(n, len(logprobs)))
-        top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-        return (TokenLogprob(token, float(logprobs[token]), top),)
+        """Choose a token of each sequence by its logits (S, V)."""
+        chosen = choose_tokens(logits, [s.sampling for s in sequences], self.vocab_size)  # (S,)
+        logprobs: dict[int, TokenLogprob] = {}
+        if asked := [i for i, s in enumerate(sequences) if s.request.logprobs is not None]:
+            n = [sequences[i].request.logprobs or 0 for i in asked]
+            found = _logprobs(logits[asked, : self.vocab_size], chosen[asked], n)
+            logprobs = dict(zip(asked, found, strict=True))
+        return [(token, (logprobs[i],) if i in logprobs else ()) for i, token in enumerate(chosen.tolist())]
 
     def _push(self, sequence: _Sequence, token: int, logprobs: tuple[TokenLogprob, ...]) -> Event:
         """Append a token to an answer, and return the event of it."""
@@ -465,9 +456,16 @@ class Engine:
         return Event(text, () if token == completion.eos_id else logprobs, reason)
 
 
-def _is_plain(sampling: GenerationConfig) -> bool:
-    """Whether the next token is the one of the largest logit."""
-    return sampling.temperature == 0 and sampling.repetition_penalty == 1
+def _logprobs(logits: Tensor, tokens: Tensor, n: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probabilities of tokens (S,), and of the n most probable ones of each row, from logits (S, V)."""
+    logprobs = logits.log_softmax(-1)
+    of_tokens = logprobs.gather(1, tokens[:, None])[:, 0]  # (S,)
+    values, top = logprobs.topk(min(max(n), logprobs.shape[1]))  # (S, most of n)
+    rows = zip(tokens.tolist(), of_tokens.tolist(), top.tolist(), values.tolist(), n, strict=True)
+    return [
+        TokenLogprob(token, logprob, tuple(zip(best[:k], of_best[:k], strict=True)))
+        for token, logprob, best, of_best, k in rows
+    ]
 
 
 def _shifted(embed: EmbedFn, offset: int) -> EmbedFn:

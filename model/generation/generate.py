@@ -13,7 +13,7 @@ from .config import GenerationConfig
 from .decoding import Decoder, acquire_decoder, release_decoder
 from .interface import LanguageModel
 from .prefill import EmbedFn, check_tokens, packed_tokens, prefill
-from .sampling import Sampler
+from .sampling import SequenceSampling, choose_tokens
 from .speculative import Draft, DraftStats, check_draft, generate_speculatively
 
 
@@ -62,12 +62,12 @@ def generate_tokens(
         decoder = owned = acquire_decoder(lm, n, config.state_dtype)
     decoder.forget_fused_steps()
     try:
-        sampler = Sampler(config, prompt_ids, vocab_size, device)
+        sequences = [SequenceSampling(config, ids, vocab_size, device) for ids in prompt_ids]
         logits = prefill(lm, embeds, cu_seqlens, decoder.state, config.prefill_chunk)  # (S, V)
         rows = torch.arange(n, device=device)  # sequences that are still run
         last = torch.zeros_like(rows)  # (S,)
         for step in range(config.max_new_tokens):
-            tokens = sampler(logits)  # (rows,)
+            tokens = choose_tokens(logits, sequences, vocab_size)  # (rows,)
             last = last.index_copy(0, rows, tokens)
             # The only synchronization of a step: the host needs the tokens to find the end.
             yield last.tolist(), last
@@ -80,7 +80,7 @@ def generate_tokens(
                     keep = torch.tensor(indices, device=device)  # (rows,)
                     rows, tokens = rows[keep], tokens[keep]  # (rows,) each
                     decoder.select(keep)
-                    sampler.select(keep)
+                    sequences = [sequences[i] for i in indices]
             logits = decoder(tokens)  # (rows, V)
     finally:
         if owned is not None:

@@ -20,7 +20,7 @@ from .config import GenerationConfig
 from .decoding import Decoder, acquire_decoder, narrow_dtype, pays_to_fuse, release_decoder
 from .interface import LanguageModel, LMState
 from .prefill import EmbedFn, prefill
-from .sampling import filter_logits
+from .sampling import draw, token_probabilities
 
 
 @dataclass
@@ -114,12 +114,12 @@ def generate_speculatively(
     n, device, n_draft = len(cu_seqlens) - 1, lm.device, config.draft_tokens
     if config.max_new_tokens == 0 or not n:
         return
-    noise = _Noise(config.seed, device, vocab_size)
+    noise = _Noise(config.seed, device)
     state = lm.new_state(n, narrow_dtype(config.state_dtype))
     logits = prefill(lm, embeds, cu_seqlens, state, config.prefill_chunk)  # (S, V)
     verifier = _Verifier(lm, state, n_draft + 1)
     start = torch.zeros(n, dtype=torch.int64, device=device)  # (S,) slot of each sequence with its state
-    last = sample(_probabilities(logits, config, vocab_size), noise.exponential())  # (S,) token that is not run yet
+    last = draw(_probabilities(logits, config, vocab_size), noise.uniform(1))  # (S,) token that is not run yet
     tokens = [[t] for t in last.tolist()]
     counts, rows = [1] * n, list(range(n))
     decoder = acquire_decoder(draft.lm, n, config.state_dtype)
@@ -143,13 +143,11 @@ def generate_speculatively(
             for k in range(n_draft):
                 logits = drafts.step(ids[k], k)  # (rows, V)
                 q.append(_probabilities(logits, config, vocab_size))
-                ids.append(sample(q[k], noise.exponential()))
+                ids.append(draw(q[k], noise.uniform(1)))
             proposed = torch.stack(ids, 1)  # (rows, K + 1): the last token, and K proposals
             logits = verifier(proposed, start)  # (rows, K + 1, V)
             p = _probabilities(logits.flatten(0, 1), config, vocab_size).unflatten(0, proposed.shape)
-            start, last = accept(
-                p, torch.stack(q, 1), proposed[:, 1:], noise.uniform(n_draft), noise.exponential()
-            )  # fmt: skip
+            start, last = accept(p, torch.stack(q, 1), proposed[:, 1:], noise.uniform(n_draft), noise.uniform(1))
             draft.stats.steps += len(rows)
             draft.stats.proposed += n_draft * len(rows)
             tokens = [[] for _ in range(n)]
@@ -257,7 +255,7 @@ class _DraftStates:
         return logits[:n]
 
 
-def accept(p: Tensor, q: Tensor, proposals: Tensor, uniform: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def accept(p: Tensor, q: Tensor, proposals: Tensor, uniform: Tensor, own_uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Accept proposals and draw the token after them, so that all have the distribution of the model (algorithm 1).
 
     Args:
@@ -265,7 +263,7 @@ def accept(p: Tensor, q: Tensor, proposals: Tensor, uniform: Tensor, noise: Tens
         q: (S, K, V) probabilities that the proposals were drawn from.
         proposals: (S, K).
         uniform: (S, K), or one row for all, in [0, 1).
-        noise: (S, V), or one row for all: exponential.
+        own_uniform: (S,), or (1,) for all, in [0, 1): for the token after them.
 
     Returns:
         the number of accepted proposals (S,), and the token after them (S,).
@@ -280,29 +278,18 @@ def accept(p: Tensor, q: Tensor, proposals: Tensor, uniform: Tensor, noise: Tens
     residual = (p_next - q_next).clamp(min=0)
     # By rounding alone a proposal may be rejected where p and q are equal.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
-    return n_accepted, sample(residual, noise)
-
-
-def sample(p: Tensor, noise: Tensor) -> Tensor:
-    """Draw from probabilities (S, V), which need not sum to 1: the token with the largest p / noise."""
-    return (p / noise).argmax(-1)
+    return n_accepted, draw(residual, own_uniform)
 
 
 class _Noise:
     """Noise that all sequences share, so that each samples what it would sample alone."""
 
-    def __init__(self, seed: int, device: torch.device, vocab_size: int):
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.device, self.vocab_size = device, vocab_size
-
-    def exponential(self) -> Tensor:
-        """(V,)"""
-        noise = torch.empty(self.vocab_size, device=self.device).exponential_(generator=self.generator)
-        return noise.clamp_(min=torch.finfo(noise.dtype).tiny)
+    def __init__(self, seed: int, device: torch.device):
+        self.generator, self.device = torch.Generator(device).manual_seed(seed), device
 
     def uniform(self, n: int) -> Tensor:
-        """(n,)"""
-        return torch.rand(n, device=self.device, generator=self.generator)
+        """(n,) in [0, 1)."""
+        return torch.rand(n, dtype=torch.float64, device=self.device, generator=self.generator)
 
 
 def _probabilities(logits: Tensor, config: GenerationConfig, vocab_size: int) -> Tensor:
@@ -310,4 +297,5 @@ def _probabilities(logits: Tensor, config: GenerationConfig, vocab_size: int) ->
     logits = logits[:, :vocab_size]
     if config.temperature == 0:
         return F.one_hot(logits.argmax(-1), vocab_size).to(logits.dtype)
-    return filter_logits(logits / config.temperature, config.top_k, config.top_p).softmax(-1)
+    p = token_probabilities(logits, [config] * len(logits))
+    return p / p.sum(-1, keepdim=True)

@@ -12,7 +12,8 @@ from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import VLM, GenerationConfig, LMConfig, MambaLM, Tokenizer, VLMConfig
 from vlmamba.model.config import ImageProcessor, TilesConfig, VisionConfig, ViTConfig
 from vlmamba.model.generation.generate import generate_texts
-from vlmamba.model.generation.speculative import DraftStats, accept, sample
+from vlmamba.model.generation.sampling import draw
+from vlmamba.model.generation.speculative import DraftStats, accept
 
 PROMPTS = ["what color is the shape?", "a red", "a blue triangle is"]
 CONFIG = GenerationConfig(max_new_tokens=13, draft_tokens=3)
@@ -163,15 +164,14 @@ def test_accepted_tokens_have_the_distribution_of_the_model():
     second, q_second = torch.rand(2, vocab, vocab, generator=generator).softmax(-1)  # after each first token
     third = torch.full((vocab,), 1 / vocab)
 
-    def noise() -> torch.Tensor:
-        return torch.empty(n, vocab).exponential_(generator=generator)
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(n, *shape, generator=generator)
 
-    one = sample(q_first.expand(n, -1), noise())
-    two = sample(q_second[one], noise())
+    one = draw(q_first.expand(n, -1), uniform())
+    two = draw(q_second[one], uniform())
     p = torch.stack([first.expand(n, -1), second[one], third.expand(n, -1)], 1)
     q = torch.stack([q_first.expand(n, -1), q_second[one]], 1)
-    uniform = torch.rand(n, 2, generator=generator)
-    n_accepted, own = accept(p, q, torch.stack([one, two], 1), uniform, noise())
+    n_accepted, own = accept(p, q, torch.stack([one, two], 1), uniform(2), uniform())
     tokens = torch.where(n_accepted == 0, own, one)
     counts = torch.bincount(tokens, minlength=vocab).float()
     assert counts[3] == 0 and chi_square(counts[:3], first[:3]) < 13.8  # p = 0.001 at 2 degrees of freedom

@@ -27,7 +27,6 @@ from vlmamba.model import (
 )
 from vlmamba.model.config_io import from_json_dict, to_json_dict
 from vlmamba.model.generation.generate import Completion
-from vlmamba.model.generation.sampling import filter_logits
 
 TOKENIZER = shape_tokenizer()
 CONFIGS = {
@@ -168,14 +167,6 @@ def test_stop_texts_end_the_answer_and_are_never_shown():
     for token in [*(TOKENIZER.encode(c)[0] for c in "abc"), TOKENIZER.eos_id]:
         ended.push(token)
     assert (ended.text, ended.finished) == ("abc", True)  # the c was not the beginning of a stop text after all
-
-
-def test_truncation_keeps_the_likeliest():
-    logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
-    assert filter_logits(logits, 1, 1.0).isfinite().tolist() == [[True, False, False, False]]
-    assert filter_logits(logits, 0, 0.6).isfinite().sum() == 2
-    assert filter_logits(logits, 0, 0.4).isfinite().tolist() == [[True, False, False, False]]
-    assert torch.equal(filter_logits(logits, 0, 1.0), logits)
 
 
 def test_saved_and_loaded_it_is_the_same(vlm, tmp_path):

@@ -40,12 +40,22 @@ def vlm():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_an_answer_is_that_of_generate_whatever_runs_beside_it(lm, dtype):
-    """Prompts of nine lengths in four slots: they join and leave at different steps, and wait for one another."""
+    """Prompts of nine lengths in four slots: they join and leave at different steps, and wait for one another.
+
+    Greedy rows and rows with each filter are beside one another."""
     lm = lm.to(dtype)
-    samplings = [GREEDY, SAMPLED, PENALIZED]
+    samplings = [
+        GREEDY,
+        SAMPLED,
+        PENALIZED,
+        dataclasses.replace(GREEDY, repetition_penalty=1.5),
+        GenerationConfig(12, temperature=0.8, seed=5),
+        GenerationConfig(12, temperature=2.0, top_k=7, seed=6),
+        GenerationConfig(12, temperature=2.0, top_p=0.7, seed=7),
+    ]
     requests = [
-        text_request(p, dataclasses.replace(samplings[i % 3], max_new_tokens=3 + 4 * (i % 4)), logprobs=0)
-        for i, p in enumerate(PROMPTS)
+        text_request(p, dataclasses.replace(samplings[i % 7], max_new_tokens=3 + 4 * (i % 4)), logprobs=i % 3)
+        for i, p in enumerate(PROMPTS * 2)
     ]
     client = Client(lm)
     texts = client.run(*requests)
@@ -54,8 +64,9 @@ def test_an_answer_is_that_of_generate_whatever_runs_beside_it(lm, dtype):
     for request, text in zip(requests, texts, strict=True):
         want, ids = alone(lm, request.prompt.ids, request.sampling)
         assert (text, request.new_tokens) == (want, len(ids))
-        reported = [p.token for p in client.logprobs(request)]
-        assert reported == [t for t in ids if t != TOKENIZER.eos_id]
+        reported = client.logprobs(request)
+        assert [p.token for p in reported] == [t for t in ids if t != TOKENIZER.eos_id]
+        assert all(len(p.top) == request.logprobs for p in reported)
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "float16", "int8"])
