@@ -22,7 +22,12 @@ torch.set_num_threads(1)  # the suite runs in several processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what runs in the interpreter where Triton's cannot read NumPy's arrays."""
+    """Order the slow tests first; skip what runs in the interpreter where Triton's cannot read NumPy's arrays."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    rest = [item for item in items if not item.get_closest_marker("slow")]
+    # Two processes begin with a half of the list each. A slow test that starts last would run beside an idle one.
+    (slow_1, slow_2), (rest_1, rest_2) = halves(slow), halves(rest)
+    items[:] = [*slow_1, *rest_1, *slow_2, *rest_2]
     if not is_interpreted():
         return
     # They make a Python number of an array of one dimension, which NumPy 2.4 refuses.
@@ -31,6 +36,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason=f"the interpreter of Triton {triton} fails with NumPy {numpy}, from 2.4 on")
         for item in items:
             item.add_marker(skip)
+
+
+def halves(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    middle = len(items) // 2
+    return items[:middle], items[middle:]
 
 
 @pytest.hookimpl(wrapper=True)

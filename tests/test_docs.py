@@ -101,6 +101,7 @@ def test_the_search_sees_each_fault(page):
     assert faults(page)
 
 
+@pytest.mark.slow
 def test_examples_run_and_print_their_results(tmp_path):
     build("doctest", tmp_path)
     counts = re.findall(r"(\d+) tests?\n +(\d+) failures? in tests", (tmp_path / "output.txt").read_text())

@@ -17,6 +17,7 @@ def causal_conv1d(x, weight, bias, activation, backend):
 """
 
 
+@pytest.mark.slow
 def test_another_checkout_is_timed_in_turn_by_its_public_calls_alone(tmp_path, capsys):
     (tmp_path / "before" / "ssm_kernels").mkdir(parents=True)
     (tmp_path / "before" / "ssm_kernels" / "__init__.py").write_text(OTHER)

@@ -310,6 +310,7 @@ def test_other_machine_code_is_refused_by_name(capsys):
 
 
 @compiled
+@pytest.mark.slow
 def test_shipped_kernels_are_no_worse():
     """SSD and the selective scan of the largest layers on sm_90: launches, instructions, bytes, spills, bounds."""
     held = json.loads(HELD.read_text())

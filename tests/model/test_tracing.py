@@ -44,6 +44,7 @@ def test_compiles_to_one_graph_with_dynamic_sizes(lm):
         torch.testing.assert_close(compiled(ids).logits, lm(ids).logits)
 
 
+@pytest.mark.slow
 def test_states_compile_and_carry_gradients(lm):
     lm.double()  # sums of gradients round otherwise in a graph
     compiled = torch.compile(lm, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -71,6 +72,7 @@ def test_exports_with_dynamic_batch_and_length(lm):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "vss-l2", "mamba2-advanced"])
+@pytest.mark.slow
 def test_connectors(kind):
     torch.manual_seed(0)
     config = ConnectorConfig(kind, d_state=4, headdim=8) if kind.startswith("mamba2") else ConnectorConfig(kind)

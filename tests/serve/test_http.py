@@ -448,6 +448,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_process_loses_killed_clients_and_at_a_signal_lets_running_answers_end(vlm, tmp_path):
     vlm.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "vlmamba", "serve", str(tmp_path / "model"), "--port", "0", "--name", "small"]

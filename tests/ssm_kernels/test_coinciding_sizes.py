@@ -56,7 +56,7 @@ def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...], inputs: list[Tensor]
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("ranks", itertools.product((2, 3, 4), repeat=2))
+@pytest.mark.parametrize("ranks", list(itertools.product((2, 3, 4), repeat=2)))
 def test_selective_scan(n, ranks):
     u, dt, A, h = draw(n, n, n), draw(n, n, n) + 1, -draw(n, n), draw(n, n, n) - 1
     B, C = (draw(*[n] * rank) - 0.5 for rank in ranks)
@@ -66,7 +66,7 @@ def test_selective_scan(n, ranks):
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("ranks", itertools.product((2, 3), repeat=2))
+@pytest.mark.parametrize("ranks", list(itertools.product((2, 3), repeat=2)))
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_selective_scan_step(n, ranks, backend):
     u, dt, A, state = draw(n, n), draw(n, n) + 1, -draw(n, n), draw(n, n, n)

@@ -114,6 +114,7 @@ for model_type in model_types:
 
 
 @pytest.mark.skipif(is_interpreted(), reason="runs the PyTorch backend, in a process of its own")
+@pytest.mark.slow
 def test_models_of_transformers_run_on_the_layers_that_a_kernel_config_names(repository):
     pytest.importorskip("transformers", minversion="5.23")
     command = [sys.executable, "-W", "ignore", "-c", USED, str(repository), "mamba", "zamba", "mamba2", "falcon_h1"]

@@ -64,6 +64,7 @@ def test_the_demo_writes_every_documented_file(whole):
         assert evaluation.metric_value == results[family]["overall"]
 
 
+@pytest.mark.slow
 def test_side_by_side_the_results_are_the_same(whole, tmp_path, little_data, capfd):
     folder, results = whole
     assert demo.run_demo(TINY, tmp_path, cores=2) == results

@@ -20,6 +20,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_a_step_of_the_demo_has_the_gradients_of_the_torch_path(family):
     questions = easy_vqa.load("train")[:40]
     tokenizer = tokenizer_of(questions, 300)

@@ -306,6 +306,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_an_answer_that_the_terminal_cannot_show_does_not_end_the_run(folder, five):
     command = [sys.executable, "-c", ANSWERS_WITH_EVERYTHING, "generate", str(folder / "lm")]
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
@@ -317,6 +318,7 @@ def test_an_answer_that_the_terminal_cannot_show_does_not_end_the_run(folder, fi
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.slow
 def test_a_signal_leaves_what_is_answered(number, status, folder, five, tmp_path):
     """And the same command goes on."""
     out = tmp_path / "answers.jsonl"

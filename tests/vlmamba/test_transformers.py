@@ -235,6 +235,7 @@ def test_weights_that_do_not_fit_are_an_error(lm_folder, tmp_path):
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.slow
 def test_quantized_language_models_give_our_texts(lm_folder, tmp_path, quantize):
     pytest.importorskip("torchao")
     convert(lm_folder, tmp_path / "lean", quantize=quantize)
@@ -335,6 +336,7 @@ print(type(AutoModelForCausalLM.from_pretrained(lm, trust_remote_code=True)).__n
 """
 
 
+@pytest.mark.slow
 def test_code_of_the_folder_loads_it_in_a_process_without_ours(plain_folder, tmp_path):
     sharpened_lm(LMS["mamba"], TOKENIZER).save_pretrained(tmp_path / "lm")
     root = Path(vlmamba.transformers.__file__).parents[2]

@@ -75,6 +75,7 @@ print("called", *sorted(calls))
         ("mamba2", {"mamba_split_conv1d_scan_combined", "causal_conv1d_fn", "causal_conv1d_update"}),
     ],
 )
+@pytest.mark.slow
 def test_models_of_transformers(name, called):
     done = subprocess.run([sys.executable, "-c", SCRIPT, name], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
