@@ -308,15 +308,14 @@ class EventStream(Response):
     Args:
         answers: events of the call.
         form: of the chunks.
-        include_usage: whether the last chunk has the numbers of tokens.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, answers: Answers, form: Form, include_usage: bool):
+    def __init__(self, answers: Answers, form: Form):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.answers, self.form, self.include_usage = answers, form, include_usage
+        self.answers, self.form = answers, form
         self.sending_since = math.inf
         """Time at which the part that is being sent was begun."""
 
@@ -363,7 +362,7 @@ class EventStream(Response):
                 if event.text or event.logprobs or event.finish:
                     chunks.append(self.form.chunk(index, event))
             if not self.answers.open:
-                if self.include_usage:
+                if self.form.include_usage:
                     chunks.append(self.form.usage_chunk(self.answers.requests))
                 yield [*chunks, b"[DONE]"], False
             elif chunks:
@@ -500,14 +499,14 @@ async def _answer(service: Service, interface: Interface, request: Request) -> R
     try:
         call, prompts = await service.prepare(interface, await _read_body(service, request), salt)
         requests = [engines.Request(p, call.sampling, call.logprobs, call.ignore_eos) for p in prompts]
-        form = interface.form(service.name, service.tokenizer, call.logprobs is not None)
+        form = interface.form(service.name, service.tokenizer, call.logprobs is not None, call.include_usage)
         answers = service.submit(requests, call.stream)
     except ClientDisconnect:
         return GONE
     finally:
         service.n_calls -= 1
     if call.stream:
-        return EventStream(answers, form, call.include_usage)
+        return EventStream(answers, form)
     whole: list[list[engines.Event]] = [[] for _ in requests]
     async with _watched(answers, request.receive):
         async for events in answers:

@@ -182,6 +182,8 @@ class Engine:
         self.running: list[_Sequence] = []
         """Sequence i has row i of the decoder."""
         self.waiting: WaitingQueue[Request] = WaitingQueue()
+        self._admitted: dict[Request, None] = {}
+        """Requests that got a slot and are not finished, wherever a step that fails leaves them."""
         self._stopping = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -263,10 +265,17 @@ class Engine:
 
     def _fail(self, others: Sequence[Request], message: str) -> None:
         """End every request that has a slot, and others, with an error."""
-        requests = [s.request for s in (*self.prefilling, *self.running)] + list(others)
+        requests = [*self._admitted, *others]
         self.prefilling, self.running = [], []
         self.stats.failed += len(requests)
-        self.deliver([(r, Event(finish="error", error=message)) for r in requests if not r.cancelled])
+        self._deliver([(r, Event(finish="error", error=message)) for r in requests if not r.cancelled])
+        self._admitted.clear()
+
+    def _deliver(self, events: list[tuple[Request, Event]]) -> None:
+        for request, event in events:
+            if event.finish is not None:
+                self._admitted.pop(request, None)
+        self.deliver(events)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -282,7 +291,10 @@ class Engine:
         gone = [s for s in self.prefilling if s.request.cancelled]
         self.prefilling = [s for s in self.prefilling if not s.request.cancelled]
         rows = [i for i, s in enumerate(self.running) if s.request.cancelled]
-        self.stats.cancelled += len(gone) + len(rows)
+        gone += [self.running[i] for i in rows]
+        self.stats.cancelled += len(gone)
+        for sequence in gone:
+            del self._admitted[sequence.request]
         self._leave(rows)
 
     def _admit(self) -> None:
@@ -291,6 +303,7 @@ class Engine:
         with self._changed:
             n = min(self.config.slots - self.n_active, len(self.waiting))
             requests = [self.waiting.pop() for _ in range(n)]
+            self._admitted.update(dict.fromkeys(requests))
         for request in requests:
             sequence = _Sequence(request, self.lm, self.vocab_size)
             prefix = self.cache.find(request.prompt)
@@ -392,7 +405,7 @@ class Engine:
                 _copy_row(sequence.state, 0, self.decoder.buffers, len(self.running))
                 self.running.append(sequence)
             sequence.state = sequence.embed = None
-        self.deliver(events)
+        self._deliver(events)
 
     def _decode(self) -> None:
         """Run the last token of each sequence of the batch, and choose the next ones."""
@@ -413,7 +426,7 @@ class Engine:
                 state = states.select(self.decoder.buffers, slice(i, i + 1))
                 self.cache.store(sequence.request.prompt, seen, state)
         self._leave(finished)
-        self.deliver(events)
+        self._deliver(events)
 
     def _batch_rows(self, n: int) -> int:
         """Number of rows to run for n sequences: with graphs a power of two, so that few are captured."""

@@ -152,7 +152,8 @@ def parse_chat(body: dict[str, Any], config: ServeConfig) -> Call:
         n = fields.take("top_logprobs", int, 0)
         if n and not wants:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        new_tokens = fields.take("max_completion_tokens", int, config.max_new_tokens)
+        name = "max_completion_tokens"
+        new_tokens = _new_tokens(fields.take(name, int, config.max_new_tokens), name, config)
         return _OwnFields(question, _logprobs(n, "top_logprobs") if wants else None, new_tokens)
 
     return _parse(body, config, take)
@@ -239,11 +240,13 @@ def _parse(body: dict[str, Any], config: ServeConfig, take_own: Callable[[_Field
     options = fields.take("stream_options", dict, {})
     if unknown := set(options) - {"include_usage", "include_obfuscation"}:
         raise ApiError(400, f"stream_options has no field {min(unknown)!r}", "stream_options")
+    for name, value in options.items():
+        if value is not None and not isinstance(value, bool):
+            at = f"stream_options.{name}"
+            raise ApiError(400, f"{at} must be true or false, got {_kind(value)}", at)
     if options and not stream:
         raise ApiError(400, "stream_options needs stream: true", "stream_options")
-    new_tokens = fields.take("max_tokens", int, own.new_tokens)
-    if not 1 <= new_tokens <= config.max_new_tokens:
-        raise ApiError(400, f"max_tokens must lie in [1, {config.max_new_tokens}], got {new_tokens}", "max_tokens")
+    new_tokens = _new_tokens(fields.take("max_tokens", int, own.new_tokens), "max_tokens", config)
     stop = fields.take("stop", object, [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
@@ -280,6 +283,12 @@ def _refuse_rest(left: Mapping[str, Any]) -> None:
         if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in ONLY[name]):
             offered = " or ".join(json.dumps(allowed) for allowed in ONLY[name])
             raise ApiError(400, f"{name} is not offered, other than {offered}", name, "unsupported_parameter")
+
+
+def _new_tokens(n: int, name: str, config: ServeConfig) -> int:
+    if not 1 <= n <= config.max_new_tokens:
+        raise ApiError(400, f"{name} must lie in [1, {config.max_new_tokens}], got {n}", name)
+    return n
 
 
 def _logprobs(n: int, name: str) -> int:

@@ -20,6 +20,7 @@ class Form(abc.ABC):
         model: name of the model.
         tokenizer: for the texts of tokens.
         with_logprobs: whether log-probabilities were asked for.
+        include_usage: whether chunks have a field for the numbers of tokens, which is null in all but the last.
     """
 
     id_prefix: ClassVar[str]
@@ -28,8 +29,8 @@ class Form(abc.ABC):
     chunk_object: ClassVar[str]
     """Name of the kind of a chunk."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, with_logprobs: bool):
-        self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
+    def __init__(self, model: str, tokenizer: Tokenizer, with_logprobs: bool, include_usage: bool):
+        self.tokenizer, self.with_logprobs, self.include_usage = tokenizer, with_logprobs, include_usage
         self.head = {
             "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -53,9 +54,10 @@ class Form(abc.ABC):
 
     def usage_chunk(self, requests: Sequence[Request]) -> bytes:
         """Return the chunk with the numbers of tokens, which ends a stream."""
-        return self._chunk([], usage=usage(requests))
+        return self._chunk([], usage(requests))
 
-    def _chunk(self, choices: list[dict[str, Any]], **fields: Any) -> bytes:
+    def _chunk(self, choices: list[dict[str, Any]], numbers: dict[str, Any] | None = None) -> bytes:
+        fields = {"usage": numbers} if self.include_usage else {}
         return f"{self.chunk_head}, {json.dumps({'choices': choices, **fields})[1:]}".encode()
 
     def _choice(self, index: int, event: Event, content: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +110,8 @@ class CompletionForm(Form):
 
     id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, with_logprobs: bool):
-        super().__init__(model, tokenizer, with_logprobs)
+    def __init__(self, model: str, tokenizer: Tokenizer, with_logprobs: bool, include_usage: bool):
+        super().__init__(model, tokenizer, with_logprobs, include_usage)
         self.offsets: dict[int, int] = {}
         """Length of the text of each answer that was sent."""
 

@@ -267,6 +267,37 @@ def test_a_failed_step_ends_its_requests_and_no_later_ones(lm, monkeypatch):
         client.engine.submit(request)
 
 
+@pytest.mark.parametrize("part", ["_share", "_embed", "_choose", "_join", "_push"])
+def test_wherever_a_step_fails_each_of_its_requests_gets_an_error(lm, monkeypatch, part):
+    """Also those that are neither in a batch of prompts nor in the running one, as between the two."""
+    client = Client(lm)
+    client.run(text_request(PROMPTS[0]))
+    known, new = text_request(PROMPTS[0]), text_request(PROMPTS[2])
+    later = text_request(PROMPTS[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(client.engine, part, lambda *_: 1 / 0)
+        client.engine.submit(known, new)
+        client.engine.start()
+        wait_for(lambda: client.finish(known) and client.finish(new))
+    assert client.finish(new) == "error" and client.finish(known) in ("error", "stop", "length")
+    client.engine.submit(later)
+    wait_for(lambda: client.finish(later))
+    assert client.text(later) == alone(lm, PROMPTS[1], GREEDY)[0]
+    client.engine.stop()
+    assert not client.engine._admitted and client.engine.n_active == 0
+
+
+@pytest.mark.parametrize("value", [1e-308, 1e308])
+@pytest.mark.parametrize("field", ["temperature", "repetition_penalty", "top_p"])
+def test_extreme_settings_of_one_request_leave_the_others_alone(lm, field, value):
+    extreme = dataclasses.replace(SAMPLED, **{field: min(value, 1.0) if field == "top_p" else value})
+    requests = [text_request(PROMPTS[i], extreme if i == 1 else SAMPLED) for i in range(3)]
+    client = Client(lm)
+    texts = client.run(*requests)
+    assert texts == [alone(lm, r.prompt.ids, r.sampling)[0] for r in requests]
+    assert client.engine.stats.failed == 0
+
+
 def test_an_unfinished_request_gets_an_error_at_a_stop(lm):
     client = Client(lm, dataclasses.replace(CONFIG, slots=1))
     requests = [text_request(PROMPTS[0]), text_request(PROMPTS[1])]

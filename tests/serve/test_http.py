@@ -86,6 +86,8 @@ def test_the_openai_client_gets_the_answers_of_generate(server, vlm):
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == want
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == response.usage.prompt_tokens
+    # As OpenAI's, every other chunk has the field, and null in it.
+    assert all("usage" in c.model_fields_set and c.usage is None for c in chunks[:-1])
 
 
 def test_seed_and_filters_are_those_of_generate(server, vlm):
@@ -175,6 +177,13 @@ BAD = {
     "top_p": ({**OK, "top_p": 0}, 400, "top_p must lie in"),
     "large number": (b'{"messages": [{"role": "user", "content": "a"}], "top_p": 1' + b"0" * 400 + b"}", 400, "top_p"),
     "too many new tokens": ({**OK, "max_tokens": 9999}, 400, "max_tokens must lie in [1, 2048], got 9999"),
+    "no new tokens": ({**OK, "max_tokens": 0}, 400, "max_tokens must lie in [1, 2048], got 0"),
+    "no completion tokens": ({**OK, "max_completion_tokens": 0}, 400, "max_completion_tokens must lie in [1, 2048]"),
+    "usage": (
+        {**OK, "stream": True, "stream_options": {"include_usage": "yes"}},
+        400,
+        "stream_options.include_usage must be true or false, got a string",
+    ),
     "too long": ({"messages": [{"role": "user", "content": "a b" * 300}]}, 400, "where 200 are the most"),
     "no messages": ({"messages": []}, 400, "at least one message"),
     "system": ({"messages": [{"role": "system", "content": "a"}]}, 400, "messages[0].role must be"),
