@@ -26,6 +26,8 @@ AHEAD = 1024
 of a core's 15.6 so, and 12.8 without; 512 and 2,048 were within 5 % of it."""
 intrinsic: Callable[..., Any] = extending.intrinsic
 """The decorator; what it makes of a function takes no `typingctx`, which type checkers do not know."""
+intrinsic_of_literals: Callable[..., Any] = extending.intrinsic(prefer_literal=True)
+"""`intrinsic`, whose function gets the types of literals, which have their values."""
 
 
 class Lanes(types.Type):
@@ -165,6 +167,22 @@ def borrow_from(typingctx, array, offset):
         return address_of(context, builder, sig.args[0], context.get_data_type(array.dtype), *args)
 
     return types.CPointer(array.dtype)(array, types.intp), codegen
+
+
+@intrinsic_of_literals
+def parts(typingctx, array, size, count):
+    """The first `count` parts of `size` elements of an array, without references to it: see `borrow`."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    part = types.CPointer(array.dtype)
+
+    def codegen(context, builder, sig, args):
+        kind = context.get_data_type(array.dtype)
+        offsets = [builder.mul(args[1], args[1].type(k)) for k in range(count.literal_value)]
+        pointers = [address_of(context, builder, sig.args[0], kind, args[0], offset) for offset in offsets]
+        return context.make_tuple(builder, sig.return_type, pointers)
+
+    return types.UniTuple(part, count.literal_value)(array, types.intp, count), codegen
 
 
 @intrinsic
@@ -520,10 +538,10 @@ def aligned_empty(like, size):
 
 
 @njit
-def fill(tile, value):
-    """Set all elements of a tile."""
-    for i in range(0, tile.size, lane_count(tile)):
-        store(tile, i, splat(tile, value))
+def clear(tile, at, size):
+    """Set a part of a tile, of complete vectors, to zero."""
+    for i in range(at, at + size, lane_count(tile)):
+        store(tile, i, splat(tile, 0.0))
 
 
 @njit

@@ -96,6 +96,24 @@ def test_vectors_are_summed_together(dtype):
     assert largest_size == abs(source[0]).max()
 
 
+def test_parts_of_a_memory_follow_each_other():
+    from ssm_kernels._numba.lanes import aligned_empty, clear, element, keep, parts, set_element
+
+    @numba.njit
+    def sizes(like):
+        memory = aligned_empty(like, 96)
+        clear(memory, 0, 96)
+        first, second, third = parts(memory, np.int64(32), 3)
+        for i in range(32):
+            set_element(second, i, element(first, i) + 1.0)
+        set_element(third, 31, 2.0)
+        result = memory[:32].sum(), memory[32:64].sum(), memory[64:95].sum(), memory[95]
+        keep(memory)
+        return result
+
+    assert sizes(np.empty(0, np.float32)) == (0, 32, 0, 2)
+
+
 @pytest.fixture
 def four_threads():
     before = torch.get_num_threads()

@@ -12,11 +12,15 @@ from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
 from ..._numba.lanes import (
     aligned_empty,
-    fill,
+    borrow,
+    borrow_from,
+    clear,
     fma,
+    keep,
     lane_count,
     load,
     locate_tile,
+    parts,
     read_rows,
     read_steps,
     set_positions,
@@ -85,19 +89,15 @@ def convolve_tiles_backward(
     before = n_taps - 1
     size = (before + max(STEPS, before)) * BLOCK
     # `dsum_tile` is the gradient of the sums: its first rows are those before the block, as in `x_tile`.
-    x_tile, dsum_tile, dx_tile = aligned_empty(x, size), aligned_empty(x, size), aligned_empty(x, size)
-    sum_tile = aligned_empty(x, one * STEPS * BLOCK)
-    w_tile, reversed_tile, dw_tile = (
-        aligned_empty(x, n_taps * BLOCK), aligned_empty(x, n_taps * BLOCK), aligned_empty(x, n_taps * BLOCK),
-    )  # fmt: skip
-    b_tile, db_tile, no_bias = (
-        aligned_empty(x, one * BLOCK),
-        aligned_empty(x, one * BLOCK),
-        aligned_empty(x, one * BLOCK),
-    )
-    positions = np.empty(max(STEPS, before), np.int64)
-    fill(b_tile, 0.0)
-    fill(no_bias, 0.0)
+    memory = aligned_empty(x, 3 * size + (STEPS + 3 * n_taps + 3) * BLOCK)
+    x_tile, dsum_tile, dx_tile, sum_tile = parts(memory, size, 4)
+    w_tile, reversed_tile, dw_tile, rows = parts(borrow_from(sum_tile, STEPS * BLOCK), n_taps * BLOCK, 4)
+    b_tile, db_tile, no_bias = parts(rows, one * BLOCK, 3)
+    inputs, dsums = borrow_from(x_tile, before * BLOCK), borrow_from(dsum_tile, before * BLOCK)  # of the block itself
+    positions_memory = np.empty(max(STEPS, before), np.int64)
+    positions = borrow(positions_memory)
+    clear(b_tile, zero, one * BLOCK)
+    clear(no_bias, zero, one * BLOCK)
     for tile in range(first, end):
         run, group, offset, width = locate_tile(tile, dim, groups)
         channel = group * dim + offset
@@ -107,26 +107,26 @@ def convolve_tiles_backward(
                 store(reversed_tile, k * BLOCK + i, load(w_tile, (before - k) * BLOCK + i))
         if bias.size:
             read_rows(bias, zero, zero, one, channel, width, b_tile)
-        fill(dw_tile, 0.0)
-        fill(db_tile, 0.0)
+        clear(dw_tile, zero, n_taps * BLOCK)
+        clear(db_tile, zero, one * BLOCK)
         for s in range(run * len(sequences) // n_runs, (run + 1) * len(sequences) // n_runs):
             row, start, length, initial, final = (
                 sequences[s, 0], sequences[s, 1], sequences[s, 2], sequences[s, 3], sequences[s, 4],
             )  # fmt: skip
             initial = initial if dinitial.size else -1
-            fill(x_tile, 0.0)
-            fill(dsum_tile, 0.0)
+            clear(x_tile, zero, before * BLOCK)
+            clear(dsum_tile, zero, before * BLOCK)
             if initial >= 0:
                 read_rows(initial_states, initial, zero, before, channel, width, x_tile)
             for t0 in range(0, length, STEPS):
                 count = min(STEPS, length - t0)
                 set_positions(positions, start + t0, count, directions[group], height, grid_length)
-                read_steps(x, row, positions, count, group, offset, width, x_tile[before * BLOCK :], BLOCK)
-                read_steps(dy, row, positions, count, group, offset, width, dsum_tile[before * BLOCK :], BLOCK)
+                read_steps(x, row, positions, count, group, offset, width, inputs, BLOCK)
+                read_steps(dy, row, positions, count, group, offset, width, dsums, BLOCK)
                 if silu:
                     # The sums before silu are computed again rather than saved.
                     convolve_rows(x_tile, w_tile, b_tile, n_taps, count, width, sum_tile)
-                    multiply_by_d_silu(sum_tile, dsum_tile[before * BLOCK :], count, width)
+                    multiply_by_d_silu(sum_tile, dsums, count, width)
                 add_weight_gradients(x_tile, dsum_tile, dw_tile, db_tile, n_taps, count, width)
                 # dx_{t - K + 1} = sum_k w_{K - 1 - k} dsum_{t - K + 1 + k}: these are complete with step t.
                 convolve_rows(dsum_tile, reversed_tile, no_bias, n_taps, count, width, dx_tile)
@@ -151,6 +151,8 @@ def convolve_tiles_backward(
             )  # fmt: skip
         write_rows(dw_tile, dweight, run, zero, n_taps, channel, width)
         write_rows(db_tile, dbias, run, zero, one, channel, width)
+    keep(memory)
+    keep(positions_memory)
 
 
 @njit
@@ -190,4 +192,6 @@ def write_input_gradients(
         write_rows(tile, dinitial, initial, dinitial.shape[1] + step, n_before, channel, width)
     if n_before < count:
         set_positions(positions, start + step + n_before, count - n_before, direction, height, dx.shape[1])
-        write_steps(tile[n_before * BLOCK :], BLOCK, dx, row, positions, count - n_before, group, offset, width)
+        write_steps(
+            borrow_from(tile, n_before * BLOCK), BLOCK, dx, row, positions, count - n_before, group, offset, width
+        )

@@ -11,10 +11,14 @@ from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
 from ..._numba.lanes import (
     aligned_empty,
-    fill,
+    borrow,
+    borrow_from,
+    clear,
+    keep,
     lane_count,
     load,
     locate_tile,
+    parts,
     read_rows,
     read_steps,
     set_positions,
@@ -66,10 +70,14 @@ def convolve_tiles(
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
     n_taps, (grid_length, groups, dim) = weight.shape[1], x.shape[1:]
     before = n_taps - 1
-    x_tile, y_tile = aligned_empty(x, (before + STEPS) * BLOCK), aligned_empty(x, one * STEPS * BLOCK)
-    w_tile, b_tile = aligned_empty(x, n_taps * BLOCK), aligned_empty(x, one * BLOCK)
-    positions = np.empty(STEPS, np.int64)
-    fill(b_tile, 0.0)
+    memory = aligned_empty(x, (before + 2 * STEPS + n_taps + 1) * BLOCK)
+    y_tile, x_tile = parts(memory, one * STEPS * BLOCK, 2)
+    inputs = borrow_from(x_tile, before * BLOCK)
+    w_tile = borrow_from(inputs, STEPS * BLOCK)
+    b_tile = borrow_from(w_tile, n_taps * BLOCK)
+    positions_memory = np.empty(STEPS, np.int64)
+    positions = borrow(positions_memory)
+    clear(b_tile, zero, one * BLOCK)
     for tile in range(first, end):
         s, group, offset, width = locate_tile(tile, dim, groups)
         channel = group * dim + offset
@@ -79,14 +87,14 @@ def convolve_tiles(
         read_rows(weight, zero, zero, n_taps, channel, width, w_tile)
         if bias.size:
             read_rows(bias, zero, zero, one, channel, width, b_tile)
-        fill(x_tile, 0.0)
+        clear(x_tile, zero, before * BLOCK)
         if initial >= 0 and initial_states.size:
             read_rows(initial_states, initial, zero, before, channel, width, x_tile)
         # y_t = silu(bias + sum_k w_k x_{t - K + 1 + k})
         for at in range(start, start + length, STEPS):
             count = min(STEPS, start + length - at)
             set_positions(positions, at, count, directions[group], height, grid_length)
-            read_steps(x, row, positions, count, group, offset, width, x_tile[before * BLOCK :], BLOCK)
+            read_steps(x, row, positions, count, group, offset, width, inputs, BLOCK)
             convolve_rows(x_tile, w_tile, b_tile, n_taps, count, width, y_tile)
             if silu:
                 for t in range(count):
@@ -98,3 +106,5 @@ def convolve_tiles(
         # The first rows hold the last K - 1 inputs; in a shorter sequence, the initial state comes before.
         if final >= 0:
             write_rows(x_tile, final_states, final, zero, before, channel, width)
+    keep(memory)
+    keep(positions_memory)

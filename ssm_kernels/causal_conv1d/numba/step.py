@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid
-from ..._numba.lanes import aligned_empty, fill, lane_count, load, locate_tile, read_rows, store, write_rows
+from ..._numba.lanes import aligned_empty, clear, lane_count, load, locate_tile, read_rows, store, write_rows
 from ..._numba.launch import BLOCK, as_array, as_dtype, count_tiles, memory_of, plan_arrays
 from ..._numba.threads import run_tiles
 from .tiles import convolve_rows
@@ -40,7 +40,7 @@ def step_tiles(state, x, weight, bias, y, sources, destinations, bounds, silu, f
     n_taps, dim = weight.shape[1:]
     x_tile, w_tile = aligned_empty(x, n_taps * BLOCK), aligned_empty(x, n_taps * BLOCK)
     b_tile, y_tile = aligned_empty(x, one * BLOCK), aligned_empty(x, one * BLOCK)
-    fill(b_tile, 0.0)
+    clear(b_tile, zero, one * BLOCK)
     for tile in range(first, end):
         row, _, channel, width = locate_tile(tile, dim, one)
         if sources[row] < 0:

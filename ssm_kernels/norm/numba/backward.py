@@ -11,8 +11,8 @@ from ..._numba.functions import sigmoid
 from ..._numba.lanes import (
     aligned_empty,
     borrow,
+    clear,
     element,
-    fill,
     fma,
     keep,
     lane_count,
@@ -82,7 +82,7 @@ def differentiate_runs(
         for group in range(rstd.shape[1]):
             channel = group * group_size
             read_rows(weight, zero, zero, one, channel, group_size, w_tile)
-            fill(dw_tile, 0.0)
+            clear(dw_tile, zero, size)
             for row in range(run * n_tiles // n_runs * ROWS, min((run + 1) * n_tiles // n_runs * ROWS, n_rows)):
                 scale = element(rstd, row * rstd.shape[1] + group)
                 values = v, z, dy, norm_before_gate, row, channel, scale, w, s, dw, vector

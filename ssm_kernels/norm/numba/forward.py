@@ -12,8 +12,8 @@ from ..._numba.functions import rsqrt, sigmoid
 from ..._numba.lanes import (
     aligned_empty,
     borrow,
+    clear,
     element,
-    fill,
     fma,
     item_size,
     keep,
@@ -75,7 +75,7 @@ def normalize_tiles(weight, x, residual, z, y, residual_out, rstd, eps, group_si
     w_tile, v_tile, gates = aligned_empty(weight, size), aligned_empty(weight, size), aligned_empty(weight, size)
     scratch = aligned_empty(weight, one * lanes)
     for tile in (w_tile, v_tile):
-        fill(tile, 0.0)  # what follows a group's channels stays zero
+        clear(tile, zero, size)  # what follows a group's channels stays zero
     w, v, g, vector = borrow(w_tile), borrow(v_tile), borrow(gates), borrow(scratch)
     is_dense = has_dense_rows(x) and has_dense_rows(residual) and has_dense_rows(z)
     is_dense = is_dense and has_dense_rows(residual_out) and has_dense_rows(y)

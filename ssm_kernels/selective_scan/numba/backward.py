@@ -15,13 +15,18 @@ from ..._numba.functions import MAX_EXPONENT, exp2_product, sigmoid
 from ..._numba.lanes import (
     add_totals,
     aligned_empty,
+    borrow,
+    borrow_from,
+    clear,
     element,
-    fill,
     fma,
+    item_size,
+    keep,
     lane_count,
     list_lines,
     load,
     locate_tile,
+    parts,
     prefetch_share,
     read_rows,
     read_steps,
@@ -131,43 +136,43 @@ def scan_tiles_backward(
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
     n, (grid_length, groups, dim), lanes = A.shape[1], u.shape[1:], lane_count(u)
     size, states, row_size = CHECKPOINT_INTERVAL * lanes, padded_states(n) * BLOCK, one * BLOCK
+    coefficients, n_states = padded_states(n) * CHECKPOINT_INTERVAL, padded_states(n)
     # One memory for all tiles of steps: loads seem to wait for stores that are a multiple of 4,096 bytes away.
-    tiles = aligned_empty(u, 13 * size + 4 * lanes * lanes)
-    dt_tile, input_tile, y_tile, dy_tile, dinput_tile, dlog_tile, u_tile, z_tile, slope_tile = (
-        tiles[:size], tiles[size:], tiles[2 * size :], tiles[3 * size :], tiles[4 * size :], tiles[5 * size :],
-        tiles[6 * size :], tiles[7 * size :], tiles[8 * size : 9 * size],
+    memory = aligned_empty(u, 13 * size + 4 * lanes * lanes + 8 * states + 4 * coefficients + 4 * row_size)
+    clear(memory, zero, memory.size)
+    dt_tile, input_tile, y_tile, dy_tile, dinput_tile, dlog_tile, u_tile, z_tile, slope_tile, history = parts(
+        memory, size, 10
+    )
+    state_tiles = borrow_from(memory, 13 * size + 4 * lanes * lanes)
+    a_tile, h_tile, g_tile, dA_tile, B_lanes, C_lanes, dB_lanes, dC_lanes, step_tiles = parts(state_tiles, states, 9)
+    B_steps, C_steps, dB_steps, dC_steps, rows = parts(step_tiles, coefficients, 5)
+    bias, skip, dbias, dskip = parts(rows, row_size, 4)
+    exponents_memory = np.empty(BLOCK // lanes, u.dtype)
+    positions_memory, lines_memory = (
+        np.empty(2 * CHECKPOINT_INTERVAL, np.int64), np.empty(7 * CHECKPOINT_INTERVAL, np.int64),
     )  # fmt: skip
-    history = tiles[9 * size :]
-    state_tiles = aligned_empty(u, 8 * states).reshape(8, states)
-    a_tile, h_tile, g_tile, dA_tile = state_tiles[0], state_tiles[1], state_tiles[2], state_tiles[3]
-    B_lanes, C_lanes, dB_lanes, dC_lanes = state_tiles[4], state_tiles[5], state_tiles[6], state_tiles[7]
-    coefficients = padded_states(n) * CHECKPOINT_INTERVAL
-    B_steps, C_steps = aligned_empty(u, coefficients), aligned_empty(u, coefficients)
-    dB_steps, dC_steps = aligned_empty(u, coefficients), aligned_empty(u, coefficients)
-    bias, skip = aligned_empty(u, row_size), aligned_empty(u, row_size)
-    dbias, dskip = aligned_empty(u, row_size), aligned_empty(u, row_size)
-    exponents = np.empty(BLOCK // lanes, u.dtype)
-    positions, lines = np.empty(2 * CHECKPOINT_INTERVAL, np.int64), np.empty(7 * CHECKPOINT_INTERVAL, np.int64)
-    for shared in (a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, history, bias, skip):
-        fill(shared, 0.0)
+    exponents, positions, lines = borrow(exponents_memory), borrow(positions_memory), borrow(lines_memory)
+    next_positions = borrow_from(positions, CHECKPOINT_INTERVAL)
 
     for tile in range(first, end):
         run, group, offset, width = locate_tile(tile, dim, groups)
         channel = group * dim + offset
-        read_exponents(A, channel, width, a_tile, exponents)
+        read_exponents(A, channel, width, a_tile, n_states, exponents)
         if dt_bias.size:
             read_rows(dt_bias, zero, zero, one, channel, width, bias)
         if D.size:
             read_rows(D, zero, zero, one, channel, width, skip)
-        for shared in (dA_tile, dB_lanes, dC_lanes, dbias, dskip):
-            fill(shared, 0.0)
+        for shared in (dA_tile, dB_lanes, dC_lanes):
+            clear(shared, zero, states)
+        for shared in (dbias, dskip):
+            clear(shared, zero, row_size)
         batch_row = offset // BLOCK * u.shape[0]  # of row 0 in this tile's part of dB and dC
 
         n_sequences = len(sequences)
         for s in range(run * n_sequences // n_runs, (run + 1) * n_sequences // n_runs):
             row, start, length = sequences[s, 0], sequences[s, 1], sequences[s, 2]
             initial, final, saved = sequences[s, 3], sequences[s, 4], sequences[s, 5]
-            fill(g_tile, 0.0)
+            clear(g_tile, zero, states)
             if final >= 0:
                 read_rows(dfinal, final, zero, n, channel, width, g_tile)
 
@@ -179,13 +184,11 @@ def scan_tiles_backward(
                 read_rows(checkpoint_states, zero, (saved + k) * n, n, channel, width, h_tile)
                 set_positions(positions, at, count, directions[group], height, grid_length)
                 ahead = CHECKPOINT_INTERVAL * min(k, 1)  # steps of the block that comes next
-                set_positions(
-                    positions[CHECKPOINT_INTERVAL:], at - ahead, ahead, directions[group], height, grid_length
-                )
+                set_positions(next_positions, at - ahead, ahead, directions[group], height, grid_length)
                 read_coefficients(B, row, positions, count, group, B_is_constant, channel, width, B_steps, B_lanes)
                 read_coefficients(C, row, positions, count, group, C_is_constant, channel, width, C_steps, C_lanes)
-                fill(dB_steps, 0.0)
-                fill(dC_steps, 0.0)
+                clear(dB_steps, zero, coefficients)
+                clear(dC_steps, zero, coefficients)
                 n_lines = zero
                 for array in (u, dt, dy, z, du, ddt, dz):
                     n_lines = list_lines(
@@ -198,7 +201,7 @@ def scan_tiles_backward(
                     read_steps(dt, row, positions, count, group, c, n_channels, dt_tile, lanes)
                     read_steps(dy, row, positions, count, group, c, n_channels, dy_tile, lanes)
                     step_size = prepare_steps(
-                        count, n_channels, bias[i:], dt_softplus, u_tile, dt_tile, input_tile, slope_tile
+                        count, n_channels, borrow_from(bias, i), dt_softplus, u_tile, dt_tile, input_tile, slope_tile
                     )
                     # d(y before the gate) = dy silu(z); dz = dy silu'(z) y, of which `z_tile` holds all but y.
                     if z.size:
@@ -213,7 +216,7 @@ def scan_tiles_backward(
                         store(dinput_tile, t, splat(u, 0.0))
                         store(dlog_tile, t, splat(u, 0.0))
                     block = (
-                        count, i, z.size > 0, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile,
+                        count, i, n_states, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile,
                         dy_tile, history, g_tile, dA_tile, dB_lanes, dC_lanes, dB_steps, dC_steps, dinput_tile,
                         dlog_tile, y_tile, lines, n_lines, B_is_constant, C_is_constant,
                     )  # fmt: skip
@@ -259,6 +262,10 @@ def scan_tiles_backward(
             write_lanes(dB_lanes, dB, run, channel, width)
         if C_is_constant:
             write_lanes(dC_lanes, dC, run, channel, width)
+    keep(memory)
+    keep(exponents_memory)
+    keep(positions_memory)
+    keep(lines_memory)
 
 
 @njit
@@ -274,7 +281,7 @@ def _differentiate_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
 
     @njit
     def differentiate_steps(
-        count, i, has_gate, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, dy_tile, history,
+        count, i, n_states, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, dy_tile, history,
         g_tile, dA_tile, dB_lanes, dC_lanes, dB_steps, dC_steps, dinput_tile, dlog_tile, y_tile,
         lines, n_lines, B_is_constant, C_is_constant,
     ):  # fmt: skip
@@ -287,11 +294,10 @@ def _differentiate_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
         lanes = lane_count(a_tile)
         size = CHECKPOINT_INTERVAL * lanes
         # The history: decays of both states, the states before each step, and shares of dB and dC of a run of steps.
-        decays, decays2, before, before2 = history[:size], history[size:], history[2 * size :], history[3 * size :]
-        shares, square = history[4 * size :], lanes * lanes
-        n_states = h_tile.size // BLOCK
+        decays, decays2, before, before2, shares = parts(history, size, 5)
+        square = lanes * lanes
         for j in range(0, n_states, 2):
-            prefetch_share(lines, n_lines, i * a_tile.itemsize, j // 2, n_states // 2)
+            prefetch_share(lines, n_lines, i * item_size(a_tile), j // 2, n_states // 2)
             p, q = j * BLOCK + i, (j + 1) * BLOCK + i
             k = j * CHECKPOINT_INTERVAL
             k2 = k + CHECKPOINT_INTERVAL

@@ -14,12 +14,17 @@ from ..._numba.compile import Kernel
 from ..._numba.functions import MAX_EXPONENT, exp2_product, sigmoid
 from ..._numba.lanes import (
     aligned_empty,
-    fill,
+    borrow,
+    borrow_from,
+    clear,
     fma,
+    item_size,
+    keep,
     lane_count,
     list_lines,
     load,
     locate_tile,
+    parts,
     prefetch_share,
     read_rows,
     read_steps,
@@ -95,28 +100,28 @@ def scan_tiles(
     zero, one = np.int64(0), np.int64(1)  # numba compiles a function again for each literal
     n, (grid_length, groups, dim), lanes = A.shape[1], u.shape[1:], lane_count(u)
     size, states, row_size = CHECKPOINT_INTERVAL * lanes, padded_states(n) * BLOCK, one * BLOCK
+    coefficients, n_states = padded_states(n) * CHECKPOINT_INTERVAL, padded_states(n)
     # In one memory, so that in the first-level cache no tile that is read lies a few lines after one that is written:
     # a CPU takes such a load for one of what was just stored, and waits.
-    tiles = aligned_empty(u, 5 * size).reshape(5, size)
-    dt_tile, input_tile, y_tile, u_tile, z_tile = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4]
-    a_tile, h_tile, B_lanes, C_lanes = (
-        aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states), aligned_empty(u, states),
+    memory = aligned_empty(u, 5 * size + 4 * states + 2 * coefficients + 2 * row_size)
+    clear(memory, zero, memory.size)
+    dt_tile, input_tile, y_tile, u_tile, z_tile, state_tiles = parts(memory, size, 6)
+    a_tile, h_tile, B_lanes, C_lanes, step_tiles = parts(state_tiles, states, 5)
+    B_steps, C_steps, rows = parts(step_tiles, coefficients, 3)
+    bias, skip = parts(rows, row_size, 2)
+    exponents_memory = np.empty(BLOCK // lanes, u.dtype)
+    positions_memory, lines_memory = (
+        np.empty(2 * CHECKPOINT_INTERVAL, np.int64), np.empty(4 * CHECKPOINT_INTERVAL, np.int64),
     )  # fmt: skip
-    coefficients = padded_states(n) * CHECKPOINT_INTERVAL
-    B_steps, C_steps = aligned_empty(u, coefficients), aligned_empty(u, coefficients)
-    bias, skip = aligned_empty(u, row_size), aligned_empty(u, row_size)
-    exponents = np.empty(BLOCK // lanes, u.dtype)
-    positions, lines = np.empty(2 * CHECKPOINT_INTERVAL, np.int64), np.empty(4 * CHECKPOINT_INTERVAL, np.int64)
-    for shared in (a_tile, B_lanes, C_lanes, B_steps, C_steps, bias, skip):
-        fill(shared, 0.0)
+    exponents, positions, lines = borrow(exponents_memory), borrow(positions_memory), borrow(lines_memory)
 
     for tile in range(first, end):
         s, group, offset, width = locate_tile(tile, dim, groups)
         channel = group * dim + offset
         row, start, length = sequences[s, 0], sequences[s, 1], sequences[s, 2]
         initial, final, saved = sequences[s, 3], sequences[s, 4], sequences[s, 5]
-        read_exponents(A, channel, width, a_tile, exponents)
-        fill(h_tile, 0.0)
+        read_exponents(A, channel, width, a_tile, n_states, exponents)
+        clear(h_tile, zero, states)
         if initial >= 0 and initial_states.size:
             read_rows(initial_states, initial, zero, n, channel, width, h_tile)
         if dt_bias.size:
@@ -140,12 +145,14 @@ def scan_tiles(
                 k, n_channels = offset + i, min(lanes, width - i)
                 read_steps(u, row, positions, count, group, k, n_channels, u_tile, lanes)
                 read_steps(dt, row, positions, count, group, k, n_channels, dt_tile, lanes)
-                step_size = prepare_steps(count, n_channels, bias[i:], dt_softplus, u_tile, dt_tile, input_tile)
+                step_size = prepare_steps(
+                    count, n_channels, borrow_from(bias, i), dt_softplus, u_tile, dt_tile, input_tile
+                )
                 # y_t = C_t h_t + D u_t starts with its second term.
                 for t in range(0, count * lanes, lanes):
                     store(y_tile, t, load(skip, i) * load(u_tile, t))
                 block = (
-                    count, i, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile,
+                    count, i, n_states, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile,
                     lines, n_lines, B_is_constant, C_is_constant,
                 )  # fmt: skip
                 if B_is_constant or C_is_constant:
@@ -163,6 +170,10 @@ def scan_tiles(
 
         if final >= 0:
             write_rows(h_tile, final_states, final, zero, n, channel, width)
+    keep(memory)
+    keep(exponents_memory)
+    keep(positions_memory)
+    keep(lines_memory)
 
 
 def _scan_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
@@ -170,7 +181,7 @@ def _scan_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
 
     @njit
     def scan_steps(
-        count, i, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile, lines,
+        count, i, n_states, a_tile, h_tile, B_lanes, C_lanes, B_steps, C_steps, dt_tile, input_tile, y_tile, lines,
         n_lines, B_is_constant, C_is_constant,
     ):  # fmt: skip
         """Advance the states (padded N, BLOCK) of the channels from i on, as many as a vector holds.
@@ -179,9 +190,8 @@ def _scan_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
         """
         lanes = lane_count(a_tile)
         # Two states over all steps of the block at a time: each stays in a register, and they share the other loads.
-        n_states = h_tile.size // BLOCK
         for j in range(0, n_states, 2):
-            prefetch_share(lines, n_lines, i * a_tile.itemsize, j // 2, n_states // 2)
+            prefetch_share(lines, n_lines, i * item_size(a_tile), j // 2, n_states // 2)
             p, q = j * BLOCK + i, (j + 1) * BLOCK + i
             a, a2, h, h2 = load(a_tile, p), load(a_tile, q), load(h_tile, p), load(h_tile, q)
             for t in range(count):

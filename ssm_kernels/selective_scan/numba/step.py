@@ -11,8 +11,8 @@ from ..._numba.compile import Kernel
 from ..._numba.functions import LOG2_E, exp2, sigmoid
 from ..._numba.lanes import (
     aligned_empty,
+    clear,
     element,
-    fill,
     fma,
     lane_count,
     load,
@@ -69,7 +69,7 @@ def step_tiles(
     u_tile, dt_tile, input_tile = aligned_empty(u, row_size), aligned_empty(u, row_size), aligned_empty(u, row_size)
     y_tile, z_tile, bias = aligned_empty(u, row_size), aligned_empty(u, row_size), aligned_empty(u, row_size)
     scratch = aligned_empty(u, one * lane_count(u))
-    fill(bias, 0.0)
+    clear(bias, zero, row_size)
     kept = aligned_empty(u, row_size * n).reshape(one, row_size, n)  # a state that no slot takes, or in another format
     values, bits = aligned_empty(u, n + lane_count(u)), random_scratch(n)
 

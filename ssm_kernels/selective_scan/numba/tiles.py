@@ -93,13 +93,13 @@ def prepare_steps(count, width, bias, dt_softplus, u, dt, dt_input, slopes=None)
 
 
 @njit
-def read_exponents(A, channel, width, a_tile, largest_sizes):
+def read_exponents(A, channel, width, a_tile, n_states, largest_sizes):
     """Read A (1, N, G * E) times log2(e), for exp(dt A) = 2^(dt A log2(e)), and the largest |a| of each vector."""
     zero, lanes = np.int64(0), lane_count(a_tile)
     read_rows(A, zero, zero, A.shape[1], channel, width, a_tile)
     for i in range(0, BLOCK, lanes):
         size = splat(a_tile, 0.0)
-        for j in range(0, a_tile.size, BLOCK):
+        for j in range(0, n_states * BLOCK, BLOCK):
             store(a_tile, j + i, LOG2_E * load(a_tile, j + i))
             size = larger_sizes(load(a_tile, j + i), size)
         largest_sizes[i // lanes] = largest(size)

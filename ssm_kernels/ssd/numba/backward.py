@@ -11,8 +11,8 @@ from ..._numba.compile import Kernel
 from ..._numba.functions import sigmoid, softplus
 from ..._numba.lanes import (
     aligned_empty,
+    clear,
     element,
-    fill,
     fma,
     lane_count,
     load,
@@ -30,7 +30,6 @@ from ..arguments import ScanArguments, ScanGradients
 from . import CHECKPOINT_INTERVAL
 from .tiles import (
     CHUNK,
-    clear,
     dot,
     heads_per_tile,
     input_arrays,
@@ -137,11 +136,11 @@ def scan_tiles_backward(
     dlog, row_sums, strict = aligned_empty(x, steps_size), aligned_empty(x, steps_size), aligned_empty(x, square)
     skip, dskip = aligned_empty(x, p_size), aligned_empty(x, p_size)
     positions = np.empty((CHUNKS, CHUNK), np.int64)
-    fill(strict, 0.0)
+    clear(strict, 0, square)
     for i in range(CHUNK):
         for j in range(i):
             set_element(strict, i * CHUNK + j, 1.0)
-    fill(skip, 0.0)
+    clear(skip, 0, p_size)
 
     for tile in range(first, end):
         run, group, first_head, end_head = locate_heads(tile, heads, groups, n_heads)
@@ -172,16 +171,16 @@ def scan_tiles_backward(
                     clear(scores, c * CHUNK * CHUNK, CHUNK * CHUNK)
                     add_product(scores, c * CHUNK * CHUNK, CHUNK, C_tiles, c * CHUNK * n_size, n_size, 1,
                                 B_columns, c * CHUNK * n, CHUNK, count, n, CHUNK)  # fmt: skip
-                fill(dscores, 0.0)
-                fill(dB_columns, 0.0)
-                fill(dC_columns, 0.0)
+                clear(dscores, 0, CHUNKS * square)
+                clear(dB_columns, 0, CHUNKS * CHUNK * n)
+                clear(dC_columns, 0, CHUNKS * CHUNK * n)
 
                 for head in range(first_head, end_head):
                     dstate = (head - first_head) * n * p_size
                     load_state(checkpoint_states, saved + block, head, states, p_size)
                     if D.size:
                         read_row(D, head * (D.strides[1] // D.itemsize), D.strides[2] // D.itemsize, headdim, skip, 0)
-                    fill(dskip, 0.0)
+                    clear(dskip, 0, p_size)
                     dA_sum, dt_bias_sum = 0.0, 0.0
                     # The states before all chunks again
                     for c in range(n_chunks):
@@ -316,7 +315,7 @@ def differentiate_scores(matrix, scores, dscores, cell, masked, dmasked, strict,
     The log decay of step k acts on what passes from an input before k to an output at k or later.
     """
     n = lane_count(matrix)
-    fill(row_sums, 0.0)
+    clear(row_sums, 0, CHUNK)
     for i in range(count - 1, -1, -1):
         for j in range(0, CHUNK, n):
             at = i * CHUNK + j

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ..._core.varlen import max_blocks, parse_sequences
 from ..._numba.compile import Kernel
-from ..._numba.lanes import aligned_empty, element, fma, lane_count, load, read_row, set_positions, store, write_row
+from ..._numba.lanes import (
+    aligned_empty,
+    clear,
+    element,
+    fma,
+    lane_count,
+    load,
+    read_row,
+    set_positions,
+    store,
+    write_row,
+)
 from ..._numba.launch import as_array, as_directions, as_dtype, clear_unused, empty_of, memory_of, sequence_table
 from ..._numba.products import ROWS, add_product
 from ..._numba.threads import run_tiles
@@ -17,7 +28,6 @@ from ..arguments import ScanArguments
 from . import CHECKPOINT_INTERVAL
 from .tiles import (
     CHUNK,
-    clear,
     heads_per_tile,
     input_arrays,
     locate_heads,

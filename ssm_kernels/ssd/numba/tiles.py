@@ -13,6 +13,7 @@ from numba import njit
 
 from ..._numba.functions import LOG2_E, exp2, softplus
 from ..._numba.lanes import (
+    clear,
     element,
     fma,
     lane_count,
@@ -70,13 +71,6 @@ def locate_heads(tile, heads, groups, n_heads):
 def padded(like, size):
     """The size of a row of complete vectors."""
     return (size + lane_count(like) - 1) // lane_count(like) * lane_count(like)
-
-
-@njit
-def clear(tile, at, size):
-    """Set a part of a tile, of complete vectors, to zero."""
-    for i in range(at, at + size, lane_count(tile)):
-        store(tile, i, splat(tile, 0.0))
 
 
 @njit
