@@ -296,6 +296,20 @@ def test_quantized_weights_are_refused_by_the_trainer(plain_folder, tmp_path):
         train(model, AutoProcessor.from_pretrained(plain_folder), tmp_path / "out")
 
 
+@pytest.mark.parametrize("quantize, bits", [("int8", 8), ("int4", 4)])
+def test_an_adapter_of_peft_on_quantized_weights_is_an_error_that_names_their_layer(
+    lm_folder, tmp_path, quantize, bits
+):
+    pytest.importorskip("torchao")
+    convert(lm_folder, tmp_path / "lean", quantize=quantize)
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "lean"),
+        MambaLM.from_pretrained(lm_folder, quantize=quantize),
+    ):
+        with pytest.raises(ValueError, match=rf"QuantizedLinear\(\d+, \d+, bits={bits}\) is not supported"):
+            peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["in_proj", "out_proj"]))
+
+
 def test_quantized_weights_without_their_mark_are_an_error(lm_folder, tmp_path):
     pytest.importorskip("torchao")
     convert(lm_folder, tmp_path / "lean", quantize="int8")
