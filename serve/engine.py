@@ -328,10 +328,8 @@ class Engine:
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)  # (S + 1,)
         parts = [s.embed(s.position, ends[s]) for s in granted if s.embed is not None]
         vectors = torch.cat(parts, dim=1)  # (1, tokens, D)
-        state = self.lm.new_state(len(granted))
-        for i, sequence in enumerate(granted):
-            if sequence.state is not None:
-                _copy_row(sequence.state, 0, state, i)
+        empty = self.lm.new_state(1)
+        state = _joined([s.state or empty for s in granted])
         complete = [i for i, s in enumerate(granted) if ends[s] == len(s.ids)]
         positions = [int(bounds[i + 1]) - 1 for i in complete]
         chunk = PrefillChunk(0, sum(lengths), slice(None), bounds, positions)
@@ -392,18 +390,26 @@ class Engine:
             embed, bounds = self.model.packed(rests, self.features)
         else:
             embed, bounds = packed_tokens(self.lm, [rest.input_ids for rest in rests])
+        # Short prompts are embedded together; of a long one, only what a pass takes is in memory.
+        if bounds[-1] <= self.config.prefill_tokens:
+            embed = _sliced(embed(0, int(bounds[-1])))
         for sequence, start in zip(sequences, bounds.tolist(), strict=False):
             sequence.embed = _shifted(embed, start - sequence.position)
 
     def _join(self, sequences: list[_Sequence], logits: Tensor) -> None:
         """Choose first tokens by logits (S, V), and give rows of the batch to sequences that go on."""
-        events = []
-        for sequence, (token, logprob) in zip(sequences, self._choose(sequences, logits), strict=True):
-            events.append((sequence.request, self._push(sequence, token, logprob)))
-            if not sequence.completion.finished:
-                assert sequence.state is not None
-                _copy_row(sequence.state, 0, self.decoder.buffers, len(self.running))
-                self.running.append(sequence)
+        events = [
+            (sequence.request, self._push(sequence, token, logprob))
+            for sequence, (token, logprob) in zip(sequences, self._choose(sequences, logits), strict=True)
+        ]
+        if joining := [s for s in sequences if not s.completion.finished]:
+            n = len(self.running)
+            rows = states.select(self.decoder.buffers, slice(n, n + len(joining)))
+            for layer, new in zip(rows, _joined([s.state for s in joining if s.state is not None]), strict=True):
+                for t, values in zip(layer, new, strict=True):
+                    t.copy_(values)
+            self.running += joining
+        for sequence in sequences:
             sequence.state = sequence.embed = None
         self._deliver(events)
 
@@ -481,6 +487,10 @@ def _logprobs(logits: Tensor, tokens: Tensor, n: Sequence[int]) -> list[TokenLog
     ]
 
 
+def _sliced(embeds: Tensor) -> EmbedFn:
+    return lambda start, end: embeds[:, start:end]
+
+
 def _shifted(embed: EmbedFn, offset: int) -> EmbedFn:
     return lambda start, end: embed(start + offset, end + offset)
 
@@ -493,6 +503,11 @@ def _convert(source: LMState, target: LMState) -> LMState:
                 getattr(b, name).copy_(part)
         write_ssm(b, read_ssm(a))
     return target
+
+
+def _joined(parts: Sequence[LMState]) -> LMState:
+    """Copy the states of sequences into one of all of them."""
+    return [type(layers[0])(*map(torch.cat, zip(*layers, strict=True))) for layers in zip(*parts, strict=True)]
 
 
 def _copy_row(source: LMState, source_row: int, target: LMState, target_row: int) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.makers import BLUE, RED, language_config, random_prompts, sharpened_lm
 from tests.serve.makers import (
@@ -175,6 +177,30 @@ def test_a_request_that_comes_later_joins_the_running_batch(lm):
     client.finish_all()
     assert client.engine.stats.decode_steps == 13
     assert client.text(second) == Client(lm).run(dataclasses.replace(second, new_tokens=0))[0]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of PyTorch."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_one_more_request_in_a_batch_adds_few_operations(vlm):
+    """Of its own are those that keep states in the cache; all else is one operation for the batch."""
+    counts = {}
+    for n in (4, 8):
+        client = Client(vlm, ServeConfig(slots=8))
+        images = [Image.new("RGB", (32, 32), (i, 0, 0)) for i in range(n)]
+        client.engine.submit(*(vlm_request(vlm, "what?", i, GenerationConfig(2), ignore_eos=True) for i in images))
+        with Operations() as ran:
+            client.finish_all()
+        counts[n] = ran.n
+    n_stores, n_tensors = 3, sum(map(len, vlm.language_model.new_state(1)))
+    assert (counts[8] - counts[4]) / 4 <= n_stores * 2 * n_tensors + 16
 
 
 def test_a_long_prompt_does_not_hold_up_others(lm):
