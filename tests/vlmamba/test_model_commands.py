@@ -26,6 +26,7 @@ from vlmamba.command_line import printable
 from vlmamba.commands import prompt_file
 from vlmamba.commands.chat import completions, pasted_path
 from vlmamba.commands.prompt_file import MAX_CHARACTERS, json_line, read_prompts
+from vlmamba.commands.streaming import hold_first
 from vlmamba.connectors import ConnectorConfig
 from vlmamba.model import (
     VLM,
@@ -503,6 +504,46 @@ def test_chat_reads_what_is_not_utf_8(folder):
                           env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})  # fmt: skip
     nothing, wrong, *rest = done.stdout.decode().splitlines()
     assert "no command /nothing" in nothing and "the text is not UTF-8" in wrong and "/image PATH" in rest[0]
+
+
+WARNS_AT_THE_FIRST_STEP = """
+import logging, sys
+from vlmamba import cli
+from vlmamba.model.generation.decoding import Decoder
+step, seen = Decoder.step, []
+def warning(*arguments, **options):
+    if not seen:
+        seen.append(1)
+        logging.getLogger("ssm_kernels").warning("compiling")
+    return step(*arguments, **options)
+Decoder.step = warning
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_what_the_first_step_logs_is_before_the_answer(command, folder, lm):
+    """As the line that kernels are compiled, at the first call on a machine."""
+    words = [sys.executable, "-c", WARNS_AT_THE_FIRST_STEP, command, str(folder / "lm"), "--max-new-tokens", "6"]
+    words += ["a red"] if command == "generate" else []
+    done = subprocess.run(
+        words, input="a red\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, text=True
+    )
+    answer = printable(lm.generate(["a red"], FEW)[0])
+    assert len(answer) > 6
+    assert f"WARNING: compiling\n{answer}\n" in done.stdout
+
+
+def test_an_answer_that_is_stopped_at_its_first_step_has_its_first_part():
+    def texts():
+        yield "a"
+        raise KeyboardInterrupt
+
+    held = hold_first(texts())
+    assert next(held) == "a"
+    with pytest.raises(KeyboardInterrupt):
+        next(held)
+    assert [*hold_first(iter([]))] == [] and [*hold_first(iter("abcd"))] == ["ab", "c", "d"]
 
 
 def test_chat_reports_statistics_on_request(folder, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from ..model.files import expand_home
 from ..model.generation.config import GenerationConfig
 from ..model.prompt import TEMPLATES, get_template
 from .options import Group, Loading, Positional, Sampling
+from .streaming import hold_first
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -127,7 +128,7 @@ class Chat:
         started = False
         with contextlib.closing(conversation.ask(line)) as texts:
             try:
-                for text in texts:
+                for text in hold_first(texts):
                     started = True
                     print(printable(text), end="", flush=True)
             except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from ..command_line import printable
 from ..model.fields import Size
 from ..model.generation.config import GenerationConfig
 from .options import Group, Loading, Positional, Sampling
+from .streaming import hold_first
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,7 +92,7 @@ class Generate:
             model = load_with_tokenizer(self.model, self.loading)
             draft = None if self.draft is None else load_with_tokenizer(self.draft, self.loading)
             stats = DraftStats()
-            for text in _stream(model, self.prompt, images, self.sampling, draft, stats):
+            for text in hold_first(_stream(model, self.prompt, images, self.sampling, draft, stats)):
                 print(printable(text), end="", flush=True)
             print()
             if draft is not None:
