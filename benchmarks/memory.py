@@ -17,12 +17,6 @@ from .options import Mode
 from .timing import prepare, run_once, upstream_gradient
 from .workloads import build
 
-PRELOAD = [
-    "vlmamba.benchmarks.inference.measure", "transformers.models.llama.modeling_llama",
-    "transformers.models.phi.modeling_phi",
-]  # fmt: skip
-"""Modules that the fork server imports once, so that its children need not."""
-
 
 def peak_memory(
     op: str,
@@ -66,7 +60,7 @@ def in_fresh_process(measure: Callable[..., int], *arguments: Any) -> int:
         RuntimeError: the function failed.
     """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOAD)
+    processes.set_forkserver_preload([f"{__package__}.preload"])
     receiver, sender = processes.Pipe(duplex=False)
     child = processes.Process(target=_send_result, args=(sender, measure, arguments), daemon=True)
     child.start()

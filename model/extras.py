@@ -13,6 +13,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 }
 """Requirements of the extras that an error message names, as in `pyproject.toml`."""
 
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, when `torchao` is imported, of its libraries for other machines and of names that PyTorch will
+drop; neither says anything to a user of this package. transformers imports it too, where it is installed."""
+
 
 def install_command(extra: str) -> str:
     """Return the command that installs the packages of an extra.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssm_kernels.modules import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
 from ssm_kernels.modules.quantized import GROUP, OFFSET
 
-from .extras import install_command
+from .extras import NOISY_LOGGERS, install_command
 from .weights import DeviceMap, LazyTensor, Weights, devices_of
 
 logger = logging.getLogger("vlmamba.model")
@@ -284,8 +284,8 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 @functools.cache
 def _torchao() -> Any:
-    """Import `torchao`, without its notes on libraries for other machines."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    """Import `torchao`, without the warnings of `NOISY_LOGGERS`."""
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [x.level for x in loggers]
     for x in loggers:
         x.setLevel(logging.ERROR)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 
+from ..model.extras import NOISY_LOGGERS
+
 
 def show_warnings() -> None:
     """Show what the library logs from warnings on, for example that a slower backend runs."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[LinesOfTheirOwn()])
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class LinesOfTheirOwn(logging.StreamHandler):

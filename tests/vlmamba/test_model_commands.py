@@ -522,8 +522,8 @@ cli.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("command", ["chat", "generate"])
-def test_what_the_first_step_logs_is_before_the_answer(command, folder, lm):
-    """As the line that kernels are compiled, at the first call on a machine."""
+def test_a_warning_of_the_first_step_is_before_the_answer(command, folder, lm):
+    """Such as the line that kernels are compiled, at the first call on a machine."""
     words = [sys.executable, "-c", WARNS_AT_THE_FIRST_STEP, command, str(folder / "lm"), "--max-new-tokens", "6"]
     words += ["a red"] if command == "generate" else []
     done = subprocess.run(
