@@ -37,7 +37,7 @@ from ssm_kernels.testing import BODIES, Target, fake_target, is_interpreted
 from ..model.files import write_atomic
 from . import tables
 from .cases import Case, check_ops, published, shipped
-from .environment import environment
+from .environment import check_triton, environment
 from .files import write_json
 from .machine_code.sass import dump, resources
 from .options import CompileReport
@@ -46,6 +46,7 @@ from .options import CompileReport
 def run_compile_report(command: CompileReport) -> None:
     """`ssm-bench compile-report`."""
     check_ops(command.op)
+    check_triton()
     largest = published("bf16", ("2.7b",))
     default = largest if command.quick else shipped()
     targets = command.target or (("sm_90",) if command.quick else ("sm_80", "sm_90", "sm_100", "gfx942"))

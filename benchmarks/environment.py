@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import platform
 import shlex
@@ -36,6 +37,16 @@ def current_device(name: str) -> Iterator[None]:
         raise ValueError(f"device must be cpu, cuda, or one of several such as cuda:1; got {name!r}")
     with torch.cuda.device(device):
         yield
+
+
+def check_triton() -> None:
+    """Check that Triton, which the package needs on Linux alone, can be imported.
+
+    Raises:
+        ModuleNotFoundError: it cannot.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ModuleNotFoundError("compiling kernels needs the triton package: pip install triton")
 
 
 def synchronize(device: str) -> None:

@@ -1,13 +1,19 @@
 """Code written for mamba_ssm and transformers, unchanged, on these ops and without a GPU.
 
-python examples/drop_in.py
+    python examples/drop_in.py
+
+It needs pip install '.[transformers]'.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import torch
 
 import ssm_kernels.compat
+from vlmamba.model.extras import install_command
 
 
 def mamba_ssm_code() -> torch.Tensor:
@@ -36,6 +42,8 @@ def transformers_code() -> float:
 
 
 if __name__ == "__main__":
+    if importlib.util.find_spec("transformers") is None:
+        sys.exit(f"transformers is not installed: {install_command('transformers')}")
     torch.manual_seed(0)
     print(f"transformers' logits differ by {transformers_code():.1e}")
     print("provided:", *ssm_kernels.compat.install().provided)

@@ -50,7 +50,10 @@ if __name__ == "__main__":
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
             try:
-                url = server.stdout.readline().split()[-1]  # "serving example at http://127.0.0.1:PORT"
+                line = server.stdout.readline()  # "serving example at http://127.0.0.1:PORT"
+                if not line:
+                    sys.exit(server.wait())  # the server has printed the reason
+                url = line.split()[-1]
                 print(QUESTION, repr(ask(url, QUESTION, Image.new("RGB", (64, 64), "red"))))
             finally:
                 server.terminate()  # running answers end first

@@ -10,6 +10,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript"),
     "quantize": ("torchao>=0.18",),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "transformers": ("transformers>=5.20", "accelerate", "peft"),
 }
 """Requirements of the extras that an error message names, as in `pyproject.toml`."""
 

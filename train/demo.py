@@ -32,6 +32,7 @@ from .evaluate import answer_all
 from .identity import fingerprint
 from .loader import Samples
 from .loop import train_stage
+from .plot_style import pyplot
 from .recipes import FAMILIES, TINY_VISION, TURNS, DemoRecipe, Family, tiny_config
 from .records import Record
 from .samples import Conversations
@@ -69,6 +70,7 @@ def run_demo(
         Accuracy by category of each model, of the same language model without images, and of always answering "yes".
     """
     start = time.perf_counter()
+    pyplot()  # a package that is missing is an error before the training, not after it
     folder.mkdir(parents=True, exist_ok=True)
     train, test = easy_vqa.load("train"), easy_vqa.load("test")
     # Both models read it from the folder.

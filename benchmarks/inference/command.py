@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ...model.quantize import check_quantization
 from ...model.text_files import read_json
 from .. import memory
 from ..cases import DTYPES
@@ -42,6 +43,9 @@ def run_inference(command: Prefill) -> None:
     """`ssm-bench prefill` and `decode`: check, measure, write."""
     command = _with_defaults(command)
     phase = type(command).__name__.lower()
+    if isinstance(command, Decode):
+        for quantize in command.quantize:
+            check_quantization(quantize)
     with current_device(command.device):
         settings = {"phase": phase, "size": command.size, "dtype": command.dtype}
         settings |= {"steps": command.steps} if isinstance(command, Decode) else {}

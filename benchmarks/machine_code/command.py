@@ -15,7 +15,7 @@ from ssm_kernels.testing import is_interpreted
 from ..cases import Case, check_ops, published
 from ..compile_report import ARCHITECTURES, Request, in_processes
 from ..devices import MACHINES, Machine, first_machine
-from ..environment import environment
+from ..environment import check_triton, environment
 from ..files import write_json
 from ..options import MachineCode
 from .launches import Launch, Recording, record_launches, stub_extensions
@@ -26,6 +26,7 @@ from .report import beside, compare_results, summarize, table, table_of_changes
 def run_machine_code(command: MachineCode) -> None:
     """`ssm-bench machine-code`."""
     check_ops(command.op)
+    check_triton()
     before = _read(command.compare) if command.compare else None
     results = count(cases_of(command), command.target, command.peer, command.mode, command.device, command.jobs)
     for result in results:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ssm_kernels.testing import Target, fake_target, is_interpreted
 
 from ..compile_report import ARCHITECTURES
+from ..environment import check_triton
 from . import machine
 from .memory import Findings, allocations_of
 from .parser import Kernel, parse
@@ -103,6 +104,7 @@ def emulated(
         A report that grows with each launch.
 
     Raises:
+        ModuleNotFoundError: Triton is not installed.
         ValueError: the target is unknown, or Triton's interpreter is on.
         Fault: an access outside the tensors, a misaligned one, or a barrier that is never reached.
         Unsupported: an instruction that the emulator does not have.
@@ -115,6 +117,7 @@ def emulated(
         raise ValueError("kernels are compiled here, not interpreted: unset TRITON_INTERPRET")
     if _session is not None:
         raise RuntimeError("an emulated block cannot be inside another")
+    check_triton()
     from triton.runtime.driver import driver
 
     before = dict(vars(driver))

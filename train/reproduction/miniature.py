@@ -24,6 +24,7 @@ from ...model.weights import load_into
 from .. import easy_vqa, plots
 from ..demo import cached_answers, demo_tokenizer, train_encoder
 from ..loop import train_stage
+from ..plot_style import pyplot
 from ..recipes import TURNS, DemoRecipe, tiny_config
 from ..records import Record
 from ..samples import Conversations
@@ -61,6 +62,7 @@ def run_miniature(
     Returns:
         The comparison; `results.json`, `intervals.png` and the answers of each run are in `folder`.
     """
+    pyplot()  # a package that is missing is an error before the training, not after it
     folder.mkdir(parents=True, exist_ok=True)
     train, test = easy_vqa.load("train"), easy_vqa.load("test")[:n_test]
     tokenizer = demo_tokenizer(folder, train)
