@@ -108,7 +108,7 @@ class Measurement(SizeOptions, Command):
     dtype: Dtype = "fp32"
     """Dtype of the inputs."""
     device: str = "cpu"
-    """cuda, or one of several such as cuda:1."""
+    """cpu or cuda, or one of several such as cuda:1."""
     threads: tuple[Count, ...] = ()
     """Numbers of threads on a CPU, a case each; peers run with the first alone. Default: PyTorch's own number."""
     calls: Count = 15

@@ -65,7 +65,7 @@ class Optimization:
     grad_clip: Annotated[float, Interval("(0, inf]")] = 1.0
     """Gradient norm to clip to."""
     max_loss: Annotated[float, Interval("(0, inf]")] = 25.0
-    """A larger loss stops the stage, as a non-finite one does. Guessing among 50,000 tokens has a loss of 11."""
+    """A larger loss stops the stage, as a non-finite one does. Guessing among 50 thousand tokens has a loss of 11."""
     seed: Seed = 0
     """Seed of the order of the samples, and of dropout."""
 

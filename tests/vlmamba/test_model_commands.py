@@ -531,7 +531,7 @@ def test_a_warning_of_the_first_step_is_before_the_answer(command, folder, lm):
     )
     answer = printable(lm.generate(["a red"], FEW)[0])
     assert len(answer) > 6
-    assert f"WARNING: compiling\n{answer}\n" in done.stdout
+    assert "WARNING: compiling\n" in done.stdout and f"\n{answer}\n" in done.stdout
 
 
 def test_an_answer_that_is_stopped_at_its_first_step_has_its_first_part():
