@@ -429,7 +429,7 @@ class Emulate(Command):
 class Fuzz(Command):
     """Compare random calls of every backend, with extreme values, with the reference; exit status 1 on a mismatch.
 
-    Backends: torch, and triton on a GPU or, with TRITON_INTERPRET=1, in its interpreter.
+    Backends: torch, numba on a CPU, and triton on a GPU or, with TRITON_INTERPRET=1, in its interpreter.
 
     Examples:
     $ ssm-bench fuzz --minutes 10
