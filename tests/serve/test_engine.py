@@ -190,7 +190,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_one_more_request_in_a_batch_adds_few_operations(vlm):
-    """Of its own are those that keep states in the cache; all else is one operation for the batch."""
+    """Only states are kept in the cache for each request alone; all else is one operation for the batch."""
     counts = {}
     for n in (4, 8):
         client = Client(vlm, ServeConfig(slots=8))

@@ -494,7 +494,6 @@ def failures(tmp_path_factory) -> Iterator[list[dict]]:
     yield [json.loads(f.read_text()) for f in files]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_rank(name, failures):
     said = [found.get(name, "did not get so far") for found in failures]
