@@ -88,7 +88,7 @@ class Case:
     state_dtype: str = ""
     """Format in which a step keeps a float32 state of a scan: bf16, fp16 or int8. It is encoded in each call."""
     rand_seed: bool = False
-    """That state is rounded by chance, not to the nearest."""
+    """That state is rounded stochastically, not to the nearest."""
 
     def __str__(self) -> str:
         """The sizes that the op reads, and the options that differ from their defaults: unique to the case."""

@@ -472,7 +472,7 @@ class GPUSuite(Command):
 
 @dataclass
 class StateFormats(Command):
-    """Error of decoding steps whose state is kept in each format, against float64, to the nearest and by chance.
+    """Error of decoding steps with the state in each format, rounded to the nearest and stochastically.
 
     One layer of Mamba and one of Mamba-2, with the decay rates and step sizes of their initialization.
 

@@ -33,11 +33,13 @@ class Format(NamedTuple):
     """A format of a state, and how it is rounded."""
 
     dtype: torch.dtype
-    by_chance: bool = False
+    stochastic: bool = False
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return name if self.dtype == torch.float32 else f"{name}, {'by chance' if self.by_chance else 'to the nearest'}"
+        if self.dtype == torch.float32:
+            return name
+        return f"{name}, {'stochastic' if self.stochastic else 'to the nearest'}"
 
 
 FORMATS = (
@@ -123,7 +125,7 @@ def measure(op: str, tokens: Tokens, steps: int, seed: int) -> Iterator[Row]:
                 **single,
                 dt_softplus=True,
                 state_scale=scale,
-                rand_seed=seeds if f.by_chance else None,
+                rand_seed=seeds if f.stochastic else None,
             )
             of_error[i] += counts * float((y - want).square().sum())
     for f, (state, scale), error in zip(FORMATS, stored, of_error, strict=True):

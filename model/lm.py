@@ -168,8 +168,8 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
 
         Args:
             batch: number of sequences.
-            dtype: of the scans' part: bfloat16, float16 or int8, rounded by chance at every write; float32, or float64
-                in a model of that dtype, by default.
+            dtype: of the scans' part: bfloat16, float16 or int8, rounded stochastically at every write; float32, or
+                float64 in a model of that dtype, by default.
 
         Raises:
             TypeError: another dtype.

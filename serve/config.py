@@ -19,7 +19,7 @@ class ServeConfig:
     """Most requests that wait for a slot. More are answered with status 429."""
     state_dtype: StateDtype = "float32"
     """Format of the states of running requests and of the cache. bfloat16, float16 and int8 take a half or a quarter of
-    the memory of the scan's part; they are rounded by chance at every step."""
+    the memory of the scan's part; they are rounded stochastically at every step."""
     prefill_tokens: Annotated[int, Interval("[64, inf)")] = 1024
     """Prompt tokens that are run between two decoding steps. Fewer let running answers flow; more let new ones start
     sooner."""

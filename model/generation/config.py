@@ -32,7 +32,7 @@ class GenerationConfig:
     """Tokens that a draft model proposes a step, where there is one."""
     state_dtype: StateDtype = "float32"
     """Format in which the state is kept. Others than float32 take a half or a quarter of the memory, and are rounded
-    by chance at every step, which does not depend on `seed`."""
+    stochastically at every step, which does not depend on `seed`."""
     prefill_chunk: Count = 4096
     """Prompt tokens per forward pass. Bounds the memory that a long prompt takes."""
 

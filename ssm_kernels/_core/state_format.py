@@ -1,4 +1,4 @@
-"""Formats of a stored state: float32, bfloat16, float16, and int8 with scales; rounding to the nearest or by chance.
+"""Formats of a stored state: float32, bfloat16, float16, and int8 with scales; rounding to the nearest, or stochastic.
 
 The steps compute in float32. A state in a narrow format is read, advanced, and rounded again at every step: to the
 nearest, an update smaller than half a unit is lost at every step, and a state that decays slowly stands still. Rounding
@@ -116,7 +116,7 @@ def encode_state(values: Tensor, dtype: torch.dtype, rand_seed: Tensor | None = 
     Args:
         values: (B, ..., N) states.
         dtype: bfloat16, float16 or int8.
-        rand_seed: (B,) or (1,) int64 for rounding by chance; None for rounding to the nearest.
+        rand_seed: (B,) or (1,) int64 for stochastic rounding; None for rounding to the nearest.
 
     Returns:
         the stored states, and the float32 scales (B, ...) of int8, else None.

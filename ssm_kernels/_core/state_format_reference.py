@@ -47,7 +47,7 @@ def store(state: Tensor, scale: Tensor | None, values: Tensor, seed: int | None)
         state: one stored state.
         scale: (...) its scales.
         values: (..., N) of the dtype that `decode` has.
-        seed: of rounding by chance; None for rounding to the nearest.
+        seed: of stochastic rounding; None for rounding to the nearest.
     """
     if state.dtype in (torch.float32, torch.float64):
         state.copy_(values)
@@ -68,7 +68,7 @@ def store(state: Tensor, scale: Tensor | None, values: Tensor, seed: int | None)
 
 
 def _float(x: np.ndarray, noise: np.ndarray, mantissa: int, least: int, bits: int) -> np.ndarray:
-    """Round to the floats of a mantissa and a least exponent, by chance of so many bits."""
+    """Round stochastically, with so many random bits, to the floats of a mantissa and a least exponent."""
     exponent = np.maximum(np.frexp(x)[1] - 1, least)
     unit = np.ldexp(1.0, exponent - mantissa)
     fine = np.rint(np.abs(x) / unit * 2**bits)  # an integer, but for numbers of fewer digits than the format has

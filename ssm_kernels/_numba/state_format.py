@@ -62,7 +62,7 @@ def keep_state(tile, stored, scale, seed, has_seed, first_row, values, bits) -> 
         stored: (1, rows, N), written.
         scale: (1, rows), written for int8.
         seed: of the token.
-        has_seed: whether rounding is by chance.
+        has_seed: whether rounding is stochastic.
         first_row: number of the first row in the state.
         values: padded(N) numbers of scratch memory.
         bits: N numbers of uint16 of scratch memory, up to a multiple of 128.
@@ -143,7 +143,7 @@ def _round_row(values, n, bits, has_seed, narrow):
             is_zero = largest < np.float32(LEAST_ROW)
             multiply(values, n, np.float32(0) if is_zero else np.float32(INT8_MAX * 65536) / largest)
             for k in range(0, n, lane_count(values)):
-                store_by_chance(narrow, k, load(values, k), bits)
+                store_stochastic(narrow, k, load(values, k), bits)
             return np.float32(0) if is_zero else largest * np.float32(1 / INT8_MAX)
 
         return to_integers
@@ -151,7 +151,7 @@ def _round_row(values, n, bits, has_seed, narrow):
     def to_floats(values, n, bits, has_seed, narrow):
         for k in range(0, n, lane_count(values)):
             if has_seed:
-                store_by_chance(narrow, k, load(values, k), bits)
+                store_stochastic(narrow, k, load(values, k), bits)
             else:
                 store_as(narrow, k, load(values, k))
         return np.float32(1)
@@ -240,7 +240,7 @@ def _shuffled(builder: Any, a: Any, b: Any, indices: Sequence[int]) -> Any:
 
 
 @intrinsic
-def store_by_chance(typingctx, array, offset, value, bits):
+def store_stochastic(typingctx, array, offset, value, bits):
     """Write a vector, rounded by the random bits at the same offset; for int8 as numbers of 1/65536 of a unit."""
 
     def codegen(context, builder, sig, args):

@@ -123,7 +123,7 @@ def mamba3_step(
         arguments: those of `mamba3` with L = T, without states and packing.
         plan: slots of the tokens; None where every sequence has T of them.
         state_scale: (B, H, P) scales of int8, updated.
-        seeds: (M,) of the tokens, for rounding by chance.
+        seeds: (M,) of the tokens, for stochastic rounding.
 
     Returns:
         y as `mamba3` returns it.

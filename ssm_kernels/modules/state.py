@@ -24,7 +24,7 @@ class MixerState(NamedTuple):
 
 
 class NarrowMixerState(NamedTuple):
-    """A `MixerState` whose scan part is kept in fewer bits, rounded by chance at every write. For inference, in place.
+    """A `MixerState` with its scan part in fewer bits, rounded stochastically at every write. For inference, in place.
 
     Its draws depend on the number of writes alone, so that a sequence has the same state in any batch and any slot.
     """

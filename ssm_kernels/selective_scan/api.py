@@ -119,7 +119,7 @@ def selective_scan_step(
         A, D, dt_bias, dt_softplus: as in `selective_scan`.
         slots: slots of `state` that each sequence reads and writes; row b reads and writes state b by default.
         state_scale: (B, D) float32, or (slots, D): what a unit of int8 stands for in each row. **Updated in place**.
-        rand_seed: (B,) int64, or (S,) of the sequences, or (1,): round a state in bfloat16, float16 or int8 by chance;
+        rand_seed: (B,) int64, or (S,) of the sequences, or (1,): round a state in fewer bits stochastically;
             to the nearest by default. Pass another seed at each step: token t of a sequence has `rand_seed + t`.
         backend: see `ssm_kernels.use_backend`.
 

@@ -90,7 +90,7 @@ def selective_scan_step(
         A, D, dt_bias, dt_softplus: as in `selective_scan`.
         plan: slots of the tokens; None for one token of every state.
         state_scale: (B, D) scales of int8, updated.
-        seeds: (M,) of the tokens, for rounding by chance.
+        seeds: (M,) of the tokens, for stochastic rounding.
 
     Returns:
         y (M, D) in the dtype of u.

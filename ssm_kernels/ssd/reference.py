@@ -100,7 +100,7 @@ def ssd_step(
         plan: slots of the tokens; None where every state has T of them.
         input_weights: (B, T, H) weights of the inputs; those of dt by default.
         state_scale: (B, H, P) scales of int8, updated.
-        seeds: (M,) of the tokens, for rounding by chance.
+        seeds: (M,) of the tokens, for stochastic rounding.
 
     Returns:
         y (B, T, H, P) in the dtype of x.

@@ -1,4 +1,4 @@
-"""States in bfloat16, float16 and int8: rounding to the nearest and by chance, the same on every backend."""
+"""States in bfloat16, float16 and int8: rounding to the nearest and stochastic rounding, the same on every backend."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_any_number_is_rounded_as_the_reference_does(dtype, seed):
 
 
 @NARROW
-def test_rounding_by_chance_keeps_the_mean(dtype):
+def test_stochastic_rounding_keeps_the_mean(dtype):
     values = draw(1, 3, 16).expand(4000, -1, -1)
     seeds = torch.arange(4000)
     got = decode_state(*encode_state(values, dtype, seeds))
@@ -213,13 +213,13 @@ def test_tokens_at_once_are_single_steps_where_every_state_is_kept(backend, op, 
 
 @pytest.mark.skipif(is_interpreted(), reason="thousands of steps")
 @pytest.mark.parametrize("op", ["selective_scan_step", "ssd_step"])
-def test_rounding_to_the_nearest_stands_still_and_by_chance_does_not(op):
+def test_rounding_to_the_nearest_stands_still_and_stochastic_rounding_does_not(op):
     rows = {row.format: row for row in measure(op, "repeated", 800, seed=0)}
     for dtype in ("bfloat16", "float16"):
-        nearest, chance = rows[f"{dtype}, to the nearest"], rows[f"{dtype}, by chance"]
-        assert chance.state < 0.1 * nearest.state
+        nearest, stochastic = rows[f"{dtype}, to the nearest"], rows[f"{dtype}, stochastic"]
+        assert stochastic.state < 0.1 * nearest.state
     assert rows["bfloat16, to the nearest"].state > 0.1
-    limits = {"float32": 1e-5, "bfloat16, by chance": 0.01, "float16, by chance": 0.002, "int8, by chance": 0.05}
+    limits = {"float32": 1e-5, "bfloat16, stochastic": 0.01, "float16, stochastic": 0.002, "int8, stochastic": 0.05}
     for name, limit in limits.items():
         assert rows[name].state < limit, name
 
