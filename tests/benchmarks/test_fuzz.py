@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -51,6 +52,17 @@ def test_arguments_that_must_be_finite_are():
         for name in fuzz.MUST_BE_FINITE.get(trial.case.op, ()):
             assert name not in tensors or tensors[name].isfinite().all(), trial
     assert {("ssd", "z"), ("selective_scan", "B"), ("rms_norm", "x"), ("ssd_step", "x")} <= seen
+
+
+def test_products_that_overflow_in_one_order_alone_are_no_finding():
+    """With steps below zero and no softplus the states grow to 1e300, and so does an intermediate of a gradient."""
+    shape = Shape(batch=1, length=36, channels=8, d_state=8, heads=3, headdim=15, width=1, height=4)
+    case = Case("cross_selective_scan", shape, "fp64", D=False, dt_bias=True, dt_softplus=False, silu=False)
+    trial = Trial(case, 996000544)
+    y = results(functools.partial(case.function, backend="reference"), trial.inputs("cpu"), gradients=False)["y"]
+    assert y.isfinite().all() and y.abs().max() > 1e200
+    for backend in fuzz.backends("cpu", case.folder):
+        assert fuzz.wrong(trial, backend, "cpu") == ""
 
 
 def test_correct_backends_pass(tmp_path, capsys):
