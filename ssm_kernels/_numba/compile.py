@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from filelock import FileLock
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
@@ -72,8 +74,9 @@ class Kernel:
     def __init__(self, function: Callable):
         self._dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
         self._compiled: dict[tuple[torch.dtype, ...], Callable] = {}
+        self._cache: _Cache | None = None
         try:
-            self._dispatcher._cache = _Cache(function)  # pyright: ignore[reportAttributeAccessIssue]
+            self._cache = self._dispatcher._cache = _Cache(function)  # pyright: ignore[reportAttributeAccessIssue]
         except RuntimeError as error:  # neither the user's folder nor the package's can be written
             logger.warning("kernels for the CPU are compiled in every process: %s", error)
 
@@ -92,7 +95,8 @@ class Kernel:
             timer.daemon = True
             timer.start()
             try:
-                return self._dispatcher.compile(tuple(map(_type_of, args)))
+                with self._cache.locked() if self._cache else contextlib.nullcontext():
+                    return self._dispatcher.compile(tuple(map(_type_of, args)))
             finally:
                 timer.cancel()
 
@@ -125,6 +129,22 @@ class _Cache(FunctionCache):
     """numba's cache, keyed also by the files that kernels share: numba looks at the kernel's own file alone."""
 
     _impl_class = _Files
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the kernel's files against other processes, such as the ranks of a training.
+
+        Those that wait find the result. numba writes the index of a kernel before the file that it names, and two
+        writers may take the same name for kernels of different dtypes.
+        """
+        lock = FileLock(Path(self.cache_path) / f"{self._impl.filename_base}.lock")
+        with contextlib.ExitStack() as stack:
+            try:
+                self._impl.locator.ensure_cache_path()
+                stack.enter_context(lock)
+            except (OSError, NotImplementedError) as error:  # no room for a file, or no locks in this file system
+                logger.warning("%s cannot be locked; only one process should compile: %s", lock.lock_file, error)
+            yield
 
     def _index_key(self, sig, codegen):
         return *super()._index_key(sig, codegen), _digest()

@@ -243,6 +243,89 @@ def test_a_slow_compilation_is_announced_once_on_stderr_while_it_runs(tmp_path, 
     assert run.stderr.count(f"later processes find them in {tmp_path}") == times
 
 
+TWO_DTYPES = """
+import pathlib, sys, time
+import torch
+from numba.core import caching
+from ssm_kernels._numba.compile import Kernel
+from ssm_kernels._numba.launch import __file__ as file, memory_of
+here, first, dtypes = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[2:]
+namespace = {"__name__": "ssm_kernels._numba.launch"}
+exec(compile("def add(x): x[0] += 0.5", file, "exec"), namespace)
+kernel = Kernel(namespace["add"])
+exec(compile(f"def warm_up_{first}(x): x[0] = 0", file, "exec"), namespace)
+Kernel(namespace[f"warm_up_{first}"])(memory_of(torch.ones(1)))
+
+def wait_for(name, seconds):
+    end = time.monotonic() + seconds
+    while not (here / name).exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return (here / name).exists()
+
+def save(*args, save=caching.IndexDataCacheFile._save_index):
+    (here / "has-chosen").touch()
+    if wait_for("other-reads", 3):
+        wait_for("other-is-done", 200)
+    save(*args)
+
+def load(*args, load=caching.IndexDataCacheFile.load):
+    (here / "other-reads").touch()
+    return load(*args)
+
+if first == "float32":
+    caching.IndexDataCacheFile._save_index = save
+else:
+    wait_for("has-chosen", 200)
+    caching.IndexDataCacheFile.load = load
+for dtype in dtypes:
+    x = torch.ones(4, dtype=getattr(torch, dtype))
+    kernel(memory_of(x))
+    assert x.tolist() == [1.5, 1, 1, 1], x
+(here / "other-is-done").touch()
+print(sum(kernel._dispatcher.stats.cache_misses.values()))
+"""
+
+
+def test_of_two_processes_one_compiles_and_the_other_takes_its_result(tmp_path):
+    """numba chooses a file's name from the index before it writes that, so that two could choose the same one."""
+    environment, pipe = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, subprocess.PIPE
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_DTYPES, str(tmp_path), *dtypes],
+            env=environment, stdout=pipe, stderr=pipe, text=True,
+        )
+        for dtypes in (["float32", "float64"], ["float64", "float32"])
+    ]  # fmt: skip
+    results = [process.communicate(timeout=300) for process in processes]
+    assert sum(int(stdout) for stdout, _ in results) == 2, results
+
+
+def test_where_files_cannot_be_locked_kernels_are_compiled_with_a_warning(tmp_path, monkeypatch, caplog):
+    from numba.core import config
+
+    from ssm_kernels._numba import compile as compiling
+
+    class Lock:
+        lock_file = "run.lock"
+
+        def __init__(self, path): ...
+
+        def __enter__(self):
+            raise NotImplementedError("no flock")
+
+        def __exit__(self, *error): ...
+
+    def run(x):
+        x[0] += 0.5
+
+    monkeypatch.setattr(compiling, "FileLock", Lock)
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    x = np.ones(1)
+    compiling.Kernel(run)(x)
+    assert x == 1.5
+    assert "run.lock cannot be locked; only one process should compile: no flock" in caplog.text
+
+
 def test_kernels_are_cached_outside_of_the_package_where_an_uninstaller_would_leave_them(tmp_path):
     """A folder that is left in site-packages shadows an editable install."""
     code = """
