@@ -36,11 +36,12 @@ def run_commands(
     if arguments[0] == "--version":
         print(prog, version("vl-mamba"))
         return
-    # An unknown command gets a suggestion in place of tyro's list of all options.
-    if not arguments[0].startswith("-") and arguments[0] not in commands:
-        near = difflib.get_close_matches(arguments[0], commands, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(commands)}"
-        print(f"{prog}: no command {arguments[0]!r}; {hint}", file=sys.stderr)
+    # An unknown command or option gets a suggestion in place of tyro's list of all options.
+    if arguments[0] not in (*commands, "-h", "--help"):
+        kind, known = ("option", ("--help", "--version")) if arguments[0].startswith("-") else ("command", commands)
+        near = difflib.get_close_matches(arguments[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        print(f"{prog}: no {kind} {arguments[0]!r}; {hint}", file=sys.stderr)
         sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped

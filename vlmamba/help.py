@@ -29,6 +29,13 @@ class Default:
     text: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Without:
+    """Names of a group's fields that a command has no options for; they keep their defaults."""
+
+    names: tuple[str, ...]
+
+
 def examples(kind: type) -> list[list[str]]:
     """Words of the example commands of a command: the lines of its docstring that start with `$`."""
     return [shlex.split(line[2:]) for line in (inspect.getdoc(kind) or "").splitlines() if line.startswith("$ ")]
@@ -71,21 +78,24 @@ def check_options(command: Any, prefix: str = "--") -> None:
 def _original(kind: type, value: Any) -> Any:
     """Make an instance of a class from one of its described class."""
     hints = typing.get_type_hints(kind)
-    given = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
+    given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     groups = {name: hints[name] for name in given if dataclasses.is_dataclass(hints[name])}
     return kind(**given | {name: _original(group, given[name]) for name, group in groups.items()})
 
 
 @functools.cache
-def _described(kind: type) -> type:
-    """Derive a class whose fields have their help, for tyro."""
+def _described(kind: type, left_out: tuple[str, ...] = ()) -> type:
+    """Derive a class whose fields have their help, for tyro; it lacks the fields that are left out."""
     hints, texts, fields = typing.get_type_hints(kind, include_extras=True), field_texts(kind), []
     for field in dataclasses.fields(kind):
+        if field.name in left_out:
+            continue
         bare, *metadata = _unwrapped(hints[field.name])
         value: dict[str, Any] = {key: getattr(field, key) for key in ("default", "default_factory")}
         if dataclasses.is_dataclass(bare):
-            value = {"default_factory": functools.partial(_as_described, bare, field.default)}
-            bare = _described(typing.cast(type, bare))
+            without = next((m.names for m in metadata if isinstance(m, Without)), ())
+            bare = _described(typing.cast(type, bare), without)
+            value = {"default_factory": functools.partial(_copied, bare, field.default)}
             metadata.append(tyro.conf.arg(help=" ".join((inspect.getdoc(bare) or "").split())))
         else:
             metadata.append(_help(field, bare, metadata, texts.get(field.name, "")))
@@ -97,9 +107,9 @@ def _described(kind: type) -> type:
     return dataclasses.make_dataclass(kind.__name__, fields, namespace=namespace)
 
 
-def _as_described(kind: Any, value: Any) -> Any:
+def _copied(described: Any, value: Any) -> Any:
     """Make an instance of a described class from one of its original."""
-    return _described(kind)(**{f.name: getattr(value, f.name) for f in dataclasses.fields(kind)})
+    return described(**{f.name: getattr(value, f.name) for f in dataclasses.fields(described)})
 
 
 def _help(field: dataclasses.Field, hint: Any, metadata: Sequence[Any], text: str) -> Any:

@@ -16,6 +16,7 @@ from vlmamba import cli
 from vlmamba.benchmarks import cli as bench_cli
 from vlmamba.help import Default, check_options, examples, field_texts, first_sentence, parse
 from vlmamba.model.fields import Count
+from vlmamba.model.generation.config import GenerationConfig
 
 COMMANDS = {**cli.COMMANDS, **bench_cli.COMMANDS}
 
@@ -131,6 +132,27 @@ def test_a_command_is_of_its_own_class_and_its_groups_are_checked():
         check_options(parse("made", Made, ["x", "--size", "0"]))
     with pytest.raises(ValueError, match="^--other.size must be at least 1, got 0"):
         check_options(parse("made", Made, ["x", "--other.size", "0"]))
+
+
+def test_chat_has_no_option_that_it_does_not_use(capsys):
+    """It takes no draft model, so it has no number of draft tokens; `generate` has both."""
+    assert parse("chat", cli.COMMANDS["chat"], ["x", "--top-k", "3"]).sampling == GenerationConfig(top_k=3)
+    with pytest.raises(SystemExit, match="^2$"):
+        parse("chat", cli.COMMANDS["chat"], ["x", "--draft-tokens", "3"])
+    assert "--draft-tokens" in capsys.readouterr().err
+    command = parse("generate", cli.COMMANDS["generate"], ["x", "a", "--draft-tokens", "3"])
+    assert command.sampling == GenerationConfig(draft_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [("tran", "command 'tran'; did you mean 'train'?"), ("--vers", "option '--vers'; did you mean '--version'?"),
+     ("-x", "option '-x'; known are --help, --version")],
+)  # fmt: skip
+def test_an_unknown_command_or_option_is_one_line_with_what_is_known(argument, message, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        cli.main([argument])
+    assert capsys.readouterr().err == f"vlmamba: no {message}\n"
 
 
 def test_openmp_s_threads_sleep_unless_the_user_wants_otherwise(monkeypatch):

@@ -9,9 +9,10 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..command_line import describe, printable
+from ..help import Without
 from ..model.files import expand_home
 from ..model.generation.config import GenerationConfig
 from ..model.prompt import TEMPLATES, get_template
@@ -53,7 +54,7 @@ class Chat:
     """Prompt template; the model's own by default. A language model without one continues each text by itself."""
     verbose: bool = False
     """Print the time of each answer and the size of the state."""
-    sampling: Sampling = GenerationConfig()
+    sampling: Annotated[Sampling, Without(("draft_tokens",))] = GenerationConfig()
     loading: Group[Loading] = Loading()
 
     def run(self) -> None:
