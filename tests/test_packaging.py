@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,6 +106,18 @@ def test_the_source_archive_builds_the_same_wheel(wheel, archive, tmp_path):
         assert one.namelist() == other.namelist()
 
 
+def test_the_source_archive_has_what_the_repository_has(archive):
+    """Its tests run, and its pages have their pictures, examples and figures."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a checkout of git")
+    tracked = {name for name in done.stdout.split("\0") if name and not name.startswith(".") and (ROOT / name).exists()}
+    with tarfile.open(archive) as files:
+        archived = {name.partition("/")[2] for name in files.getnames()}
+    assert not tracked - archived
+    assert not {name for name in archived if "_build/" in name or "__pycache__" in name or name.startswith("runs/")}
+
+
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = PYPROJECT["project"]
@@ -115,6 +128,9 @@ def test_the_citation_is_of_this_version():
 def test_the_wheel_is_small_and_of_python_alone(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     assert wheel.stat().st_size < 1_000_000
+    with zipfile.ZipFile(wheel) as files:
+        names = [name for name in files.namelist() if ".dist-info/" not in name]
+    assert {name for name in names if not name.endswith((".py", "/py.typed"))} == {"vlmamba/serve/page.html"}
 
 
 def test_every_module_imports_from_the_wheel(wheel, tmp_path):
