@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import io
+import logging
 import os
 import re
 from unittest import mock
@@ -15,6 +16,10 @@ from sphinx.util.nodes import make_refnode
 from vlmamba.benchmarks.cli import COMMANDS as SSM_BENCH
 from vlmamba.cli import COMMANDS as VLMAMBA
 from vlmamba.help import parse
+from vlmamba.model.extras import NOISY_LOGGERS
+
+for noisy in NOISY_LOGGERS:
+    logging.getLogger(noisy).setLevel(logging.ERROR)
 
 project = "vl-mamba"
 author = "the vl-mamba authors"
@@ -102,8 +107,9 @@ def _section(program, name, kind):
     width = mock.patch.dict(os.environ, COLUMNS="80")
     with width, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         parse(f"{program} {name}", kind, ["--help"])
+    text = re.sub(r" +$", "", out.getvalue(), flags=re.MULTILINE)
     # Its description is text of the page already; a group is a heading above a rule.
-    text = re.sub(r"\n\n.*?(?=\n\n \S[^\n]*\n -+\n)", "", out.getvalue(), count=1, flags=re.DOTALL)
+    text = re.sub(r"\n\n.*?(?=\n\n \S[^\n]*\n -+\n)", "", text, count=1, flags=re.DOTALL)
     described, _, lines = inspect.getdoc(kind).partition("Examples:\n")
     return f"## {name}\n\n{described}\n\n```console\n{lines}\n```\n\n```text\n{text.strip()}\n```"
 

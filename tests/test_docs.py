@@ -59,6 +59,7 @@ def faults(page: str) -> list[str]:
     found += re.findall(r"<(?:function|class|module|object) [^>]*>", text)  # a value that has no literal
     found += re.findall(r'class="default_value">(?:<[^>]+>)*_\w+', page)  # a private name as a default
     found += re.findall(r"Type<span class=\"colon\">:</span></dt>.*", page)  # an attribute's text cut at a colon
+    found += re.findall(r"usage: [^\n]*\n\n[^\n]*\n\nExamples:", text)  # help that says again what is above it
     # `x, z: ...` as a line for each name
     for arguments in re.findall(r'<ul class="simple">(.*?)</ul>', page, re.DOTALL):
         lines = [re.sub(r"<[^>]+>", "", item).partition(" – ")[2] for item in arguments.split("<li>")]
@@ -91,6 +92,7 @@ def test_no_page_renders_a_docstring_wrongly(pages):
         '<em>dt_limit=<span class="default_value"><span class="pre">_UNLIMITED</span></span></em>',
         '<dt>Type<span class="colon">:</span></dt><dd>they end the text</dd>',
         '<ul class="simple"><li>x – {0}</li><li>z – {0}</li></ul>'.format("(B, D), or (B, H, P). " * 3),
+        "<pre>usage: vlmamba data FOLDER\n\nWrite a dataset.\n\nExamples:\n$ vlmamba data easy-vqa data</pre>",
         "<p>$$ x $$</p>",
         r"<p>(\Delta_t)</p>",
         '<span class="math notranslate">x</span>',
