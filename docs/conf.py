@@ -1,18 +1,22 @@
 """Documentation: `make docs`. The op contracts are the docstrings; examples in `{doctest}` blocks are run."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import inspect
 import io
 import logging
 import os
 import re
+import typing
 from unittest import mock
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.nodes import make_refnode
 
+import vlmamba.model
+import vlmamba.train.config
 from vlmamba.benchmarks.cli import COMMANDS as SSM_BENCH
 from vlmamba.cli import COMMANDS as VLMAMBA
 from vlmamba.help import parse
@@ -74,6 +78,8 @@ def setup(app):
     app.connect("include-read", _links_of_the_readme)
     app.connect("source-read", _with_help_of_commands)
     app.connect("missing-reference", _link_by_short_name)
+    app.connect("builder-inited", _leave_out_bounds)
+    app.connect("autodoc-process-docstring", _escape, priority=300)
     # Around napoleon, which runs at 500 and takes the text before a colon for the type of an attribute.
     app.connect("autodoc-process-docstring", _keep_attribute, priority=400)
     app.connect("autodoc-process-docstring", _restore_attribute, priority=600)
@@ -112,6 +118,31 @@ def _section(program, name, kind):
     text = re.sub(r"\n\n.*?(?=\n\n \S[^\n]*\n -+\n)", "", text, count=1, flags=re.DOTALL)
     described, _, lines = inspect.getdoc(kind).partition("Examples:\n")
     return f"## {name}\n\n{described}\n\n```console\n{lines}\n```\n\n```text\n{text.strip()}\n```"
+
+
+def _leave_out_bounds(app):
+    """Annotate fields by their types alone: `int`, not `Annotated[int, Interval("[1, inf)")]`."""
+    if app.builder.name == "doctest":  # whose examples run the checks of these bounds
+        return
+    public = [getattr(vlmamba.model, name) for name in vlmamba.model.__all__]
+    for kind in (*public, *vars(vlmamba.train.config).values()):
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            continue
+        for base in filter(dataclasses.is_dataclass, kind.__mro__):
+            hints = typing.get_type_hints(base)
+            for annotations in (vars(base).get("__annotations__", {}), base.__init__.__annotations__):
+                annotations.update({name: hints[name] for name in annotations.keys() & hints.keys()})
+
+
+def _escape(app, what, name, obj, options, lines):
+    """Keep `d_state: N.` from being read as an empty list, and a result's text before a colon as its type."""
+    returns = False
+    for i, line in enumerate(lines):
+        lines[i] = re.sub(r"^(\s*(?:[*\w, ]+: )?)(\(?[A-Za-z][.)](?:\s|$))", r"\1\\\2", line)
+        if returns and line.strip():
+            lines[i] = re.sub(r"\S", r": \g<0>", lines[i], count=1)
+            returns = False
+        returns = returns or line.strip() in ("Returns:", "Yields:")
 
 
 _attribute = {}

@@ -59,6 +59,9 @@ def faults(page: str) -> list[str]:
     found += re.findall(r"<(?:function|class|module|object) [^>]*>", text)  # a value that has no literal
     found += re.findall(r'class="default_value">(?:<[^>]+>)*_\w+', page)  # a private name as a default
     found += re.findall(r"Type<span class=\"colon\">:</span></dt>.*", page)  # an attribute's text cut at a colon
+    found += re.findall(r"(?:Return|Yield) type<span.*", page)  # a result's text cut at a colon
+    found += re.findall(r'<ol class="(?:upper|lower)\w+.*', page)  # `d_state: N.` as an empty list
+    found += re.findall(r"Interval\(text=\S*", text)  # the bounds that a field is checked for
     found += re.findall(r"usage: [^\n]*\n\n[^\n]*\n\nExamples:", text)  # help that says again what is above it
     # `x, z: ...` as a line for each name
     for arguments in re.findall(r'<ul class="simple">(.*?)</ul>', page, re.DOTALL):
@@ -92,6 +95,9 @@ def test_no_page_renders_a_docstring_wrongly(pages):
         '<em>dt_limit=<span class="default_value"><span class="pre">_UNLIMITED</span></span></em>',
         '<dt>Type<span class="colon">:</span></dt><dd>they end the text</dd>',
         '<ul class="simple"><li>x – {0}</li><li>z – {0}</li></ul>'.format("(B, D), or (B, H, P). " * 3),
+        '<dt>Return type<span class="colon">:</span></dt><dd>The model. Weights are loaded lazily</dd>',
+        '<p>d_state -</p><ol class="upperalpha simple"><li></li></ol>',
+        "<em>d_state: Annotated[int, Interval(text=[1, 16])]</em>",
         "<pre>usage: vlmamba data FOLDER\n\nWrite a dataset.\n\nExamples:\n$ vlmamba data easy-vqa data</pre>",
         "<p>$$ x $$</p>",
         r"<p>(\Delta_t)</p>",
