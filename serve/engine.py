@@ -247,8 +247,10 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         with self._changed:
-            waiting = self.waiting.clear()
-        self._fail(waiting, "the server stopped before the answer was complete")
+            # Taken under the lock: of two calls at once, one ends a request.
+            unfinished = [*self._admitted, *self.waiting.clear()]
+            self._admitted.clear()
+        self._fail(unfinished, "the server stopped before the answer was complete")
 
     def _run(self) -> None:
         while True:
@@ -261,11 +263,10 @@ class Engine:
             except Exception:
                 # A step that fails leaves states that cannot be trusted: its requests end, the others go on.
                 logger.exception("a step failed")
-                self._fail([], "the model failed on this request or on another one in its batch")
+                self._fail([*self._admitted], "the model failed on this request or on another one in its batch")
 
-    def _fail(self, others: Sequence[Request], message: str) -> None:
-        """End every request that has a slot, and others, with an error."""
-        requests = [*self._admitted, *others]
+    def _fail(self, requests: Sequence[Request], message: str) -> None:
+        """End requests, among them all that have a slot, with an error."""
         self.prefilling, self.running = [], []
         self.stats.failed += len(requests)
         self._deliver([(r, Event(finish="error", error=message)) for r in requests if not r.cancelled])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -331,6 +334,28 @@ def test_an_unfinished_request_gets_an_error_at_a_stop(lm):
     client.engine.step()
     client.engine.stop()
     assert [client.finish(r) for r in requests] == ["error", "error"]
+
+
+def test_of_two_stops_at_once_one_ends_a_request(lm):
+    both_read = threading.Barrier(2)
+
+    class ReadByBoth(dict):
+        def __iter__(self):
+            requests = list(super().__iter__())
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_read.wait(0.5)  # for the other thread, which comes if nothing keeps it out
+            return iter(requests)
+
+    client = Client(lm, dataclasses.replace(CONFIG, slots=1))
+    requests = [text_request(PROMPTS[0]), text_request(PROMPTS[1])]
+    client.engine.submit(*requests)
+    client.engine.step()
+    client.engine._admitted = ReadByBoth(client.engine._admitted)
+    with ThreadPoolExecutor(2) as pool:
+        for stopped in [pool.submit(client.engine.stop) for _ in range(2)]:
+            stopped.result()
+    assert [[e.finish for e in client.events[r] if e.finish] for r in requests] == [["error"], ["error"]]
+    assert client.engine.stats.failed == 2
 
 
 def test_graphs_get_few_batch_sizes(lm, monkeypatch):
