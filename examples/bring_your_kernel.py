@@ -7,10 +7,16 @@ The same from the command line: ssm-bench verify --kernel examples/bring_your_ke
 
 from __future__ import annotations
 
+import sys
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:
+    sys.exit("triton is not installed: pip install triton")
 
 from vlmamba.benchmarks.ptx import emulated
 from vlmamba.benchmarks.verify import verify

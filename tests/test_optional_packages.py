@@ -20,6 +20,7 @@ SERVE = "pip install fastapi uvicorn prometheus_client"
     ("package", "command", "message"),
     [
         ("transformers", [str(EXAMPLES / "drop_in.py")], "pip install 'transformers>=5.20' accelerate peft"),
+        ("triton", [str(EXAMPLES / "bring_your_kernel.py")], "pip install triton"),
         ("fastapi", [str(EXAMPLES / "serve_and_ask.py")], SERVE),
         ("easy_vqa", [*VLMAMBA, "data", "easy-vqa", "data"], "pip install easy-vqa"),
         ("matplotlib", [*VLMAMBA, "demo", "--output", "demo"], "pip install matplotlib"),
