@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ssm_kernels import Backend, resolve_backend
+
 from ..model.device import device_named
 from .peers import PACKAGES
 
@@ -47,6 +49,21 @@ def check_triton() -> None:
     """
     if importlib.util.find_spec("triton") is None:
         raise ModuleNotFoundError("compiling kernels needs the triton package: pip install triton")
+
+
+def backends(device: str, op: str) -> tuple[Backend, ...]:
+    """Fast backends of an op, named as in `cases.OPS`, that can run here. `auto` takes the last."""
+    fast: tuple[Backend, ...] = ("torch", "numba", "triton")
+    return tuple(backend for backend in fast if _can_run(backend, device, op))
+
+
+def _can_run(backend: Backend, device: str, op: str) -> bool:
+    # The op whose kernels they are.
+    kernels = "ssd" if op.startswith("mamba3") else op.removeprefix("cross_").removesuffix("_step")
+    try:
+        return resolve_backend(backend, torch.device(device), kernels) == backend
+    except RuntimeError:
+        return False
 
 
 def synchronize(device: str) -> None:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_kernels import Backend, resolve_backend
+from ssm_kernels import Backend
 from ssm_kernels.testing import coarsest_dtype, is_interpreted
 
 from .cases import OPS, SIZES, VARIANTS, Case, Shape, check_ops
 from .correctness import Expected, disagreement, expected, results
-from .environment import current_device, environment
+from .environment import backends, current_device, environment
 from .files import write_json
 from .options import Fuzz
 from .shrink import brief, shrink, smaller_cases
@@ -61,7 +61,7 @@ def run_fuzz(command: Fuzz) -> None:
         while time.monotonic() < end and (command.trials is None or n < command.trials):
             trial = draw(seed + n, command.op)
             n += 1
-            for backend in backends(command.device, trial.case.folder):
+            for backend in backends(command.device, trial.case.op):
                 if why := wrong(trial, backend, command.device):
                     _record(findings, trial, backend, why, command)
     for finding in findings.values():
@@ -217,20 +217,6 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
         buffer[..., 1] = t
         return buffer[..., 1]
     return t[:1].expand(t.shape)
-
-
-def backends(device: str, op: str) -> tuple[Backend, ...]:
-    """Backends of an op that can run here. The reference in the case's own dtype runs too, for the tolerance."""
-    fast: tuple[Backend, ...] = ("torch", "numba", "triton")
-    return tuple(backend for backend in fast if _can_run(backend, device, op))
-
-
-def _can_run(backend: Backend, device: str, op: str) -> bool:
-    kernels = op.removeprefix("cross_").removesuffix("_step")  # the op whose kernels they are
-    try:
-        return resolve_backend(backend, torch.device(device), kernels) == backend
-    except RuntimeError:
-        return False
 
 
 def wrong(trial: Trial, backend: Backend, device: str) -> str:

@@ -12,11 +12,9 @@ from typing import Any, get_args
 
 import torch
 
-from ssm_kernels import resolve_backend
-
 from . import accuracy, op_report
 from .cases import DTYPES
-from .environment import command_line, current_device, environment
+from .environment import backends, command_line, current_device, environment
 from .memory import peak_memory
 from .options import Integration, Measurement, Mode, Run, SizeName, Sweep
 from .other_work import NOTICED, OtherWork
@@ -50,8 +48,8 @@ def run_sweep(command: Sweep) -> None:
 
 def finish(command: Measurement | Integration, result: dict[str, Any]) -> list[tuple[str, dict]]:
     """Add the environment to a result, write it, and return its rows that are wrong, with the name of their case."""
-    # All ops have kernels, or none can run.
-    ours = resolve_backend("auto", torch.device(command.device), "ssd")
+    # All ops have kernels, or none can run. `auto` would log a slower choice for an op that was not measured.
+    ours = backends(command.device, "ssd")[-1]
     result = {"command": command_line(command), **result, "ours": ours, **environment(command.device)}
     if command.out is not None:
         op_report.write_all(result, command.out)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ssm_kernels import Backend, resolve_backend, use_backend
+from ssm_kernels._core import dispatch
 from vlmamba.benchmarks import cli, options, peers, run, timing
 from vlmamba.benchmarks.accuracy import ground_truth
 from vlmamba.benchmarks.cases import Case, Shape
@@ -219,6 +220,14 @@ def test_a_run_prints_and_writes_everything(tmp_path, capsys):
     options = f"--impl ours transformers --mode {' '.join(modes)} --calls 3"
     assert report["command"] == f"ssm-bench run ssd --batch 1 --length 40 --heads 2 {options}"
     assert re.search(r"transformers +fwd\+bwd", capsys.readouterr().out)
+
+
+def test_a_run_logs_no_choice_of_an_op_that_it_does_not_measure(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
+    monkeypatch.setattr(dispatch, "_already_logged", set())
+    cli.main(["run", "rms_norm", "--shape", "tiny", "--impl", "ours", "--metric", "error"])
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "ssm_kernels"]
+    assert said.startswith("backend='auto' runs rms_norm in pure PyTorch on cpu")
 
 
 def test_a_run_measures_memory(tmp_path):

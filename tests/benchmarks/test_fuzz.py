@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 
@@ -13,6 +14,7 @@ from ssm_kernels.causal_conv1d import pytorch
 from vlmamba.benchmarks import cli, fuzz
 from vlmamba.benchmarks.cases import OPS, Case, Shape
 from vlmamba.benchmarks.correctness import disagreement, expected, results
+from vlmamba.benchmarks.environment import backends
 from vlmamba.benchmarks.fuzz import KINDS, LAYOUTS, Trial, draw
 
 QUICK = ("causal_conv1d", "cross_scan", "cross_merge", "causal_conv1d_step")
@@ -54,6 +56,13 @@ def test_arguments_that_must_be_finite_are():
     assert {("ssd", "z"), ("selective_scan", "B"), ("rms_norm", "x"), ("ssd_step", "x")} <= seen
 
 
+def test_every_fast_backend_of_an_op_is_compared():
+    compiled = ("torch", "numba") if importlib.util.find_spec("numba") else ("torch",)
+    for op in ("selective_scan", "cross_ssd", "mamba3_step", "causal_conv1d", "rms_norm", "add_rms_norm"):
+        assert backends("cpu", op)[:2] == compiled
+    assert "numba" not in backends("cpu", "cross_merge")
+
+
 def test_products_that_overflow_in_one_order_alone_are_no_finding():
     """With steps below zero and no softplus the states grow to 1e300, and so does an intermediate of a gradient."""
     shape = Shape(batch=1, length=36, channels=8, d_state=8, heads=3, headdim=15, width=1, height=4)
@@ -61,7 +70,7 @@ def test_products_that_overflow_in_one_order_alone_are_no_finding():
     trial = Trial(case, 996000544)
     y = results(functools.partial(case.function, backend="reference"), trial.inputs("cpu"), gradients=False)["y"]
     assert y.isfinite().all() and y.abs().max() > 1e200
-    for backend in fuzz.backends("cpu", case.folder):
+    for backend in backends("cpu", case.op):
         assert fuzz.wrong(trial, backend, "cpu") == ""
 
 
