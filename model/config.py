@@ -106,7 +106,7 @@ class ViTConfig:
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size must be at least patch_size = {self.patch_size}, got {self.image_size}")
         if not -self.depth <= self.feature_layer <= -1:
-            raise ValueError(f"feature_layer must lie in [-{self.depth}, -1], got {self.feature_layer}")
+            raise ValueError(f"feature_layer must be in [-{self.depth}, -1], got {self.feature_layer}")
 
     @property
     def grid_size(self) -> int:

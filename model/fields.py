@@ -7,7 +7,7 @@
 ...         check_fields(self)
 >>> Settings(share=0)
 Traceback (most recent call last):
-ValueError: share must lie in (0, 1], got 0
+ValueError: share must be in (0, 1], got 0
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Interval:
         """Describe the rule that a number breaks, as a phrase after the name of its field."""
         low, high = self.ends
         if math.isfinite(low) and math.isfinite(high):
-            return f"must lie in {self.text}"
+            return f"must be in {self.text}"
         if not _is_finite(value):
             return "must be a finite number"
         if low == 0:

@@ -51,13 +51,13 @@ class ImageProcessor:
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_ENCODER_SIDE:
-            raise ValueError(f"size must lie in [1, {MAX_ENCODER_SIDE}], got {self.size}")
+            raise ValueError(f"size must be in [1, {MAX_ENCODER_SIDE}], got {self.size}")
         if self.resize not in (known := get_args(Resize)):
             raise ValueError(f"resize must be one of {', '.join(map(repr, known))}; got {self.resize!r}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
         if self.resize_to is not None and not self.size <= self.resize_to <= MAX_ENCODER_SIDE:
-            raise ValueError(f"resize_to must lie in [size = {self.size}, {MAX_ENCODER_SIDE}], got {self.resize_to}")
+            raise ValueError(f"resize_to must be in [size = {self.size}, {MAX_ENCODER_SIDE}], got {self.resize_to}")
 
     def __call__(self, image: ImageLike) -> Tensor:
         """Preprocess an image.

@@ -148,7 +148,7 @@ class MambaLM(HubModel, library_name="vl-mamba", pipeline_tag="text-generation")
         if has_readable_values(input_ids) and input_ids.numel():
             low, high = input_ids.aminmax()
             if low < 0 or high >= rows:
-                raise ValueError(f"input_ids must lie in [0, {rows}), got values from {low} to {high}")
+                raise ValueError(f"input_ids must be in [0, {rows}), got values from {low} to {high}")
         embeddings = self.backbone.embedding(input_ids.to(self.input_device))
         if isinstance(self.backbone.embedding, QuantizedEmbedding):  # float32
             return embeddings.to(self.backbone.norm_f.weight.dtype)

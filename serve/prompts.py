@@ -119,5 +119,5 @@ def text_prompt(model: VLM | MambaLM, text: str | Sequence[int], salt: bytes = b
     ids = (tokenizer.encode(text) if isinstance(text, str) else list(text)) or [tokenizer.eos_id]
     # Rows of the embedding beyond the tokenizer's have no text.
     if not isinstance(text, str) and (min(ids) < 0 or max(ids) >= tokenizer.vocab_size):
-        raise ValueError(f"tokens must lie in [0, {tokenizer.vocab_size}), got values from {min(ids)} to {max(ids)}")
+        raise ValueError(f"tokens must be in [0, {tokenizer.vocab_size}), got values from {min(ids)} to {max(ids)}")
     return Prompt(Sample(ids, [IGNORE] * len(ids)), salt=salt)

@@ -287,13 +287,13 @@ def _refuse_rest(left: Mapping[str, Any]) -> None:
 
 def _new_tokens(n: int, name: str, config: ServeConfig) -> int:
     if not 1 <= n <= config.max_new_tokens:
-        raise ApiError(400, f"{name} must lie in [1, {config.max_new_tokens}], got {n}", name)
+        raise ApiError(400, f"{name} must be in [1, {config.max_new_tokens}], got {n}", name)
     return n
 
 
 def _logprobs(n: int, name: str) -> int:
     if not 0 <= n <= MAX_LOGPROBS:
-        raise ApiError(400, f"{name} must lie in [0, {MAX_LOGPROBS}], got {n}", name)
+        raise ApiError(400, f"{name} must be in [0, {MAX_LOGPROBS}], got {n}", name)
     return n
 
 

@@ -127,7 +127,7 @@ class Loader:
         if not len(samples):
             raise ValueError(f"stage {stage.name!r} has no samples to train on")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in [0, world_size = {world_size}), got {rank}")
+            raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
         if stage.batch_size % world_size:
             raise ValueError(
                 f"batch_size of stage {stage.name!r} must be a multiple of the number of ranks, so that each has "

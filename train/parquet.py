@@ -72,7 +72,7 @@ class ParquetTable:
             BrokenDataError: the files lack a column, or are damaged.
         """
         for first, file, number in self.groups:
-            # Another data set may lie in the folder.
+            # The folder may hold another data set.
             has = self.files[file].schema_arrow.names
             if missing := [name for name in (self.image, *columns) if name not in has]:
                 raise BrokenDataError(f"{self.path} has no columns {', '.join(missing)}, but {', '.join(has)}")

@@ -259,9 +259,9 @@ def check_sampling(top_k: int, top_p: float, min_p: float, temperature: float) -
     if top_k < 0:
         raise ValueError(f"top_k must not be negative, got {top_k}")
     if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p must lie in [0, 1], got {top_p}")
+        raise ValueError(f"top_p must be in [0, 1], got {top_p}")
     if not 0 <= min_p < 1:
-        raise ValueError(f"min_p must lie in [0, 1), got {min_p}")
+        raise ValueError(f"min_p must be in [0, 1), got {min_p}")
     if top_k != 1 and not 0 < temperature < torch.inf:
         raise ValueError(f"temperature must be positive unless top_k is 1, got {temperature}")
 

@@ -224,7 +224,7 @@ class MixerModel(nn.Module):
         # Layers beyond the last one would be ignored without an error.
         outside = [i for i in attn_layer_idx or [] if not 0 <= i < n_layer]
         if outside:
-            raise ValueError(f"attn_layer_idx must lie in [0, n_layer = {n_layer}), got {outside}")
+            raise ValueError(f"attn_layer_idx must be in [0, n_layer = {n_layer}), got {outside}")
         self.embedding = nn.Embedding(vocab_size, d_model, **like)
         layers = nn.ModuleList(
             create_block(

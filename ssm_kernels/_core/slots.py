@@ -139,7 +139,7 @@ class StateSlots:
             raise ValueError(f"slots must be on {state.device} like the state, got {self.sources.device}")
         n_slots = len(state)
         if self._highest >= n_slots:
-            raise ValueError(f"slots must lie below {n_slots}, the number of slots of the state; got {self._highest}")
+            raise ValueError(f"slots must be below {n_slots}, the number of slots of the state; got {self._highest}")
         if (batch, tokens) not in self._plans:
             self._plans[batch, tokens] = self._make_plan(batch, tokens)
         return self._plans[batch, tokens]
@@ -204,7 +204,7 @@ def _check_range(name: str, value: Tensor, low: int, high: int) -> None:
     if has_readable_values(value) and value.numel():
         least, most = (int(x) for x in value.aminmax())
         if least < low or most > high:
-            raise ValueError(f"{name} must lie between {low} and {high}, got values from {least} to {most}")
+            raise ValueError(f"{name} must be in [{low}, {high}], got values from {least} to {most}")
 
 
 def _check_conflicts(plan: StepPlan) -> None:

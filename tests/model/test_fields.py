@@ -56,18 +56,18 @@ def test_every_number_refuses_what_is_none(config):
         (GenerationConfig(), {"temperature": math.nan}, "temperature must be a finite number, got nan"),
         (GenerationConfig(), {"temperature": math.inf}, "temperature must be a finite number, got inf"),
         (GenerationConfig(), {"temperature": 10**400}, "temperature must be a finite number, got an integer beyond"),
-        (GenerationConfig(), {"top_p": math.nan}, r"top_p must lie in \(0, 1\], got nan"),
-        (GenerationConfig(), {"seed": 2**64}, "seed must lie in"),
+        (GenerationConfig(), {"top_p": math.nan}, r"top_p must be in \(0, 1\], got nan"),
+        (GenerationConfig(), {"seed": 2**64}, "seed must be in"),
         (GenerationConfig(), {"stop": "end"}, "stop must be a tuple, got 'end'"),
         (GenerationConfig(), {"stop": (b"end",)}, r"stop\[0\] must be str"),
-        (LMConfig(), {"dt_rank": 0}, r"dt_rank must lie in \[1, 1048576\], got 0"),
-        (LMConfig(), {"d_model": 10**9}, r"d_model must lie in \[1, 1048576\], got 1000000000"),
-        (LMConfig(), {"n_layer": 10**6}, "n_layer must lie in"),
+        (LMConfig(), {"dt_rank": 0}, r"dt_rank must be in \[1, 1048576\], got 0"),
+        (LMConfig(), {"d_model": 10**9}, r"d_model must be in \[1, 1048576\], got 1000000000"),
+        (LMConfig(), {"n_layer": 10**6}, "n_layer must be in"),
         (LMConfig(), {"dt_limit": (0.5, 0.1)}, "dt_limit must be a lower and an upper bound"),
         (LMConfig(), {"dt_limit": (0.0, math.nan)}, r"dt_limit\[1\] must "),
         (ConnectorConfig(), {"n_layer": 10**6}, "n_layer must be at most 64"),
-        (StageConfig("s", ("",), lr=1.0), {"epochs": math.inf}, "epochs of stage 's' must lie in .* got inf"),
-        (StageConfig("s", ("",), lr=1.0), {"lr": math.inf}, "lr of stage 's' must lie in .* got inf"),
+        (StageConfig("s", ("",), lr=1.0), {"epochs": math.inf}, "epochs of stage 's' must be in .* got inf"),
+        (StageConfig("s", ("",), lr=1.0), {"lr": math.inf}, "lr of stage 's' must be in .* got inf"),
     ],
 )
 def test_bad_arguments_are_named(config, change, message):
@@ -149,7 +149,7 @@ def test_nested_annotations_are_followed():
     globals().update(hints)
     check_fields(Outer((0, 1.0), "b", Inner()))
     for wrong, message in (
-        (Outer((0.5, 2.0)), r"pairs\[1\] must lie in \[0, 1\], got 2.0"),
+        (Outer((0.5, 2.0)), r"pairs\[1\] must be in \[0, 1\], got 2.0"),
         (Outer((), "c"), "mode must be one of 'a', 'b'; got 'c'"),
         (Outer((), "a", 3), "inner must be Inner, got 3"),
     ):

@@ -20,7 +20,7 @@ def test_a_table_is_read_by_our_names_with_the_defaults_of_the_layout():
     [
         ({"hidden_size": "32"}, "config.json: hidden_size must be int, got '32'"),
         ({"hidden_size": True}, "hidden_size must be int, got True"),
-        ({"hidden_size": 0}, r"config.json: hidden_size must lie in \[1, 16777216\], got 0"),
+        ({"hidden_size": 0}, r"config.json: hidden_size must be in \[1, 16777216\], got 0"),
         ({"layer_norm_eps": False}, "layer_norm_eps must be a number, got False"),
         ({"use_bias": 1}, "use_bias must be bool, got 1"),
     ],

@@ -463,7 +463,7 @@ def test_the_encoder_has_the_size_of_its_images(tmp_path):
         ({"crop_size": {"height": 28, "width": 42}}, "crop_size must be a square's"),
         ({"size": {"height": 28, "width": 28}}, "size before a center crop must be the shortest edge's"),
         ({"do_center_crop": False, "size": {"longest_edge": 28}}, "size must be a square's"),
-        ({"crop_size": 300}, "resize_to must lie in .size = 300, 4096., got 224"),
+        ({"crop_size": 300}, "resize_to must be in .size = 300, 4096., got 224"),
     ],
 )
 def test_preprocessing_that_is_not_supported_is_named(tmp_path, settings, message):

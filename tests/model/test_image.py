@@ -377,12 +377,12 @@ def test_arrays_are_images():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, r"size must lie in \[1, 4096\], got 0"),
-        ({"size": 10**6}, r"size must lie in \[1, 4096\], got 1000000"),
-        ({"resize_to": 10**6}, r"resize_to must lie in \[size = 224, 4096\], got 1000000"),
+        ({"size": 0}, r"size must be in \[1, 4096\], got 0"),
+        ({"size": 10**6}, r"size must be in \[1, 4096\], got 1000000"),
+        ({"resize_to": 10**6}, r"resize_to must be in \[size = 224, 4096\], got 1000000"),
         ({"resize": "squash"}, "resize must be one of 'naive', 'crop', 'crop-floor', 'letterbox'; got 'squash'"),
         ({"std": (0.5, 0.0, 0.5)}, "std"),
-        ({"resize_to": 100}, r"resize_to must lie in \[size = 224, 4096\], got 100"),
+        ({"resize_to": 100}, r"resize_to must be in \[size = 224, 4096\], got 100"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -141,7 +141,7 @@ def test_bfloat16_keeps_the_residual_in_float32():
 
 def test_bad_input_is_named():
     lm = MambaLM(CONFIGS["mamba"][0])
-    with pytest.raises(ValueError, match=r"input_ids must lie in \[0, 104\), got values from 5 to 200"):
+    with pytest.raises(ValueError, match=r"input_ids must be in \[0, 104\), got values from 5 to 200"):
         lm(torch.tensor([[5, 200]]))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         lm()
@@ -149,7 +149,7 @@ def test_bad_input_is_named():
         LMConfig(layer="rwkv")
     with pytest.raises(ValueError, match="dt_bc_norm_eps is for Mamba-1 layers only, got 1e-06 for 'mamba2'"):
         LMConfig(layer="mamba2", dt_bc_norm_eps=1e-6)
-    with pytest.raises(ValueError, match="n_layer must lie in"):
+    with pytest.raises(ValueError, match="n_layer must be in"):
         LMConfig(n_layer=0)
 
 

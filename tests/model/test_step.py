@@ -64,5 +64,5 @@ def test_slots_are_for_inference_on_a_pool(lm):
             lm(ids, slots=slots)
         with pytest.raises(ValueError, match="return_state must be False with slots"):
             lm(ids, state=lm.new_state(2), slots=slots, return_state=True)
-        with pytest.raises(ValueError, match="slots must lie below 1, the number of slots of the state; got 1"):
+        with pytest.raises(ValueError, match="slots must be below 1, the number of slots of the state; got 1"):
             lm(ids, state=lm.new_state(1), slots=slots)

@@ -131,7 +131,7 @@ def test_configs_with_tiles_survive_json_and_are_checked():
     assert from_json_dict(VLMConfig, to_json_dict(CONFIG)) == CONFIG
     with pytest.raises(ValueError, match="grids must have at least one grid"):
         TilesConfig(())
-    with pytest.raises(ValueError, match=r"grids.* must lie in \[1, 64\], got 0"):
+    with pytest.raises(ValueError, match=r"grids.* must be in \[1, 64\], got 0"):
         TilesConfig(((0, 2),))
     with pytest.raises(ValueError, match="merge must be one of 'spatial', 'spatial_unpad'; got 'flat'"):
         TilesConfig(merge="flat")

@@ -58,7 +58,7 @@ def test_bad_pixels_are_named(pixels, message):
         ({"depth": 0}, "depth"),
         ({"activation": "relu"}, "activation must be one of .* got 'relu'"),
         ({"position_of_class": True}, "position_of_class must be False where class_token is"),
-        ({"register_tokens": -1}, "register_tokens must lie in .* got -1"),
+        ({"register_tokens": -1}, "register_tokens must be in .* got -1"),
     ],
 )
 def test_bad_settings_are_named(change, message):

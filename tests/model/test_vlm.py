@@ -301,7 +301,7 @@ def test_bad_input_is_named(vlm):
         vlm(collate([vlm.prepare([Turn("user", "a")])]))
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         VLM(vlm.config).prepare([Turn("user", "a")])
-    with pytest.raises(ValueError, match="top_p must lie in"):
+    with pytest.raises(ValueError, match="top_p must be in"):
         GenerationConfig(top_p=0.0)
     with pytest.raises(ValueError, match="processor.size must be the encoder's image_size 32, got 48"):
         VisionConfig(VISION.encoder, ImageProcessor(48))

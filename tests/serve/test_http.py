@@ -174,11 +174,11 @@ BAD = {
     "text as number": ({**OK, "temperature": "0"}, 400, "temperature must be a number, got a string"),
     "flag as number": ({**OK, "seed": True}, 400, "seed must be an integer, got true or false"),
     "temperature": ({**OK, "temperature": -1}, 400, "temperature must not be negative"),
-    "top_p": ({**OK, "top_p": 0}, 400, "top_p must lie in"),
+    "top_p": ({**OK, "top_p": 0}, 400, "top_p must be in"),
     "large number": (b'{"messages": [{"role": "user", "content": "a"}], "top_p": 1' + b"0" * 400 + b"}", 400, "top_p"),
-    "too many new tokens": ({**OK, "max_tokens": 9999}, 400, "max_tokens must lie in [1, 2048], got 9999"),
-    "no new tokens": ({**OK, "max_tokens": 0}, 400, "max_tokens must lie in [1, 2048], got 0"),
-    "no completion tokens": ({**OK, "max_completion_tokens": 0}, 400, "max_completion_tokens must lie in [1, 2048]"),
+    "too many new tokens": ({**OK, "max_tokens": 9999}, 400, "max_tokens must be in [1, 2048], got 9999"),
+    "no new tokens": ({**OK, "max_tokens": 0}, 400, "max_tokens must be in [1, 2048], got 0"),
+    "no completion tokens": ({**OK, "max_completion_tokens": 0}, 400, "max_completion_tokens must be in [1, 2048]"),
     "usage": (
         {**OK, "stream": True, "stream_options": {"include_usage": "yes"}},
         400,
@@ -206,7 +206,7 @@ BAD = {
         400,
         "unknown field",
     ),  # fmt: skip
-    "top_logprobs": ({**OK, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs must lie in [0, 20]"),
+    "top_logprobs": ({**OK, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs must be in [0, 20]"),
     "model": ({**OK, "model": "gpt-4"}, 404, "there is no model 'gpt-4' here"),
 }
 
@@ -261,7 +261,7 @@ def test_a_long_text_is_refused_before_it_is_tokenized(server, monkeypatch):
 
 
 def test_bad_prompts_and_paths_are_named(server):
-    for prompt, message in [({}, "prompt must be"), ([[1, 99999]], "tokens must lie in"), (["a"] * 99, "at most 64")]:
+    for prompt, message in [({}, "prompt must be"), ([[1, 99999]], "tokens must be in"), (["a"] * 99, "at most 64")]:
         response = server.post({"prompt": prompt}, "/v1/completions")
         assert response.status_code == 400 and message in response.json()["error"]["message"]
     assert "there is no POST /v1/embeddings" in server.post({}, "/v1/embeddings").json()["error"]["message"]

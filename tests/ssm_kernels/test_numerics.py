@@ -79,7 +79,7 @@ def is_shared(case, name):
 def assert_same(got, want, *context):
     """Equal to the bit. A NaN is equal to a NaN.
 
-    Triton's interpreter takes NumPy's products, which round as their operands lie in memory: there SSD is held to 1e-6
+    Triton's interpreter takes NumPy's products, which round by the layout of their operands: there SSD is held to 1e-6
     of the largest element.
     """
     same = (got == want) | (got.isnan() & want.isnan())

@@ -196,7 +196,7 @@ def indices(*values: int) -> Tensor:
         ),
         (lambda: StateSlots(torch.zeros(2)), TypeError, "state_indices must be int32 or int64, got float32"),
         (lambda: StateSlots(indices(0, 1)[None]), ValueError, r"state_indices must have shape \(1,\), got \(1, 2\)"),
-        (lambda: StateSlots(indices(0, 9)), ValueError, "slots must lie below 9, .* got 9"),
+        (lambda: StateSlots(indices(0, 9)), ValueError, "slots must be below 9, .* got 9"),
         (lambda: StateSlots(indices(0)), ValueError, "state_indices must have an index for each of 2 sequences, got 1"),
         (lambda: StateSlots(indices(4, 4)), ValueError, "out_state_indices must not name a slot twice, got slot 4"),
         (lambda: StateSlots(indices(4, 5), indices(5, 6)), ValueError, "sequence 0 writes slot 5, .* sequence 1"),
@@ -204,7 +204,7 @@ def indices(*values: int) -> Tensor:
         (
             lambda: StateSlots(indices(4, 5)[None], num_accepted_tokens=indices(3)),
             ValueError,
-            "num_accepted_tokens must lie between 1 and 2, got values from 3 to 3",
+            r"num_accepted_tokens must be in \[1, 2\], got values from 3 to 3",
         ),
         (
             lambda: StateSlots(indices(4, 5), cu_seqlens=indices(0, 1, 2)),

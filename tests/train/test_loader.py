@@ -88,7 +88,7 @@ def test_ranks_share_a_step_equally(world_size):
     ("options", "message"),
     [
         ({"world_size": 5}, "batch_size of stage 'test' must be a multiple of the number of ranks.*12 for 5 ranks"),
-        ({"rank": 2, "world_size": 2}, r"rank must lie in \[0, world_size = 2\), got 2"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size = 2\), got 2"),
         ({"samples": ""}, "stage 'test' has no samples"),
     ],
 )
@@ -301,7 +301,7 @@ def test_workers_outlive_the_signals_that_stop_the_loop():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"workers": -1}, "workers of stage 'test' must lie in"), ({"max_broken": 1.5}, "max_broken of stage")],
+    [({"workers": -1}, "workers of stage 'test' must be in"), ({"max_broken": 1.5}, "max_broken of stage")],
 )
 def test_settings_are_checked(change, message):
     with pytest.raises(ValueError, match=message):

@@ -200,9 +200,9 @@ def test_the_recipes_own_data_are_found_or_their_source_is_named(tmp_path, monke
         (("run/model", "data/train.json"), "would replace the model that training starts from"),
         (("model", "data/train.json", "--images", "a", "b"), "--images must be one for all data or one for each of 1"),
         (("model", "data/train.json", "--lora.alpha", "3"), "--lora.alpha needs --lora.rank"),
-        (("model", "data/train.json", "--lora.rank", "0"), "rank of LoRA must lie in [1, 1048576], got 0"),
+        (("model", "data/train.json", "--lora.rank", "0"), "rank of LoRA must be in [1, 1048576], got 0"),
         (("model", "data/train.json", "--lora.rank", "2", "--stage", "align"), "--lora is for the finetune stage"),
-        (("model", "data/train.json", "--lr", "-1"), "--lr must lie in (0, 1000000], got -1.0"),
+        (("model", "data/train.json", "--lr", "-1"), "--lr must be in (0, 1000000], got -1.0"),
         (("model", "data/train.json", "--samples", "0"), "--samples must be at least 1, got 0"),
         (("language", "data/train.json"), "language is not a vision-language model"),
     ],
@@ -294,8 +294,8 @@ def test_empty_data_and_endless_stages_are_errors_before_any_work(model, data, t
             model, "data/empty.json", *option
         )
         arguments = (model, data / "train.json", "--images", data / "images", *option)
-        assert "--epochs must lie in" in fails(*arguments, "--epochs", "inf")
-        assert "--lr must lie in" in fails(*arguments, "--lr", "inf")
+        assert "--epochs must be in" in fails(*arguments, "--epochs", "inf")
+        assert "--lr must be in" in fails(*arguments, "--lr", "inf")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model").write_text("a file")

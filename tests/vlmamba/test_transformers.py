@@ -328,7 +328,7 @@ def test_quantized_weights_without_their_mark_are_an_error(lm_folder, tmp_path):
 def test_a_wrong_setting_is_an_error(lm_folder, tmp_path):
     data = json.loads((lm_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(data | {"n_layer": -1}))
-    with pytest.raises(ValueError, match="n_layer must lie in"):
+    with pytest.raises(ValueError, match="n_layer must be in"):
         AutoConfig.from_pretrained(tmp_path)
 
 
