@@ -86,17 +86,18 @@ def _power_of_two(builder: Any, lanes: Lanes, parts: int, shifted: Any, r: Any, 
     return fma_value(builder, lanes, builder.fmul(scale, r), less_one, scale)
 
 
-def _limited(builder: Any, lanes: Lanes, power: Any, x: Any, bound: float, sides: str = "<>") -> Any:
-    """Zero where x is less than -bound, infinity where it is more than bound: there `power` has the wrong bits."""
-    for predicate, limit, value in (("<", -bound, 0.0), (">", bound, math.inf)):
+def _limited(builder: Any, lanes: Lanes, power: Any, x: Any, unit: float = 1.0, sides: str = "<>") -> Any:
+    """Zero where x is less than its bound, infinity where it is more: there `power` has the wrong bits.
+
+    Bounds are exponents of 2, in units of `unit`: of the least normal number, and of 0.97 of the largest.
+    """
+    bias = BIAS[lanes.dtype.bitwidth]
+    for predicate, bound, value in (("<", 1 - bias, 0.0), (">", bias + 0.96, math.inf)):
         if predicate in sides:
+            limit = bound * unit
             is_beyond = builder.fcmp_ordered(predicate, x, constant(lanes, limit))  # a NaN is neither
             power = builder.select(is_beyond, constant(lanes, value), power)
     return power
-
-
-def _bound(lanes: Lanes) -> float:
-    return BIAS[lanes.dtype.bitwidth] - 1.0
 
 
 def _exp_value(context: Any, builder: Any, lanes: Lanes, x: Any, sides: str = "<>") -> Any:
@@ -109,7 +110,7 @@ def _exp_value(context: Any, builder: Any, lanes: Lanes, x: Any, sides: str = "<
     r = fma_value(builder, lanes, x, constant(lanes, high), builder.fsub(magic, shifted))
     r = fma_value(builder, lanes, x, constant(lanes, LOG2_E_LOW if high == LOG2_E else LOG2_E - high), r)
     power = _power_of_two(builder, lanes, parts, shifted, r, EXP2_IN_PARTS)
-    return _limited(builder, lanes, power, x, _bound(lanes) / LOG2_E, sides)
+    return _limited(builder, lanes, power, x, 1 / LOG2_E, sides)
 
 
 @intrinsic
@@ -122,7 +123,7 @@ def exp2(typingctx, x):
         shifted = builder.fadd(args[0], magic)
         r = builder.fsub(args[0], builder.fsub(shifted, magic))
         power = _power_of_two(builder, x, parts, shifted, r, EXP2_IN_PARTS)
-        return _limited(builder, x, power, args[0], _bound(x))
+        return _limited(builder, x, power, args[0])
 
     return x(x), codegen
 
@@ -141,7 +142,7 @@ def exp2_product(typingctx, x, y, is_bounded):
         power = _power_of_two(builder, x, parts, shifted, r, EXP2_IN_PARTS | SHORT)
         result = cgutils.alloca_once_value(builder, power)
         with builder.if_then(builder.not_(is_bounded), likely=False):
-            builder.store(_limited(builder, x, power, builder.fmul(a, b), _bound(x)), result)
+            builder.store(_limited(builder, x, power, builder.fmul(a, b)), result)
         return builder.load(result)
 
     return x(x, x, types.boolean), codegen

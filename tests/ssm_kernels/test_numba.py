@@ -65,6 +65,11 @@ def test_powers_of_products_are_the_same_bits_with_a_bound_and_without(dtype):
     assert (bounded == other).all()
     assert abs(bounded / 2 ** (x.astype(np.longdouble) * y) - 1).max() < 2.5 * np.finfo(dtype).eps
 
+    # Up to the largest numbers: an infinity there, times a state of 0, would be NaN.
+    x = np.linspace(0.9, 1, 1600).astype(dtype) * (np.finfo(dtype).maxexp - 0.05)
+    run(x, np.ones_like(x), False, other)
+    assert abs(other / 2 ** x.astype(np.longdouble) - 1).max() < 2.5 * np.finfo(dtype).eps
+
     x = np.array([1e30, -1e30, np.inf, -np.inf, np.nan, 2000, -2000, 0] * 2, dtype)
     out = np.empty_like(x)
     run(x, np.ones_like(x), False, out)
