@@ -63,7 +63,8 @@ def _state_passing_kernel(
         next_contribution = tl.load(segment_states_ptr + next_segment * size + e, mask_next, other=0.0)
         next_dt_sum = tl.load(dt_sum_ptr + next_segment * dt_size + e_dt, mask_next, other=0.0)
         tl.store(segment_states_ptr + segment * size + e, h.to(segment_states_ptr.dtype.element_ty), mask)
-        h = tl.exp(a * dt_sum.to(COMPUTE)) * h + contribution.to(COMPUTE)
+        # A state of 0 stays 0, also where the growing decays of a segment multiply to infinity.
+        h = tl.where(h == 0.0, 0.0, tl.exp(a * dt_sum.to(COMPUTE)) * h) + contribution.to(COMPUTE)
         segment, contribution, dt_sum = next_segment, next_contribution, next_dt_sum
 
     row = tl.load(outgoing_rows_ptr + sequence).to(tl.int64)

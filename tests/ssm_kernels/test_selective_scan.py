@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -77,6 +78,35 @@ def test_agrees_with_the_reference(backend, batch, length, groups, n, softplus, 
     if "dt_bias" in tensors and not softplus:
         tensors["dt_bias"] = tensors["dt_bias"].abs()
     assert_agrees(selective_scan, tensors, {"dt_softplus": softplus}, backend=backend)
+
+
+PLAIN = {"D": False, "z": False, "dt_bias": False, "initial_states": False}
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_are_finite_where_two_growing_decays_overflow_together(backend, dtype, constant):
+    """Their product is the gradient of an initial state, which is not there: the states before them are 0."""
+    tensors = make(batch=1, length=2, n=3, dtype=dtype, **PLAIN)
+    tensors["A"], tensors["dt"] = -torch.ones(4, 3, dtype=dtype), torch.empty(1, 2, 4, dtype=dtype)
+    tensors["dt"][:] = -0.6 * math.log(torch.finfo(dtype).max)
+    if constant:
+        tensors |= {"B": torch.randn(4, 3, dtype=dtype), "C": torch.randn(4, 3, dtype=dtype)}
+    assert_agrees(selective_scan, tensors, backend=backend)
+
+
+def test_states_of_zero_stay_zero_while_decays_grow(backend):
+    """The product of the decays of a segment is infinite."""
+    length = 3 * LONG
+    tensors = make(batch=1, length=length, n=3, dtype=torch.float32, **PLAIN) | {"A": -torch.ones(4, 3)}
+    tensors["dt"] = torch.full((1, length, 4), -12.0)
+    tensors["u"][:, :-2] = 0
+    assert_agrees(selective_scan, tensors, backend=backend, gradients=False)
+    # In the backward, gradients of states are zero from the last step to the first few.
+    tensors["u"][:] = 0
+    tensors["dt"][:, :9] = 0.1
+    tensors["C"][:, 9:] = 0
+    assert_agrees(lambda **arguments: selective_scan(**arguments).y, tensors, backend=backend)
 
 
 @settings(**FEW)

@@ -344,8 +344,9 @@ def _differentiate_steps(may_be_constant: bool, is_bounded: bool) -> Callable:
                     store(shares, 2 * square + share, dy * h)
                     store(shares, 3 * square + share, dy * h2)
                     store(dinput_tile, at, fma(g2, b2, fma(g, b, dinput)))
+                    # Gradients of the exponents dt_t A. A growing decay may make g infinite where the state is 0.
+                    s, s2 = g * last * decay, g2 * last2 * decay2
                     g, g2, h, h2 = g * decay, g2 * decay2, last, last2
-                    s, s2 = g * h, g2 * h2  # gradients of the exponents dt_t A
                     store(dlog_tile, at, fma(s2, a2, fma(s, a, dlog)))
                     dA, dA2 = fma(s, dt, dA), fma(s2, dt, dA2)
                 # Beyond `count` are steps of another run, which no one reads.

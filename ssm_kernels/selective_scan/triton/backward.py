@@ -550,10 +550,10 @@ def _reverse_block(
 
     Write du, ddt and dB.
     """
-    # The states before each of the steps, K each.
+    # The state before the last of the steps, and of each step before it exp(dt A) h, K each.
     h = _restore(scratch_ptr + block * (BLOCK_E * LANES * K), tile_states, K, BLOCK_E * LANES)
     saved = _restore(steps_ptr + block * (2 * UNROLL * BLOCK_E), tile_channel, 2 * UNROLL, BLOCK_E)
-    us, hs = (), h
+    us, decayed = (), ()
     for i in tl.static_range(UNROLL):
         is_step = None if i == 0 or WHOLE_BLOCKS else t0 + i < end
         inside = _inside(mask, is_step, WHOLE_TILES)
@@ -561,8 +561,11 @@ def _reverse_block(
         if i + 1 < UNROLL:
             if not CONSTANT_B:
                 b = load_row(step_ptr(B_row, t0, i, B_strides[1], grid), lanes, is_step, N, K, LANES, B_WORD, COMPUTE)
-            h = advance_states(h, a, b, saved[2 * i], saved[2 * i] * us[i], K)
-            hs = hs + h
+            dt, before = saved[2 * i], h
+            h = ()
+            for k in tl.static_range(K):
+                decayed = decayed + (tl.exp2(dt * a[k]) * before[k],)
+                h = h + (decayed[i * K + k] + dt * us[i] * b[k],)
 
     for i in tl.static_range(UNROLL - 1, -1, -1):
         is_step = None if i == 0 or WHOLE_BLOCKS else t0 + i < end
@@ -584,8 +587,12 @@ def _reverse_block(
         # Adjoint of exp(dt A) h_{t-1} in 2a.
         dh_before, dlog_decay = (), ()
         for k in tl.static_range(K):
-            dh_before = dh_before + (tl.exp2(dt * a[k]) * dh[k],)
-            dlog_decay = dlog_decay + (dh_before[k] * hs[i * K + k],)
+            decay = tl.exp2(dt * a[k])
+            if i + 1 == UNROLL:
+                decayed = decayed + (decay * h[k],)
+            # Not by `dh_before`, which a growing decay may make infinite where the state is 0.
+            dlog_decay = dlog_decay + (dh[k] * decayed[i * K + k],)
+            dh_before = dh_before + (decay * dh[k],)
         dh = dh_before
         dA = add_scaled(dA, dt, dlog_decay, K)
         ddt = dot_states(a, dlog_decay, K, LANES) * LN2 + dinput * u  # a has LOG2E in it
