@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import matrix
+from .clocks import MMA, Clocks
+from .mbarrier import MemoryBarriers
 from .memory import Allocation, Fault, Findings, GlobalMemory, SharedMemory, gather
 from .parser import Instruction, Kernel
+from .tcgen05 import TensorCore
 from .values import F4, TYPES, U4, Array
 
 Mask = NDArray[np.bool_] | None
@@ -34,18 +37,27 @@ class Divergence(Exception):
 class Block:
     """The threads of one program ("Cooperative Thread Arrays"); the translated code calls these methods."""
 
-    def __init__(self, warps: int, memory: GlobalMemory, shared: SharedMemory, findings: Findings):
-        self.warps, self.threads = warps, 32 * warps
+    def __init__(self, memory: GlobalMemory, shared: SharedMemory, findings: Findings):
+        self.clocks = shared.clocks
+        self.warps, self.threads = self.clocks.warps, 32 * self.clocks.warps
         self.memory, self.shared, self.findings = memory, shared, findings
-        self.warp = np.repeat(np.arange(warps), 32)  # (threads,)
+        self.mbarriers = MemoryBarriers(shared)
+        if self.clocks.has_engines:
+            self.tensor_core = TensorCore(shared, findings)
+        self.warp = np.repeat(np.arange(self.warps), 32)  # (threads,)
         self.all_threads = np.ones(self.threads, bool)  # (threads,)
 
     def start(self) -> None:
         """Start a program."""
+        self.clocks.restart()
         self.shared.start_program()
+        self.mbarriers.start_program()
+        if self.clocks.has_engines:
+            self.tensor_core.memory.start_program()
         self.counters = np.zeros(self.threads, np.int64)  # (threads,)
         self.is_blocked = np.zeros(self.threads, bool)  # (threads,)
         self.at_barrier: dict[int, NDArray[np.bool_]] = {}
+        self.at_mbarrier: dict[int, NDArray[np.bool_]] = {}  # threads that wait, by address
         self.copies: list[list[tuple[Array, NDArray[np.uint8], Array, Instruction]]] = []
         self.open_copies: list[tuple[Array, NDArray[np.uint8], Array, Instruction]] = []
         self.products: dict[int, Array] = {}  # accumulators of wgmma in flight, by number
@@ -53,6 +65,29 @@ class Block:
         self.product_groups: list[list[tuple[list[int], list[Array]]]] = []
         self.open_products: list[tuple[list[int], list[Array]]] = []
         self.n_products, self.is_wgmma_fenced = 0, False
+
+    def finish(self) -> None:
+        """Finish a program."""
+        if self.clocks.has_engines:
+            self.tensor_core.memory.finish_program()
+
+    # ---- threads and warps that execute an instruction ---------------------------------------------------------
+
+    def chosen_threads(self, active: Mask) -> list[int]:
+        """Indices of the active threads."""
+        # A predicate may be one constant for all threads.
+        return np.flatnonzero(np.broadcast_to(True if active is None else active, (self.threads,))).tolist()
+
+    def chosen_warps(self, active: Mask, at: Instruction) -> list[int]:
+        """Indices of the warps that are active.
+
+        Raises:
+            Fault: some threads of a warp are active, and some are not.
+        """
+        rows = np.broadcast_to(True if active is None else active, (self.threads,)).reshape(self.warps, 32)
+        if (rows.any(1) != rows.all(1)).any():
+            raise Fault(f"{at}: a part of a warp")
+        return np.flatnonzero(rows.all(1)).tolist()
 
     # ---- control flow ------------------------------------------------------------------------------------------
 
@@ -78,7 +113,9 @@ class Block:
         ready = ~self.is_blocked & (self.counters != END)
         if not ready.any():
             if self.is_blocked.any():
-                raise Fault(f"threads wait at barriers {sorted(self.at_barrier)} that the others never reach")
+                where = f"barriers {sorted(self.at_barrier)}" if self.at_barrier else ""
+                where += f"mbarriers at {sorted(self.at_mbarrier)}" if self.at_mbarrier else ""
+                raise Fault(f"threads wait at {where} that the others never reach")
             return None
         counter = int(self.counters[ready].min())
         return counter, ready & (self.counters == counter)
@@ -97,11 +134,63 @@ class Block:
             self.is_blocked |= active
             return
         self.is_blocked &= ~arrived
-        self.shared.synchronize(np.unique(self.warp[arrived]))
+        self.clocks.meet(np.unique(self.warp[arrived]))
 
     def fence_proxy(self, active: Mask, at: Instruction) -> None:
         """Order earlier writes before accesses of the asynchronous proxy ("membar / fence")."""
         self.shared.fence(np.unique(self.warp[np.broadcast_to(True if active is None else active, (self.threads,))]))
+
+    # ---- mbarriers ---------------------------------------------------------------------------------------------
+
+    def initialize_mbarrier(self, address: Array, count: int, active: Mask, at: Instruction) -> None:
+        """Make an mbarrier for each active thread ("mbarrier.init")."""
+        for thread, place in self._places(address, active):
+            self.mbarriers.initialize(place, count, thread // 32, at)
+
+    def invalidate_mbarrier(self, address: Array, active: Mask, at: Instruction) -> None:
+        """Free the memory of an mbarrier for each active thread ("mbarrier.inval")."""
+        for thread, place in self._places(address, active):
+            self.mbarriers.invalidate(place, thread // 32, at)
+
+    def wait_at_mbarrier(self, address: Array, parity: Array, active: Mask, at: Instruction) -> NDArray[np.bool_]:
+        """Test whether a phase is complete ("mbarrier.try_wait.parity"); threads for which it is not block.
+
+        Raises:
+            Fault: all threads wait for one that nobody completes.
+        """
+        done = np.zeros(self.threads, bool)
+        address, parity = (np.broadcast_to(x, (self.threads,)) for x in (address, parity))
+        chosen = self.chosen_threads(active)
+        for warp, place, which in sorted({(t // 32, int(address[t]), int(parity[t])) for t in chosen}):
+            same = [t for t in chosen if (t // 32, address[t], parity[t]) == (warp, place, which)]
+            done[same] = self.mbarriers.is_complete(place, which, warp, at)
+            if not done[same].all():
+                self.at_mbarrier.setdefault(place, np.zeros(self.threads, bool))[same] = True
+                self.is_blocked[same] = True
+        if self.is_blocked.all():
+            raise Fault(f"{at}: all threads wait at mbarriers {sorted(self.at_mbarrier)}")
+        return done
+
+    def arrive_at_mbarrier(self, address: Array, count: int, active: Mask, at: Instruction) -> None:
+        """Arrive `count` times for each active thread ("mbarrier.arrive")."""
+        for thread, place in self._places(address, active):
+            self.mbarriers.arrive(place, thread // 32, count, at)
+            self._wake(place)
+
+    def commit_products(self, address: Array, active: Mask, at: Instruction) -> None:
+        """Let an mbarrier track the products that each active thread issued ("tcgen05.commit")."""
+        for thread, place in self._places(address, active):
+            self.mbarriers.track(place, self.clocks.actor(MMA, thread // 32), at)
+            self._wake(place)
+
+    def _places(self, address: Array, active: Mask) -> list[tuple[int, int]]:
+        """Active threads and their addresses."""
+        threads = self.chosen_threads(active)
+        return list(zip(threads, np.broadcast_to(address, (self.threads,))[threads].tolist(), strict=True))
+
+    def _wake(self, address: int) -> None:
+        """Let the threads that wait at an mbarrier test it again."""
+        self.is_blocked &= ~self.at_mbarrier.pop(address, np.zeros(self.threads, bool))
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
@@ -305,12 +394,9 @@ class Block:
         """An operand in shared memory, (rows, K). Its cells count as being read until the wgmma is waited for."""
         size = 4 if kind == "tf32" else 2
         descriptor = int(np.broadcast_to(descriptors, (self.threads,))[first])
-        offsets = matrix.shared_tile_offsets(descriptor, rows, k, size, k_major)
+        offsets = matrix.SharedTile.of_wgmma(descriptor).offsets(rows, k, size, k_major)
         cells = self.shared.cells(offsets.ravel(), size, at)  # (rows * K, cells)
-        for warp in range(first // 32, first // 32 + 4):
-            self.shared.note_read(cells, np.full(len(cells), warp), at)
-        if self.shared.unfenced[cells].any():
-            self.findings.add_at("wgmma reads memory that generic-proxy stores wrote, with no proxy fence between", at)
+        self.shared.note_descriptor_read(cells, range(first // 32, first // 32 + 4), "wgmma", at)
         read.append(np.unique(cells))
         self.shared.tensor_core_reads[read[-1]] += 1
         raw = gather(self.shared.bytes, offsets.ravel(), size)  # (rows * K, size)
@@ -385,13 +471,15 @@ def run(
         runs[:] = 0
         findings = Findings()
         memory = GlobalMemory(allocations, findings, checks)
-        block = Block(warps, memory, SharedMemory(shared_bytes, warps, cell, findings, checks), findings)
+        clocks = Clocks(warps, has_engines=any(i.parts[0] == "tcgen05" for b in kernel.blocks for i in b))
+        block = Block(memory, SharedMemory(shared_bytes, clocks, cell, findings, checks), findings)
         try:
             with np.errstate(all="ignore"):
                 for z, y, x in order:
                     memory.program = int(x) + grid[0] * (int(y) + grid[1] * int(z))
                     block.start()
                     code(block, parameters, (int(x), int(y), int(z)), grid)
+                    block.finish()
         except Divergence:
             if per_thread:
                 raise

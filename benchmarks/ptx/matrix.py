@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,36 +95,67 @@ def mma(
     return out
 
 
-def shared_tile_offsets(descriptor: int, rows: int, k: int, size: int, k_major: bool) -> NDArray[np.int64]:
-    """Offsets in shared memory of a wgmma operand's elements: (rows, K).
+@dataclass(frozen=True)
+class SharedTile:
+    """An operand in shared memory, as a matrix descriptor places it."""
 
-    "Asynchronous Warpgroup Level Matrix Shared Memory Layout" and "Matrix Descriptor Format".
+    start: int
+    """Offset in bytes."""
+    leading: int
+    """Bytes of the leading dimension's stride."""
+    stride: int
+    """Bytes of the stride dimension's."""
+    swizzle: int
+    """Logarithm of the swizzled 16-byte units of a row: 0 none, 1 of 32 bytes, 2 of 64, 3 of 128."""
 
-    Args:
-        rows: M of A, or N of B.
-        size: bytes of an element.
-        k_major: whether the operand is contiguous along K.
-    """
+    @classmethod
+    def of_wgmma(cls, descriptor: int) -> SharedTile:
+        """Decode the "Matrix Descriptor Format" of "Asynchronous Warpgroup Level Matrix Instructions"."""
+        return cls(*_strides(descriptor), swizzle={0: 0, 1: 3, 2: 2, 3: 1}[descriptor >> 62 & 3])
+
+    @classmethod
+    def of_tcgen05(cls, descriptor: int) -> SharedTile:
+        """Decode the "Shared memory descriptor" of the fifth generation of tensor cores.
+
+        Raises:
+            Unsupported: it has a base offset, an absolute leading dimension, or 32-byte atoms.
+        """
+        swizzle = {0: 0, 2: 3, 4: 2, 6: 1}.get(descriptor >> 61)
+        if swizzle is None or descriptor >> 46 & 0x7FFF != 1:  # bits 46 to 60: version 1, and zeros
+            raise Unsupported(f"shared memory descriptor {descriptor:#x}")
+        return cls(*_strides(descriptor), swizzle)
+
+    def offsets(self, rows: int, k: int, size: int, k_major: bool) -> NDArray[np.int64]:
+        """Offsets in shared memory of the elements: (rows, K).
+
+        "Asynchronous Warpgroup Level Matrix Shared Memory Layout", which tensor cores of the fifth generation share.
+
+        Args:
+            rows: M of A, or N of B.
+            size: bytes of an element.
+            k_major: whether the operand is contiguous along K.
+        """
+        width = 16 << self.swizzle  # bytes of a row of the swizzled atom
+        row, column = np.meshgrid(np.arange(rows), np.arange(k), indexing="ij")  # (rows, K)
+        # Core matrices are 8 rows of 16 bytes, or of the swizzle's width.
+        if k_major:
+            byte = column * size
+            offset = row // 8 * self.stride + row % 8 * width + byte % width + byte // width * self.leading
+        elif self.swizzle:
+            byte = row * size
+            offset = byte // width * self.leading + byte % width + column // 8 * self.stride + column % 8 * width
+        else:
+            byte = row * size
+            offset = byte // 16 * self.stride + byte % 16 + column // 8 * self.leading + column % 8 * 16
+        # The swizzle exchanges 16-byte units: bits 4 to 6 by bits 7 to 9.
+        address = self.start + offset
+        return address ^ ((address >> 7 & ((1 << self.swizzle) - 1)) << 4)
+
+
+def _strides(descriptor: int) -> tuple[int, int, int]:
+    """Start address, and strides of the leading and the stride dimension, in bytes."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    swizzle = {0: 0, 1: 3, 2: 2, 3: 1}[descriptor >> 62 & 3]  # bits: none, 128, 64, 32 bytes
-    width = 16 << swizzle  # bytes of a row of the swizzled atom
-    row, column = np.meshgrid(np.arange(rows), np.arange(k), indexing="ij")  # (rows, K)
-    # Core matrices are 8 rows of 16 bytes, or of the swizzle's width.
-    if k_major:
-        byte = column * size
-        if swizzle:
-            offset = row // 8 * stride + row % 8 * width + byte % width + byte // width * leading
-        else:
-            offset = row // 8 * stride + row % 8 * 16 + byte % 16 + byte // 16 * leading
-    else:
-        byte = row * size
-        if swizzle:
-            offset = byte // width * leading + byte % width + column // 8 * stride + column % 8 * width
-        else:
-            offset = byte // 16 * stride + byte % 16 + column // 8 * leading + column % 8 * 16
-    # The swizzle exchanges 16-byte units: bits 4 to 6 by bits 7 to 9.
-    address = start + offset
-    return address ^ ((address >> 7 & ((1 << swizzle) - 1)) << 4)
+    return start, leading, stride
 
 
 def from_shared(raw: Array, kind: str) -> NDArray[np.float64]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .clocks import Clocks
 from .parser import Instruction
 from .values import Array, difference_in_ulps
 
@@ -213,39 +214,30 @@ def _check_one_value(stored: Array, wanted: Array, where: str, findings: Finding
 
 
 class SharedMemory:
-    """Shared memory of a block, with race detection between its warps by vector clocks.
-
-    Each warp counts the barriers that it passed; `clock[w, v]` is the count of v that w knows of. An access happens
-    before a later one of another warp if that warp knows the count at which it was made.
+    """Shared memory of a block, with race detection between its warps, and the engines that read it, by vector clocks.
 
     Args:
         size: bytes.
         cell: bytes of the kernel's smallest access, the granularity of race detection.
     """
 
-    def __init__(self, size: int, warps: int, cell: int, findings: Findings, checks: bool):
-        self.size, self.cell, self.findings, self.checks = size, cell, findings, checks
+    def __init__(self, size: int, clocks: Clocks, cell: int, findings: Findings, checks: bool):
+        self.size, self.clocks, self.cell, self.findings, self.checks = size, clocks, cell, findings, checks
         self.bytes = np.zeros(-(-size // 16) * 16, np.uint8)
         n = len(self.bytes) // cell
-        self.clock = np.ones((warps, warps), np.int64)  # (warps, warps)
+        self.actors = clocks.warps * (2 if clocks.has_engines else 1)  # warps, and their engines MMA
         self.writer, self.write_clock = np.zeros(n, np.intp), np.zeros(n, np.int64)  # (cells,)
-        self.read_clock = np.zeros((warps, n), np.int64)  # (warps, cells)
-        self.is_written, self.in_flight, self.unfenced = (np.zeros(n, bool) for _ in range(3))
+        self.read_clock = np.zeros((self.actors, n), np.int64)  # (actors, cells)
+        self.is_written, self.is_mbarrier, self.in_flight, self.unfenced = (np.zeros(n, bool) for _ in range(4))
         self.tensor_core_reads = np.zeros(n, np.int32)  # (cells,)
         """Number of wgmma in flight that read a cell."""
 
     def start_program(self) -> None:
         """Clear the memory and the checks of the program before."""
-        self.synchronize(np.arange(len(self.clock)))
         self.bytes[:] = 0xFF  # NaN in every floating-point type
-        for flags in (self.is_written, self.in_flight, self.unfenced):
+        for flags in (self.is_written, self.is_mbarrier, self.in_flight, self.unfenced):
             flags[:] = False
         self.tensor_core_reads[:] = 0
-
-    def synchronize(self, warps: Array) -> None:
-        """Let warps pass a barrier together: each learns the counts of the others."""
-        self.clock[warps] = self.clock[warps].max(0)
-        self.clock[warps, warps] += 1
 
     def fence(self, warps: Array) -> None:
         """Make the writes of these warps visible to the asynchronous proxy ("membar / fence": fence.proxy.async)."""
@@ -278,38 +270,66 @@ class SharedMemory:
         if self.checks:
             _check_one_value(gather(self.bytes, offsets, data.shape[1]), data, "shared memory", self.findings, at)
 
-    def note_read(self, cells: Array, warps: Array, at: Instruction) -> None:
+    def note_read(self, cells: Array, actors: Array, at: Instruction) -> None:
+        """Check an ordinary read of cells, (accesses, cells per access), by an actor per access."""
         if not self.checks:
             return
-        cells, warps = cells.ravel(), np.repeat(warps, cells.shape[1])
-        self._check_writer(cells, warps, "read", at)
+        self.order_read(cells, actors, at)
         if not self.is_written[cells].all():
             self.findings.add_at("shared memory is read that was never written", at)
-        self.read_clock[warps, cells] = self.clock[warps, warps]
+        if self.is_mbarrier[cells].any():
+            self.findings.add_at("an ordinary instruction reads an mbarrier", at)
 
-    def note_write(self, cells: Array, warps: Array, at: Instruction) -> None:
+    def note_write(self, cells: Array, actors: Array, at: Instruction) -> None:
+        """Check an ordinary write of cells, (accesses, cells per access), by an actor per access."""
         if not self.checks:
             return
-        cells, warps = cells.ravel(), np.repeat(warps, cells.shape[1])
-        self._check_writer(cells, warps, "written", at)
-        # A race: a read of some warp is newer than the count of it that this warp knows.
-        if (self.read_clock[:, cells] > self.clock[warps].T).any():
+        self.order_write(cells, actors, at)
+        if self.tensor_core_reads[cells].any():
+            self.findings.add_at("shared memory is written while a wgmma that reads it is in flight", at)
+        if self.is_mbarrier[cells].any():
+            self.findings.add_at("an ordinary instruction writes to an mbarrier", at)
+        self.is_written[cells] = True
+
+    def order_read(self, cells: Array, actors: Array, at: Instruction) -> None:
+        """Check that the last write of each cell is ordered before this read."""
+        if not self.checks:
+            return
+        cells, actors = cells.ravel(), np.repeat(actors, cells.shape[1])
+        self._check_writer(cells, actors, "read", at)
+        self.read_clock[actors, cells] = self.clocks.epoch(actors)
+
+    def order_write(self, cells: Array, actors: Array, at: Instruction) -> None:
+        """Check that the last accesses of each cell are ordered before this write."""
+        if not self.checks:
+            return
+        cells, actors = cells.ravel(), np.repeat(actors, cells.shape[1])
+        self._check_writer(cells, actors, "written", at)
+        # A race: a read of some actor is of a later epoch than this actor knows.
+        races = self.read_clock[:, cells] > self.clocks.known[actors, : self.actors].T  # (actors, cells)
+        if races[: self.clocks.warps].any():
             self.findings.add_at(
                 "shared memory is read by one warp and written by another, with no barrier between", at
             )
-        if self.tensor_core_reads[cells].any():
-            self.findings.add_at("shared memory is written while a wgmma that reads it is in flight", at)
-        self.writer[cells], self.write_clock[cells] = warps, self.clock[warps, warps]
-        self.is_written[cells] = True
+        if races[self.clocks.warps :].any():
+            self.findings.add_at("shared memory is written while a tcgen05.mma that reads it is in flight", at)
+        self.writer[cells], self.write_clock[cells] = actors, self.clocks.epoch(actors)
 
-    def _check_writer(self, cells: Array, warps: Array, how: str, at: Instruction) -> None:
+    def _check_writer(self, cells: Array, actors: Array, how: str, at: Instruction) -> None:
         writer = self.writer[cells]  # (cells,)
-        # A race: the last write is newer than the count of the writer that this warp knows.
-        if ((writer != warps) & (self.write_clock[cells] > self.clock[warps, writer])).any():
+        # A race: the last write is of a later epoch of the writer than this actor knows.
+        if ((writer != actors) & (self.write_clock[cells] > self.clocks.known[actors, writer])).any():
             what = f"shared memory is written by one warp and {how} by another, with no barrier between"
             self.findings.add_at(what, at)
         if self.in_flight[cells].any():
             self.findings.add_at(f"shared memory is {how} while an asynchronous copy to it is in flight", at)
+
+    def note_descriptor_read(self, cells: Array, actors: Sequence[int], by: str, at: Instruction) -> None:
+        """Check that a product of some actors reads cells in the asynchronous proxy, (elements, cells per element)."""
+        for actor in actors:
+            self.note_read(cells, np.full(len(cells), actor), at)
+        if self.checks and self.unfenced[cells].any():
+            self.findings.add_at(f"{by} reads memory that generic-proxy stores wrote, with no proxy fence between", at)
 
     def deliver(self, offsets: Array, data: NDArray[np.uint8], warps: Array, at: Instruction) -> None:
         """Complete an asynchronous copy: its warp sees it from now on, and others after a barrier."""
@@ -317,4 +337,4 @@ class SharedMemory:
         scatter(self.bytes, offsets, data)
         self.in_flight[cells] = False
         self.unfenced[cells] = True
-        self.writer[cells], self.write_clock[cells] = warps[:, None], self.clock[warps, warps][:, None]
+        self.writer[cells], self.write_clock[cells] = warps[:, None], self.clocks.epoch(warps)[:, None]

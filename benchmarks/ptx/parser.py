@@ -94,7 +94,7 @@ class _Body:
 
     def __init__(self, kernel: Kernel, files: dict[int, str]):
         self.kernel, self.files, self.source = kernel, files, ""
-        self.scopes: list[dict[str, str]] = []  # registers that inline assembly declares, and their unique names
+        self.scopes: list[dict[str, str]] = []  # registers and labels of inline assembly, and their unique names
         self.n_scopes = 0
         self.targets: set[str] = set()
         kernel.blocks.append([])
@@ -143,9 +143,16 @@ class _Body:
     def _label(self, name: str) -> None:
         if name not in self.targets:  # a label for debuggers
             return
+        if self.scopes:  # known from here on: branches go back to it
+            name = self._declare_in_scope(name)
         if self.kernel.blocks[-1]:
             self.kernel.blocks.append([])
         self.kernel.labels[name] = len(self.kernel.blocks) - 1
+
+    def _declare_in_scope(self, name: str) -> str:
+        """Give a name of the innermost scope a unique one."""
+        self.scopes[-1][name] = f"{name}_{self.n_scopes}"
+        return self.scopes[-1][name]
 
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):
@@ -168,8 +175,7 @@ class _Body:
         for name in (n.strip() for n in names.split(",")):
             name = name.split("<")[0]  # %r<12>: %r0 to %r11
             if self.scopes and not name.startswith("%"):
-                self.scopes[-1][name] = unique = f"{name}_{self.n_scopes}"
-                name = unique
+                name = self._declare_in_scope(name)
             self.kernel.registers[name] = kind.removeprefix(".")
 
 
@@ -183,3 +189,8 @@ def _operands(text: str) -> tuple[str, ...]:
             start = i + 1
     last = text[start:].strip()
     return (*found, last) if last else tuple(found)
+
+
+def many(operand: str) -> list[str]:
+    """Registers of a vector operand, or the one that it is."""
+    return [r.strip() for r in operand[1:-1].split(",")] if operand.startswith("{") else [operand]

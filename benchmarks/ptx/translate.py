@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from . import matrix, values
+from . import asynchronous, matrix, values
 from .machine import END, Code
 from .memory import Fault
-from .parser import Instruction, Kernel, Unsupported
+from .parser import Instruction, Kernel, Unsupported, many
 from .values import BOOL, F2, F4, F8, TYPES, U2, U4, U8
 
 SPECIAL = {
@@ -49,7 +49,7 @@ def kind_of(instruction: Instruction) -> str:
     space = next((p.split("::")[0] for p in parts if p.split("::")[0] in ("global", "shared", "param")), None)
     if parts[0] == "cp":
         return ".".join(parts[:3]) if parts[2].endswith(("group", "all")) else "cp.async"
-    if parts[0] == "wgmma":
+    if parts[0] in ("wgmma", "tcgen05", "mbarrier"):
         return ".".join(parts[:2])
     return f"{parts[0]}.{space}" if space else parts[0]
 
@@ -81,7 +81,7 @@ def translate(
     Raises:
         Unsupported: an instruction that the emulator does not have; the message names it, with its line.
     """
-    translator = _Translator(kernel, threads, per_thread)
+    translator = Translator(kernel, threads, per_thread)
     source = translator.source()
     runs = np.zeros(len(kernel.blocks), np.int64)
     space: dict[str, Any] = {**vars(values), "np": np, "Fault": Fault, "END": END, "L": kernel.labels, "runs": runs}
@@ -90,7 +90,7 @@ def translate(
     return space["run"], [collections.Counter(map(kind_of, block)) for block in kernel.blocks], runs
 
 
-class _Translator:
+class Translator:
     def __init__(self, kernel: Kernel, threads: int, per_thread: bool):
         self.kernel, self.threads, self.per_thread = kernel, threads, per_thread
         self.constants: dict[str, Any] = {}
@@ -123,7 +123,7 @@ class _Translator:
         for kind in set(self.used.values()):
             names = [name for name, k in self.used.items() if k == kind]
             poison = (
-                "np.zeros(T, bool)" if kind == BOOL else f"np.full(T * {kind.itemsize}, 0xFE, U1).view({_code(kind)})"
+                "np.zeros(T, bool)" if kind == BOOL else f"np.full(T * {kind.itemsize}, 0xFE, U1).view({code(kind)})"
             )
             lines.append(f"  poison = {poison}")
             lines += [f"  {' = '.join(names[i : i + 200])} = poison" for i in range(0, len(names), 200)]
@@ -149,10 +149,10 @@ class _Translator:
 
     # ---- operands ----------------------------------------------------------------------------------------------
 
-    def _emit(self, line: str) -> None:
+    def emit(self, line: str) -> None:
         self.lines.append(line)
 
-    def _register(self, name: str) -> tuple[str, np.dtype] | None:
+    def register(self, name: str) -> tuple[str, np.dtype] | None:
         kind = self.kernel.register_type(name)
         if kind is None:
             return None
@@ -160,7 +160,7 @@ class _Translator:
         self.used[variable] = TYPES[kind]
         return variable, TYPES[kind]
 
-    def _constant(self, value: Any, kind: np.dtype) -> str:
+    def constant(self, value: Any, kind: np.dtype) -> str:
         key = (value.hex() if isinstance(value, float) else value, kind.str)
         if key not in self.constant_names:
             self.constant_names[key] = name = f"k{len(self.constant_names)}"
@@ -171,35 +171,35 @@ class _Translator:
                 self.constants[name] = kind.type(value)
         return self.constant_names[key]
 
-    def _read(self, operand: str, kind: np.dtype) -> str:
+    def read(self, operand: str, kind: np.dtype) -> str:
         """An expression for an operand's value in a type ("Instruction Operands")."""
-        register = self._register(operand)
+        register = self.register(operand)
         if register is not None:
             name, raw = register
             if operand in self.accumulators and self.is_checked:
-                self._emit(f"if block.products: block.check_settled({name}, {self.at})")
+                self.emit(f"if block.products: block.check_settled({name}, {self.at})")
             if raw == kind:
                 return name
             if raw.itemsize == kind.itemsize:
-                return f"{name}.view({_code(kind)})"
-            return f"{name}.astype(np.dtype('u{kind.itemsize}')).view({_code(kind)})"
+                return f"{name}.view({code(kind)})"
+            return f"{name}.astype(np.dtype('u{kind.itemsize}')).view({code(kind)})"
         if operand.startswith(("0f", "0F")):
             return self._float_bits(int(operand[2:], 16), F4, kind)
         if operand.startswith(("0d", "0D")):
             return self._float_bits(int(operand[2:], 16), F8, kind)
         if operand in SPECIAL:
-            return SPECIAL[operand] if kind == U4 else f"{SPECIAL[operand]}.astype({_code(kind)})"
+            return SPECIAL[operand] if kind == U4 else f"{SPECIAL[operand]}.astype({code(kind)})"
         if NUMBER.fullmatch(operand):
-            return self._constant(int(operand.rstrip("U"), 0), kind)
+            return self.constant(int(operand.rstrip("U"), 0), kind)
         if operand == DYNAMIC_SHARED:
-            return self._constant(0, kind)
+            return self.constant(0, kind)
         if operand in ("true", "false"):
-            return self._constant(operand == "true", kind)
+            return self.constant(operand == "true", kind)
         raise Unsupported(f"operand {operand}")
 
     def _float_bits(self, bits: int, source: np.dtype, kind: np.dtype) -> str:
         if kind.kind != "f":
-            return self._constant(bits, kind)
+            return self.constant(bits, kind)
         value = np.array([bits], f"u{source.itemsize}").view(source)[0]
         key = (bits, f"bits of {kind.str}")
         if key not in self.constant_names:
@@ -207,30 +207,30 @@ class _Translator:
             self.constants[name] = kind.type(value)
         return self.constant_names[key]
 
-    def _write(self, operand: str, expression: str, kind: np.dtype, guard: str | None) -> None:
+    def write(self, operand: str, expression: str, kind: np.dtype, guard: str | None) -> None:
         """Assign an expression of that type to a register, where the guard holds."""
         if operand == "_":
             return
-        register = self._register(operand)
+        register = self.register(operand)
         if register is None:
             raise Unsupported(f"destination {operand}")
         name, raw = register
         if raw != kind:
             same = raw.itemsize == kind.itemsize
-            change = f".view({_code(raw)})" if same else f".astype(np.dtype('u{raw.itemsize}')).view({_code(raw)})"
+            change = f".view({code(raw)})" if same else f".astype(np.dtype('u{raw.itemsize}')).view({code(raw)})"
             expression = f"({expression}){change}"
-        self._emit(f"{name} = np.where({guard}, {expression}, {name})" if guard else f"{name} = {expression}")
+        self.emit(f"{name} = np.where({guard}, {expression}, {name})" if guard else f"{name} = {expression}")
 
-    def _address(self, operand: str, kind: np.dtype) -> str:
+    def address(self, operand: str, kind: np.dtype) -> str:
         found = ADDRESS.fullmatch(operand)
         if found is None:
             raise Unsupported(f"address {operand}")
-        base = self._read(found[1], kind)
+        base = self.read(found[1], kind)
         offset = int(found[2], 0) if found[2] else 0
-        return f"({base} + {self._constant(offset, kind)})" if offset else base
+        return f"({base} + {self.constant(offset, kind)})" if offset else base
 
-    def _tuple(self, operands: Sequence[str], kind: np.dtype) -> str:
-        return "(" + "".join(f"{self._read(o, kind)}, " for o in operands) + ")"
+    def tuple(self, operands: Sequence[str], kind: np.dtype) -> str:
+        return "(" + "".join(f"{self.read(o, kind)}, " for o in operands) + ")"
 
     # ---- instructions ------------------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class _Translator:
         self.is_checked = i.parts[0] not in ("mov", "wgmma")
         guard = None
         if i.guard:
-            predicate = self._read(i.guard.lstrip("!"), BOOL)
+            predicate = self.read(i.guard.lstrip("!"), BOOL)
             guard = f"(~{predicate})" if i.guard.startswith("!") else predicate
         try:
             if i.parts[0] in ("bra", "ret", "exit", "bar", "barrier"):
@@ -250,7 +250,7 @@ class _Translator:
             if self.per_thread:
                 guard = f"(act & {guard})" if guard else "act"
                 if i.parts[0] in ("mma", "wgmma", "ldmatrix", "stmatrix") or i.opcode.startswith("cp.async.wait"):
-                    self._emit(f"if not (act | (P == END)).all(): raise Fault(f'a part of the block at {{{self.at}}}')")
+                    self.emit(f"if not (act | (P == END)).all(): raise Fault(f'a part of the block at {{{self.at}}}')")
             handler = HANDLERS.get(i.parts[0])
             if handler is None:
                 raise Unsupported(i.parts[0])
@@ -263,13 +263,15 @@ class _Translator:
         base = i.parts[0]
         if base in ("bar", "barrier"):
             return self._barrier(i, guard, block)
+        if base == "bra" and i.operands[0] not in self.kernel.labels:
+            raise Unsupported(f"label {i.operands[0]}")
         target = repr(i.operands[0]) if base == "bra" else ""
         if self.per_thread:
-            self._emit(f"g = act & {guard}" if guard else "g = act")
-            self._emit(f"P[act & ~g] = {block + 1}; P[g] = {f'L[{target}]' if target else 'END'}; continue")
+            self.emit(f"g = act & {guard}" if guard else "g = act")
+            self.emit(f"P[act & ~g] = {block + 1}; P[g] = {f'L[{target}]' if target else 'END'}; continue")
         else:
             go = f"pc = L[{target}]; continue" if target else "return"
-            self._emit(f"if block.branches({guard}, {self.at}): {go}" if guard else go)
+            self.emit(f"if block.branches({guard}, {self.at}): {go}" if guard else go)
         return None
 
     def _barrier(self, i: Instruction, guard: str | None, block: int) -> None:
@@ -282,10 +284,10 @@ class _Translator:
         operands = [int(o, 0) for o in i.operands]
         count = operands[1] if len(operands) > 1 else None
         if self.per_thread:
-            self._emit(f"P[act] = {block + 1}")
-            self._emit(f"block.barrier({operands[0]}, {count}, act, {self.at}); continue")
+            self.emit(f"P[act] = {block + 1}")
+            self.emit(f"block.barrier({operands[0]}, {count}, act, {self.at}); continue")
         else:
-            self._emit(f"block.barrier({operands[0]}, {count}, None, {self.at})")
+            self.emit(f"block.barrier({operands[0]}, {count}, None, {self.at})")
 
     def _memory(self, i: Instruction, guard: str | None) -> None:
         """Section "Data Movement and Conversion Instructions: ld, st"."""
@@ -294,19 +296,19 @@ class _Translator:
         # A signed value is sign-extended to a wider register ("Operand Size Exceeding Instruction-Type Size").
         loaded = kind if kind.kind == "i" else raw
         if "param" in parts:
-            self._emit(f"v = np.full(T, parameters[{i.operands[1].strip('[] ')!r}])")
-            return self._write(i.operands[0], f"v.view({_code(loaded)})", loaded, guard)
+            self.emit(f"v = np.full(T, parameters[{i.operands[1].strip('[] ')!r}])")
+            return self.write(i.operands[0], f"v.view({code(loaded)})", loaded, guard)
         space = self._space(i)
         is_load = parts[0] == "ld"
         value, memory = i.operands[:2] if is_load else i.operands[1::-1]
-        address = self._address(memory, U4 if space == "shared" else U8)
-        registers = _many(value)
+        address = self.address(memory, U4 if space == "shared" else U8)
+        registers = many(value)
         if is_load:
-            self._emit(f"v = block.load({space!r}, {address}, {guard}, {raw.itemsize}, {len(registers)}, {self.at})")
+            self.emit(f"v = block.load({space!r}, {address}, {guard}, {raw.itemsize}, {len(registers)}, {self.at})")
             for n, register in enumerate(registers):
-                self._write(register, f"v[{n}].view({_code(loaded)})", loaded, guard)
+                self.write(register, f"v[{n}].view({code(loaded)})", loaded, guard)
         else:
-            self._emit(f"block.store({space!r}, {address}, {guard}, {self._tuple(registers, raw)}, {self.at})")
+            self.emit(f"block.store({space!r}, {address}, {guard}, {self.tuple(registers, raw)}, {self.at})")
         return None
 
     def _space(self, i: Instruction) -> str:
@@ -325,9 +327,9 @@ class _Translator:
             raise Unsupported("only atomics of 32 and 64 bits in global memory")
         memory, operand = i.operands[-2:]
         to = i.operands[0] if i.parts[0] == "atom" else "_"
-        address, operand = self._address(memory, U8), self._read(operand, kind)
-        self._emit(f"v = block.atomic({operation!r}, {_code(kind)}, {address}, {guard}, {operand}, {self.at})")
-        self._write(to, "v", kind, guard)
+        address, operand = self.address(memory, U8), self.read(operand, kind)
+        self.emit(f"v = block.atomic({operation!r}, {code(kind)}, {address}, {guard}, {operand}, {self.at})")
+        self.write(to, "v", kind, guard)
 
     def _copy(self, i: Instruction, guard: str | None) -> None:
         """Section "Data Movement and Conversion Instructions: Non-bulk copy": cp.async."""
@@ -335,23 +337,23 @@ class _Translator:
             raise Unsupported("only cp.async of threads")
         kind = i.parts[2]
         if kind == "commit_group":
-            return self._emit("block.commit_copies()")
+            return self.emit("block.commit_copies()")
         if kind == "wait_group":
-            return self._emit(f"block.wait_for_copies({int(i.operands[0], 0)}, {self.at})")
+            return self.emit(f"block.wait_for_copies({int(i.operands[0], 0)}, {self.at})")
         if kind == "wait_all":
-            return self._emit(f"block.commit_copies(); block.wait_for_copies(0, {self.at})")
+            return self.emit(f"block.commit_copies(); block.wait_for_copies(0, {self.at})")
         if kind not in ("ca", "cg"):
             raise Unsupported("its completion mechanism")
-        to, source = self._address(i.operands[0], U4), self._address(i.operands[1], U8)
+        to, source = self.address(i.operands[0], U4), self.address(i.operands[1], U8)
         _, _, size, *source_size = i.operands
-        n = self._read(source_size[0], U4) if source_size else None
-        self._emit(f"block.copy_async({to}, {source}, {guard}, {int(size, 0)}, {n}, {self.at})")
+        n = self.read(source_size[0], U4) if source_size else None
+        self.emit(f"block.copy_async({to}, {source}, {guard}, {int(size, 0)}, {n}, {self.at})")
         return None
 
     def _fence(self, i: Instruction, guard: str | None) -> None:
         """Section "Parallel Synchronization and Communication Instructions: membar / fence"."""
         if "proxy" in i.parts:
-            self._emit(f"block.fence_proxy({guard}, {self.at})")
+            self.emit(f"block.fence_proxy({guard}, {self.at})")
 
     def _nothing(self, i: Instruction, guard: str | None) -> None:
         """An instruction without effect in the emulator."""
@@ -360,7 +362,7 @@ class _Translator:
     def _trap(self, i: Instruction, guard: str | None) -> None:
         """Section "Miscellaneous Instructions: trap"."""
         condition = f"np.any({guard})" if guard else "True"
-        self._emit(f"if {condition}: raise Fault(f'trap: {{{self.at}}}')")
+        self.emit(f"if {condition}: raise Fault(f'trap: {{{self.at}}}')")
 
     def _move(self, i: Instruction, guard: str | None) -> None:
         """Section "Data Movement and Conversion Instructions: mov, cvta"; packs and unpacks vectors."""
@@ -368,55 +370,55 @@ class _Translator:
         kind = TYPES[i.parts[-1]]
         raw = kind if kind == BOOL else np.dtype(f"u{kind.itemsize}")
         if to.startswith("{"):
-            registers = _many(to)
+            registers = many(to)
             part = np.dtype(f"u{raw.itemsize // len(registers)}")
-            self._emit(f"v = np.ascontiguousarray(np.broadcast_to({self._read(source, raw)}, T)).view({_code(part)})")
+            self.emit(f"v = np.ascontiguousarray(np.broadcast_to({self.read(source, raw)}, T)).view({code(part)})")
             for n, register in enumerate(registers):
-                self._write(register, f"v[{n}::{len(registers)}]", part, guard)
+                self.write(register, f"v[{n}::{len(registers)}]", part, guard)
         elif source.startswith("{"):
-            registers = _many(source)
+            registers = many(source)
             part = np.dtype(f"u{raw.itemsize // len(registers)}")
             shifted = [
-                f"({self._read(r, part)}.astype({_code(raw)}) << {self._constant(8 * part.itemsize * n, raw)})"
+                f"({self.read(r, part)}.astype({code(raw)}) << {self.constant(8 * part.itemsize * n, raw)})"
                 for n, r in enumerate(registers)
             ]
-            self._write(to, " | ".join(shifted), raw, guard)
+            self.write(to, " | ".join(shifted), raw, guard)
         else:
-            self._write(to, self._read(source, raw), raw, guard)
+            self.write(to, self.read(source, raw), raw, guard)
 
     def _shuffle(self, i: Instruction, guard: str | None) -> None:
         """Section "Data Movement and Conversion Instructions: shfl.sync"."""
-        value, b, c = (self._read(o, U4) for o in i.operands[1:4])
-        self._emit(f"v, w = block.shuffle({i.parts[2]!r}, {value}, {b}, {c})")
+        value, b, c = (self.read(o, U4) for o in i.operands[1:4])
+        self.emit(f"v, w = block.shuffle({i.parts[2]!r}, {value}, {b}, {c})")
         to, *in_range = i.operands[0].split("|")
-        self._write(to, "v", U4, guard)
+        self.write(to, "v", U4, guard)
         for predicate in in_range:
-            self._write(predicate, "w", BOOL, guard)
+            self.write(predicate, "w", BOOL, guard)
 
     def _vote(self, i: Instruction, guard: str | None) -> None:
         """Section "Parallel Synchronization and Communication Instructions: vote.sync"."""
         predicate = i.operands[1]
-        value = f"(~{self._read(predicate[1:], BOOL)})" if predicate.startswith("!") else self._read(predicate, BOOL)
+        value = f"(~{self.read(predicate[1:], BOOL)})" if predicate.startswith("!") else self.read(predicate, BOOL)
         kind = U4 if i.parts[2] == "ballot" else BOOL
-        self._write(i.operands[0], f"block.vote({i.parts[2]!r}, {value})", kind, guard)
+        self.write(i.operands[0], f"block.vote({i.parts[2]!r}, {value})", kind, guard)
 
     def _elect(self, i: Instruction, guard: str | None) -> None:
         """Section "Parallel Synchronization and Communication Instructions: elect.sync"; lane 0 is elected."""
         _, predicate = i.operands[0].split("|")
-        self._write(predicate, "(laneid == np.uint32(0))", BOOL, guard)
+        self.write(predicate, "(laneid == np.uint32(0))", BOOL, guard)
 
     def _ldmatrix(self, i: Instruction, guard: str | None) -> None:
         """Section "Warp-level matrix load instruction: ldmatrix"."""
-        registers = _many(i.operands[0])
-        address = self._address(i.operands[1], U4)
-        self._emit(f"v = block.load_matrix({address}, {len(registers)}, {'trans' in i.parts}, {self.at})")
+        registers = many(i.operands[0])
+        address = self.address(i.operands[1], U4)
+        self.emit(f"v = block.load_matrix({address}, {len(registers)}, {'trans' in i.parts}, {self.at})")
         for n, register in enumerate(registers):
-            self._write(register, f"v[{n}]", U4, guard)
+            self.write(register, f"v[{n}]", U4, guard)
 
     def _stmatrix(self, i: Instruction, guard: str | None) -> None:
         """Section "Warp-level matrix store instruction: stmatrix"."""
-        address, registers = self._address(i.operands[0], U4), self._tuple(_many(i.operands[1]), U4)
-        self._emit(f"block.store_matrix({address}, {registers}, {'trans' in i.parts}, {self.at})")
+        address, registers = self.address(i.operands[0], U4), self.tuple(many(i.operands[1]), U4)
+        self.emit(f"block.store_matrix({address}, {registers}, {'trans' in i.parts}, {self.at})")
 
     def _mma(self, i: Instruction, guard: str | None) -> None:
         """Section "Multiply-and-Accumulate Instruction: mma"."""
@@ -424,47 +426,47 @@ class _Translator:
             raise Unsupported("only mma.sync of dense matrices")
         kinds = i.parts[-4:]
         raw = U8 if kinds[0] == "f64" else U4
-        to, a, b, c = map(_many, i.operands[:4])
-        operands = ", ".join(self._tuple(registers, raw) for registers in (a, b, c))
+        to, a, b, c = map(many, i.operands[:4])
+        operands = ", ".join(self.tuple(registers, raw) for registers in (a, b, c))
         self.constants["mma"] = matrix.mma
-        self._emit(f"v = mma({i.parts[3]!r}, {kinds!r}, {operands}, W)")
+        self.emit(f"v = mma({i.parts[3]!r}, {kinds!r}, {operands}, W)")
         for n, register in enumerate(to):
-            self._write(register, f"v[{n}]", raw, guard)
+            self.write(register, f"v[{n}]", raw, guard)
 
     def _wgmma(self, i: Instruction, guard: str | None) -> None:
         """Section "Asynchronous Warpgroup Level Matrix Instructions": wgmma."""
         what = i.parts[1]
         if what == "fence":
-            return self._emit("block.fence_wgmma()")
+            return self.emit("block.fence_wgmma()")
         if what == "commit_group":
-            return self._emit("block.commit_wgmma()")
+            return self.emit("block.commit_wgmma()")
         if what == "wait_group":
-            self._emit(f"block.wait_for_wgmma({int(i.operands[0], 0)}, {self.at})")
-            names = [register[0] for r in sorted(self.accumulators) if (register := self._register(r))]
-            self._emit("if block.finished:")
+            self.emit(f"block.wait_for_wgmma({int(i.operands[0], 0)}, {self.at})")
+            names = [register[0] for r in sorted(self.accumulators) if (register := self.register(r))]
+            self.emit("if block.finished:")
             for name in names:
-                self._emit(f"  {name} = block.settled({name})")
-            return self._emit("  block.finished.clear()")
+                self.emit(f"  {name} = block.settled({name})")
+            return self.emit("  block.finished.clear()")
         if what != "mma_async" or "sp" in i.parts or i.parts[-3] != "f32" or i.parts[-2] not in ("bf16", "f16", "tf32"):
             raise Unsupported("only dense wgmma of bf16, f16 and tf32 to f32")
         to, a_operand, b_operand, scale_d, *immediate = i.operands
-        registers = _many(to)
+        registers = many(to)
         numbers = [int(n, 0) for n in immediate]
         if a_operand.startswith("{"):
-            a = self._tuple(_many(a_operand), U4)  # registers of the A fragment
+            a = self.tuple(many(a_operand), U4)  # registers of the A fragment
         else:
-            a = f"np.asarray({self._read(a_operand, U8)})"  # a matrix descriptor
+            a = f"np.asarray({self.read(a_operand, U8)})"  # a matrix descriptor
         # imm-scale-a, imm-scale-b, then imm-trans-a (if A is in shared memory) and imm-trans-b.
         signs, transposed = tuple(numbers[:2]), [bool(n) for n in numbers[2:]]
         k_major = tuple(not t for t in ([False] * (2 - len(transposed)) + transposed))
         is_number = NUMBER.fullmatch(scale_d)
-        scale = self._constant(bool(int(scale_d, 0)), BOOL) if is_number else self._read(scale_d, BOOL)
-        self._emit(
-            f"v = block.wgmma({i.parts[4]!r}, {i.parts[-3:]!r}, {self._tuple(registers, U4)}, {a}, "
-            f"{self._read(b_operand, U8)}, {scale}, {signs}, {k_major}, {self.at})"
+        scale = self.constant(bool(int(scale_d, 0)), BOOL) if is_number else self.read(scale_d, BOOL)
+        self.emit(
+            f"v = block.wgmma({i.parts[4]!r}, {i.parts[-3:]!r}, {self.tuple(registers, U4)}, {a}, "
+            f"{self.read(b_operand, U8)}, {scale}, {signs}, {k_major}, {self.at})"
         )
         for n, register in enumerate(registers):
-            self._write(register, f"v[{n}]", U4, guard)
+            self.write(register, f"v[{n}]", U4, guard)
         return None
 
     def _compare(self, i: Instruction, guard: str | None) -> None:
@@ -485,61 +487,61 @@ class _Translator:
         combined = ""
         if combine:
             last = i.operands[3]
-            other = f"(~{self._read(last[1:], BOOL)})" if last.startswith("!") else self._read(last, BOOL)
+            other = f"(~{self.read(last[1:], BOOL)})" if last.startswith("!") else self.read(last, BOOL)
             combined = f" {SYMBOL[combine]} {other}"
         to, *negated = i.operands[0].split("|")
-        self._emit(f"v = np.broadcast_to({test}, T)")
+        self.emit(f"v = np.broadcast_to({test}, T)")
         for register, value in ((to, "v"), *((n, "~v") for n in negated)):
-            self._write(register, value + combined, BOOL, guard)
+            self.write(register, value + combined, BOOL, guard)
 
     def _select(self, i: Instruction, guard: str | None) -> None:
         """Section "Comparison and Selection Instructions: selp"."""
         kind = TYPES[i.parts[-1]]
-        a, b = (self._read(o, kind) for o in i.operands[1:3])
-        self._write(i.operands[0], f"np.where({self._read(i.operands[3], BOOL)}, {a}, {b})", kind, guard)
+        a, b = (self.read(o, kind) for o in i.operands[1:3])
+        self.write(i.operands[0], f"np.where({self.read(i.operands[3], BOOL)}, {a}, {b})", kind, guard)
 
     def _bitwise(self, i: Instruction, guard: str | None) -> None:
         """Section "Logic and Shift Instructions: and, or, xor, not"."""
         kind = TYPES[i.parts[-1]]
-        a = self._read(i.operands[1], kind)
+        a = self.read(i.operands[1], kind)
         if i.parts[0] == "not":
             expression = f"~{a}"
         else:
-            expression = f"{a} {SYMBOL[i.parts[0]]} {self._read(i.operands[2], kind)}"
-        self._write(i.operands[0], expression, kind, guard)
+            expression = f"{a} {SYMBOL[i.parts[0]]} {self.read(i.operands[2], kind)}"
+        self.write(i.operands[0], expression, kind, guard)
 
     def _shift(self, i: Instruction, guard: str | None) -> None:
         """Section "Logic and Shift Instructions: shl, shr"."""
         kind = TYPES[i.parts[-1]]
         name = "shift_left" if i.parts[0] == "shl" else "shift_right"
-        a, n = self._read(i.operands[1], kind), self._read(i.operands[2], U4)
-        self._write(i.operands[0], f"{name}({a}, {n})", kind, guard)
+        a, n = self.read(i.operands[1], kind), self.read(i.operands[2], U4)
+        self.write(i.operands[0], f"{name}({a}, {n})", kind, guard)
 
     def _bits(self, i: Instruction, guard: str | None) -> None:
         """Bit manipulation: bfe, bfi, clz, popc ("Integer Arithmetic Instructions"), lop3, shf, prmt."""
         kind, base = TYPES[i.parts[-1]], i.parts[0]
         of = [kind, kind if base == "bfi" else U4, U4, U4]
         if base == "lop3":
-            a, b, c = (self._read(o, U4) for o in i.operands[1:4])
-            return self._write(i.operands[0], f"lookup3({a}, {b}, {c}, {int(i.operands[4], 0)})", U4, guard)
+            a, b, c = (self.read(o, U4) for o in i.operands[1:4])
+            return self.write(i.operands[0], f"lookup3({a}, {b}, {c}, {int(i.operands[4], 0)})", U4, guard)
         if base == "shf":
-            a, b, n = (self._read(o, U4) for o in i.operands[1:4])
+            a, b, n = (self.read(o, U4) for o in i.operands[1:4])
             options = f"{'l' in i.parts}, {'wrap' in i.parts}"
-            return self._write(i.operands[0], f"funnel_shift({a}, {b}, {n}, {options})", U4, guard)
+            return self.write(i.operands[0], f"funnel_shift({a}, {b}, {n}, {options})", U4, guard)
         name = {"bfe": "extract_bits", "bfi": "insert_bits", "prmt": "permute_bytes", "clz": "leading_zeros",
                 "popc": "count_ones"}[base]  # fmt: skip
-        arguments = ", ".join(self._read(o, k) for o, k in zip(i.operands[1:], of, strict=False))
+        arguments = ", ".join(self.read(o, k) for o, k in zip(i.operands[1:], of, strict=False))
         if base in ("clz", "popc"):
             arguments = f"np.broadcast_to({arguments}, T)"
-        return self._write(i.operands[0], f"{name}({arguments})", U4 if base in ("clz", "popc") else kind, guard)
+        return self.write(i.operands[0], f"{name}({arguments})", U4 if base in ("clz", "popc") else kind, guard)
 
     def _number(self, operand: str, kind: str, i: Instruction) -> str:
         """An operand as a number to compute with: 16-bit floats widened, subnormals flushed where asked for."""
         if kind == "bf16":
-            return f"from_bf16({self._read(operand, U2)})"
+            return f"from_bf16({self.read(operand, U2)})"
         if kind == "f16":
-            return f"{self._read(operand, F2)}.astype(F4)"
-        value = self._read(operand, TYPES[kind])
+            return f"{self.read(operand, F2)}.astype(F4)"
+        value = self.read(operand, TYPES[kind])
         return f"flush_subnormal({value})" if kind == "f32" and "ftz" in i.parts else value
 
     def _arithmetic(self, i: Instruction, guard: str | None) -> None:
@@ -556,18 +558,18 @@ class _Translator:
             expression = f"flush_subnormal({expression})"
         if "sat" in i.parts and kind.kind == "f":
             expression = f"np.clip({expression}, 0, 1)"
-        return self._write(i.operands[0], expression, kind, guard)
+        return self.write(i.operands[0], expression, kind, guard)
 
     def _long_product(self, i: Instruction, kind: np.dtype, guard: str | None) -> None:
-        a, b = (self._read(o, kind) for o in i.operands[1:3])
+        a, b = (self.read(o, kind) for o in i.operands[1:3])
         if "hi" in i.parts:
             expression, of = f"multiply_high({a}, {b})", kind
         else:
             of = np.dtype(f"{kind.kind}{2 * kind.itemsize}")
-            expression = f"{a}.astype({_code(of)}) * {b}.astype({_code(of)})"
+            expression = f"{a}.astype({code(of)}) * {b}.astype({code(of)})"
         if i.parts[0] == "mad":
-            expression = f"{expression} + {self._read(i.operands[3], of)}"
-        self._write(i.operands[0], expression, of, guard)
+            expression = f"{expression} + {self.read(i.operands[3], of)}"
+        self.write(i.operands[0], expression, of, guard)
 
     def _packed(self, i: Instruction, guard: str | None) -> None:
         """16-bit floats, alone or two in a register, and two float32 in one: computed in float32 and rounded."""
@@ -581,15 +583,15 @@ class _Translator:
         for half in range(2 if kind.endswith("x2") else 1):
             operands = []
             for o in i.operands[1:]:
-                bits = self._read(o, register)
+                bits = self.read(o, register)
                 if kind.endswith("x2"):
-                    bits = f"({bits} >> {self._constant(lane * half, register)}).astype({_code(part)})"
+                    bits = f"({bits} >> {self.constant(lane * half, register)}).astype({code(part)})"
                 operands.append(widen.format(bits))
             halves.append(narrow.format(_expression(i.parts[0], operands, F4, i)))
         if len(halves) == 1:
-            return self._write(i.operands[0], halves[0], U2, guard)
-        low, high = (f"{half}.astype({_code(register)})" for half in halves)
-        return self._write(i.operands[0], f"{low} | ({high} << {self._constant(lane, register)})", register, guard)
+            return self.write(i.operands[0], halves[0], U2, guard)
+        low, high = (f"{half}.astype({code(register)})" for half in halves)
+        return self.write(i.operands[0], f"{low} | ({high} << {self.constant(lane, register)})", register, guard)
 
     def _convert(self, i: Instruction, guard: str | None) -> None:
         """Section "Data Movement and Conversion Instructions: cvt"."""
@@ -599,24 +601,24 @@ class _Translator:
             raise Unsupported("saturation")
         if to in ("bf16x2", "f16x2"):
             narrow = "to_bf16" if to == "bf16x2" else "to_f16"
-            high, low = (f"{narrow}({self._read(o, F4)}).astype(U4)" for o in i.operands[1:3])
-            return self._write(i.operands[0], f"({high} << np.uint32(16)) | {low}", U4, guard)
+            high, low = (f"{narrow}({self.read(o, F4)}).astype(U4)" for o in i.operands[1:3])
+            return self.write(i.operands[0], f"({high} << np.uint32(16)) | {low}", U4, guard)
         if to == "tf32":
-            expression = f"to_tf32({self._read(i.operands[1], F4)}, {'rna' in how})"
-            return self._write(i.operands[0], expression, U4, guard)
-        value = self._number(i.operands[1], source, i) if source != "f16" else self._read(i.operands[1], F2)
+            expression = f"to_tf32({self.read(i.operands[1], F4)}, {'rna' in how})"
+            return self.write(i.operands[0], expression, U4, guard)
+        value = self._number(i.operands[1], source, i) if source != "f16" else self.read(i.operands[1], F2)
         rounding = next((h for h in how if h in values.ROUND), None)
         floats = ("f16", "bf16", "f32", "f64")
         kind = TYPES[to]
         if to == "bf16":
-            return self._write(i.operands[0], f"to_bf16({value}.astype(F4))", U2, guard)
+            return self.write(i.operands[0], f"to_bf16({value}.astype(F4))", U2, guard)
         if source in floats and to in floats:
             if rounding:
                 value = f"ROUND[{rounding!r}]({value})"
-            return self._write(i.operands[0], f"{value}.astype({_code(kind)})", kind, guard)
+            return self.write(i.operands[0], f"{value}.astype({code(kind)})", kind, guard)
         if source in floats:
-            return self._write(i.operands[0], f"to_integer({value}, {_code(kind)}, {rounding!r})", kind, guard)
-        return self._write(i.operands[0], f"{value}.astype({_code(kind)})", kind, guard)
+            return self.write(i.operands[0], f"to_integer({value}, {code(kind)}, {rounding!r})", kind, guard)
+        return self.write(i.operands[0], f"{value}.astype({code(kind)})", kind, guard)
 
 
 def _expression(base: str, operands: Sequence[str], kind: np.dtype, i: Instruction) -> str:
@@ -636,28 +638,28 @@ def _expression(base: str, operands: Sequence[str], kind: np.dtype, i: Instructi
         return f"{name}({operands[0]}, {operands[1]})"
     if base in ("rcp", "rsqrt"):
         root = f"np.sqrt({operands[0]}.astype(F8))" if base == "rsqrt" else f"{operands[0]}.astype(F8)"
-        return f"(1 / {root}).astype({_code(kind)})"
+        return f"(1 / {root}).astype({code(kind)})"
     if base == "copysign":
         return f"np.copysign({operands[1]}, {operands[0]})"
     return f"{UNARY[base]}({operands[0]})"
 
 
-Handler = Callable[[_Translator, Instruction, "str | None"], None]
+Handler = Callable[[Translator, Instruction, "str | None"], None]
 HANDLERS: dict[str, Handler] = {
-    "ld": _Translator._memory, "st": _Translator._memory, "atom": _Translator._atomic, "red": _Translator._atomic,
-    "cp": _Translator._copy, "mov": _Translator._move, "cvta": _Translator._move, "shfl": _Translator._shuffle,
-    "vote": _Translator._vote, "elect": _Translator._elect, "ldmatrix": _Translator._ldmatrix,
-    "stmatrix": _Translator._stmatrix, "mma": _Translator._mma, "wgmma": _Translator._wgmma,
-    "setp": _Translator._compare, "selp": _Translator._select, "cvt": _Translator._convert, "trap": _Translator._trap,
-    **dict.fromkeys(("and", "or", "xor", "not"), _Translator._bitwise),
-    **dict.fromkeys(("shl", "shr"), _Translator._shift),
-    **dict.fromkeys(("bfe", "bfi", "prmt", "clz", "popc", "lop3", "shf"), _Translator._bits),
+    "ld": Translator._memory, "st": Translator._memory, "atom": Translator._atomic, "red": Translator._atomic,
+    "cp": Translator._copy, "mov": Translator._move, "cvta": Translator._move, "shfl": Translator._shuffle,
+    "vote": Translator._vote, "elect": Translator._elect, "ldmatrix": Translator._ldmatrix,
+    "stmatrix": Translator._stmatrix, "mma": Translator._mma, "wgmma": Translator._wgmma,
+    "setp": Translator._compare, "selp": Translator._select, "cvt": Translator._convert, "trap": Translator._trap,
+    **dict.fromkeys(("and", "or", "xor", "not"), Translator._bitwise),
+    **dict.fromkeys(("shl", "shr"), Translator._shift),
+    **dict.fromkeys(("bfe", "bfi", "prmt", "clz", "popc", "lop3", "shf"), Translator._bits),
     **dict.fromkeys(
         ("add", "sub", "mul", "mad", "fma", "div", "rem", "min", "max", "rcp", "rsqrt", "copysign", *UNARY),
-        _Translator._arithmetic,
+        Translator._arithmetic,
     ),
-    **dict.fromkeys(NO_EFFECT, _Translator._nothing),
-    "fence": _Translator._fence,
+    **dict.fromkeys(NO_EFFECT, Translator._nothing),
+    "fence": Translator._fence, "mbarrier": asynchronous.mbarrier, "tcgen05": asynchronous.tcgen05,
 }  # fmt: skip
 
 
@@ -668,7 +670,7 @@ def _accumulators(kernel: Kernel) -> set[str]:
     for block in kernel.blocks:
         for i in block:
             if i.opcode.startswith("wgmma.mma_async"):
-                found |= set(_many(i.operands[0]))
+                found |= set(many(i.operands[0]))
             elif i.parts[0] == "mov" and i.operands[1].startswith("%"):
                 moves.append((i.operands[1], i.operands[0]))
     while more := {to for source, to in moves if source in found} - found:
@@ -676,11 +678,6 @@ def _accumulators(kernel: Kernel) -> set[str]:
     return found
 
 
-def _many(operand: str) -> list[str]:
-    """Registers of a vector operand, or the one that it is."""
-    return [r.strip() for r in operand[1:-1].split(",")] if operand.startswith("{") else [operand]
-
-
-def _code(kind: np.dtype) -> str:
+def code(kind: np.dtype) -> str:
     """The name of a type in the generated source."""
     return "BOOL" if kind == BOOL else f"{kind.kind.upper()}{kind.itemsize}"

@@ -29,19 +29,19 @@ class Recorder(machine.Block):
     needed: set[int]
     """Lines of the PTX; set by the test, for all programs of a kernel together."""
 
-    def __init__(self, warps, memory, shared, findings):
-        super().__init__(warps, memory, shared, findings)
-        note_read, note_write = shared.note_read, shared.note_write
+    def __init__(self, memory, shared, findings):
+        super().__init__(memory, shared, findings)
+        order_read, order_write = shared.order_read, shared.order_write
 
         def read(cells, warps, at):
             self._access(cells, warps, at, is_write=False)
-            note_read(cells, warps, at)
+            order_read(cells, warps, at)
 
         def write(cells, warps, at):
             self._access(cells, warps, at, is_write=True)
-            note_write(cells, warps, at)
+            order_write(cells, warps, at)
 
-        shared.note_read, shared.note_write = read, write
+        shared.order_read, shared.order_write = read, write
 
     def start(self) -> None:
         super().start()

@@ -152,8 +152,8 @@ def test_a_predicate_chooses_the_threads_that_store():
 
 
 def test_an_unknown_instruction_is_refused_by_name():
-    with pytest.raises(Unsupported, match=r"tcgen05\.mma.*PTX line"):
-        run_ptx("tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r4, %p1;", torch.zeros(64))
+    with pytest.raises(Unsupported, match=r"tcgen05\.mma.*kind::i8.*PTX line"):
+        run_ptx("tcgen05.mma.cta_group::1.kind::i8 [%r1], %rd1, %rd2, %r4, %p1;", torch.zeros(64))
 
 
 # ---- threads and barriers --------------------------------------------------------------------------------------------
