@@ -80,16 +80,11 @@ def _store(t: Translator, i: Instruction, guard: str | None) -> None:
     t.emit(f"block.tensor_core.store({i.parts[4:6]!r}, {where}, {registers}, {_warps(t, guard)}, {t.at})")
 
 
-def _wait_for_loads(t: Translator, i: Instruction, guard: str | None) -> None:
-    """Section "Tensor Memory Data Movement Instructions: tcgen05.wait", of loads."""
+def _wait(t: Translator, i: Instruction, guard: str | None) -> None:
+    """Section "Tensor Memory Data Movement Instructions: tcgen05.wait"."""
     _require(i, "sync", "aligned")
-    t.emit(f"block.tensor_core.wait({LOAD}, {_warps(t, guard)})")
-
-
-def _wait_for_stores(t: Translator, i: Instruction, guard: str | None) -> None:
-    """Section "Tensor Memory Data Movement Instructions: tcgen05.wait", of stores."""
-    _require(i, "sync", "aligned")
-    t.emit(f"block.tensor_core.wait({STORE}, {_warps(t, guard)})")
+    engine = {"wait::ld": LOAD, "wait::st": STORE}[i.parts[1]]
+    t.emit(f"block.wait_for_tensor_memory({engine}, {guard}, {t.at})")
 
 
 def _multiply(t: Translator, i: Instruction, guard: str | None) -> None:
@@ -122,7 +117,7 @@ def _fence(t: Translator, i: Instruction, guard: str | None) -> None:
 
 TCGEN05 = {
     "alloc": _allocate, "dealloc": _free, "relinquish_alloc_permit": _relinquish, "ld": _load, "st": _store,
-    "wait::ld": _wait_for_loads, "wait::st": _wait_for_stores, "mma": _multiply, "commit": _commit,
+    "wait::ld": _wait, "wait::st": _wait, "mma": _multiply, "commit": _commit,
     "fence::before_thread_sync": _fence, "fence::after_thread_sync": _fence,
 }  # fmt: skip
 

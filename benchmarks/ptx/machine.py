@@ -183,6 +183,11 @@ class Block:
             self.mbarriers.track(place, self.clocks.actor(MMA, thread // 32), at)
             self._wake(place)
 
+    def wait_for_tensor_memory(self, engine: int, active: Mask, at: Instruction) -> None:
+        """Wait for the loads or the stores of tensor memory that the active warps issued ("tcgen05.wait")."""
+        for warp in self.chosen_warps(active, at):
+            self.clocks.follow(warp, self.clocks.release(self.clocks.actor(engine, warp)))
+
     def _places(self, address: Array, active: Mask) -> list[tuple[int, int]]:
         """Active threads and their addresses."""
         threads = self.chosen_threads(active)

@@ -151,11 +151,6 @@ class TensorCore:
             raise Fault(f"{at}: warp {warp} accesses tensor memory from lane {lane}; its lanes start at {quarter}")
         return lane, column
 
-    def wait(self, engine: int, warps: Sequence[int]) -> None:
-        """Wait for the loads or stores that warps issued ("tcgen05.wait")."""
-        for warp in warps:
-            self.clocks.follow(warp, self.clocks.release(self.clocks.actor(engine, warp)))
-
     # ---- products: by one thread -------------------------------------------------------------------------------
 
     def multiply(

@@ -547,6 +547,8 @@ class Translator:
     def _arithmetic(self, i: Instruction, guard: str | None) -> None:
         """Sections "Integer Arithmetic Instructions" and "Floating-Point Instructions"."""
         base, kind_name = i.parts[0], i.parts[-1]
+        if i.parts[-2] == "f32" and kind_name in ("bf16", "f16"):
+            return self._mixed(i, guard)
         if kind_name in (*HALF_TYPES, "f32x2"):
             return self._packed(i, guard)
         kind = TYPES[kind_name]
@@ -570,6 +572,14 @@ class Translator:
         if i.parts[0] == "mad":
             expression = f"{expression} + {self.read(i.operands[3], of)}"
         self.write(i.operands[0], expression, of, guard)
+
+    def _mixed(self, i: Instruction, guard: str | None) -> None:
+        """Section "Mixed Precision Floating-Point Instructions": add, sub, fma, whose last operand is float32."""
+        if i.parts[0] not in ("add", "sub", "fma") or "sat" in i.parts:
+            raise Unsupported("mixed precision")
+        *narrow, last = i.operands[1:]
+        operands = [self._number(o, i.parts[-1], i) for o in narrow] + [self.read(last, F4)]
+        self.write(i.operands[0], _expression(i.parts[0], operands, F4, i), F4, guard)
 
     def _packed(self, i: Instruction, guard: str | None) -> None:
         """16-bit floats, alone or two in a register, and two float32 in one: computed in float32 and rounded."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.benchmarks.tensor_ordering import NOBODY, TensorRecorder, mark
 from vlmamba.benchmarks.ptx import machine
-
-NOBODY, SEVERAL = -1, -2
 
 
 class Recorder(machine.Block):
@@ -24,6 +23,9 @@ class Recorder(machine.Block):
       before another wait covers them.
     - A fence: a product reads what was written before it and after the fence before, and no fence follows in between.
     - `wgmma.fence` always: products need it after each wait.
+    - Tensor memory, and waits at mbarriers: `TensorRecorder`.
+
+    An asynchronous product counts for barriers when it is issued: its end is a matter of waits.
     """
 
     needed: set[int]
@@ -42,6 +44,7 @@ class Recorder(machine.Block):
             order_write(cells, warps, at)
 
         shared.order_read, shared.order_write = read, write
+        self.tensor = TensorRecorder(self) if self.clocks.has_engines else None
 
     def start(self) -> None:
         super().start()
@@ -55,34 +58,42 @@ class Recorder(machine.Block):
         self.n_copies = self.n_groups = 0
         self.waited: dict[str, list[tuple[int, np.ndarray]]] = {"copies": [], "products": []}
         self.results: dict[int, tuple[int, int, np.ndarray]] = {}  # group, line and array of settled accumulators
+        if self.tensor:
+            self.tensor.start()
 
     def _access(self, cells, warps, at, is_write: bool) -> None:
-        cells, warps = cells.ravel(), np.repeat(warps, cells.shape[1])
+        is_product = bool((warps >= self.warps).any())
+        cells, warps = cells.ravel(), np.repeat(warps % self.warps, cells.shape[1])
         written, read = self.before[:, cells]
         others = (written != NOBODY) & (written != warps)
         if is_write:
             others |= (read != NOBODY) & (read != warps)
         if others.any() and self.last_barrier:
             self.needed.add(self.last_barrier)
-        self._mark(cells, warps, is_write)
+        if is_product:
+            self.tensor.shared.touch(cells)
+        else:
+            self._mark(cells, warps, is_write)
         lines = {*self.copy_wait[cells].tolist()}
         if is_write:
             lines |= {*self.product_wait[cells].tolist()}
-        elif at.opcode.startswith("wgmma.mma"):
+            if self.tensor:
+                lines |= {*self.tensor.shared.settled_by[cells].tolist()}
+        elif at.opcode.startswith(("wgmma.mma", "tcgen05.mma")):
             lines |= {*self.fenced_by[cells].tolist()}
         self.needed |= lines - {0}
 
     def _mark(self, cells, warps, is_write: bool) -> None:
-        row = self.after[0 if is_write else 1]
         for warp in np.unique(warps):
-            own = cells[warps == warp]
-            row[own] = np.where((row[own] == NOBODY) | (row[own] == warp), warp, SEVERAL)
+            mark(self.after[0 if is_write else 1], cells[warps == warp], warp)
 
     def barrier(self, number, count, active, at) -> None:
         super().barrier(number, count, active, at)
         if not self.is_blocked.any():
             self.before, self.after = self.after, np.full_like(self.after, NOBODY)
             self.last_barrier = at.line
+            if self.tensor:
+                self.tensor.pass_barrier()
 
     def fence_proxy(self, active, at) -> None:
         waiting = self.shared.unfenced.copy()
@@ -96,6 +107,28 @@ class Recorder(machine.Block):
     def commit_wgmma(self) -> None:
         super().commit_wgmma()
         self.n_groups += 1
+
+    def initialize_mbarrier(self, address, count, active, at) -> None:
+        super().initialize_mbarrier(address, count, active, at)
+        for _, place in self._places(address, active):
+            self.tensor.commits[place] = []
+
+    def commit_products(self, address, active, at) -> None:
+        super().commit_products(address, active, at)
+        for _, place in self._places(address, active):
+            self.tensor.commits[place].append(self.tensor.n_products)
+
+    def wait_at_mbarrier(self, address, parity, active, at) -> np.ndarray:
+        done = super().wait_at_mbarrier(address, parity, active, at)
+        for thread, place in self._places(address, active):
+            if done[thread]:
+                self.tensor.wait_at(place, self.mbarriers.objects[place].phase, at.line)
+        return done
+
+    def wait_for_tensor_memory(self, engine, active, at) -> None:
+        super().wait_for_tensor_memory(engine, active, at)
+        for warp in self.chosen_warps(active, at):
+            self.tensor.wait_for(engine, warp, at.line)
 
     def _cover(self, kind: str, marks, done: int) -> None:
         """Forget the groups that a wait for the first `done` covers again."""
