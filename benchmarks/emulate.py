@@ -75,7 +75,9 @@ class Row:
         return not self.wrong and not self.findings
 
     def __str__(self) -> str:
-        counts = {kind: self.instructions.get(kind, 0) for kind in ("mma", "wgmma.mma_async", "bar", "shfl")}
+        counts = {
+            kind: self.instructions.get(kind, 0) for kind in ("mma", "wgmma.mma_async", "tcgen05.mma", "bar", "shfl")
+        }
         shown = ", ".join(f"{kind} {n:,}" for kind, n in counts.items() if n)
         error = "" if self.error is None else f", error {self.error:.1e}"
         lines = [

@@ -20,8 +20,9 @@ def mbarrier(t: Translator, i: Instruction, guard: str | None) -> None:
         wait = f"block.wait_at_mbarrier({t.address(place, U4)}, {t.read(parity, U4)}, {guard}, {t.at})"
         return t.write(to, wait, BOOL, guard)
     if what == "arrive.shared::cta.b64" and i.operands[0] == "_":
-        count = int(i.operands[2], 0) if len(i.operands) > 2 else 1
-        return t.emit(f"block.arrive_at_mbarrier({t.address(i.operands[1], U4)}, {count}, {guard}, {t.at})")
+        _, place, *count = i.operands
+        count = int(count[0], 0) if count else 1
+        return t.emit(f"block.arrive_at_mbarrier({t.address(place, U4)}, {count}, {guard}, {t.at})")
     if what == "init.shared::cta.b64":
         place, count = i.operands
         return t.emit(f"block.initialize_mbarrier({t.address(place, U4)}, {int(count, 0)}, {guard}, {t.at})")
@@ -106,9 +107,9 @@ def _multiply(t: Translator, i: Instruction, guard: str | None) -> None:
 
 def _commit(t: Translator, i: Instruction, guard: str | None) -> None:
     """Section "TensorCore 5th Generation Specialized Synchronization Operations": tcgen05.commit."""
-    if i.parts[2:] != ("cta_group::1", "mbarrier::arrive::one", "shared::cluster", "b64") or len(i.operands) > 1:
-        raise Unsupported("a commit to other blocks")
-    t.emit(f"block.commit_products({t.address(i.operands[0], U4)}, {guard}, {t.at})")
+    _require(i, "cta_group::1", "mbarrier::arrive::one", "shared::cluster", "b64")
+    (place,) = i.operands  # a second one would be a mask of other blocks
+    t.emit(f"block.commit_products({t.address(place, U4)}, {guard}, {t.at})")
 
 
 def _fence(t: Translator, i: Instruction, guard: str | None) -> None:

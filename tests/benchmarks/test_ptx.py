@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import json
 import re
@@ -19,14 +18,13 @@ import torch
 from packaging.version import Version
 
 from ssm_kernels.testing import assert_agrees, is_interpreted
+from tests.benchmarks.handwritten import run_ptx
 from tests.benchmarks.ordering import Recorder
 from vlmamba.benchmarks.cases import DTYPES, Case, Shape
 from vlmamba.benchmarks.options import EmulatedTarget
 from vlmamba.benchmarks.ptx import Fault, Unsupported, emulated, machine, values
 from vlmamba.benchmarks.ptx.driver import TARGETS
 from vlmamba.benchmarks.ptx.memory import Allocation, allocations_of
-from vlmamba.benchmarks.ptx.parser import parse
-from vlmamba.benchmarks.ptx.translate import translate
 
 if TYPE_CHECKING:
     from vlmamba.benchmarks.emulate import Row
@@ -36,33 +34,6 @@ tl = pytest.importorskip("triton.language")
 if is_interpreted():
     pytest.skip("kernels are compiled, not interpreted", allow_module_level=True)
 pytestmark = pytest.mark.ptx
-
-HEADER = """.version 8.7
-.target sm_90a
-.extern .shared .align 16 .b8 global_smem[];
-.visible .entry k(.param .u64 .ptr .global .align 1 k_param_0, .param .u32 k_param_1) .reqntid {threads}
-{{
-  .reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<99>; .reg .b64 %rd<9>;
-  ld.param.b64 %rd1, [k_param_0];
-  ld.param.b32 %r1, [k_param_1];
-  mov.u32 %r2, %tid.x;
-  mul.wide.u32 %rd2, %r2, 4;
-  add.s64 %rd3, %rd1, %rd2;
-  shl.b32 %r3, %r2, 2;
-{body}
-  ret;
-}}
-"""
-
-
-def run_ptx(body: str, out: torch.Tensor, *, threads: int = 64, number: int = 0, grid: int = 1, shared: int = 1024):
-    """Run a handwritten kernel on one tensor: %rd3 is the address of this thread's element, %r3 its byte offset."""
-    kernel = parse(HEADER.format(threads=threads, body=body))
-    found, counts, diverged = machine.run(
-        functools.partial(translate, kernel, threads), kernel, threads // 32, shared, 2,
-        allocations_of([("out", out)]), [out.data_ptr(), number], (grid, 1, 1), checks=True, seed=0,
-    )  # fmt: skip
-    return dict(found), counts, diverged
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
@@ -295,6 +266,14 @@ def product(a_ptr, b_ptr, out_ptr, stride_k, stride_n, N: tl.constexpr):
 
 
 @triton.jit
+def products_in_turn(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
+    i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + N * i + j), tl.load(b_ptr + N * i + j)
+    scores = tl.where(i >= j, tl.dot(a, b, input_precision="tf32"), 0.0)
+    tl.store(out_ptr + N * i + j, tl.dot(scores.to(b.dtype), b, input_precision="tf32"))
+
+
+@triton.jit
 def running_sum(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(out_ptr + i, tl.cumsum(tl.load(x_ptr + i, i < n, other=0.0), 0), i < n)
@@ -308,7 +287,8 @@ def running_sum_beyond(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize(
     "target, dtype", [("sm_80", "bf16"), ("sm_80", "fp16"), ("sm_80", "fp64"), ("sm_80", "fp32"), ("sm_90", "bf16"),
-                      ("sm_90", "fp16"), ("sm_90", "fp32")],
+                      ("sm_90", "fp16"), ("sm_90", "fp32"), ("sm_100", "bf16"), ("sm_100", "fp16"), ("sm_100", "fp32"),
+                      ("sm_120", "bf16")],
 )  # fmt: skip
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_are_those_of_torch(target, dtype, transposed):
@@ -325,8 +305,21 @@ def test_products_are_those_of_torch(target, dtype, transposed):
     # TF32 has 10 bits of mantissa.
     allowed = {"fp32": 2e-3, "fp64": 1e-14}.get(dtype, 1e-5)
     assert (out - want).abs().max() <= allowed * want.abs().max()
-    kind = "wgmma.mma_async" if target == "sm_90" else "mma"
+    kind = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}.get(target, "mma")
     assert report.launches[0].instructions.get(kind) or dtype == "fp64"
+
+
+@pytest.mark.parametrize("rows, warps, dtype", [(64, 4, "bf16"), (64, 8, "fp32"), (128, 4, "bf16")])
+def test_a_product_takes_its_operand_from_tensor_memory(rows, warps, dtype):
+    torch.manual_seed(0)
+    a, b = torch.randn(rows, rows).to(DTYPES[dtype]), torch.randn(rows, rows).to(DTYPES[dtype])
+    out = torch.empty(rows, rows)
+    with emulated("sm_100") as report:
+        products_in_turn[(1,)](a, b, out, N=rows, num_warps=warps)
+    report.assert_clean()
+    want = (a.double() @ b.double()).tril().to(DTYPES[dtype]).double() @ b.double()
+    assert (out - want).abs().max() <= (3e-3 if dtype == "fp32" else 1e-5) * want.abs().max()
+    assert report.launches[0].instructions["tcgen05.st"] > 0
 
 
 def test_two_kernels_of_others_run_and_their_faults_are_found():
@@ -435,6 +428,14 @@ def test_compiled_kernels_agree_with_the_reference(case, target):
     assert_right(case, target)
 
 
+@pytest.mark.parametrize("target", ["sm_100", "sm_120"])
+@pytest.mark.parametrize(
+    "case", [Case("ssd", SMALL, "bf16"), Case("ssd_step", SMALL, "bf16"), Case("rms_norm", SMALL, "bf16")], ids=str
+)
+def test_kernels_compiled_for_blackwell_agree_with_the_reference(case, target):
+    assert_right(case, target)
+
+
 def assert_right(case: Case, target: str) -> Row:
     """Run a case; findings that its Triton, being an older one, is known for are no error."""
     from vlmamba.benchmarks.emulate import run_case
@@ -473,15 +474,18 @@ def test_a_norm_in_float64_keeps_its_digits(size):
     report.assert_clean()
 
 
-def test_products_of_warpgroups_agree_with_the_reference():
-    row = assert_right(Case("ssd", WARPGROUPS, "bf16"), "sm_90")
-    assert row.instructions["wgmma.mma_async"] > 0
+@pytest.mark.parametrize("target, kind", [("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")])
+def test_products_of_warpgroups_agree_with_the_reference(target, kind):
+    """On sm_100 also: x that later products read is not overwritten, and one head has the barrier that it needs."""
+    row = assert_right(Case("ssd", WARPGROUPS, "bf16"), target)
+    assert row.instructions[kind] > 0
 
 
 # ---- the checks themselves -------------------------------------------------------------------------------------------
 
 ORDER = re.compile(
     r"bar\.sync\s+0;|cp\.async\.wait_group\s+\S+;|fence\.proxy\.async\S*;|wgmma\.wait_group\S*\s+\S+;|wgmma\.fence\S*;"
+    r"|tcgen05\.wait::\S+;|mbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;"
 )
 
 
@@ -544,12 +548,14 @@ BACKWARD = {
     [
         (Case("ssd", SMALL, "bf16"), "sm_80", ["_forward_kernel"], 1),
         (Case("ssd", WARPGROUPS, "bf16"), "sm_90", ["_forward_kernel"], 1),
+        (Case("ssd", WARPGROUPS, "bf16"), "sm_100", ["_forward_kernel"], 2),
         (Case("ssd", SMALL, "bf16"), "sm_80", ["_input_gradient_kernel"], 4),
         *(
             pytest.param(Case(op, CHUNKS, "bf16"), target, kernels, 1, marks=pytest.mark.nightly)
             for op, kernels in BACKWARD.items()
             for target in ("sm_80", "sm_90")
         ),
+        pytest.param(Case("ssd", WARPGROUPS, "bf16"), "sm_100", BACKWARD["ssd"], 1, marks=pytest.mark.nightly),
     ],
     ids=str,
 )

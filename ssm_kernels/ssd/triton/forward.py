@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import FUSED_MULTIPLY_ADD, maxnreg_option, num_sms, on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, capability, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import and_scalar, load_segment, zero_padding
 from ..._triton.segment_table import SegmentTable
 from ..._triton.state_passing import state_passing
@@ -121,11 +121,20 @@ def launch_forward(
             HAS_D=D is not None, WIDE_D=D is not None and D.stride(1) != 0,
             IS_PACKED=inputs.is_packed, HAS_INITIAL_STATES=initial_states is not None,
             WRITE_Y=y is not None, WRITE_FINAL_STATES=final_states is not None, WRITE_DT_SUM=dt_sum is not None,
-            num_stages=2, **tiles.options(),
+            num_stages=_num_stages(inputs), **tiles.options(),
             **{name: inputs.constants[name] for name in names},
             **(maxnreg_option(STATE_REGISTERS, inputs.device) if y is None else {}),
             **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
+
+
+def _num_stages(inputs: ScanInputs) -> int:
+    """Stages of the loop over chunks: one on tensor cores of the fifth generation.
+
+    There Triton 3.7 gives a tile that several products read one buffer, and loads the next chunk's x into it before the
+    last product has read this chunk's: y is wrong.
+    """
+    return 1 if capability(inputs.device)[1] in (100, 103) else 2
 
 
 @triton.jit
