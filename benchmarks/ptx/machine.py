@@ -302,6 +302,11 @@ class Block:
         answers = {"all": rows.all(1), "any": rows.any(1), "uni": rows.all(1) | ~rows.any(1)}
         return np.repeat(answers[mode], 32)
 
+    def reduce(self, operation: np.ufunc, value: Array) -> Array:
+        """Reduce values over each warp ("redux.sync"); all of its threads get the result."""
+        rows = np.broadcast_to(value, (self.threads,)).reshape(self.warps, 32)  # (warps, 32)
+        return np.repeat(operation.reduce(rows, 1, dtype=rows.dtype), 32)
+
     def _matrix_rows(self, addresses: Array, count: int) -> tuple[Array, Array]:
         """Offsets of the 8 rows of each of a warp's `count` 8 x 8 matrices, and their warps."""
         rows = np.broadcast_to(addresses, (self.threads,)).astype(np.int64).reshape(self.warps, 32)[:, : 8 * count]

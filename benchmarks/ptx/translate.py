@@ -402,6 +402,19 @@ class Translator:
         kind = U4 if i.parts[2] == "ballot" else BOOL
         self.write(i.operands[0], f"block.vote({i.parts[2]!r}, {value})", kind, guard)
 
+    def _reduce(self, i: Instruction, guard: str | None) -> None:
+        """Section "Parallel Synchronization and Communication Instructions: redux.sync"."""
+        kind, operation = TYPES[i.parts[-1]], i.parts[2]
+        names = {"add": "add", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}
+        if operation in ("min", "max"):
+            # The result is a number if there is one, unless `.NaN` is given.
+            name = f"f{operation}" if kind == F4 and "NaN" not in i.parts else f"{operation}imum"
+        else:
+            name = names[operation]
+        value = self.read(i.operands[1], kind)
+        value = f"np.abs({value})" if "abs" in i.parts else value
+        self.write(i.operands[0], f"block.reduce(np.{name}, {value})", kind, guard)
+
     def _elect(self, i: Instruction, guard: str | None) -> None:
         """Section "Parallel Synchronization and Communication Instructions: elect.sync"; lane 0 is elected."""
         _, predicate = i.operands[0].split("|")
@@ -658,7 +671,7 @@ Handler = Callable[[Translator, Instruction, "str | None"], None]
 HANDLERS: dict[str, Handler] = {
     "ld": Translator._memory, "st": Translator._memory, "atom": Translator._atomic, "red": Translator._atomic,
     "cp": Translator._copy, "mov": Translator._move, "cvta": Translator._move, "shfl": Translator._shuffle,
-    "vote": Translator._vote, "elect": Translator._elect, "ldmatrix": Translator._ldmatrix,
+    "vote": Translator._vote, "elect": Translator._elect, "redux": Translator._reduce, "ldmatrix": Translator._ldmatrix,
     "stmatrix": Translator._stmatrix, "mma": Translator._mma, "wgmma": Translator._wgmma,
     "setp": Translator._compare, "selp": Translator._select, "cvt": Translator._convert, "trap": Translator._trap,
     **dict.fromkeys(("and", "or", "xor", "not"), Translator._bitwise),

@@ -1,4 +1,4 @@
-"""The emulator's instructions of sm_100 and later: packed and mixed arithmetic, mbarriers, tensor memory, products."""
+"""The emulator's instructions of sm_100 and later: arithmetic, reductions, mbarriers, tensor memory and products."""
 
 from __future__ import annotations
 
@@ -51,6 +51,27 @@ def test_mixed_arithmetic_widens_all_but_its_last_operand(kind):
         out,
     )
     assert torch.equal(out, torch.stack([a * b + c, a + c, a - c]).float())
+
+
+REDUCTIONS = {
+    "max.f32": lambda rows: rows.nan_to_num(-torch.inf).amax(1),
+    "min.abs.f32": lambda rows: rows.abs().nan_to_num(torch.inf).amin(1),
+    "max.NaN.f32": lambda rows: rows.amax(1),
+    "add.s32": lambda rows: rows.view(torch.int32).sum(1).int().view(torch.float32),
+    "xor.b32": lambda rows: torch.from_numpy(np.bitwise_xor.reduce(rows.numpy().view(np.int32), 1)).view(torch.float32),
+}
+
+
+@pytest.mark.parametrize("opcode", REDUCTIONS)
+def test_a_reduction_is_that_of_each_warp(opcode):
+    out = torch.randn(64)
+    if "f32" in opcode:
+        out[40] = torch.nan
+    want = REDUCTIONS[opcode](out.view(2, 32)).repeat_interleave(32)
+    run_ptx(f"ld.global.b32 %r4, [%rd3];\nredux.sync.{opcode} %r5, %r4, -1;\nst.global.b32 [%rd3], %r5;", out)
+    assert np.array_equal(out.numpy().view(np.int32), want.numpy().view(np.int32)) or (
+        "NaN" in opcode and out[32:].isnan().all() and torch.equal(out[:32], want[:32])
+    )
 
 
 # ---- mbarriers -------------------------------------------------------------------------------------------------------
