@@ -41,7 +41,8 @@ nightly: $(VENV)/.test  ## what takes longer than `test`: random calls on each b
 	$(BIN)/ssm-bench compile-report --quick
 	$(MAKE) soak
 	$(BIN)/ssm-bench emulate --target sm_80 sm_90 --dtype bf16 fp32
-	$(BIN)/ssm-bench emulate --target sm_90 --tiles published
+	$(BIN)/ssm-bench emulate --target sm_90 sm_100 --tiles published
+	$(BIN)/ssm-bench emulate --target sm_100 sm_120
 
 versions: $(VENV)/.test  ## parts of the suite on other versions of Python, torch, Triton, transformers: slow, downloads
 	$(BIN)/python tests/versions.py

@@ -407,14 +407,14 @@ class Emulate(Command):
 
     Examples:
     $ ssm-bench emulate causal_conv1d
-    $ ssm-bench emulate ssd --target sm_80 sm_90 --tiles published
+    $ ssm-bench emulate ssd --target sm_90 sm_100 --tiles published
     """
 
     function: ClassVar[str] = "emulate:run_emulate"
     op: Positional[tuple[str, ...]] = OPS
     """Ops; all by default."""
     target: tuple[EmulatedTarget, ...] = ("sm_90",)
-    """GPUs that the kernels are compiled for."""
+    """GPUs that the kernels are compiled for: sm_80 A100, sm_90 H100, sm_100 B200, sm_120 RTX 50."""
     dtype: tuple[Dtype, ...] = ("bf16",)
     """Dtypes of the inputs."""
     tiles: Literal["small", "published"] = "small"

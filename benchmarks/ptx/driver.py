@@ -94,7 +94,7 @@ def emulated(
     `ssm_kernels` take their Triton backend. An autotuned kernel runs its first configuration.
 
     Args:
-        target: `sm_80` and later, up to `sm_90` in full; instructions that the emulator lacks are refused by name.
+        target: `sm_80` and later; instructions that the emulator lacks are refused by name.
         num_sms: multiprocessors that launches see; few, so that programs loop over several tiles.
         checks: look for races, missing waits and fences, and reads of memory that was never written.
         seed: seed of the order of programs.
