@@ -126,13 +126,13 @@ class Report:
         rows += [(f"  {part}", f"{n:,}") for part, n in self.parameters.items()]
         rows.append(("weights", f"{mebibytes(self.weight_bytes)} ({', '.join(self.dtypes)})"))
         if self.state_bytes is not None:
-            rows.append(("state a sequence", f"{mebibytes(self.state_bytes)}, whatever its length"))
+            rows.append(("state per sequence", f"{mebibytes(self.state_bytes)}, whatever its length"))
         for name, flops in (("decode", self.decode), ("prefill", self.prefill)):
             if flops is not None:
                 shares = ", ".join(f"{part} {n / flops.total:.1%}" for part, n in vars(flops).items() if n)
-                rows.append((f"{name}, a token", f"{_flops(flops.total)} ({shares})"))
+                rows.append((f"{name}, per token", f"{_flops(flops.total)} ({shares})"))
         if self.image_tokens is not None:
-            rows.append(("an image", f"{self.image_tokens} tokens"))
+            rows.append(("image", f"{self.image_tokens} tokens"))
         # Two columns.
         width = max(len(label) for label, _ in rows)
         lines = [f"{label:<{width}}  {value}" for label, value in rows]

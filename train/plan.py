@@ -118,21 +118,22 @@ class Plan:
             rows.append((part, ", ".join(counts)))
         shares = self.devices // stage.context_parallel
         micro = stage.micro_batch_size or stage.batch_size // shares
+        epochs = f"{stage.epochs:g} epoch{'s' * (stage.epochs != 1)}"
         split = f", each batch split over {stage.context_parallel}" * (stage.context_parallel > 1)
         rows += [
             (
-                "memory a device",
+                "memory per device",
                 f"{mebibytes(m.total)}: weights {mebibytes(m.weights)}, gradients {mebibytes(m.gradients)}, "
                 f"optimizer {mebibytes(m.optimizer)}, activations {mebibytes(m.activations)} (estimated)",
             ),
             (
                 "batch",
                 f"{stage.batch_size} samples: {self.devices} device{'s' * (self.devices > 1)}{split}, "
-                f"micro batches of {micro}, {math.ceil(stage.batch_size / shares / micro)} a device",
+                f"micro batches of {micro}, {math.ceil(stage.batch_size / shares / micro)} per device",
             ),
-            ("steps", f"{self.n_steps:,} ({stage.epochs:g} epochs of {self.n_samples:,} samples)"),
+            ("steps", f"{self.n_steps:,} ({epochs} of {self.n_samples:,} samples)"),
             (
-                "tokens an epoch",
+                "tokens per epoch",
                 f"{self.tokens_an_epoch:,.0f}, {size.targets / size.tokens:.0%} of them targets "
                 f"(measured on {size.n_seen:,} of {self.n_samples:,} samples)",
             ),

@@ -81,7 +81,7 @@ def test_an_encoder_has_no_state(tmp_path):
     report = inspect(tmp_path)
     assert report.model == "ViT"
     assert report.state_bytes is report.decode is report.image_tokens is None
-    assert "state a sequence" not in str(report)
+    assert "state per sequence" not in str(report)
     with pytest.raises(ValueError, match="is a vision encoder, which generates no text"):
         load_model(tmp_path)
 

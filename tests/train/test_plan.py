@@ -42,8 +42,8 @@ def test_the_published_sizes_are_planned_without_weights():
     for part in (
         "2,768,345,600 trainable",
         "412,987,248 frozen",
-        "5,198 (1 epochs of 665,298",
-        "16 a device",
+        "5,198 (1 epoch of 665,298",
+        "16 per device",
     ):
         assert part in text
 
@@ -53,7 +53,7 @@ def test_devices_share_what_is_sharded_and_keep_the_batch():
     assert eight.memory.optimizer == one.memory.optimizer // 8
     assert eight.memory.activations == one.memory.activations
     assert eight.n_steps == one.n_steps
-    assert "128 samples: 8 devices, micro batches of 8, 2 a device" in str(eight)
+    assert "128 samples: 8 devices, micro batches of 8, 2 per device" in str(eight)
     with pytest.raises(ValueError, match="divisible by the 3 devices, got 128"):
         make_plan(PRESETS["vl-mamba-2.8b"].config, VL_MAMBA.finetune, 1000, SIZE, devices=3)
 
@@ -64,7 +64,7 @@ def test_devices_that_split_batches_share_activations_and_not_samples():
         make_plan(model, replace(VL_MAMBA.finetune, context_parallel=n), 1000, SIZE, devices=8) for n in (1, 4)
     )
     assert split.memory.activations == round(apart.memory.activations / 4)
-    assert "128 samples: 8 devices, each batch split over 4, micro batches of 8, 8 a device" in str(split)
+    assert "128 samples: 8 devices, each batch split over 4, micro batches of 8, 8 per device" in str(split)
     with pytest.raises(ValueError, match="context_parallel must divide the 8 ranks, got 3"):
         make_plan(model, replace(VL_MAMBA.finetune, context_parallel=3), 1000, SIZE, devices=8)
 

@@ -198,7 +198,7 @@ def generate_to(out: Path, folder: Path, prompts: Path, *more: object) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["generate", str(folder / "lm"), "--prompts", str(prompts), "--output", str(out),
                   "--max-new-tokens", "6", "--batch-size", "2", *map(str, more)])  # fmt: skip
-    assert end.value.code == "vlmamba: 1 of 5 prompts have an error in place of an answer"
+    assert end.value.code == "vlmamba: 1 of 5 prompts got an error instead of an answer"
 
 
 def test_answers_go_to_a_file_that_the_same_command_resumes(folder, lm, five, tmp_path, monkeypatch, capsys):
@@ -273,7 +273,7 @@ def test_a_prompt_that_fails_while_it_is_answered_is_found_out(folder, lm, five,
 
     monkeypatch.setattr(prompt_file, "answer_together", answer)
     out = tmp_path / "answers.jsonl"
-    with pytest.raises(SystemExit, match="3 of 5 prompts have an error"):
+    with pytest.raises(SystemExit, match="3 of 5 prompts got an error"):
         cli.main(["generate", str(folder / "lm"), "--prompts", str(five), "--output", str(out),
                   "--max-new-tokens", "6", "--batch-size", "5"])  # fmt: skip
     records = [json.loads(line) for line in out.read_bytes().splitlines()]

@@ -127,7 +127,7 @@ def test_a_dry_run_reports_and_writes_nothing(model, data, capsys):
     train(model, data / "train.json", "--images", data / "images", "--batch-size", "8", "--dry-run")
     out = capsys.readouterr().out
     for part in (
-        "recipe small", "vision", "frozen", "connector", "trainable", "memory a device", "3 (1 epochs of 24 samples)",
+        "recipe small", "vision", "frozen", "connector", "trainable", "memory per device", "3 (1 epoch of 24 samples)",
         "measured on 24 of 24 samples", "data and checkpoints are in order",
     ):  # fmt: skip
         assert part in out, part

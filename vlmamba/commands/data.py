@@ -25,5 +25,4 @@ class Data:
     def run(self) -> None:
         from ..train.easy_vqa import export
 
-        export(self.folder)
-        print(f"wrote {self.folder}")
+        print(f"wrote {', '.join(map(str, export(self.folder)))}; images are in {self.folder / 'images'}")

@@ -173,7 +173,7 @@ def answer_prompts(command: Generate, load: Callable[[], MambaLM | VLM]) -> None
                     print(json_line(record, out.encoding), file=out, flush=True)
                 bar.update(len(batch))
     if failed:
-        sys.exit(f"vlmamba: {failed} of {len(prompts)} prompts have an error in place of an answer")
+        sys.exit(f"vlmamba: {failed} of {len(prompts)} prompts got an error instead of an answer")
 
 
 def _open_output(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
