@@ -125,7 +125,7 @@ class GridMamba2(Mamba2):
     of the directions are gated, normalized and averaged before the output projection.
 
     Args:
-        width: D.
+        width: width D of the features.
         config: directions and sizes.
     """
 

@@ -23,9 +23,9 @@ class SS2D(nn.Module):
     """Mamba layer that scans a grid in K directions, with separate dt, A, B, C and D for each.
 
     Args:
-        width: D.
+        width: width D of the features.
         directions: K scan directions.
-        d_state: N.
+        d_state: state size N.
         expand: E / D.
     """
 
@@ -81,9 +81,9 @@ class DirectionalMamba(nn.Module):
     """One Mamba-1 mixer that runs along K directions over a grid; what they give a patch is summed.
 
     Args:
-        width: D.
+        width: width D of the features.
         directions: K scan directions.
-        d_state: N.
+        d_state: state size N.
         expand: E / D.
         d_conv: width of the convolution, along each direction.
     """

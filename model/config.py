@@ -24,15 +24,15 @@ class LMConfig:
     vocab_size: Annotated[int, Interval("[1, 16777216]")] = 50277
     layer: Layer = "mamba"
     d_state: Size = 16
-    """N."""
+    """State size N."""
     d_conv: Size = 4
-    """K. Mamba-3 has no convolution."""
+    """Taps K of the convolution; Mamba-3 has none."""
     expand: Size = 2
     """Inner width divided by `d_model`."""
     dt_rank: Size | None = None
     """R, Mamba-1 only; None is ceil(d_model / 16)."""
     headdim: Size = 64
-    """P. Not in Mamba-1, like `ngroups` and `chunk_size`; `dt_limit` is of Mamba-2 alone."""
+    """Channels P of a head. Not in Mamba-1, like `ngroups` and `chunk_size`; `dt_limit` is for Mamba-2 only."""
     ngroups: Size = 1
     chunk_size: Size = 64
     dt_limit: tuple[Annotated[float, Interval("[0, inf]")], Annotated[float, Interval("[0, inf]")]] = (0.0, math.inf)

@@ -50,7 +50,7 @@ def check_format(state: Tensor, state_scale: Tensor | None, rand_seed: Tensor | 
         state: (rows, ..., N).
         state_scale: (rows, ...) float32 scales of int8.
         rand_seed: (S,) or (1,) int64.
-        sequences: S.
+        sequences: number of sequences S.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or device, or an argument that the format does not have.
@@ -74,7 +74,7 @@ def random_bits(seeds: Tensor, rows: int, n: int) -> Tensor:
     Args:
         seeds: (B,) int64.
         rows: rows of a state, D or H P.
-        n: N.
+        n: state size N.
 
     Returns:
         (B, rows, N) int32, from 0 to 65535.

@@ -37,8 +37,8 @@ class Mamba(StatefulMixer):
 
     Args:
         d_model: width D of the input and the output.
-        d_state: N.
-        d_conv: K.
+        d_state: state size N.
+        d_conv: taps K of the convolution.
         expand: E / D; E is rounded down.
         dt_rank: R; `"auto"` is ceil(D / 16).
         dt_min, dt_max, dt_init_floor: range of the step sizes at initialization.

@@ -38,11 +38,11 @@ class Mamba2(StatefulMixer):
 
     Args:
         d_model: width D of the input and the output.
-        d_state: N.
-        d_conv: K.
+        d_state: state size N.
+        d_conv: taps K of the convolution.
         expand: E / D.
-        headdim: P.
-        ngroups: G.
+        headdim: channels P of a head.
+        ngroups: groups G of B and C.
         A_init_range: range of -A at initialization.
         dt_min, dt_max, dt_init_floor: range of the step sizes at initialization.
         dt_limit: bounds of the step size.

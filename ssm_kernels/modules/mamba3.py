@@ -44,10 +44,10 @@ class Mamba3(nn.Module):
 
     Args:
         d_model: width D of the input and the output.
-        d_state: N.
+        d_state: state size N.
         expand: E / D.
-        headdim: P.
-        ngroups: G.
+        headdim: channels P of a head.
+        ngroups: groups G of B and C.
         rope_fraction: share of the state's entries that rotate, 0.5 or 1.
         dt_min, dt_max, dt_init_floor: range of the step sizes at initialization.
         A_floor: least rate of decay, -A.

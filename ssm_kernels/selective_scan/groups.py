@@ -10,7 +10,7 @@ def repeat_groups(m: Tensor, groups: int) -> Tensor:
 
     Args:
         m: (B, L, g, N), with g dividing `groups`.
-        groups: G.
+        groups: number of groups G.
     """
     repeated = m.unsqueeze(3).expand(-1, -1, -1, groups // m.shape[2], -1)  # (B, L, g, G / g, N)
     return repeated.flatten(2, 3)  # (B, L, G, N)

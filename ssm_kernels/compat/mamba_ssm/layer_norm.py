@@ -296,7 +296,7 @@ class RMSNorm(nn.Module):
     """RMS norm of the residual sum.
 
     Args:
-        hidden_size: D.
+        hidden_size: width D.
         eps: added to the mean square.
         dropout_p: dropout of the input, before it is added to the residual; in training.
         device, dtype: of the parameter `weight`.

@@ -122,7 +122,7 @@ class LayerNorm(nn.Module):
     """Layer norm with a gate.
 
     Args:
-        hidden_size: D.
+        hidden_size: width D.
         eps, group_size, norm_before_gate: as in `layernorm_fn`.
         device, dtype: of the parameters `weight` and `bias`.
     """

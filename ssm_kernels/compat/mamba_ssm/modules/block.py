@@ -20,7 +20,7 @@ class Block(nn.Module):
     compute the same.
 
     Args:
-        dim: D.
+        dim: width D of the residual stream.
         mixer_cls, mlp_cls, norm_cls: construct the parts from D. `nn.Identity` for the MLP is none (also for release 1,
             which has no such argument).
         fused_add_norm: add and normalize in one op.

@@ -86,7 +86,7 @@ class Mamba2(CachedMixer, modules.Mamba2):
 
         Args:
             u: (B, L, D); with `seqlen`, (B * L, D).
-            seqlen: L.
+            seqlen: length L.
             seq_idx: (B, L) number of the sequence that a step belongs to, for packed sequences; negative is padding,
                 whose output is 0.
             cu_seqlens: (S + 1,) bounds of packed prompts, with `inference_params` and B = 1; the caches then hold S
@@ -183,7 +183,7 @@ class Mamba2(CachedMixer, modules.Mamba2):
         """Return zeros: conv_state (B, channels, K) and ssm_state (B, H, P, N).
 
         Args:
-            batch_size: B.
+            batch_size: batch size B.
             max_seqlen: no effect: the size of a state does not depend on the length.
             dtype: of the caches; that of the convolution's weight by default.
             kwargs: ignored, as in the original.

@@ -120,7 +120,7 @@ class Mamba3(modules.Mamba3):
         """Return zeros: the angles, the state, and B and x of the last step; shapes as in `step`.
 
         Args:
-            batch_size: B.
+            batch_size: batch size B.
             max_seqlen: no effect: the size of a state does not depend on the length.
             dtype: of B and x; the angles and the state are float32 at least.
             kwargs: ignored, as in the original.

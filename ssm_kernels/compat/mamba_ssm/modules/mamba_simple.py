@@ -116,7 +116,7 @@ class Mamba(CachedMixer, modules.Mamba):
         """Return zeros: conv_state (B, E, K) and ssm_state (B, E, N).
 
         Args:
-            batch_size: B.
+            batch_size: batch size B.
             max_seqlen: no effect: the size of a state does not depend on the length.
             dtype: of the caches; that of the convolution's weight by default.
             kwargs: ignored, as in the original.

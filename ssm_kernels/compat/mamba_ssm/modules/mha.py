@@ -19,7 +19,7 @@ class MHA(nn.Module):
     """`mamba_ssm.modules.mha.MHA`: self-attention with rotary embeddings, grouped keys and values, and a convolution.
 
     Args:
-        embed_dim: D.
+        embed_dim: width D of the input and the output.
         num_heads: heads of the queries.
         num_heads_kv: heads of keys and values, a divisor of `num_heads`; as many by default.
         head_dim: P; D / num_heads by default.
