@@ -83,6 +83,7 @@ def setup(app):
     # Around napoleon, which runs at 500 and takes the text before a colon for the type of an attribute.
     app.connect("autodoc-process-docstring", _keep_attribute, priority=400)
     app.connect("autodoc-process-docstring", _restore_attribute, priority=600)
+    app.connect("doctree-read", _set_dashes)
 
 
 # Formulas are MathML in the page itself: Sphinx's own renderers need a script from elsewhere, or TeX.
@@ -156,6 +157,14 @@ def _keep_attribute(app, what, name, obj, options, lines):
 def _restore_attribute(app, what, name, obj, options, lines):
     if name in _attribute:
         lines[:] = _attribute.pop(name)
+
+
+def _set_dashes(app, doctree):
+    """Set an en dash after the name of an argument or an error, where Sphinx leaves two hyphens."""
+    for field in doctree.findall(nodes.field_body):
+        for text in list(field.findall(nodes.Text)):
+            if text.startswith(" -- "):
+                text.parent.replace(text, nodes.Text(f" – {text[4:]}"))
 
 
 def _link_by_short_name(app, env, node, contnode):

@@ -63,6 +63,7 @@ def faults(page: str) -> list[str]:
     found += re.findall(r'<ol class="(?:upper|lower)\w+.*', page)  # `d_state: N.` as an empty list
     found += re.findall(r"Interval\(text=\S*", text)  # the bounds that a field is checked for
     found += re.findall(r"usage: [^\n]*\n\n[^\n]*\n\nExamples:", text)  # help that says again what is above it
+    found += re.findall(r"</strong> -- .*", page)  # two hyphens for the dash that the next check splits at
     # `x, z: ...` as a line for each name
     for arguments in re.findall(r'<ul class="simple">(.*?)</ul>', page, re.DOTALL):
         lines = [re.sub(r"<[^>]+>", "", item).partition(" – ")[2] for item in arguments.split("<li>")]
@@ -94,6 +95,7 @@ def test_no_page_renders_a_docstring_wrongly(pages):
         "{'a': &lt;function f&gt;}",
         '<em>dt_limit=<span class="default_value"><span class="pre">_UNLIMITED</span></span></em>',
         '<dt>Type<span class="colon">:</span></dt><dd>they end the text</dd>',
+        "<p><strong>x</strong> -- (B, L, D) input.</p>",
         '<ul class="simple"><li>x – {0}</li><li>z – {0}</li></ul>'.format("(B, D), or (B, H, P). " * 3),
         '<dt>Return type<span class="colon">:</span></dt><dd>The model. Weights are loaded lazily</dd>',
         '<p>d_state -</p><ol class="upperalpha simple"><li></li></ol>',
