@@ -46,7 +46,7 @@ def test_every_op_magnitude_layout_and_packing_is_drawn():
 
 def test_arguments_that_must_be_finite_are():
     seen = set()
-    for seed in range(2500):
+    for seed in range(4000):
         trial = draw(seed)
         infinite = {name for name, kind in trial.kinds if kind == "infinite"}
         seen |= {(trial.case.op, name) for name in infinite}
@@ -63,8 +63,8 @@ def test_every_fast_backend_of_an_op_is_compared():
     assert "numba" not in backends("cpu", "cross_merge")
 
 
-def test_products_that_overflow_in_one_order_alone_are_no_finding():
-    """With steps below zero and no softplus the states grow to 1e300, and so does an intermediate of a gradient."""
+def test_gradients_are_compared_where_states_grow():
+    """With steps below zero and no softplus the states grow to 1e300, and so does a product inside of a gradient."""
     shape = Shape(batch=1, length=36, channels=8, d_state=8, heads=3, headdim=15, width=1, height=4)
     case = Case("cross_selective_scan", shape, "fp64", D=False, dt_bias=True, dt_softplus=False, silu=False)
     trial = Trial(case, 996000544)
