@@ -75,7 +75,8 @@ def ssd(
     Inputs may be float64, float32, bfloat16 or float16, and of any strides. State and accumulation are float32
     (float64 where `x` is), under autocast too. Gradients flow to every floating-point argument. All but D, z and the
     initial states must be finite: the steps of a chunk meet in matrix products, where an infinity turns the steps
-    before it into NaN too.
+    before it into NaN too. So does the product of a chunk's decays where A is positive, once it is beyond the largest
+    number of the compute type: A times the sum of dt over 64 steps must be less than 88 (709 in float64).
 
     Returns:
         y and the final states.

@@ -148,6 +148,25 @@ def test_large_steps_stay_finite(backend):
     assert_agrees(ssd, tensors, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decays_that_grow_agree_within_range(backend, dtype):
+    growth = 70.0  # the sum of the log decays of a chunk
+    tensors = make_inputs(1, 64, heads=1, dtype=dtype, D=False, z=False, dt_bias=False, initial_states=False)
+    tensors |= {"A": torch.ones(1, dtype=dtype), "dt": torch.full((1, 64, 1), growth / 64, dtype=dtype)}
+    assert_agrees(ssd, tensors, backend=backend)
+
+
+def test_decays_that_grow_beyond_the_largest_number_are_not_silently_wrong(backend):
+    """The states are zero until the last steps, so that the reference is finite."""
+    tensors = make_inputs(1, 100, heads=1, dtype=torch.float32, D=False, z=False, dt_bias=False, initial_states=False)
+    tensors |= {"A": torch.ones(1), "dt": torch.full((1, 100, 1), 2.0)}
+    tensors["x"][:, :90] = 0
+    want, got = (ssd(**tensors, backend=name).y for name in ("reference", backend))
+    assert want.isfinite().all()
+    wrong = (got - want).abs() > 1e-4 * want.abs().max()
+    assert not (wrong & got.isfinite()).any()
+
+
 @needs_interpreter
 @pytest.mark.parametrize("packed", [False, True])
 def test_segments_of_sequences_join(monkeypatch, packed):
