@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from .command_line import run_commands
 from .commands.chat import Chat
 from .commands.convert import Convert
@@ -36,9 +34,6 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; an error in its input is one line on stderr and exit status 1."""
-    # OpenMP reads it when torch is loaded, in the processes that a command starts too. Its threads otherwise spin after
-    # every small operation, on cores that others want.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     run_commands(
         "vlmamba",
         "Train, evaluate, run and convert VL-Mamba and ML-Mamba models. Start with: vlmamba demo",

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 
 import tyro
@@ -18,7 +18,12 @@ from .train.log_lines import show_warnings
 
 
 def run_commands(
-    prog: str, description: str, commands: Mapping[str, type], arguments: Sequence[str] | None = None
+    prog: str,
+    description: str,
+    commands: Mapping[str, type],
+    arguments: Sequence[str] | None = None,
+    *,
+    timing: Collection[str] = (),
 ) -> None:
     """Run the command that the arguments name.
 
@@ -30,8 +35,13 @@ def run_commands(
         description: first paragraph of its help.
         commands: dataclasses by name; their fields are options, and `run` does the work.
         arguments: the process's own by default.
+        timing: commands that time PyTorch's operations, for which OpenMP's threads wait as they do by default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if arguments[0] not in timing:
+        # OpenMP reads it when torch is loaded, in the processes that a command starts too. Its threads otherwise spin
+        # after every small operation, on cores that others want.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # An option of the program, beside its commands, which tyro does not have.
     if arguments[0] == "--version":
         print(prog, version("vl-mamba"))

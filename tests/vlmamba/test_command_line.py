@@ -162,3 +162,12 @@ def test_openmp_s_threads_sleep_unless_the_user_wants_otherwise(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY")
     cli.main(["--version"])
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+@pytest.mark.parametrize("command", bench_cli.COMMANDS)
+def test_openmp_s_threads_sleep_where_nothing_is_timed(command, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with pytest.raises(SystemExit):
+        bench_cli.main([command, "--help"])
+    assert ("OMP_WAIT_POLICY" in os.environ) == (command not in bench_cli.TIMING)
+    assert set(bench_cli.TIMING) <= set(bench_cli.COMMANDS)
