@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from ssm_kernels.testing import assert_agrees, is_interpreted
@@ -437,25 +438,27 @@ def test_kernels_compiled_for_blackwell_agree_with_the_reference(case, target):
 
 
 def assert_right(case: Case, target: str) -> Row:
-    """Run a case; findings that its Triton, being an older one, is known for are no error."""
+    """Run a case; findings that its Triton is known for are no error."""
     from vlmamba.benchmarks.emulate import run_case
 
     row = run_case(case, target)
-    of_triton = [text for version, text in FINDINGS_BEFORE.items() if TRITON < Version(version)]
+    of_triton = [text for versions, text in FINDINGS_OF.items() if TRITON in SpecifierSet(versions)]
     findings = [finding for finding in row.findings if not any(text in finding for text in of_triton)]
     assert not row.wrong and not findings, str(row)
     return row
 
 
 TRITON = Version(importlib.metadata.version("triton"))
-FINDINGS_BEFORE = {
+FINDINGS_OF = {
     # Between `cp.async` and a product of Hopper that reads what it copied. The PTX ISA demands the fence; hand-written
     # kernels leave it out too, and no wrong result is known.
-    "3.7": "with no proxy fence between",
+    "<3.7": "with no proxy fence between",
     # Sums over channels that threads form in different orders: the last bits of dB and dC depend on the thread.
-    "3.5": "threads of one store write different values",
+    "<3.5": "threads of one store write different values",
+    # Sums over tiles from tensor memory, in the input gradient on sm_100.
+    ">=3.9": "threads of one store write different values",
 }
-"""Findings in the code of Triton before a version."""
+"""Findings in the code of some versions of Triton."""
 
 
 @pytest.mark.skipif(TRITON < Version("3.5"), reason="this Triton has no products in float64")

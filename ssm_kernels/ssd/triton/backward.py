@@ -793,8 +793,9 @@ def _shared_gradient_kernel(
         operand, scale = scaled_operand(dcross_scores, DOT)
         dB += dot(operand, far_C, COMPUTE) * scale
     B = load_rows(B_ptr, positions, B_strides[1], n, mask_B).to(DOT)  # (Q, N)
-    # With one head, Triton 3.7 lets warps store the operand in tensor memory from which others load dscores still.
-    tl.debug_barrier()
+    if HEADS == 1:
+        # Triton 3.7 lets warps store the operand in tensor memory from which others load dmasked_scores still.
+        tl.debug_barrier()
     dscores, scale = scaled_operand(dscores, DOT)
     dC += dot(dscores, B, COMPUTE) * scale
     C = load_rows(C_ptr, positions, C_strides[1], n, mask_B).to(DOT)  # (Q, N)

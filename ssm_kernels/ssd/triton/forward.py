@@ -131,8 +131,8 @@ def launch_forward(
 def _num_stages(inputs: ScanInputs) -> int:
     """Stages of the loop over chunks: one on tensor cores of the fifth generation.
 
-    There Triton 3.7 gives a tile that several products read one buffer, and loads the next chunk's x into it before the
-    last product has read this chunk's: y is wrong.
+    There Triton (3.7 and 3.9) gives x one buffer, and loads the next chunk's into it before the last product has read
+    this chunk's: y is wrong.
     """
     return 1 if capability(inputs.device)[1] in (100, 103) else 2
 
