@@ -102,7 +102,7 @@ def _multiply(t: Translator, i: Instruction, guard: str | None) -> None:
         (_spread(t.address(d, U4)), f"{is_tensor_memory}, {left}", _spread(t.read(b, U8)),
          _spread(t.read(descriptor, U4)), _spread(adds))
     )  # fmt: skip
-    t.emit(f"block.tensor_core.multiply({kind!r}, {operands}, block.chosen_threads({guard}), {t.at})")
+    t.emit(f"block.tensor_core.multiply({kind!r}, {operands}, block.chosen_threads({guard}).tolist(), {t.at})")
 
 
 def _commit(t: Translator, i: Instruction, guard: str | None) -> None:

@@ -73,10 +73,10 @@ class Block:
 
     # ---- threads and warps that execute an instruction ---------------------------------------------------------
 
-    def chosen_threads(self, active: Mask) -> list[int]:
+    def chosen_threads(self, active: Mask) -> NDArray[np.intp]:
         """Indices of the active threads."""
         # A predicate may be one constant for all threads.
-        return np.flatnonzero(np.broadcast_to(True if active is None else active, (self.threads,))).tolist()
+        return np.flatnonzero(np.broadcast_to(True if active is None else active, (self.threads,)))
 
     def chosen_warps(self, active: Mask, at: Instruction) -> list[int]:
         """Indices of the warps that are active.
@@ -160,7 +160,7 @@ class Block:
         """
         done = np.zeros(self.threads, bool)
         address, parity = (np.broadcast_to(x, (self.threads,)) for x in (address, parity))
-        chosen = self.chosen_threads(active)
+        chosen = self.chosen_threads(active).tolist()
         for warp, place, which in sorted({(t // 32, int(address[t]), int(parity[t])) for t in chosen}):
             same = [t for t in chosen if (t // 32, address[t], parity[t]) == (warp, place, which)]
             done[same] = self.mbarriers.is_complete(place, which, warp, at)
@@ -189,9 +189,9 @@ class Block:
             self.clocks.follow(warp, self.clocks.release(self.clocks.actor(engine, warp)))
 
     def _places(self, address: Array, active: Mask) -> list[tuple[int, int]]:
-        """Active threads and their addresses."""
-        threads = self.chosen_threads(active)
-        return list(zip(threads, np.broadcast_to(address, (self.threads,))[threads].tolist(), strict=True))
+        """Active threads and their addresses, in pairs."""
+        threads, addresses = self._chosen(address, active)
+        return list(zip(threads.tolist(), addresses.tolist(), strict=True))
 
     def _wake(self, address: int) -> None:
         """Let the threads that wait at an mbarrier test it again."""
@@ -201,10 +201,8 @@ class Block:
 
     def _chosen(self, addresses: Array, active: Mask) -> tuple[NDArray[np.intp], Array]:
         """The active threads and their addresses."""
-        addresses = np.broadcast_to(addresses, (self.threads,))
-        # A predicate may be one constant for all threads.
-        chosen = np.flatnonzero(np.broadcast_to(True if active is None else active, (self.threads,)))
-        return chosen, addresses[chosen]
+        chosen = self.chosen_threads(active)
+        return chosen, np.broadcast_to(addresses, (self.threads,))[chosen]
 
     def load(self, space: str, addresses: Array, active: Mask, size: int, count: int, at: Instruction) -> list[Array]:
         """Load `count` values of `size` bytes at each thread's address ("ld"); inactive threads get 0."""

@@ -36,12 +36,16 @@ class _Object:
     tracked: list[Array] = field(default_factory=list)
     """Clocks of the asynchronous operations whose arrival is due, in order."""
 
-    def arrive(self, clock: Array, at: Instruction) -> None:
-        """Count an arrival; the last one of a phase starts the next phase."""
-        if not self.pending:
-            raise Fault(f"{at}: more arrivals than the {self.count} of a phase")
+    def arrive(self, count: int, clock: Array, at: Instruction) -> None:
+        """Count arrivals; the last one of a phase starts the next phase.
+
+        Raises:
+            Fault: the phase expects fewer.
+        """
+        if count > self.pending:
+            raise Fault(f"{at}: {count} arrivals at an mbarrier that expects {self.pending}")
         self.arriving = np.maximum(self.arriving, clock)
-        self.pending -= 1
+        self.pending -= count
         if not self.pending:
             self.completed = np.maximum(self.completed, self.arriving)
             self.arriving = np.zeros_like(clock)
@@ -85,10 +89,7 @@ class MemoryBarriers:
 
     def arrive(self, address: int, warp: int, count: int, at: Instruction) -> None:
         """Arrive `count` times for a thread of a warp ("mbarrier.arrive")."""
-        found = self._use(address, warp, at)
-        clock = self.clocks.release(warp)
-        for _ in range(count):
-            found.arrive(clock, at)
+        self._use(address, warp, at).arrive(count, self.clocks.release(warp), at)
 
     def track(self, address: int, engine: int, at: Instruction) -> None:
         """Arrive once when all that an engine was given so far is complete ("tcgen05.commit")."""
@@ -101,7 +102,7 @@ class MemoryBarriers:
         """
         found = self._use(address, warp, at)
         while found.phase % 2 == parity and found.tracked:
-            found.arrive(found.tracked.pop(0), at)
+            found.arrive(1, found.tracked.pop(0), at)
         if found.phase % 2 == parity:
             return False
         self.clocks.follow(warp, found.completed)

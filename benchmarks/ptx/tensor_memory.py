@@ -129,10 +129,10 @@ class TensorMemory:
         self.writer[cells], self.write_clock[cells] = actor, self.clocks.epoch(np.array(actor))
 
     def is_unfinished(self, lanes: Array, columns: Array, engine: int, at: Instruction) -> bool:
-        """Whether an engine itself wrote one of these words in its current epoch."""
+        """Whether an engine itself writes one of these words, and its warp has not waited for that."""
         cells = self._cells(lanes, columns, at)
-        is_current = self.write_clock[cells] == self.clocks.epoch(np.array(engine))
-        return bool(((self.writer[cells] == engine) & is_current & self.is_written[cells]).any())
+        is_in_flight = self.write_clock[cells] > self.clocks.known[engine % self.clocks.warps, engine]
+        return bool(((self.writer[cells] == engine) & is_in_flight).any())
 
     def _cells(self, lanes: Array, columns: Array, at: Instruction) -> NDArray[np.intp]:
         """Indices of the cells of words, in their shape."""

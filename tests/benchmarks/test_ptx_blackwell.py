@@ -133,6 +133,7 @@ def test_a_warp_may_wait_for_one_that_comes_later():
         ("mbarrier.arrive.shared::cta.b64 _, [%r3];", "no mbarrier is at"),
         (INITIALIZE.format(count=1) + "@%p1 mbarrier.init.shared::cta.b64 [%r4], 1;", "mbarrier.inval comes first"),
         (INITIALIZE.format(count=0), "an mbarrier of 0 arrivals"),
+        (INITIALIZE.format(count=2) + "mbarrier.arrive.shared::cta.b64 _, [%r4], 3;", "3 arrivals at an mbarrier that"),
         (INITIALIZE.format(count=1).replace("512", "516"), "misaligned"),
     ],
 )
@@ -353,3 +354,11 @@ def test_operands_that_are_overwritten_during_a_product_are_noticed():
     found, *_ = run_product(wait="", after=overwrite + late)
     assert any("written while a tcgen05.mma that reads it is in flight" in what for what in found)
     assert not run_product(after=overwrite)[0]
+
+
+def test_a_product_that_reads_as_its_operand_what_another_one_writes_is_noticed():
+    second = "@%p2 tcgen05.mma.cta_group::1.kind::f16 [%r5], [%r5], %rd4, %r11, %p3;\n"
+    found, *_ = run_product(wait="", after=second)
+    assert any("reads as A what another one in flight writes" in what for what in found)
+    found, *_ = run_product(after=second)
+    assert not any("reads as A" in what for what in found)
