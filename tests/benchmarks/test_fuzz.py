@@ -74,6 +74,14 @@ def test_gradients_are_compared_where_states_grow():
         assert fuzz.wrong(trial, backend, "cpu") == ""
 
 
+def test_the_sensitivity_to_a_product_is_seen_at_every_element():
+    """The signs of the noise of two factors may cancel in every random draw."""
+    factors = {"a": torch.full((64,), 700.0).double(), "b": torch.ones(64).double()}
+    right = expected(lambda a, b: torch.exp(a * b), factors, gradients=False)
+    moved = torch.stack([p["y"] / right.exact["y"] - 1 for p in right.perturbed]).abs().amax(0)
+    assert (moved > 1000 * torch.finfo(torch.float64).eps).all()
+
+
 def test_correct_backends_pass(tmp_path, capsys):
     out = tmp_path / "found.json"
     cli.main(["fuzz", "--seed", "0", "--trials", "40", "--minutes", "5", "--op", *QUICK, "--out", str(out)])
