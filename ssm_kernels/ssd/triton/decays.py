@@ -121,18 +121,19 @@ def _chunk_decays_kernel(
         dt_ptrs, mask = dt_ptr + positions * dt_strides[1], (steps < end) & mask_h
         dt, _ = load_dt(dt_ptrs, mask, dt_bias, DT_SOFTPLUS, HAS_DT_LIMIT, DT_MIN, DT_MAX, COMPUTE)  # (Q, BLOCK_H)
         coarse, fine, coarse_total, fine_total = sum_log_decays(dt, a, Q, COMPUTE)
+        chunk_head = (row + chunk) * H + head  # (1, BLOCK_H)
+        # First, so that the totals take no registers beside the weights.
+        total_ptrs = totals_ptr + chunk_head * 2
+        tl.store(total_ptrs, tl.exp2(coarse_total + fine_total)[None, :], mask_h)
+        tl.store(total_ptrs + 1, tl.sum(dt, axis=0)[None, :], mask_h)
         decay_to_end = tl.exp2((coarse_total[None, :] - coarse) + (fine_total[None, :] - fine))
 
         weights = dt
         if weights_ptr is not None:
             weights = tl.load(weights_ptr + positions * weight_strides[1], mask, other=0.0).to(COMPUTE)
 
-        chunk_head = (row + chunk) * H + head  # (1, BLOCK_H)
         step_ptrs = steps_ptr + chunk_head * (4 * Q) + q
         tl.store(step_ptrs, coarse, mask_h)
         tl.store(step_ptrs + Q, fine, mask_h)
         tl.store(step_ptrs + 2 * Q, weights * tl.exp2(-fine), mask_h)
         tl.store(step_ptrs + 3 * Q, weights * decay_to_end, mask_h)
-        total_ptrs = totals_ptr + chunk_head * 2
-        tl.store(total_ptrs, tl.exp2(coarse_total + fine_total)[None, :], mask_h)
-        tl.store(total_ptrs + 1, tl.sum(dt, axis=0)[None, :], mask_h)
