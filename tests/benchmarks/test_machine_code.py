@@ -10,7 +10,7 @@ import pytest
 
 from ssm_kernels.testing import is_interpreted
 from vlmamba.benchmarks import cli
-from vlmamba.benchmarks.cases import Case, Shape, published
+from vlmamba.benchmarks.cases import Case, Shape, published, variants
 from vlmamba.benchmarks.compile_report import Request, compile_one, record
 from vlmamba.benchmarks.devices import MACHINES
 from vlmamba.benchmarks.machine_code.command import count
@@ -323,6 +323,33 @@ def test_shipped_kernels_are_no_worse():
         f"{table_of_changes(changes, 0.01)}\n"
         "where it is worth that: ssm-bench machine-code --json benchmarks/results/machine-code.json"
     )
+
+
+def ssd_layer() -> Case:
+    return next(case for case in published("bf16", ("2.7b",)) if case.op == "ssd")
+
+
+def gated_pack() -> Case:
+    pack = variants(ssd_layer())[-1]
+    assert pack.z and pack.sequences and pack.initial_states
+    return pack
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_ssd_spills_neither_in_float32_nor_in_a_gated_pack(target):
+    requests = record([replace(ssd_layer(), dtype="fp32"), gated_pack()], target)
+    assert {r.signature["x_ptr"] for r in requests if "x_ptr" in r.signature} >= {"*fp32", "*bf16"}
+    assert not [row for row in map(compile_one, requests) if row.problem]
+
+
+@compiled
+@pytest.mark.parametrize(("dtype", "found"), [("bf16", "*bf16"), ("fp16", "*fp32")])
+def test_a_gate_leaves_gradients_that_kernels_read_in_bfloat16(dtype, found):
+    """In float16 they may exceed its range, and stay in float32."""
+    requests = record([replace(gated_pack(), dtype=dtype)], "sm_90")
+    assert {r.signature["dy_ptr"] for r in requests if "dy_ptr" in r.signature} == {found}
 
 
 @pytest.mark.slow

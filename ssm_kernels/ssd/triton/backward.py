@@ -74,6 +74,9 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
     arguments = ScanArguments(*args)
     inputs = ScanInputs(arguments)
     dy, dfinal_states = with_contiguous_last_dim(dy), dfinal_states.contiguous()
+    if inputs.dot == tl.bfloat16:
+        # A gate leaves it in float32, which takes registers in all kernels. Products round it to bfloat16 anyway.
+        dy = dy.to(torch.bfloat16)
     tiles = choose_tiles(inputs, backward=True)
     state_tiles = _choose_state_tiles(inputs, tiles)
     checkpoints = inputs.build_segment_table(state_tiles.chunk_size)  # an entry for each checkpoint
@@ -608,8 +611,11 @@ def _input_gradient_kernel(
     # The log decay dt A of step k acts on all that passes from before k to k or later: from the state before the chunk
     # to the state after it, from the former to output i >= k, from input j < k to output i >= k, and from input j < k
     # to the state after. Sums of the terms themselves, not differences of running totals, which would cancel.
-    p_0, p_1 = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_P)[None, :]
-    products = tl.where(p_0 == p_1, dot(state, tl.trans(dstate), COMPUTE), 0.0)  # (P, P)
+    if DOT == tl.float32 or DOT == tl.float64:
+        products = state * dstate  # (P, N)
+    else:  # tensor cores read the states from shared memory: of the product the diagonal is wanted
+        p_0, p_1 = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_P)[None, :]
+        products = tl.where(p_0 == p_1, dot(state, tl.trans(dstate), COMPUTE), 0.0)  # (P, P)
     dlog_decay = tl.sum(products) * state_scale * dstate_scale * chunk_decay
     # Listing 1, step 4, again.
     y_of_state = dot(C, tl.trans(state), COMPUTE)  # (Q, P)
