@@ -558,7 +558,7 @@ BACKWARD = {
             for op, kernels in BACKWARD.items()
             for target in ("sm_80", "sm_90")
         ),
-        pytest.param(Case("ssd", WARPGROUPS, "bf16"), "sm_100", BACKWARD["ssd"], 1, marks=pytest.mark.nightly),
+        pytest.param(Case("ssd", WARPGROUPS, "bf16"), "sm_100", BACKWARD["ssd"], 3, marks=pytest.mark.nightly),
     ],
     ids=str,
 )
