@@ -106,7 +106,7 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
         ends = {"initial_states": segment_states, "dfinal_states": dsegment_states}
 
     # Partial gradients, with a leading or a last dimension for the programs that share a sum.
-    input_tiles = _choose_input_tiles(inputs, tiles)
+    input_tiles, shared_tiles = _choose_input_tiles(inputs, tiles), _choose_shared_tiles(inputs, tiles)
     num_tiles = triton.cdiv(inputs.headdim, input_tiles.block_p)
     num_chunks = num_checkpoints * CHECKPOINT_CHUNKS
     dx = inputs.empty(*inputs.x.shape, dtype=inputs.x.dtype)  # (B, L, H, P)
@@ -143,7 +143,7 @@ def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
         _launch_input_gradient(
             inputs, input_tiles, checkpoints, checkpoint_range, dy, *states, dx, ddt, dweights, dA, dD
         )
-        _launch_shared_gradient(inputs, tiles, checkpoints, checkpoint_range, dy, *states, dB, dC, splits)
+        _launch_shared_gradient(inputs, shared_tiles, checkpoints, checkpoint_range, dy, *states, dB, dC, splits)
 
     ddt, dB, dC = (t.sum(0) if len(t) > 1 else t[0] for t in (ddt, dB, dC))
     zero_padding(segments, dx, ddt, dB, dC)
@@ -178,6 +178,8 @@ def _choose_state_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
     # On Blackwell, whose accumulators pass through registers, four warps would spill some.
     keep = inputs.dot in (tl.float32, tl.float64) or capability(inputs.device)[1] in (100, 103)
     tiles = tiles._replace(chunk_size=tiles.chunk_size * CHECKPOINT_CHUNKS, num_warps=tiles.num_warps if keep else 4)
+    if str(capability(inputs.device)[1]).startswith("gfx11"):
+        tiles = tiles._replace(num_warps=8)  # RDNA 3 holds operands twice: four warps would spill through the loop
     if not keep and tiles.block_n == 256 and capability(inputs.device) == ("cuda", 90):
         # The other kernels take half the head. A product of Hopper has 64 rows: half the head would do without it.
         tiles = tiles._replace(block_p=max(16, min(64, triton.next_power_of_2(inputs.headdim))), num_warps=8)
@@ -191,6 +193,12 @@ def _choose_input_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
     # Positions along scan directions take registers too: with the entire head some would spill.
     block_p = min(tiles.block_p, 32) if inputs.directions else tiles.block_p
     return tiles._replace(block_p=block_p, num_warps=4)
+
+
+def _choose_shared_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
+    """Tiles of the gradients of B and C: on RDNA half a head, whose operands fit in registers."""
+    is_rdna = str(capability(inputs.device)[1]).startswith(("gfx11", "gfx12"))
+    return tiles._replace(block_p=min(tiles.block_p, 32)) if is_rdna else tiles
 
 
 def _segment_size(inputs: ScanInputs, tiles: Tiles) -> int:
