@@ -431,7 +431,14 @@ def test_compiled_kernels_agree_with_the_reference(case, target):
 
 @pytest.mark.parametrize("target", ["sm_100", "sm_120"])
 @pytest.mark.parametrize(
-    "case", [Case("ssd", SMALL, "bf16"), Case("ssd_step", SMALL, "bf16"), Case("rms_norm", SMALL, "bf16")], ids=str
+    "case",
+    [
+        Case("ssd", SMALL, "bf16"),
+        Case("ssd", CHUNKS, "fp32"),
+        Case("ssd_step", SMALL, "bf16"),
+        Case("rms_norm", SMALL, "bf16"),
+    ],
+    ids=str,
 )
 def test_kernels_compiled_for_blackwell_agree_with_the_reference(case, target):
     assert_right(case, target)

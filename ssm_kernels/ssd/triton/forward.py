@@ -129,12 +129,13 @@ def launch_forward(
 
 
 def _num_stages(inputs: ScanInputs) -> int:
-    """Stages of the loop over chunks: one on tensor cores of the fifth generation.
+    """Stages of the loop over chunks: one where its products are on tensor cores of the fifth generation.
 
     There Triton (3.7 and 3.9) gives x one buffer, and loads the next chunk's into it before the last product has read
     this chunk's: y is wrong.
     """
-    return 1 if capability(inputs.device)[1] in (100, 103) else 2
+    is_on_tensor_cores = inputs.dot not in (tl.float32, tl.float64)
+    return 1 if is_on_tensor_cores and capability(inputs.device)[1] in (100, 103) else 2
 
 
 @triton.jit
