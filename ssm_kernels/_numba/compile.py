@@ -8,6 +8,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ class Kernel:
         dtypes = tuple([x[0] for x in args if type(x) is tuple])
         compiled = self._compiled.get(dtypes)
         if compiled is None:
-            compiled = self._compiled[dtypes] = self._compile(args)
+            # A signal stops the wait for this thread, at its end. In the compilation itself what a handler raises,
+            # such as KeyboardInterrupt, would be lost: LLVM calls Python through ctypes, which drops exceptions.
+            with ThreadPoolExecutor(1, "compile") as thread:
+                compiled = self._compiled[dtypes] = thread.submit(self._compile, args).result()
         return compiled(*args)
 
     def _compile(self, args: tuple) -> Callable:

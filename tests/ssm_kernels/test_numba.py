@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -351,3 +352,31 @@ print(Kernel(namespace["add"])._dispatcher.stats.cache_path)
         folder = Path(run.stdout.strip())
         assert folder.is_relative_to(Path(threads.__file__).parent) == is_beside
         assert folder.is_relative_to(cache) != is_beside
+
+
+def test_ctrl_c_during_a_compilation_is_not_lost(tmp_path, monkeypatch):
+    """LLVM gives the code that it made to a Python function, whose exceptions ctypes prints and drops."""
+    from llvmlite.binding.executionengine import ExecutionEngine
+    from numba.core import config
+
+    from ssm_kernels._numba.compile import Kernel
+
+    find, presses = ExecutionEngine._find_module_ptr, iter([signal.SIGINT])
+
+    def press(self, pointer):
+        for number in presses:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)  # for the main thread to handle it
+        return find(self, pointer)
+
+    def run(x):
+        x[0] += 0.5
+
+    monkeypatch.setattr(ExecutionEngine, "_find_module_ptr", press)
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    kernel, x = Kernel(run), np.ones(1)
+    with pytest.raises(KeyboardInterrupt):
+        kernel(x)
+    assert x == 1
+    kernel(x)
+    assert x == 1.5
