@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 # the first import, which wants a small part of these packages' files.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
+# Unset, whatever it was: without byte code each of the suite's hundreds of processes compiles torch's sources again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs soak nightly versions clean
 
