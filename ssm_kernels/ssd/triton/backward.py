@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ..._triton.device import (
     FUSED_MULTIPLY_ADD,
-    capability,
     maxnreg_option,
     num_sms,
     on_device,
@@ -176,11 +175,11 @@ def _gradient_of(argument: Tensor | None, gradient: Tensor) -> Tensor:
 def _choose_state_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
     """Tiles of the state kernel: a chunk for each checkpoint, and the whole head where its state fits in registers."""
     # On Blackwell, whose accumulators pass through registers, four warps would spill some.
-    keep = inputs.dot in (tl.float32, tl.float64) or capability(inputs.device)[1] in (100, 103)
+    keep = not inputs.on_tensor_cores or inputs.has_tensor_memory
     tiles = tiles._replace(chunk_size=tiles.chunk_size * CHECKPOINT_CHUNKS, num_warps=tiles.num_warps if keep else 4)
-    if str(capability(inputs.device)[1]).startswith("gfx11"):
+    if inputs.rdna == 3:
         tiles = tiles._replace(num_warps=8)  # RDNA 3 holds operands twice: four warps would spill through the loop
-    if not keep and tiles.block_n == 256 and capability(inputs.device) == ("cuda", 90):
+    if not keep and tiles.block_n == 256 and inputs.is_hopper:
         # The other kernels take half the head. A product of Hopper has 64 rows: half the head would do without it.
         tiles = tiles._replace(block_p=max(16, min(64, triton.next_power_of_2(inputs.headdim))), num_warps=8)
     return tiles
@@ -188,7 +187,7 @@ def _choose_state_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
 
 def _choose_input_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
     """Tiles of the input gradient: on Hopper four warps, whose products have 64 rows, as a chunk has."""
-    if capability(inputs.device) != ("cuda", 90) or tiles.chunk_size != 64:
+    if not inputs.is_hopper or tiles.chunk_size != 64:
         return tiles
     # Positions along scan directions take registers too: with the entire head some would spill.
     block_p = min(tiles.block_p, 32) if inputs.directions else tiles.block_p
@@ -197,8 +196,7 @@ def _choose_input_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
 
 def _choose_shared_tiles(inputs: ScanInputs, tiles: Tiles) -> Tiles:
     """Tiles of the gradients of B and C: on RDNA half a head, whose operands fit in registers."""
-    is_rdna = str(capability(inputs.device)[1]).startswith(("gfx11", "gfx12"))
-    return tiles._replace(block_p=min(tiles.block_p, 32)) if is_rdna else tiles
+    return tiles._replace(block_p=min(tiles.block_p, 32)) if inputs.rdna else tiles
 
 
 def _segment_size(inputs: ScanInputs, tiles: Tiles) -> int:

@@ -75,6 +75,11 @@ class ScanInputs:
         self.device = x.device
         self.state_dtype = torch.promote_types(x.dtype, torch.float32)
         self.dot = dot_type(x.dtype, B.dtype, C.dtype)
+        self.on_tensor_cores = self.dot not in (tl.float32, tl.float64)
+        _, version = capability(self.device)
+        self.is_hopper = version == 90
+        self.has_tensor_memory = version in (100, 103)  # tensor cores of the fifth generation
+        self.rdna = {"gfx11": 3, "gfx12": 4}.get(str(version)[:5])  # generation; None elsewhere
         self.constants: dict[str, Any] = {
             "H": self.heads, "P": self.headdim, "N": self.d_state, "G": self.groups,
             "NUM_DIRECTIONS": len(arguments.directions),
@@ -125,21 +130,19 @@ def dt_constants(dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_ma
 def choose_tiles(inputs: ScanInputs, backward: bool) -> Tiles:
     """The largest tiles that fit in registers on this architecture, no larger than the inputs."""
     block_n = max(16, triton.next_power_of_2(inputs.d_state))
-    vendor, version = capability(inputs.device)
-    if inputs.dot in (tl.float32, tl.float64):
-        chunk_size, state_elements, num_warps = 16, 16 * block_n, 8  # products without tensor cores
-    elif vendor == "hip":
+    if not inputs.on_tensor_cores:
+        chunk_size, state_elements, num_warps = 16, 16 * block_n, 8
+    elif capability(inputs.device)[0] == "hip":
         # Products on RDNA hold their operands in registers. With half a chunk the forward's loop spills none on RDNA 4;
         # on RDNA 3, which holds each operand twice, it spills as much, and executes a quarter more.
-        is_rdna4 = str(version).startswith("gfx12")
-        chunk_size, state_elements, num_warps = 16 if is_rdna4 and not backward else 32, 8192, 4
-    elif version in (100, 103):
+        chunk_size, state_elements, num_warps = 16 if inputs.rdna == 4 and not backward else 32, 8192, 4
+    elif inputs.has_tensor_memory:
         chunk_size, state_elements, num_warps = 64, 8192, 8
-    elif backward and block_n > (256 if version == 90 else 128):
+    elif backward and block_n > (256 if inputs.is_hopper else 128):
         chunk_size, state_elements, num_warps = 16, 32 * block_n, 8
     elif backward:
-        chunk_size, state_elements, num_warps = 64 if version == 90 else 32, 8192, 8
-    elif version == 90:
+        chunk_size, state_elements, num_warps = 64 if inputs.is_hopper else 32, 8192, 8
+    elif inputs.is_hopper:
         # A product of Hopper has 64 rows for 4 warps, and the scores have 64 rows: of 8 warps, 4 would do the work of
         # the others again. State and scores fill the registers of 4 warps, and two blocks are resident.
         chunk_size, state_elements, num_warps = 64, 8192, 4

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton.device import FUSED_MULTIPLY_ADD, capability, maxnreg_option, num_sms, on_device
+from ..._triton.device import FUSED_MULTIPLY_ADD, maxnreg_option, num_sms, on_device
 from ..._triton.primitives import and_scalar, load_segment, zero_padding
 from ..._triton.segment_table import SegmentTable
 from ..._triton.state_passing import state_passing
@@ -134,8 +134,7 @@ def _num_stages(inputs: ScanInputs) -> int:
     There Triton (3.7 and 3.9) gives x one buffer, and loads the next chunk's into it before the last product has read
     this chunk's: y is wrong.
     """
-    is_on_tensor_cores = inputs.dot not in (tl.float32, tl.float64)
-    return 1 if is_on_tensor_cores and capability(inputs.device)[1] in (100, 103) else 2
+    return 1 if inputs.on_tensor_cores and inputs.has_tensor_memory else 2
 
 
 @triton.jit
