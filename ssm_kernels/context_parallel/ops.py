@@ -48,11 +48,11 @@ def sharded_selective_scan(sharding: SequenceSharding, arguments: Arguments) -> 
     check_tensor("u", u, ("B", "L", "D"))
     check_tensor("A", A, (u.shape[2], "N"), like=u)
 
-    def decay(dt_sum: Tensor) -> Tensor:
-        return torch.exp(dt_sum.unsqueeze(-1) * A.to(dt_sum.dtype))  # (B, D) -> (B, D, N)
+    def log_decay(dt_sum: Tensor) -> Tensor:
+        return dt_sum.unsqueeze(-1) * A.to(dt_sum.dtype)  # (B, D) -> (B, D, N)
 
     shard = RankShard.of(sharding, "u", u, arguments["cu_seqlens"])
-    op = _ShardScan(local_selective_scan, arguments, u, decay, tuple(A.shape))
+    op = _ShardScan(local_selective_scan, arguments, u, log_decay, tuple(A.shape))
     return SelectiveScanOutput(*_scan_shard(shard, op, arguments["initial_states"]))
 
 
@@ -65,11 +65,11 @@ def sharded_ssd(sharding: SequenceSharding, arguments: Arguments) -> SSDOutput:
     check_tensor("A", A, (x.shape[2],), like=x)
     check_tensor("B", B, (*x.shape[:2], "G", "N"), like=x)
 
-    def decay(dt_sum: Tensor) -> Tensor:
-        return torch.exp(dt_sum * A.to(dt_sum.dtype))[..., None, None]  # (B, H) -> (B, H, 1, 1)
+    def log_decay(dt_sum: Tensor) -> Tensor:
+        return (dt_sum * A.to(dt_sum.dtype))[..., None, None]  # (B, H) -> (B, H, 1, 1)
 
     shard = RankShard.of(sharding, "x", x, arguments["cu_seqlens"])
-    op = _ShardScan(local_ssd, arguments, x, decay, (*x.shape[2:], B.shape[3]))  # states (B, H, P, N)
+    op = _ShardScan(local_ssd, arguments, x, log_decay, (*x.shape[2:], B.shape[3]))  # states (B, H, P, N)
     return SSDOutput(*_scan_shard(shard, op, arguments["initial_states"]))
 
 
@@ -88,8 +88,8 @@ class _ShardScan(NamedTuple):
     arguments: Arguments
     x: Tensor
     """(B, L, D) or (B, L, H, P) input."""
-    decay: Callable[[Tensor], Tensor]
-    """Factor by which a sum of step sizes decays a state."""
+    log_decay: Callable[[Tensor], Tensor]
+    """Logarithm of the factor by which a sum of step sizes decays a state."""
     state_shape: tuple[int, ...]
 
     @property
@@ -193,8 +193,28 @@ def _incoming_states(shard: RankShard, incoming: int, messages: Tensor, op: _Sha
         if shard.sharding.lengths[rank]:
             end, dt_sum = messages[rank].split([size, op.n_decays], 1)
             # exp(A sum dt) h + e: the recurrence (arXiv 2312.00752, equation 2) over all steps of a rank
-            states = torch.addcmul(end.unflatten(1, op.state_shape), op.decay(dt_sum), states)
+            states = _Decayed.apply(states, op.log_decay(dt_sum)) + end.unflatten(1, op.state_shape)
     return states
+
+
+class _Decayed(torch.autograd.Function):
+    """States times exp(log_decay), (B, *state_shape).
+
+    A state of 0 stays 0, and so does a gradient, also where the growing decays of a rank multiply to infinity.
+    """
+
+    @staticmethod
+    def forward(ctx, states, log_decay):
+        decayed = torch.where(states == 0, states, states * log_decay.exp())
+        ctx.save_for_backward(log_decay, decayed)
+        return decayed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        log_decay, decayed = ctx.saved_tensors
+        dstates = torch.where(gradient == 0, gradient, gradient * log_decay.exp())
+        return dstates, (gradient * decayed).sum_to_size(log_decay.shape)
 
 
 class _DtSum(torch.autograd.Function):

@@ -144,6 +144,27 @@ def other_forms(form: str, width: int = 4) -> None:
         compare_op("causal_conv1d", (2, 1, 9), (0, 2, 11, 12), {"x": random(1, 12, 4)}, alike)
 
 
+@case(("selective_scan", "u", {}), ("ssd", "x", {"chunk_size": 1}))
+def growing_decays(op: str, name: str, options: dict) -> None:
+    """Those of a rank multiply to infinity, with states of 0 before it and gradients of 0 after it."""
+    sharding = shard_over((4, 4, 4))
+    run, inputs, _ = OPS[op]
+    timed, alike = inputs(2, 2, False)
+    timed[name][:, :8] = 0
+    timed["C"][:, 4:] = 0
+    timed["dt"].fill_(-0.1)[:, 4:8] = -250
+    alike = {"A": torch.full_like(alike["A"], -1), "D": alike["D"]}
+    y, ends = run(**timed, **alike, **options)
+    parts = {name: sharding.shard(t).clone().requires_grad_() for name, t in timed.items()}
+    with context_parallel(sharding):
+        y_part, ends_part = run(**parts, **alike, **options)
+    same("y", y_part, sharding.shard(y))
+    same("final states", gather_final_states(sharding, ends_part, 4, None), ends)
+    y_part.sum().backward()
+    for name, t in parts.items():
+        assert gradient(t).isfinite().all(), name
+
+
 def compare_op(
     op: str,
     lengths: tuple[int, ...],
