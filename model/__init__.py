@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from .formats.vision import VISION_ENCODERS
     from .generation.config import GenerationConfig
-    from .image import ImageProcessor, open_image
+    from .image import ImageProcessor, as_rgb, open_image
     from .lm import LMOutput, MambaLM
     from .load import load_model
     from .presets import PRESETS
@@ -59,6 +59,7 @@ __all__ = [
     "ViTConfig",
     "Video",
     "VisionConfig",
+    "as_rgb",
     "collate",
     "load_model",
     "open_image",
@@ -90,6 +91,7 @@ _MODULE_OF = {
     "ViTConfig": "config",
     "Video": "video",
     "VisionConfig": "config",
+    "as_rgb": "image",
     "collate": "batch",
     "load_model": "load",
     "open_image": "image",

@@ -67,13 +67,13 @@ class ImagePreprocessor:
         """Preprocess an image, or the sampled frames of a video.
 
         Args:
-            image: in any form that `image.as_rgb` takes; or a video.
+            image: in any form that `as_rgb` takes; or a video.
 
         Returns:
             The image for each encoder. A video's views are its frames, without tiles.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: see `image.as_rgb` and `Video.frames`.
+            FileNotFoundError, TypeError, ValueError: see `as_rgb` and `Video.frames`.
         """
         if isinstance(image, Video):
             frames = image.frames(self.max_frames)

@@ -235,7 +235,7 @@ class VLM(HubModel, library_name="vl-mamba", pipeline_tag="image-text-to-text"):
 
         Raises:
             ValueError: the model has no tokenizer, the turns are malformed, or marks and images are not equally many.
-            FileNotFoundError, TypeError, ValueError: see `image.as_rgb`.
+            FileNotFoundError, TypeError, ValueError: see `as_rgb`.
         """
         tokenizer = require_tokenizer(self)
         images = tuple(i if isinstance(i, ProcessedImage) else self.preprocess(i) for i in as_list(image))

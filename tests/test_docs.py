@@ -48,6 +48,28 @@ def test_pages_ask_for_nothing_from_elsewhere(pages):
         assert not loads, f"{page.name} loads {loads}"
 
 
+def dead_links(pages: Path) -> list[str]:
+    """Links between pages to a page or a place in it that does not exist. A link out of the source is one too."""
+    texts = {page.resolve(): page.read_text() for page in pages.rglob("*.html")}
+    places = {page: set(re.findall(r'id="([^"]+)"', text)) for page, text in texts.items()}
+    found = []
+    for page, text in texts.items():
+        for link in set(re.findall(r'<a [^>]*href="((?!\w+:)[^"]+)"', text)):
+            path, _, place = html.unescape(link).partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if target not in places if target.suffix == ".html" else not target.exists():
+                found.append(f"{page.name}: {link}")
+            elif place and place not in places[target]:
+                found.append(f"{page.name}: {link}")
+    return found
+
+
+def test_links_between_pages_lead_somewhere(pages, tmp_path):
+    assert not dead_links(pages)
+    (tmp_path / "a.html").write_text('<p id="b"><a href="#b">.</a><a href="#c">.</a><a class="d" href="d.html">.</a>')
+    assert sorted(dead_links(tmp_path)) == ["a.html: #c", "a.html: d.html"]
+
+
 def faults(page: str) -> list[str]:
     """Find what Sphinx renders wrongly without a warning."""
     found = []

@@ -105,7 +105,7 @@ class VLMambaProcessor(ProcessorMixin):
 
         Args:
             images: for one text an image or a list of them; for several texts a list for each, or all images in their
-                order. Images are in any form that `vlmamba.model.image.as_rgb` takes, or a `Video`.
+                order. Images are in any form that `vlmamba.model.as_rgb` takes, or a `Video`.
             text: a prompt or several, with a mark `<image>` for each image; an only image needs none.
             padding: True or `"longest"` pads to the longest sequence.
             padding_side: the tokenizer's own by default.
