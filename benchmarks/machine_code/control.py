@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .sass import Instruction, Program, is_predicate, num_registers
+from .sass import CONSTANT, Instruction, Program, is_predicate, num_registers, parts_of
 
 MASK = 0xFFFFFFFF
 MAX_BLOCKS = 1 << 22
@@ -194,7 +194,7 @@ def _source(operand: str, wide: bool = False) -> Source:
     text = text.removesuffix(".64").removesuffix(".U32")
     if text in ("RZ", "URZ", "SRZ"):
         plain: Source = lambda r: 0  # noqa: E731
-    elif found := re.fullmatch(r"c\[0x0\]\[(?:(U?R\w+)\+)?(-?0x[0-9a-f]+)\]", text):
+    elif found := re.fullmatch(CONSTANT, text):
         plain = _constant(found[1], int(found[2], 16), wide)
     elif found := re.fullmatch(r"(U?R)(\d+)", text):
         low_name, high_name = text, f"{found[1]}{int(found[2]) + 1}"
@@ -316,9 +316,12 @@ def _clear(i: Instruction):
 
 
 def _load_constant(i: Instruction):
-    if {"U8", "S8", "U16", "S16"} & set(i.parts):
+    found = re.fullmatch(CONSTANT, i.operands[1])
+    if found is None or not i.written or {"U8", "S8", "U16", "S16"} & set(i.parts):
         return None
-    return _of_integers(i, [i.operands[1]], lambda a: a, wide="64" in i.parts)
+    names = parts_of(i.operands[0], num_registers(i))
+    words = [_constant(found[1], int(found[2], 16) + 4 * k, wide=False) for k in range(len(names))]
+    return lambda r: {name: word(r) for name, word in zip(names, words, strict=True)}
 
 
 def _imad(i: Instruction):

@@ -190,12 +190,12 @@ def measure(launch: Launch, code: Code) -> Figures:
         Figures of the whole launch.
 
     Raises:
-        ValueError: a loop whose end is not known from the launch's arguments.
+        ValueError: a loop whose end is not known from the launch's arguments, or an access whose tensor is not.
     """
     program = code.cubin.program
     programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
     try:
-        counts = _count_warps(launch, code)
+        counts, origins = _count_warps(launch, code), _origins(launch, code)
     except ValueError as e:
         raise ValueError(f"{launch.request.name}: {e}") from e
     scale = programs / min(programs, SAMPLES)
@@ -212,7 +212,7 @@ def measure(launch: Launch, code: Code) -> Figures:
         resident_blocks(architecture, code.warps, code.cubin.registers, code.shared), programs, pipes, tensor,
         turn, trips, configuration=launch.configuration,
     )  # fmt: skip
-    _add_bytes(figures, launch, code, counts, scale)
+    _add_bytes(figures, launch, program, origins, counts, scale)
     return figures
 
 
@@ -301,19 +301,29 @@ def _main_turn(program: Program, counts: Mapping[int, int], warps: int) -> tuple
     return (0.0 if main is None else turns / warps), turn
 
 
-def _add_bytes(figures: Figures, launch: Launch, code: Code, counts: Mapping[int, int], scale: float) -> None:
-    program = code.cubin.program
+def _origins(launch: Launch, code: Code) -> dict[int, frozenset[int]]:
+    """Parameters that each access to global memory may belong to, by its address."""
     pointers = {}
     for ordinal, ((offset, _), (_, value)) in enumerate(zip(code.cubin.parameters, launch.parameters, strict=False)):
         if isinstance(value, Pointer):
             pointers |= {offset: ordinal, offset + 4: ordinal}
-    origins = origins_of_addresses(program, pointers)
+    return origins_of_addresses(code.cubin.program, pointers)
+
+
+def _add_bytes(
+    figures: Figures,
+    launch: Launch,
+    program: Program,
+    origins: Mapping[int, frozenset[int]],
+    counts: Mapping[int, int],
+    scale: float,
+) -> None:
     for block, times in counts.items():
         for instruction in program.of(block):
             size = global_bytes(instruction)
             if not size:
                 continue
-            for ordinal in origins.get(instruction.address, ()):
+            for ordinal in origins[instruction.address]:
                 name, value = launch.parameters[ordinal]
                 assert isinstance(value, Pointer)
                 figures.sizes[name] = value.size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .sass import Instruction, Program
+from .sass import CONSTANT, Instruction, Program, num_registers, parts_of
 
 Origins = dict[str, frozenset[int]]
 """For a register, the parameters whose address its value may be derived from."""
@@ -33,6 +33,9 @@ def origins_of_addresses(program: Program, pointers: Mapping[int, int]) -> dict[
 
     Returns:
         Parameters by the address of the instruction; more than one where they cannot be told apart.
+
+    Raises:
+        ValueError: an access that derives its address from no parameter.
     """
     at_start: dict[int, Origins] = {0: {}}
     waiting, found = [0], {}
@@ -52,31 +55,45 @@ def origins_of_addresses(program: Program, pointers: Mapping[int, int]) -> dict[
             if merged != known:
                 at_start[after] = merged
                 waiting.append(after)
+    for address, parameters in found.items():
+        if not parameters:
+            raise ValueError(f"the argument that the access at {address:#06x} goes to is not known")
     return found
 
 
 def _step(state: Origins, instruction: Instruction, pointers: Mapping[int, int]) -> None:
     if not instruction.written:
         return
-    origins: frozenset[int] = frozenset()
-    if instruction.base not in ("LDG", "LDS", "LDL", "LDSM", "SHFL"):
-        # Predicates are left out: a carry belongs to the pair whose lower half is followed.
-        registers = [name for name in instruction.read if "P" not in name]
-        origins = origins.union(*(state.get(name, ()) for name in registers))
-        for operand in instruction.operands:
-            for offset in re.findall(r"c\[0x0\]\[(0x[0-9a-f]+)\]", operand):
-                first = int(offset, 16)
-                words = (first, first + 4) if "64" in instruction.parts else (first,)
-                origins |= {pointers[word] for word in words if word in pointers}
+    origins = _origins_of_results(state, instruction, pointers)
     for name in instruction.written:
         if "P" in name:
             continue
+        found = origins.get(name, frozenset())
         if instruction.guard is not None:
-            state[name] = state.get(name, frozenset()) | origins
-        elif origins:
-            state[name] = origins
+            state[name] = state.get(name, frozenset()) | found
+        elif found:
+            state[name] = found
         else:
             state.pop(name, None)
+
+
+def _origins_of_results(state: Origins, instruction: Instruction, pointers: Mapping[int, int]) -> Origins:
+    if instruction.base in ("LDG", "LDS", "LDL", "LDSM", "SHFL"):
+        return {}
+    if instruction.base in ("LDC", "LDCU", "ULDC") and (loaded := re.fullmatch(CONSTANT, instruction.operands[1])):
+        # A register has one word: of four that are loaded together, the last two may hold another pointer.
+        names = parts_of(instruction.operands[0], num_registers(instruction))
+        words = [int(loaded[2], 16) + 4 * k for k in range(len(names))]
+        return {name: frozenset({pointers[w]}) for name, w in zip(names, words, strict=True) if w in pointers}
+    # Predicates are left out: a carry belongs to the pair whose lower half is followed.
+    registers = [name for name in instruction.read if "P" not in name]
+    origins = frozenset[int]().union(*(state.get(name, ()) for name in registers))
+    for operand in instruction.operands:
+        for constant in re.finditer(CONSTANT, operand):
+            first = int(constant[2], 16)
+            words = (first, first + 4) if "64" in instruction.parts else (first,)
+            origins |= {pointers[word] for word in words if word in pointers}
+    return dict.fromkeys(instruction.written, origins)
 
 
 def _address_registers(instruction: Instruction) -> list[str]:

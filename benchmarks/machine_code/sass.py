@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?)(U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+CONSTANT = re.compile(r"c\[0x0\]\[(?:(U?R\w+)\+)?(-?0x[0-9a-f]+)\]")
+"""A word of the constant bank that has the arguments of a launch: a register, if any, and an offset from it."""
 _NAME = re.compile(r"[-!~|]*(UR\d+|R\d+|URZ|RZ|UP\d|P\d|UPT|PT)(?![\w])")
 
 

@@ -207,6 +207,30 @@ def test_an_access_belongs_to_the_argument_that_its_address_comes_from():
     assert origins == {0x50: {1}, 0x60: {0}}
 
 
+def test_of_words_that_are_loaded_together_each_has_its_own_argument():
+    """Blackwell loads two pointers, or a pointer and two numbers, at once."""
+    text = """
+        /*0000*/ LDCU.128 UR4, c[0x0][0x380] ;
+        /*0010*/ LDCU.128 UR8, c[0x0][0x390] ;
+        /*0020*/ MOV R6, UR6 ;
+        /*0030*/ MOV R7, UR7 ;
+        /*0040*/ LDG.E R10, desc[UR12][R6.64] ;
+        /*0050*/ STG.E desc[UR12][R2.64+UR4], R10 ;
+        /*0060*/ UISETP.GE.AND UP0, UPT, UR10, 0x2, UPT ;
+        /*0070*/ @UP0 BRA 0x90 ;
+        /*0080*/ MOV R20, R21 ;
+        /*0090*/ EXIT ;
+    """
+    program = parse(text)
+    pointers = {0x380: 0, 0x384: 0, 0x388: 1, 0x38C: 1, 0x390: 2, 0x394: 2}
+    assert origins_of_addresses(program, pointers) == {0x40: {1}, 0x50: {0}}
+    words = {0x380: 0, 0x384: 1, 0x388: 0, 0x38C: 2, 0x390: 0, 0x394: 3, 0x398: 5, 0x39C: 9}
+    counts = count_blocks(program, Thread((0, 0, 0), 0, words, lambda *at: None))
+    assert [program.of(block)[0].address for block in counts] == [0x0, 0x90]
+    with pytest.raises(ValueError, match="the argument that the access at 0x0040 goes to is not known"):
+        origins_of_addresses(program, {0x380: 0, 0x384: 0})
+
+
 def test_duplicated_work_shows_in_the_layouts():
     text = """
 #mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 32, 16]}>
