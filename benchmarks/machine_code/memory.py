@@ -62,10 +62,11 @@ def origins_of_addresses(program: Program, pointers: Mapping[int, int]) -> dict[
 
 
 def _step(state: Origins, instruction: Instruction, pointers: Mapping[int, int]) -> None:
-    if not instruction.written:
-        return
-    origins = _origins_of_results(state, instruction, pointers)
-    for name in instruction.written:
+    if instruction.base == "STL":  # a register that is spilled, which may hold an address
+        origins = {slot: state.get(name, frozenset()) for slot, name in _spilled(instruction, *instruction.operands)}
+    else:
+        origins = _origins_of_results(state, instruction, pointers)
+    for name in origins.keys() | instruction.written:
         if "P" in name:
             continue
         found = origins.get(name, frozenset())
@@ -77,9 +78,21 @@ def _step(state: Origins, instruction: Instruction, pointers: Mapping[int, int])
             state.pop(name, None)
 
 
+def _spilled(instruction: Instruction, place: str, register: str) -> list[tuple[str, str]]:
+    """32-bit words of the stack that an access reads or writes, each with its register."""
+    offset = re.fullmatch(r"\[R1(?:\+(-?0x[0-9a-f]+))?\]", place)
+    if offset is None or register == "RZ":
+        return []
+    names = parts_of(register, num_registers(instruction))
+    return [(f"stack {int(offset[1] or '0', 16) + 4 * k}", name) for k, name in enumerate(names)]
+
+
 def _origins_of_results(state: Origins, instruction: Instruction, pointers: Mapping[int, int]) -> Origins:
-    if instruction.base in ("LDG", "LDS", "LDL", "LDSM", "SHFL"):
+    if instruction.base in ("LDG", "LDS", "LDSM", "SHFL"):
         return {}
+    if instruction.base == "LDL":
+        register, place = instruction.operands
+        return {name: state.get(slot, frozenset()) for slot, name in _spilled(instruction, place, register)}
     if instruction.base in ("LDC", "LDCU", "ULDC") and (loaded := re.fullmatch(CONSTANT, instruction.operands[1])):
         # A register has one word: of four that are loaded together, the last two may hold another pointer.
         names = parts_of(instruction.operands[0], num_registers(instruction))

@@ -231,6 +231,21 @@ def test_of_words_that_are_loaded_together_each_has_its_own_argument():
         origins_of_addresses(program, {0x380: 0, 0x384: 0})
 
 
+def test_an_address_that_was_spilled_keeps_its_argument():
+    text = """
+        /*0000*/ LDC.64 R4, c[0x0][0x218] ;
+        /*0010*/ STL.64 [R1+0x8], R4 ;
+        /*0020*/ STL [R1], RZ ;
+        /*0030*/ MOV R4, RZ ;
+        /*0040*/ MOV R5, RZ ;
+        /*0050*/ LDL R6, [R1+0x8] ;
+        /*0060*/ LDL.LU R7, [R1+0xc] ;
+        /*0070*/ STG.E desc[UR8][R6.64], R10 ;
+        /*0080*/ EXIT ;
+    """
+    assert origins_of_addresses(parse(text), {0x218: 1, 0x21C: 1}) == {0x70: {1}}
+
+
 def test_duplicated_work_shows_in_the_layouts():
     text = """
 #mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 32, 16]}>
