@@ -68,6 +68,8 @@ def _save(ctx, inputs, outputs):
 
 def _gradients(ctx, dy, dfinal_states):
     arguments: ScanArguments = ctx.options._replace(**dict(zip(TENSORS, ctx.saved_tensors, strict=True)))
+    if dy is None:
+        dy = arguments.x.new_zeros(arguments.x.shape, dtype=arguments.out_dtype)
     grads = ScanGradients(*_backward_scan(dy, dfinal_states, *arguments))._asdict()
     # The op returns an empty tensor for an argument that is None.
     return {name: grad for name, grad in grads.items() if getattr(arguments, name) is not None}
@@ -86,7 +88,8 @@ def _backward_fake(dy, dfinal_states, *args):
     return gradients_fake(ScanArguments(*args), dy)
 
 
-_gradient = Gradient(_save, _gradients, formula, 2)
+# In training nothing depends on the final states: zeros for them would be written and read as states are.
+_gradient = Gradient(_save, _gradients, formula, 2, materialize_grads=False)
 _forward_op = define_op(
     f"ssd_triton({SCHEMA}) -> (Tensor, Tensor)",
     lazy_function(f"{__name__}.forward", "forward"),
@@ -94,7 +97,7 @@ _forward_op = define_op(
     _gradient,
 )
 _backward_op = define_op(
-    f"ssd_triton_backward(Tensor dy, Tensor dfinal_states, {SCHEMA})"
+    f"ssd_triton_backward(Tensor dy, Tensor? dfinal_states, {SCHEMA})"
     f" -> ({', '.join(['Tensor'] * len(ScanGradients._fields))})",
     lazy_function(f"{__name__}.backward", "backward"),
     _backward_fake,

@@ -68,11 +68,12 @@ MIN_FULLNESS = 0.9
 """Share of the multiprocessors that should be at work, on average over the rounds of a launch."""
 
 
-def backward(dy: Tensor, dfinal_states: Tensor, *args) -> ScanGradients:
+def backward(dy: Tensor, dfinal_states: Tensor | None, *args) -> ScanGradients:
     """Compute the gradients. Body of `ssd_triton_backward`; takes the fields of `ScanArguments` after dy, dfinal."""
     arguments = ScanArguments(*args)
     inputs = ScanInputs(arguments)
-    dy, dfinal_states = with_contiguous_last_dim(dy), dfinal_states.contiguous()
+    dy = with_contiguous_last_dim(dy)
+    dfinal_states = None if dfinal_states is None else dfinal_states.contiguous()
     if inputs.dot == tl.bfloat16:
         # A gate leaves it in float32, which takes registers in all kernels. Products round it to bfloat16 anyway.
         dy = dy.to(torch.bfloat16)
