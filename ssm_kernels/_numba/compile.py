@@ -26,9 +26,9 @@ from .launch import TYPES
 
 logger = logging.getLogger("ssm_kernels")
 _lock = threading.Lock()
-_is_announced = threading.Event()
+_is_announced: set[str] = set()
 PATIENCE = 1.0
-"""Seconds of a compilation after which it is announced, once in a process."""
+"""Seconds after which a compilation, or the wait for another process's, is announced, once in a process."""
 
 
 class Memory(types.Array):
@@ -85,31 +85,44 @@ class Kernel:
         dtypes = tuple([x[0] for x in args if type(x) is tuple])
         compiled = self._compiled.get(dtypes)
         if compiled is None:
-            # A signal stops the wait for this thread, at its end. In the compilation itself what a handler raises,
-            # such as KeyboardInterrupt, would be lost: LLVM calls Python through ctypes, which drops exceptions.
-            with ThreadPoolExecutor(1, "compile") as thread:
-                compiled = self._compiled[dtypes] = thread.submit(self._compile, args).result()
+            compiled = self._compiled[dtypes] = self._compile(args)
         return compiled(*args)
 
     def _compile(self, args: tuple) -> Callable:
-        # One thread compiles; those that wait for it find its result.
-        with _lock:
-            # While it runs, not after it: nothing else tells a user that the call has not hung.
-            timer = threading.Timer(PATIENCE, _announce, [self._dispatcher.stats.cache_path])
-            timer.daemon = True
-            timer.start()
-            try:
-                with self._cache.locked() if self._cache else contextlib.nullcontext():
-                    return self._dispatcher.compile(tuple(map(_type_of, args)))
-            finally:
-                timer.cancel()
+        # One thread compiles; those that wait for it find its result. A signal ends the wait for either lock.
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_lock)
+            if self._cache:
+                stack.enter_context(self._cache.locked())
+            path = self._dispatcher.stats.cache_path
+            then = f"later processes find them in {path}" if path else "again in each process"
+            stack.enter_context(_announced("compiling kernels for the CPU takes some seconds; %s", then))
+            # In a thread of its own, which goes on where a signal ends the wait for it. In this one what a handler
+            # raises, such as KeyboardInterrupt, would be lost: LLVM calls Python through ctypes, which drops it.
+            thread = ThreadPoolExecutor(1, "compile")
+            compiling = thread.submit(self._dispatcher.compile, tuple(map(_type_of, args)))
+            thread.shutdown(wait=False)
+            held = stack.pop_all()
+        compiling.add_done_callback(lambda _: held.close())
+        return compiling.result()
 
 
-def _announce(path: str | None) -> None:
-    if not _is_announced.is_set():
-        _is_announced.set()
-        then = f"later processes find them in {path}" if path else "again in each process"
-        logger.warning("compiling kernels for the CPU takes some seconds; %s", then)
+@contextlib.contextmanager
+def _announced(text: str, *args: str) -> Iterator[None]:
+    """Log a text while a block runs, not after it: nothing else tells a user that the call has not hung."""
+    timer = threading.Timer(PATIENCE, _announce, [text, *args])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _announce(text: str, *args: str) -> None:
+    if text not in _is_announced:
+        _is_announced.add(text)
+        logger.warning(text, *args)
 
 
 def _type_of(arg: object) -> types.Type:
@@ -141,11 +154,13 @@ class _Cache(FunctionCache):
         Those that wait find the result. numba writes the index of a kernel before the file that it names, and two
         writers may take the same name for kernels of different dtypes.
         """
-        lock = FileLock(Path(self.cache_path) / f"{self._impl.filename_base}.lock")
+        # Another thread may release it.
+        lock = FileLock(Path(self.cache_path) / f"{self._impl.filename_base}.lock", thread_local=False)
         with contextlib.ExitStack() as stack:
             try:
                 self._impl.locator.ensure_cache_path()
-                stack.enter_context(lock)
+                with _announced("waiting for a process that compiles kernels for the CPU; it holds %s", lock.lock_file):
+                    stack.enter_context(lock)
             except (OSError, NotImplementedError) as error:  # no room for a file, or no locks in this file system
                 logger.warning("%s cannot be locked; only one process should compile: %s", lock.lock_file, error)
             yield

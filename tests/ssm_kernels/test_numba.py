@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import platform
@@ -314,7 +315,7 @@ def test_where_files_cannot_be_locked_kernels_are_compiled_with_a_warning(tmp_pa
     class Lock:
         lock_file = "run.lock"
 
-        def __init__(self, path): ...
+        def __init__(self, path, **options): ...
 
         def __enter__(self):
             raise NotImplementedError("no flock")
@@ -380,3 +381,51 @@ def test_ctrl_c_during_a_compilation_is_not_lost(tmp_path, monkeypatch):
     assert x == 1
     kernel(x)
     assert x == 1.5
+
+
+@pytest.fixture
+def slow_kernel(tmp_path, monkeypatch):
+    """A kernel that takes half a second to compile, with its files in a folder of the test's own."""
+    from numba.core import config
+
+    from ssm_kernels._numba import compile as compiling
+
+    def run(x):
+        x[0] += 0.5
+
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling, "PATIENCE", 0.05)
+    monkeypatch.setattr(compiling, "_is_announced", set())
+    kernel = compiling.Kernel(run)
+    fast = kernel._dispatcher.compile
+    monkeypatch.setattr(kernel._dispatcher, "compile", lambda types: (time.sleep(0.5), fast(types))[1])
+    return kernel
+
+
+def press_ctrl_c(seconds: float) -> None:
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+def test_ctrl_c_does_not_wait_for_a_compilation(slow_kernel):
+    """It goes on, and the next call takes its result."""
+    x, start = np.ones(1), time.monotonic()
+    press_ctrl_c(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        slow_kernel(x)
+    assert time.monotonic() - start < 0.45 and not slow_kernel._dispatcher.signatures
+    slow_kernel(x)
+    assert x == 1.5 and len(slow_kernel._dispatcher.stats.cache_misses) == 1
+
+
+def test_the_wait_for_another_process_is_announced_and_ends_by_ctrl_c(slow_kernel, caplog):
+    cache = slow_kernel._cache
+    path = Path(cache.cache_path) / f"{cache._impl.filename_base}.lock"
+    with path.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        press_ctrl_c(0.3)
+        with pytest.raises(KeyboardInterrupt):
+            slow_kernel(np.ones(1))
+    assert f"waiting for a process that compiles kernels for the CPU; it holds {path}" in caplog.text
+    assert "takes some seconds" not in caplog.text
+    slow_kernel(np.ones(1))
+    assert "takes some seconds" in caplog.text
