@@ -21,6 +21,7 @@ import torch
 
 import ssm_kernels
 
+from ..train.programs import run_program
 from . import against_worker, op_report
 from .cases import DTYPES, Case
 from .environment import command_line, environment
@@ -81,7 +82,8 @@ def _time(checkout: Path, calls: dict[str, dict[str, Any]]) -> dict[str, Any]:
         files = Path(folder) / "calls.pt", Path(folder) / "seconds.json"
         torch.save(calls, files[0])
         words = [sys.executable, against_worker.__file__, str(checkout), *map(str, files)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | KEEP_MEMORY)
+        pipe = subprocess.PIPE
+        done = run_program(words, stdout=pipe, stderr=pipe, env=os.environ | KEEP_MEMORY)
         if done.returncode:
             raise ValueError(f"{checkout} cannot be timed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
         return json.loads(files[1].read_text())

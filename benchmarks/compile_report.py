@@ -35,6 +35,7 @@ from tqdm import tqdm
 from ssm_kernels.testing import BODIES, Target, fake_target, is_interpreted
 
 from ..model.files import write_atomic
+from ..train.signals import processes_hidden_from_ctrl_c
 from . import tables
 from .cases import Case, check_ops, published, shipped
 from .environment import check_triton, environment
@@ -328,12 +329,19 @@ def in_processes(function: Callable[[Input], Result], inputs: list[Input], jobs:
     Returns:
         Its results, in the order of the inputs.
     """
-    context = multiprocessing.get_context("spawn")
+    context, earlier = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (str(cache),)) as pool:
-        futures = [pool.submit(function, each) for each in inputs]
-        for _ in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit="kernel", disable=None):
-            pass
-        return [f.result() for f in futures]
+        try:
+            with processes_hidden_from_ctrl_c():
+                futures = [pool.submit(function, each) for each in inputs]
+            for _ in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit="kernel", disable=None):
+                pass
+            return [f.result() for f in futures]
+        except BaseException:
+            # Else the pool would go on with all that is queued before it ends.
+            for process in set(multiprocessing.active_children()) - earlier:
+                process.terminate()
+            raise
 
 
 def _start_worker(cache: str) -> None:

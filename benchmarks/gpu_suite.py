@@ -133,7 +133,7 @@ class Run:
             except Exception as e:  # the device is lost: nothing more would run in this process
                 results.add(part, name, [{"case": name, "error": f"{type(e).__name__}: {e}"}])
                 raise
-            except KeyboardInterrupt:
+            except BaseException:  # Ctrl-C or SIGTERM
                 results.forget()
                 raise
             results.add(part, name, rows)

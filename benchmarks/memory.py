@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..train.signals import processes_hidden_from_ctrl_c
 from .cases import Shape
 from .options import Mode
 from .timing import prepare, run_once, upstream_gradient
@@ -63,7 +64,8 @@ def in_fresh_process(measure: Callable[..., int], *arguments: Any) -> int:
     processes.set_forkserver_preload([f"{__package__}.preload"])
     receiver, sender = processes.Pipe(duplex=False)
     child = processes.Process(target=_send_result, args=(sender, measure, arguments), daemon=True)
-    child.start()
+    with processes_hidden_from_ctrl_c():  # also from the fork server, which the first call starts
+        child.start()
     sender.close()
     try:
         found = receiver.recv()
@@ -72,6 +74,9 @@ def in_fresh_process(measure: Callable[..., int], *arguments: Any) -> int:
         if child.exitcode == -9:
             raise MemoryError("the process that measures memory was killed") from None
         raise RuntimeError(f"the process that measures memory ended with {child.exitcode}") from None
+    except BaseException:  # a signal
+        child.kill()
+        raise
     child.join()
     if isinstance(found, Exception):
         raise found

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from ..model.files import write_atomic
+from ..train.programs import run_program
 from . import op_report
 from .options import Page
 
@@ -30,7 +30,7 @@ def run_page(command: Page) -> None:
         for words in commands(text):
             print(f"$ {shlex.join(words)}", file=sys.stderr, flush=True)
             # Each in a process of its own: one's memory and compiled kernels are not the next one's.
-            done = subprocess.run([sys.executable, "-m", f"{__package__}.cli", *words[1:]], check=False)
+            done = run_program([sys.executable, "-m", f"{__package__}.cli", *words[1:]])
             if done.returncode:
                 raise ValueError(
                     f"{shlex.join(words)} ended with status {done.returncode}; {command.page} is unchanged"

@@ -17,8 +17,8 @@ from sphinx.util.nodes import make_refnode
 
 import vlmamba.model
 import vlmamba.train.config
-from vlmamba.benchmarks.cli import COMMANDS as SSM_BENCH
-from vlmamba.cli import COMMANDS as VLMAMBA
+from vlmamba.benchmarks.options import COMMANDS as SSM_BENCH
+from vlmamba.commands import COMMANDS as VLMAMBA
 from vlmamba.help import parse
 from vlmamba.model.extras import NOISY_LOGGERS
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ from ssm_kernels import states
 from ssm_kernels.export import decompositions
 
 from .extras import install_command
+from .files import PARTIAL, remove_partials
 from .lm import MambaLM
 
 GRAPHS: tuple[Literal["prompt", "step"], ...] = ("prompt", "step")
@@ -82,7 +85,7 @@ def export_onnx(lm: MambaLM, folder: str | Path) -> list[Path]:
 
     Args:
         lm: model on a CPU.
-        folder: where to write; made if it does not exist.
+        folder: where to write; made if it does not exist. Files have their names when all are complete.
 
     Returns:
         the two files.
@@ -97,19 +100,25 @@ def export_onnx(lm: MambaLM, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = list(states.named(lm.new_state(1)))
-    files = [folder / f"{graph}.onnx" for graph in GRAPHS]
-    for graph, file in zip(GRAPHS, files, strict=True):
-        torch.onnx.export(
-            trace(lm, graph),
-            (),
-            file,
-            # Names for the dynamic sizes, which the states share.
-            dynamic_shapes=({0: "batch"} | ({1: "length"} if graph == "prompt" else {}), *({} for _ in names)),
-            input_names=["input_ids", *(f"past.{name}" for name in names)],
-            output_names=["logits", *(f"present.{name}" for name in names)],
-            dynamo=True,
-            external_data=True,
-            verbose=False,
-        )
-    lm.save_extras(folder)
-    return files
+    # An interrupted export may have left its files.
+    remove_partials(folder)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=PARTIAL, dir=folder) as name:
+        staged = Path(name)
+        for graph in GRAPHS:
+            torch.onnx.export(
+                trace(lm, graph),
+                (),
+                staged / f"{graph}.onnx",
+                # Names for the dynamic sizes, which the states share.
+                dynamic_shapes=({0: "batch"} | ({1: "length"} if graph == "prompt" else {}), *({} for _ in names)),
+                input_names=["input_ids", *(f"past.{name}" for name in names)],
+                output_names=["logits", *(f"present.{name}" for name in names)],
+                dynamo=True,
+                external_data=True,
+                verbose=False,
+            )
+        lm.save_extras(staged)
+        # Weights, in `prompt.onnx.data`, come before the graphs that name them.
+        for path in sorted(staged.iterdir(), reverse=True):
+            os.replace(path, folder / path.name)
+    return [folder / f"{graph}.onnx" for graph in GRAPHS]

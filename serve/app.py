@@ -107,7 +107,6 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run the engine for the duration of a block."""
-        await asyncio.to_thread(self.engine.warm_up)
         self._loop = asyncio.get_running_loop()
         self.engine.start()
         try:

@@ -49,6 +49,12 @@ class Server(uvicorn.Server):
             )
         )
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Warm the engine up, and serve until a signal."""
+        # Before uvicorn handles signals, so that they end the warm-up.
+        self.service.engine.warm_up()
+        super().run(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; at a second signal, stop."""
         if self.service.draining:

@@ -1,4 +1,4 @@
-"""Exceptions of training that callers tell apart. They import no torch."""
+"""Exceptions that callers tell apart. They import no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ class Interrupted(SystemExit):
 
     The exit status is that of a process which the signal ended: 143 after SIGTERM, 130 after Ctrl-C.
     """
+
+
+class Terminated(SystemExit):
+    """SIGTERM came; raised so that files are closed and processes end. The exit status is 143."""
 
 
 # Raised between steps, by the loader or while samples are read.

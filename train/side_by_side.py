@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -16,13 +17,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from .errors import Interrupted, picklable
 from .log_lines import show_warnings
-from .signals import handling
+from .signals import handling, processes_hidden_from_ctrl_c
 
 LOG_INTERVAL = 30.0
 """Seconds between the lines of a progress bar where the output is no terminal."""
@@ -79,6 +81,7 @@ def run_side_by_side(jobs: Sequence[Job]) -> None:
             running.append(_start(job, display.columns))
             if received:  # it came while this one started
                 running[-1].process.terminate()
+                break
         for name, failure in _follow(running, display):
             failures[name] = failure
             for other in running:
@@ -91,15 +94,38 @@ def _start(job: Job, columns: int) -> _Running:
     # A fork would copy locks and threads of PyTorch in whatever state they are.
     context = multiprocessing.get_context("spawn")
     (output, output_end), (outcome, outcome_end) = context.Pipe(duplex=False), context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(job, columns, output_end, outcome_end), name=job.name)
-    process.start()
+    (job_end, start), packed = context.Pipe(duplex=False), _Packed(job)
+    process = context.Process(target=_run, args=(packed, job_end, columns, output_end, outcome_end), name=job.name)
+    with processes_hidden_from_ctrl_c():  # it gets a SIGTERM in its place
+        process.start()
     # With the child's copies alone, a pipe ends when the child does.
-    output_end.close()
-    outcome_end.close()
+    for end in (job_end, output_end, outcome_end):
+        end.close()
+    threading.Thread(target=packed.send, args=(start,), daemon=True).start()
     return _Running(job, process, output, outcome)
 
 
-def _run(job: Job, columns: int, output: Connection, outcome: Connection) -> None:
+class _Packed:
+    """A job as bytes, which are pickled while a process is started: events can be pickled only then.
+
+    They are sent when it has started. Otherwise its start would wait until it has imported the job's modules, and for
+    ever if it ended before.
+    """
+
+    def __init__(self, job: Job):
+        self.job, self.data = job, b""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.data = bytes(ForkingPickler.dumps(self.job))
+        return type(None), ()
+
+    def send(self, start: Connection) -> None:
+        """Send the job to its process, which may have ended."""
+        with contextlib.suppress(BrokenPipeError), start:
+            start.send_bytes(self.data)
+
+
+def _run(_: None, start: Connection, columns: int, output: Connection, outcome: Connection) -> None:
     """Run a job in its process."""
     os.environ["COLUMNS"] = str(columns)  # the width of its progress bars, which do not see the terminal
     for stream in (1, 2):
@@ -108,6 +134,7 @@ def _run(job: Job, columns: int, output: Connection, outcome: Connection) -> Non
     threading.Thread(target=_end_with_parent, daemon=True).start()
     failure = None
     try:
+        job = pickle.loads(start.recv_bytes())
         job.function(*job.args)
     except BaseException as e:  # also a signal's, which the parent reports
         failure = _Failure(picklable(e), traceback.format_exc())

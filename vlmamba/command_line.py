@@ -28,7 +28,7 @@ def run_commands(
     """Run the command that the arguments name.
 
     Without arguments the help is printed. An error in the arguments exits with status 2. An error in a command's input
-    is one line on stderr and exits with status 1; Ctrl-C exits with status 130.
+    is one line on stderr and exits with status 1.
 
     Args:
         prog: name of the program.
@@ -69,9 +69,6 @@ def run_commands(
     except Interrupted:  # raised again: torchrun and the shell must see the signal's exit status
         print(f"\n{prog}: stopped and saved; the same command resumes here", file=sys.stderr)
         raise
-    except KeyboardInterrupt:
-        print(f"\n{prog}: stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         # The reader closed the pipe (`| head`): discard the rest of the output, also at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

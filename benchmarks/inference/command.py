@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ...model.quantize import check_quantization
 from ...model.text_files import read_json
+from ...train.errors import Interrupted, Terminated
 from .. import memory
 from ..cases import DTYPES
 from ..environment import command_line, current_device, environment
@@ -52,16 +53,18 @@ def run_inference(command: Prefill) -> None:
         facts = environment(command.device)
         result = _resume(command.out, settings, facts)
         result |= settings | facts | {"command": command_line(command)}
-        is_interrupted = False
+        stopped: KeyboardInterrupt | Terminated | None = None
         try:
             _Session(command, result).run()
-        except KeyboardInterrupt:
-            is_interrupted = True
+        except (KeyboardInterrupt, Terminated) as e:
+            stopped = e
     print(report.text(result))
     if command.out is not None:
         report.write_all(result, command.out)
-    if is_interrupted:
-        sys.exit("ssm-bench: interrupted; the rows measured so far are saved, and the same command resumes")
+    if stopped is not None:
+        if command.out is None:
+            raise stopped
+        raise Interrupted(130 if isinstance(stopped, KeyboardInterrupt) else 143)
     if wrong := [name for name, check in result["checks"].items() if not check["is_right"]]:
         sys.exit(f"ssm-bench: wrong: {', '.join(wrong)}; steps do not have the logits of the same tokens as a prompt")
 

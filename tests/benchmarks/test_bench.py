@@ -5,7 +5,12 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import multiprocessing
+import os
 import re
+import signal
+import threading
+import time
 from dataclasses import replace
 from typing import get_args
 
@@ -17,7 +22,7 @@ from ssm_kernels._core import dispatch
 from vlmamba.benchmarks import cli, options, peers, run, timing
 from vlmamba.benchmarks.accuracy import ground_truth
 from vlmamba.benchmarks.cases import Case, Shape
-from vlmamba.benchmarks.memory import peak_memory
+from vlmamba.benchmarks.memory import in_fresh_process, peak_memory
 from vlmamba.benchmarks.timing import (
     first_call,
     predict_excess,
@@ -228,6 +233,19 @@ def test_a_run_logs_no_choice_of_an_op_that_it_does_not_measure(monkeypatch, cap
     cli.main(["run", "rms_norm", "--shape", "tiny", "--impl", "ours", "--metric", "error"])
     (said,) = [record.getMessage() for record in caplog.records if record.name == "ssm_kernels"]
     assert said.startswith("backend='auto' runs rms_norm in pure PyTorch on cpu")
+
+
+def test_ctrl_c_ends_the_process_that_measures_memory():
+    def press() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        in_fresh_process(time.sleep, 60)
+    time.sleep(0.1)
+    assert not multiprocessing.active_children()
 
 
 def test_a_run_measures_memory(tmp_path):

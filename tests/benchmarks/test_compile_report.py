@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import os
 import pkgutil
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -206,3 +210,18 @@ def test_registers_of_rdna_are_allocated_by_24_of_1536():
     assert compile_report.resident_blocks(rdna, 1, 96, 0) == 32
     assert compile_report.resident_blocks(rdna, 1, 97, 0) == 2 * (1536 // 120)
     assert compile_report.resident_blocks(compile_report.ARCHITECTURES["gfx90a"], 1, 97, 0) == 4 * (512 // 104)
+
+
+def test_ctrl_c_ends_the_processes_that_compile(tmp_path):
+    """Also all that is queued for them."""
+    before = set(multiprocessing.active_children())
+
+    def press() -> None:
+        while not set(multiprocessing.active_children()) - before:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        compile_report.in_processes(time.sleep, [60.0] * 8, 1, tmp_path)
+    assert set(multiprocessing.active_children()) == before

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from vlmamba.benchmarks import cli, options
-from vlmamba.cli import COMMANDS as VLMAMBA_COMMANDS
+from vlmamba.commands import COMMANDS as VLMAMBA_COMMANDS
 from vlmamba.model.fields import Interval
 
 

@@ -70,3 +70,16 @@ def test_missing_packages_and_devices_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"onnx is not installed: pip install onnx onnxscript"):
         export_onnx(lm, tmp_path)
+
+
+def test_an_export_that_is_interrupted_leaves_no_file(tmp_path, monkeypatch):
+    def write_half(exported, arguments, file, **options):
+        file.write_bytes(b"half")
+        if file.name == "step.onnx":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.onnx, "export", write_half)
+    monkeypatch.setattr(onnx_export, "trace", lambda lm, graph: None)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(MambaLM(CONFIGS["mamba"]), tmp_path)
+    assert not list(tmp_path.iterdir())

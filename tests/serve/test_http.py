@@ -28,6 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.makers import BLUE, RED, language_config, sharpened_lm
 from tests.serve.makers import TOKENIZER, RunningServer, alone, data_url, question, small_vlm, wait_for
 from vlmamba.model import GenerationConfig, Turn
+from vlmamba.serve.engine import Engine
 from vlmamba.serve.responses import token_text
 
 GREEDY = GenerationConfig(12)
@@ -501,3 +502,15 @@ def test_a_process_loses_killed_clients_and_at_a_signal_lets_running_answers_end
             assert process.wait(20) == 0
         finally:
             process.kill()
+
+
+def test_ctrl_c_ends_the_warm_up(vlm, monkeypatch):
+    """It compiles kernels, which takes many seconds."""
+
+    def warm_up(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    monkeypatch.setattr(Engine, "warm_up", warm_up)
+    with pytest.raises(KeyboardInterrupt):
+        RunningServer(vlm).server.run()

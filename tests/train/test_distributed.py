@@ -23,7 +23,7 @@ import yaml
 from packaging.version import Version
 from torch.distributed.tensor import DTensor
 
-from vlmamba.cli import COMMANDS
+from vlmamba.commands import COMMANDS
 from vlmamba.model.batch import Sample, collate
 from vlmamba.model.image_tokens import ProcessedImage
 from vlmamba.model.prompt import IGNORE, IMAGE_TOKEN

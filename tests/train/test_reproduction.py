@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vlmamba import cli
+from vlmamba.commands import COMMANDS
 from vlmamba.model import PRESETS
 from vlmamba.train import easy_vqa
 from vlmamba.train.recipes import QUICK, RECIPES, DemoRecipe
@@ -70,7 +71,7 @@ class Commands:
         self.lines: list[list[str]] = []
         self.failing = failing
 
-    def run(self, command: list[str], check: bool) -> SimpleNamespace:
+    def run(self, command: list[str]) -> SimpleNamespace:
         self.lines.append(command)
         if self.failing and self.failing in " ".join(command):
             return SimpleNamespace(returncode=3)
@@ -98,14 +99,14 @@ def here(tmp_path, monkeypatch):
 
 def test_each_row_is_trained_and_evaluated_once(here, monkeypatch, capsys):
     commands = Commands()
-    monkeypatch.setattr(full.subprocess, "run", commands.run)
+    monkeypatch.setattr(full, "run_program", commands.run)
     call = ["reproduce", "ml-mamba-scan", "--launcher", "torchrun --nproc-per-node 8", "--output", "out"]
     cli.main(call)
     trained, evaluated = commands.lines[::2], commands.lines[1::2]
     assert [line[:5] for line in trained] == [["torchrun", "--nproc-per-node", "8", "-m", "vlmamba"]] * 2
     # The real command line takes what is run.
     ran = []
-    monkeypatch.setattr(cli.COMMANDS["train"], "run", lambda self: ran.append((self.model, self.stage, self.recipe)))
+    monkeypatch.setattr(COMMANDS["train"], "run", lambda self: ran.append((self.model, self.stage, self.recipe)))
     for line in trained:
         cli.main(line[5:])
     assert ran == [("ml-mamba-3b", "both", "ml-mamba"), ("ml-mamba-3b-cross", "both", "ml-mamba")]
@@ -120,7 +121,7 @@ def test_each_row_is_trained_and_evaluated_once(here, monkeypatch, capsys):
 
 def test_a_benchmark_that_the_harness_has_not_is_evaluated_by_our_own_command(here, monkeypatch, capsys):
     commands = Commands()
-    monkeypatch.setattr(full.subprocess, "run", commands.run)
+    monkeypatch.setattr(full, "run_program", commands.run)
     call = ["reproduce", "ml-mamba", "--output", "out", "--root", "data"]
     cli.main(call)
     assert "left out, since there is no data/vsr/test.jsonl: VSR" in capsys.readouterr().out.replace(
@@ -133,7 +134,7 @@ def test_a_benchmark_that_the_harness_has_not_is_evaluated_by_our_own_command(he
     # One more command, which the real command line takes.
     assert len(commands.lines) == 3
     ran = []
-    monkeypatch.setattr(cli.COMMANDS["evaluate"], "run", lambda self: ran.append((self.benchmark, str(self.data))))
+    monkeypatch.setattr(COMMANDS["evaluate"], "run", lambda self: ran.append((self.benchmark, str(self.data))))
     cli.main(commands.lines[-1][3:])
     assert ran == [("vsr", "data/vsr/test.jsonl")]
     cli.main(call)
@@ -142,7 +143,7 @@ def test_a_benchmark_that_the_harness_has_not_is_evaluated_by_our_own_command(he
 
 def test_a_failure_names_row_and_command_and_the_rest_stays(here, monkeypatch):
     commands = Commands(failing="ml-mamba-3b-cross")
-    monkeypatch.setattr(full.subprocess, "run", commands.run)
+    monkeypatch.setattr(full, "run_program", commands.run)
     call = ["reproduce", "ml-mamba-scan", "--output", "out"]
     with pytest.raises(SystemExit, match=r"Cross \(CSM\): exit status 3 of: .*train ml-mamba-3b-cross"):
         cli.main(call)
@@ -153,7 +154,7 @@ def test_a_failure_names_row_and_command_and_the_rest_stays(here, monkeypatch):
 
 def test_judged_benchmarks_need_a_key(here, monkeypatch, capsys):
     commands = Commands()
-    monkeypatch.setattr(full.subprocess, "run", commands.run)
+    monkeypatch.setattr(full, "run_program", commands.run)
     cli.main(["reproduce", "vl-mamba", "--output", "out"])
     assert "OPENAI_API_KEY is not set: MMB, MM-Vet" in capsys.readouterr().out
     monkeypatch.setenv("OPENAI_API_KEY", "x")

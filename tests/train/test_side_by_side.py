@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 
 import pytest
 
+from vlmamba.train.errors import Interrupted
 from vlmamba.train.side_by_side import Job, _Display, run_side_by_side
 
 # Without torch, so that a job starts in a moment.
@@ -25,6 +28,9 @@ class Stopped(SystemExit):
 def says(folder, text):
     print(text, flush=True)
     (folder / text).touch()
+
+def hides():
+    print("SIGINT is", "hidden" if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []) else "seen")
 
 def warns():
     import logging
@@ -73,6 +79,36 @@ def test_every_job_runs_and_its_lines_have_its_name(jobs, tmp_path, capfd):
     assert (tmp_path / "first").exists() and (tmp_path / "second").exists()
     shown = capfd.readouterr().err
     assert "one   | first\n" in shown and "other | second\n" in shown
+
+
+def test_a_job_does_not_see_the_terminal_s_ctrl_c(jobs, capfd):
+    """It gets a SIGTERM in its place, and prints no traceback where Ctrl-C comes while it imports modules."""
+    run_side_by_side([Job("one", jobs.hides)])
+    assert "SIGINT is hidden" in capfd.readouterr().err
+
+
+def test_a_signal_ends_jobs_while_they_start(jobs, tmp_path):
+    """A job's arguments may be more than a pipe holds, and its modules take long to import."""
+    (tmp_path / "slow_to_import.py").write_text(
+        "import multiprocessing, time\nif multiprocessing.parent_process():\n    time.sleep(30)\ndef run(*args): ..."
+    )
+    import slow_to_import  # pyright: ignore[reportMissingImports]
+
+    start = time.monotonic()
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(Interrupted):
+        run_side_by_side([Job(name, slow_to_import.run, ("x" * 1_000_000,)) for name in ("one", "other")])
+    assert time.monotonic() - start < 20
+
+
+def test_a_process_that_ends_before_its_job_is_read_is_an_error(jobs, tmp_path):
+    resource_tracker.ensure_running()  # by the real program
+    spawn.set_executable("/bin/false")
+    try:
+        with pytest.raises(ChildProcessError, match="the process of one ended with status 1"):
+            run_side_by_side([Job("one", jobs.says, (tmp_path, "x" * 1_000_000))])
+    finally:
+        spawn.set_executable(sys.executable)
 
 
 def test_a_warning_is_a_line_with_the_job_s_name(jobs, capfd):

@@ -14,11 +14,13 @@ import tyro
 
 from vlmamba import cli
 from vlmamba.benchmarks import cli as bench_cli
+from vlmamba.benchmarks.options import COMMANDS as BENCH_COMMANDS
+from vlmamba.commands import COMMANDS as MODEL_COMMANDS
 from vlmamba.help import Default, check_options, examples, field_texts, first_sentence, parse
 from vlmamba.model.fields import Count
 from vlmamba.model.generation.config import GenerationConfig
 
-COMMANDS = {**cli.COMMANDS, **bench_cli.COMMANDS}
+COMMANDS = {**MODEL_COMMANDS, **BENCH_COMMANDS}
 
 
 def help_of(name, kind, capsys, monkeypatch, width=80) -> str:
@@ -55,21 +57,25 @@ def test_every_option_has_a_text_that_is_a_sentence(name):
         assert text and text.endswith("."), option
 
 
-@pytest.mark.parametrize("program", [cli, bench_cli], ids=["vlmamba", "ssm-bench"])
-def test_every_command_has_examples_that_are_understood(program, monkeypatch):
+@pytest.mark.parametrize(
+    ("program", "main", "commands"),
+    [("vlmamba", cli.main, MODEL_COMMANDS), ("ssm-bench", bench_cli.main, BENCH_COMMANDS)],
+    ids=["vlmamba", "ssm-bench"],
+)
+def test_every_command_has_examples_that_are_understood(program, main, commands, monkeypatch):
     ran = []
-    for kind in program.COMMANDS.values():
+    for kind in commands.values():
         monkeypatch.setattr(kind, "run", lambda self: ran.append(type(self)))
-    for name, kind in program.COMMANDS.items():
+    for name, kind in commands.items():
         own = [words for words in examples(kind) if words[1:2] == [name]]
-        assert own and own[0][0] == ("vlmamba" if program is cli else "ssm-bench")
+        assert own and own[0][0] == program
         for words in own:
-            program.main(words[1:])
+            main(words[1:])
             assert ran.pop() is kind, words
 
 
 def test_the_examples_are_in_the_help_and_one_is_a_line(capsys, monkeypatch):
-    text = help_of("vlmamba train", cli.COMMANDS["train"], capsys, monkeypatch, 200)
+    text = help_of("vlmamba train", MODEL_COMMANDS["train"], capsys, monkeypatch, 200)
     assert "\n$ vlmamba data easy-vqa data\n" in text
 
 
@@ -77,7 +83,7 @@ def test_the_program_s_help_has_one_sentence_on_each_command(capsys):
     with pytest.raises(SystemExit):
         cli.main([])  # as --help
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for kind in cli.COMMANDS.values():
+    for kind in MODEL_COMMANDS.values():
         assert first_sentence(kind) in text
     assert "An interrupted run resumes" not in text  # the second one of `demo`
 
@@ -136,11 +142,11 @@ def test_a_command_is_of_its_own_class_and_its_groups_are_checked():
 
 def test_chat_has_no_option_that_it_does_not_use(capsys):
     """It takes no draft model, so it has no number of draft tokens; `generate` has both."""
-    assert parse("chat", cli.COMMANDS["chat"], ["x", "--top-k", "3"]).sampling == GenerationConfig(top_k=3)
+    assert parse("chat", MODEL_COMMANDS["chat"], ["x", "--top-k", "3"]).sampling == GenerationConfig(top_k=3)
     with pytest.raises(SystemExit, match="^2$"):
-        parse("chat", cli.COMMANDS["chat"], ["x", "--draft-tokens", "3"])
+        parse("chat", MODEL_COMMANDS["chat"], ["x", "--draft-tokens", "3"])
     assert "--draft-tokens" in capsys.readouterr().err
-    command = parse("generate", cli.COMMANDS["generate"], ["x", "a", "--draft-tokens", "3"])
+    command = parse("generate", MODEL_COMMANDS["generate"], ["x", "a", "--draft-tokens", "3"])
     assert command.sampling == GenerationConfig(draft_tokens=3)
 
 
@@ -164,10 +170,10 @@ def test_openmp_s_threads_sleep_unless_the_user_wants_otherwise(monkeypatch):
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
-@pytest.mark.parametrize("command", bench_cli.COMMANDS)
+@pytest.mark.parametrize("command", BENCH_COMMANDS)
 def test_openmp_s_threads_sleep_where_nothing_is_timed(command, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     with pytest.raises(SystemExit):
         bench_cli.main([command, "--help"])
     assert ("OMP_WAIT_POLICY" in os.environ) == (command not in bench_cli.TIMING)
-    assert set(bench_cli.TIMING) <= set(bench_cli.COMMANDS)
+    assert set(bench_cli.TIMING) <= set(BENCH_COMMANDS)

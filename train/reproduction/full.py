@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ...model.files import write_atomic
 from ...model.presets import get_preset
 from ...model.text_files import read_json
 from ..plan import SampleSize, make_plan
+from ..programs import run_program
 from ..recipes import recipe_named
 from .tables import BENCHMARKS, PaperRow, PaperTable
 
@@ -136,7 +136,7 @@ def run_rows(
 
 def _run(label: str, command: list[str]) -> None:
     print(f"{label}: {shlex.join(command)}", flush=True)
-    done = subprocess.run(command, check=False)
+    done = run_program(command)
     if done.returncode:
         raise ChildProcessError(
             f"{label}: exit status {done.returncode} of: {shlex.join(command)}; the same command resumes"

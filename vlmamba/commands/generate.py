@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +57,7 @@ class Generate:
     loading: Group[Loading] = Loading()
 
     def run(self) -> None:
-        """Answer the prompt, or those of the file. SIGTERM ends with status 143; answers already written stay."""
+        """Answer the prompt, or those of the file. Answers already written stay where a signal ends it."""
         from ..model.generation.speculative import DraftStats
         from ..model.image import open_image
         from ..model.prompt import Turn, mark_images
@@ -75,42 +73,26 @@ class Generate:
             raise ValueError("--video is for one prompt, and not for --prompts")
         if self.draft is not None and self.prompts is not None:
             raise ValueError("--draft is for a single prompt, not for --prompts")
-        # A job scheduler sends SIGTERM; open files are closed before the end.
-        with _exit_on_sigterm():
-            if self.prompts is not None:
-                answer_prompts(self, lambda: load_with_tokenizer(self.model, self.loading))
-                return
-            assert self.prompt is not None
-            check_text(self.prompt)
-            # Broken images, and those without a place, are reported before the model is loaded.
-            if self.image or self.video:
-                mark_images([Turn("user", self.prompt)], len(self.image) + len(self.video))
-            images: list[Image.Image | Video] = [open_image(image) for image in self.image]
-            for path in self.video:
-                images.append(Video(path))
-                Video(path).frames(1)
-            model = load_with_tokenizer(self.model, self.loading)
-            draft = None if self.draft is None else load_with_tokenizer(self.draft, self.loading)
-            stats = DraftStats()
-            for text in hold_first(_stream(model, self.prompt, images, self.sampling, draft, stats)):
-                print(printable(text), end="", flush=True)
-            print()
-            if draft is not None:
-                print(f"draft: {stats}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block by SystemExit with status 143, so that files are closed."""
-
-    def handle(number: int, frame: object) -> None:
-        sys.exit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        if self.prompts is not None:
+            answer_prompts(self, lambda: load_with_tokenizer(self.model, self.loading))
+            return
+        assert self.prompt is not None
+        check_text(self.prompt)
+        # Broken images, and those without a place, are reported before the model is loaded.
+        if self.image or self.video:
+            mark_images([Turn("user", self.prompt)], len(self.image) + len(self.video))
+        images: list[Image.Image | Video] = [open_image(image) for image in self.image]
+        for path in self.video:
+            images.append(Video(path))
+            Video(path).frames(1)
+        model = load_with_tokenizer(self.model, self.loading)
+        draft = None if self.draft is None else load_with_tokenizer(self.draft, self.loading)
+        stats = DraftStats()
+        for text in hold_first(_stream(model, self.prompt, images, self.sampling, draft, stats)):
+            print(printable(text), end="", flush=True)
+        print()
+        if draft is not None:
+            print(f"draft: {stats}", file=sys.stderr)
 
 
 def _stream(

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..model.fields import Count
+from ..model.files import write_atomic
+from ..train.programs import running_program
 from .options import Positional
 
 
@@ -56,7 +57,7 @@ class ServeBench:
                 print(f"{name:<22}{report['one'][name]:>14.4g}{report['many'][name]:>14.4g}")
         print(f"{'speedup':<22}{'':>14}{report['speedup']:>14.2f}")
         if self.output is not None:
-            self.output.write_text(json.dumps(report, indent=2) + "\n")
+            write_atomic(self.output, json.dumps(report, indent=2) + "\n")
         errors = [report[side]["first_error"] for side in ("one", "many") if report[side]["errors"]]
         if errors:
             raise ValueError(f"requests failed, the first with: {errors[0]}")
@@ -70,13 +71,9 @@ def serving(model: str) -> Iterator[str]:
         ValueError: the server did not start.
     """
     command = [sys.executable, "-m", "vlmamba", "serve", model, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with running_program(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            if " at " not in line:
-                raise ValueError(f"{model} could not be served")
-            yield line.rsplit(" at ", 1)[1].strip()
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+        line = process.stdout.readline()
+        if " at " not in line:
+            raise ValueError(f"{model} could not be served")
+        yield line.rsplit(" at ", 1)[1].strip()
