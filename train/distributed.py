@@ -7,6 +7,7 @@ import copy
 import functools
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
@@ -22,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from ..connectors import SS2D, DirectionalMamba
 from ..model.vlm import VLM
 from ..model.weights import dtype_of
+from .errors import Interrupted
+from .signals import handling
 
 logger = logging.getLogger("vlmamba.train")
 T = TypeVar("T")
@@ -51,17 +54,19 @@ def processes(device: str | torch.device = "cpu") -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ.get(FRESH_STORE) != "1":
         logger.warning("restarted ranks may fail to find each other: set %s=1 before torchrun", FRESH_STORE)
-    # gloo in any case: metrics and the names of checkpoints are exchanged on the CPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    except Exception:
-        # Destroying the group would wait for the other ranks, which may be in a collective that this one never joins.
-        raise
-    except BaseException:
+    # Outside of a stage, which has its own handlers, a signal ends a rank by itself: one that waits for another would
+    # not run a handler.
+    with handling((signal.SIGINT, signal.SIGTERM), signal.SIG_DFL):
+        # gloo in any case: metrics and the names of checkpoints are exchanged on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # After any other exception destroying the group would wait for the other ranks, which may be in a collective
+        # that this one never joins.
+        try:
+            yield device
+        except Interrupted:  # on all ranks, after the same step
+            dist.destroy_process_group()
+            raise
         dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 @contextlib.contextmanager
-def handling(numbers: Sequence[signal.Signals], handle: Callable[[int, object], None]) -> Iterator[None]:
+def handling(
+    numbers: Sequence[signal.Signals], handle: Callable[[int, object], None] | signal.Handlers
+) -> Iterator[None]:
     """Run `handle(number, frame)` at these signals; afterwards their handlers are those of before.
 
     Args:
         numbers: of the signals.
-        handle: the handler. In any other thread than the main one, which alone can handle signals, it is not installed.
+        handle: the handler, or `signal.SIG_DFL`. In any other thread than the main one, which alone can handle
+            signals, it is not installed.
     """
     # Python lets only the main thread set a handler.
     try:

@@ -55,8 +55,20 @@ def ending_by_signals(prog: str, *, is_process: bool) -> Iterator[None]:
         _end_by_next_signals(numbers, is_process)
 
 
+def after_imports(number: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C in a program that goes on: raise `KeyboardInterrupt`, but not while a module is imported.
+
+    A package whose import was interrupted may lack parts of itself when it is imported again.
+    """
+    if any(True for _ in _imported(frame)):
+        _send_again(number)
+    else:
+        raise KeyboardInterrupt
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
-    if _imports_numpy(frame):
+    # PyTorch's C++ code imports numpy, and goes on with half of it at an error.
+    if any(name.split(".")[0] == "numpy" for name in _imported(frame)):
         _send_again(number)
     elif number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -64,14 +76,12 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Terminated(128 + number)
 
 
-def _imports_numpy(frame: FrameType | None) -> bool:
-    """Return whether numpy is being imported. PyTorch's C++ code does that, and goes on with half of it at an error."""
+def _imported(frame: FrameType | None) -> Iterator[str]:
+    """Yield the modules that are being imported."""
     while frame is not None:
-        code = frame.f_code
-        if code.co_name == "_find_and_load" and str(frame.f_locals.get("name")).split(".")[0] == "numpy":
-            return True
+        if frame.f_code.co_name == "_find_and_load" and "importlib" in frame.f_code.co_filename:
+            yield str(frame.f_locals.get("name"))
         frame = frame.f_back
-    return False
 
 
 def _send_again(number: int) -> None:

@@ -12,11 +12,14 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.run
 import tyro
 import yaml
@@ -66,6 +69,18 @@ def _as_rank(r, n, port, function, args):
     }  # fmt: skip
     with processes():
         function(*args)
+
+
+def wait_and_press():
+    """Ctrl-C comes to both ranks, of which one waits for the other."""
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    if rank() == 1:
+        dist.barrier()
+    time.sleep(30)
+
+
+def test_ctrl_c_between_stages_ends_a_rank_that_waits_for_another():
+    assert on_ranks(2, wait_and_press) == [-signal.SIGINT] * 2
 
 
 def tiny(family, seed=0):

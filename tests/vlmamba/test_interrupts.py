@@ -52,17 +52,35 @@ IN_IMPORT = """
 
 
 @pytest.mark.parametrize(("package", "program"), [("vlmamba", "vlmamba"), ("vlmamba.benchmarks", "ssm-bench")])
-def test_while_the_commands_are_imported(package, program):
+def test_a_signal_ends_the_import_of_the_commands(package, program):
     code = IMPORTING.format(module="tyro", seconds=10)
     assert end_of(code, signal.SIGINT, package, "--help") == (130, "", f"\n{program}: stopped\n")
     assert end_of(code, signal.SIGTERM, package, "--help") == (143, "", "")
 
 
 @SIGNALS
-def test_after_the_import_of_numpy(number, status):
+def test_a_signal_waits_for_the_end_of_an_import_of_numpy(number, status):
     """PyTorch goes on without a numpy whose import failed."""
     code = IMPORTING.format(module="numpy", seconds=0.1) + RUN.format(body=IN_IMPORT)
     assert end_of(code, number, "vlmamba", "inspect", "x")[:2] == (status, "")
+
+
+GOES_ON = """
+    from vlmamba.interrupts import after_imports
+    signal.signal(signal.SIGINT, after_imports)
+    try:
+        import json.tool
+        print("imported")
+        time.sleep(10)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+def test_where_a_program_continues_no_import_is_interrupted():
+    """A package whose import was interrupted lacks parts of itself when it is imported again."""
+    code = IMPORTING.format(module="json.tool", seconds=0.1) + RUN.format(body=GOES_ON)
+    assert end_of(code, signal.SIGINT, "vlmamba", "inspect", "x") == (0, "imported\ninterrupted\nran on\n", "")
 
 
 IN_FINALIZER = """
@@ -88,7 +106,7 @@ TWICE = """
 
 
 @SIGNALS
-def test_where_an_exception_is_dropped(number, status):
+def test_a_signal_whose_exception_is_dropped_comes_again(number, status):
     """In a finalizer, as in a callback from C, Python prints what a handler raises, and goes on."""
     told = "\nvlmamba: stopped\n" if number == signal.SIGINT else ""
     assert end_of(RUN.format(body=IN_FINALIZER), number, "vlmamba", "inspect", "x") == (status, "", told)
@@ -101,5 +119,5 @@ def test_threads_are_not_waited_for(number, status):
 
 
 @SIGNALS
-def test_a_second_one_ends_what_is_left(number, status):
+def test_a_second_signal_ends_what_is_left(number, status):
     assert end_of(RUN.format(body=TWICE), number, "vlmamba", "inspect", "x")[:2] == (-number, "")

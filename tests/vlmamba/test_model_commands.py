@@ -28,6 +28,7 @@ from vlmamba.commands.chat import completions, pasted_path
 from vlmamba.commands.prompt_file import MAX_CHARACTERS, json_line, read_prompts
 from vlmamba.commands.streaming import hold_first
 from vlmamba.connectors import ConnectorConfig
+from vlmamba.interrupts import after_imports
 from vlmamba.model import (
     VLM,
     GenerationConfig,
@@ -699,6 +700,14 @@ def test_chat_in_a_terminal(folder):
     except BaseException:
         os.kill(terminal.pid, signal.SIGKILL)
         raise
+
+
+def test_ctrl_c_in_a_chat_waits_for_the_end_of_an_import(folder, monkeypatch):
+    """The first answer imports numba, which the next one needs whole."""
+    handlers = []
+    monkeypatch.setattr("builtins.input", lambda prompt: handlers.append(signal.getsignal(signal.SIGINT)) or "/quit")
+    cli.main(["chat", str(folder / "lm")])
+    assert handlers == [after_imports] != [signal.getsignal(signal.SIGINT)]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError()], ids=type)

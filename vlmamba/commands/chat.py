@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..command_line import describe, printable
 from ..help import Without
+from ..interrupts import after_imports
 from ..model.files import expand_home
 from ..model.generation.config import GenerationConfig
 from ..model.prompt import TEMPLATES, get_template
+from ..train.signals import handling
 from .options import Group, Loading, Positional, Sampling
 from .streaming import hold_first
 
@@ -74,26 +77,32 @@ class Chat:
         note(" · ".join([describe_model(self.model, conversation), *seen, "/help lists the commands"]))
         # Piped questions get the answers alone.
         prompt = "> " if sys.stdin.isatty() else ""
-        while True:
-            try:
-                line = input(prompt).strip()
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
-                print("\n/quit or Ctrl-D quits")
-                continue
-            if line in QUIT:
-                return
-            # Everything but a closed pipe ends the turn alone.
-            try:
-                self._run_line(conversation, line)
-            except KeyboardInterrupt:
-                print()
-            except BrokenPipeError:
-                raise
-            except (ValueError, OSError, RuntimeError, MemoryError) as e:
-                print(printable(describe(e)))
+        with handling((signal.SIGINT,), after_imports):
+            while self._take_turn(conversation, prompt):
+                pass
+
+    def _take_turn(self, conversation: Conversation, prompt: str) -> bool:
+        """Read and answer a turn. Return whether another one follows."""
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            print()
+            return False
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D quits")
+            return True
+        if line in QUIT:
+            return False
+        # Everything but a closed pipe ends the turn alone.
+        try:
+            self._run_line(conversation, line)
+        except KeyboardInterrupt:
+            print()
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, RuntimeError, MemoryError) as e:
+            print(printable(describe(e)))
+        return True
 
     def _run_line(self, conversation: Conversation, line: str) -> None:
         from ..model.image import open_image
