@@ -123,6 +123,8 @@ def test_trips_that_are_in_a_table():
         ("SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR12], R14", {}, {"P4": True}),
         ("SEL R2, R4, 0x7, !P0", {"R4": 1, "P0": True}, {"R2": 7}),
         ("HFMA2.MMA R2, -RZ, RZ, 0, 5.9604644775390625e-08", {}, {"R2": 1}),
+        ("LDCU.128 UR4, c[0x0][0x3e0]", {f"c{0x3E0 + 4 * k}": k + 1 for k in range(4)},
+         {f"UR{4 + k}": k + 1 for k in range(4)}),
         ("PRMT R2, R4, 0x7610, R5", {"R4": 0x1234, "R5": 0xABCD0000}, {"R2": 0xABCD1234}),
         ("SGXT R2, R4, 0x4", {"R4": 0xF}, {"R2": 0xFFFFFFFF}),
         ("IABS R2, R4", {"R4": 0xFFFFFFFD}, {"R2": 3}),
@@ -380,6 +382,39 @@ def gated_pack() -> Case:
 def test_ssd_spills_neither_in_float32_nor_in_a_gated_pack(target):
     requests = record([replace(ssd_layer(), dtype="fp32"), gated_pack()], target)
     assert {r.signature["x_ptr"] for r in requests if "x_ptr" in r.signature} >= {"*fp32", "*bf16"}
+    assert not [row for row in map(compile_one, requests) if row.problem]
+
+
+def scan_of_few_channels(batch: int) -> Case:
+    case = next(case for case in published("bf16", ("130m",)) if case.op == "selective_scan")
+    return replace(case, shape=replace(case.shape, batch=batch))
+
+
+@compiled
+def test_a_scan_that_is_cut_unpacks_b_and_c_once():
+    """The first of its passes, which reads them as they are, copies them to float32 for the second."""
+    launches = [x.request for x in record_launches(scan_of_few_channels(1), "sm_90").launches if x.mode == "fwd"]
+    first, second = (r.signature for r in launches if r.kernel == "_forward_kernel")
+    assert (first["B_ptr"], first["B_copy_ptr"], first["C_copy_ptr"]) == ("*bf16", "*fp32", "*fp32")
+    assert (second["B_ptr"], second["C_ptr"]) == ("*fp32", "*fp32")
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 8])
+def test_few_channels_take_no_more_than_250_instructions(batch):
+    """An element of the scan of 130m on sm_90: at batch 8 states are split over lanes, at 1 sequences are cut."""
+    (found,) = count([scan_of_few_channels(batch)], modes=("fwd", "train-fwd"))
+    for mode in found["passes"].values():
+        assert mode["totals"]["instructions"] <= 250
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_a_scan_that_is_cut_does_not_spill(target):
+    requests = [r for r in record([scan_of_few_channels(1)], target) if r.kernel == "_forward_kernel"]
+    assert len(requests) == 3  # two passes, and the second in training
     assert not [row for row in map(compile_one, requests) if row.problem]
 
 

@@ -327,11 +327,12 @@ def test_more_channels_than_a_tile(backend):
     assert_agrees(selective_scan, tensors, {"dt_softplus": True}, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("packing", ["dense", "cu_seqlens", "seq_idx"])
-def test_sequences_of_several_segments(backend, packing):
+def test_sequences_of_several_segments(backend, packing, dtype):
     """Segments of one checkpoint interval, and sequences of several segments, one and none."""
     bounds = torch.tensor([0, 0, 17, 18, 18, 24])
-    tensors = make(1, 24, 2, 2, rows=5 if packing == "cu_seqlens" else 1)
+    tensors = make(1, 24, 4, 3, 2, dtype, rows=5 if packing == "cu_seqlens" else 1)
     if packing == "cu_seqlens":
         tensors["cu_seqlens"] = bounds
     elif packing == "seq_idx":

@@ -2,7 +2,8 @@
 
 Where channels and sequences are too few to fill the device, sequences are cut in segments: a first pass computes what
 each segment adds to the state, `state_passing` turns that into the state before each segment, and a second pass scans
-them. For the backward, the state is saved every CHECKPOINT_INTERVAL steps.
+them. The first also copies B and C to float32, in which the second need not unpack them. For the backward, the state is
+saved every CHECKPOINT_INTERVAL steps.
 """
 
 # The stubs know neither launches nor what jit functions return.
@@ -26,6 +27,7 @@ from ..._triton.state_passing import state_passing
 from ..arguments import ScanArguments
 from . import CHECKPOINT_INTERVAL
 from .tile import (
+    CUT_REGISTERS,
     REGISTERS,
     ScanInputs,
     advance_states,
@@ -46,6 +48,9 @@ from .tile import (
     unroll,
     zero_states,
 )
+
+COPIED_ROWS: tl.constexpr = tl.constexpr(16)
+"""Rows of B or C that a program copies at a time."""
 
 
 def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +85,9 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
         launch = _Launch(inputs, tile, num_tiles, segments, checkpoints)
         segment_states = None
         if is_cut:
-            segment_states = _compute_segment_initial_states(launch, final_states)
+            B_copy, C_copy = _empty_copy(inputs.B), _empty_copy(inputs.C)
+            segment_states = _compute_segment_initial_states(launch, final_states, B_copy, C_copy)
+            launch = launch._replace(inputs=inputs.with_rows(B_copy, C_copy))
         launch(segment_states, y=y, final_states=final_states, checkpoint_states=checkpoint_states)
     zero_padding(segments, y)
     return y, final_states, checkpoint_states
@@ -129,6 +136,11 @@ def _empty_states(inputs: ScanInputs, count: int) -> Tensor:
     return torch.empty((count, *inputs.A.shape), dtype=inputs.state_dtype, device=inputs.device)
 
 
+def _empty_copy(m: Tensor) -> Tensor | None:
+    """Make room for a copy of B or C in float32; None where it is that wide, or constant in time."""
+    return torch.empty(m.shape, dtype=torch.float32, device=m.device) if m.dim() == 4 and m.itemsize < 4 else None
+
+
 class _Launch(NamedTuple):
     """The forward kernel with what both of its passes have in common."""
 
@@ -146,34 +158,47 @@ class _Launch(NamedTuple):
         final_states: Tensor | None = None,
         checkpoint_states: Tensor | None = None,
         dt_sum: Tensor | None = None,
+        B_copy: Tensor | None = None,
+        C_copy: Tensor | None = None,
     ) -> None:
         """Scan each segment from its row of `segment_states`; or with `dt_sum` write there what the segment adds."""
         inputs, segments = self.inputs, self.segments
         u, dt, B, C, z = inputs.u, inputs.dt, inputs.B, inputs.C, inputs.z
         states_only = dt_sum is not None
+        continues = segment_states is not None and not states_only
         with on_device(u):
             _forward_kernel[(len(segments.entries) * self.num_tiles,)](
                 u, dt, inputs.A, B, C, inputs.D, z, inputs.dt_bias, inputs.initial_states, segment_states, y,
-                final_states, checkpoint_states, dt_sum,
+                final_states, checkpoint_states, dt_sum, B_copy, C_copy,
                 segments.entries, segments.first_segment, segments.sequence_starts, segments.initial_state_rows,
                 segments.final_state_rows, self.checkpoints.first_segment, *inputs.sizes,
                 strides(u), strides(dt), strides(B), strides(C), strides(z), strides(y),
                 channel_stride(u), channel_stride(dt), channel_stride(z), channel_stride(y),
-                HAS_SEGMENT_STATES=segment_states is not None and not states_only,
+                HAS_SEGMENT_STATES=continues,
                 HAS_INITIAL_STATES=inputs.initial_states is not None and not states_only,
                 WRITE_CHECKPOINTS=checkpoint_states is not None and len(checkpoint_states) > 0,
                 STATES_ONLY=states_only, CHECKPOINT_INTERVAL=CHECKPOINT_INTERVAL, UNROLL=unroll(inputs),
-                **inputs.options(self.tile), **maxnreg_option(REGISTERS, inputs.device),
+                PADDED_N=triton.next_power_of_2(inputs.d_state),
+                **inputs.options(self.tile),
+                **maxnreg_option(CUT_REGISTERS if continues else REGISTERS, inputs.device),
                 **FUSED_MULTIPLY_ADD,
             )  # fmt: skip
 
 
-def _compute_segment_initial_states(launch: _Launch, final_states: Tensor) -> Tensor:
-    """Compute the state before each segment, (M, G * E, N); `final_states` receives the state after each sequence."""
+def _compute_segment_initial_states(
+    launch: _Launch, final_states: Tensor, B_copy: Tensor | None, C_copy: Tensor | None
+) -> Tensor:
+    """Compute the state before each segment, (M, G * E, N).
+
+    Args:
+        launch: the first pass.
+        final_states: receives the state after each sequence.
+        B_copy, C_copy: (B, L, G, N) receive B and C, where there are such.
+    """
     inputs, num_segments = launch.inputs, len(launch.segments.entries)
     segment_states = _empty_states(inputs, num_segments)
     dt_sum = segment_states.new_empty(num_segments, inputs.dim)
-    launch(segment_states, dt_sum=dt_sum)
+    launch(segment_states, dt_sum=dt_sum, B_copy=B_copy, C_copy=C_copy)
     state_passing(
         launch.segments, segment_states, inputs.A.flatten(), dt_sum, inputs.initial_states, final_states, reverse=False
     )
@@ -194,6 +219,7 @@ def _forward_kernel(
     final_states_ptr,  # (rows, G * E, N), written
     checkpoint_states_ptr,  # (checkpoints, G * E, N), written
     dt_sum_ptr,  # (M, G * E), written
+    B_copy_ptr, C_copy_ptr,  # (B, L, G, N), written
     segments_ptr,  # (M, 4)
     first_segment_ptr,  # (S + 1,)
     sequence_starts_ptr, initial_state_rows_ptr, final_state_rows_ptr,  # (S,)
@@ -205,7 +231,8 @@ def _forward_kernel(
     C_WORD: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr, HAS_SEGMENT_STATES: tl.constexpr, HAS_INITIAL_STATES: tl.constexpr,
     WRITE_CHECKPOINTS: tl.constexpr, STATES_ONLY: tl.constexpr, DT_SOFTPLUS: tl.constexpr,
-    NUM_DIRECTIONS: tl.constexpr, CHECKPOINT_INTERVAL: tl.constexpr, UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
+    NUM_DIRECTIONS: tl.constexpr, CHECKPOINT_INTERVAL: tl.constexpr, UNROLL: tl.constexpr, PADDED_N: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Scan BLOCK_E channels through one segment; write y, checkpoint states, and at the end of a sequence its state.
 
@@ -213,7 +240,7 @@ def _forward_kernel(
     K x (BLOCK_E, LANES).
 
     With STATES_ONLY, write instead what the segment adds to a state and the sum of its dt. Those of the last segment of
-    a sequence are never read, and zeros stand for them.
+    a sequence are never read, and zeros stand for them. The programs of a segment also share copying its B and C.
     """
     segment, group, e, lane = split_program(num_groups, group_channels, BLOCK_E, LANES)
     lanes = tl.arange(0, LANES)[None, :]
@@ -224,6 +251,16 @@ def _forward_kernel(
     is_used, known_sequence = sequence >= 0, tl.maximum(sequence, 0)
     is_last = is_used & (segment + 1 == tl.load(first_segment_ptr + known_sequence + 1))
     if STATES_ONLY:
+        if B_copy_ptr is not None:
+            _copy_rows(
+                B_ptr, B_copy_ptr, B_strides, batch, group, start, end, length, num_groups, group_channels, N, PADDED_N,
+                BLOCK_E,
+            )  # fmt: skip
+        if C_copy_ptr is not None:
+            _copy_rows(
+                C_ptr, C_copy_ptr, C_strides, batch, group, start, end, length, num_groups, group_channels, N, PADDED_N,
+                BLOCK_E,
+            )  # fmt: skip
         end = tl.where(is_last, start, end)
     grid = (unpack_direction(directions, group), length, height) if NUM_DIRECTIONS else None
 
@@ -314,6 +351,23 @@ def _forward_kernel(
         row = tl.where(is_last, tl.load(final_state_rows_ptr + known_sequence), -1).to(tl.int64)
         final_state_ptr = final_states_ptr + row * row_size + state_offsets
         store_states(final_state_ptr, h, and_scalar(mask, row >= 0), lane, N, K)
+
+
+@triton.jit
+def _copy_rows(
+    row_ptr, copy_ptr, row_strides, batch, group, start, end, length, num_groups, group_channels,
+    N: tl.constexpr, PADDED_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Copy this program's share of the rows of B or C (B, L, G, N) at positions `start` to `end`."""
+    tiles = tl.cdiv(group_channels, BLOCK_E)
+    n = tl.arange(0, PADDED_N)[None, :]
+    row_ptr += batch * row_strides[0] + group * row_strides[2] + n
+    copy_ptr += (batch * length * num_groups + group) * N + n
+    for first in range(start + tl.program_id(0) % tiles * COPIED_ROWS, end, tiles * COPIED_ROWS):
+        t = (first + tl.arange(0, COPIED_ROWS)[:, None]).to(tl.int64)
+        mask = (t < end) & (n < N)
+        row = tl.load(row_ptr + t * row_strides[1], mask)  # (COPIED_ROWS, PADDED_N)
+        tl.store(copy_ptr + t * num_groups * N, row.to(copy_ptr.dtype.element_ty), mask)
 
 
 @triton.jit

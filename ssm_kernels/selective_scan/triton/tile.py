@@ -15,6 +15,7 @@ Letters: B batch, L length, G groups, E channels of a group, N states, M segment
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from ..arguments import ScanArguments
 
 REGISTERS = 128
 """Registers of a thread, on NVIDIA, in the kernels that scan once: 16 warps on an SM, more than most calls have."""
+CUT_REGISTERS = 160
+"""The same in the second pass over cut sequences, where B and C are in float32: 6 programs on an SM, as many as such
+calls have where they pack none. With 128 or 144, NVIDIA's compiler spills on one architecture or another."""
 
 
 def jit_with_opaque_strides(kernel):
@@ -78,6 +82,12 @@ class ScanInputs:
             "NUM_DIRECTIONS": len(arguments.directions),
             "COMPUTE": compute_type(u.dtype),
         }
+
+    def with_rows(self, B: Tensor | None, C: Tensor | None) -> ScanInputs:
+        """Return these inputs with copies of B and C (B, L, G, N) in their place, where there are such."""
+        inputs = copy.copy(self)
+        inputs.B, inputs.C = self.B if B is None else B, self.C if C is None else C
+        return inputs
 
     def options(self, tile: dict[str, int]) -> dict[str, Any]:
         """Compile-time options of a kernel with this tile."""
