@@ -64,10 +64,10 @@ def in_fresh_process(measure: Callable[..., int], *arguments: Any) -> int:
     processes.set_forkserver_preload([f"{__package__}.preload"])
     receiver, sender = processes.Pipe(duplex=False)
     child = processes.Process(target=_send_result, args=(sender, measure, arguments), daemon=True)
-    with processes_hidden_from_ctrl_c():  # also from the fork server, which the first call starts
-        child.start()
-    sender.close()
     try:
+        with processes_hidden_from_ctrl_c():  # also from the fork server, which the first call starts
+            child.start()
+        sender.close()
         found = receiver.recv()
     except EOFError:
         child.join()
@@ -75,7 +75,8 @@ def in_fresh_process(measure: Callable[..., int], *arguments: Any) -> int:
             raise MemoryError("the process that measures memory was killed") from None
         raise RuntimeError(f"the process that measures memory ended with {child.exitcode}") from None
     except BaseException:  # a signal
-        child.kill()
+        if child.pid is not None:
+            child.kill()
         raise
     child.join()
     if isinstance(found, Exception):

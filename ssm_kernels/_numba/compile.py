@@ -90,20 +90,23 @@ class Kernel:
 
     def _compile(self, args: tuple) -> Callable:
         # One thread compiles; those that wait for it find its result. A signal ends the wait for either lock.
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_lock)
+        held = contextlib.ExitStack()
+        try:
+            held.enter_context(_lock)
             if self._cache:
-                stack.enter_context(self._cache.locked())
+                held.enter_context(self._cache.locked())
             path = self._dispatcher.stats.cache_path
             then = f"later processes find them in {path}" if path else "again in each process"
-            stack.enter_context(_announced("compiling kernels for the CPU takes some seconds; %s", then))
+            held.enter_context(_announced("compiling kernels for the CPU takes some seconds; %s", then))
             # In a thread of its own, which goes on where a signal ends the wait for it. In this one what a handler
             # raises, such as KeyboardInterrupt, would be lost: LLVM calls Python through ctypes, which drops it.
             thread = ThreadPoolExecutor(1, "compile")
             compiling = thread.submit(self._dispatcher.compile, tuple(map(_type_of, args)))
             thread.shutdown(wait=False)
-            held = stack.pop_all()
-        compiling.add_done_callback(lambda _: held.close())
+            compiling.add_done_callback(lambda _: held.close())
+        except BaseException:
+            held.close()
+            raise
         return compiling.result()
 
 

@@ -384,8 +384,8 @@ def test_ctrl_c_during_a_compilation_is_not_lost(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def slow_kernel(tmp_path, monkeypatch):
-    """A kernel that takes half a second to compile, with its files in a folder of the test's own."""
+def held_kernel(tmp_path, monkeypatch):
+    """A kernel, with its files in a folder of the test's own, and an event that its compilation waits for."""
     from numba.core import config
 
     from ssm_kernels._numba import compile as compiling
@@ -396,36 +396,47 @@ def slow_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compiling, "PATIENCE", 0.05)
     monkeypatch.setattr(compiling, "_is_announced", set())
-    kernel = compiling.Kernel(run)
-    fast = kernel._dispatcher.compile
-    monkeypatch.setattr(kernel._dispatcher, "compile", lambda types: (time.sleep(0.5), fast(types))[1])
-    return kernel
+    kernel, may_end = compiling.Kernel(run), threading.Event()
+    compile_now = kernel._dispatcher.compile
+    monkeypatch.setattr(kernel._dispatcher, "compile", lambda types: may_end.wait(60) and compile_now(types))
+    return kernel, may_end
 
 
-def press_ctrl_c(seconds: float) -> None:
-    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+def press_ctrl_c_after(text: str, caplog) -> None:
+    """Press it when the text is in the log."""
+
+    def press() -> None:
+        end = time.monotonic() + 50
+        while text not in caplog.text and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
 
 
-def test_ctrl_c_does_not_wait_for_a_compilation(slow_kernel):
+def test_ctrl_c_does_not_wait_for_a_compilation(held_kernel, caplog):
     """It goes on, and the next call takes its result."""
-    x, start = np.ones(1), time.monotonic()
-    press_ctrl_c(0.1)
+    (kernel, may_end), x = held_kernel, np.ones(1)
+    press_ctrl_c_after("compiling kernels for the CPU takes some seconds", caplog)
     with pytest.raises(KeyboardInterrupt):
-        slow_kernel(x)
-    assert time.monotonic() - start < 0.45 and not slow_kernel._dispatcher.signatures
-    slow_kernel(x)
-    assert x == 1.5 and len(slow_kernel._dispatcher.stats.cache_misses) == 1
+        kernel(x)
+    assert not kernel._dispatcher.signatures
+    may_end.set()
+    kernel(x)
+    assert x == 1.5 and len(kernel._dispatcher.stats.cache_misses) == 1
 
 
-def test_the_wait_for_another_process_is_announced_and_ends_by_ctrl_c(slow_kernel, caplog):
-    cache = slow_kernel._cache
+def test_the_wait_for_another_process_is_announced_and_ends_by_ctrl_c(held_kernel, caplog):
+    kernel, may_end = held_kernel
+    cache, waiting = kernel._cache, "waiting for a process that compiles kernels for the CPU; it holds"
     path = Path(cache.cache_path) / f"{cache._impl.filename_base}.lock"
     with path.open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        press_ctrl_c(0.3)
+        press_ctrl_c_after(waiting, caplog)
         with pytest.raises(KeyboardInterrupt):
-            slow_kernel(np.ones(1))
-    assert f"waiting for a process that compiles kernels for the CPU; it holds {path}" in caplog.text
+            kernel(np.ones(1))
+    assert f"{waiting} {path}" in caplog.text
     assert "takes some seconds" not in caplog.text
-    slow_kernel(np.ones(1))
-    assert "takes some seconds" in caplog.text
+    may_end.set()
+    kernel(np.ones(1))
+    assert len(kernel._dispatcher.stats.cache_misses) == 1
