@@ -19,6 +19,8 @@ import torch
 import ssm_kernels.compat
 from vlmamba import cli
 from vlmamba.benchmarks import cli as bench_cli
+from vlmamba.benchmarks.options import COMMANDS as BENCH_COMMANDS
+from vlmamba.commands import COMMANDS as MODEL_COMMANDS
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -122,15 +124,15 @@ def test_a_command_starts_a_known_program(command):
 def test_a_command_is_understood(command, monkeypatch):
     """Each is parsed by the real command line; running it is another test's matter."""
     name, *arguments = without_environment(command)
-    module = cli if name == "vlmamba" else bench_cli
+    main, commands = (cli.main, MODEL_COMMANDS) if name == "vlmamba" else (bench_cli.main, BENCH_COMMANDS)
     ran = []
-    for kind in module.COMMANDS.values():
+    for kind in commands.values():
         monkeypatch.setattr(kind, "run", lambda self: ran.append(self))
     if arguments == ["--help"]:
         with pytest.raises(SystemExit, match="^0$"):
-            module.main(arguments)
+            main(arguments)
         return
-    module.main(arguments)
+    main(arguments)
     assert len(ran) == 1
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 
 @contextlib.contextmanager
 def handling(
-    numbers: Sequence[signal.Signals], handle: Callable[[int, object], None] | signal.Handlers
+    numbers: Sequence[signal.Signals], handle: Callable[[int, FrameType | None], None] | signal.Handlers
 ) -> Iterator[None]:
     """Run `handle(number, frame)` at these signals; afterwards their handlers are those of before.
 
