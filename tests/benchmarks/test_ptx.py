@@ -18,6 +18,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+import ssm_kernels
 from ssm_kernels.testing import assert_agrees, is_interpreted
 from tests.benchmarks.handwritten import run_ptx
 from tests.benchmarks.ordering import Recorder
@@ -321,6 +322,16 @@ def test_a_product_takes_its_operand_from_tensor_memory(rows, warps, dtype):
     want = (a.double() @ b.double()).tril().to(DTYPES[dtype]).double() @ b.double()
     assert (out - want).abs().max() <= (3e-3 if dtype == "fp32" else 1e-5) * want.abs().max()
     assert report.launches[0].instructions["tcgen05.st"] > 0
+
+
+def test_a_scan_of_cut_sequences_agrees_with_the_reference():
+    """200 steps are two segments: the second pass reads what the first copied."""
+    case = Case("selective_scan", Shape(1, 200, 70, d_state=16), "bf16", z=True)
+    with emulated("sm_90") as report:
+        options = {"dt_softplus": True}
+        assert_agrees(ssm_kernels.selective_scan, case.inputs("cpu", 0), options, backend="triton", gradients=False)
+    report.assert_clean()
+    assert len(report.launches) == 3  # two passes, and the states between segments
 
 
 def test_two_kernels_of_others_run_and_their_faults_are_found():
