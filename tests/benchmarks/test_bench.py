@@ -6,10 +6,7 @@ import csv
 import importlib.util
 import json
 import multiprocessing
-import os
 import re
-import signal
-import threading
 import time
 from dataclasses import replace
 from typing import get_args
@@ -19,6 +16,7 @@ import torch
 
 from ssm_kernels import Backend, resolve_backend, use_backend
 from ssm_kernels._core import dispatch
+from tests.ctrl_c import a_process_starts, press_ctrl_c_when
 from vlmamba.benchmarks import cli, options, peers, run, timing
 from vlmamba.benchmarks.accuracy import ground_truth
 from vlmamba.benchmarks.cases import Case, Shape
@@ -236,12 +234,7 @@ def test_a_run_logs_no_choice_of_an_op_that_it_does_not_measure(monkeypatch, cap
 
 
 def test_ctrl_c_ends_the_process_that_measures_memory():
-    def press() -> None:
-        while not multiprocessing.active_children():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press).start()
+    press_ctrl_c_when(a_process_starts())
     with pytest.raises(KeyboardInterrupt):
         in_fresh_process(time.sleep, 60)
     end = time.monotonic() + 60

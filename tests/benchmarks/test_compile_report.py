@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
-import os
 import pkgutil
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +18,7 @@ import pytest
 
 import ssm_kernels
 from ssm_kernels.testing import is_interpreted
+from tests.ctrl_c import a_process_starts, press_ctrl_c_when
 from vlmamba.benchmarks import cli, compile_report, options
 from vlmamba.benchmarks.cases import Case, Shape, shipped
 from vlmamba.benchmarks.compile_report import Request, compile_one, record
@@ -215,13 +213,7 @@ def test_registers_of_rdna_are_allocated_by_24_of_1536():
 def test_ctrl_c_ends_the_processes_that_compile(tmp_path):
     """Also all that is queued for them."""
     before = set(multiprocessing.active_children())
-
-    def press() -> None:
-        while not set(multiprocessing.active_children()) - before:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press).start()
+    press_ctrl_c_when(a_process_starts())
     with pytest.raises(KeyboardInterrupt):
         compile_report.in_processes(time.sleep, [60.0] * 8, 1, tmp_path)
     assert set(multiprocessing.active_children()) == before

@@ -18,6 +18,7 @@ import torch
 
 from ssm_kernels import add_rms_norm, causal_conv1d, rms_norm, selective_scan, ssd
 from ssm_kernels._numba import threads
+from tests.ctrl_c import press_ctrl_c_when
 
 np = pytest.importorskip("numpy")
 numba = pytest.importorskip("numba")
@@ -402,22 +403,10 @@ def held_kernel(tmp_path, monkeypatch):
     return kernel, may_end
 
 
-def press_ctrl_c_after(text: str, caplog) -> None:
-    """Press it when the text is in the log."""
-
-    def press() -> None:
-        end = time.monotonic() + 50
-        while text not in caplog.text and time.monotonic() < end:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press).start()
-
-
 def test_ctrl_c_does_not_wait_for_a_compilation(held_kernel, caplog):
     """It goes on, and the next call takes its result."""
     (kernel, may_end), x = held_kernel, np.ones(1)
-    press_ctrl_c_after("compiling kernels for the CPU takes some seconds", caplog)
+    press_ctrl_c_when(lambda: "compiling kernels for the CPU takes some seconds" in caplog.text)
     with pytest.raises(KeyboardInterrupt):
         kernel(x)
     assert not kernel._dispatcher.signatures
@@ -432,7 +421,7 @@ def test_the_wait_for_another_process_is_announced_and_ends_by_ctrl_c(held_kerne
     path = Path(cache.cache_path) / f"{cache._impl.filename_base}.lock"
     with path.open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        press_ctrl_c_after(waiting, caplog)
+        press_ctrl_c_when(lambda: waiting in caplog.text)
         with pytest.raises(KeyboardInterrupt):
             kernel(np.ones(1))
     assert f"{waiting} {path}" in caplog.text

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import threading
-import time
 
 import pytest
 
+from tests.ctrl_c import press_ctrl_c_when
 from vlmamba.train.programs import run_program, running_program
 
 SLOW = """
@@ -30,13 +28,8 @@ def test_a_program_runs_to_its_end():
 
 @pytest.mark.parametrize("end", ["sys.exit()", "None"], ids=["ends", "goes on"])
 def test_ctrl_c_ends_the_program_by_sigterm_and_a_second_one_kills_it(end, tmp_path):
-    def press() -> None:
-        for name in ("started", "got-sigterm")[: 1 + (end == "None")]:
-            while not (tmp_path / name).exists():
-                time.sleep(0.02)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press).start()
+    names = ("started", "got-sigterm")[: 1 + (end == "None")]
+    press_ctrl_c_when(*((tmp_path / name).exists for name in names))
     with pytest.raises(KeyboardInterrupt):
         with running_program([sys.executable, "-c", SLOW.format(end=end), str(tmp_path)]) as process:
             process.wait()

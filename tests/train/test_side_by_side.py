@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 
 import pytest
 
+from tests.ctrl_c import a_process_starts, press_ctrl_c_when
 from vlmamba.train.errors import Interrupted
 from vlmamba.train.side_by_side import Job, _Display, run_side_by_side
 
@@ -95,14 +94,7 @@ def test_a_signal_ends_jobs_while_they_start(jobs, tmp_path):
     )
     import slow_to_import  # pyright: ignore[reportMissingImports]
 
-    before = set(multiprocessing.active_children())
-
-    def press() -> None:
-        while not set(multiprocessing.active_children()) - before:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press).start()
+    press_ctrl_c_when(a_process_starts())
     start = time.monotonic()
     with pytest.raises(Interrupted):
         run_side_by_side([Job(name, slow_to_import.run, ("x" * 1_000_000,)) for name in ("one", "other")])
