@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .sass import CONSTANT, Instruction, Program, is_predicate, num_registers, parts_of
+from .sass import CONSTANT, Instruction, Program, is_predicate, loaded_words, num_registers
 
 MASK = 0xFFFFFFFF
 MAX_BLOCKS = 1 << 22
@@ -316,12 +316,10 @@ def _clear(i: Instruction):
 
 
 def _load_constant(i: Instruction):
-    found = re.fullmatch(CONSTANT, i.operands[1])
-    if found is None or not i.written or {"U8", "S8", "U16", "S16"} & set(i.parts):
+    if {"U8", "S8", "U16", "S16"} & set(i.parts):
         return None
-    names = parts_of(i.operands[0], num_registers(i))
-    words = [_constant(found[1], int(found[2], 16) + 4 * k, wide=False) for k in range(len(names))]
-    return lambda r: {name: word(r) for name, word in zip(names, words, strict=True)}
+    words = [(name, _constant(base, offset, wide=False)) for name, base, offset in loaded_words(i)]
+    return lambda r: {name: word(r) for name, word in words}
 
 
 def _imad(i: Instruction):

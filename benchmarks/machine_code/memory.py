@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .sass import CONSTANT, Instruction, Program, num_registers, parts_of
+from .sass import CONSTANT, Instruction, Program, loaded_words, num_registers, parts_of
 
 Origins = dict[str, frozenset[int]]
 """For a register, the parameters whose address its value may be derived from."""
@@ -93,16 +93,17 @@ def _origins_of_results(state: Origins, instruction: Instruction, pointers: Mapp
     if instruction.base == "LDL":
         register, place = instruction.operands
         return {name: state.get(slot, frozenset()) for slot, name in _spilled(instruction, place, register)}
-    if instruction.base in ("LDC", "LDCU", "ULDC") and (loaded := re.fullmatch(CONSTANT, instruction.operands[1])):
+    if instruction.base in ("LDC", "LDCU", "ULDC"):
         # A register has one word: of four that are loaded together, the last two may hold another pointer.
-        names = parts_of(instruction.operands[0], num_registers(instruction))
-        words = [int(loaded[2], 16) + 4 * k for k in range(len(names))]
-        return {name: frozenset({pointers[w]}) for name, w in zip(names, words, strict=True) if w in pointers}
+        words = [(name, offset) for name, base, offset in loaded_words(instruction) if base is None]
+        return {name: frozenset({pointers[offset]}) for name, offset in words if offset in pointers}
     # Predicates are left out: a carry belongs to the pair whose lower half is followed.
     registers = [name for name in instruction.read if "P" not in name]
     origins = frozenset[int]().union(*(state.get(name, ()) for name in registers))
     for operand in instruction.operands:
         for constant in re.finditer(CONSTANT, operand):
+            if constant[1] is not None:  # a word that is not known
+                continue
             first = int(constant[2], 16)
             words = (first, first + 4) if "64" in instruction.parts else (first,)
             origins |= {pointers[word] for word in words if word in pointers}

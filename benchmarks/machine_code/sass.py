@@ -148,6 +148,15 @@ def parts_of(name: str, count: int) -> list[str]:
     return [f"{prefix}{int(number) + i}" for i in range(count)]
 
 
+def loaded_words(instruction: Instruction) -> list[tuple[str, str | None, int]]:
+    """Registers that a load of constants writes, each with the register, if any, and offset that its word is at."""
+    found = CONSTANT.fullmatch(instruction.operands[1])
+    if found is None or not instruction.written:
+        return []
+    names = parts_of(instruction.operands[0], num_registers(instruction))
+    return [(name, found[1], int(found[2], 16) + 4 * k) for k, name in enumerate(names)]
+
+
 def _read(instruction: Instruction) -> Iterator[str]:
     if instruction.base in ("P2R", "R2P"):
         yield from (f"P{i}" for i in range(7))
